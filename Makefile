@@ -1,0 +1,33 @@
+# Each target makes .venv itself when it is missing or its pins changed.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.PHONY: study test check test-all bench
+
+study: .venv/runtime
+	$(BIN)/normfree study quick
+
+test: .venv/development
+	$(BIN)/python -m pytest -n 2
+
+test-all: .venv/development
+	$(BIN)/python -m pytest -m "not gpu"
+
+check: .venv/development
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+bench: .venv/development
+	$(BIN)/python benchmarks/entropy.py
+
+.venv/runtime: requirements.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) -r requirements.lock
+	$(PIP) --no-deps --editable .
+	touch $@
+
+.venv/development: .venv/runtime requirements-dev.lock
+	$(PIP) -r requirements-dev.lock -c requirements.lock
+	touch $@

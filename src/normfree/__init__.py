@@ -1,0 +1,58 @@
+"""Train transformers without LayerNorm and measure what their attention heads do.
+
+The public names are imported on first use, so that `import normfree` and everything behind
+`records` (tables, plots, report) work without loading torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from normfree.entropy import EntropyProbe, HeadEntropy, attention_entropy
+    from normfree.evaluate import perplexity
+    from normfree.model import NormFreeConfig, NormFreeForCausalLM
+    from normfree.plots import entropy_heatmap
+    from normfree.records import load_runs
+    from normfree.report import build_report
+    from normfree.training import train
+
+__version__ = "0.1.0"
+
+_DOORS = {
+    "EntropyProbe": "normfree.entropy",
+    "HeadEntropy": "normfree.entropy",
+    "NormFreeConfig": "normfree.model",
+    "NormFreeForCausalLM": "normfree.model",
+    "attention_entropy": "normfree.entropy",
+    "build_report": "normfree.report",
+    "entropy_heatmap": "normfree.plots",
+    "load_runs": "normfree.records",
+    "perplexity": "normfree.evaluate",
+    "train": "normfree.training",
+}
+
+__all__ = [
+    "EntropyProbe",
+    "HeadEntropy",
+    "NormFreeConfig",
+    "NormFreeForCausalLM",
+    "__version__",
+    "attention_entropy",
+    "build_report",
+    "entropy_heatmap",
+    "load_runs",
+    "perplexity",
+    "train",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _DOORS:
+        raise AttributeError(f"module 'normfree' has no attribute {name!r}; it has {', '.join(sorted(_DOORS))}")
+    return getattr(import_module(_DOORS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,280 @@
+"""The truth about a run: frozen dataclasses, checked when they are built.
+
+Hydra's YAML only holds values for these fields. `RunSpec.model` stays a dict: an architecture field
+is declared once, in `normfree.model.configuration`, and checked by building a `NormFreeConfig`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from normfree.manifest import fingerprint
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+# What tells one variant from another under one recipe: tables compare over these and nothing else.
+VARIANT_MODEL_FIELDS = ("norm", "activation", "negative_slope", "learnable_slope")
+VARIANT_TRAIN_FIELDS = ("decay_slopes", "slope_learning_rate_factor")
+# How a run is watched or placed; its numbers do not depend on these.
+WATCHING_TRAIN_FIELDS = ("trackers", "threads", "log_every", "checkpoint_every", "checkpoints_kept")
+
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec:
+    """Which text, cut into which tokens. Everything here decides the corpus fingerprint."""
+
+    __pydantic_config__ = _STRICT
+
+    source: Literal["installed", "codeparrot", "hub", "files"] = "installed"
+    """Python code on this machine, the paper's data sets, any Hugging Face data set, or local files."""
+    paths: tuple[str, ...] = ()
+    """source=files: training folders or globs of .py, .txt, .jsonl, .parquet."""
+    validation_paths: tuple[str, ...] = ()
+    """source=files: validation folders or globs; empty holds out every twentieth file of `paths`."""
+    dataset: str | None = None
+    """source=hub: name on the hub, or a local folder."""
+    dataset_config: str | None = None
+    """source=hub: the configuration of that data set, if it has several."""
+    validation_dataset: str | None = None
+    """Where the validation split lies; empty means in `dataset`."""
+    train_split: str = "train"
+    validation_split: str = "validation"
+    column: str = "content"
+    """The column that holds the text (.jsonl, .parquet and hub data sets)."""
+    tokenizer: str | None = None
+    """Folder or hub name; empty trains a byte-level BPE on the training split."""
+    vocab_size: int = 2048
+    """Pieces of the tokenizer that is trained here."""
+    context: int = 128
+    """Tokens in a block, T."""
+    packing: Literal["windows", "concatenate"] = "windows"
+    """windows: per document, tail dropped, no end token (the paper's); concatenate: end token between documents."""
+    max_bytes: int | None = None
+    """At most this many bytes of training text, in a fixed order."""
+    max_bytes_per_package: int | None = None
+    """source=installed: no package gives more than this, so that none dominates."""
+    train_documents: int | None = None
+    """At most this many training documents after the shuffle."""
+    validation_documents: int | None = None
+    """At most this many validation documents after the shuffle."""
+    shuffle_seed: int = 0
+    """Order in which documents are taken (not the order of training; that is data_seed)."""
+    expected_fingerprint: str | None = None
+    """Fingerprint of the corpus behind the committed results; tables say so when yours differs."""
+
+    def __post_init__(self) -> None:
+        if self.context < 2:
+            raise ValueError(f"data.context={self.context}: a block needs at least 2 tokens to predict one")
+        if self.source == "files" and not self.paths:
+            raise ValueError("data.source=files needs data.paths, e.g. 'data.paths=[corpus/*.py]'")
+        if self.source == "hub" and not self.dataset:
+            raise ValueError("data.source=hub needs data.dataset, e.g. data.dataset=roneneldan/TinyStories")
+        if self.tokenizer is None and self.vocab_size < 257:
+            raise ValueError(
+                f"data.vocab_size={self.vocab_size}: a byte-level BPE needs 256 bytes and an end token, so 257 or more"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSpec:
+    """How the model is trained. Batches count sequences of `data.context` tokens."""
+
+    __pydantic_config__ = _STRICT
+
+    steps: int | None = None
+    """Optimiser steps; give this or `epochs`."""
+    epochs: float | None = None
+    """Passes over the training blocks; give this or `steps`."""
+    batch_sequences: int = 32
+    """Sequences per optimiser step, over all processes and accumulation."""
+    micro_batch_sequences: int = 32
+    """Sequences per forward pass of one process."""
+    peak_learning_rate: float = 1e-3
+    final_learning_rate: float = 1e-7
+    warmup_share: float = 0.05
+    """Share of the steps in which the learning rate rises linearly; then it falls linearly."""
+    weight_decay: float = 0.1
+    """AdamW's, on matrices and embeddings; never on biases and norms."""
+    decay_slopes: bool = False
+    """Also decay learnable slopes (the official code does; alone it shrinks a slope to 0.2 times its value)."""
+    slope_learning_rate_factor: float = 1.0
+    """Learning rate of the slopes as a multiple of everybody else's."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_gradient_norm: float = 1.0
+    precision: Precision = "fp32"
+    """fp32, or autocast in bf16 or fp16 over fp32 weights (fp16 needs a GPU)."""
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    """torch.compile the model."""
+    evaluate_every: int = 500
+    """Steps between evaluations on the validation split."""
+    evaluation_sequences: int | None = None
+    """Validation sequences used while training; the final evaluation always takes all."""
+    log_every: int = 10
+    """Steps between lines of loss, learning rate, gradient norm and tokens per second."""
+    checkpoint_every: int = 500
+    checkpoints_kept: int = 2
+    threads: int | None = None
+    """CPU threads; empty takes every core this process may use."""
+    trackers: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ()
+    """Also report there (optional extra: pip install 'normfree[trackers]')."""
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(
+                f"give exactly one of train.steps and train.epochs, got steps={self.steps} and epochs={self.epochs}; "
+                "train.steps=null frees a preset's steps"
+            )
+        if self.batch_sequences % self.micro_batch_sequences:
+            raise ValueError(
+                f"train.batch_sequences={self.batch_sequences} must be a multiple of "
+                f"train.micro_batch_sequences={self.micro_batch_sequences}"
+            )
+        positive = ("steps", "epochs", "batch_sequences", "micro_batch_sequences", "peak_learning_rate")
+        positive += ("evaluate_every", "log_every", "checkpoint_every", "checkpoints_kept", "threads")
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"train.{name}={value} must be above 0")
+        if not 0 <= self.warmup_share < 1:
+            raise ValueError(f"train.warmup_share={self.warmup_share} must be at least 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeSpec:
+    """When and on how much held-out text the heads are measured."""
+
+    __pydantic_config__ = _STRICT
+
+    every_steps: int = 100
+    sequences: int = 64
+    """Size of the fixed held-out batch."""
+    final_sequences: int = 1000
+    """Held-out sequences measured once, after the last step; heatmaps use these."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """One training run, completely."""
+
+    __pydantic_config__ = _STRICT
+
+    study: str = "single"
+    """Folder of runs that belong together."""
+    preset: str
+    variant: str
+    label: str
+    """The variant in the paper's notation, as tables print it."""
+    tag: str = ""
+    """Tells apart runs of one variant and seed, e.g. a second learning rate; part of the folder name."""
+    seed: int = 0
+    """Initial weights and dropout."""
+    data_seed: int = 0
+    """Order of the training blocks, so that variants and seeds can share it."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """Fields of NormFreeConfig."""
+    data: DataSpec = field(default_factory=DataSpec)
+    train: TrainSpec
+    probe: ProbeSpec = field(default_factory=ProbeSpec)
+
+    def __post_init__(self) -> None:
+        for name in ("study", "variant", "tag"):
+            value = getattr(self, name)
+            if value in (".", "..") or any(c in value for c in "/\\\0"):
+                raise ValueError(f"{name}={value!r} becomes part of a folder name: no slash, no dots alone")
+
+    @property
+    def name(self) -> str:
+        """Name of the run's folder, unique within its study."""
+        return "-".join(part for part in (self.variant, self.tag, f"seed{self.seed}") if part)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for run.json."""
+        return _without_tuples(asdict(self))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunSpec:
+        """Build and check a spec. Raises ValueError with one line per mistake and the nearest valid name."""
+        try:
+            return _ADAPTER.validate_python(values)
+        except ValidationError as error:
+            raise ValueError("; ".join(_explain(problem) for problem in error.errors())) from None
+
+    def recipe(self) -> str:
+        """Fingerprint of all that must be equal for two runs to share a table: the spec without variant and seed."""
+        values = self.to_dict()
+        for name in ("study", "variant", "label", "tag", "seed"):
+            del values[name]
+        values["model"] = {k: v for k, v in values["model"].items() if k not in VARIANT_MODEL_FIELDS}
+        for name in VARIANT_TRAIN_FIELDS + WATCHING_TRAIN_FIELDS:
+            del values["train"][name]
+        del values["data"]["expected_fingerprint"]
+        return fingerprint(values)
+
+    def identity(self) -> str:
+        """Fingerprint of all that decides the run's numbers; a folder holds one identity only."""
+        values = self.to_dict()
+        for name in WATCHING_TRAIN_FIELDS:
+            del values["train"][name]
+        del values["data"]["expected_fingerprint"]
+        return fingerprint(values)
+
+
+_ADAPTER = TypeAdapter(RunSpec)
+
+
+def known_keys() -> list[str]:
+    """Every dotted key of a run, e.g. `train.steps`; `model` stands for the fields of NormFreeConfig."""
+    parts: dict[str, type[DataSpec] | type[TrainSpec] | type[ProbeSpec]]
+    parts = {"data": DataSpec, "train": TrainSpec, "probe": ProbeSpec}
+    keys = []
+    for item in fields(RunSpec):
+        inner = [f"{item.name}.{part.name}" for part in fields(parts[item.name])] if item.name in parts else None
+        keys += inner or [item.name]
+    return keys
+
+
+def describe_keys() -> list[tuple[str, str, str]]:
+    """(key, default, meaning) of every key of a run but `model`'s, for --help."""
+    schema = _ADAPTER.json_schema()
+    rows = []
+    for name, about in schema["properties"].items():
+        nested = about.get("$ref")
+        inner = schema["$defs"][nested.rpartition("/")[2]]["properties"] if nested else {name: about}
+        for key, facts in inner.items():
+            dotted = f"{name}.{key}" if nested else name
+            rows.append((dotted, str(facts.get("default", "")), facts.get("description", "")))
+    return [row for row in rows if row[0] not in ("model", "preset", "variant", "label")]
+
+
+def nearest(word: str, allowed: list[str]) -> str:
+    """The end of an error line: what was probably meant, else all that is allowed."""
+    close = get_close_matches(word, allowed, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"allowed: {', '.join(allowed)}"
+
+
+def _explain(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "unexpected_keyword_argument":
+        return f"unknown key {key!r}; {nearest(key, known_keys())}"
+    if problem["type"] in ("missing", "missing_argument"):
+        return f"{key} is missing"
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    return f"{key}={problem['input']!r}: {problem['msg'].replace('Input should', 'it should')}"
+
+
+def _without_tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_tuples(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_tuples(item) for item in value]
+    return value

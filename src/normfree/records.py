@@ -1,0 +1,221 @@
+"""The run folder's schema: the only code that reads or writes run.json and metrics.jsonl.
+
+A line of metrics.jsonl is `{"step": 100, "split": "probe", "name": "entropy_nats", "value": [[...], ...]}`.
+Non-finite floats are the strings "NaN", "Infinity" and "-Infinity", so that every line is JSON and no
+NaN becomes a number; readers get floats back.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from normfree.manifest import write_atomically
+
+FORMAT = 1
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+STATUSES = ("running", "finished", "diverged", "interrupted", "failed")
+
+_TEXT_OF = {math.inf: "Infinity", -math.inf: "-Infinity"}
+_FLOAT_OF = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def encode(value: Any) -> Any:
+    """JSON-safe form of numbers, lists and dicts; non-finite floats become their names."""
+    if isinstance(value, dict):
+        return {str(key): encode(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [encode(item) for item in value]
+    if hasattr(value, "tolist"):  # numpy and torch, without importing either
+        return encode(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return _TEXT_OF.get(value, "NaN")
+    return value
+
+
+def decode(value: Any) -> Any:
+    """The inverse of `encode`: names of non-finite floats become floats again."""
+    if isinstance(value, dict):
+        return {key: decode(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [decode(item) for item in value]
+    if isinstance(value, str):
+        return _FLOAT_OF.get(value, value)
+    return value
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder, read."""
+
+    folder: Path
+    facts: dict[str, Any]
+    """The content of run.json."""
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        return self.facts["spec"]
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def label(self) -> str:
+        """The variant in the paper's notation, with the tag that tells it from its siblings."""
+        tag = self.spec.get("tag")
+        return f"{self.spec['label']} ({tag})" if tag else self.spec["label"]
+
+    @property
+    def seed(self) -> int:
+        return self.spec["seed"]
+
+    @property
+    def status(self) -> str:
+        return self.facts["status"]
+
+    @property
+    def perplexity(self) -> float:
+        """Final validation perplexity; NaN for a run that did not finish with a finite loss."""
+        final = self.facts.get("final")
+        return final["perplexity"] if self.status == "finished" and final else math.nan
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        """Columns step, split, name, value (a number or nested lists), in the order written."""
+        rows = list(read_lines(self.folder / METRICS_FILE))
+        return pd.DataFrame(rows, columns=["step", "split", "name", "value"])
+
+    def series(self, split: str, name: str) -> list[tuple[int, Any]]:
+        """`[(step, value), ...]` of one metric."""
+        frame = self.metrics
+        chosen = frame[(frame["split"] == split) & (frame["name"] == name)]
+        return list(zip(chosen["step"].tolist(), chosen["value"].tolist(), strict=True))
+
+    def last(self, split: str, name: str) -> Any | None:
+        """The newest value of one metric, or None."""
+        found = self.series(split, name)
+        return found[-1][1] if found else None
+
+
+def read_run(folder: Path | str) -> Run:
+    """Read a run folder. Raises ValueError when it is not one, is damaged, or has another format."""
+    folder = Path(folder)
+    path = folder / RUN_FILE
+    try:
+        facts = decode(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is not a run folder: it has no {RUN_FILE}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise ValueError(f"{path} is not readable as JSON: restore it or move the folder away") from None
+    version = facts.get("format") if isinstance(facts, dict) else None
+    if version != FORMAT:
+        raise ValueError(
+            f"{path} has format {version!r}; this normfree reads format {FORMAT}: see CHANGELOG.md for the way to move"
+        )
+    return Run(folder=folder, facts=facts)
+
+
+def find_runs(places: Iterable[Path | str]) -> list[Run]:
+    """Every run under the given folders (run folders, studies, or folders of studies), sorted by path.
+
+    Raises ValueError for a place that does not exist or holds no run.
+    """
+    runs: dict[Path, Run] = {}
+    for place in map(Path, places):
+        if not place.exists():
+            raise ValueError(f"{place} does not exist; give a run folder or a folder of runs")
+        files = sorted(place.rglob(RUN_FILE)) if place.is_dir() else []
+        if not files:
+            raise ValueError(f"{place} holds no run: no {RUN_FILE} in it or below it")
+        for file in files:
+            runs.setdefault(file.parent.resolve(), read_run(file.parent))
+    return [runs[key] for key in sorted(runs)]
+
+
+def load_runs(*places: Path | str) -> pd.DataFrame:
+    """One row a run: folder, study, variant, label, seed, status, perplexity, precision and fingerprints."""
+    rows = [
+        {
+            "folder": str(run.folder),
+            "study": run.spec["study"],
+            "variant": run.spec["variant"],
+            "label": run.label,
+            "seed": run.seed,
+            "status": run.status,
+            "perplexity": run.perplexity,
+            "bits_per_byte": (run.facts.get("final") or {}).get("bits_per_byte", math.nan),
+            "tokens_seen": run.facts.get("tokens_seen", 0),
+            "wall_seconds": run.facts.get("wall_seconds", math.nan),
+            "precision": run.spec["train"]["precision"],
+            "recipe": run.facts["recipe"],
+            "corpus": run.facts["corpus"]["fingerprint"],
+        }
+        for run in find_runs(places)
+    ]
+    return pd.DataFrame(rows)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics file. A torn last line (a kill in mid-write) is left out.
+
+    Raises ValueError for damage anywhere else. A missing file has no lines.
+    """
+    if not path.exists():
+        return
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            yield decode(json.loads(line))
+        except ValueError:
+            if number == len(lines):
+                return
+            raise ValueError(f"{path} line {number} is not JSON: the file is damaged") from None
+
+
+class RunWriter:
+    """Writes one run folder: facts atomically, metrics by appending."""
+
+    def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
+        self.folder = folder
+        self.facts = {"format": FORMAT, "status": "running", **facts}
+        self._write_facts()
+
+    def update(self, **facts: Any) -> None:
+        """Change facts of run.json."""
+        if facts.get("status", "running") not in STATUSES:
+            raise ValueError(f"status {facts['status']!r}; allowed: {', '.join(STATUSES)}")
+        self.facts |= facts
+        self._write_facts()
+
+    def log(self, step: int, split: str, values: Iterable[tuple[str, Any]]) -> None:
+        """Append one line a metric; the lines of one call reach the file together."""
+        text = "".join(
+            json.dumps({"step": step, "split": split, "name": name, "value": encode(value)}, allow_nan=False) + "\n"
+            for name, value in values
+        )
+        descriptor = os.open(self.folder / METRICS_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(descriptor, text.encode())
+        finally:
+            os.close(descriptor)
+
+    def forget_after(self, step: int) -> None:
+        """Drop metrics of steps that a resumed run will do again, and a torn last line."""
+        path = self.folder / METRICS_FILE
+        kept = [line for line in read_lines(path) if line["step"] <= step]
+        write_atomically(path, "".join(json.dumps(encode(line), allow_nan=False) + "\n" for line in kept))
+
+    def _write_facts(self) -> None:
+        write_atomically(self.folder / RUN_FILE, json.dumps(encode(self.facts), indent=1, allow_nan=False) + "\n")

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from normfree.config import RunSpec, describe_keys, known_keys
+
+MINIMAL: dict[str, Any] = {"preset": "cpu", "variant": "sm-r", "label": "SM+R", "train": {"steps": 10}}
+
+
+def spec(**changes: Any) -> RunSpec:
+    return RunSpec.from_dict(MINIMAL | changes)
+
+
+def test_a_spec_survives_its_own_json() -> None:
+    original = spec(data={"source": "files", "paths": ["a", "b"]}, model={"norm": "none"})
+    assert RunSpec.from_dict(original.to_dict()) == original
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"train": {"stepz": 1}}, "unknown key 'train.stepz'; did you mean train.steps"),
+        ({"train": {"steps": 1, "epochs": 2}}, "train.steps and train.epochs"),
+        ({"train": {}}, "train.steps and train.epochs"),
+        ({"train": {"steps": 0}}, r"train.steps=0 must be above 0"),
+        ({"train": {"steps": 1, "precision": "fp8"}}, "'fp32', 'bf16' or 'fp16'"),
+        ({"train": {"steps": 1, "batch_sequences": 10, "micro_batch_sequences": 4}}, "must be a multiple of"),
+        ({"data": {"context": 1}}, "at least 2 tokens"),
+        ({"data": {"source": "files"}}, "data.paths"),
+        ({"data": {"source": "hub"}}, "data.dataset"),
+        ({"data": {"vocab_size": 100}}, "257 or more"),
+        ({"study": "../elsewhere"}, "no slash"),
+        ({"sed": 3}, "did you mean seed"),
+    ],
+)
+def test_a_wrong_value_names_what_was_given_and_what_is_allowed(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        spec(**values)
+
+
+def test_variant_seed_and_watching_share_a_recipe_but_a_learning_rate_does_not() -> None:
+    base = spec()
+    same = [
+        spec(variant="sm-g", label="SM+G", seed=3, tag="x", model={"norm": "none", "activation": "gelu"}),
+        spec(train={"steps": 10, "decay_slopes": True, "log_every": 3, "threads": 1}),
+    ]
+    other = [
+        spec(train={"steps": 10, "peak_learning_rate": 0.5}),
+        spec(train={"steps": 10, "precision": "bf16"}),
+        spec(data_seed=1),
+        spec(model={"hidden_size": 64}),
+    ]
+    assert {one.recipe() for one in same} == {base.recipe()}
+    assert base.recipe() not in {one.recipe() for one in other}
+
+
+def test_identity_changes_with_everything_that_decides_the_numbers() -> None:
+    base = spec()
+    assert replace(base, train=replace(base.train, log_every=99)).identity() == base.identity()
+    for changed in (replace(base, seed=1), replace(base, tag="b"), replace(base, model={"norm": "none"})):
+        assert changed.identity() != base.identity()
+
+
+def test_help_describes_every_key() -> None:
+    described = {key for key, _, _ in describe_keys()}
+    assert described == set(known_keys()) - {"model", "preset", "variant", "label"}

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from normfree.config import RunSpec
+from normfree.records import RunWriter, find_runs, load_runs, read_lines, read_run
+
+
+def begin(folder: Path, **facts: object) -> RunWriter:
+    spec = RunSpec.from_dict({"preset": "cpu", "variant": "sm-r", "label": "SM+R", "train": {"steps": 2}})
+    folder.mkdir(parents=True, exist_ok=True)
+    return RunWriter(folder, {"spec": spec.to_dict(), "recipe": spec.recipe(), "corpus": {"fingerprint": "f"}, **facts})
+
+
+def test_what_is_logged_is_read_back_with_nan_still_nan(tmp_path: Path) -> None:
+    writer = begin(tmp_path)
+    writer.log(1, "probe", [("entropy_nats", [[1.5, math.nan]]), ("loss", math.inf)])
+    run = read_run(tmp_path)
+    assert run.last("probe", "entropy_nats")[0][0] == 1.5
+    assert math.isnan(run.last("probe", "entropy_nats")[0][1])
+    assert run.series("probe", "loss") == [(1, math.inf)]
+    assert run.last("probe", "never logged") is None
+
+
+def test_every_line_is_json_for_any_reader(tmp_path: Path) -> None:
+    begin(tmp_path).log(1, "train", [("loss", math.nan), ("gradient_norm", -math.inf)])
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+
+
+def test_a_torn_last_line_is_left_out_and_damage_elsewhere_is_named(tmp_path: Path) -> None:
+    writer = begin(tmp_path)
+    writer.log(1, "train", [("loss", 2.0)])
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + whole[:20])
+    assert [line["value"] for line in read_lines(path)] == [2.0]
+    path.write_text(whole[:20] + "\n" + whole)
+    with pytest.raises(ValueError, match="line 1"):
+        list(read_lines(path))
+
+
+def test_a_resumed_run_holds_each_step_once(tmp_path: Path) -> None:
+    writer = begin(tmp_path)
+    for step in (1, 2, 3):
+        writer.log(step, "train", [("loss", float(step))])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "spl')
+    writer.forget_after(2)
+    writer.log(3, "train", [("loss", 30.0)])
+    assert read_run(tmp_path).series("train", "loss") == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+def test_only_a_finished_run_has_a_perplexity(tmp_path: Path) -> None:
+    writer = begin(tmp_path / "a")
+    writer.update(status="diverged", final={"perplexity": 3.0})
+    assert math.isnan(read_run(tmp_path / "a").perplexity)
+    writer.update(status="finished")
+    assert load_runs(tmp_path)["perplexity"].tolist() == [3.0]
+
+
+def test_an_unknown_status_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="allowed: running"):
+        begin(tmp_path).update(status="done")
+
+
+def test_places_without_runs_and_other_formats_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not exist"):
+        find_runs([tmp_path / "nowhere"])
+    with pytest.raises(ValueError, match="holds no run"):
+        find_runs([tmp_path])
+    (tmp_path / "run.json").write_text('{"format": 99}')
+    with pytest.raises(ValueError, match="format 99"):
+        find_runs([tmp_path])
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match="not readable as JSON"):
+        find_runs([tmp_path])
+
+
+def test_a_run_named_twice_is_found_once(tmp_path: Path) -> None:
+    begin(tmp_path / "study" / "run")
+    assert len(find_runs([tmp_path, tmp_path / "study", tmp_path / "study" / "run"])) == 1
