@@ -1,0 +1,77 @@
+"""Activations of the feed-forward part, one table: a name of `NormFreeConfig.activation` to a builder.
+
+A builder takes the config and returns a module called as `activation(features, shared_slope)`:
+`features` has any shape; `shared_slope` is the model's one shared slope, shape (1,), or None. The model
+passes it on each call because a parameter registered in several blocks is lost when an untied model is
+saved and loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .configuration import NormFreeConfig
+
+
+class Elementwise(nn.Module):
+    """A fixed function; ignores the shared slope."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, features: Tensor, shared_slope: Tensor | None) -> Tensor:
+        return self.function(features)
+
+
+class OwnSlopeLeakyReLU(nn.Module):
+    """Leaky ReLU with one learnable slope of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.negative_slope = nn.Parameter(torch.empty(1))  # filled by the model's _init_weights
+
+    def forward(self, features: Tensor, shared_slope: Tensor | None) -> Tensor:
+        return _leaky_relu(features, self.negative_slope)
+
+
+class SharedSlopeLeakyReLU(nn.Module):
+    """Leaky ReLU with the slope that the model hands to every block."""
+
+    def forward(self, features: Tensor, shared_slope: Tensor) -> Tensor:
+        return _leaky_relu(features, shared_slope)
+
+
+def _leaky_relu(features: Tensor, slope: Tensor) -> Tensor:
+    return F.prelu(features, slope.to(features.dtype))  # under autocast the features are bf16, the slope fp32
+
+
+def _identity(features: Tensor) -> Tensor:
+    return features
+
+
+def _elementwise(function: Callable[[Tensor], Tensor]) -> Callable[[NormFreeConfig], nn.Module]:
+    return lambda config: Elementwise(function)
+
+
+LEAKY_RELUS: dict[str, Callable[[NormFreeConfig], nn.Module]] = {
+    "none": lambda config: Elementwise(partial(F.leaky_relu, negative_slope=config.negative_slope)),
+    "per_layer": lambda config: OwnSlopeLeakyReLU(),
+    "shared": lambda config: SharedSlopeLeakyReLU(),
+}
+"""A name of `NormFreeConfig.learnable_slope` to a builder of leaky ReLU."""
+
+ACTIVATIONS: dict[str, Callable[[NormFreeConfig], nn.Module]] = {
+    "gelu": _elementwise(F.gelu),
+    "gelu_tanh": _elementwise(partial(F.gelu, approximate="tanh")),
+    "relu": _elementwise(F.relu),
+    "leaky_relu": lambda config: LEAKY_RELUS[config.learnable_slope](config),
+    "identity": _elementwise(_identity),
+}

@@ -1,0 +1,375 @@
+"""The decoder: attention, feed-forward, blocks, and a language model on top.
+
+Modules are chosen from tables when the model is built; no forward asks which variant it is.
+"""
+
+# B batch, T query (new tokens), S key (cached and new), E hidden size, F feed-forward width,
+# H heads, D head dim, R rotating dims of a head, V vocabulary
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from .activations import ACTIVATIONS
+from .configuration import NormFreeConfig
+from .norms import NORMS
+
+Rotation = tuple[Tensor, Tensor]
+"""Cosines and sines of the angles, each (B or 1, 1, T, R)."""
+
+
+class LearnedPositions(nn.Module):
+    """A learned vector per position, added to the token's."""
+
+    def __init__(self, config: NormFreeConfig) -> None:
+        super().__init__()
+        self.vectors = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, tokens_BTE: Tensor, positions_BT: Tensor) -> tuple[Tensor, None]:
+        tokens, longest = tokens_BTE.shape[1], self.vectors.num_embeddings
+        if tokens > longest:
+            raise ValueError(f"{tokens} tokens, but max_position_embeddings={longest}: shorten the text")
+        return tokens_BTE + self.vectors(positions_BT), None
+
+
+class RotaryPositions(nn.Module):
+    """Angles by which queries and keys rotate (Su et al. 2021, arXiv 2104.09864).
+
+    The frequencies are computed at each call: a buffer would come back as garbage from `from_pretrained`
+    and would be rounded by `.to(torch.bfloat16)`.
+    """
+
+    def __init__(self, config: NormFreeConfig) -> None:
+        super().__init__()
+        self.rotary_dim = config.rotary_dim
+        self.base = config.rotary_base
+
+    def forward(self, tokens_BTE: Tensor, positions_BT: Tensor) -> tuple[Tensor, Rotation]:
+        device = tokens_BTE.device
+        exponents = torch.arange(0, self.rotary_dim, 2, device=device, dtype=torch.float32) / self.rotary_dim
+        angles = positions_BT[:, None, :, None].float() / self.base**exponents
+        angles_B1TR = torch.cat([angles, angles], dim=-1)
+        return tokens_BTE, (angles_B1TR.cos(), angles_B1TR.sin())
+
+
+POSITIONS = {"learned": LearnedPositions, "rotary": RotaryPositions}
+
+
+def rotate(states_BHTD: Tensor, rotation: Rotation) -> Tensor:
+    """Rotate the first R dimensions of each head in float32; dimension i pairs with i + R/2 (GPT-NeoX)."""
+    cos_B1TR, sin_B1TR = rotation
+    rotary_dim = cos_B1TR.shape[-1]
+    turning, still = states_BHTD[..., :rotary_dim], states_BHTD[..., rotary_dim:]
+    first, second = turning.chunk(2, dim=-1)
+    turned = turning * cos_B1TR + torch.cat([-second, first], dim=-1) * sin_B1TR
+    return torch.cat([turned.to(states_BHTD.dtype), still], dim=-1)
+
+
+class QueryKeyBiasLinear(nn.Linear):
+    """Queries, keys and values in one matmul; only queries and keys have a bias."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(hidden_size, 3 * hidden_size, bias=False)
+        self.bias = nn.Parameter(torch.empty(2 * hidden_size))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight, F.pad(self.bias, (0, self.in_features)))
+
+
+QKV_PROJECTIONS = {
+    "none": lambda hidden_size: nn.Linear(hidden_size, 3 * hidden_size, bias=False),
+    "qk": QueryKeyBiasLinear,
+    "all": lambda hidden_size: nn.Linear(hidden_size, 3 * hidden_size),
+}
+
+
+class ResidualLinear(nn.Linear):
+    """A projection that writes to the residual stream; `residual_init` scales its start."""
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query_BHTD: Tensor,
+    key_BHSD: Tensor,
+    value_BHSD: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention written out, for `attn_implementation="eager"`: (B, T, H, D) and the weights (B, H, T, S)."""
+    scores_BHTS = query_BHTD @ key_BHSD.mT * scaling
+    if attention_mask is not None:
+        scores_BHTS = scores_BHTS + attention_mask
+    weights_BHTS = F.softmax(scores_BHTS, dim=-1, dtype=torch.float32).to(value_BHSD.dtype)
+    weights_BHTS = F.dropout(weights_BHTS, p=dropout, training=module.training)
+    return (weights_BHTS @ value_BHSD).transpose(1, 2), weights_BHTS
+
+
+class Attention(nn.Module):
+    """Causal softmax attention through transformers' AttentionInterface."""
+
+    def __init__(self, config: NormFreeConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = True
+        self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
+        self.qkv = QKV_PROJECTIONS[config.bias](config.hidden_size)
+        self.output = ResidualLinear(config.hidden_size, config.hidden_size, bias=config.bias == "all")
+        self.dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(
+        self,
+        hidden_BTE: Tensor,
+        *,
+        attention_mask: Tensor | None,
+        rotation: Rotation | None,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        batch, tokens, _ = hidden_BTE.shape
+        qkv_3BHTD = self.qkv(hidden_BTE).view(batch, tokens, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        query_BHTD, key_BHSD, value_BHSD = qkv_3BHTD.unbind(0)
+        if rotation is not None:
+            query_BHTD, key_BHSD = rotate(query_BHTD, rotation), rotate(key_BHSD, rotation)
+        if past_key_values is not None:
+            key_BHSD, value_BHSD = past_key_values.update(key_BHSD, value_BHSD, self.layer_idx)
+        chosen = self.config._attn_implementation or "eager"
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(chosen, eager_attention_forward)
+        mixed_BTHD, weights_BHTS = attend(
+            self,
+            query_BHTD,
+            key_BHSD,
+            value_BHSD,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            **kwargs,
+        )
+        return self.dropout(self.output(mixed_BTHD.reshape(batch, tokens, -1))), weights_BHTS
+
+
+class FeedForward(nn.Module):
+    """Widen, activate, project back."""
+
+    def __init__(self, config: NormFreeConfig, layer_idx: int) -> None:
+        super().__init__()
+        width = config.intermediate_size
+        assert width is not None, "NormFreeConfig fills intermediate_size"
+        self.input = nn.Linear(config.hidden_size, width, bias=config.bias == "all")
+        self.activation = ACTIVATIONS[config.layer_activations[layer_idx]](config)
+        self.output = ResidualLinear(width, config.hidden_size, bias=config.bias == "all")
+        self.dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(self, hidden_BTE: Tensor, shared_slope: Tensor | None) -> Tensor:
+        features_BTF = self.activation(self.input(hidden_BTE), shared_slope)
+        return self.dropout(self.output(features_BTF))
+
+
+class Block(GradientCheckpointingLayer):
+    """What both residual forms share.
+
+    Tensors that need gradients are positional: reentrant checkpointing loses gradients of keywords.
+    """
+
+    def __init__(self, config: NormFreeConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.attention_norm = NORMS[config.norm](config)
+        self.attention = Attention(config, layer_idx)
+        self.feed_forward_norm = NORMS[config.norm](config)
+        self.feed_forward = FeedForward(config, layer_idx)
+
+
+class SequentialBlock(Block):
+    """The feed-forward part reads what attention wrote (GPT-2)."""
+
+    def forward(self, hidden_BTE: Tensor, shared_slope: Tensor | None, **context: Any) -> Tensor:
+        hidden_BTE = hidden_BTE + self.attention(self.attention_norm(hidden_BTE), **context)[0]
+        return hidden_BTE + self.feed_forward(self.feed_forward_norm(hidden_BTE), shared_slope)
+
+
+class ParallelBlock(Block):
+    """Attention and the feed-forward part read the same input (GPT-NeoX)."""
+
+    def forward(self, hidden_BTE: Tensor, shared_slope: Tensor | None, **context: Any) -> Tensor:
+        attended_BTE = self.attention(self.attention_norm(hidden_BTE), **context)[0]
+        return hidden_BTE + attended_BTE + self.feed_forward(self.feed_forward_norm(hidden_BTE), shared_slope)
+
+
+BLOCKS = {"sequential": SequentialBlock, "parallel": ParallelBlock}
+
+
+class NormFreePreTrainedModel(PreTrainedModel):
+    """Loading, saving, and how weights start."""
+
+    config: NormFreeConfig
+    config_class = NormFreeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = [block.__name__ for block in BLOCKS.values()]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": Block, "attentions": Attention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, ResidualLinear):
+            scales = {"flat": 1.0, "scaled": (2 * self.config.num_hidden_layers) ** -0.5}
+            init.normal_(module.weight, std=self.config.initializer_range * scales[self.config.residual_init])
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+        for name, parameter in module.named_parameters(recurse=False):
+            if name.endswith("slope"):
+                init.constant_(parameter, self.config.negative_slope)
+
+    def negative_slopes(self) -> dict[str, Tensor]:
+        """Every learnable slope, by parameter name, in layer order: float32 scalars, copied.
+
+        One entry per leaky layer, a single entry for a shared slope, empty when slopes are fixed.
+        """
+        return {
+            name: parameter.detach().float().reshape(()).clone()
+            for name, parameter in self.named_parameters()
+            if name.endswith("slope")
+        }
+
+
+class NormFreeModel(NormFreePreTrainedModel):
+    """Embeddings, blocks and the final norm."""
+
+    def __init__(self, config: NormFreeConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.positions = POSITIONS[config.position](config)
+        self.dropout = nn.Dropout(config.embedding_dropout)
+        # One shared slope, registered here and handed to the blocks: see activations.py.
+        shared = config.learnable_slope == "shared"
+        self.shared_negative_slope = nn.Parameter(torch.empty(1)) if shared else None
+        self.layers = nn.ModuleList(
+            BLOCKS[config.residual](config, index) for index in range(config.num_hidden_layers)
+        )
+        self.final_norm = NORMS[config.final_norm](config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Final hidden states (B, T, E). `position_ids` (B, T) default to 0, 1, ... after the cache."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        tokens_BTE = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=tokens_BTE,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        positions_BT = position_ids
+        if positions_BT is None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            positions_BT = (torch.arange(tokens_BTE.shape[1], device=tokens_BTE.device) + seen)[None]
+        placed_BTE, rotation = self.positions(tokens_BTE, positions_BT)
+        hidden_BTE = self.dropout(placed_BTE)
+        for block in self.layers:
+            hidden_BTE = block(
+                hidden_BTE,
+                self.shared_negative_slope,
+                attention_mask=mask,
+                rotation=rotation,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.final_norm(hidden_BTE), past_key_values=past_key_values
+        )
+
+
+class NormFreeForCausalLM(NormFreePreTrainedModel, GenerationMixin):
+    """A language model: hidden states to logits, and the loss of the next token."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: NormFreeConfig) -> None:
+        super().__init__(config)
+        self.model = NormFreeModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, T, V), and with `labels` (B, T) the mean cross-entropy in nats; -100 is left out.
+
+        `labels` are shifted here: pass `input_ids` itself. `logits_to_keep`: only the last so many
+        positions, or the positions of an index tensor; 0 keeps all.
+        """
+        outputs = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits_BTV = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            vocab_size = self.config.vocab_size
+            loss = self.loss_function(logits=logits_BTV, labels=labels, vocab_size=vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits_BTV,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )

@@ -1,0 +1,85 @@
+"""Slopes: free truths, learning, sharing."""
+
+import pytest
+import torch
+
+LEARNABLE = ["none", "per_layer", "shared"]
+
+
+@pytest.mark.parametrize("learnable", LEARNABLE)
+@pytest.mark.parametrize(("slope", "same_as"), [(0.0, "relu"), (1.0, "identity")])
+def test_leaky_relu_at_its_ends_is_relu_and_identity_bit_for_bit(build, ids, learnable, slope, same_as):
+    leaky = build(activation="leaky_relu", negative_slope=slope, learnable_slope=learnable)
+    plain = build(activation=same_as)
+    plain.load_state_dict({k: v for k, v in leaky.state_dict().items() if not k.endswith("slope")})
+    assert torch.equal(leaky(ids).logits, plain(ids).logits)
+    for model in (leaky, plain):
+        model(ids, labels=ids).loss.backward()
+    gradients = dict(leaky.named_parameters())
+    assert all(torch.equal(p.grad, gradients[name].grad) for name, p in plain.named_parameters())
+
+
+@pytest.mark.parametrize("learnable", LEARNABLE)
+def test_another_slope_changes_the_logits(build, ids, learnable):
+    gentle = build(activation="leaky_relu", negative_slope=0.1, learnable_slope=learnable)
+    steep = build(activation="leaky_relu", negative_slope=0.5, learnable_slope=learnable)
+    assert not torch.allclose(gentle(ids).logits, steep(ids).logits)
+
+
+def test_fixed_and_learnable_slopes_agree(build, ids):
+    logits = [
+        build(activation="leaky_relu", negative_slope=0.3, learnable_slope=x)(ids).logits for x in LEARNABLE
+    ]
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+
+
+def test_per_layer_slopes_are_one_parameter_each(build, ids):
+    model = build(activation="leaky_relu", learnable_slope="per_layer")
+    expected = [f"model.layers.{i}.feed_forward.activation.negative_slope" for i in range(3)]
+    assert list(model.negative_slopes()) == expected
+    model(ids, labels=ids).loss.backward()
+    assert all(model.get_parameter(name).grad.abs() > 0 for name in expected)
+
+
+def test_the_shared_slope_is_one_parameter_that_every_layer_uses(build, ids):
+    model = build(activation="leaky_relu", learnable_slope="shared")
+    assert list(model.negative_slopes()) == ["model.shared_negative_slope"]
+    separate = build(activation="leaky_relu", learnable_slope="per_layer")
+    missing = separate.load_state_dict(model.state_dict(), strict=False).missing_keys
+    assert len(missing) == 3
+    for candidate in (model, separate):
+        candidate(ids, labels=ids).loss.backward()
+    total = sum(separate.get_parameter(name).grad for name in separate.negative_slopes())
+    torch.testing.assert_close(model.model.shared_negative_slope.grad, total)
+
+
+def test_negative_slopes_are_float_copies(build):
+    model = build(activation="leaky_relu", learnable_slope="shared", negative_slope=0.25).to(torch.bfloat16)
+    slope = model.negative_slopes()["model.shared_negative_slope"]
+    assert (slope.dtype, slope.shape, slope.item()) == (torch.float32, (), 0.25)
+    slope.fill_(9.0)
+    assert model.negative_slopes()["model.shared_negative_slope"].item() == 0.25
+    assert build(activation="leaky_relu").negative_slopes() == {}
+
+
+def test_each_layer_has_the_activation_it_is_given(build, ids):
+    mixed = build(activation=["relu", "gelu", "identity"])
+    for changed in (["gelu", "gelu", "identity"], ["relu", "relu", "identity"], ["relu", "gelu", "gelu"]):
+        assert not torch.allclose(mixed(ids).logits, build(activation=changed)(ids).logits)
+    uniform = build(activation=["relu"] * 3)
+    assert torch.equal(uniform(ids).logits, build(activation="relu")(ids).logits)
+
+
+def test_only_leaky_layers_of_a_list_learn_a_slope(build):
+    model = build(activation=["relu", "leaky_relu", "gelu"], learnable_slope="per_layer")
+    assert list(model.negative_slopes()) == ["model.layers.1.feed_forward.activation.negative_slope"]
+
+
+@pytest.mark.parametrize("learnable", LEARNABLE)
+def test_slopes_train_under_bf16_autocast(build, ids, learnable):
+    model = build(activation="leaky_relu", learnable_slope=learnable).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(ids, labels=ids).loss
+    loss.backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())

@@ -1,0 +1,112 @@
+"""A NormFreeConfig that exists is one that can be built."""
+
+import pytest
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+from normfree.model import NormFreeConfig, NormFreeForCausalLM
+
+
+def test_defaults_are_the_gpt2_baseline_of_the_paper():
+    config = NormFreeConfig()
+    assert (config.num_hidden_layers, config.num_attention_heads, config.hidden_size) == (12, 12, 768)
+    assert (config.intermediate_size, config.max_position_embeddings) == (3072, 128)
+    assert (config.norm, config.final_norm, config.activation) == ("layernorm", "layernorm", "gelu")
+    assert (config.bias, config.residual_init, config.initializer_range) == ("qk", "flat", 0.02)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"nrom": "none"}, "unknown model field 'nrom'; did you mean .*norm"),
+        ({"zzzz": 1}, "unknown model field 'zzzz'; allowed: vocab_size, .*norm"),
+        ({"temperature": 0.5}, "unknown model field 'temperature'"),
+        ({"norm": "layernrom"}, "norm='layernrom'; did you mean layernorm"),
+        ({"final_norm": "batch"}, "final_norm='batch'; allowed: layernorm, none"),
+        ({"activation": "rleu"}, "activation='rleu'; did you mean relu"),
+        ({"activation": ["relu", "swish"], "num_hidden_layers": 2}, "activation='swish'; allowed: gelu, "),
+        ({"activation": ["relu"] * 3}, "activation lists 3 names, but num_hidden_layers is 12"),
+        ({"activation": []}, "activation lists 0 names, but num_hidden_layers is 12"),
+        ({"activation": [1]}, "activation=\\[1\\]; allowed: str or list of str"),
+        ({"learnable_slope": "shared"}, "learnable_slope='shared' needs activation='leaky_relu', got 'gelu'"),
+        (
+            {"learnable_slope": "global"},
+            "learnable_slope='global'; allowed: one of 'none', 'per_layer', 'shared'",
+        ),
+        ({"hidden_size": 100, "num_attention_heads": 3}, "hidden_size=100 .* num_attention_heads=3"),
+        ({"hidden_size": "768"}, "hidden_size='768'; allowed: int"),
+        ({"hidden_size": True}, "hidden_size=True; allowed: int"),
+        ({"hidden_size": 0}, "hidden_size=0 must be above 0"),
+        ({"intermediate_size": 2.5}, "intermediate_size=2.5; allowed: int or None"),
+        ({"negative_slope": "0.1"}, "negative_slope='0.1'; allowed: float"),
+        ({"use_cache": 1}, "use_cache=1; allowed: bool"),
+        ({"residual_dropout": 1.0}, "residual_dropout=1.0 must be at least 0 and below 1"),
+        ({"initializer_range": float("nan")}, "initializer_range=nan must be above 0"),
+        ({"position": "rotary", "rotary_share": 0}, "position='rotary' needs rotary_share above 0"),
+        ({"position": "rotary", "rotary_share": 1.5}, "position='rotary' needs rotary_share above 0"),
+        ({"position": "rotary", "rotary_share": 3 / 64}, "rotary_share=0.046875 .*hidden_size=768 .* is 3:"),
+        ({"position": "rotary", "rotary_share": 0.3}, "rotary_share=0.3 .* is 19.2:"),
+    ],
+)
+def test_a_wrong_field_is_refused_with_what_is_allowed(fields, words):
+    with pytest.raises(ValueError, match=words):
+        NormFreeConfig(**fields)
+
+
+def test_keys_of_transformers_pass():
+    config = NormFreeConfig(
+        torch_dtype="float32",
+        architectures=["X"],
+        auto_map={"AutoConfig": "configuration.NormFreeConfig"},
+        _name_or_path="somewhere",
+        transformers_version="5.0.0",
+        attn_implementation="eager",
+        num_labels=3,
+    )
+    assert config._attn_implementation == "eager"
+    assert set(PreTrainedConfig().to_dict()) <= set(NormFreeConfig(**PreTrainedConfig().to_dict()).to_dict())
+
+
+def test_integers_are_taken_where_a_float_is_meant():
+    config = NormFreeConfig(negative_slope=1, activation="leaky_relu")
+    assert config.negative_slope == 1.0
+    assert type(config.negative_slope) is float
+
+
+def test_a_default_slope_beside_another_activation_is_no_contradiction():
+    assert NormFreeConfig(negative_slope=0.1, activation="relu").layer_activations == ["relu"] * 12
+
+
+def test_a_config_survives_a_file(tmp_path):
+    activations = ["relu", "leaky_relu", "gelu"]
+    config = NormFreeConfig(
+        num_hidden_layers=3,
+        activation=activations,
+        learnable_slope="per_layer",
+        position="rotary",
+        norm="none",
+    )
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is NormFreeConfig
+    assert loaded.to_dict() | {"_name_or_path": ""} == config.to_dict() | {"_name_or_path": ""}
+
+
+def test_the_gpt2_baseline_has_the_parameters_of_the_closed_form():
+    config = NormFreeConfig()
+    layers, width, tokens = config.num_hidden_layers, config.hidden_size, config.max_position_embeddings
+    embeddings = (config.vocab_size + tokens) * width
+    matrices = 3 * width**2 + width**2 + 2 * 4 * width**2
+    query_key_bias, norms = 2 * width, 2 * 2 * width
+    expected = embeddings + layers * (matrices + query_key_bias + norms) + 2 * width
+    model = meta_model(config)
+    assert model.num_parameters() == expected
+    assert meta_model(NormFreeConfig(norm="none")).num_parameters() == expected - layers * norms
+    assert meta_model(NormFreeConfig(bias="none")).num_parameters() == expected - layers * query_key_bias
+    all_biases = meta_model(NormFreeConfig(bias="all")).num_parameters()
+    assert all_biases == expected + layers * (width + width + 4 * width + width)
+
+
+def meta_model(config):
+    with torch.device("meta"):
+        return NormFreeForCausalLM(config)

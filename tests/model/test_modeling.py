@@ -1,0 +1,199 @@
+"""What the decoder promises: causality, caching, padding, initial weights, gradients."""
+
+import pytest
+import torch
+
+from normfree.model import NormFreeConfig, NormFreeForCausalLM
+
+FORMS = [
+    pytest.param(
+        {"position": position, "residual": residual, "norm": norm},
+        id=f"{position}-{residual}-{norm}",
+    )
+    for position in ("learned", "rotary")
+    for residual in ("sequential", "parallel")
+    for norm in ("layernorm", "none")
+]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("form", FORMS)
+def test_no_gradient_flows_from_a_position_to_later_tokens(build, ids, form, attention):
+    model = build(attention=attention, **form)
+    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+    for position in (0, 5, 11):
+        logits = model(inputs_embeds=embeddings).logits
+        (gradient,) = torch.autograd.grad(logits[:, position].square().sum(), embeddings)
+        reached = gradient.abs().sum(-1) > 0
+        assert reached[:, : position + 1].all()
+        assert not reached[:, position + 1 :].any()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_sdpa_and_eager_attention_agree(build, ids, form):
+    torch.testing.assert_close(build(**form)(ids).logits, build(attention="eager", **form)(ids).logits)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_padding_does_not_change_real_tokens(build, ids, form):
+    model = build(**form)
+    alone = model(ids[:1, 4:]).logits
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    left = model(ids, attention_mask=mask, position_ids=positions).logits[:1, 4:]
+    torch.testing.assert_close(left, alone)
+    right = model(ids.roll(-4, 1), attention_mask=mask.flip(1)).logits[:1, :8]
+    torch.testing.assert_close(right, alone)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_generation_with_and_without_cache_agrees(build, ids, form):
+    model = build(**form)
+    options = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+    cached = model.generate(ids, use_cache=True, **options)
+    assert cached.shape == (2, 22)
+    assert torch.equal(cached, model.generate(ids, use_cache=False, **options))
+
+
+def test_generation_from_left_padding_continues_the_text(build, ids):
+    model = build()
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    together = model.generate(ids, attention_mask=mask, **options)
+    assert torch.equal(together[:1, 12:], model.generate(ids[:1, 4:], **options)[:, 8:])
+
+
+def test_learned_positions_and_rotation_tell_orders_apart(build, ids):
+    swapped = ids.clone()
+    swapped[:, [0, 1]] = ids[:, [1, 0]]
+    for position in ("learned", "rotary"):
+        model = build(position=position, num_hidden_layers=1)
+        assert not torch.allclose(model(ids).logits[:, -1], model(swapped).logits[:, -1])
+
+
+def test_rotation_depends_on_distances_only(build, ids):
+    model = build(position="rotary", rotary_share=0.5)
+    shifted = torch.arange(12)[None].expand(2, -1) + 1000
+    torch.testing.assert_close(
+        model(ids, position_ids=shifted).logits, model(ids).logits, atol=1e-4, rtol=1e-4
+    )
+
+
+def test_more_tokens_than_learned_positions_are_refused(build):
+    with pytest.raises(ValueError, match="33 tokens, but max_position_embeddings=32"):
+        build()(torch.zeros(1, 33, dtype=torch.long))
+
+
+def test_loss_is_the_mean_cross_entropy_of_the_next_token(build, ids):
+    model = build()
+    output = model(ids, labels=ids)
+    chosen = output.logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])
+    torch.testing.assert_close(output.loss, -chosen.mean())
+    halves = model(ids, labels=ids, num_items_in_batch=44).loss
+    torch.testing.assert_close(halves, output.loss / 2)
+
+
+def test_logits_to_keep_are_the_last_ones(build, ids):
+    model = build()
+    full = model(ids).logits
+    torch.testing.assert_close(model(ids, logits_to_keep=2).logits, full[:, -2:])
+    torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([3, 7])).logits, full[:, [3, 7]])
+
+
+def test_recorded_outputs_have_one_entry_per_layer(build, ids):
+    output = build(attention="eager")(ids, output_hidden_states=True, output_attentions=True)
+    assert len(output.hidden_states) == 4
+    assert [tuple(weights.shape) for weights in output.attentions] == [(2, 4, 12, 12)] * 3
+    torch.testing.assert_close(output.attentions[0].sum(-1), torch.ones(2, 4, 12))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("residual", ["sequential", "parallel"])
+def test_gradient_checkpointing_gives_equal_gradients(build, ids, residual, reentrant):
+    def gradients(checkpointing):
+        model = build(residual=residual, activation="leaky_relu", learnable_slope="shared").train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        model(ids, labels=ids).loss.backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    plain, checkpointed = gradients(False), gradients(True)
+    assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
+
+
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[-1]])
+def test_compiles_without_graph_breaks(build, ids, form):
+    model = build(**form)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids).logits)
+
+
+# Importing torch's inductor warns about torch itself.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@pytest.mark.slow
+def test_inductor_gives_the_same_gradients(build, ids):
+    plain = build(activation="leaky_relu", learnable_slope="shared").train()
+    other = build(activation="leaky_relu", learnable_slope="shared").train()
+    torch.compiler.reset()
+    torch.compile(other, fullgraph=True)(ids, labels=ids).loss.backward()
+    plain(ids, labels=ids).loss.backward()
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(other.get_parameter(name).grad, parameter.grad, msg=name)
+
+
+def test_training_builds_no_cache_unless_asked(build, ids):
+    model = build().train()
+    assert model(ids).past_key_values is None
+    assert model(ids, use_cache=True).past_key_values is not None
+    assert model.eval()(ids).past_key_values is not None
+
+
+def test_dropout_acts_in_training_only(build, ids):
+    for name in ("embedding_dropout", "attention_dropout", "residual_dropout"):
+        model = build(**{name: 0.5})
+        assert torch.equal(model(ids).logits, model(ids).logits), name
+        assert not torch.equal(model.train()(ids).logits, model(ids).logits), name
+
+
+@pytest.mark.parametrize("residual_init", ["flat", "scaled"])
+def test_weights_start_as_stated(residual_init):
+    fields = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 500}
+    config = NormFreeConfig(**fields, residual_init=residual_init, initializer_range=0.05, bias="all")
+    residual_std = 0.05 / 2 if residual_init == "scaled" else 0.05
+    for name, parameter in NormFreeForCausalLM(config).named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+        elif "norm" in name:
+            assert (parameter == 1).all(), name
+        else:
+            expected = residual_std if ".output." in name else 0.05
+            assert parameter.std().item() == pytest.approx(expected, rel=0.03), name
+
+
+def test_variants_of_one_seed_start_from_the_same_matrices():
+    def start(**fields):
+        torch.manual_seed(5)
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61}
+        return NormFreeForCausalLM(NormFreeConfig(**sizes, **fields)).state_dict()
+
+    reference = start()
+    shared_slope = {"activation": "leaky_relu", "learnable_slope": "shared"}
+    for fields in ({"norm": "none"}, {"activation": "relu"}, shared_slope):
+        other = start(**fields)
+        assert all(torch.equal(other[name], reference[name]) for name in reference.keys() & other.keys())
+
+
+def test_bias_qk_leaves_values_without_bias(build, ids):
+    qk, everything = build(bias="qk"), build(bias="all")
+    weights = dict(qk.state_dict())
+    for name, tensor in everything.state_dict().items():
+        if name.endswith("qkv.bias"):
+            weights[name] = torch.cat([weights[name], torch.zeros(32)])
+        elif name not in weights:
+            weights[name] = torch.zeros_like(tensor)
+    everything.load_state_dict(weights)
+    torch.testing.assert_close(everything(ids).logits, qk(ids).logits)
+    assert qk.model.layers[0].attention.qkv.bias.abs().sum() > 0
