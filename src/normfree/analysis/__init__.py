@@ -1,0 +1,62 @@
+"""What the numbers of runs mean: ceilings, ranges of entropy, verdicts, spread over seeds. No torch."""
+
+from normfree.analysis.entropy import (
+    NORMALISERS,
+    RANGES,
+    Heads,
+    RangeCounts,
+    causal_ceiling,
+    final_heads,
+    layer_means,
+    normaliser_maxima,
+    probed_heads,
+    range_counts,
+    shares_of_ceiling,
+)
+from normfree.analysis.groups import BASELINE, Group, group_runs, is_over
+from normfree.analysis.seeds import Difference, Summary, paired_difference, student_t_95, summarise
+from normfree.analysis.verdicts import (
+    COLLAPSE_NATS,
+    OVERLOAD_SHARE,
+    SLOPE_SPREAD,
+    Collapse,
+    Overload,
+    Slopes,
+    collapse,
+    fixed_slope,
+    overload,
+    slopes,
+)
+
+__all__ = [
+    "BASELINE",
+    "COLLAPSE_NATS",
+    "NORMALISERS",
+    "OVERLOAD_SHARE",
+    "RANGES",
+    "SLOPE_SPREAD",
+    "Collapse",
+    "Difference",
+    "Group",
+    "Heads",
+    "Overload",
+    "RangeCounts",
+    "Slopes",
+    "Summary",
+    "causal_ceiling",
+    "collapse",
+    "final_heads",
+    "fixed_slope",
+    "group_runs",
+    "is_over",
+    "layer_means",
+    "normaliser_maxima",
+    "overload",
+    "paired_difference",
+    "probed_heads",
+    "range_counts",
+    "shares_of_ceiling",
+    "slopes",
+    "student_t_95",
+    "summarise",
+]

@@ -1,0 +1,140 @@
+"""Which runs may stand in one table, and which of them are seeds of the same thing."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from normfree.config import VARIANT_MODEL_FIELDS, VARIANT_TRAIN_FIELDS, WATCHING_TRAIN_FIELDS
+from normfree.records import Run
+
+BASELINE = "SM+LN+G"
+_PAPER_ORDER = (BASELINE, "SM+LN+R", "SM+G", "SM+R", "SM+LN", "SM")
+_VARIANT_KEYS = tuple(f"model.{name}" for name in VARIANT_MODEL_FIELDS) + tuple(
+    f"train.{name}" for name in VARIANT_TRAIN_FIELDS
+)
+_NOT_RECIPE = (
+    *("study", "variant", "label", "tag", "seed", "data.expected_fingerprint"),
+    *(f"train.{name}" for name in WATCHING_TRAIN_FIELDS),
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The seeds of one variant under one recipe."""
+
+    name: str
+    """The variant in the paper's notation, and what tells it from its namesakes under mix=true."""
+    label: str
+    recipe: str
+    runs: tuple[Run, ...]
+    """Finished and diverged runs, one a seed."""
+    unfinished: tuple[Run, ...]
+    """Running, interrupted or failed: they have no result."""
+    repeated: tuple[Run, ...]
+    """Runs of a seed that `runs` already has; they would pretend to be another seed."""
+
+    @property
+    def shown(self) -> Run | None:
+        """The run whose heads are drawn: the first seed that finished, else the first that diverged."""
+        return next((run for run in self.runs if run.status == "finished"), next(iter(self.runs), None))
+
+    @property
+    def perplexities(self) -> dict[Hashable, float]:
+        """Final perplexity by seed and order of the data; NaN for a diverged run."""
+        return {_seed(run): run.perplexity for run in self.runs}
+
+
+def is_over(run: Run) -> bool:
+    """Whether a run has a result: it finished, or it diverged."""
+    return run.status in ("finished", "diverged")
+
+
+def group_runs(runs: Sequence[Run], *, mix: bool = False) -> list[Group]:
+    """Runs of one variant and recipe together, in the paper's order, then by name.
+
+    Raises ValueError when the runs differ in precision or in any other part of the recipe, unless `mix`:
+    then recipes stand in rows of their own, named by what tells them apart.
+    """
+    if not runs:
+        raise ValueError("no runs given: give a run folder or a folder of runs")
+    differing = _differing(runs)
+    # Recipe fingerprints settle what the listed fields might miss.
+    if not mix and (differing or len({run.facts["recipe"] for run in runs}) > 1):
+        named = "; ".join(f"{key}: {', '.join(values)}" for key, values in differing.items())
+        raise ValueError(
+            f"these runs differ in their recipe ({named or 'recipe fingerprints differ'}): "
+            "give runs of one recipe, or mix=true to show them side by side"
+        )
+    members: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        # The data order is a replicate as the seed is, so it does not split a group.
+        key = (run.label, *(value for name, value in sorted(_flat(run).items()) if name != "data_seed"))
+        members.setdefault(key, []).append(run)
+    names = _names(list(members.values()))
+    groups = [_group(name, found) for name, found in zip(names, members.values(), strict=True)]
+    return sorted(groups, key=lambda group: (_rank(group.label), group.name))
+
+
+def _group(name: str, found: list[Run]) -> Group:
+    chosen: dict[Hashable, Run] = {}
+    over = [run for run in found if is_over(run)]
+    for run in over:
+        chosen.setdefault(_seed(run), run)
+    kept = tuple(chosen.values())
+    return Group(
+        name=name,
+        label=found[0].spec["label"],
+        recipe=found[0].facts["recipe"],
+        runs=kept,
+        unfinished=tuple(run for run in found if not is_over(run)),
+        repeated=tuple(run for run in over if run not in kept),
+    )
+
+
+def _seed(run: Run) -> Hashable:
+    return run.seed, run.spec.get("data_seed", 0)
+
+
+def _rank(label: str) -> int:
+    return _PAPER_ORDER.index(label) if label in _PAPER_ORDER else len(_PAPER_ORDER)
+
+
+def _names(groups: list[list[Run]]) -> list[str]:
+    """A name for each group: its label, and what tells it from others of that label."""
+    names = []
+    for found in groups:
+        namesakes = [other[0] for other in groups if other[0].label == found[0].label]
+        flat = _flat(found[0])
+        keys = [k for k in _differing(namesakes, variants_too=True) if k != "data_seed"]
+        extra = ", ".join(f"{key.split('.')[-1]}={flat.get(key, 'unset')}" for key in keys)
+        names.append(f"{found[0].label} [{extra}]" if extra else found[0].label)
+    return names
+
+
+def _differing(runs: Iterable[Run], *, variants_too: bool = False) -> dict[str, list[str]]:
+    """Recipe keys on which runs disagree, with the values met."""
+    flats = [_flat(run) for run in runs]
+    keys = sorted({key for flat in flats for key in flat})
+    found = {}
+    for key in keys:
+        values = sorted({flat.get(key, "unset") for flat in flats})
+        if len(values) > 1 and (variants_too or key not in _VARIANT_KEYS):
+            found[key] = values
+    return found
+
+
+def _flat(run: Run) -> dict[str, str]:
+    """The spec as `train.precision -> bf16`, without what names, places or watches a run."""
+    flat: dict[str, str] = {}
+
+    def visit(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                visit(f"{prefix}.{key}" if prefix else key, item)
+        elif prefix not in _NOT_RECIPE:
+            flat[prefix] = str(value)
+
+    visit("", run.spec)
+    return flat

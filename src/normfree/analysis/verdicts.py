@@ -1,0 +1,132 @@
+"""Verdicts of one run: entropic overload, entropy collapse, slopes that moved apart.
+
+L layers, H heads, S slopes (L of them, or one that all layers share)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from normfree.analysis.entropy import Heads, shares_of_ceiling
+from normfree.records import Run
+
+OVERLOAD_SHARE = 0.75
+"""A head at or above this share of the causal ceiling is nearly uniform."""
+COLLAPSE_NATS = 0.1
+"""A head below this many nats looks at one token."""
+SLOPE_SPREAD = 0.1
+"""Per-layer slopes have moved apart when the highest is this far above the lowest."""
+
+DEFAULT_SLOPE = 0.01
+"""What a leaky ReLU has when its run does not say: torch's default, and NormFreeConfig's."""
+
+
+@dataclass(frozen=True)
+class Overload:
+    """Half or more of the heads in the first third of the layers at or above 3/4 of the causal ceiling."""
+
+    holds: bool | None
+    """None: non-finite heads could tip it either way."""
+    early_layers: int
+    share: float
+    """Share of the early heads that are known to be that high."""
+    layers: tuple[int, ...]
+    """Early layers in which half or more of the heads are that high."""
+    first_step: int | None = None
+    """First probe at which it held. Untrained heads are nearly uniform, so this is often step 0."""
+    since_step: int | None = None
+    """Start of the stretch of probes that lasts to the end, when it holds at the end."""
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """A head below 0.1 nats."""
+
+    holds: bool | None
+    """None: no finite head is that low, but some heads are not finite."""
+    heads: tuple[tuple[int, int], ...]
+    """(layer, head), both from 0."""
+    lowest_nats: float
+    first_step: int | None = None
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """Where learnable slopes ended."""
+
+    final_S: tuple[float, ...]
+    spread: float
+    """Highest minus lowest slope at the end; 0 for a shared slope."""
+    layers: tuple[int, int]
+    """Layers of the lowest and of the highest slope."""
+    diverging: bool
+    """The spread is at least 0.1 at the end, or a slope is not finite."""
+    first_step: int | None
+    """First probe at which they were that far apart."""
+
+
+def overload(heads: Heads, probes: Sequence[Heads] = ()) -> Overload:
+    """The verdict at `heads`, with its history from `probes` (oldest first)."""
+    early = math.ceil(len(heads.entropy_LH) / 3)
+    share_LH = shares_of_ceiling(heads)[:early]
+    high_LH = share_LH >= OVERLOAD_SHARE
+    unknown = int((~np.isfinite(share_LH)).sum())
+    high, half = int(high_LH.sum()), high_LH.size / 2
+    holds = True if high >= half else None if high + unknown >= half else False
+    layers = tuple(int(layer) for layer in np.flatnonzero(high_LH.mean(axis=1) >= 0.5))
+    held = [(probe.step, overload(probe).holds) for probe in probes]
+    since = None
+    for step, held_then in reversed(held if holds else []):
+        if not held_then:
+            break
+        since = step
+    return Overload(holds, early, high / high_LH.size, layers, _first(held), since)
+
+
+def collapse(heads: Heads, probes: Sequence[Heads] = ()) -> Collapse:
+    """The verdict at `heads`, with its history from `probes` (oldest first)."""
+    entropy_LH = heads.entropy_LH
+    finite = entropy_LH[np.isfinite(entropy_LH)]
+    low = tuple((int(layer), int(head)) for layer, head in np.argwhere(entropy_LH < COLLAPSE_NATS))
+    holds = True if low else None if finite.size < entropy_LH.size else False
+    held = [(probe.step, collapse(probe).holds) for probe in probes]
+    return Collapse(holds, low, float(finite.min(initial=math.inf)), _first(held))
+
+
+def slopes(run: Run) -> Slopes | None:
+    """How far the learnable slopes of a run are apart, or None when it has none."""
+    series = run.series("probe", "negative_slope")
+    if not series:
+        return None
+    history = [(step, np.atleast_1d(np.array(value, dtype=float))) for step, value in series]
+    final_S = history[-1][1]
+    return Slopes(
+        final_S=tuple(final_S.tolist()),
+        spread=float(np.ptp(final_S)),
+        layers=(int(np.argmin(final_S)), int(np.argmax(final_S))),
+        diverging=_apart(final_S),
+        first_step=_first([(step, _apart(slope_S)) for step, slope_S in history]),
+    )
+
+
+def fixed_slope(run: Run) -> float | None:
+    """The slope below 0 of a run that does not learn it: 0 for ReLU, 1 for the identity; else None."""
+    model = run.spec["model"]
+    if model.get("learnable_slope", "none") != "none":
+        return None
+    fixed = {"relu": 0.0, "identity": 1.0, "leaky_relu": model.get("negative_slope", DEFAULT_SLOPE)}
+    activation = model.get("activation")
+    return fixed.get(activation) if isinstance(activation, str) else None
+
+
+def _apart(slope_S: np.ndarray) -> bool:
+    spread = float(np.ptp(slope_S))
+    return not math.isfinite(spread) or spread >= SLOPE_SPREAD
+
+
+def _first(held: Sequence[tuple[int, bool | None]]) -> int | None:
+    return next((step for step, held_then in held if held_then), None)

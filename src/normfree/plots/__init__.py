@@ -1,0 +1,23 @@
+"""Figures: pure functions, arrays and runs in, matplotlib Axes out. Nothing here writes a file."""
+
+from normfree.plots.bars import range_bars, slope_perplexity
+from normfree.plots.curves import LAYER_COLOURS, layer_dynamics, loss_curves, nonfinite_curves, slope_curves
+from normfree.plots.heatmaps import HEATMAP_COLOURS, entropy_heatmap, heatmap_size
+from normfree.plots.style import Panel, colour_key, panel_figure, variant_styles
+
+__all__ = [
+    "HEATMAP_COLOURS",
+    "LAYER_COLOURS",
+    "Panel",
+    "colour_key",
+    "entropy_heatmap",
+    "heatmap_size",
+    "layer_dynamics",
+    "loss_curves",
+    "nonfinite_curves",
+    "panel_figure",
+    "range_bars",
+    "slope_curves",
+    "slope_perplexity",
+    "variant_styles",
+]

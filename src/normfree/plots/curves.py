@@ -1,0 +1,139 @@
+"""What happens over training: layers, losses, non-finite rows, slopes.  L layers, S slopes"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+
+from normfree.analysis import Group, Heads, layer_means
+from normfree.plots.style import GRID, MUTED, empty
+from normfree.records import Run
+
+# Middle lightness throughout, so that every line shows on white and on black; hue alone says the depth.
+LAYER_COLOURS = LinearSegmentedColormap.from_list("layers", ["#2f6fde", "#8a63c9", "#c2528f", "#d9603b", "#cf8418"])
+_MOST_POINTS = 200
+_TRAIN_WINDOWS = 50
+
+Styles = Mapping[str, Mapping[str, Any]]
+
+
+def layer_dynamics(probes: Sequence[Heads], *, ax: Axes, title: str = "") -> Axes:
+    """Mean entropy of every layer over the probes, from the first layer (blue) to the last (orange).
+
+    The dashed line is the causal ceiling. A layer with a non-finite head has no mean: its line ends, and a
+    vertical line marks the first such step.
+    """
+    if not probes:
+        return empty(ax, "no probe in this run")
+    steps = [probe.step for probe in probes]
+    mean_LN = np.array([layer_means(probe.entropy_LH) for probe in probes]).T
+    for layer, mean_N in enumerate(mean_LN):
+        _line(ax, steps, mean_N, color=_layer_colour(layer, len(mean_LN)))
+    ceiling = float(max(probe.ceiling_L.max() for probe in probes))
+    ax.axhline(ceiling, color=MUTED, linestyle="--", linewidth=1)
+    _mark_nonfinite(ax, steps, mean_LN)
+    ax.set(title=title, xlabel="step", ylabel="mean entropy (nats)", ylim=(0, 1.08 * ceiling))
+    return ax
+
+
+def loss_curves(groups: Sequence[Group], *, ax: Axes, split: str, styles: Styles, title: str = "") -> Axes:
+    """Loss of every run over training, one thin line a seed.
+
+    `split` is `train` (running mean over about a fiftieth of the points) or `validation`.
+    A cross marks where a loss was not finite; its line has a gap there.
+    """
+    drawn = False
+    for group in groups:
+        for number, run in enumerate(group.runs):
+            steps, loss = _series(run, split, "loss")
+            if not steps:
+                continue
+            shown = _running_mean(loss, max(1, len(loss) // _TRAIN_WINDOWS)) if split == "train" else loss
+            _line(ax, steps, shown, label=group.name if number == 0 else None, **styles[group.name])
+            _cross(ax, steps, loss, styles[group.name]["color"])
+            drawn = True
+    if not drawn:
+        return empty(ax, f"no {split} loss recorded")
+    ax.set(title=title, xlabel="step", ylabel="loss (nats per token)")
+    ax.legend()
+    return ax
+
+
+def nonfinite_curves(groups: Sequence[Group], *, ax: Axes, styles: Styles, title: str = "") -> Axes:
+    """Attention rows with NaN or infinity, in percent of the rows of each probe."""
+    drawn = False
+    for group in groups:
+        for number, run in enumerate(group.runs):
+            rows = dict(run.series("probe", "rows"))
+            found = [(s, _percent(v, rows[s])) for s, v in run.series("probe", "nonfinite_rows") if s in rows]
+            if found:
+                steps, share = zip(*found, strict=True)
+                label = group.name if number == 0 else None
+                ax.plot(steps, share, marker=".", markersize=4, label=label, **styles[group.name])
+                drawn = True
+    if not drawn:
+        return empty(ax, "no probe recorded")
+    ax.set(title=title, xlabel="step", ylabel="non-finite rows (%)", ylim=(-3, 103))
+    ax.legend()
+    return ax
+
+
+def slope_curves(run: Run, *, ax: Axes, title: str = "") -> Axes:
+    """Learnable slopes over training: one line a layer, or one line for a shared slope."""
+    series = run.series("probe", "negative_slope")
+    if not series:
+        return empty(ax, "no learnable slope in this run")
+    steps = [step for step, _ in series]
+    slope_SN = np.array([np.atleast_1d(np.array(value, dtype=float)) for _, value in series]).T
+    shared = len(slope_SN) == 1
+    for layer, slope_N in enumerate(slope_SN):
+        _line(ax, steps, slope_N, color=MUTED if shared else _layer_colour(layer, len(slope_SN)))
+    ax.axhline(0, color=GRID, linewidth=1.2, zorder=1)
+    _mark_nonfinite(ax, steps, slope_SN)
+    ax.set(title=title, xlabel="step", ylabel="shared slope" if shared else "slope of the layer")
+    return ax
+
+
+def _line(ax: Axes, steps: Sequence[int], values: np.ndarray, **style: Any) -> None:
+    stride = max(1, -(-len(steps) // _MOST_POINTS))
+    kept = sorted({*range(0, len(steps), stride), len(steps) - 1})
+    ax.plot(np.asarray(steps)[kept], np.asarray(values)[kept], **style)
+
+
+def _cross(ax: Axes, steps: Sequence[int], values: np.ndarray, colour: str) -> None:
+    bad = np.flatnonzero(~np.isfinite(values))
+    if bad.size:
+        ax.plot([steps[bad[0]]], [0.97], "x", color=colour, transform=ax.get_xaxis_transform(), clip_on=False)
+
+
+def _mark_nonfinite(ax: Axes, steps: Sequence[int], values_LN: np.ndarray) -> None:
+    bad = np.flatnonzero(~np.isfinite(values_LN).all(axis=0))
+    if bad.size:
+        step = steps[bad[0]]
+        ax.axvline(step, color="#b23a48", linestyle=":", linewidth=1.2)
+        ax.text(step, 0.04, f" NaN from step {step} ", color="#b23a48", transform=ax.get_xaxis_transform(),
+                ha="right" if step > steps[-1] / 2 else "left", fontsize=7.5)  # fmt: skip
+
+
+def _series(run: Run, split: str, name: str) -> tuple[list[int], np.ndarray]:
+    found = run.series(split, name)
+    return [step for step, _ in found], np.array([value for _, value in found], dtype=float)
+
+
+def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean of the last `window` values; NaN wherever one of them is not finite."""
+    padded = np.concatenate([np.repeat(values[:1], window - 1), values])
+    return np.lib.stride_tricks.sliding_window_view(padded, window).mean(axis=1)
+
+
+def _percent(bad_LH: Any, rows_LH: Any) -> float:
+    rows = np.sum(rows_LH)
+    return 100 * float(np.sum(bad_LH) / rows) if rows else float("nan")
+
+
+def _layer_colour(layer: int, layers: int) -> tuple[float, ...]:
+    return LAYER_COLOURS(layer / max(1, layers - 1))

@@ -1,0 +1,132 @@
+"""How every figure looks: colours that colour-blind readers can tell apart, sizes that a phone can show.
+
+Figures are built as objects, without pyplot, so that no state outlives a call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
+
+Panel = Callable[[Axes], Any]
+"""Draws itself into the Axes it is given."""
+
+INK = "#1b2027"
+MUTED = "#5b6470"
+GRID = "#d5dae1"
+# Blues have LayerNorm, warm and green have none; each differs from its neighbour in lightness and dash too.
+_VARIANTS = {
+    "SM+LN+G": {"color": "#0b5cad", "linestyle": "--"},
+    "SM+LN+R": {"color": "#4d9fd6", "linestyle": "-."},
+    "SM+G": {"color": "#cf5a00", "linestyle": "-"},
+    "SM+R": {"color": "#00896a", "linestyle": "-"},
+}
+_OTHERS = ("#a8428f", "#a87900", "#6d56c1", "#b23a48", "#4f7d1c", "#6b7280")
+_OTHER_LINES = ("-", "--", "-.", ":")
+
+RC: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8.5,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 8.5,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 7.5,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.4,
+    "hatch.linewidth": 0.6,
+}
+
+
+def variant_styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Line colour and dash of each name. The paper's four variants always look the same."""
+    styles: dict[str, dict[str, Any]] = {}
+    free = 0
+    for name in names:
+        if name in _VARIANTS:
+            styles[name] = _VARIANTS[name]
+        else:
+            dash = _OTHER_LINES[free // len(_OTHERS) % len(_OTHER_LINES)]
+            styles[name] = {"color": _OTHERS[free % len(_OTHERS)], "linestyle": dash}
+            free += 1
+    return styles
+
+
+def panel_figure(
+    panels: Sequence[Panel],
+    *,
+    columns: int = 2,
+    panel_inches: tuple[float, float] = (3.9, 2.9),
+    key: Callable[[Figure, list[Axes]], Any] | None = None,
+) -> Figure:
+    """Panels side by side in one figure; `key` may add a colour bar that all of them share."""
+    columns = min(columns, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    width, height = panel_inches
+    with mpl.rc_context(RC):
+        figure = Figure(figsize=(columns * width, rows * height))
+        FigureCanvasAgg(figure)
+        grid = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+        for ax, panel in zip(grid, panels, strict=False):
+            panel(ax)
+        for ax in grid[len(panels) :]:
+            ax.set_axis_off()
+        if key is not None:
+            key(figure, grid)
+        # Run once here: a figure that keeps its layout engine is drawn twice by every savefig.
+        ConstrainedLayoutEngine().execute(figure)
+    return figure
+
+
+def colour_key(
+    colours: Colormap, *, limit: tuple[float, float], label: str, whole: bool = False
+) -> Callable[[Figure, list[Axes]], Any]:
+    """A horizontal colour bar for `panel_figure`; `whole` puts ticks on whole numbers only."""
+
+    def draw(figure: Figure, axes: list[Axes]) -> None:
+        scale = ScalarMappable(Normalize(*limit), colours)
+        alone = len(axes) == 1 and not axes[0].has_data()
+        place: dict[str, Any] = (
+            {"cax": axes[0]} if alone else {"ax": axes, "shrink": 0.6, "aspect": 40, "use_gridspec": False}
+        )
+        bar = figure.colorbar(scale, orientation="horizontal", label=label, **place)
+        if whole:
+            bar.locator = MaxNLocator(integer=True)
+            bar.update_ticks()
+        bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+
+    return draw
+
+
+def empty(ax: Axes, text: str) -> Axes:
+    """An Axes that says in words that there is nothing to draw."""
+    ax.text(0.5, 0.5, text, ha="center", va="center", transform=ax.transAxes, color=MUTED, wrap=True)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    return ax

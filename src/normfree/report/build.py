@@ -1,0 +1,80 @@
+"""Run folders in, a folder with a page out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from normfree import tables
+from normfree.analysis import group_runs
+from normfree.manifest import write_atomically
+from normfree.records import Run
+from normfree.report.figures import FIGURES, PageFigure, main_figures, slope_figures
+from normfree.report.page import main_page, slopes_page
+from normfree.report.render import to_pdf, to_png
+
+TABLES = ("perplexity", "differences", "ranges", "verdicts", "runs", "slopes")
+_SPELLINGS = {"md": tables.to_markdown, "tex": tables.to_latex, "csv": tables.to_csv}
+
+
+def build_report(runs: Sequence[Run], output: Path, *, mix: bool = False) -> Path:
+    """Write `output`/index.html, slopes.html if a run has a slope, figures/*.pdf|png and tables/*.md|tex|csv.
+
+    The same runs give the same bytes. Every file is replaced as a whole and index.html comes last; what an
+    earlier report of other runs wrote under these names is removed. Returns the path of index.html.
+
+    Raises ValueError when there is no run, or when runs differ in precision or recipe and `mix` is false.
+    """
+    groups = group_runs(runs, mix=mix)
+    ordered = [run for group in groups for run in (*group.runs, *group.unfinished)]
+    with_slopes = any(tables.is_leaky(run) for run in ordered)
+    written = {
+        "perplexity": tables.perplexity_table(groups),
+        "differences": tables.difference_table(groups),
+        "ranges": tables.range_table(groups),
+        "verdicts": tables.verdict_table(ordered),
+        "runs": tables.run_table(ordered),
+    }
+    drawn = main_figures(groups)
+    pages = {}
+    if with_slopes:
+        written["slopes"] = tables.slope_table(groups)
+        slopes_drawn = slope_figures(groups)
+        pages["slopes.html"] = slopes_page(groups, written["slopes"], slopes_drawn)
+        drawn = [*drawn, *slopes_drawn]
+    pages["index.html"] = main_page(groups, written, drawn, with_slopes=with_slopes)
+    kept = _write_tables(list(written.values()), output) | _write_figures(drawn, output)
+    for name, text in pages.items():
+        write_atomically(output / name, text)
+    _remove_others(output, kept | {output / name for name in pages})
+    return output / "index.html"
+
+
+def _write_tables(written: Sequence[tables.Table], output: Path) -> set[Path]:
+    kept = set()
+    for table in written:
+        for suffix, spell in _SPELLINGS.items():
+            path = output / "tables" / f"{table.name}.{suffix}"
+            write_atomically(path, spell(table))
+            kept.add(path)
+    return kept
+
+
+def _write_figures(drawn: Sequence[PageFigure], output: Path) -> set[Path]:
+    kept = set()
+    for figure in drawn:
+        whole = figure.whole()
+        for suffix, render in (("pdf", to_pdf), ("png", to_png)):
+            path = output / "figures" / f"{figure.name}.{suffix}"
+            write_atomically(path, render(whole))
+            kept.add(path)
+    return kept
+
+
+def _remove_others(output: Path, kept: set[Path]) -> None:
+    """Remove what an earlier report wrote and this one did not; never a file of another name."""
+    ours = {output / "slopes.html"}
+    ours |= {output / "figures" / f"{name}.{suffix}" for name in FIGURES for suffix in ("pdf", "png")}
+    ours |= {output / "tables" / f"{name}.{suffix}" for name in TABLES for suffix in _SPELLINGS}
+    for path in ours - kept:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,288 @@
+"""Which figures the report has, and the sentence that says how to read each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.colors import Colormap
+from matplotlib.figure import Figure
+
+from normfree import plots, published
+from normfree.analysis import (
+    NORMALISERS,
+    Group,
+    Heads,
+    causal_ceiling,
+    final_heads,
+    fixed_slope,
+    normaliser_maxima,
+    probed_heads,
+    range_counts,
+    shares_of_ceiling,
+)
+from normfree.tables import has_slope
+
+FIGURES = (
+    "heatmaps",
+    "published",
+    "dynamics",
+    "ranges",
+    "losses",
+    "nonfinite",
+    "slope-trajectories",
+    "slope-perplexity",
+)
+_LINES_PER_PANEL = 6
+
+
+@dataclass(frozen=True)
+class Key:
+    """A colour bar that all panels share."""
+
+    colours: Colormap
+    limit: tuple[float, float]
+    label: str
+    whole: bool = False
+
+    def draw(self) -> Callable[[Figure, list[Axes]], Any]:
+        return plots.colour_key(self.colours, limit=self.limit, label=self.label, whole=self.whole)
+
+
+@dataclass(frozen=True)
+class PageFigure:
+    """Panels that belong together: flowing side by side on the page, one grid in the files."""
+
+    name: str
+    title: str
+    caption: str
+    panels: tuple[plots.Panel, ...]
+    panel_inches: tuple[float, float] = (3.9, 2.9)
+    columns: int = 2
+    key: Key | None = None
+
+    def whole(self) -> Figure:
+        """All panels and the colour bar in one figure."""
+        key = self.key.draw() if self.key else None
+        return plots.panel_figure(self.panels, columns=self.columns, panel_inches=self.panel_inches, key=key)
+
+    def parts(self) -> Iterator[Figure]:
+        """One figure a panel."""
+        for panel in self.panels:
+            yield plots.panel_figure([panel], panel_inches=self.panel_inches)
+
+    def key_part(self) -> Figure | None:
+        """The colour bar alone."""
+        if self.key is None:
+            return None
+        return plots.panel_figure([lambda ax: ax], panel_inches=(3.9, 0.62), key=self.key.draw())
+
+
+def main_figures(groups: Sequence[Group]) -> list[PageFigure]:
+    """The figures of index.html, without those that have nothing to show."""
+    found = (
+        _heatmaps(groups),
+        _published(groups),
+        _dynamics(groups),
+        _ranges(groups),
+        _losses(groups),
+        _nonfinite(groups),
+    )
+    return [figure for figure in found if figure is not None]
+
+
+def slope_figures(groups: Sequence[Group]) -> list[PageFigure]:
+    """The figures of slopes.html, without those that have nothing to show."""
+    found = (_trajectories(groups), _slope_perplexity(groups))
+    return [figure for figure in found if figure is not None]
+
+
+def _heatmaps(groups: Sequence[Group]) -> PageFigure | None:
+    measured = _measured(groups)
+    if not measured:
+        return None
+    ceiling = max(float(heads.ceiling_L.max()) for _, heads in measured)
+    early = [f"{group.name} (step {heads.step})" for group, heads in measured if heads.split != "final"]
+    note = f" Taken from the newest probe, not from a final measurement: {', '.join(early)}." if early else ""
+    return PageFigure(
+        name="heatmaps",
+        title="Entropy of every head",
+        caption="One cell a head, layers downwards: bright cells attend almost evenly to all they may "
+        f"see, dark cells to few tokens. One colour scale, up to the causal ceiling of {ceiling:.2f} nats; "
+        f"first finished seed of each variant.{note}",
+        panels=tuple(_heatmap(heads.entropy_LH, ceiling, group.name) for group, heads in measured),
+        panel_inches=_largest([heads.entropy_LH.shape for _, heads in measured]),
+        key=Key(plots.HEATMAP_COLOURS, (0, ceiling), "entropy (nats)"),
+    )
+
+
+def _published(groups: Sequence[Group]) -> PageFigure | None:
+    ceiling = causal_ceiling(published.HEATMAP_CONTEXT)
+    panels, shapes = [], []
+    for group, heads in _measured(groups):
+        theirs = published.heatmaps().get(group.label)
+        if theirs is not None:
+            panels.append(_heatmap(theirs / ceiling, 1.0, f"{group.label}, paper"))
+            panels.append(_heatmap(shares_of_ceiling(heads), 1.0, f"{group.name}, ours"))
+            shapes += [theirs.shape, heads.entropy_LH.shape]
+    if not panels:
+        return None
+    return PageFigure(
+        name="published",
+        title="The paper's heads beside ours",
+        caption="Entropies as shares of each model's own causal ceiling, so that 1 means evenly spread over "
+        f"the past in both; compare where the bright layers lie, not single heads. {published.SOURCE}.",
+        panels=tuple(panels),
+        panel_inches=_largest(shapes),
+        key=Key(plots.HEATMAP_COLOURS, (0, 1), "entropy (share of the causal ceiling)"),
+    )
+
+
+def _dynamics(groups: Sequence[Group]) -> PageFigure | None:
+    shown = [(group, probes) for group in groups if group.shown and (probes := probed_heads(group.shown))]
+    if not shown:
+        return None
+    layers = max(len(probes[-1].entropy_LH) for _, probes in shown)
+    return PageFigure(
+        name="dynamics",
+        title="Entropy of the layers over training",
+        caption="One line a layer, blue for the first and orange for the last; lines that stay at the dashed "
+        "causal ceiling are heads that never learned to look anywhere, lines near 0 have collapsed.",
+        panels=tuple(_layer_dynamics(probes, group.name) for group, probes in shown),
+        key=Key(plots.LAYER_COLOURS, (0, max(layers - 1, 1)), "layer", whole=True),
+    )
+
+
+def _ranges(groups: Sequence[Group]) -> PageFigure | None:
+    measured = [(g, run, heads) for g in groups for run in g.runs if (heads := final_heads(run)) is not None]
+    if not measured:
+        return None
+    contexts = [run.spec["data"]["context"] for _, run, _ in measured]
+    panels = []
+    for normaliser in NORMALISERS:
+        maxima = normaliser_maxima(normaliser, [heads for *_, heads in measured], contexts)
+        counts: dict[str, list] = {}
+        for (group, _, heads), maximum_L in zip(measured, maxima, strict=True):
+            counts.setdefault(group.name, []).append(range_counts(heads.entropy_LH, maximum_L))
+        panels.append(_range_bars({name: reduce(add, found) for name, found in counts.items()}, normaliser))
+    return PageFigure(
+        name="ranges",
+        title="Heads per range of entropy",
+        caption="Share of the heads of all seeds in each quarter of the maximum; a long bright piece is "
+        "overload. " + " ".join(f"{name}: {meaning}." for name, meaning in NORMALISERS.items()),
+        panels=tuple(panels),
+        panel_inches=(3.9, 1.3 + 0.27 * len({group.name for group, *_ in measured})),
+        columns=3,
+    )
+
+
+def _losses(groups: Sequence[Group]) -> PageFigure | None:
+    chunks = _chunks(groups)
+    if not chunks:
+        return None
+    styles = plots.variant_styles([group.name for group in groups])
+    panels = [_loss_curves(chunk, split, styles) for chunk in chunks for split in ("train", "validation")]
+    return PageFigure(
+        name="losses",
+        title="Loss",
+        caption="Lower is better; one line a seed. The training loss is a running mean over about a "
+        "fiftieth of the points, and a cross at the top marks the step where a loss stopped being finite.",
+        panels=tuple(panels),
+    )
+
+
+def _nonfinite(groups: Sequence[Group]) -> PageFigure | None:
+    chunks = _chunks([group for group in groups if any(run.series("probe", "nonfinite_rows") for run in group.runs)])
+    if not chunks:
+        return None
+    styles = plots.variant_styles([group.name for group in groups])
+    bad = sum(_bad_rows(group) for group in groups)
+    plain = "No probe found one" if bad == 0 else "A line that leaves 0 is a model that breaks"
+    return PageFigure(
+        name="nonfinite",
+        title="Non-finite attention rows",
+        caption="Rows of attention with NaN or infinity, in percent of all rows of a probe. "
+        f"{plain}. Such rows are counted here and are in no entropy.",
+        panels=tuple(_nonfinite_curves(chunk, styles) for chunk in chunks),
+    )
+
+
+def _trajectories(groups: Sequence[Group]) -> PageFigure | None:
+    learning = [(g, run) for g in groups for run in g.runs if run.series("probe", "negative_slope")]
+    if not learning:
+        return None
+    layers = max(len(run.series("probe", "negative_slope")[0][1]) for _, run in learning)
+    return PageFigure(
+        name="slope-trajectories",
+        title="Learnable slopes over training",
+        caption="One line a layer, blue for the first and orange for the last, or one grey line for a slope "
+        "that all layers share. 0 is ReLU: lines that approach it rediscover ReLU.",
+        panels=tuple(_slope_curves(run, f"{group.name}, seed {run.seed}") for group, run in learning),
+        key=Key(plots.LAYER_COLOURS, (0, layers - 1), "layer", whole=True) if layers > 1 else None,
+    )
+
+
+def _slope_perplexity(groups: Sequence[Group]) -> PageFigure | None:
+    fixed = [g for g in groups if g.runs and has_slope(g.runs[0]) and fixed_slope(g.runs[0]) is not None]
+    recipes = list(dict.fromkeys(group.recipe for group in fixed))
+    if not fixed:
+        return None
+    return PageFigure(
+        name="slope-perplexity",
+        title="Perplexity over fixed slopes",
+        caption="Without LayerNorm: 0 is ReLU and 1 the identity. Bars are the sample deviation over seeds; "
+        "NaN (2/3) means that 2 of 3 seeds diverged.",
+        panels=tuple(_slope_points([g for g in fixed if g.recipe == recipe]) for recipe in recipes),
+    )
+
+
+def _heatmap(entropy_LH: Any, ceiling: float, title: str) -> plots.Panel:
+    return lambda ax: plots.entropy_heatmap(entropy_LH, ax=ax, ceiling=ceiling, title=title)
+
+
+def _layer_dynamics(probes: Sequence[Heads], title: str) -> plots.Panel:
+    return lambda ax: plots.layer_dynamics(probes, ax=ax, title=title)
+
+
+def _range_bars(counts: dict, title: str) -> plots.Panel:
+    return lambda ax: plots.range_bars(counts, ax=ax, title=title)
+
+
+def _loss_curves(groups: Sequence[Group], split: str, styles: Any) -> plots.Panel:
+    return lambda ax: plots.loss_curves(groups, ax=ax, split=split, styles=styles, title=split.capitalize())
+
+
+def _nonfinite_curves(groups: Sequence[Group], styles: Any) -> plots.Panel:
+    return lambda ax: plots.nonfinite_curves(groups, ax=ax, styles=styles)
+
+
+def _slope_curves(run: Any, title: str) -> plots.Panel:
+    return lambda ax: plots.slope_curves(run, ax=ax, title=title)
+
+
+def _slope_points(groups: Sequence[Group]) -> plots.Panel:
+    return lambda ax: plots.slope_perplexity(groups, ax=ax)
+
+
+def _measured(groups: Sequence[Group]) -> list[tuple[Group, Heads]]:
+    """What is drawn of each group: one run's heads."""
+    return [(g, heads) for g in groups if g.shown and (heads := final_heads(g.shown)) is not None]
+
+
+def _largest(shapes: Sequence[tuple[int, ...]]) -> tuple[float, float]:
+    return plots.heatmap_size(max(shape[0] for shape in shapes), max(shape[1] for shape in shapes))
+
+
+def _chunks(groups: Sequence[Group]) -> list[list[Group]]:
+    """Few enough lines for one pair of axes."""
+    shown = [group for group in groups if group.runs]
+    return [shown[i : i + _LINES_PER_PANEL] for i in range(0, len(shown), _LINES_PER_PANEL)]
+
+
+def _bad_rows(group: Group) -> int:
+    counts = [value for run in group.runs for _, value in run.series("probe", "nonfinite_rows")]
+    return sum(sum(map(sum, rows_LH)) for rows_LH in counts)

@@ -1,0 +1,142 @@
+"""The pages' text: facts, tables and figures into the templates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
+
+from normfree import __version__
+from normfree.analysis import Group
+from normfree.records import Run
+from normfree.report.figures import PageFigure
+from normfree.report.render import to_svg
+from normfree.report.summary import sentences
+from normfree.tables import Table, to_html
+from normfree.tables.runs import duration
+
+_PAGES = Environment(
+    loader=PackageLoader("normfree.report"),
+    autoescape=select_autoescape(default_for_string=True, default=True),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+# Wider panels than this get a scroll area on narrow screens instead of letters nobody can read.
+_NARROW_INCHES = 4.2
+_PIXELS_PER_INCH = 96
+
+
+def main_page(
+    groups: Sequence[Group], tables: dict[str, Table], figures: Sequence[PageFigure], *, with_slopes: bool
+) -> str:
+    """index.html: summary, tables, figures, facts."""
+    runs = _all_runs(groups)
+    studies = _distinct(runs, lambda run: run.spec["study"])
+    return _PAGES.get_template("index.html.j2").render(
+        title=f"normfree: {', '.join(studies)}",
+        version=__version__,
+        sentences=sentences(groups),
+        study_notes=[note for note in _distinct(runs, lambda run: run.facts.get("study_note") or "") if note],
+        facts=_facts(runs),
+        tables={name: Markup(to_html(table)) for name, table in tables.items()},
+        figures={figure.name: _figure(figure) for figure in figures},
+        with_slopes=with_slopes,
+    )
+
+
+def slopes_page(groups: Sequence[Group], table: Table, figures: Sequence[PageFigure]) -> str:
+    """slopes.html: slope against perplexity, and slopes over training."""
+    studies = _distinct(_all_runs(groups), lambda run: run.spec["study"])
+    return _PAGES.get_template("slopes.html.j2").render(
+        title=f"normfree: slopes of {', '.join(studies)}",
+        version=__version__,
+        table=Markup(to_html(table)),
+        figures={figure.name: _figure(figure) for figure in figures},
+    )
+
+
+def _figure(figure: PageFigure) -> dict[str, Any]:
+    width = figure.panel_inches[0]
+    key = figure.key_part()
+    return {
+        "name": figure.name,
+        "title": figure.title,
+        "caption": figure.caption,
+        "panels": [Markup(to_svg(part, f"{figure.name}-{i}")) for i, part in enumerate(figure.parts())],
+        "key": None if key is None else Markup(to_svg(key, f"{figure.name}-key")),
+        "wide": width > _NARROW_INCHES,
+        "pixels": round(width * _PIXELS_PER_INCH),
+    }
+
+
+def _facts(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """What a reader needs to judge or repeat the runs: `(name, distinct values)`."""
+    seconds = sum(run.facts.get("wall_seconds") or 0.0 for run in runs)
+    environments = _distinct(runs, lambda run: _environment(run.facts.get("environment") or {}))
+    return [
+        ("Command", _distinct(runs, lambda run: run.facts.get("command") or "not recorded")),
+        ("Runs", [f"{len(runs)}, trained in {duration(seconds)} altogether"]),
+        ("Seeds", [", ".join(map(str, sorted({run.seed for run in runs})))]),
+        ("Order of the data", [", ".join(map(str, sorted({run.spec.get("data_seed", 0) for run in runs})))]),
+        (
+            "Tokens a run",
+            [f"{tokens:,}" for tokens in sorted({run.facts.get("tokens_seen", 0) for run in runs})],
+        ),
+        ("Precision", _distinct(runs, lambda run: run.spec["train"]["precision"])),
+        ("Model", _distinct(runs, lambda run: _model(run.facts.get("model") or {}))),
+        ("Corpus", _distinct(runs, lambda run: _corpus(run.facts["corpus"]))),
+        ("Hardware", environments),
+        ("Software", _distinct(runs, lambda run: _software(run.facts.get("environment") or {}))),
+    ]
+
+
+def _environment(facts: dict[str, Any]) -> str:
+    parts = [facts.get("processor"), _unit(facts, "cores", "cores"), _unit(facts, "threads", "threads")]
+    parts += [_unit(facts, "memory_gib", "GiB"), facts.get("device"), facts.get("platform")]
+    return ", ".join(str(part) for part in parts if part) or "not recorded"
+
+
+def _software(facts: dict[str, Any]) -> str:
+    names = ("normfree", "python", "torch", "transformers", "datasets")
+    parts = [f"{name} {facts[name]}" for name in names if facts.get(name)]
+    if facts.get("git_commit"):
+        parts.append(f"commit {str(facts['git_commit'])[:12]}")
+    return ", ".join(parts) or "not recorded"
+
+
+def _model(facts: dict[str, Any]) -> str:
+    if not facts:
+        return "not recorded"
+    return (
+        f"{facts['layers']} layers of {facts['heads']} heads, width {facts['hidden_size']}, "
+        f"{facts['parameters']:,} parameters"
+    )
+
+
+def _corpus(facts: dict[str, Any]) -> str:
+    parts = [
+        f"source {facts['source']}",
+        f"blocks of {facts['context']} tokens",
+        f"vocabulary {facts['vocab_size']:,}",
+    ]
+    for name, words in (("train_tokens", "tokens to train on"), ("validation_tokens", "held-out tokens")):
+        if facts.get(name) is not None:
+            parts.append(f"{facts[name]:,} {words}")
+    parts.append(f"unigram perplexity {facts['unigram_perplexity']:.1f}")
+    return ", ".join([*parts, f"fingerprint {facts['fingerprint'][:12]}"])
+
+
+def _unit(facts: dict[str, Any], name: str, unit: str) -> str | None:
+    value = facts.get(name)
+    return None if value is None else f"{value:g} {unit}"
+
+
+def _all_runs(groups: Sequence[Group]) -> list[Run]:
+    return [run for group in groups for run in (*group.runs, *group.unfinished)]
+
+
+def _distinct(runs: Sequence[Run], fact: Callable[[Run], str]) -> list[str]:
+    return list(dict.fromkeys(fact(run) for run in runs))

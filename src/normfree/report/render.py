@@ -1,0 +1,68 @@
+"""A matplotlib figure as bytes that are equal whenever the figure is: SVG for the page, PDF, PNG."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from normfree.plots.style import GRID, INK, MUTED
+
+# The page defines these colours twice, for light and for dark surroundings.
+_THEMED = {
+    INK: "--ink",
+    MUTED: "--muted",
+    GRID: "--grid",
+    "#0b5cad": "--blue",
+    "#4d9fd6": "--sky",
+    "#cf5a00": "--orange",
+    "#00896a": "--green",
+    "#a8428f": "--purple",
+    "#a87900": "--gold",
+    "#6d56c1": "--violet",
+    "#b23a48": "--red",
+    "#4f7d1c": "--olive",
+}
+_COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
+_ID = re.compile(r' id="([^"]*)"')
+_USED = re.compile(r'(?:url\(#|href="#)([^")]+)')
+
+
+def to_svg(figure: Figure, prefix: str) -> str:
+    """Inline SVG without prologue: text stays text, colours follow the page, ids begin with `prefix`."""
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "normfree", "svg.image_inline": True}):
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = _COMMENT.sub("", file.getvalue())
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = text[text.index("<svg") :]
+    used = set(_USED.findall(text))
+    text = _ID.sub(lambda found: f' id="{prefix}-{found[1]}"' if found[1] in used else "", text)
+    text = _USED.sub(lambda found: found[0][: -len(found[1])] + f"{prefix}-{found[1]}", text)
+    for colour, name in _THEMED.items():
+        text = text.replace(colour, f"var({name})")
+    return _responsive(re.sub(r"\n\s*", "\n", text))
+
+
+def to_pdf(figure: Figure) -> bytes:
+    """A vector file for papers, with TrueType text and no date."""
+    file = io.BytesIO()
+    with mpl.rc_context({"pdf.fonttype": 42}):
+        figure.savefig(file, format="pdf", metadata={"CreationDate": None})
+    return file.getvalue()
+
+
+def to_png(figure: Figure) -> bytes:
+    """A picture on white, 150 dots an inch."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=150, facecolor="white")
+    return file.getvalue()
+
+
+def _responsive(text: str) -> str:
+    """As wide as the box around it. The figure has the name, so the drawing is hidden from screen readers."""
+    start, end = text.index("<svg"), text.index(">")
+    head = re.sub(r' (?:width|height|xmlns(?::\w+)?|version)="[^"]*"', "", text[start:end])
+    return f'{head} aria-hidden="true" focusable="false">{text[end + 1 :]}'

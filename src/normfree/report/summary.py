@@ -1,0 +1,122 @@
+"""What was found, in sentences. Every number in them comes from the runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from normfree import published
+from normfree.analysis import Difference, Group, final_heads, overload, range_counts, summarise
+from normfree.records import Run
+from normfree.tables.results import comparable_pairs, perplexity_difference
+
+_SETTING = {"SM+R": "Without LayerNorm", "SM+LN+R": "With LayerNorm"}
+_AGAINST = {"SM+R": "SM+G", "SM+LN+R": "SM+LN+G"}
+
+
+def sentences(groups: Sequence[Group]) -> list[str]:
+    """The findings, most important first; careful where there is one seed, plain where a run diverged."""
+    found = [_comparison(a, b) for a, b in comparable_pairs(groups) if _AGAINST.get(a.label) == b.label]
+    found += [text for text in (_top_quarter(groups), _overloaded(groups)) if text]
+    found += [_diverged(group) for group in groups if _diverged_runs(group)]
+    found += [text for text in (_floor(groups), _one_seed(groups), _unfinished(groups)) if text]
+    return found
+
+
+def _comparison(ours: Group, theirs: Group) -> str:
+    difference = perplexity_difference(ours, theirs)
+    setting = f"{_SETTING[ours.label]}{_recipe_note(ours)}"
+    if difference.nonfinite:
+        return (
+            f"{setting}, ReLU and GELU cannot be compared: {difference.nonfinite} of {difference.n} pairs "
+            "of runs diverged on one side or both."
+        )
+    common = ours.perplexities.keys() & theirs.perplexities.keys()
+    a, b = (summarise([g.perplexities[key] for key in common]).mean for g in (ours, theirs))
+    verb = "below" if difference.mean < 0 else "above"
+    seeds = "1 seed" if difference.n == 1 else f"{difference.n} seeds"
+    paper = published.relative_difference(published.counterpart(ours.runs[0].spec), ours.label, theirs.label)
+    beside = "" if paper is None else f"; the paper: {100 * abs(paper):.1f} % {'below' if paper < 0 else 'above'}"
+    size = f"{100 * abs(difference.mean):.1f} %"
+    numbers = f"{a:.1f} against {b:.1f}, {seeds}{beside}"
+    text = f"{setting}, ReLU ends {size} {verb} GELU in perplexity ({numbers})"
+    if difference.n < 2:
+        return f"{text}."
+    if difference.low < 0 < difference.high:
+        return f"{text}; the 95 % interval, {_interval(difference)}, includes no difference at all."
+    return f"{text}; 95 % interval {_interval(difference)}."
+
+
+def _interval(difference: Difference) -> str:
+    return f"{100 * difference.low:+.1f} % to {100 * difference.high:+.1f} %"
+
+
+def _recipe_note(group: Group) -> str:
+    return f" ({group.name.split('[', 1)[1][:-1]})" if group.name.endswith("]") and "[" in group.name else ""
+
+
+def _top_quarter(groups: Sequence[Group]) -> str:
+    parts = []
+    for group in groups:
+        heads = final_heads(group.shown) if group.shown else None
+        if heads is not None:
+            share = range_counts(heads.entropy_LH, heads.ceiling_L).shares[-1]
+            parts.append(f"{group.name} {100 * share:.0f} %")
+    if not parts:
+        return ""
+    return f"Heads in the top quarter of the causal ceiling: {', '.join(parts)}."
+
+
+def _overloaded(groups: Sequence[Group]) -> str:
+    names = []
+    for group in groups:
+        verdicts = [overload(heads) for run in group.runs if (heads := final_heads(run)) is not None]
+        held = sum(verdict.holds is True for verdict in verdicts)
+        if held:
+            names.append(f"{group.name} ({held} of {len(verdicts)})")
+    if not any(final_heads(run) for group in groups for run in group.runs):
+        return ""
+    return f"Entropic overload of the early layers at the end: {', '.join(names) or 'in no run'}."
+
+
+def _diverged_runs(group: Group) -> list[Run]:
+    return [run for run in group.runs if run.status == "diverged"]
+
+
+def _diverged(group: Group) -> str:
+    runs = _diverged_runs(group)
+    places = []
+    for run in runs:
+        facts = run.facts.get("divergence") or {}
+        layer = "" if facts.get("layer") is None else f" in layer {facts['layer']}"
+        places.append(f"seed {run.seed} at step {facts.get('step', run.facts.get('steps_done', 0))}{layer}")
+    return f"{group.name} became non-finite in {len(runs)} of {len(group.runs)} runs: {', '.join(places)}."
+
+
+def _floor(groups: Sequence[Group]) -> str:
+    worst: tuple[float, str, float] | None = None
+    for group in groups:
+        for run in group.runs:
+            if math.isfinite(run.perplexity):
+                floor = run.facts["corpus"]["unigram_perplexity"]
+                worst = max(worst or (0.0, "", 0.0), (run.perplexity / floor, group.name, floor))
+    if worst is None:
+        return "No run finished."
+    share, name, floor = worst
+    if share < 1:
+        return (
+            f"Every finished run learned: the weakest, {name}, ends at {100 * share:.0f} % of the unigram "
+            f"perplexity of {floor:.0f}."
+        )
+    return f"{name} did not learn: it ends at {100 * share:.0f} % of the unigram perplexity of {floor:.0f}."
+
+
+def _one_seed(groups: Sequence[Group]) -> str:
+    if all(len(group.runs) < 2 for group in groups):
+        return "One seed a variant: there is no error bar, and a small difference may be chance."
+    return ""
+
+
+def _unfinished(groups: Sequence[Group]) -> str:
+    names = [f"{run.name} ({run.status})" for group in groups for run in group.unfinished]
+    return f"Left out, because not finished: {', '.join(names)}." if names else ""

@@ -1,0 +1,186 @@
+"""What came out: perplexity beside the paper's, differences over seeds, heads per range of entropy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import reduce
+from operator import add
+
+from normfree import published
+from normfree.analysis import (
+    BASELINE,
+    NORMALISERS,
+    RANGES,
+    Difference,
+    Group,
+    final_heads,
+    normaliser_maxima,
+    paired_difference,
+    range_counts,
+    summarise,
+)
+from normfree.tables.table import Column, Table
+
+COMPARISONS = (("SM+R", "SM+G"), ("SM+LN+R", "SM+LN+G"), ("SM+G", "SM+LN+G"), ("SM+R", "SM+LN+G"))
+"""Which variant against which other, as the paper discusses them."""
+
+
+def perplexity_table(groups: Sequence[Group]) -> Table:
+    """Final validation perplexity a variant: mean, sample deviation, n, change, the floor, the paper's."""
+    rows = [_perplexity_row(group, groups) for group in groups if group.runs]
+    columns = (
+        Column("Variant", numeric=False),
+        Column("Perplexity"),
+        Column("Seeds"),
+        Column(f"Against {BASELINE}"),
+        Column("Bits per byte"),
+        Column("Paper"),
+        Column(f"Paper, against {BASELINE}"),
+        Column("Paper's model", numeric=False),
+    )
+    caption = "Validation perplexity after training: mean and sample standard deviation over seeds, lower is better"
+    return Table("perplexity", caption, columns, (*rows, *_floor_rows(groups)), _notes(groups))
+
+
+def difference_table(groups: Sequence[Group]) -> Table:
+    """Relative differences of perplexity, paired by seed, with a 95 % Student-t interval."""
+    rows = []
+    for ours, theirs in comparable_pairs(groups):
+        found = perplexity_difference(ours, theirs)
+        model = published.counterpart(ours.runs[0].spec)
+        paper = published.relative_difference(model, ours.label, theirs.label)
+        interval = "-" if found.n < 2 else f"{percent(found.low)} to {percent(found.high)}"
+        cells = (
+            percent(found.mean) if not found.nonfinite else f"NaN ({found.nonfinite}/{found.n})",
+            interval,
+        )
+        if found.nonfinite:
+            cells = (cells[0], "-")
+        rows.append((f"{ours.name} against {theirs.name}", *cells, str(found.n), percent(paper)))
+    columns = (
+        Column("Comparison", numeric=False),
+        Column("Difference in perplexity"),
+        Column("95 % interval"),
+        Column("Pairs"),
+        Column("Paper"),
+    )
+    notes = (
+        "Seeds are paired: the same seed and the same order of the data on both sides. "
+        "Student's t over the pairs; one pair has no interval.",
+    )
+    return Table("differences", "Paired relative differences of perplexity", columns, tuple(rows), notes)
+
+
+def range_table(groups: Sequence[Group]) -> Table:
+    """Share of heads per quarter of the maximum under each normaliser, pooled over seeds."""
+    measured = [(g, run, heads) for g in groups for run in g.runs if (heads := final_heads(run)) is not None]
+    contexts = [run.spec["data"]["context"] for _, run, _ in measured]
+    counts: dict[tuple[str, str], list] = {}
+    highest: dict[tuple[str, str], float] = {}
+    for normaliser in NORMALISERS:
+        maxima = normaliser_maxima(normaliser, [heads for *_, heads in measured], contexts)
+        for (group, _, heads), maximum_L in zip(measured, maxima, strict=True):
+            key = (group.name, normaliser)
+            counts.setdefault(key, []).append(range_counts(heads.entropy_LH, maximum_L))
+            highest[key] = float(maximum_L.mean())
+    rows = []
+    for group in groups:
+        for normaliser in NORMALISERS:
+            if found := counts.get((group.name, normaliser)):
+                total = reduce(add, found)
+                shares = (f"{100 * share:.1f} %" for share in total.shares)
+                paper = published.RANGE_PERCENT.get(group.label) if normaliser == "observed" else None
+                beside = " / ".join(map(str, paper)) if paper else "-"
+                maximum = f"{highest[group.name, normaliser]:.3f}"
+                counted = (str(len(found)), str(total.heads), str(total.nonfinite))
+                rows.append((group.name, normaliser, maximum, *shares, *counted, beside))
+    columns = (
+        Column("Variant", numeric=False),
+        Column("Normaliser", numeric=False),
+        Column("Max (nats)"),
+        *(Column(title) for title in RANGES),
+        Column("Seeds"),
+        Column("Heads"),
+        Column("NaN heads"),
+        Column("Paper, GPT-2 125M (%)"),
+    )
+    notes = tuple(f"{name}: {meaning}." for name, meaning in NORMALISERS.items())
+    caption = "Share of heads per quarter of the maximum entropy"
+    return Table("ranges", caption, columns, tuple(rows), (*notes, "NaN heads are in no range."))
+
+
+def comparable_pairs(groups: Sequence[Group]) -> list[tuple[Group, Group]]:
+    """The groups behind each of `COMPARISONS`, under one recipe and with at least one common seed."""
+    found = []
+    for label, other in COMPARISONS:
+        for ours in groups:
+            for theirs in groups:
+                named = ours.label == label and theirs.label == other and ours.recipe == theirs.recipe
+                if named and ours.perplexities.keys() & theirs.perplexities.keys():
+                    found.append((ours, theirs))
+    return found
+
+
+def perplexity_difference(ours: Group, theirs: Group) -> Difference:
+    """Paired relative difference of final perplexity, as a share of `theirs`."""
+    return paired_difference(ours.perplexities, theirs.perplexities, relative=True)
+
+
+def percent(share: float | None) -> str:
+    """`+4.3 %`, or `-` for a share that does not exist."""
+    return "-" if share is None or math.isnan(share) else f"{100 * share:+.1f} %"
+
+
+def _perplexity_row(group: Group, groups: Sequence[Group]) -> tuple[str, ...]:
+    summary = summarise(list(group.perplexities.values()))
+    base = next((g for g in groups if g.label == BASELINE and g.recipe == group.recipe and g.runs), None)
+    baseline = math.nan if base is None else summarise(list(base.perplexities.values())).mean
+    bits = summarise([(run.facts.get("final") or {}).get("bits_per_byte", math.nan) for run in group.runs])
+    model = published.counterpart(group.runs[0].spec)
+    paper = published.PERPLEXITY[model].get(group.label)
+    return (
+        group.name,
+        summary.text(),
+        str(summary.n),
+        "baseline" if group is base else percent(summary.mean / baseline - 1),
+        bits.text(3),
+        "-" if paper is None else f"{paper:.3f}",
+        percent(published.relative_difference(model, group.label, BASELINE)),
+        "-" if paper is None else model,
+    )
+
+
+def _floor_rows(groups: Sequence[Group]) -> list[tuple[str, ...]]:
+    corpora = {run.facts["corpus"]["fingerprint"]: run.facts["corpus"] for g in groups for run in g.runs}
+    rows = []
+    for fingerprint, corpus in sorted(corpora.items()):
+        name = "Unigram" if len(corpora) == 1 else f"Unigram (corpus {fingerprint[:12]})"
+        rows.append((name, f"{corpus['unigram_perplexity']:.2f}", *["-"] * 6))
+    return rows
+
+
+def _notes(groups: Sequence[Group]) -> tuple[str, ...]:
+    notes = ["Unigram: the perplexity of token frequencies alone, the floor any model has to beat."]
+    if any(not math.isfinite(run.perplexity) for group in groups for run in group.runs):
+        notes.append("NaN (2/3): 2 of 3 seeds diverged. The others are not averaged.")
+    if any(published.PERPLEXITY[published.counterpart(g.runs[0].spec)].get(g.label) for g in groups if g.runs):
+        notes.append(
+            f"Paper: {published.SOURCE}; another corpus and size, so compare changes "
+            "(computed from its perplexities), not values."
+        )
+    mismatches = set()
+    for group in groups:
+        for run in group.runs:
+            expected = run.spec["data"].get("expected_fingerprint")
+            found = run.facts["corpus"]["fingerprint"]
+            if expected and expected != found:
+                mismatches.add(
+                    f"Corpus {found[:12]} is not the one behind the committed results ({expected[:12]}): "
+                    "compare changes with them, not perplexities."
+                )
+    notes += sorted(mismatches)
+    for group in groups:
+        notes += [f"{r.name} is left out: {r.status} at step {r.facts.get('steps_done', 0)}." for r in group.unfinished]
+        notes += [f"{run.folder} is left out: it repeats a seed of {group.name}." for run in group.repeated]
+    return tuple(notes)

@@ -1,0 +1,213 @@
+"""One row a run: verdicts, cost in time, slopes."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+import numpy as np
+
+from normfree.analysis import (
+    COLLAPSE_NATS,
+    OVERLOAD_SHARE,
+    SLOPE_SPREAD,
+    Collapse,
+    Group,
+    Overload,
+    collapse,
+    final_heads,
+    fixed_slope,
+    overload,
+    probed_heads,
+    slopes,
+    summarise,
+)
+from normfree.records import Run
+from normfree.tables.table import Column, Table
+
+
+def verdict_table(runs: Sequence[Run]) -> Table:
+    """Overload, collapse and slopes of every run that was measured, each with its layers and step."""
+    columns = (
+        Column("Run", numeric=False),
+        Column("Measured at step"),
+        Column("Overload", numeric=False),
+        Column("Collapse", numeric=False),
+        Column("Slopes", numeric=False),
+    )
+    notes = (
+        f"Overload: half or more of the heads in the first third of the layers at or above "
+        f"{100 * OVERLOAD_SHARE:.0f} % of the causal ceiling. Untrained heads are nearly uniform, so a "
+        "run may begin overloaded.",
+        f"Collapse: a head below {COLLAPSE_NATS} nats.",
+        f"Slopes: apart when the highest is {SLOPE_SPREAD} or more above the lowest.",
+        "Undecided: heads without a finite entropy could tip it. Layers and heads count from 0.",
+    )
+    rows = tuple(_verdict_row(run) for run in runs)
+    return Table("verdicts", "Verdicts on every run", columns, rows, notes)
+
+
+def run_table(runs: Sequence[Run]) -> Table:
+    """Status, steps, tokens, time and speed of every run."""
+    columns = (
+        Column("Run", numeric=False),
+        Column("Variant", numeric=False),
+        Column("Status", numeric=False),
+        Column("Steps"),
+        Column("Tokens"),
+        Column("Time"),
+        Column("Tokens per second"),
+        Column("Precision", numeric=False),
+        Column("Parameters"),
+    )
+    return Table("runs", "Runs", columns, tuple(_run_row(run) for run in runs))
+
+
+def slope_table(groups: Sequence[Group]) -> Table:
+    """Slope below 0 against perplexity and non-finite values, for fixed and learnable slopes."""
+    rows = [_slope_row(group) for group in sorted(groups, key=_by_slope) if group.runs and has_slope(group.runs[0])]
+    columns = (
+        Column("Variant", numeric=False),
+        Column("Slope at the start"),
+        Column("Slope at the end", numeric=False),
+        Column("Perplexity"),
+        Column("Seeds"),
+        Column("First non-finite step"),
+        Column("Non-finite rows"),
+    )
+    notes = (
+        "Slope 0 is ReLU and slope 1 the identity. Non-finite rows: attention rows with NaN or infinity, "
+        "summed over layers, heads and probes of all seeds.",
+    )
+    return Table("slopes", "Slope below zero, perplexity and non-finite values", columns, tuple(rows), notes)
+
+
+def has_slope(run: Run) -> bool:
+    """Whether a run belongs on the slopes page: leaky ReLU, or without norm its ends ReLU and identity."""
+    return is_leaky(run) or (run.spec["model"].get("norm") == "none" and fixed_slope(run) is not None)
+
+
+def is_leaky(run: Run) -> bool:
+    """Whether the run's activation is a leaky ReLU, with a fixed slope or a learnable one."""
+    return run.spec["model"].get("activation") == "leaky_relu"
+
+
+def first_nonfinite_step(run: Run) -> int | None:
+    """The step of the divergence, failing that of the first probe with a non-finite row."""
+    divergence = run.facts.get("divergence")
+    if divergence:
+        return divergence["step"]
+    counts = run.series("probe", "nonfinite_rows")
+    return next((step for step, rows_LH in counts if np.sum(rows_LH) > 0), None)
+
+
+def verdict_words(run: Run) -> tuple[str, str, str]:
+    """Overload, collapse and slopes of one run in words."""
+    heads = final_heads(run)
+    if heads is None:
+        return "not measured", "not measured", "-"
+    probes = probed_heads(run)
+    return (
+        _overload_words(overload(heads, probes)),
+        _collapse_words(collapse(heads, probes)),
+        _slope_words(run),
+    )
+
+
+def duration(seconds: float) -> str:
+    """`1 h 05 min`, `6 min 20 s` or `41 s`."""
+    if not math.isfinite(seconds):
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _verdict_row(run: Run) -> tuple[str, ...]:
+    heads = final_heads(run)
+    return (run.name, "-" if heads is None else str(heads.step), *verdict_words(run))
+
+
+def _overload_words(verdict: Overload) -> str:
+    share = f"{100 * verdict.share:.0f} % of the heads in layers 0-{verdict.early_layers - 1}"
+    if verdict.holds:
+        since = "" if verdict.since_step is None else f", since step {verdict.since_step}"
+        return f"yes: {share}{since}"
+    seen = "" if verdict.first_step is None else f"; it did at step {verdict.first_step}"
+    return f"{'undecided' if verdict.holds is None else 'no'}: {share}{seen}"
+
+
+def _collapse_words(verdict: Collapse) -> str:
+    if not verdict.holds:
+        seen = "" if verdict.first_step is None else f"; one was at step {verdict.first_step}"
+        return ("undecided" if verdict.holds is None else "no") + seen
+    named = ", ".join(f"layer {layer} head {head}" for layer, head in verdict.heads[:3])
+    more = f" and {len(verdict.heads) - 3} more" if len(verdict.heads) > 3 else ""
+    first = "" if verdict.first_step is None else f", first at step {verdict.first_step}"
+    return f"yes: {named}{more} (lowest {verdict.lowest_nats:.3f} nats){first}"
+
+
+def _slope_words(run: Run) -> str:
+    found = slopes(run)
+    if found is None:
+        return "-"
+    if len(found.final_S) == 1:
+        return f"one shared slope, {found.final_S[0]:.3f} at the end"
+    low, high = found.layers
+    apart = "apart" if found.diverging else "together"
+    first = "" if found.first_step is None else f", first at step {found.first_step}"
+    ends = f"from {min(found.final_S):.3f} (layer {low}) to {max(found.final_S):.3f} (layer {high})"
+    return f"{apart}: {ends}{first}"
+
+
+def _run_row(run: Run) -> tuple[str, ...]:
+    facts = run.facts
+    speeds = [v for _, v in run.series("train", "tokens_per_second") if math.isfinite(v)]
+    status, divergence = run.status, facts.get("divergence")
+    if divergence:
+        layer = "" if divergence.get("layer") is None else f", layer {divergence['layer']}"
+        status += f" at step {divergence['step']}{layer} ({divergence['kind']})"
+    return (
+        run.name,
+        run.label,
+        status,
+        f"{facts.get('steps_done', 0):,}",
+        f"{facts.get('tokens_seen', 0):,}",
+        duration(facts.get("wall_seconds") or math.nan),
+        f"{statistics.median(speeds):,.0f}" if speeds else "-",
+        run.spec["train"]["precision"],
+        f"{facts['model']['parameters']:,}" if facts.get("model") else "-",
+    )
+
+
+def _by_slope(group: Group) -> tuple[float, str]:
+    slope = fixed_slope(group.runs[0]) if group.runs else None
+    return (math.inf if slope is None else slope), group.name
+
+
+def _slope_row(group: Group) -> tuple[str, ...]:
+    fixed = fixed_slope(group.runs[0])
+    starts = {_slope_at_start(run) for run in group.runs}
+    steps = [step for run in group.runs if (step := first_nonfinite_step(run)) is not None]
+    rows = sum(int(np.sum(value)) for run in group.runs for _, value in run.series("probe", "nonfinite_rows"))
+    summary = summarise(list(group.perplexities.values()))
+    return (
+        group.name,
+        ", ".join(f"{start:g}" for start in sorted(starts)),
+        "fixed" if fixed is not None else "; ".join(_slope_words(run) for run in group.runs),
+        summary.text(),
+        str(summary.n),
+        str(min(steps)) if steps else "-",
+        f"{rows:,}",
+    )
+
+
+def _slope_at_start(run: Run) -> float:
+    fixed = fixed_slope(run)
+    if fixed is not None:
+        return fixed
+    series = run.series("probe", "negative_slope")
+    return float(np.mean(series[0][1])) if series else math.nan

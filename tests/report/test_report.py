@@ -1,0 +1,189 @@
+"""What `build_report` writes."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from normfree import published
+from normfree.analysis import group_runs
+from normfree.report import build_report
+from normfree.report.summary import sentences
+from tests.synthetic import write_run
+
+FOUR = ("SM+LN+G", "SM+LN+R", "SM+G", "SM+R")
+
+
+class Page(HTMLParser):
+    """Every start tag with its attributes."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_every_figure_and_table_is_also_a_file(report: Path) -> None:
+    figures = {"heatmaps", "published", "dynamics", "ranges", "losses", "nonfinite"}
+    figures |= {"slope-trajectories", "slope-perplexity"}
+    names = {"perplexity", "differences", "ranges", "verdicts", "runs", "slopes"}
+    expected = {f"figures/{name}.{suffix}" for name in figures for suffix in ("pdf", "png")}
+    expected |= {f"tables/{name}.{suffix}" for name in names for suffix in ("md", "tex", "csv")}
+    assert set(contents(report)) == expected | {"index.html", "slopes.html"}
+
+
+@pytest.mark.parametrize("name", ["index.html", "slopes.html"])
+def test_the_page_asks_for_nothing_from_outside(report: Path, name: str) -> None:
+    page = Page(report / name)
+    policies = [m["content"] for m in page.all("meta") if m.get("http-equiv") == "Content-Security-Policy"]
+    assert policies
+    assert (policies[0] or "").startswith("default-src 'none'")
+    assert not page.all("script") + page.all("link") + page.all("iframe")
+    for tag, attributes in page.tags:
+        for key in ("src", "href", "xlink:href"):
+            value = attributes.get(key) or ""
+            assert not re.match(r"(?:https?:)?//", value), (tag, value)
+            local = value.split("#")[0]
+            assert not local or local.startswith("data:") or (report / local).is_file()
+    assert "@import" not in (report / name).read_text()
+
+
+def test_ids_are_unique_and_references_resolve(report: Path) -> None:
+    page = Page(report / "index.html")
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    text = (report / "index.html").read_text()
+    wanted = set(re.findall(r'(?:url\(#|href="#)([^")]+)', text))
+    wanted |= {a["aria-labelledby"] for _, a in page.tags if a.get("aria-labelledby")}
+    assert wanted <= set(ids)
+
+
+def test_every_figure_has_a_name_and_a_sentence(report: Path) -> None:
+    page = Page(report / "index.html")
+    figures = page.all("figure")
+    assert len(figures) == 6
+    assert all(figure["role"] == "figure" and figure["aria-label"] for figure in figures)
+    captions = re.findall(r"<figcaption>(.*?)<span", (report / "index.html").read_text(), re.DOTALL)
+    assert len(captions) == 6
+    assert all(len(caption.strip()) > 40 for caption in captions)
+
+
+@pytest.mark.slow
+def test_four_runs_of_the_paper_s_shape_stay_under_a_megabyte(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "runs", label, shape=(12, 12), steps=1000) for label in FOUR]
+    page = build_report(runs, tmp_path / "out")
+    assert page.stat().st_size < 1_000_000
+    assert not (tmp_path / "out" / "slopes.html").exists()
+
+
+@pytest.mark.slow
+def test_the_same_runs_give_the_same_bytes_and_stale_files_go(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "runs", "SM+G"), write_run(tmp_path / "runs", "SM+leaky, fixed")]
+    output = tmp_path / "out"
+    build_report(runs[:1], output)
+    first = contents(output)
+    (output / "figures" / "mine.txt").write_text("kept")
+    build_report(runs, output)
+    assert "slopes.html" in contents(output)
+    build_report(runs[:1], output)
+    assert contents(output) == {**first, "figures/mine.txt": b"kept"}
+
+
+def test_facts_of_the_runs_stand_on_the_page(report: Path) -> None:
+    text = (report / "index.html").read_text()
+    for fact in (
+        "normfree study quick",
+        "torch 2.13.0",
+        "2 cores",
+        "fp32",
+        "vocabulary 2,048",
+        "demonstration",
+    ):
+        assert fact in text
+    assert published.SOURCE.replace("&", "&amp;") in text
+
+
+def test_a_label_cannot_write_html(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "runs", "<script>alert(1)</script>", study="x")
+    page = build_report([run], tmp_path / "out")
+    assert not Page(page).all("script")
+    assert "&lt;script&gt;alert(1)" in page.read_text()
+
+
+def test_the_summary_counts_in_words(tmp_path: Path) -> None:
+    one = group_runs([write_run(tmp_path / "one", label) for label in FOUR])
+    found = sentences(one)
+    assert found[0] == (
+        "Without LayerNorm, ReLU ends 4.2 % below GELU in perplexity "
+        "(36.1 against 37.7, 1 seed; the paper: 8.2 % below)."
+    )
+    assert found[1].startswith("With LayerNorm, ReLU ends 2.0 % above GELU")
+    assert "One seed a variant: there is no error bar, and a small difference may be chance." in found
+
+
+def test_the_summary_says_when_an_interval_includes_zero(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, "SM+G", seed=seed, perplexity=40.0) for seed in (0, 1)]
+    runs += [write_run(tmp_path, "SM+R", seed=seed, perplexity=value) for seed, value in ((0, 36.0), (1, 39.0))]
+    assert "includes no difference at all" in sentences(group_runs(runs))[0]
+
+
+def test_the_summary_compares_nothing_with_a_diverged_run(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, "SM+G", status="diverged"), write_run(tmp_path, "SM+R")]
+    found = sentences(group_runs(runs))
+    assert "cannot be compared: 1 of 1 pairs" in found[0]
+    assert "SM+G became non-finite in 1 of 1 runs: seed 0 at step 100 in layer 1." in found
+
+
+def test_a_run_that_did_not_learn_is_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "SM+G", perplexity=500.0)
+    assert any(sentence.startswith("SM+G did not learn") for sentence in sentences(group_runs([run])))
+
+
+def test_a_report_of_unfinished_runs_alone_still_builds(tmp_path: Path) -> None:
+    page = build_report([write_run(tmp_path / "runs", "SM+G", status="failed")], tmp_path / "out")
+    assert "No run finished." in page.read_text()
+
+
+def test_mixed_recipes_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / "runs", "SM+G"),
+        write_run(tmp_path / "runs", "SM+R", train={"precision": "bf16"}),
+    ]
+    with pytest.raises(ValueError, match="mix=true"):
+        build_report(runs, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_recipes_stand_side_by_side_when_asked(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "runs", "SM+G")]
+    runs += [write_run(tmp_path / "runs", "SM+G", study="half", train={"precision": "bf16"})]
+    text = build_report(runs, tmp_path / "out", mix=True).read_text()
+    assert "SM+G [precision=bf16]" in text
+    assert "SM+G [precision=fp32]" in text
+
+
+def test_a_report_needs_no_torch(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs", "SM+G", steps=40)
+    code = (
+        "import sys; from pathlib import Path; from normfree.records import find_runs\n"
+        "from normfree import build_report\n"
+        "build_report(find_runs([sys.argv[1] + '/runs']), Path(sys.argv[1]) / 'out')\n"
+        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)

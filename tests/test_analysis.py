@@ -1,0 +1,208 @@
+"""Ceilings, ranges, verdicts, seeds and groups, at the doors of `normfree.analysis`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from normfree import analysis
+from normfree.analysis import Heads
+from tests.synthetic import CONTEXT, write_run
+
+
+def heads(entropy_LH: object, *, ceiling: float = 4.0, step: int = 0) -> Heads:
+    entropy_LH = np.array(entropy_LH, dtype=float)
+    return Heads(entropy_LH, np.full(len(entropy_LH), ceiling), step, "probe")
+
+
+@pytest.mark.parametrize("context", [1, 2, 32, 128, 1024])
+def test_causal_ceiling_is_the_mean_log_of_visible_tokens(context: int) -> None:
+    rows = np.log(np.arange(1, context + 1))
+    assert analysis.causal_ceiling(context) == pytest.approx(rows.mean(), rel=1e-12, abs=1e-12)
+
+
+def test_causal_ceiling_refuses_an_empty_block() -> None:
+    with pytest.raises(ValueError, match="context=0"):
+        analysis.causal_ceiling(0)
+
+
+def test_lower_edges_belong_to_their_range_and_the_maximum_to_the_last() -> None:
+    counts = analysis.range_counts([[0.0, 0.99, 1.0], [2.0, 3.0, 4.0]], 4.0)
+    assert counts.finite_R == (2, 1, 1, 2)
+
+
+def test_a_value_that_rounding_puts_above_the_maximum_is_in_the_last_range() -> None:
+    assert analysis.range_counts([[4.0000001]], 4.0).finite_R == (0, 0, 0, 1)
+
+
+def test_heads_without_finite_entropy_are_in_no_range() -> None:
+    counts = analysis.range_counts([[math.nan, 0.0, math.inf, 3.9]], 4.0)
+    assert (counts.finite_R, counts.nonfinite, counts.heads) == ((1, 0, 0, 1), 2, 4)
+    assert counts.shares == [0.25, 0.0, 0.0, 0.25]
+
+
+def test_each_layer_may_have_its_own_maximum() -> None:
+    assert analysis.range_counts([[1.0], [1.0]], [1.0, 4.0]).finite_R == (0, 1, 0, 1)
+
+
+@given(st.lists(st.floats(0, 5) | st.just(math.nan), min_size=1, max_size=40))
+def test_every_head_is_counted_once(entropies: list[float]) -> None:
+    assert analysis.range_counts([entropies], 5.0).heads == len(entropies)
+
+
+def test_normalisers_are_observed_maximum_log_t_and_causal_ceiling() -> None:
+    compared = [heads([[1.0, math.nan]], ceiling=3.0), heads([[2.5, 2.0]], ceiling=3.5)]
+    of = {n: [float(m[0]) for m in analysis.normaliser_maxima(n, compared, [32, 64])] for n in analysis.NORMALISERS}
+    assert of == {"observed": [2.5, 2.5], "log_t": [math.log(32), math.log(64)], "causal": [3.0, 3.5]}
+
+
+def test_an_unknown_normaliser_names_the_allowed_ones() -> None:
+    with pytest.raises(ValueError, match="observed, log_t, causal"):
+        analysis.normaliser_maxima("max", [], [])
+
+
+def test_a_layer_with_a_broken_head_has_no_mean() -> None:
+    means = analysis.layer_means([[1.0, 3.0], [1.0, math.nan]])
+    assert means[0] == 2.0
+    assert math.isnan(means[1])
+
+
+def test_overload_needs_half_of_the_heads_in_the_first_third_of_the_layers() -> None:
+    low, high = [1.0, 1.0], [3.9, 1.0]
+    assert analysis.overload(heads([high, high, low, low])).holds is True  # ceil(4 / 3) = 2 early layers
+    assert analysis.overload(heads([high, low, high, high])).holds is False
+    assert analysis.overload(heads([low, [3.0, 3.0], low, low])).layers == (1,)
+
+
+def test_overload_is_undecided_when_broken_heads_could_tip_it() -> None:
+    assert analysis.overload(heads([[math.nan, 1.0]])).holds is None
+    assert analysis.overload(heads([[math.nan, 1.0, 1.0]])).holds is False
+    assert analysis.overload(heads([[math.nan, 3.9]])).holds is True
+
+
+def test_overload_says_since_when_without_a_break() -> None:
+    states = [3.9, 1.0, 3.9, 3.9]
+    probes = [heads([[value]], step=100 * i) for i, value in enumerate(states)]
+    verdict = analysis.overload(probes[-1], probes)
+    assert (verdict.first_step, verdict.since_step) == (0, 200)
+    assert analysis.overload(probes[1], probes[:2]).since_step is None
+
+
+def test_collapse_names_heads_and_the_first_step() -> None:
+    probes = [heads([[1.0, 1.0]], step=0), heads([[1.0, 0.05]], step=50), heads([[1.0, 0.02]], step=100)]
+    verdict = analysis.collapse(probes[-1], probes)
+    assert (verdict.holds, verdict.heads, verdict.lowest_nats, verdict.first_step) == (
+        True,
+        ((0, 1),),
+        0.02,
+        50,
+    )
+
+
+def test_a_broken_head_is_not_a_collapsed_head() -> None:
+    verdict = analysis.collapse(heads([[math.nan, 1.0]]))
+    assert (verdict.holds, verdict.heads) == (None, ())
+    assert analysis.collapse(heads([[0.1, 1.0]])).holds is False
+
+
+def test_slopes_move_apart_per_layer_and_never_when_shared(tmp_path: Path) -> None:
+    per_layer = analysis.slopes(write_run(tmp_path, "SM+leaky, per layer"))
+    shared = analysis.slopes(write_run(tmp_path, "SM+leaky, shared"))
+    assert per_layer is not None
+    assert shared is not None
+    assert (per_layer.diverging, per_layer.layers, per_layer.first_step) == (True, (3, 0), 80)
+    assert per_layer.spread == pytest.approx(0.3)
+    assert (shared.diverging, shared.spread, len(shared.final_S)) == (False, 0.0, 1)
+    assert analysis.slopes(write_run(tmp_path, "SM+G")) is None
+
+
+def test_a_heatmap_comes_from_the_final_measurement_else_from_the_newest_probe(tmp_path: Path) -> None:
+    finished = analysis.final_heads(write_run(tmp_path, "SM+G"))
+    stopped = analysis.final_heads(write_run(tmp_path, "SM+R", status="interrupted"))
+    assert finished is not None
+    assert stopped is not None
+    assert (finished.split, finished.step) == ("final", 200)
+    assert (stopped.split, stopped.step) == ("probe", 100)
+    assert stopped.ceiling_L.tolist() == pytest.approx([analysis.causal_ceiling(CONTEXT)] * 4)
+
+
+def test_no_mean_of_survivors() -> None:
+    cell = analysis.summarise([30.0, math.nan, math.nan])
+    assert math.isnan(cell.mean)
+    assert cell.text() == "NaN (2/3)"
+    assert analysis.summarise([30.0, 32.0]).text() == "31.00 +- 1.41"
+    assert analysis.summarise([30.0]).text() == "30.00"
+    assert analysis.summarise([]).text() == "-"
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 7, 30])
+def test_tabulated_t_values_leave_95_percent_inside(degrees: int) -> None:
+    reach = analysis.student_t_95(degrees)
+    t = np.linspace(-reach, reach, 200_001)
+    scale = math.gamma((degrees + 1) / 2) / math.sqrt(degrees * math.pi) / math.gamma(degrees / 2)
+    density = scale * (1 + t**2 / degrees) ** (-(degrees + 1) / 2)
+    assert np.trapezoid(density, t) == pytest.approx(0.95, abs=5e-5)
+
+
+def test_differences_are_paired_by_seed() -> None:
+    found = analysis.paired_difference({0: 11.0, 1: 22.0, 2: 5.0}, {0: 10.0, 1: 20.0, 9: 1.0}, relative=True)
+    assert (found.n, found.mean, found.low) == (2, pytest.approx(0.1), pytest.approx(0.1))
+    absolute = analysis.paired_difference({0: 11.0, 1: 22.0}, {0: 10.0, 1: 20.0})
+    assert (absolute.low, absolute.high) == (
+        pytest.approx(1.5 - 12.706 * 0.5),
+        pytest.approx(1.5 + 12.706 * 0.5),
+    )
+
+
+def test_one_pair_has_no_interval_and_a_diverged_pair_no_mean() -> None:
+    one = analysis.paired_difference({0: 11.0}, {0: 10.0})
+    assert (one.mean, math.isnan(one.low), math.isnan(one.high)) == (1.0, True, True)
+    broken = analysis.paired_difference({0: 11.0, 1: math.nan}, {0: 10.0, 1: 10.0})
+    assert (math.isnan(broken.mean), broken.nonfinite, broken.n) == (True, 1, 2)
+
+
+def test_precisions_do_not_mix_unasked(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+R", train={"precision": "bf16"})]
+    with pytest.raises(ValueError, match=r"train\.precision: bf16, fp32.*mix=true") as caught:
+        analysis.group_runs(runs)
+    assert "\n" not in str(caught.value)
+    assert [group.name for group in analysis.group_runs(runs, mix=True)] == ["SM+G", "SM+R"]
+
+
+def test_mixed_recipes_of_one_variant_stay_apart_and_say_what_differs(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path, "SM+G", train={"peak_learning_rate": 1e-3}),
+        write_run(tmp_path, "SM+G", study="other", train={"peak_learning_rate": 5e-4}),
+    ]
+    names = [group.name for group in analysis.group_runs(runs, mix=True)]
+    assert names == ["SM+G [peak_learning_rate=0.0005]", "SM+G [peak_learning_rate=0.001]"]
+
+
+def test_a_repeated_seed_is_not_another_seed(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+G", study="copy")]
+    (group,) = analysis.group_runs(runs)
+    assert (len(group.runs), len(group.repeated)) == (1, 1)
+
+
+def test_unfinished_runs_are_no_result_and_diverged_ones_are(tmp_path: Path) -> None:
+    states = ("finished", "diverged", "interrupted", "failed")
+    runs = [write_run(tmp_path, "SM+G", seed=seed, status=status) for seed, status in enumerate(states)]
+    (group,) = analysis.group_runs(runs)
+    assert [run.status for run in group.runs] == ["finished", "diverged"]
+    assert [run.status for run in group.unfinished] == ["interrupted", "failed"]
+
+
+def test_the_paper_s_variants_come_first_in_its_order(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, label) for label in ("SM+leaky, fixed", "SM+R", "SM", "SM+LN+R", "SM+LN+G", "SM+G")]
+    names = [group.name for group in analysis.group_runs(runs)]
+    assert names == ["SM+LN+G", "SM+LN+R", "SM+G", "SM+R", "SM", "SM+leaky, fixed"]
+
+
+def test_no_runs_is_said_plainly() -> None:
+    with pytest.raises(ValueError, match="no runs given"):
+        analysis.group_runs([])

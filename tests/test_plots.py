@@ -1,0 +1,152 @@
+"""Figures are pure, fit any shape, and show what is not finite as such."""
+
+from __future__ import annotations
+
+import io
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from normfree import plots
+from normfree.analysis import RangeCounts, final_heads, group_runs, probed_heads
+from tests.synthetic import write_run
+
+
+def points(ax: Axes, line: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.asarray(ax.lines[line].get_xdata(), dtype=float), np.asarray(ax.lines[line].get_ydata(), dtype=float)
+
+
+def texts(ax: Axes) -> list[str]:
+    return [text.get_text() for text in ax.texts]
+
+
+@pytest.mark.parametrize(
+    ("shape", "written"),
+    [((1, 1), True), ((2, 3), True), ((12, 12), True), ((48, 25), True), ((96, 64), False)],
+)
+def test_heatmap_takes_any_shape_and_writes_numbers_where_they_fit(shape: tuple[int, int], written: bool) -> None:
+    ax = plots.entropy_heatmap(np.full(shape, 1.234), ceiling=3.9)
+    assert ax.images[0].get_size() == shape
+    assert texts(ax) == (["1.23"] * (shape[0] * shape[1]) if written else [])
+    ax.figure.canvas.draw()
+
+
+def test_a_broken_head_is_hatched_and_named_never_zero() -> None:
+    ax = plots.entropy_heatmap([[1.0, math.nan], [math.inf, 2.0]])
+    assert texts(ax) == ["1.00", "NaN", "NaN", "2.00"]
+    assert [patch.get_hatch() for patch in ax.patches] == ["////", "////"]
+    assert ax.images[0].get_clim() == (0, 2.0)
+
+
+def test_heatmaps_share_a_scale_when_given_one_ceiling() -> None:
+    figure = plots.panel_figure([lambda ax, v=v: plots.entropy_heatmap([[v]], ax=ax, ceiling=3.9) for v in (0.5, 3.0)])
+    assert {ax.images[0].get_clim() for ax in figure.axes} == {(0, 3.9)}
+
+
+def test_heatmap_refuses_what_is_not_layers_by_heads() -> None:
+    with pytest.raises(ValueError, match=r"shape \(3,\)"):
+        plots.entropy_heatmap([1.0, 2.0, 3.0])
+
+
+def test_plots_leave_matplotlib_as_they_found_it() -> None:
+    code = (
+        "import sys, matplotlib as mpl; before = dict(mpl.rcParams)\n"
+        "from normfree import entropy_heatmap; entropy_heatmap([[1.0]])\n"
+        "assert dict(mpl.rcParams) == before and 'torch' not in sys.modules\n"
+        "import matplotlib.pyplot; assert matplotlib.pyplot.get_fignums() == []"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_variants_keep_their_colours_in_every_figure() -> None:
+    one = plots.variant_styles(["SM+G", "x"])
+    two = plots.variant_styles(["x", "y", "SM+R", "SM+G"])
+    assert one["SM+G"] == two["SM+G"]
+    many = plots.variant_styles([f"v{i}" for i in range(20)])
+    assert len({(s["color"], s["linestyle"]) for s in many.values()}) == 20
+
+
+def test_a_layer_that_breaks_has_a_line_that_ends_and_a_mark(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "SM", status="diverged")
+    ax = Figure().subplots()
+    plots.layer_dynamics(probed_heads(run), ax=ax)
+    assert math.isnan(points(ax, 1)[1][-1])
+    assert "NaN from step 100" in texts(ax)[0]
+
+
+def test_a_loss_that_breaks_is_crossed_and_not_smoothed_over(tmp_path: Path) -> None:
+    groups = group_runs([write_run(tmp_path, "SM", status="diverged")])
+    ax = Figure().subplots()
+    plots.loss_curves(groups, ax=ax, split="train", styles=plots.variant_styles(["SM"]))
+    assert math.isnan(points(ax, 0)[1][-1])
+    assert ax.lines[1].get_marker() == "x"
+    assert points(ax, 1)[0][0] == 100
+
+
+def test_nonfinite_rows_are_a_share_of_all_rows(tmp_path: Path) -> None:
+    groups = group_runs([write_run(tmp_path, "SM", status="diverged")])
+    ax = Figure().subplots()
+    plots.nonfinite_curves(groups, ax=ax, styles=plots.variant_styles(["SM"]))
+    assert points(ax, 0)[1][-1] == 75.0
+    assert points(ax, 0)[1][0] == 0.0
+
+
+def test_range_bars_add_up_to_all_heads_with_the_broken_hatched() -> None:
+    ax = Figure().subplots()
+    plots.range_bars({"a": RangeCounts((1, 0, 2, 0), 1)}, ax=ax)
+    bars = [patch for patch in ax.patches if isinstance(patch, Rectangle)]
+    assert sum(bar.get_width() for bar in bars) == pytest.approx(100)
+    assert [bar.get_hatch() for bar in bars] == [None, None, "////"]
+
+
+def test_slopes_have_a_line_a_layer_or_one(tmp_path: Path) -> None:
+    figure = Figure()
+    layers, shared = figure.subplots(2)
+    plots.slope_curves(write_run(tmp_path, "SM+leaky, per layer"), ax=layers)
+    plots.slope_curves(write_run(tmp_path, "SM+leaky, shared"), ax=shared)
+    assert (len(layers.lines), len(shared.lines)) == (5, 2)  # and the line at 0
+
+
+def test_a_slope_with_a_diverged_seed_is_nan_and_no_point(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path, "SM+R"),
+        write_run(tmp_path, "SM"),
+        write_run(tmp_path, "SM", seed=1, status="diverged"),
+    ]
+    ax = Figure().subplots()
+    plots.slope_perplexity(group_runs(runs), ax=ax)
+    assert points(ax, 0)[0].tolist() == [0.0]
+    assert texts(ax) == ["NaN (1/2)"]
+
+
+def test_empty_inputs_say_so(tmp_path: Path) -> None:
+    figure = Figure()
+    axes = figure.subplots(3)
+    plots.layer_dynamics([], ax=axes[0])
+    plots.range_bars({}, ax=axes[1])
+    plots.slope_curves(write_run(tmp_path, "SM+G"), ax=axes[2])
+    assert [texts(ax) for ax in axes] == [
+        ["no probe in this run"],
+        ["no entropy recorded"],
+        ["no learnable slope in this run"],
+    ]
+
+
+def test_drawing_twice_gives_the_same_picture(tmp_path: Path) -> None:
+    heads = final_heads(write_run(tmp_path, "SM+G"))
+    assert heads is not None
+    pictures = []
+    for _ in range(2):
+        figure = plots.entropy_heatmap(heads.entropy_LH, ceiling=heads.ceiling_L).get_figure(root=True)
+        assert figure is not None
+        file = io.BytesIO()
+        figure.savefig(file, format="png")
+        pictures.append(file.getvalue())
+    assert pictures[0] == pictures[1]

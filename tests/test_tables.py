@@ -1,0 +1,128 @@
+"""What tables say, and that no cell can break out of its format."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+from normfree import tables
+from normfree.analysis import group_runs
+from normfree.tables import Column, Table
+from tests.synthetic import study, write_run
+
+NASTY = "<script>alert(1)</script> & 50%_$#{x}~^\\ | `code` [a](b)"
+
+
+def rows_of(table: Table) -> dict[str, dict[str, str]]:
+    titles = [column.title for column in table.columns]
+    return {row[0]: dict(zip(titles, row, strict=True)) for row in table.rows}
+
+
+def nasty_table() -> Table:
+    columns = (Column("Variant", numeric=False), Column(NASTY))
+    return Table("nasty", NASTY, columns, ((NASTY, "=1+1"), ("-", "-4.2 %")), (NASTY,))
+
+
+def test_perplexity_has_spread_change_floor_and_the_paper_beside(tmp_path: Path) -> None:
+    rows = rows_of(tables.perplexity_table(group_runs(study(tmp_path))))
+    assert rows["SM+LN+G"]["Against SM+LN+G"] == "baseline"
+    assert rows["SM+G"]["Perplexity"] == "38.08 +- 0.38"
+    assert rows["SM+G"]["Seeds"] == "3"
+    assert rows["SM+G"]["Against SM+LN+G"] == "+10.8 %"
+    assert (rows["SM+G"]["Paper"], rows["SM+G"]["Paper, against SM+LN+G"]) == ("3.197", "+18.9 %")
+    assert rows["SM"]["Perplexity"] == "NaN (1/2)"
+    assert rows["Unigram"]["Perplexity"] == "402.50"
+
+
+def test_an_unfinished_run_is_left_out_and_named(tmp_path: Path) -> None:
+    table = tables.perplexity_table(group_runs(study(tmp_path)))
+    assert rows_of(table)["SM+LN+R"]["Seeds"] == "1"
+    assert "sm-ln-r-seed1 is left out: interrupted at step 100." in table.notes
+
+
+def test_another_corpus_than_expected_is_said(tmp_path: Path) -> None:
+    same = write_run(tmp_path, "SM+G", data={"expected_fingerprint": "c0ffee" * 10})
+    other = write_run(tmp_path, "SM+R", data={"expected_fingerprint": "deadbeef" * 8})
+    assert not [n for n in tables.perplexity_table(group_runs([same])).notes if n.startswith("Corpus")]
+    (note,) = (n for n in tables.perplexity_table(group_runs([same, other])).notes if n.startswith("Corpus"))
+    assert "c0ffeec0ffee" in note
+    assert "deadbeefdead" in note
+
+
+def test_differences_pair_seeds_and_stand_beside_the_paper(tmp_path: Path) -> None:
+    rows = rows_of(tables.difference_table(group_runs(study(tmp_path))))
+    row = rows["SM+R against SM+G"]
+    assert (row["Difference in perplexity"], row["Pairs"], row["Paper"]) == ("-4.2 %", "3", "-8.2 %")
+    assert rows["SM+LN+R against SM+LN+G"]["95 % interval"] == "-"
+
+
+def test_a_diverged_pair_has_no_difference(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, "SM+G", status="diverged"), write_run(tmp_path, "SM+R")]
+    row = rows_of(tables.difference_table(group_runs(runs)))["SM+R against SM+G"]
+    assert (row["Difference in perplexity"], row["95 % interval"]) == ("NaN (1/1)", "-")
+
+
+def test_ranges_pool_seeds_and_count_broken_heads_apart(tmp_path: Path) -> None:
+    table = tables.range_table(group_runs(study(tmp_path)))
+    row = next(row for row in table.rows if row[:2] == ("SM", "causal"))
+    values = dict(zip([column.title for column in table.columns], row, strict=True))
+    assert (values["Seeds"], values["Heads"], values["NaN heads"]) == ("2", "32", "12")
+    shares = [float(values[title].rstrip(" %")) for title in ("[0, 1/4)", "[1/4, 1/2)", "[1/2, 3/4)", "[3/4, 1]")]
+    assert abs(sum(shares) - 100 * 20 / 32) < 0.2
+
+
+def test_verdicts_name_layers_heads_and_steps(tmp_path: Path) -> None:
+    rows = rows_of(tables.verdict_table(study(tmp_path)))
+    assert rows["sm-g-seed0"]["Overload"] == "yes: 100 % of the heads in layers 0-1, since step 0"
+    assert rows["sm-r-seed0"]["Overload"].startswith("no: ")
+    assert rows["sm-seed1"]["Collapse"] == "undecided"
+    assert rows["sm-leaky--per-layer-seed0"]["Slopes"].startswith("apart: from -0.090 (layer 3) to 0.210 (layer 0)")
+
+
+def test_runs_say_where_they_diverged_and_how_fast_they_were(tmp_path: Path) -> None:
+    rows = rows_of(tables.run_table(study(tmp_path)))
+    assert rows["sm-seed1"]["Status"] == "diverged at step 100, layer 1 (attention)"
+    assert rows["sm-g-seed0"]["Time"] == "1 min 35 s"
+    assert rows["sm-g-seed0"]["Tokens per second"] == "21,105"
+
+
+def test_slopes_run_from_relu_to_identity_with_the_first_broken_step(tmp_path: Path) -> None:
+    table = tables.slope_table(group_runs(study(tmp_path)))
+    assert [row[0] for row in table.rows][:3] == ["SM+R", "SM+leaky, fixed", "SM"]
+    rows = rows_of(table)
+    assert (rows["SM"]["First non-finite step"], rows["SM"]["Non-finite rows"]) == ("100", "768")
+    assert rows["SM+leaky, shared"]["Slope at the start"] == "0.01"
+
+
+def test_html_escapes_every_cell() -> None:
+    text = tables.to_html(nasty_table())
+    assert "<script" not in text
+    assert text.count("&lt;script&gt;") == 4
+    assert 'scope="col"' in text
+    assert 'scope="row"' in text
+
+
+def test_markdown_rows_keep_their_columns() -> None:
+    lines = [line for line in tables.to_markdown(nasty_table()).splitlines() if line.startswith("|")]
+    assert {line.replace("\\|", "").count("|") for line in lines} == {3}
+    assert "<script" not in "".join(lines)
+
+
+def test_latex_escapes_what_it_would_obey() -> None:
+    text = tables.to_latex(nasty_table())
+    assert r"50\%\_\$\#\{x\}\textasciitilde{}\textasciicircum{}\textbackslash{}" in text
+    assert r"\textless{}script\textgreater{}" in text
+    assert text.count(r"\begin{tabular}{lr}") == 1
+
+
+def test_latex_and_markdown_write_plus_minus() -> None:
+    table = Table("t", "c", (Column("a"), Column("b")), (("x", "1.0 +- 0.1"),))
+    assert r"1.0 $\pm$ 0.1" in tables.to_latex(table)
+    assert "1.0 \N{PLUS-MINUS SIGN} 0.1" in tables.to_markdown(table)
+
+
+def test_csv_round_trips_and_runs_no_formula() -> None:
+    cells = list(csv.reader(io.StringIO(tables.to_csv(nasty_table()))))
+    assert cells[1] == [NASTY, "'=1+1"]
+    assert cells[2] == ["-", "-4.2 %"]
