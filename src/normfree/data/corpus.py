@@ -1,0 +1,256 @@
+"""Prepare a corpus once: text to a folder of packed blocks with a manifest, reused while it is sound.
+
+A corpus folder lies at `cache/corpora/<key>` and holds tokenizer files, train.arrow, validation.arrow
+and manifest.json. The key is made of the spec and the versions of the sources; the fingerprint of the
+content (token ids and tokenizer), so it is equal wherever the same text met the same tokenizer.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from normfree.config import DataSpec
+from normfree.data.installed import InstalledSource
+from normfree.data.packing import BlockWriter, concatenated, unigram_perplexity, windows
+from normfree.data.sources import Document, FilesSource, HubSource, Source, Split, limited
+from normfree.data.tokenizer import Encoder, load_tokenizer, read_tokenizer, tokenizer_hash, train_tokenizer
+from normfree.manifest import damages, describe_files, fingerprint, read_manifest, write_manifest
+
+FORMAT = 1
+SOURCES = {"installed": InstalledSource, "codeparrot": HubSource, "hub": HubSource, "files": FilesSource}
+CHUNK_CHARACTERS = 4_000_000
+"""Text that is encoded together: large enough for all cores, small enough for any memory."""
+
+log = logging.getLogger("normfree")
+
+
+def default_cache() -> Path:
+    """Where corpora lie: the environment variable NORMFREE_CACHE, else ~/.cache/normfree."""
+    return Path(os.environ.get("NORMFREE_CACHE") or Path.home() / ".cache" / "normfree")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A prepared corpus on disk."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over token ids, tokenizer and context: equal on every machine with the same inputs."""
+        return self.manifest["corpus"]["fingerprint"]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, end token included."""
+        return self.manifest["corpus"]["vocab_size"]
+
+    @cached_property
+    def train(self) -> Dataset:
+        """Training blocks, column `input_ids` of exactly T tokens, mapped from disk."""
+        return Dataset.from_file(str(self.folder / "train.arrow"))
+
+    @cached_property
+    def validation(self) -> Dataset:
+        """Held-out blocks, with the column `predicted_bytes`: UTF-8 bytes of the text of tokens 2..T."""
+        return Dataset.from_file(str(self.folder / "validation.arrow"))
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer behind the blocks."""
+        return read_tokenizer(self.folder)
+
+    def facts(self) -> dict[str, Any]:
+        """What run.json says of the corpus: plain JSON values."""
+        return dict(self.manifest["corpus"])
+
+    def describe(self) -> str:
+        """The corpus in readable lines."""
+        facts = self.facts()
+        lines = [
+            f"corpus       {self.folder}",
+            f"fingerprint  {facts['fingerprint']}",
+            f"source       {facts['source']}, packing {facts['packing']}, T = {facts['context']}",
+            f"tokenizer    {facts['vocab_size']:,} pieces, {facts['bytes_per_token']:.2f} bytes a token",
+        ]
+        for split in ("train", "validation"):
+            lines.append(
+                f"{split:<12} {facts[f'{split}_documents']:,} documents, "
+                f"{facts[f'{split}_bytes'] / 1e6:.2f} MB, "
+                f"{facts[f'{split}_blocks']:,} blocks, {facts[f'{split}_tokens']:,} tokens"
+            )
+            dropped = facts["dropped"][split]
+            lines.append(f"  left out   {', '.join(f'{n:,} {reason}' for reason, n in dropped.items()) or 'nothing'}")
+        lines.append(f"to beat      unigram perplexity {facts['unigram_perplexity']:.1f}")
+        return "\n".join(lines)
+
+
+def prepare(spec: DataSpec, *, cache: Path | None = None, progress: bool = True) -> Corpus:
+    """The corpus of `spec`, from the cache or prepared now.
+
+    Every file is checked against its sha256 before reuse; a damaged corpus is prepared again, with a
+    warning. Raises ValueError for a source that cannot be read or gives too little text.
+    """
+    source: Source = SOURCES[spec.source](spec)
+    folder = (cache or default_cache()) / "corpora" / corpus_key(spec, source)
+    if folder.exists():
+        found = damages(folder)
+        if not found:
+            return Corpus(folder, read_manifest(folder))
+        log.warning("corpus %s is damaged and prepared again: %s", folder, "; ".join(found))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".preparing-", dir=folder.parent) as scratch:
+        built = Path(scratch) / "corpus"
+        built.mkdir()
+        write_manifest(built, {"format": FORMAT, "corpus": _Preparation(spec, source, built, progress).run()})
+        _install(built, folder)
+    return Corpus(folder, read_manifest(folder))
+
+
+def corpus_key(spec: DataSpec, source: Source) -> str:
+    """Name of the folder that may be reused: one for each spec and each version of its inputs."""
+    fields = asdict(spec)
+    del fields["expected_fingerprint"]
+    place = Path(spec.tokenizer) if spec.tokenizer else None
+    tokenizer = describe_files(place) if place and place.is_dir() else spec.tokenizer
+    return fingerprint([FORMAT, fields, source.versions, tokenizer, version("tokenizers")])
+
+
+def _install(built: Path, folder: Path) -> None:
+    """Move a finished corpus to its place; a sound one that another process put there first stays."""
+    if folder.exists() and damages(folder):
+        folder.rename(built.with_name("damaged"))
+    try:
+        built.rename(folder)
+    except OSError:
+        if damages(folder):
+            raise
+
+
+class _Preparation:
+    """One pass from documents to blocks, in `folder`."""
+
+    def __init__(self, spec: DataSpec, source: Source, folder: Path, progress: bool) -> None:
+        self.spec = spec
+        self.source = source
+        self.folder = folder
+        self.progress = progress
+        self.kept = {"train": Counter(), "validation": Counter()}
+        self.dropped: dict[str, Counter[str]] = {"train": Counter(), "validation": Counter()}
+
+    def run(self) -> dict[str, Any]:
+        """Write tokenizer and blocks; returns the facts of the corpus."""
+        tokenizer = self._tokenizer()
+        written = {split: self._write(split, tokenizer) for split in ("validation", "train")}
+        tokenizer.save_pretrained(self.folder)
+        train, validation = written["train"], written["validation"]
+        sha256 = tokenizer_hash(tokenizer)
+        content = [FORMAT, sha256, self.spec.context, train.content_hash, validation.content_hash]
+        predicted_tokens = int(validation.predicted_counts_V.sum())
+        facts: dict[str, Any] = {
+            "fingerprint": fingerprint(content),
+            "source": self.spec.source,
+            "context": self.spec.context,
+            "packing": self.spec.packing,
+            "vocab_size": len(tokenizer),
+            "tokenizer_sha256": sha256,
+            "bytes_per_token": validation.predicted_bytes / predicted_tokens,
+            "unigram_perplexity": unigram_perplexity(train.counts_V, validation.predicted_counts_V),
+            "dropped": {split: dict(sorted(counts.items())) for split, counts in self.dropped.items()},
+            "versions": self.source.versions,
+        }
+        if isinstance(self.source, HubSource):
+            facts["revisions"] = self.source.revisions
+        for split, writer in written.items():
+            facts[f"{split}_blocks"] = writer.blocks
+            facts[f"{split}_tokens"] = writer.blocks * self.spec.context
+            facts[f"{split}_documents"] = self.kept[split]["documents"]
+            facts[f"{split}_bytes"] = self.kept[split]["bytes"]
+        return facts
+
+    def _tokenizer(self) -> PreTrainedTokenizerFast:
+        if self.spec.tokenizer:
+            tokenizer = load_tokenizer(self.spec.tokenizer)
+        else:
+            texts = (document.text for document in self._documents("train", "training the tokenizer"))
+            tokenizer = train_tokenizer(texts, self.spec.vocab_size)
+        if self.spec.packing == "concatenate" and tokenizer.eos_token_id is None:
+            raise ValueError(
+                "data.packing=concatenate puts an end token between documents, and "
+                f"data.tokenizer={self.spec.tokenizer!r} has none; use data.packing=windows"
+            )
+        return tokenizer
+
+    def _documents(self, split: Split, task: str) -> Iterator[Document]:
+        """The documents of a split within the limits of the spec, counted and shown."""
+        self.kept[split].clear()
+        self.dropped[split].clear()
+        most = {"train": self.spec.train_documents, "validation": self.spec.validation_documents}[split]
+        most_bytes = self.spec.max_bytes if split == "train" else None
+        documents = self.source.documents(split, self.dropped[split])
+        with tqdm(desc=task, unit="B", unit_scale=True, disable=None if self.progress else True) as bar:
+            for document in limited(documents, most_documents=most, most_bytes=most_bytes):
+                size = len(document.text.encode())
+                self.kept[split].update(documents=1, bytes=size)
+                bar.update(size)
+                yield document
+        if not self.kept[split]["documents"]:
+            raise ValueError(f"data.source={self.spec.source} gives no {split} text ({self._given()})")
+
+    def _write(self, split: Split, tokenizer: PreTrainedTokenizerFast) -> BlockWriter:
+        encoder = Encoder(tokenizer)
+        encode = encoder.encode if split == "train" else encoder.encode_with_bytes
+        texts = (document.text for document in self._documents(split, f"encoding {split} text"))
+        documents = (document_SC for chunk in in_chunks(texts) for document_SC in encode(chunk))
+        if self.spec.packing == "windows":
+            blocks = windows(documents, self.spec.context)
+        else:
+            blocks = concatenated(documents, self.spec.context, end=cast(int, tokenizer.eos_token_id))
+        writer = BlockWriter(self.folder / f"{split}.arrow", vocab_size=len(tokenizer))
+        writer.write_all(blocks)
+        if not writer.blocks:
+            kept = self.kept[split]
+            raise ValueError(
+                f"the {split} text ({kept['documents']} documents, {kept['bytes']} bytes) fills no block of "
+                f"data.context={self.spec.context} tokens; give more text or a shorter "
+                f"context ({self._given()})"
+            )
+        return writer
+
+    def _given(self) -> str:
+        """The settings that decide how much text there is, for messages."""
+        names = (
+            "paths",
+            "validation_paths",
+            "dataset",
+            "max_bytes",
+            "train_documents",
+            "validation_documents",
+        )
+        return ", ".join(f"data.{name}={value}" for name in names if (value := getattr(self.spec, name)))
+
+
+def in_chunks(texts: Iterable[str], size: int = CHUNK_CHARACTERS) -> Iterator[list[str]]:
+    """Texts in lists of about `size` characters."""
+    chunk, filled = [], 0
+    for text in texts:
+        chunk.append(text)
+        filled += len(text)
+        if filled >= size:
+            yield chunk
+            chunk, filled = [], 0
+    if chunk:
+        yield chunk

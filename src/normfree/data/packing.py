@@ -1,0 +1,115 @@
+"""Documents of token ids to blocks of T tokens, and blocks to Arrow.
+
+Shapes: S tokens of a document, N blocks, T tokens in a block, V pieces of the vocabulary, C columns: token
+ids, and for held-out text the UTF-8 bytes of each token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+from datasets import Features, List, Value
+from datasets.arrow_writer import ArrowWriter
+
+
+def windows(documents: Iterable[np.ndarray], context: int) -> Iterator[np.ndarray]:
+    """Each (S, C) document cut into (N, T, C) blocks without overlap; its tail shorter than T is dropped.
+
+    One array a document, so no block holds tokens of two.
+    """
+    for document_SC in documents:
+        count = len(document_SC) // context
+        yield document_SC[: count * context].reshape(count, context, document_SC.shape[1])
+
+
+def concatenated(documents: Iterable[np.ndarray], context: int, *, end: int) -> Iterator[np.ndarray]:
+    """All (S, C) documents in a row, token `end` (0 bytes) after each, cut into (N, T, C) blocks.
+
+    Only the last block, if it is not full, is dropped.
+    """
+    rest_SC = None
+    for document_SC in documents:
+        end_1C = np.zeros_like(document_SC, shape=(1, document_SC.shape[1]))
+        end_1C[0, 0] = end
+        parts = [document_SC, end_1C] if rest_SC is None else [rest_SC, document_SC, end_1C]
+        row_SC = np.concatenate(parts)
+        whole = len(row_SC) - len(row_SC) % context
+        yield row_SC[:whole].reshape(-1, context, row_SC.shape[1])
+        rest_SC = row_SC[whole:]
+
+
+class BlockWriter:
+    """Streams blocks into one Arrow file and keeps what the manifest says of them.
+
+    A block has one column (token ids) or two (token ids, UTF-8 bytes of each token); with two the file
+    gets the column `predicted_bytes`, the sum over tokens 2..T.
+    """
+
+    def __init__(self, path: Path, *, vocab_size: int) -> None:
+        self.blocks = 0
+        self.predicted_bytes = 0
+        self.counts_V = np.zeros(vocab_size, dtype=np.int64)
+        """How often each piece occurs in all blocks."""
+        self.predicted_counts_V = np.zeros(vocab_size, dtype=np.int64)
+        """How often each piece occurs at places 2..T of a block."""
+        self._path = path
+        self._hash = hashlib.sha256()
+
+    def write_all(self, blocks: Iterable[np.ndarray]) -> None:
+        """Write every (N, T, C) array of `blocks`, and nothing after the first error."""
+        writer = None
+        for blocks_NTC in _gathered(blocks):
+            if writer is None:
+                writer = ArrowWriter(path=str(self._path), features=_features(*blocks_NTC.shape[1:]))
+            writer.write_table(self._table(blocks_NTC))
+        if writer is not None:
+            writer.finalize()
+
+    def _table(self, blocks_NTC: np.ndarray) -> pyarrow.Table:
+        ids_NT = np.ascontiguousarray(blocks_NTC[:, :, 0], dtype="<i4")
+        self.blocks += len(ids_NT)
+        self._hash.update(ids_NT.tobytes())
+        self.counts_V += np.bincount(ids_NT.reshape(-1), minlength=len(self.counts_V))
+        self.predicted_counts_V += np.bincount(ids_NT[:, 1:].reshape(-1), minlength=len(self.counts_V))
+        flat = pyarrow.array(ids_NT.reshape(-1))
+        columns = {"input_ids": pyarrow.FixedSizeListArray.from_arrays(flat, ids_NT.shape[1])}
+        if blocks_NTC.shape[2] == 2:
+            predicted_bytes_N = blocks_NTC[:, 1:, 1].sum(axis=1, dtype=np.int32)
+            self.predicted_bytes += int(predicted_bytes_N.sum())
+            columns["predicted_bytes"] = pyarrow.array(predicted_bytes_N)
+        return pyarrow.table(columns)
+
+    @property
+    def content_hash(self) -> str:
+        """sha256 of all token ids as little-endian int32, the same on every machine."""
+        return self._hash.hexdigest()
+
+
+def _features(context: int, columns: int) -> Features:
+    features: dict[str, object] = {"input_ids": List(Value("int32"), length=context)}
+    if columns == 2:
+        features["predicted_bytes"] = Value("int32")
+    return Features(features)
+
+
+def _gathered(blocks: Iterable[np.ndarray], least: int = 4096) -> Iterator[np.ndarray]:
+    """The same blocks in arrays of at least `least`, since each array costs a count over the vocabulary."""
+    waiting: list[np.ndarray] = []
+    for blocks_NTC in blocks:
+        waiting.append(blocks_NTC)
+        if sum(map(len, waiting)) >= least:
+            yield np.concatenate(waiting)
+            waiting.clear()
+    if sum(map(len, waiting)):
+        yield np.concatenate(waiting)
+
+
+def unigram_perplexity(train_counts_V: np.ndarray, predicted_counts_V: np.ndarray) -> float:
+    """Perplexity of predicted tokens under the add-one smoothed unigram distribution of training tokens."""
+    probability_V = (train_counts_V + 1) / (train_counts_V.sum() + len(train_counts_V))
+    nats = -(predicted_counts_V * np.log(probability_V)).sum() / predicted_counts_V.sum()
+    return float(np.exp(nats))

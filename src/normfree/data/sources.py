@@ -1,0 +1,248 @@
+"""Where text comes from: each source is a generator of documents for training and for validation.
+
+A source also states its `versions`, which decide together with the spec whether a prepared corpus may
+be reused, and counts under a reason every document that it looked at and left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from glob import glob
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+
+from normfree.config import DataSpec
+from normfree.manifest import describe_files, fingerprint, sha256_bytes, sha256_file
+
+Split = Literal["train", "validation"]
+
+CODEPARROT_TRAIN = "huggingface-course/codeparrot-ds-train"
+CODEPARROT_VALIDATION = "huggingface-course/codeparrot-ds-valid"
+SUFFIXES = (".py", ".txt", ".jsonl", ".parquet")
+HOLD_OUT_EVERY = 20
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text that no window crosses."""
+
+    text: str
+    name: str
+    """Where it was found, for messages."""
+    group: str
+    """What is split as a whole: a package, a file, a data set."""
+
+
+class Source(Protocol):
+    """A way to get documents. `dropped` counts by reason what was looked at and left out."""
+
+    @property
+    def versions(self) -> dict[str, Any]:
+        """What the text depends on besides the spec: package versions, revisions, hashes of files."""
+        ...
+
+    def documents(self, split: Split, dropped: Counter[str]) -> Iterator[Document]:
+        """The documents of a split, in an order that is the same on every machine."""
+        ...
+
+
+def normalised_hash(text: str) -> bytes:
+    """sha256 of the text without trailing blanks, line ends and outer blank lines: equal for copies."""
+    lines = "\n".join(line.rstrip() for line in text.strip().splitlines())
+    return bytes.fromhex(sha256_bytes(lines.encode("utf-8", "surrogatepass")))
+
+
+def limited(documents: Iterable[Document], *, most_documents: int | None, most_bytes: int | None) -> Iterator[Document]:
+    """Documents until the first one that would pass a limit (UTF-8 bytes); None is no limit."""
+    taken_bytes = 0
+    for number, document in enumerate(documents):
+        taken_bytes += len(document.text.encode()) if most_bytes is not None else 0
+        if number == most_documents or (most_bytes is not None and taken_bytes > most_bytes):
+            return
+        yield document
+
+
+class FilesSource:
+    """Local .py and .txt files (a file is a document), .jsonl and .parquet files (a row is a document).
+
+    Files are ordered by content hash and seed, so names and places do not matter. Without validation
+    paths every twentieth file is held out, or every twentieth document where there are fewer files.
+    Exact duplicates are dropped, and a training document that validation holds as well.
+    """
+
+    def __init__(self, spec: DataSpec) -> None:
+        self._spec = spec
+        train = self._ordered(find_text_files(spec.paths, key="data.paths"))
+        self._hold_out_documents = False
+        if spec.validation_paths:
+            validation = self._ordered(find_text_files(spec.validation_paths, key="data.validation_paths"))
+        else:
+            self._hold_out_documents = len(train) < HOLD_OUT_EVERY
+            validation = train if self._hold_out_documents else train[HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY]
+            if not self._hold_out_documents:
+                train = [file for file in train if file not in set(validation)]
+        self._files = {"train": train, "validation": validation}
+
+    def _ordered(self, paths: list[Path]) -> list[tuple[Path, str]]:
+        hashed = [(path, sha256_file(path)) for path in paths]
+        return sorted(hashed, key=lambda file: sha256_bytes(f"{self._spec.shuffle_seed}:{file[1]}".encode()))
+
+    @property
+    def versions(self) -> dict[str, Any]:
+        return {split: fingerprint([sha256 for _, sha256 in files]) for split, files in self._files.items()}
+
+    @cached_property
+    def _validation_hashes(self) -> frozenset[bytes]:
+        return frozenset(normalised_hash(document.text) for document in self.documents("validation", Counter()))
+
+    def documents(self, split: Split, dropped: Counter[str]) -> Iterator[Document]:
+        seen = set(self._validation_hashes) if split == "train" else set()
+        for number, document in enumerate(self._read(split), start=1):
+            held_out = number % HOLD_OUT_EVERY == 0
+            if self._hold_out_documents and held_out != (split == "validation"):
+                continue
+            digest = normalised_hash(document.text)
+            if digest in seen:
+                dropped["duplicate"] += 1
+                continue
+            seen.add(digest)
+            yield document
+
+    def _read(self, split: Split) -> Iterator[Document]:
+        for path, _ in self._files[split]:
+            for text in read_texts(path, self._spec.column):
+                if text.strip():
+                    yield Document(text=text, name=str(path), group=path.name)
+
+
+def find_text_files(patterns: Iterable[str], *, key: str) -> list[Path]:
+    """Files behind folders and globs. Raises ValueError for a pattern that matches none."""
+    found: set[Path] = set()
+    for pattern in patterns:
+        # Path.glob takes no absolute pattern, which users do give.
+        matches = [Path(match) for match in glob(str(Path(pattern).expanduser()), recursive=True)]  # noqa: PTH207
+        files = {file for match in matches for file in (match.rglob("*") if match.is_dir() else [match])}
+        chosen = {file for file in files if file.suffix in SUFFIXES and file.is_file()}
+        if not chosen:
+            raise ValueError(
+                f"{key}: {pattern!r} matches no file; allowed are folders or globs of {', '.join(SUFFIXES)}"
+            )
+        found |= chosen
+    return sorted(found)
+
+
+def read_texts(path: Path, column: str) -> Iterator[str]:
+    """The texts of one file. Raises ValueError for a file that cannot be read as what its name says."""
+    try:
+        if path.suffix == ".parquet":
+            yield from _read_parquet(path, column)
+        elif path.suffix == ".jsonl":
+            with path.open(encoding="utf-8") as lines:
+                for number, line in enumerate(lines, start=1):
+                    if line.strip():
+                        yield _text_of_row(json.loads(line), column, where=f"{path} line {number}")
+        else:
+            yield path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): convert it or leave it out") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON lines ({error.msg}): mend it or leave it out") from None
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} cannot be read ({reason}): mend it or leave it out") from None
+
+
+def _read_parquet(path: Path, column: str) -> Iterator[str]:
+    with pyarrow.parquet.ParquetFile(path) as file:
+        check_column(column, file.schema_arrow.names, where=str(path))
+        for batch in file.iter_batches(batch_size=1000, columns=[column]):
+            for number, value in enumerate(batch.column(0).to_pylist()):
+                yield _checked_text(value, column, where=f"{path} row {number}")
+
+
+def _text_of_row(row: object, column: str, *, where: str) -> str:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is not a JSON object with a column {column!r}")
+    check_column(column, row, where=where)
+    return _checked_text(row[column], column, where=where)
+
+
+def _checked_text(value: object, column: str, *, where: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: column {column!r} holds {type(value).__name__}, not text; set data.column")
+    return value
+
+
+def check_column(column: str, columns: Iterable[str], *, where: str) -> None:
+    """Raises ValueError that names the columns there are."""
+    if column not in columns:
+        raise ValueError(f"{where} has no column {column!r}; set data.column to one of: {', '.join(sorted(columns))}")
+
+
+class HubSource:
+    """A Hugging Face data set by name, or a local folder that `datasets.load_dataset` understands.
+
+    A prepared corpus of a hub name is reused without asking the hub again; the revision that it was
+    made from stands in its manifest. Local folders are known by the hashes of their files.
+    """
+
+    def __init__(self, spec: DataSpec) -> None:
+        codeparrot = spec.source == "codeparrot"
+        train = spec.dataset or (CODEPARROT_TRAIN if codeparrot else "")
+        validation = spec.validation_dataset or (CODEPARROT_VALIDATION if codeparrot else train)
+        self._spec = spec
+        self._places = {"train": (train, spec.train_split), "validation": (validation, spec.validation_split)}
+        self._most = {"train": spec.train_documents, "validation": spec.validation_documents}
+
+    @property
+    def versions(self) -> dict[str, Any]:
+        return {split: _content(Path(name)) or name for split, (name, _) in self._places.items()}
+
+    @property
+    def revisions(self) -> dict[str, str]:
+        """The revision behind each split, as the cache of `datasets` names it. Loads the data."""
+        loaded = {"train": self._load("train"), "validation": self._load("validation")}
+        return {split: Path(rows.cache_files[0]["filename"]).parent.name for split, rows in loaded.items()}
+
+    def documents(self, split: Split, dropped: Counter[str]) -> Iterator[Document]:
+        rows = self._load(split)
+        name, part = self._places[split]
+        check_column(self._spec.column, rows.column_names, where=f"{name} [{part}]")
+        order = rows.select_columns([self._spec.column]).shuffle(seed=self._spec.shuffle_seed)
+        most = self._most[split]
+        for row in order.select(range(min(len(order), len(order) if most is None else most))):
+            text = _checked_text(cast(dict[str, Any], row)[self._spec.column], self._spec.column, where=name)
+            if text.strip():
+                yield Document(text=text, name=name, group=name)
+            else:
+                dropped["empty"] += 1
+
+    def _load(self, split: Split) -> datasets.Dataset:
+        name, part = self._places[split]
+        try:
+            loaded = datasets.load_dataset(name, self._spec.dataset_config, split=part)
+        except OSError as error:
+            raise ValueError(
+                f"data set {name!r} cannot be loaded ({type(error).__name__}): it is no local folder, and "
+                "the hub cannot be reached or does not know it; download it elsewhere and set HF_HOME, or "
+                "use data.source=installed"
+            ) from None
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"data set {name!r}, split {part!r}: {reason}; see data.dataset_config, data.train_split, "
+                "data.validation_split and data.validation_dataset"
+            ) from None
+        return cast(datasets.Dataset, loaded)
+
+
+def _content(folder: Path) -> str | None:
+    return fingerprint(describe_files(folder)) if folder.is_dir() else None

@@ -1,0 +1,120 @@
+"""Load a tokenizer, or train a byte-level BPE on the training split; encode; count bytes of tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from normfree.manifest import fingerprint
+
+END_TOKEN = "<|endoftext|>"
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of exactly `vocab_size` pieces with an end token; the same for the same texts.
+
+    Raises ValueError where the texts do not hold that many pieces.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise ValueError(
+            f"data.vocab_size={vocab_size}: the training text holds only {tokenizer.get_vocab_size()} "
+            "pieces; give more text or fewer pieces"
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_TOKEN, bos_token=END_TOKEN)
+
+
+def load_tokenizer(place: str) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of a folder or hub name. Raises ValueError when there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"data.tokenizer={place!r} cannot be loaded ({type(error).__name__}): it is no folder with a "
+            "tokenizer, and the hub cannot be reached or does not know it; download it elsewhere and set "
+            "HF_HOME, or leave data.tokenizer empty to train one"
+        ) from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"data.tokenizer={place!r} is {type(tokenizer).__name__}: one with a tokenizer.json is needed")
+    return tokenizer
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
+    """sha256 of the canonical content of tokenizer.json."""
+    return fingerprint(json.loads(tokenizer.backend_tokenizer.to_str()))
+
+
+class Encoder:
+    """Text to token ids, without special tokens: text that spells the end token stays text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        self._bytes_V = _bytes_of_pieces(self._tokenizer)
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """One (S, 1) int32 array of token ids a text."""
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int32)[:, None] for encoding in encodings]
+
+    def encode_with_bytes(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """One (S, 2) int32 array a text: token ids, and UTF-8 bytes that sum to the size of the text.
+
+        Exact for byte-level tokenizers. For others a token covers the text from the end of the token
+        before it to its own end.
+        """
+        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        arrays = []
+        for text, encoding in zip(texts, encodings, strict=True):
+            ids = np.array(encoding.ids, dtype=np.int32)
+            sizes = _bytes_by_offsets(text, encoding) if self._bytes_V is None else self._bytes_V[ids]
+            arrays.append(np.stack([ids, sizes], axis=1))
+        return arrays
+
+
+def _bytes_of_pieces(tokenizer: Tokenizer) -> np.ndarray | None:
+    """Bytes of every piece of a byte-level tokenizer, in which one character is one byte; else None."""
+    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+    if not isinstance(tokenizer.decoder, decoders.ByteLevel) or tokenizer.normalizer is not None:
+        return None
+    special = tokenizer.get_added_tokens_decoder()
+    sizes_V = np.zeros(max(tokenizer.get_vocab().values()) + 1, dtype=np.int32)
+    for piece, number in tokenizer.get_vocab().items():
+        if number not in special:
+            if not alphabet.issuperset(piece):
+                return None
+            sizes_V[number] = len(piece)
+    return sizes_V
+
+
+def _bytes_by_offsets(text: str, encoding: Encoding) -> np.ndarray:
+    sizes = np.zeros(len(encoding), dtype=np.int32)
+    reached = 0
+    for number, (_, end) in enumerate(encoding.offsets):
+        if end > reached:
+            sizes[number] = len(text[reached:end].encode())
+            reached = end
+    return sizes
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer that a corpus folder holds."""
+    tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(folder)
+    return tokenizer

@@ -1,0 +1,39 @@
+"""Small real inputs: folders of text files, and folders that `datasets.load_dataset` reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import datasets.config
+import pandas as pd
+import pytest
+
+
+@pytest.fixture
+def texts() -> list[str]:
+    """Sixty different documents of a few hundred bytes."""
+    return [
+        "".join(f"def function_{number}_{line}(value):\n    return value + {line * number}\n\n" for line in range(8))
+        for number in range(60)
+    ]
+
+
+@pytest.fixture
+def text_folder(tmp_path: Path, texts: list[str]) -> Path:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number, text in enumerate(texts):
+        (folder / f"file_{number}.py").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def hub_folder(tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data set with CodeParrot's columns, on disk as the hub stores it."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub-cache")
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    for split, part in (("train", texts[:50]), ("validation", texts[50:])):
+        frame = pd.DataFrame({"repo_name": ["some/repo"] * len(part), "path": "a.py", "content": part})
+        frame.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return folder

@@ -1,0 +1,237 @@
+"""prepare(): every source, reuse, damage, fingerprints and bad input."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+from dataclasses import replace
+from pathlib import Path
+
+import huggingface_hub.constants
+import numpy as np
+import pandas as pd
+import pytest
+
+from normfree.config import DataSpec
+from normfree.data import Corpus, default_cache, prepare
+from normfree.manifest import damages
+
+
+def make(spec: DataSpec, cache: Path) -> Corpus:
+    return prepare(spec, cache=cache, progress=False)
+
+
+@pytest.fixture
+def spec(text_folder: Path) -> DataSpec:
+    return DataSpec(source="files", paths=(str(text_folder),), vocab_size=300, context=16)
+
+
+def token_ids(corpus: Corpus, split: str) -> np.ndarray:
+    return np.array(getattr(corpus, split)["input_ids"][:])
+
+
+@pytest.mark.parametrize("packing", ["windows", "concatenate"])
+def test_blocks_decode_to_the_text_they_came_from(spec: DataSpec, tmp_path: Path, texts: list[str], packing) -> None:
+    corpus = make(replace(spec, packing=packing), tmp_path)
+    tokenizer = corpus.tokenizer()
+    for split in ("train", "validation"):
+        pieces = tokenizer.batch_decode(token_ids(corpus, split)) if packing == "windows" else []
+        assert all(any(piece in text for text in texts) for piece in pieces)
+        assert token_ids(corpus, split).shape[1] == 16
+    end = tokenizer.eos_token_id
+    assert (end in token_ids(corpus, "train")) == (packing == "concatenate")
+    facts = corpus.facts()
+    assert facts["train_documents"] == 57
+    assert facts["validation_documents"] == 3
+    assert facts["train_tokens"] == token_ids(corpus, "train").size
+    json.dumps(facts, allow_nan=False)
+
+
+@pytest.mark.parametrize("packing", ["windows", "concatenate"])
+def test_predicted_bytes_are_those_of_tokens_two_to_last(spec: DataSpec, tmp_path: Path, packing) -> None:
+    corpus = make(replace(spec, packing=packing), tmp_path)
+    tokenizer = corpus.tokenizer()
+    texts = tokenizer.batch_decode(token_ids(corpus, "validation")[:, 1:], skip_special_tokens=True)
+    sizes = corpus.validation["predicted_bytes"][:]
+    assert sizes == [len(text.encode()) for text in texts]
+    total = sum(sizes)
+    assert corpus.facts()["bytes_per_token"] == pytest.approx(total / (15 * len(corpus.validation)))
+
+
+def test_unigram_perplexity_matches_a_plain_count(spec: DataSpec, tmp_path: Path) -> None:
+    corpus = make(spec, tmp_path)
+    counts = dict.fromkeys(range(corpus.vocab_size), 1)
+    for token in token_ids(corpus, "train").reshape(-1).tolist():
+        counts[token] += 1
+    predicted = token_ids(corpus, "validation")[:, 1:].reshape(-1).tolist()
+    nats = [-np.log(counts[token] / sum(counts.values())) for token in predicted]
+    assert corpus.facts()["unigram_perplexity"] == pytest.approx(np.exp(np.mean(nats)))
+
+
+def test_a_prepared_corpus_is_reused_and_described(spec: DataSpec, tmp_path: Path) -> None:
+    first = make(spec, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
+    second = make(replace(spec, expected_fingerprint="other"), tmp_path)
+    assert second == first
+    assert {path: path.stat().st_mtime_ns for path in first.folder.iterdir()} == before
+    assert first.fingerprint in second.describe()
+    assert "57 documents" in second.describe()
+    assert [path.name for path in (tmp_path / "corpora").iterdir()] == [first.folder.name]
+
+
+def test_changed_text_or_spec_makes_another_corpus(spec: DataSpec, tmp_path: Path, text_folder: Path) -> None:
+    first = make(spec, tmp_path)
+    assert make(replace(spec, context=8), tmp_path).fingerprint != first.fingerprint
+    (text_folder / "file_0.py").write_text("class Other:\n    changed = True\n" * 30)
+    assert make(spec, tmp_path).fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize("name", ["train.arrow", "validation.arrow", "tokenizer.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_damage_is_named_and_mended(spec: DataSpec, tmp_path: Path, caplog, name: str, damage: str) -> None:
+    first = make(spec, tmp_path)
+    path = first.folder / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    if damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(content if damage == "flip" else content[: len(content) // 2])
+    with caplog.at_level(logging.WARNING, logger="normfree"):
+        second = make(spec, tmp_path)
+    assert "is damaged and prepared again" in caplog.text
+    assert name in caplog.text
+    assert second.fingerprint == first.fingerprint
+    assert damages(second.folder) == []
+
+
+def test_fingerprint_does_not_depend_on_the_place(spec: DataSpec, tmp_path: Path, text_folder: Path) -> None:
+    moved = text_folder.rename(tmp_path / "moved")
+    for number, path in enumerate(sorted(moved.iterdir())):
+        path.rename(moved / f"renamed_{60 - number}.py")
+    there = make(replace(spec, paths=(str(moved),)), tmp_path / "there")
+    text_folder.mkdir()
+    for path in moved.iterdir():
+        (text_folder / path.name).write_bytes(path.read_bytes())
+    assert make(spec, tmp_path / "here").fingerprint == there.fingerprint
+
+
+@pytest.mark.slow
+def test_two_processes_preparing_at_once_both_end_with_a_sound_corpus(spec: DataSpec, tmp_path: Path) -> None:
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        corpora = pool.starmap(make, [(spec, tmp_path)] * 2)
+    assert corpora[0] == corpora[1]
+    assert damages(corpora[0].folder) == []
+
+
+def test_files_with_few_files_hold_out_documents(tmp_path: Path, texts: list[str]) -> None:
+    rows = [json.dumps({"content": text}) for text in [*texts, texts[0]]]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    facts = make(
+        DataSpec(source="files", paths=(str(tmp_path / "*.jsonl"),), vocab_size=300, context=16), tmp_path
+    ).facts()
+    assert (facts["train_documents"], facts["validation_documents"]) == (57, 3)
+    assert facts["dropped"] == {"train": {"duplicate": 1}, "validation": {}}
+
+
+def test_parquet_text_and_validation_paths(tmp_path: Path, texts: list[str]) -> None:
+    pd.DataFrame({"body": texts[:40]}).to_parquet(tmp_path / "train.parquet")
+    (tmp_path / "held.txt").write_text("".join(texts[39:]))
+    (tmp_path / "copy.txt").write_text(texts[0])
+    held = (str(tmp_path / "held.txt"), str(tmp_path / "copy.txt"))
+    spec = DataSpec(source="files", paths=(str(tmp_path / "*.parquet"),), validation_paths=held, column="body")
+    facts = make(replace(spec, vocab_size=300, context=16), tmp_path).facts()
+    assert (facts["train_documents"], facts["validation_documents"]) == (39, 2)
+
+
+@pytest.mark.parametrize("source", ["hub", "codeparrot"])
+def test_data_sets_go_through_load_dataset(hub_folder: Path, tmp_path: Path, source) -> None:
+    place = str(hub_folder)
+    spec = DataSpec(source=source, dataset=place, validation_dataset=place, vocab_size=300, context=16)
+    spec = replace(spec, train_documents=30, validation_documents=5)
+    corpus = make(spec, tmp_path)
+    facts = corpus.facts()
+    assert (facts["train_documents"], facts["validation_documents"]) == (30, 5)
+    assert set(facts["revisions"]) == {"train", "validation"}
+    assert make(replace(spec, shuffle_seed=1), tmp_path).fingerprint != corpus.fingerprint
+
+
+def test_a_saved_tokenizer_is_used_as_it_is(spec: DataSpec, tmp_path: Path) -> None:
+    first = make(spec, tmp_path)
+    second = make(replace(spec, tokenizer=str(first.folder), vocab_size=999), tmp_path)
+    assert second.fingerprint == first.fingerprint
+
+
+def test_installed_code_makes_a_corpus_offline(tmp_path: Path) -> None:
+    spec = DataSpec(
+        vocab_size=400, context=64, max_bytes=300_000, max_bytes_per_package=50_000, validation_documents=10
+    )
+    corpus = make(spec, tmp_path)
+    facts = corpus.facts()
+    assert 200_000 < facts["train_bytes"] <= 300_000
+    assert facts["validation_documents"] == 10
+    assert facts["versions"]["packages"]["transformers"]
+    assert make(spec, tmp_path / "again").fingerprint == corpus.fingerprint
+
+
+def bad_specs(folder: Path) -> dict[str, tuple[DataSpec, str]]:
+    base = DataSpec(source="files", paths=(str(folder),), vocab_size=300, context=16)
+    (folder.parent / "empty").mkdir()
+    (folder.parent / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    (folder.parent / "broken.parquet").write_bytes(b"no parquet")
+    (folder.parent / "broken.jsonl").write_text("{")
+    (folder.parent / "other.jsonl").write_text('{"text": "a", "title": "b"}')
+
+    def at(name: str) -> DataSpec:
+        return replace(base, paths=(str(folder.parent / name),))
+
+    return {
+        "no match": (at("missing/*.py"), "matches no file; allowed are"),
+        "empty": (at("empty"), "matches no file; allowed are"),
+        "not UTF-8": (at("latin.txt"), "is not UTF-8 text"),
+        "parquet": (at("broken.parquet"), "broken.parquet cannot be read"),
+        "json": (at("broken.jsonl"), "broken.jsonl is not JSON lines"),
+        "column": (at("other.jsonl"), "no column 'content'; set data.column to one of: text, title"),
+        "one file": (replace(at("texts/file_1.py"), vocab_size=257), "gives no validation text"),
+        "long context": (replace(base, context=100_000), "fills no block of data.context=100000"),
+        "vocabulary": (replace(base, vocab_size=50_000), "data.vocab_size=50000"),
+        "nothing left": (replace(base, max_bytes=5), "gives no train text"),
+    }
+
+
+BAD_CASES = ["no match", "empty", "not UTF-8", "parquet", "json", "column", "one file", "long context"]
+BAD_CASES += ["vocabulary", "nothing left"]
+
+
+@pytest.mark.parametrize("case", BAD_CASES)
+def test_bad_input_is_refused_in_one_line_and_leaves_nothing(text_folder: Path, tmp_path: Path, case: str) -> None:
+    spec, message = bad_specs(text_folder)[case]
+    with pytest.raises(ValueError) as caught:  # noqa: PT011, the message is checked below
+        make(spec, tmp_path / "cache")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "cache").glob("corpora/*")) == []
+
+
+def test_an_unreachable_hub_name_is_refused_in_one_line(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        ValueError, match=r"'nobody/nothing' cannot be loaded .* set HF_HOME, or use data.source=installed"
+    ):
+        make(DataSpec(source="hub", dataset="nobody/nothing"), tmp_path)
+
+
+def test_a_wrong_split_or_column_names_what_there_is(hub_folder: Path, tmp_path: Path) -> None:
+    spec = DataSpec(source="hub", dataset=str(hub_folder), vocab_size=300)
+    with pytest.raises(ValueError, match=r"split 'dev': .*train.*data.validation_split"):
+        make(replace(spec, tokenizer=None, validation_split="dev"), tmp_path)
+    with pytest.raises(ValueError, match=r"no column 'text'; set data.column to one of: content, path, repo_name"):
+        make(replace(spec, column="text"), tmp_path)
+
+
+def test_the_cache_lies_where_the_environment_says(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("NORMFREE_CACHE", str(tmp_path))
+    assert default_cache() == tmp_path
+    monkeypatch.delenv("NORMFREE_CACHE")
+    assert default_cache() == Path.home() / ".cache" / "normfree"

@@ -1,0 +1,64 @@
+"""Packing loses and repeats nothing, whatever the documents are."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from normfree.data.packing import concatenated, unigram_perplexity, windows
+
+END = 7
+LENGTHS = st.lists(st.integers(min_value=0, max_value=40), max_size=12)
+CONTEXT = st.integers(min_value=2, max_value=9)
+
+
+def numbered(lengths: list[int]) -> list[np.ndarray]:
+    """Documents whose every token is different (and not END), with its size in a second column."""
+    starts = np.cumsum([100, *lengths])
+    return [
+        np.stack([np.arange(s, s + n), np.arange(s, s + n) % 5], axis=1) for s, n in zip(starts, lengths, strict=False)
+    ]
+
+
+def all_blocks(blocks) -> np.ndarray:
+    return np.concatenate([np.empty((0,), dtype=int), *[block[:, :, 0].reshape(-1) for block in blocks]])
+
+
+@settings(deadline=None)
+@given(lengths=LENGTHS, context=CONTEXT)
+def test_windows_keep_every_token_but_the_tails_and_never_cross_documents(lengths: list[int], context: int) -> None:
+    documents = numbered(lengths)
+    expected = [token for document in documents for token in document[: len(document) // context * context, 0].tolist()]
+    blocks = list(windows(documents, context))
+    assert all_blocks(blocks).tolist() == expected
+    owner = {token: number for number, document in enumerate(documents) for token in document[:, 0].tolist()}
+    for block_T in (row for block in blocks for row in block[:, :, 0]):
+        assert len(block_T) == context
+        assert len({owner[token] for token in block_T.tolist()}) == 1
+
+
+@settings(deadline=None)
+@given(lengths=LENGTHS, context=CONTEXT)
+def test_concatenation_keeps_every_token_in_order_with_ends_between(lengths: list[int], context: int) -> None:
+    documents = numbered(lengths)
+    stream = [token for document in documents for token in [*document[:, 0].tolist(), END]]
+    assert all_blocks(concatenated(documents, context, end=END)).tolist() == stream[: len(stream) // context * context]
+
+
+@settings(deadline=None)
+@given(lengths=LENGTHS, context=CONTEXT)
+def test_concatenation_gives_the_end_token_no_bytes(lengths: list[int], context: int) -> None:
+    for block in concatenated(numbered(lengths), context, end=END):
+        assert (block[block[:, :, 0] == END][:, 1] == 0).all()
+
+
+def test_unigram_perplexity_of_unseen_uniform_tokens_is_the_vocabulary() -> None:
+    nothing_V, once_V = np.zeros(50, dtype=int), np.ones(50, dtype=int)
+    assert unigram_perplexity(nothing_V, once_V) == pytest.approx(50)
+
+
+def test_unigram_perplexity_is_add_one_smoothed() -> None:
+    # Training "aab", vocabulary of 3: p(a) = 3/6, p(c) = 1/6; perplexity of "ac" is sqrt(2 * 6).
+    assert unigram_perplexity(np.array([2, 1, 0]), np.array([1, 0, 1])) == pytest.approx(12**0.5)
