@@ -94,9 +94,7 @@ def _read_gpt2_weights(model: GPT2LMHeadModel) -> dict[str, Tensor]:
             ("feed_forward.input", "mlp.c_fc"),
             ("feed_forward.output", "mlp.c_proj"),
         ):
-            weights |= _both(
-                f"{ours}.{name}", source, f"{theirs}.{other}", transform=lambda tensor: tensor.t()
-            )
+            weights |= _both(f"{ours}.{name}", source, f"{theirs}.{other}", transform=lambda tensor: tensor.t())
     return weights
 
 
@@ -136,9 +134,7 @@ def _read_neox_weights(model: GPTNeoXForCausalLM) -> dict[str, Tensor]:
     }
     for layer in range(model.config.num_hidden_layers):
         ours, theirs = f"model.layers.{layer}", f"gpt_neox.layers.{layer}"
-        weights |= _both(
-            f"{ours}.attention.qkv", source, f"{theirs}.attention.query_key_value", transform=by_kind
-        )
+        weights |= _both(f"{ours}.attention.qkv", source, f"{theirs}.attention.query_key_value", transform=by_kind)
         for name, other in (
             ("attention_norm", "input_layernorm"),
             ("feed_forward_norm", "post_attention_layernorm"),
@@ -150,9 +146,7 @@ def _read_neox_weights(model: GPTNeoXForCausalLM) -> dict[str, Tensor]:
     return weights
 
 
-_READERS: dict[
-    type[PreTrainedModel], tuple[Callable[[Any], dict[str, Any]], Callable[[Any], dict[str, Tensor]]]
-] = {
+_READERS: dict[type[PreTrainedModel], tuple[Callable[[Any], dict[str, Any]], Callable[[Any], dict[str, Tensor]]]] = {
     GPT2LMHeadModel: (_read_gpt2_config, _read_gpt2_weights),
     GPTNeoXForCausalLM: (_read_neox_config, _read_neox_weights),
 }

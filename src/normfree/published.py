@@ -1,6 +1,6 @@
 """The paper's numbers, to stand beside ours. One seed each, without error bars.
 
-Jha & Reagen, "ReLU's Revival: On the Entropic Overload in Normalization-Free Large Language Models"
+Jha and Reagen, "ReLU's Revival: On the Entropic Overload in Normalization-Free Large Language Models"
 (arXiv 2410.09637). SM+LN comes from the same authors' Entropy-Guided Attention (arXiv 2501.03489).
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-SOURCE = "Jha & Reagen, arXiv 2410.09637 (SM+LN: arXiv 2501.03489); one seed each"
+SOURCE = "Jha and Reagen, arXiv 2410.09637 (SM+LN: arXiv 2501.03489); one seed each"
 HEATMAP_CONTEXT = 128
 """Block length behind the published heatmaps, so their causal ceiling is ln(128!)/128 = 3.878 nats."""
 OBSERVED_MAX_NATS = 3.87

@@ -27,9 +27,7 @@ def test_another_slope_changes_the_logits(build, ids, learnable):
 
 
 def test_fixed_and_learnable_slopes_agree(build, ids):
-    logits = [
-        build(activation="leaky_relu", negative_slope=0.3, learnable_slope=x)(ids).logits for x in LEARNABLE
-    ]
+    logits = [build(activation="leaky_relu", negative_slope=0.3, learnable_slope=x)(ids).logits for x in LEARNABLE]
     assert torch.equal(logits[0], logits[1])
     assert torch.equal(logits[0], logits[2])
 

@@ -76,9 +76,7 @@ def test_learned_positions_and_rotation_tell_orders_apart(build, ids):
 def test_rotation_depends_on_distances_only(build, ids):
     model = build(position="rotary", rotary_share=0.5)
     shifted = torch.arange(12)[None].expand(2, -1) + 1000
-    torch.testing.assert_close(
-        model(ids, position_ids=shifted).logits, model(ids).logits, atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(model(ids, position_ids=shifted).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_more_tokens_than_learned_positions_are_refused(build):

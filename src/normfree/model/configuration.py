@@ -152,15 +152,12 @@ class NormFreeConfig(PreTrainedConfig):
     def _check_heads(self) -> None:
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size={self.hidden_size} must be a multiple of "
-                f"num_attention_heads={self.num_attention_heads}"
+                f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}"
             )
         if self.position != "rotary":
             return
         if not 0 < self.rotary_share <= 1:
-            raise ValueError(
-                f"position='rotary' needs rotary_share above 0 and at most 1, got {self.rotary_share}"
-            )
+            raise ValueError(f"position='rotary' needs rotary_share above 0 and at most 1, got {self.rotary_share}")
         exact = self.head_dim * self.rotary_share
         if abs(exact - self.rotary_dim) > 1e-6 or self.rotary_dim % 2:
             raise ValueError(
@@ -172,8 +169,7 @@ class NormFreeConfig(PreTrainedConfig):
     def _check_slopes(self) -> None:
         if self.learnable_slope != "none" and "leaky_relu" not in self.layer_activations:
             raise ValueError(
-                f"learnable_slope={self.learnable_slope!r} needs activation='leaky_relu', "
-                f"got {self.activation!r}"
+                f"learnable_slope={self.learnable_slope!r} needs activation='leaky_relu', got {self.activation!r}"
             )
 
 

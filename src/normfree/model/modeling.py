@@ -267,9 +267,7 @@ class NormFreeModel(NormFreePreTrainedModel):
         # One shared slope, registered here and handed to the blocks: see activations.py.
         shared = config.learnable_slope == "shared"
         self.shared_negative_slope = nn.Parameter(torch.empty(1)) if shared else None
-        self.layers = nn.ModuleList(
-            BLOCKS[config.residual](config, index) for index in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(BLOCKS[config.residual](config, index) for index in range(config.num_hidden_layers))
         self.final_norm = NORMS[config.final_norm](config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -317,9 +315,7 @@ class NormFreeModel(NormFreePreTrainedModel):
                 position_ids=position_ids,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.final_norm(hidden_BTE), past_key_values=past_key_values
-        )
+        return BaseModelOutputWithPast(last_hidden_state=self.final_norm(hidden_BTE), past_key_values=past_key_values)
 
 
 class NormFreeForCausalLM(NormFreePreTrainedModel, GenerationMixin):

@@ -1,0 +1,186 @@
+"""The command line: `normfree VERB OBJECT... key=value`. --help and --debug are the only flags (and Hydra's -m)."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from normfree import __version__, commands
+from normfree.config import describe_keys, nearest
+
+FLAGS = ("--help", "--debug")
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb: what it takes, an example, and what it calls."""
+
+    run: Callable[..., None]
+    objects: str
+    """Names of what follows the verb; a trailing "..." takes one or more; empty takes none."""
+    summary: str
+    example: str
+    options: type | None = None
+    """Dataclass of its keys; None means the keys of a run."""
+
+
+VERBS = {
+    "data": Verb(commands.data, "SOURCE", "prepare a corpus and describe it", "normfree data installed"),
+    "train": Verb(
+        commands.train,
+        "",
+        "train one run, or many with -m",
+        "normfree train preset=cpu-quick variant=sm-r seed=1",
+    ),
+    "study": Verb(commands.study, "STUDY", "train all runs of a study, then report", "normfree study quick"),
+    "evaluate": Verb(
+        commands.evaluate,
+        "MODEL",
+        "perplexity and bits per byte of any causal language model",
+        "normfree evaluate runs/quick/sm-r-seed0 text=README.md",
+        commands.EvaluateOptions,
+    ),
+    "report": Verb(
+        commands.report,
+        "RUNS...",
+        "tables, figures and one page from run folders",
+        "normfree report runs/quick output=report",
+        commands.ReportOptions,
+    ),
+}
+
+
+class UsageError(ValueError):
+    """A command line that cannot be understood."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status. Errors are one line, with a stack trace only under --debug."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("normfree").setLevel(logging.INFO)
+    try:
+        dispatch(words)
+    except KeyboardInterrupt:
+        print("normfree: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            raise
+        print(f"normfree: {_one_line(error)}", file=sys.stderr)
+        return _exit_status(error)
+    return 0
+
+
+def dispatch(words: Sequence[str]) -> None:
+    """Find the verb and call it with its objects and keys. Raises UsageError for words it cannot place."""
+    if not words or words[0] in ("--help", "help"):
+        print(overview())
+        return
+    name, *rest = words
+    if name not in VERBS:
+        raise UsageError(f"unknown verb {name!r}; {nearest(name, list(VERBS))}")
+    verb = VERBS[name]
+    if "--help" in rest:
+        print(help_for(name, verb))
+        return
+    multirun = name == "train" and any(word in ("-m", "--multirun") for word in rest)
+    rest = [word for word in rest if not (multirun and word in ("-m", "--multirun"))]
+    if flags := [word for word in rest if word.startswith("-")]:
+        raise UsageError(f"unknown flag {flags[0]!r}; the flags are {', '.join(FLAGS)}; all else is key=value")
+    objects, pairs = [w for w in rest if "=" not in w], [w for w in rest if "=" in w]
+    if multirun:
+        from normfree.sweep import sweep
+
+        sweep([*objects, *pairs])
+        return
+    verb.run(*_objects(name, verb, objects), *_keys(name, verb, pairs))
+
+
+def _objects(name: str, verb: Verb, given: list[str]) -> list[Any]:
+    many = verb.objects.endswith("...")
+    if not verb.objects and given:
+        raise UsageError(f"normfree {name} takes key=value only, got {given[0]!r}; example: {verb.example}")
+    if verb.objects and (not given or (len(given) > 1 and not many)):
+        raise UsageError(
+            f"normfree {name} needs {verb.objects}, got {' '.join(given) or 'nothing'}; example: {verb.example}"
+        )
+    return [given] if many else given
+
+
+def _keys(name: str, verb: Verb, pairs: list[str]) -> list[Any]:
+    if verb.options is None:
+        return [pairs]
+    values = dict(pair.split("=", 1) for pair in pairs)
+    allowed = list(verb.options.__dataclass_fields__)
+    for key in values:
+        if key not in allowed:
+            raise UsageError(f"unknown key {key!r} for normfree {name}; {nearest(key, allowed)}")
+    try:
+        return [TypeAdapter(verb.options).validate_python(values)]
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise UsageError(f"{problem['loc'][0]}={problem['input']}: {problem['msg']}") from None
+
+
+def overview() -> str:
+    """All verbs, with one example each."""
+    lines = [
+        f"normfree {__version__}: train transformers without LayerNorm and measure what their heads do",
+        "",
+    ]
+    width = max(len(verb.example) for verb in VERBS.values())
+    lines += [f"  {verb.example:<{width}}  {verb.summary}" for verb in VERBS.values()]
+    lines += ["", "normfree VERB --help explains a verb; --debug shows the stack trace of an error."]
+    return "\n".join(lines)
+
+
+def help_for(name: str, verb: Verb) -> str:
+    """What a verb takes: its objects, an example and every key with its default."""
+    usage = " ".join(filter(None, ["normfree", name, verb.objects, "[key=value ...]"]))
+    return "\n".join([usage, f"  {verb.summary}", "", f"example: {verb.example}", "", *_key_help(verb)])
+
+
+def _key_help(verb: Verb) -> list[str]:
+    if verb.options is not None:
+        about = TypeAdapter(verb.options).json_schema()["properties"]
+        return [_key_line(key, facts.get("default"), facts.get("description", "")) for key, facts in about.items()]
+    from normfree.compose import GROUPS, members
+    from normfree.studies import studies
+
+    lines = [f"  {group + '=':<12}{', '.join(members(group))}" for group in GROUPS]
+    lines.append(f"  {'studies':<12}{', '.join(studies())}")
+    lines += ["", "  runs_dir=runs   where runs are kept", "  cache_dir=      where corpora are kept", ""]
+    lines += [_key_line(key, default, meaning) for key, default, meaning in describe_keys()]
+    lines.append("  model.*: the fields of NormFreeConfig, e.g. model.hidden_size=256 (docs/extending.md)")
+    return [*lines, "", "Values shown are the defaults; a preset sets many of them."]
+
+
+def _key_line(key: str, default: object, meaning: str) -> str:
+    shown = "" if default in (None, "None") else default
+    return f"  {f'{key}={shown}':<38} {' '.join(meaning.split())}".rstrip()
+
+
+def _exit_status(error: Exception) -> int:
+    signal_number = getattr(error, "signal_number", None)
+    if signal_number is not None:
+        return 128 + signal_number
+    return 2 if isinstance(error, UsageError) else 1
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    expected = (ValueError, OSError, RuntimeError)
+    known = isinstance(error, expected) or hasattr(error, "signal_number")
+    return text if known else f"{type(error).__name__}: {text} (--debug shows where)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

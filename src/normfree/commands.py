@@ -1,0 +1,131 @@
+"""What each verb of the command line does. Imports are local, so that `normfree --help` and `report` stay light."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ConfigDict
+
+logger = logging.getLogger("normfree")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """Keys of `normfree evaluate`."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    text: Path | None = None
+    """UTF-8 text file; empty takes held-out Python code of this machine."""
+    context: int | None = None
+    """Tokens in a window; empty takes the model's own limit."""
+    stride: int | None = None
+    """Tokens by which windows advance; smaller gives each token more context and costs more."""
+    device: str | None = None
+    """cpu, cuda, ...; empty takes the GPU if there is one."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the weights."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Keys of `normfree report`."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    output: Path = Path("report")
+    """Folder for the page, its figures and tables."""
+    mix: bool = False
+    """Put runs of different recipes or precisions into one table."""
+
+
+def prepare_process() -> None:
+    """Once a command that loads or trains models begins: silence the bars of the libraries underneath, which would
+    drown ours, and keep freed memory (docs/performance.md)."""
+    import datasets
+    import transformers
+
+    from normfree.training.allocator import keep_freed_memory
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    if keep_freed_memory():
+        logger.info("glibc keeps freed memory in this process: faster steps (docs/performance.md)")
+
+
+def data(source: str, overrides: Sequence[str]) -> None:
+    """Prepare a corpus and describe it."""
+    from normfree.compose import compose_run
+    from normfree.data import prepare
+
+    prepare_process()
+    composed = compose_run([f"data={source}", *overrides])
+    print(prepare(composed.spec.data, cache=composed.cache_dir).describe())
+
+
+def train(overrides: Sequence[str]) -> None:
+    """Train one run."""
+    from normfree.compose import compose_run
+    from normfree.studies import summary
+    from normfree.training import train as train_run
+
+    prepare_process()
+    composed = compose_run(overrides)
+    folder = train_run(composed.spec, runs_dir=composed.runs_dir, cache=composed.cache_dir)
+    print(f"{summary(folder)}\n{folder}")
+
+
+def study(name: str, overrides: Sequence[str]) -> None:
+    """Train the runs of a study and build its report."""
+    from normfree.studies import run_study
+
+    prepare_process()
+    page = run_study(name, overrides)
+    print((page.parent / "tables" / "perplexity.md").read_text())
+    print(f"The page: {page}")
+
+
+def evaluate(name: str, options: EvaluateOptions) -> None:
+    """Print token-weighted perplexity and bits per byte."""
+    from normfree.evaluate import perplexity
+    from normfree.pretrained import load_pretrained
+
+    prepare_process()
+    text = _read_text(options.text)
+    model, tokenizer = load_pretrained(
+        name, dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code
+    )
+    result = perplexity(model, tokenizer, text, context=options.context, stride=options.stride, progress=True)
+    print(f"perplexity     {result.perplexity:.4f} (over {result.tokens} predicted tokens)")
+    print(f"cross-entropy  {result.loss_nats:.4f} nats per token")
+    print(f"bits per byte  {result.bits_per_byte:.4f} (over {result.bytes} bytes of predicted tokens)")
+
+
+def report(places: Sequence[str], options: ReportOptions) -> None:
+    """Rebuild tables, figures and the page from run folders."""
+    from normfree.records import find_runs
+    from normfree.report import build_report
+
+    print(f"The page: {build_report(find_runs(places), options.output, mix=options.mix)}")
+
+
+def _read_text(path: Path | None) -> str:
+    if path is None:
+        from normfree.data import held_out_text
+
+        return held_out_text()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"text={path} does not exist") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"text={path} is not UTF-8 text") from None
+    if not text.strip():
+        raise ValueError(f"text={path} is empty")
+    return text

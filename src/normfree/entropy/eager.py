@@ -1,0 +1,82 @@
+"""The way in for families that do not use the attention registry: their own eager attention matrices."""
+
+# B batch, H heads, T query, S key
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from normfree.entropy.functional import AttentionEntropy
+from normfree.entropy.recorder import SLOT, Recorder, is_recomputation
+from normfree.entropy.support import UnsupportedModel
+
+
+class EagerHooks:
+    """Ask every forward pass for `attentions`, add them up, and hand on what the caller asked for.
+
+    Memory is O(T^2) for every layer. The model must be in eager attention already; its config is not touched.
+    """
+
+    def __init__(self, model: PreTrainedModel, recorder: Recorder) -> None:
+        chosen = model.config._attn_implementation
+        if chosen not in ("eager", None):
+            raise UnsupportedModel(
+                f"method='eager' needs the model in eager attention, it is in {chosen!r}; load it with "
+                f"attn_implementation='eager'"
+            )
+        self._model = model
+        self._recorder = recorder
+        self._handles: list[RemovableHandle] = []
+        self._wanted: bool | None = None
+
+    def attach(self) -> None:
+        """Add the two hooks to the model, and the mark that it is being measured."""
+        setattr(self._model, SLOT, None)
+        self._handles = [
+            self._model.register_forward_pre_hook(self._ask, with_kwargs=True),
+            self._model.register_forward_hook(self._take, with_kwargs=True),
+        ]
+
+    def detach(self) -> None:
+        """Take the hooks away."""
+        while self._handles:
+            self._handles.pop().remove()
+        if hasattr(self._model, SLOT):
+            delattr(self._model, SLOT)
+
+    def _ask(self, _model: Any, args: Any, asked: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        self._wanted = asked.get("output_attentions")
+        return args, asked | {"output_attentions": True, "return_dict": True}
+
+    def _take(self, _model: Any, args: Any, asked: dict[str, Any], output: Any) -> None:
+        attentions = getattr(output, "attentions", None)
+        if not attentions:
+            raise UnsupportedModel(
+                f"{type(self._model).__name__} returned no attention matrices; it cannot be measured"
+            )
+        padding = asked.get("attention_mask")
+        for layer, p_BHTS in enumerate(attentions):
+            if p_BHTS is not None and not is_recomputation():
+                self._recorder.add(layer, entropy_of_probabilities(p_BHTS, padding))
+        if not (self._model.config.output_attentions if self._wanted is None else self._wanted):
+            output.attentions = None
+
+
+def entropy_of_probabilities(p_BHTS: Tensor, padding: Tensor | None = None) -> AttentionEntropy:
+    """Entropy of given attention matrices (B, H, T, S); a key counts as visible if any head puts mass on it.
+
+    `padding` (B, S), 0 for padding, leaves out the rows of padded queries.
+    """
+    p_BHTS = p_BHTS.to(torch.promote_types(p_BHTS.dtype, torch.float32))
+    nats_BHT = torch.special.entr(p_BHTS).sum(-1)
+    visible_B1T = ((p_BHTS > 0) | p_BHTS.isnan()).any(1, keepdim=True).sum(-1)
+    if padding is not None and padding.dim() == 2:
+        visible_B1T = visible_B1T * (padding[:, None, -p_BHTS.shape[2] :] != 0)
+    visible_BHT = visible_B1T.expand_as(nats_BHT).to(torch.int32)
+    exact_BH = torch.ones(p_BHTS.shape[:2], dtype=torch.bool, device=p_BHTS.device)
+    return AttentionEntropy(nats_BHT.masked_fill(visible_BHT == 0, torch.nan), visible_BHT, exact_BH)

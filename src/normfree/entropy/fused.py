@@ -1,0 +1,111 @@
+"""Entropy from one call of a fused attention kernel, with no T x S matrix.
+
+With s_j = scale q.k_j the kernel's log-sum-exp and an output made with V = K give
+H = LSE(s) - scale q.(sum_j p_j k_j). Entropy does not change when every key moves by the same vector, so
+the mean key is taken off first, which keeps the two terms, and their rounding, small.
+"""
+
+# B batch, H query heads, G key heads, T query, S key, R rows of one block, D head width
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from normfree.entropy.request import Measured, Request
+
+ROWS = 256
+"""Rows per kernel call where a mask has to be spelled out."""
+
+
+def has_kernel(device: torch.device) -> bool:
+    """Whether this device has a fused kernel that hands out its log-sum-exp in float32."""
+    return device.type in ("cpu", "cuda")
+
+
+def centre(k_BGSD: Tensor) -> Tensor:
+    """Keys minus the mean key of their head. A head with broken keys is left as it is."""
+    mean_BG1D = k_BGSD.mean(-2, keepdim=True)
+    return k_BGSD - torch.where(mean_BG1D.isfinite(), mean_BG1D, 0.0)
+
+
+def score_bound(request: Request) -> Tensor:
+    """No centred score of a (batch, head) pair is larger than this (Cauchy-Schwarz); NaN or inf if broken."""
+    q_BH = request.q.norm(dim=-1).amax(-1)
+    k_BG = centre(request.k).norm(dim=-1).amax(-1)
+    return abs(request.scale) * q_BH * k_BG.repeat_interleave(request.groups, dim=1)
+
+
+def measure(request: Request) -> Measured:
+    """Measure every head; shapes (B, H, T). Trust heads whose `score_bound` is within the caller's limit."""
+    visibility = request.visibility
+    k_BGSD = centre(request.k)
+    q_BHTD, values_BGSE = request.q, k_BGSD
+    if request.patterns:
+        # q gets zeros where k gets features, so scores stay and E_p[feature] comes out beside E_p[k].
+        q_BHTD = torch.nn.functional.pad(q_BHTD, (0, 2))
+        values_BGSE = torch.cat([k_BGSD, _features(request)], dim=-1)
+    output_BHTE, lse_BHT = _attend(q_BHTD, values_BGSE, request)
+    counts_BHT = visibility.counts(ROWS).expand(request.q.shape[:3])
+    empty_BHT = counts_BHT == 0
+    width = request.q.shape[-1]
+    nats_BHT = lse_BHT - request.scale * (request.q * output_BHTE[..., :width]).sum(-1)
+    found = {"nats": nats_BHT.clamp_min(0.0)}
+    if request.patterns:
+        own_T = torch.arange(visibility.keys - visibility.queries, visibility.keys, device=request.q.device)
+        found["distance"] = own_T - output_BHTE[..., width] * visibility.keys
+        found["first_mass"] = output_BHTE[..., width + 1]
+    return Measured(
+        visible=counts_BHT,
+        exact=torch.zeros(request.q.shape[:2], dtype=torch.bool, device=request.q.device),
+        **{name: value.masked_fill(empty_BHT, torch.nan) for name, value in found.items()},
+    )
+
+
+def _features(request: Request) -> Tensor:
+    """Position / S and a one on the first token, for every key: (B, G, S, 2)."""
+    position_S = torch.arange(request.visibility.keys, device=request.k.device)
+    # A mask that differs between heads still has one first token per sequence.
+    first_B = request.visibility.first_key(ROWS).amin(-1).expand(len(request.k))
+    on_first_BS = position_S == first_B[:, None]
+    features_BS2 = torch.stack([(position_S / len(position_S)).expand_as(on_first_BS), on_first_BS], dim=-1)
+    return features_BS2.to(request.k.dtype)[:, None].expand(*request.k.shape[:3], 2)
+
+
+def _attend(q_BHTE: Tensor, k_BGSE: Tensor, request: Request) -> tuple[Tensor, Tensor]:
+    visibility = request.visibility
+    if visibility.is_full or visibility.is_plain_causal:
+        return kernel(q_BHTE, k_BGSE, scale=request.scale, causal=visibility.is_plain_causal)
+    outputs, lses = [], []
+    for block in visibility.blocks(ROWS):
+        q_BHRE = q_BHTE[:, :, block.start : block.stop]
+        if block.first == block.last:
+            outputs.append(torch.zeros_like(q_BHRE))
+            lses.append(q_BHRE.new_zeros(q_BHRE.shape[:3]))
+            continue
+        additive = torch.zeros(block.visible.shape, dtype=q_BHTE.dtype, device=q_BHTE.device)
+        additive.masked_fill_(~block.visible, -torch.inf)
+        k_BGCE = k_BGSE[:, :, block.first : block.last]
+        output, lse = kernel(q_BHRE, k_BGCE, scale=request.scale, additive_mask=additive)
+        outputs.append(output)
+        lses.append(lse)
+    return torch.cat(outputs, dim=2), torch.cat(lses, dim=2)
+
+
+def kernel(
+    q_BHRE: Tensor, k_BGCE: Tensor, *, scale: float, causal: bool = False, additive_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention with V = K and its log-sum-exp: the only lines that touch private operators of torch.
+
+    A test checks that they exist and agree with the definition. The CPU kernel answers 0 for a row that
+    sees no key; callers put NaN there.
+    """
+    if q_BHRE.device.type == "cpu":
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return attend(q_BHRE, k_BGCE, k_BGCE, 0.0, causal, attn_mask=additive_mask, scale=scale)
+    shape = q_BHRE.shape[:2]
+    k_BHCE = k_BGCE.repeat_interleave(shape[1] // k_BGCE.shape[1], dim=1)
+    bias = None if additive_mask is None else additive_mask.expand(*shape, -1, -1)
+    attend = torch.ops.aten._scaled_dot_product_efficient_attention
+    output, lse, _, _ = attend(q_BHRE, k_BHCE, k_BHCE, bias, True, 0.0, causal, scale=scale)
+    return output, lse[..., : q_BHRE.shape[2]]

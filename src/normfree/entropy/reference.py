@@ -1,0 +1,47 @@
+"""The definition of attention entropy in the obvious lines: slow, T x S memory, differentiable."""
+
+# B batch, H query heads, G key heads, T query, S key, D head width
+
+from __future__ import annotations
+
+import torch
+
+from normfree.entropy.request import Measured, Request
+
+
+def measure(request: Request) -> Measured:
+    """-sum_j p_j ln p_j in the dtype of `request.q` (pass float64 for the truth)."""
+    q_BHTD, visibility = request.q, request.visibility
+    k_BHSD = request.k.repeat_interleave(request.groups, dim=1)
+    block = next(visibility.blocks(visibility.queries))
+    visible = torch.nn.functional.pad(block.visible, (block.first, visibility.keys - block.last))
+
+    scores_BHTS = q_BHTD @ k_BHSD.mT * request.scale
+    if request.softcap is not None:
+        scores_BHTS = request.softcap * torch.tanh(scores_BHTS / request.softcap)
+    if block.bias is not None:
+        scores_BHTS = scores_BHTS + torch.nn.functional.pad(block.bias, (block.first, visibility.keys - block.last))
+    visible_BHTS = visible.expand_as(scores_BHTS)
+    counts_BHT = visible_BHTS.sum(-1)
+    # A finite stand-in for -inf: rows without a key would otherwise poison the gradient of every row.
+    scores_BHTS = scores_BHTS.masked_fill(~visible_BHTS, torch.finfo(scores_BHTS.dtype).min)
+    logits_BHTK = scores_BHTS
+    if request.sinks is not None:
+        sinks_BHT1 = request.sinks.to(scores_BHTS.dtype).expand(*scores_BHTS.shape[:-1], 1)
+        logits_BHTK = torch.cat([scores_BHTS, sinks_BHT1], dim=-1)
+    log_p_BHTS = logits_BHTK.log_softmax(-1)[..., : visibility.keys].masked_fill(~visible_BHTS, 0.0)
+    p_BHTS = log_p_BHTS.exp().masked_fill(~visible_BHTS, 0.0)
+
+    empty_BHT = counts_BHT == 0
+    position_S = torch.arange(visibility.keys, device=q_BHTD.device, dtype=q_BHTD.dtype)
+    own_T = torch.arange(visibility.keys - visibility.queries, visibility.keys, device=q_BHTD.device)
+    first_BH = visibility.first_key(visibility.queries).expand(q_BHTD.shape[:2]).clamp(max=visibility.keys - 1)
+    first_BHT1 = first_BH[..., None, None].expand(*counts_BHT.shape, 1)
+    return Measured(
+        nats=(-(p_BHTS * log_p_BHTS).sum(-1)).masked_fill(empty_BHT, torch.nan),
+        visible=counts_BHT,
+        exact=torch.ones(q_BHTD.shape[:2], dtype=torch.bool, device=q_BHTD.device),
+        distance=(own_T * p_BHTS.sum(-1) - p_BHTS @ position_S).masked_fill(empty_BHT, torch.nan),
+        first_mass=p_BHTS.gather(-1, first_BHT1).squeeze(-1).masked_fill(empty_BHT, torch.nan),
+        max_logit=scores_BHTS.amax(-1).masked_fill(empty_BHT, torch.nan),
+    )

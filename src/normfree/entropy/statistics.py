@@ -1,0 +1,103 @@
+"""HeadEntropy: sums and counts per layer and head; divided only when asked, merged by +."""
+
+# L measured layers, H heads of the widest layer
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class HeadEntropy:
+    """Entropy of attention heads over any number of batches.
+
+    Rows are (sequence, query) pairs. A row is counted when it sees a key and its entropy is finite; row 0,
+    whose entropy is always 0, is counted, as in the paper. Non-finite rows are counted apart, never as 0.
+    Where layers differ in heads, H is the largest number and the missing heads have no rows (mean NaN).
+    """
+
+    layers: list[int]
+    """Indices of the measured layers; hybrid models skip some."""
+    heads: list[int]
+    """Heads of each of these layers."""
+    sum_nats: Tensor
+    """(L, H) float64."""
+    rows: Tensor
+    """(L, H) int64: counted rows."""
+    nonfinite_rows: Tensor
+    """(L, H) int64: rows that came out NaN or infinite."""
+    sum_ceiling_nats: Tensor
+    """(L,) float64: sum of ln(visible keys) over rows that see a key, mean over heads."""
+    ceiling_rows: Tensor
+    """(L,) int64: rows that see a key."""
+    sum_distance: Tensor | None = None
+    """(L, H) float64 tokens, with EntropyProbe(patterns=True)."""
+    sum_first_mass: Tensor | None = None
+    """(L, H) float64, with EntropyProbe(patterns=True)."""
+
+    def mean_nats(self) -> Tensor:
+        """(L, H) float64: mean entropy of each head in nats; NaN for a head with no finite row."""
+        return self._mean(self.sum_nats)
+
+    def ceiling_nats(self) -> Tensor:
+        """(L,) float64: mean of ln(visible keys), the entropy of uniform attention on the same rows."""
+        return self.sum_ceiling_nats / self.ceiling_rows
+
+    def mean_distance(self) -> Tensor:
+        """(L, H) float64: mean distance in tokens from a query to where it attends."""
+        return self._mean(self._pattern("sum_distance"))
+
+    def mean_first_mass(self) -> Tensor:
+        """(L, H) float64: mean probability on the first real token (attention sink)."""
+        return self._mean(self._pattern("sum_first_mass"))
+
+    def __add__(self, other: HeadEntropy) -> HeadEntropy:
+        """Merge two measurements of the same heads over different rows."""
+        if not isinstance(other, HeadEntropy):
+            return NotImplemented
+        if (self.layers, self.heads) != (other.layers, other.heads):
+            mine, theirs = (f"layers {one.layers} with heads {one.heads}" for one in (self, other))
+            raise ValueError(f"cannot merge {mine} and {theirs}: both must come from one architecture")
+        names, others = self._tensors(), other._tensors()
+        if names.keys() != others.keys():
+            raise ValueError("cannot merge a measurement with patterns=True and one without")
+        return HeadEntropy(self.layers, self.heads, **{name: value + others[name] for name, value in names.items()})
+
+    def tensors(self) -> list[Tensor]:
+        """Every sum and count. Ranks merge by `for tensor in s.tensors(): torch.distributed.all_reduce(tensor)`."""
+        return list(self._tensors().values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers, for JSON."""
+        values = {name: value.tolist() for name, value in self._tensors().items()}
+        return {"layers": list(self.layers), "heads": list(self.heads), **values}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> HeadEntropy:
+        """The inverse of `to_dict`. Raises ValueError for missing or unknown fields."""
+        known = {item.name for item in fields(cls)}
+        required = known - {"sum_distance", "sum_first_mass"}
+        if not required <= values.keys() <= known:
+            raise ValueError(f"HeadEntropy has the fields {sorted(known)}, got {sorted(values)}")
+        whole = {"layers", "heads"}
+        counts = {"rows", "nonfinite_rows", "ceiling_rows"}
+        built: dict[str, Any] = {name: list(values[name]) for name in whole}
+        for name in values.keys() - whole:
+            built[name] = torch.tensor(values[name], dtype=torch.int64 if name in counts else torch.float64)
+        return cls(**built)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def _mean(self, total: Tensor) -> Tensor:
+        return torch.where(self.rows > 0, total / self.rows.clamp(min=1), torch.nan)
+
+    def _pattern(self, name: str) -> Tensor:
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError("not measured; ask for it with EntropyProbe(model, patterns=True)")
+        return value

@@ -1,0 +1,118 @@
+"""The measuring entry of an attention registry, and the operator that records one attention call.
+
+The entry and the operator know only a slot number on the module, so that a compiled model stays compiled
+from one probe to the next: what a slot means is looked up when the operator runs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import AttentionInterface
+
+from normfree.entropy.functional import attention_entropy
+from normfree.entropy.recorder import SLOT, Recorder, is_recomputation
+from normfree.entropy.routing import eager_function, scores_asked
+
+RECORDERS: dict[int, tuple[Recorder, int, bool]] = {}
+"""slot -> where to add, the layer's index, whether patterns are wanted."""
+
+_covered: dict[tuple[int, str], _Covered] = {}
+# An operator that changes nothing would be dropped by a compiler; this one claims to write here.
+_ticket = torch.zeros(())
+
+
+@dataclass
+class _Covered:
+    """A registry entry that is measured: what it stood for, and how many probes are inside."""
+
+    original: Callable[..., Any] | None
+    probes: int = 0
+
+
+def install(registry: AttentionInterface, name: str) -> Callable[[], None]:
+    """Put the measuring entry over `name`; the answer undoes it. Probes of one entry are counted."""
+    key = (id(registry), name)
+    if key not in _covered:
+        _covered[key] = _Covered(registry.get(name))
+        # Item assignment covers the shared mapping for this registry; deletion uncovers it again.
+        registry[name] = _measuring(name, _covered[key].original)
+    covered = _covered[key]
+    covered.probes += 1
+
+    def undo() -> None:
+        covered.probes -= 1
+        if covered.probes:
+            return
+        del _covered[key], registry[name]
+        if covered.original is not None and registry.get(name) is not covered.original:
+            registry[name] = covered.original  # the registry had an entry of its own
+
+    return undo
+
+
+@functools.cache
+def _measuring(name: str, original: Callable[..., Any] | None) -> Callable[..., Any]:
+    # Cached: the same function object at every probe, so that compiled code stays valid.
+    def measured_attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        *args: Any,
+        **asked: Any,
+    ) -> Any:
+        slot = getattr(module, SLOT, None)
+        if slot is not None:
+            scores = scores_asked(name, module, query, key, attention_mask, asked)
+            key_seen, mask, sinks = scores["k"].detach(), scores["mask"], scores["sinks"]
+            torch.ops.normfree.record_entropy(
+                _ticket, query.detach(), key_seen, None if mask is None else mask.detach(), sinks,
+                scores["scale"], scores["causal"], scores["window"], scores["softcap"], slot,
+            )  # fmt: skip
+        attend = original if original is not None else eager_function(type(module))
+        return attend(module, query, key, value, attention_mask, *args, **asked)
+
+    return measured_attention
+
+
+@torch.library.custom_op("normfree::record_entropy", mutates_args={"ticket"})
+def _record(
+    ticket: Tensor,
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    slot: int,
+) -> None:
+    if slot not in RECORDERS or is_recomputation():
+        return
+    recorder, layer, patterns = RECORDERS[slot]
+    with torch.no_grad():
+        measured = attention_entropy(
+            q,
+            k,
+            causal=causal,
+            scale=scale,
+            mask=mask,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+            patterns=patterns,
+        )
+        recorder.add(layer, measured)
+
+
+@_record.register_fake
+def _(ticket, q, k, mask, sinks, scale, causal, window, softcap, slot) -> None:
+    return None

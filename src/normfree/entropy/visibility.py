@@ -1,0 +1,134 @@
+"""Which keys each query row may see, asked for one block of rows at a time.
+
+Nothing here ever holds a T x S matrix that the caller did not bring.
+"""
+
+# B batch, H query heads, T query, S key, R rows of one block, C columns of one block
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Block:
+    """Query rows [start, stop) against the key columns [first, last) that at least one of them may see.
+
+    `visible` is bool, `bias` is what an additive mask adds to the scores (None where it adds nothing);
+    both broadcast to (B, H, R, C).
+    """
+
+    start: int
+    stop: int
+    first: int
+    last: int
+    visible: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """The intersection of causality, a sliding window and a mask.
+
+    Query t stands at key position S - T + t, so that the last query may see every key (KV cache).
+    `mask` broadcasts to (B, H, T, S): bool with True for visible, or float and additive, where a value at
+    or below half of the dtype's minimum (or -inf) hides the key.
+    """
+
+    queries: int
+    keys: int
+    causal: bool
+    window: int | None
+    mask: Tensor | None
+    device: torch.device
+
+    @property
+    def is_plain_causal(self) -> bool:
+        """True where a kernel's own causal flag says the same as this object."""
+        return self.causal and self.mask is None and self.window is None and self.queries == self.keys
+
+    @property
+    def is_full(self) -> bool:
+        """True where every row sees every key; a single causal query does."""
+        return self.mask is None and self.window is None and (not self.causal or self.queries == 1)
+
+    def adds_bias(self, rows: int) -> bool:
+        """Whether the mask adds anything but 0 to a score that stays visible."""
+        if self.mask is None or self.mask.dtype == torch.bool:
+            return False
+        return any(bool((part[~_hidden(part)] != 0).any()) for part in self.mask.split(rows, dim=-2))
+
+    def blocks(self, rows: int) -> Iterator[Block]:
+        """Blocks of at most `rows` query rows, narrowed to the columns that they need."""
+        for start in range(0, self.queries, rows):
+            yield self._block(start, min(start + rows, self.queries))
+
+    def counts(self, rows: int) -> Tensor:
+        """Visible keys of every row, int64, shape (B or 1, H or 1, T)."""
+        if self.is_full:
+            return torch.full((1, 1, self.queries), self.keys, device=self.device)
+        if self.is_plain_causal:
+            return torch.arange(1, self.keys + 1, device=self.device).view(1, 1, -1)
+        return torch.cat([block.visible.sum(-1) for block in self.blocks(rows)], dim=-1)
+
+    def first_key(self, rows: int) -> Tensor:
+        """The first key that any row may see (the first real token under left padding), (B or 1, H or 1)."""
+        first = torch.full((1, 1), self.keys, device=self.device)
+        for block in self.blocks(rows):
+            if block.first < block.last:
+                seen = block.visible.any(-2)
+                index = seen.to(torch.int8).argmax(-1) + block.first
+                first = torch.minimum(first, torch.where(seen.any(-1), index, self.keys))
+        return first
+
+    def whole(self) -> Tensor:
+        """The full bool matrix, (B or 1, H or 1, T, S): only for callers that need it spelled out."""
+        query_T1 = torch.arange(self.keys - self.queries, self.keys, device=self.device)[:, None]
+        key_S = torch.arange(self.keys, device=self.device)
+        visible = self._by_position(query_T1, key_S)
+        return visible if self.mask is None else visible & self.mask
+
+    def _block(self, start: int, stop: int) -> Block:
+        offset = self.keys - self.queries
+        first = max(0, start + offset - self.window + 1) if self.window is not None else 0
+        last = min(self.keys, max(stop + offset, 0)) if self.causal else self.keys
+        first = min(first, last)
+        part, bias = self._mask_part(start, stop, first, last)
+        if part is not None and first < last:
+            columns = part.flatten(0, -2).any(0).nonzero().flatten()
+            # Narrowing to what the mask shows halves the work under a causal mask, more under a window.
+            low, high = (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (0, 0)
+            part, bias = part[..., low:high], None if bias is None else bias[..., low:high]
+            first, last = first + low, first + high
+        query_R1 = torch.arange(start + offset, stop + offset, device=self.device)[:, None]
+        key_C = torch.arange(first, last, device=self.device)
+        visible = self._by_position(query_R1, key_C)
+        return Block(start, stop, first, last, visible if part is None else visible & part, bias)
+
+    def _by_position(self, query_R1: Tensor, key_C: Tensor) -> Tensor:
+        visible_RC = torch.ones(len(query_R1), len(key_C), dtype=torch.bool, device=self.device)
+        if self.causal:
+            visible_RC = visible_RC & (key_C <= query_R1)
+        if self.window is not None:
+            visible_RC = visible_RC & (key_C > query_R1 - self.window)
+        return visible_RC[None, None]
+
+    def _mask_part(self, start: int, stop: int, first: int, last: int) -> tuple[Tensor | None, Tensor | None]:
+        if self.mask is None:
+            return None, None
+        rows = self.mask if self.mask.shape[-2] == 1 else self.mask[..., start:stop, :]
+        part = rows if self.mask.shape[-1] == 1 else rows[..., first:last]
+        part = part.expand(*part.shape[:-1], last - first)
+        if part.dtype == torch.bool:
+            return part, None
+        hidden = _hidden(part)
+        return ~hidden, part.masked_fill(hidden, 0.0)
+
+
+def _hidden(additive: Tensor) -> Tensor:
+    # Half of the minimum, because models add a bias to a mask that already holds the minimum.
+    return additive <= torch.finfo(additive.dtype).min / 2

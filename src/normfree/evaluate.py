@@ -1,0 +1,185 @@
+"""Perplexity and bits per byte of any causal language model, weighted by token.
+
+Sums of nats, tokens and bytes travel apart and are divided once, at the end.
+
+Shape legend: B batch, T tokens, V vocabulary, N blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Sums over predicted tokens; `a + b` merges two texts or two processes."""
+
+    nats: float
+    """Sum of cross-entropies."""
+    tokens: int
+    """Predicted tokens: the first of a text predicts, but is not predicted."""
+    bytes: int = 0
+    """UTF-8 bytes of the predicted tokens."""
+
+    def __add__(self, other: Evaluation) -> Evaluation:
+        return Evaluation(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)
+
+    @property
+    def loss_nats(self) -> float:
+        """Mean cross-entropy per predicted token; NaN where there is none."""
+        return self.nats / self.tokens if self.tokens else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean cross-entropy; infinite where that overflows a float."""
+        try:
+            return math.exp(self.loss_nats)
+        except OverflowError:
+            return math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable between tokenizers; NaN where no byte was counted."""
+        return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
+
+    def to_dict(self) -> dict[str, float | int]:
+        """For run.json and the command line."""
+        return {
+            "loss_nats": self.loss_nats,
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+        }
+
+
+@torch.no_grad()
+def summed_nats(model: nn.Module, ids_BT: Tensor, labels_BT: Tensor) -> tuple[float, int]:
+    """Sum of next-token cross-entropies (nats, added in float64) and their number; labels of -100 do not count."""
+    logits_BTV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1]
+    wanted_BT = labels_BT[:, 1:]
+    losses = F.cross_entropy(
+        logits_BTV.flatten(0, 1).float(), wanted_BT.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return losses.double().sum().item(), int((wanted_BT != IGNORED).sum())
+
+
+def evaluate_blocks(
+    model: nn.Module,
+    blocks_NT: Tensor,
+    *,
+    predicted_bytes: int = 0,
+    batch_sequences: int = 32,
+    progress: bool = False,
+) -> Evaluation:
+    """Evaluate on full blocks of token ids, each predicted from its own start.
+
+    The model is put into evaluation mode for the time of the call. `predicted_bytes` is the sum over all blocks.
+    """
+    total = Evaluation(0.0, 0, predicted_bytes)
+    device = next(model.parameters()).device
+    batches = blocks_NT.split(batch_sequences)
+    with in_evaluation_mode(model):
+        for ids_BT in tqdm(batches, desc="evaluating", disable=None if progress else True, leave=False):
+            ids_BT = ids_BT.to(device)
+            total += Evaluation(*summed_nats(model, ids_BT, ids_BT))
+    return total
+
+
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer,
+    text: str,
+    *,
+    context: int | None = None,
+    stride: int | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """Evaluate one text with windows of `context` tokens that advance by `stride` (default: `context`).
+
+    Every token but the first of the text, or of each window where windows do not overlap, is predicted exactly
+    once, from as much of its window as lies before it. A smaller stride gives each token more to look back on and
+    costs context / stride times as much. bits_per_byte counts the UTF-8 bytes of predicted tokens only.
+
+    Raises ValueError when the text has fewer than two tokens, or context or stride do not fit the model.
+    """
+    context = checked_context(model, context)
+    stride = context if stride is None else stride
+    if not 1 <= stride <= context:
+        raise ValueError(f"stride={stride} must be between 1 and the context, {context}")
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True)
+    ids, spans = encoded["input_ids"], encoded["offset_mapping"]
+    if len(ids) < 2:
+        raise ValueError(f"the text has {len(ids)} token(s); at least 2 are needed to predict one")
+    check_vocabulary(model, ids)
+    device = next(model.parameters()).device
+    total = Evaluation(0.0, 0)
+    windows = list(_windows(len(ids), context, stride))
+    with in_evaluation_mode(model):
+        for start, end, first in tqdm(windows, desc="evaluating", disable=None if progress else True, leave=False):
+            ids_BT = torch.tensor([ids[start:end]], device=device)
+            labels_BT = ids_BT.clone()
+            labels_BT[:, : first - start] = IGNORED
+            size = len(text[spans[first][0] : spans[end - 1][1]].encode())
+            total += Evaluation(*summed_nats(model, ids_BT, labels_BT), size)
+    return total
+
+
+def _windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """(start, end, first predicted token) of each window; predicted ranges neither overlap nor leave a gap
+    other than the first token of a window that sees nothing before it."""
+    predicted_until = 1
+    for start in range(0, length, stride):
+        end = min(start + context, length)
+        first = max(predicted_until, start + 1)
+        if first < end:
+            yield start, end, first
+        predicted_until = end
+        if end == length:
+            return
+
+
+def checked_context(model: nn.Module, context: int | None) -> int:
+    """`context`, or the model's own; ValueError where it is below 2 or longer than the model allows."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if context is None:
+        return limit or 1024
+    if context < 2 or (limit and context > limit):
+        raise ValueError(f"context={context} must be between 2 and the model's {limit or 'own limit'}")
+    return context
+
+
+def check_vocabulary(model: PreTrainedModel, ids: Sequence[int]) -> None:
+    """ValueError when the tokenizer gives ids that the model has no embedding for."""
+    rows = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
+    if max(ids) >= rows:
+        raise ValueError(
+            f"the tokenizer gives token {max(ids)}, but the model's vocabulary has {rows}: "
+            "use the tokenizer that the model was trained with"
+        )
+
+
+class in_evaluation_mode:  # noqa: N801 - reads as a verb where it is used
+    """Context manager: evaluation mode inside, the modules' own modes as found outside."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        for module, training in self.modes.items():
+            module.training = training

@@ -1,0 +1,51 @@
+"""MODEL on the command line: a run of ours, a folder, a .gguf file or a name on the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import normfree.model  # noqa: F401 - registers our architecture with the Auto classes
+from normfree.records import RUN_FILE, read_run
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_pretrained(
+    name: str, *, dtype: str = "fp32", device: str | None = None, trust_remote_code: bool = False
+) -> tuple[Any, Any]:
+    """Load (model, tokenizer), the model in evaluation mode on `device` (default: the GPU if there is one).
+
+    Raises ValueError, in one line, when there is no such model, it cannot be reached, or it is no causal LM.
+    """
+    options: dict[str, Any] = _source(name) | {"trust_remote_code": trust_remote_code}
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(**options, dtype=DTYPES[dtype])
+        tokenizer = AutoTokenizer.from_pretrained(**options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(
+            f"cannot load {name!r} as a causal language model ({first_line}); give a run folder, a folder written by "
+            "save_pretrained, a .gguf file, or a hub name (needs the network, or HF_HOME with a downloaded copy)"
+        ) from error
+    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(target).eval(), tokenizer
+
+
+def _source(name: str) -> dict[str, str]:
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"{name} does not exist; give the path of a .gguf file")
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if (path / RUN_FILE).is_file():
+        run = read_run(path)
+        if not (path / "model").is_dir():
+            raise ValueError(f"{name} has no saved model: the run is {run.status}; only finished runs save one")
+        return {"pretrained_model_name_or_path": str(path / "model")}
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"{name} is neither a run folder nor a saved model: it has no {RUN_FILE} and no config.json")
+    return {"pretrained_model_name_or_path": name}

@@ -1,0 +1,133 @@
+"""A study = many runs that are compared: finished ones are skipped, broken ones resumed, then one report."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from normfree.compose import CONF, Composed, compose_run
+from normfree.config import nearest
+from normfree.records import find_runs, read_run
+from normfree.report import build_report
+from normfree.training import InterruptedRunError, train
+
+logger = logging.getLogger("normfree")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Runs that differ in variant and seed only."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    variants: list[str]
+    seeds: list[int] = field(default_factory=lambda: [0])
+    tag: str = ""
+    set: dict[str, Any] = field(default_factory=dict)
+    """More `key: value` for these runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A study's YAML file."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    name: str
+    preset: str
+    groups: list[Group]
+    note: str = ""
+    """What the report says about the study's weight as evidence."""
+    set: dict[str, Any] = field(default_factory=dict)
+    """More `key: value` for all runs."""
+
+    def overrides(self) -> Iterator[list[str]]:
+        """One list of `key=value` per run."""
+        for group in self.groups:
+            values = self.set | group.set | ({"tag": group.tag} if group.tag else {})
+            common = [
+                f"study={self.name}",
+                f"preset={self.preset}",
+                *(f"{k}={_text(v)}" for k, v in values.items()),
+            ]
+            for seed in group.seeds:
+                for variant in group.variants:
+                    yield [*common, f"variant={variant}", f"seed={seed}"]
+
+
+def studies() -> list[str]:
+    """Names of the studies that come with the package."""
+    return sorted(path.stem for path in (CONF / "studies").glob("*.yaml"))
+
+
+def load_study(name: str) -> Study:
+    """A study by name, or from a YAML file of the user's. Raises ValueError for an unknown name or a wrong file."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else CONF / "studies" / f"{name}.yaml"
+    if not path.is_file():
+        raise ValueError(f"unknown study {name!r}; {nearest(name, studies())} (or give a YAML file of your own)")
+    try:
+        values = yaml.safe_load(path.read_text())
+        return TypeAdapter(Study).validate_python({"name": path.stem, **values})
+    except (ValidationError, yaml.YAMLError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a study: {str(error).splitlines()[0]}; conf/studies/quick.yaml shows one"
+        ) from None
+
+
+def run_study(name: str, overrides: Sequence[str] = ()) -> Path:
+    """Train every run of a study and write its report; returns the page.
+
+    `overrides` apply to every run. Runs that fail are named at the end, after the others were done.
+    Raises RuntimeError when a run failed, ValueError for a wrong study or override, InterruptedRunError on a signal.
+    """
+    study = load_study(name)
+    runs = [compose_run([*of_run, *overrides]) for of_run in study.overrides()]
+    _refuse_twins(runs)
+    failed = []
+    for number, run in enumerate(runs, start=1):
+        logger.info("run %d of %d: %s", number, len(runs), run.spec.name)
+        try:
+            folder = train(run.spec, runs_dir=run.runs_dir, cache=run.cache_dir, note=study.note)
+            logger.info("%s", summary(folder))
+        except (InterruptedRunError, ValueError):
+            raise
+        except Exception as error:
+            logger.exception("%s failed", run.spec.name)
+            failed.append(f"{run.spec.name} ({type(error).__name__}: {error})")
+    folder = runs[0].runs_dir / runs[0].spec.study
+    page = build_report(find_runs([folder]), folder / "report")
+    if failed:
+        raise RuntimeError(
+            f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}; the report {page} has the rest"
+        )
+    return page
+
+
+def summary(folder: Path) -> str:
+    """One line on a run: what it is, how it ended, its perplexity."""
+    run = read_run(folder)
+    if run.status == "diverged":
+        found = run.facts["divergence"]
+        place = f"layer {found['layer']}" if found["layer"] is not None else found["module"]
+        return f"{run.label}, seed {run.seed}: non-finite {found['kind']} at step {found['step']}, {place}"
+    minutes = run.facts["wall_seconds"] / 60
+    return f"{run.label}, seed {run.seed}: {run.status}, perplexity {run.perplexity:.2f}, {minutes:.1f} min"
+
+
+def _refuse_twins(runs: Sequence[Composed]) -> None:
+    names = [run.spec.name for run in runs]
+    twins = sorted({name for name in names if names.count(name) > 1})
+    if twins:
+        raise ValueError(f"the study has more than one run named {', '.join(twins)}: give each group its own tag")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(_text(item) for item in value)}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

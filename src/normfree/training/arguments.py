@@ -1,0 +1,127 @@
+"""From a RunSpec to what Trainer, the model and the schedule need, with every check that needs the corpus."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import TrainingArguments
+
+from normfree.config import RunSpec
+from normfree.data import Corpus
+from normfree.model import NormFreeConfig
+from normfree.records import read_run
+
+
+def training_arguments(spec: RunSpec, *, steps: int, output: Path) -> TrainingArguments:
+    """Trainer's arguments. Raises ValueError when the batch does not divide over the processes."""
+    train = spec.train
+    on_cpu = not torch.cuda.is_available()
+    per_pass = train.micro_batch_sequences * PartialState().num_processes
+    if train.batch_sequences % per_pass:
+        raise ValueError(
+            f"train.batch_sequences={train.batch_sequences} must be a multiple of train.micro_batch_sequences="
+            f"{train.micro_batch_sequences} times the {PartialState().num_processes} processes"
+        )
+    if train.precision == "fp16" and on_cpu:
+        raise ValueError("train.precision=fp16 needs a GPU; fp32 and bf16 work on the CPU")
+    return TrainingArguments(
+        output_dir=str(output),
+        run_name=f"{spec.study}/{spec.name}",
+        max_steps=steps,
+        per_device_train_batch_size=train.micro_batch_sequences,
+        gradient_accumulation_steps=train.batch_sequences // per_pass,
+        activation_checkpointing=train.gradient_checkpointing,
+        torch_compile=train.compile,
+        learning_rate=train.peak_learning_rate,
+        lr_scheduler_type="polynomial",
+        lr_scheduler_kwargs={"power": 1.0, "lr_end": train.final_learning_rate},
+        warmup_steps=round(train.warmup_share * steps),
+        adam_beta1=train.adam_beta1,
+        adam_beta2=train.adam_beta2,
+        adam_epsilon=train.adam_epsilon,
+        max_grad_norm=train.max_gradient_norm,
+        bf16=train.precision == "bf16",
+        fp16=train.precision == "fp16",
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
+        seed=spec.seed,
+        data_seed=spec.data_seed,
+        ignore_data_skip=True,
+        remove_unused_columns=False,
+        logging_steps=train.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=train.checkpoint_every,
+        report_to=list(train.trackers) or "none",
+    )
+
+
+def is_done(folder: Path, spec: RunSpec) -> bool:
+    """True for a run that needs no work. Raises ValueError where the folder holds another run."""
+    if not (folder / "run.json").exists():
+        return False
+    run = read_run(folder)
+    recorded = RunSpec.from_dict(run.spec)
+    if recorded.identity() != spec.identity():
+        raise ValueError(
+            f"{folder} holds a run with another spec ({_differences(recorded.to_dict(), spec.to_dict())}); "
+            "give tag=NAME or another runs_dir to keep both, or move that folder away"
+        )
+    return run.status in ("finished", "diverged")
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
+    found = []
+    for key in old | new:
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found.append(_differences(before, after, f"{prefix}{key}."))
+        elif before != after:
+            found.append(f"{prefix}{key} is {before} there and {after} here")
+    return ", ".join(filter(None, found))
+
+
+def total_steps(spec: RunSpec, corpus: Corpus) -> int:
+    """Optimiser steps of the run. Raises ValueError when `train.steps` asks for more than one pass."""
+    in_one_pass = len(corpus.train) // spec.train.batch_sequences
+    if spec.train.epochs is not None:
+        steps = int(spec.train.epochs * len(corpus.train) / spec.train.batch_sequences)
+        if steps < 1:
+            raise ValueError(
+                f"{len(corpus.train)} training blocks do not fill one batch of {spec.train.batch_sequences}"
+            )
+        return steps
+    steps = spec.train.steps or 0
+    if steps > in_one_pass:
+        raise ValueError(
+            f"train.steps={steps} needs {steps * spec.train.batch_sequences} blocks, but the corpus has "
+            f"{len(corpus.train)} ({in_one_pass} steps); ask for fewer steps, give more text (data.max_bytes), or "
+            f"say how often to repeat it: train.steps=null train.epochs={steps / max(in_one_pass, 1):.1f}"
+        )
+    return steps
+
+
+def model_config(spec: RunSpec, corpus: Corpus) -> NormFreeConfig:
+    """The model of a run on its corpus. Raises ValueError where the two do not fit each other."""
+    tokenizer = corpus.tokenizer()
+    fields = {
+        "vocab_size": corpus.vocab_size,
+        "max_position_embeddings": spec.data.context,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        **spec.model,
+    }
+    if fields["vocab_size"] < corpus.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={fields['vocab_size']} is below the tokenizer's {corpus.vocab_size} pieces; leave it out"
+        )
+    if fields["max_position_embeddings"] < spec.data.context:
+        raise ValueError(
+            f"data.context={spec.data.context} is longer than model.max_position_embeddings="
+            f"{fields['max_position_embeddings']} allows"
+        )
+    return NormFreeConfig(**fields)

@@ -1,0 +1,216 @@
+"""What is watched while a run trains. Each callback hands (name, value) pairs to the run's writer.
+
+Values are computed on every process and reduced; only rank 0 has a writer.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from normfree.entropy import EntropyProbe, HeadEntropy
+from normfree.evaluate import Evaluation, evaluate_blocks, in_evaluation_mode
+
+Measurements = Iterator[tuple[str, Any]]
+Log = Callable[[int, str, Measurements], None]
+
+
+class TrainingLog(TrainerCallback):
+    """Writes Trainer's own log lines, with the speed of the steps alone (probes and saving not counted)."""
+
+    def __init__(self, log: Log, *, tokens_per_step: int) -> None:
+        self.log = log
+        self.tokens_per_step = tokens_per_step
+        self._steps, self._seconds, self._began = 0, 0.0, 0.0
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._seconds += time.perf_counter() - self._began
+        self._steps += 1
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if logs and "loss" in logs:
+            self.log(state.global_step, "train", self._measurements(state, logs))
+
+    def _measurements(self, state: TrainerState, logs: dict[str, float]) -> Measurements:
+        yield "loss", logs["loss"]
+        yield "learning_rate", logs["learning_rate"]
+        if "grad_norm" in logs:
+            yield "gradient_norm", logs["grad_norm"]
+        yield "tokens_seen", state.global_step * self.tokens_per_step
+        if self._seconds:
+            yield "tokens_per_second", self._steps * self.tokens_per_step / self._seconds
+        self._steps, self._seconds = 0, 0.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One measurement, made before the first step, every `every` steps and after the last one."""
+
+    split: str
+    every: int
+    measure: Callable[[nn.Module], Measurements]
+
+
+class Watch(TrainerCallback):
+    """Makes the scheduled measurements, each once a step."""
+
+    def __init__(self, log: Log, schedules: list[Schedule]) -> None:
+        self.log, self.schedules = log, schedules
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **of_trainer: Any,
+    ) -> None:
+        if state.global_step == 0:
+            self._measure(state, self.schedules, of_trainer["model"])
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **of_trainer: Any,
+    ) -> None:
+        last = state.global_step == state.max_steps
+        self._measure(
+            state, [one for one in self.schedules if last or state.global_step % one.every == 0], of_trainer["model"]
+        )
+
+    def _measure(self, state: TrainerState, due: list[Schedule], model: nn.Module) -> None:
+        for schedule in due:
+            self.log(state.global_step, schedule.split, schedule.measure(model))
+
+
+class StopOnSignal(TrainerCallback):
+    """SIGTERM or SIGINT ends training at the next step boundary, with a checkpoint; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.received is not None and state.global_step < state.max_steps:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+class Progress(TrainerCallback):
+    """One bar with the loss; silent where standard error is no terminal."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.bar: tqdm | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", disable=None
+            )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if self.bar is not None and logs and "loss" in logs:
+            self.bar.set_postfix_str(f"loss {logs['loss']:.3f} nats")
+
+    def close(self) -> None:
+        """End the bar; also called when training raised."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def head_entropies(model: nn.Module, blocks_NT: Tensor, *, batch_sequences: int) -> HeadEntropy:
+    """Entropy statistics of every head over full blocks, in fp32 and evaluation mode, reduced over processes."""
+    device = next(model.parameters()).device
+    mine_NT = _share_of_this_process(blocks_NT)
+    with in_evaluation_mode(model), torch.no_grad(), EntropyProbe(model) as probe:
+        for ids_BT in mine_NT.split(batch_sequences):
+            model(input_ids=ids_BT.to(device), use_cache=False, logits_to_keep=1)
+    statistics = probe.statistics()
+    if torch.distributed.is_initialized():
+        for sums in statistics.tensors():
+            torch.distributed.all_reduce(sums)
+    return statistics
+
+
+def probe_measurements(model: nn.Module, blocks_NT: Tensor, *, batch_sequences: int) -> Measurements:
+    """Everything a probe says: entropy, counted and non-finite rows per head, ceilings, learnable slopes."""
+    statistics = head_entropies(model, blocks_NT, batch_sequences=batch_sequences)
+    yield "entropy_nats", statistics.mean_nats()
+    yield "nonfinite_rows", statistics.nonfinite_rows
+    yield "rows", statistics.rows
+    yield "ceiling_nats", statistics.ceiling_nats()
+    slopes = [parameter.detach().float().flatten() for name, parameter in model.named_parameters() if "slope" in name]
+    if slopes:
+        yield "negative_slope", torch.cat(slopes)
+
+
+def validation(model: nn.Module, blocks_NT: Tensor, *, predicted_bytes: int, batch_sequences: int) -> Evaluation:
+    """Evaluation over full blocks, each process taking its share."""
+    mine_NT = _share_of_this_process(blocks_NT)
+    mine = evaluate_blocks(model, mine_NT, batch_sequences=batch_sequences)
+    sums = torch.tensor([mine.nats, mine.tokens], dtype=torch.float64, device=blocks_NT.device)
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(sums)
+    return Evaluation(sums[0].item(), int(sums[1].item()), predicted_bytes)
+
+
+def validation_measurements(model: nn.Module, blocks_NT: Tensor, *, batch_sequences: int) -> Measurements:
+    """Loss and perplexity on held-out blocks."""
+    result = validation(model, blocks_NT, predicted_bytes=0, batch_sequences=batch_sequences)
+    yield "loss", result.loss_nats
+    yield "perplexity", result.perplexity
+
+
+def _share_of_this_process(blocks_NT: Tensor) -> Tensor:
+    if not torch.distributed.is_initialized():
+        return blocks_NT
+    return blocks_NT[torch.distributed.get_rank() :: torch.distributed.get_world_size()]

@@ -1,0 +1,111 @@
+"""What to do when a loss or a gradient is not finite, and where it began."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first non-finite value of a step. A run that meets one is a result, recorded as diverged."""
+
+    step: int
+    """The optimiser step that was not taken, counted from 1."""
+    layer: int | None
+    """Block of the first non-finite value, or None outside the blocks (embedding, final norm, head)."""
+    module: str
+    """Name of that module or parameter."""
+    kind: str
+    """weight, activation, loss or gradient: the first of these, in this order, that is not finite."""
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+class NonFiniteError(ArithmeticError):
+    """Stops training before the optimiser sees a non-finite gradient."""
+
+    def __init__(self, divergence: Divergence) -> None:
+        super().__init__(divergence)
+        self.divergence = divergence
+
+    def __str__(self) -> str:
+        found = self.divergence
+        place = f"layer {found.layer}" if found.layer is not None else "outside the blocks"
+        return f"non-finite {found.kind} at step {found.step}, {place} ({found.module})"
+
+
+def total_gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Euclidean norm over all gradients; not finite as soon as one element is not (or the square overflows)."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def locate(model: nn.Module, batches: list[dict[str, Tensor]], *, step: int) -> Divergence:
+    """Find where a step went non-finite: in the weights, else in a forward pass, else in the gradients.
+
+    Within the weights and the forward pass the first in model order counts; among gradients the last, since
+    backward runs from the end. Runs the batches once more, without gradients; leaves gradients as they are.
+    """
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            return _divergence(step, name, "weight")
+    for batch in batches:
+        with _first_nonfinite_output(model) as found, torch.no_grad():
+            loss = model(**batch).loss
+        if found:
+            return _divergence(step, found[0], "activation")
+        if not torch.isfinite(loss):
+            return _divergence(step, "loss", "loss")
+    named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    broken = [name for name, gradient in named if not torch.isfinite(gradient).all()]
+    return _divergence(step, _latest(broken), "gradient")
+
+
+def _latest(names: list[str]) -> str:
+    if not names:
+        return "gradient norm"
+    return max(names, key=lambda name: -1 if _layer_of(name) is None else _layer_of(name) or 0)
+
+
+@contextmanager
+def _first_nonfinite_output(model: nn.Module) -> Iterator[list[str]]:
+    found: list[str] = []
+
+    def hook_for(name: str):
+        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
+            if not found and not all(torch.isfinite(tensor).all() for tensor in _tensors(output)):
+                found.append(name)
+
+        return hook
+
+    hooks = [module.register_forward_hook(hook_for(name)) for name, module in model.named_modules() if name]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _tensors(output: object) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, dict):
+        for item in output.values():
+            yield from _tensors(item)
+    elif isinstance(output, (list, tuple)):
+        for item in output:
+            yield from _tensors(item)
+
+
+def _layer_of(name: str) -> int | None:
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def _divergence(step: int, name: str, kind: str) -> Divergence:
+    return Divergence(step=step, layer=_layer_of(name), module=name, kind=kind)

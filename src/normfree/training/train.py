@@ -1,0 +1,291 @@
+"""train(spec): one run, from corpus to saved model, resumable at any point."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from contextlib import nullcontext
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed
+from accelerate import PartialState
+from datasets import Dataset
+from torch import Tensor
+from transformers import TrainerCallback, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from normfree.config import RunSpec
+from normfree.data import Corpus, prepare
+from normfree.manifest import folder_lock, write_manifest
+from normfree.model import NormFreeConfig, NormFreeForCausalLM
+from normfree.records import RunWriter, read_run
+from normfree.training import callbacks as watch
+from normfree.training.arguments import is_done, model_config, total_steps, training_arguments
+from normfree.training.checkpoints import STAGING, newest_sound, publish, step_of
+from normfree.training.environment import command_line, environment, usable_cores
+from normfree.training.guard import NonFiniteError
+from normfree.training.trainer import NormFreeTrainer
+
+logger = logging.getLogger("normfree")
+
+
+class InterruptedRunError(Exception):
+    """A signal ended the run at a step boundary; its checkpoint was written first."""
+
+    def __init__(self, folder: Path, signal_number: int) -> None:
+        super().__init__(
+            f"{folder} was stopped by signal {signal_number} and saved; the same command goes on from there"
+        )
+        self.folder = folder
+        self.signal_number = signal_number
+
+
+def train(
+    spec: RunSpec,
+    *,
+    runs_dir: Path | str = "runs",
+    cache: Path | str | None = None,
+    note: str = "",
+    progress: bool = True,
+) -> Path:
+    """Train one run and return its folder, RUNS_DIR/<study>/<name>.
+
+    A finished or diverged run is left as it is; a broken one resumes from its newest sound checkpoint. A run that
+    goes non-finite is recorded as diverged and returned like any other. `note` is printed on the report page.
+
+    Raises ValueError when the folder holds a run with another spec, the corpus is too small or fields of the model
+    contradict each other; InterruptedRunError after SIGTERM or SIGINT; BlockingIOError when another process
+    trains there.
+    """
+    folder = Path(runs_dir) / spec.study / spec.name
+    if is_done(folder, spec):
+        return folder
+    NormFreeConfig(**spec.model)  # fields that contradict each other show before a corpus is prepared
+    state = PartialState(cpu=not torch.cuda.is_available())
+    torch.set_num_threads(spec.train.threads or max(1, usable_cores() // state.num_processes))
+    with state.main_process_first():
+        corpus = prepare(spec.data, cache=Path(cache) if cache else None, progress=progress)
+    steps = total_steps(spec, corpus)
+    config = model_config(spec, corpus)
+    with folder_lock(folder) if state.is_main_process else nullcontext():
+        with state.main_process_first():
+            checkpoint = newest_sound(folder / "checkpoints", identity=spec.identity())
+        writer = None
+        if state.is_main_process:
+            writer = _open_writer(folder, spec, corpus, config, note=note, steps=steps, checkpoint=checkpoint)
+        try:
+            _Training(spec, folder, corpus, config, steps, writer).run(checkpoint)
+        except InterruptedRunError:
+            raise
+        except BaseException as error:
+            if writer is not None:
+                writer.update(status="failed", error=f"{type(error).__name__}: {error}")
+            raise
+    return folder
+
+
+class _Training:
+    """The objects of one run while it trains."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        folder: Path,
+        corpus: Corpus,
+        config: NormFreeConfig,
+        steps: int,
+        writer: RunWriter | None,
+    ) -> None:
+        self.spec, self.folder, self.corpus, self.steps, self.writer = spec, folder, corpus, steps, writer
+        self.checkpoints = folder / "checkpoints"
+        self.seconds_before = writer.facts["wall_seconds"] if writer else 0.0
+        self.began = time.perf_counter()
+        self.tokens_per_step = spec.train.batch_sequences * spec.data.context
+        self.held_out = _tensor(corpus.validation)
+        set_seed(spec.seed)
+        self.model = NormFreeForCausalLM(config)
+
+    def run(self, checkpoint: Path | None) -> None:
+        start_step = step_of(checkpoint) if checkpoint else 0
+        bar = watch.Progress(self.spec.name)
+        with watch.StopOnSignal() as stop:
+            trainer = self._trainer(start_step, [bar, stop])
+            try:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            except NonFiniteError as error:
+                self._record_divergence(error)
+                return
+            finally:
+                bar.close()
+        shutil.rmtree(self.checkpoints / STAGING, ignore_errors=True)
+        if stop.received is not None and trainer.state.global_step < self.steps:
+            self._update(status="interrupted", steps_done=trainer.state.global_step)
+            raise InterruptedRunError(self.folder, stop.received)
+        self._finish(trainer)
+
+    def _trainer(self, start_step: int, extra: list[TrainerCallback]) -> NormFreeTrainer:
+        trainer = NormFreeTrainer(
+            spec=self.spec,
+            start_step=start_step,
+            model=self.model,
+            args=training_arguments(self.spec, steps=self.steps, output=self.checkpoints / STAGING),
+            train_dataset=self.corpus.train.with_format("torch"),
+            data_collator=_collate,
+            processing_class=self.corpus.tokenizer(),
+            callbacks=[
+                watch.TrainingLog(self._log, tokens_per_step=self.tokens_per_step),
+                watch.Watch(self._log, self._schedules()),
+                _Publisher(self._publish),
+                *extra,
+            ],
+        )
+        trainer.remove_callback(ProgressCallback)
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def _schedules(self) -> list[watch.Schedule]:
+        spec, size = self.spec, self.spec.train.micro_batch_sequences
+        probe_NT = _spread(self.held_out, spec.probe.sequences)
+        validation_NT = _spread(self.held_out, spec.train.evaluation_sequences or len(self.held_out))
+        probe = partial(watch.probe_measurements, blocks_NT=probe_NT, batch_sequences=size)
+        validate = partial(watch.validation_measurements, blocks_NT=validation_NT, batch_sequences=size)
+        return [
+            watch.Schedule("probe", spec.probe.every_steps, probe),
+            watch.Schedule("validation", spec.train.evaluate_every, validate),
+        ]
+
+    def _publish(self, step: int) -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        if self.writer is None:
+            return
+        facts = {
+            "identity": self.spec.identity(),
+            "corpus": self.corpus.fingerprint,
+            "threads": torch.get_num_threads(),
+        }
+        facts["torch"] = torch.__version__
+        publish(self.checkpoints, step, facts, keep=self.spec.train.checkpoints_kept)
+        self._update(steps_done=step, tokens_seen=step * self.tokens_per_step)
+
+    def _record_divergence(self, error: NonFiniteError) -> None:
+        step = error.divergence.step
+        logger.warning("%s diverged: %s", self.spec.name, error)
+        self._update(
+            status="diverged",
+            divergence=error.divergence.to_dict(),
+            steps_done=step - 1,
+            tokens_seen=(step - 1) * self.tokens_per_step,
+        )
+
+    def _finish(self, trainer: NormFreeTrainer) -> None:
+        size = self.spec.train.micro_batch_sequences
+        final_NT = _spread(self.held_out, self.spec.probe.final_sequences)
+        self._log(self.steps, "final", watch.probe_measurements(self.model, final_NT, batch_sequences=size))
+        total_bytes = int(np.sum(self.corpus.validation["predicted_bytes"]))
+        result = watch.validation(self.model, self.held_out, predicted_bytes=total_bytes, batch_sequences=size)
+        if self.writer is not None:
+            _save_model(self.model, self.corpus, self.folder / "model")
+        self._update(
+            status="finished",
+            final=result.to_dict(),
+            steps_done=self.steps,
+            tokens_seen=self.steps * self.tokens_per_step,
+        )
+
+    def _log(self, step: int, split: str, measurements: watch.Measurements) -> None:
+        values = list(measurements)  # every process measures, only one writes
+        if self.writer is not None:
+            self.writer.log(step, split, values)
+
+    def _update(self, **facts: Any) -> None:
+        if self.writer is not None:
+            self.writer.update(wall_seconds=self.seconds_before + time.perf_counter() - self.began, **facts)
+
+
+class _Publisher(TrainerCallback):
+    """Hands each checkpoint that Trainer has staged to `publish`."""
+
+    def __init__(self, publish_step: Any) -> None:
+        self.publish_step = publish_step
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.publish_step(state.global_step)
+
+
+def _open_writer(
+    folder: Path,
+    spec: RunSpec,
+    corpus: Corpus,
+    config: NormFreeConfig,
+    *,
+    note: str,
+    steps: int,
+    checkpoint: Path | None,
+) -> RunWriter:
+    """Begin or continue the records of a run; metrics after the checkpoint are dropped, they will come again."""
+    earlier = read_run(folder).facts if (folder / "run.json").exists() else {}
+    facts = {
+        "started": earlier.get("started", datetime.now(UTC).isoformat(timespec="seconds")),
+        "wall_seconds": earlier.get("wall_seconds", 0.0) if checkpoint else 0.0,
+        "spec": spec.to_dict(),
+        "recipe": spec.recipe(),
+        "identity": spec.identity(),
+        "command": command_line(),
+        "study_note": note,
+        "corpus": corpus.facts(),
+        "environment": environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "model": _model_facts(config),
+        "steps": steps,
+        "steps_done": step_of(checkpoint) if checkpoint else 0,
+        "resumed": earlier.get("resumed", 0) + bool(checkpoint),
+        "final": None,
+        "divergence": None,
+    }
+    writer = RunWriter(folder, facts)
+    writer.forget_after(step_of(checkpoint) if checkpoint else -1)
+    return writer
+
+
+def _model_facts(config: NormFreeConfig) -> dict[str, int]:
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in NormFreeForCausalLM(config).parameters())
+    return {
+        "parameters": parameters,
+        "layers": config.num_hidden_layers,
+        "heads": config.num_attention_heads,
+        "head_dim": config.hidden_size // config.num_attention_heads,
+        "hidden_size": config.hidden_size,
+    }
+
+
+def _save_model(model: NormFreeForCausalLM, corpus: Corpus, folder: Path) -> None:
+    """Save weights, code and tokenizer with a manifest; the folder appears whole."""
+    staged = folder.with_name(".model.tmp")
+    for old in (staged, folder):
+        shutil.rmtree(old, ignore_errors=True)
+    model.save_pretrained(staged)
+    corpus.tokenizer().save_pretrained(staged)
+    write_manifest(staged, {"corpus": corpus.fingerprint})
+    staged.rename(folder)
+
+
+def _collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    ids_BT = torch.stack([row["input_ids"] for row in rows]).long()
+    return {"input_ids": ids_BT, "labels": ids_BT}
+
+
+def _tensor(blocks: Dataset) -> Tensor:
+    return torch.from_numpy(np.stack(blocks.with_format("numpy")["input_ids"][:]).astype(np.int64))
+
+
+def _spread(blocks_NT: Tensor, count: int) -> Tensor:
+    """At most `count` blocks, evenly spread over all, so that a small sample sees every document group."""
+    chosen = np.linspace(0, len(blocks_NT) - 1, min(count, len(blocks_NT))).round().astype(int)
+    return blocks_NT[torch.from_numpy(chosen)]

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import inspect
+import json
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from normfree.compose import compose_run
+from normfree.config import RunSpec
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides for a run of seconds on real Python code: 2 layers x 32, T = 16."""
+    folder = tmp_path_factory.mktemp("text")
+    for number, module in enumerate((json.decoder, json.encoder, textwrap, inspect)):
+        (folder / f"{number}.py").write_text(inspect.getsource(module))
+    (folder / "held_out").mkdir()
+    (folder / "held_out" / "0.txt").write_text(inspect.getsource(json))
+    return [
+        "preset=cpu-quick",
+        "data=files",
+        f"data.paths=['{folder}/*.py']",
+        f"data.validation_paths=['{folder}/held_out']",
+        "data.vocab_size=300",
+        "data.context=16",
+        "data.max_bytes=null",
+        "data.max_bytes_per_package=null",
+        "model.hidden_size=32",
+        "model.num_hidden_layers=2",
+        "model.num_attention_heads=2",
+        "train.steps=6",
+        "train.batch_sequences=8",
+        "train.micro_batch_sequences=8",
+        "train.log_every=1",
+        "train.evaluate_every=3",
+        "train.checkpoint_every=2",
+        "train.threads=1",
+        "probe.every_steps=2",
+        "probe.sequences=8",
+        "probe.final_sequences=16",
+    ]
+
+
+@pytest.fixture
+def tiny_spec(tiny: list[str]) -> Callable[..., RunSpec]:
+    def build(*overrides: str) -> RunSpec:
+        return compose_run([*tiny, "variant=sm-r", *overrides]).spec
+
+    return build

@@ -1,0 +1,295 @@
+"""EntropyProbe on real transformers models: the numbers, and the world left as found."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import pytest
+import torch
+import torch._dynamo.testing
+from families import tiny_model
+from torch.utils.checkpoint import checkpoint
+from transformers import MambaConfig, MambaForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from normfree.entropy import EntropyProbe, UnsupportedModel
+
+IDS = torch.arange(3, 43).view(2, 20)
+MASK = torch.ones(2, 20, dtype=torch.long)
+LEFT_PADDED = MASK.clone()
+LEFT_PADDED[0, :6] = 0
+
+
+def measure(model, *, mask=MASK, **asked):
+    with EntropyProbe(model, **asked) as probe, torch.no_grad():
+        model(input_ids=IDS, attention_mask=mask)
+    return probe.statistics()
+
+
+def by_eager_matrices(model, mask):
+    """(L, H) mean over real queries of -sum p ln p from output_attentions, in float64."""
+    twin = copy.deepcopy(model)
+    twin.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = twin(input_ids=IDS, attention_mask=mask, output_attentions=True).attentions
+    nats_LBHT = torch.stack([torch.special.entr(p.double()).sum(-1) for p in attentions])
+    real_LBHT = mask.bool()[None, :, None].expand_as(nats_LBHT)
+    return (nats_LBHT * real_LBHT).sum((1, 3)) / real_LBHT.sum((1, 3))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "gemma2", "gpt_oss", "deepseek_v3", "mistral"])
+def test_agrees_with_eager_matrices_on_a_left_padded_batch(family):
+    model = tiny_model(family)
+    found = measure(model, mask=LEFT_PADDED)
+    assert (found.mean_nats() - by_eager_matrices(model, LEFT_PADDED)).abs().max() < 2e-5
+    assert found.rows.unique().tolist() == [34]
+    assert found.nonfinite_rows.sum() == 0
+
+
+def test_eager_and_sdpa_models_measure_the_same():
+    model = tiny_model("llama")
+    by_sdpa = measure(model)
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(measure(model).mean_nats(), by_sdpa.mean_nats(), atol=2e-6, rtol=0)
+
+
+def test_ceiling_is_the_mean_ln_of_visible_keys_under_padding_and_windows():
+    padded = measure(tiny_model("gpt2"), mask=LEFT_PADDED).ceiling_nats()
+    expected = (torch.arange(1, 15).log().sum() + torch.arange(1, 21).log().sum()) / 34
+    torch.testing.assert_close(padded, expected.double().expand(2), atol=1e-6, rtol=0)
+    windowed = measure(tiny_model("mistral")).ceiling_nats()
+    expected = torch.arange(1, 21).clamp(max=6).log().mean()
+    torch.testing.assert_close(windowed, expected.double().expand(2), atol=1e-6, rtol=0)
+
+
+def test_batches_of_different_lengths_merge_by_sums_and_counts():
+    model = tiny_model("gpt2")
+    with EntropyProbe(model) as probe, torch.no_grad():
+        model(input_ids=IDS)
+        model(input_ids=IDS[:, :7])
+    with EntropyProbe(model) as first, torch.no_grad():
+        model(input_ids=IDS)
+    with EntropyProbe(model) as second, torch.no_grad():
+        model(input_ids=IDS[:, :7])
+    merged = first.statistics() + second.statistics()
+    assert merged.rows[0, 0] == 2 * 27
+    torch.testing.assert_close(merged.mean_nats(), probe.statistics().mean_nats())
+
+
+def test_a_nan_weight_is_counted_apart_with_layer_and_head_and_never_as_zero():
+    model = tiny_model("gpt2")
+    with torch.no_grad():
+        model.get_parameter("transformer.h.1.attn.c_attn.bias")[8] = (
+            torch.nan
+        )  # layer 1, head 1 of 4, a query coordinate
+    found = measure(model)
+    assert found.nonfinite_rows.nonzero().tolist() == [[1, 1]]
+    assert found.nonfinite_rows[1, 1] == 40
+    assert found.rows[1].tolist() == [40, 0, 40, 40]
+    assert found.mean_nats().isnan().nonzero().tolist() == [[1, 1]]
+
+
+def test_patterns_of_a_probe_match_the_matrices():
+    model = tiny_model("llama")
+    found = measure(model, patterns=True)
+    twin = copy.deepcopy(model)
+    twin.set_attn_implementation("eager")
+    with torch.no_grad():
+        p_LBHTS = torch.stack(twin(input_ids=IDS, output_attentions=True).attentions)
+    position = torch.arange(20.0)
+    distance = (position - p_LBHTS @ position).mean((1, 3))
+    torch.testing.assert_close(found.mean_distance().float(), distance, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.mean_first_mass().float(), p_LBHTS[..., 0].mean((1, 3)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_counts_once(reentrant):
+    model = tiny_model("gpt2").train()
+    plain = measure(model)
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    with EntropyProbe(model) as probe:
+        model(input_ids=IDS, use_cache=False).logits.square().mean().backward()
+    assert torch.equal(probe.statistics().rows, plain.rows)
+
+
+def test_a_block_recomputed_outside_of_the_model_counts_once():
+    model = tiny_model("llama")
+    with EntropyProbe(model) as probe:
+        embedded = model.get_input_embeddings()(IDS)
+        checkpoint(lambda x: model(inputs_embeds=x).logits, embedded, use_reentrant=False).sum().backward()
+    assert probe.statistics().rows.unique().tolist() == [40]
+
+
+def test_training_goes_on_as_without_a_probe():
+    plain, probed = (tiny_model("llama").train() for _ in range(2))
+    plain(input_ids=IDS).logits.square().mean().backward()
+    with EntropyProbe(probed):
+        probed(input_ids=IDS).logits.square().mean().backward()
+    for a, b in zip(plain.parameters(), probed.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=0, rtol=0)
+
+
+def test_compiled_model_stays_whole_and_compiles_once_for_all_probes():
+    model = tiny_model("gpt2")
+    plain = measure(model)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = cast(torch.nn.Module, torch.compile(model, backend=counter, fullgraph=True))
+    compiled(input_ids=IDS)
+    for _ in range(3):
+        with EntropyProbe(compiled) as probe:
+            compiled(input_ids=IDS).logits.sum().backward()
+        compiled(input_ids=IDS)
+        torch.testing.assert_close(probe.statistics().mean_nats(), plain.mean_nats(), atol=1e-6, rtol=0)
+        assert probe.statistics().rows.unique().tolist() == [40]
+    assert counter.frame_count == 2
+
+
+def test_works_under_distributed_data_parallel_and_sums_over_ranks(tmp_path):
+    model = tiny_model("llama").train()
+    expected = measure(model)
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        with EntropyProbe(wrapped) as probe:
+            wrapped(input_ids=IDS).logits.sum().backward()
+        found = probe.statistics()
+        for tensor in found.tensors():
+            torch.distributed.all_reduce(tensor)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert found.to_dict() == expected.to_dict()
+
+
+def test_bfloat16_models_and_autocast_are_measured_in_float32():
+    model = tiny_model("llama").bfloat16()
+    seen = []
+
+    def spy(module, query, key, *args, **kwargs):
+        seen.append((query, key))
+        return original(module, query, key, *args, **kwargs)
+
+    original = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = spy
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = measure(model)
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+    causal = torch.ones(20, 20, dtype=torch.bool).tril()
+    for layer, (q, k) in enumerate(seen):
+        assert q.dtype == torch.bfloat16
+        scores = q.double() @ k.double().repeat_interleave(2, 1).mT * 8**-0.5
+        expected = torch.distributions.Categorical(logits=scores.masked_fill(~causal, -1e30)).entropy().mean((0, 2))
+        torch.testing.assert_close(found.mean_nats()[layer], expected, atol=1e-5, rtol=0)
+
+
+def world(model):
+    implementation = model.config._attn_implementation
+    return {
+        "config": model.config.to_dict() | {"attention": implementation},
+        "entries": {name: id(ALL_ATTENTION_FUNCTIONS[name]) for name in ALL_ATTENTION_FUNCTIONS},
+        "modes": [module.training for module in model.modules()],
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+        "attributes": [sorted(vars(module)) for module in model.modules()],
+    }
+
+
+@pytest.mark.parametrize(("family", "method"), [("gpt2", "auto"), ("gpt_oss", "auto"), ("bloom", "eager")])
+@pytest.mark.parametrize("fails", [False, True])
+def test_leaves_the_world_as_found(family, method, fails):
+    model = tiny_model(family)
+    next(iter(model.children())).train()
+    before = world(model)
+    try:
+        with EntropyProbe(model, method=method):
+            assert world(model) != before
+            model(input_ids=IDS)
+            if fails:
+                raise KeyError("stop")
+    except KeyError:
+        assert fails
+    assert world(model) == before
+
+
+def test_a_caller_s_own_registry_entry_is_measured_and_put_back():
+    model = tiny_model("gpt2")
+    expected = measure(model).mean_nats()
+    shared = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def mine(*args, **kwargs):
+        return shared(*args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = mine
+    try:
+        assert torch.equal(measure(model).mean_nats(), expected)
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is mine
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is shared
+
+
+def test_probes_of_two_models_nest_and_each_sees_its_own():
+    student, teacher = tiny_model("gpt2"), tiny_model("llama")
+    alone = measure(student), measure(teacher)
+    before = world(student)
+    with EntropyProbe(student) as outer, torch.no_grad():
+        with EntropyProbe(teacher) as inner:
+            teacher(input_ids=IDS)
+            student(input_ids=IDS)
+        teacher(input_ids=IDS)
+        student(input_ids=IDS)
+    assert world(student) == before
+    assert outer.statistics().rows.unique().tolist() == [80]
+    assert inner.statistics().rows.unique().tolist() == [40]
+    torch.testing.assert_close(outer.statistics().mean_nats(), alone[0].mean_nats())
+    torch.testing.assert_close(inner.statistics().mean_nats(), alone[1].mean_nats())
+
+
+@pytest.mark.parametrize(("family", "method"), [("gpt2", "auto"), ("bloom", "eager")])
+def test_a_second_probe_on_one_model_is_refused_and_harms_nothing(family, method):
+    model = tiny_model(family)
+    with EntropyProbe(model, method=method) as probe, torch.no_grad():
+        with pytest.raises(ValueError, match="leave that one first"), EntropyProbe(model, method=method):
+            pass
+        model(input_ids=IDS)
+    assert probe.statistics().rows.unique().tolist() == [40]
+
+
+def test_generation_with_a_key_cache_counts_every_row():
+    model = tiny_model("llama")
+    with EntropyProbe(model) as probe, torch.no_grad():
+        cache = model(input_ids=IDS[:, :12], use_cache=True).past_key_values
+        for position in range(12, 20):
+            model(input_ids=IDS[:, position : position + 1], past_key_values=cache)
+    torch.testing.assert_close(probe.statistics().mean_nats(), measure(model).mean_nats(), atol=1e-6, rtol=0)
+
+
+def test_families_outside_the_registry_are_refused_and_served_on_request():
+    model = tiny_model("bloom")
+    with pytest.raises(UnsupportedModel, match="method='eager'"):
+        EntropyProbe(model)
+    found = measure(model, mask=LEFT_PADDED, method="eager")
+    assert (found.mean_nats() - by_eager_matrices(model, LEFT_PADDED)).abs().max() < 1e-6
+    assert found.rows.unique().tolist() == [34]
+    with EntropyProbe(model, method="eager"), torch.no_grad():
+        assert model(input_ids=IDS).attentions is None
+
+
+def test_models_without_attention_are_refused_in_one_line():
+    mamba = MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=50, state_size=4))
+    with pytest.raises(UnsupportedModel, match="no softmax attention") as caught:
+        EntropyProbe(mamba)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UnsupportedModel, match="not a Hugging Face model"):
+        EntropyProbe(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="allowed"):
+        EntropyProbe(mamba, method=cast(Any, "flash"))
+
+
+def test_asking_before_a_forward_pass_says_what_to_do():
+    with EntropyProbe(tiny_model("gpt2")) as probe:
+        pass
+    with pytest.raises(ValueError, match="call the model inside"):
+        probe.statistics()

@@ -1,0 +1,95 @@
+"""The support table against the installed transformers, and the families one by one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from families import tiny_model
+from test_probe import LEFT_PADDED, by_eager_matrices, measure
+from transformers.models.auto.configuration_auto import model_type_to_module_name
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from normfree.entropy import EntropyProbe, UnsupportedModel
+from normfree.entropy.support import EAGER_ONLY, HASHED, NO_SOFTMAX, ROUTED
+
+# Types without attention code of their own, and whose attention they use.
+BORROWED = {
+    "fuyu": "persimmon",
+    "gemma4_assistant": "gemma4",
+    "gemma4_unified_assistant": "gemma4_unified",
+    "got_ocr2": "qwen2",
+    "gpt-sw3": "gpt2",
+    "internlm3": "llama",
+    "iquestcoder": "llama",
+}
+
+# Random, tiny, left-padded: each is built by one generic recipe (families.py).
+AGREE = """
+    afmoe apertus arcee bart bert biogpt bitnet blenderbot camembert cohere cohere2 cwm deepseek_v2 deepseek_v3
+    diffllama electra ernie4_5 exaone4 flex_olmo gemma gemma2 gemma3_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neox
+    gpt_oss granite granitemoe helium hunyuan_v1_dense jais2 jetmoe lfm2 llama marian mbart minicpm3 ministral mistral
+    mixtral modernbert-decoder nanochat nemotron olmo olmo2 olmo3 olmoe opt pegasus persimmon phi phi3 phimoe qwen2
+    qwen2_moe qwen3 qwen3_moe roberta seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma whisper youtu
+"""
+
+
+def modeling_source(model_type: str) -> str:
+    """The file that defines the type's causal LM, as text: importing all of them takes a minute."""
+    borrowed = BORROWED.get(model_type, model_type)
+    folder = Path(transformers.__file__).parent / "models" / model_type_to_module_name(borrowed)
+    files = [path.read_text() for path in sorted(folder.glob("modeling_*.py"))]
+    if borrowed == model_type:
+        named = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+        names = "|".join([named] if isinstance(named, str) else named)
+        files = [text for text in files if re.search(rf"^class ({names})\b", text, re.MULTILINE)]
+    assert files, f"{model_type}: no modeling file found; is it another type's? Then add it to BORROWED"
+    return "\n".join(files)
+
+
+def test_the_table_names_every_causal_lm_type_of_the_installed_transformers_once():
+    tables = [ROUTED, EAGER_ONLY, NO_SOFTMAX, HASHED]
+    listed = [name for table in tables for name in table]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), "transformers changed: sort the types into support.py"
+
+
+@pytest.mark.parametrize("model_type", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+def test_the_table_says_what_the_installed_source_does(model_type):
+    assert ("ALL_ATTENTION_FUNCTIONS" in modeling_source(model_type)) == (model_type in ROUTED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", AGREE.split())
+def test_family_agrees_with_its_eager_matrices_under_left_padding(family):
+    model = tiny_model(family)
+    found = measure(model, mask=LEFT_PADDED)
+    assert (found.mean_nats() - by_eager_matrices(model, LEFT_PADDED)).abs().max() < 2e-5
+    assert found.nonfinite_rows.sum() == 0
+    assert 0.05 < found.mean_nats().mean() < found.ceiling_nats().mean()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["bloom", "gpt_neox_japanese", "mpt", "openai-gpt", "cpmant", "xglm", "trocr"])
+def test_families_outside_the_registry_are_refused_or_served_by_their_matrices(family):
+    model = tiny_model(family)
+    with pytest.raises(UnsupportedModel, match="pass method='eager'"):
+        EntropyProbe(model)
+    model.set_attn_implementation("eager")
+    assert measure(model, method="eager").mean_nats().isfinite().all()
+
+
+@pytest.mark.slow
+def test_sinks_take_part_in_the_softmax_even_where_the_family_reports_weights_without_them():
+    # Granite scales its output by sigmoid(lse - sink), which is the softmax with one more logit; its
+    # reported weights leave that out. A sink of -inf is no sink: then both agree.
+    model = tiny_model("granite_swa")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("sinks"):
+                parameter.fill_(-1e9)
+    found = measure(model, mask=LEFT_PADDED)
+    assert (found.mean_nats() - by_eager_matrices(model, LEFT_PADDED)).abs().max() < 2e-5

@@ -1,0 +1,151 @@
+"""The command line, at the door: what a user types, what comes out, how it fails."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from normfree.cli import VERBS, main
+from normfree.config import known_keys
+from normfree.records import read_run
+
+
+def run(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    status = main(words)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_alone_it_lists_every_verb_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys=capsys)
+    assert status == 0
+    assert all(verb.example in out for verb in VERBS.values())
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_explains_each_verb_and_its_keys(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(verb, "--help", capsys=capsys)
+    assert status == 0
+    assert VERBS[verb].example in out
+    options = VERBS[verb].options
+    keys = options.__dataclass_fields__ if options else set(known_keys()) - {"model", "preset", "variant", "label"}
+    assert all(f"{key}=" in out for key in keys)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "unknown verb 'trian'; did you mean train"),
+        (["train", "--fast"], "unknown flag '--fast'; the flags are --help, --debug"),
+        (["train", "quick"], "normfree train takes key=value only, got 'quick'"),
+        (["study"], "normfree study needs STUDY, got nothing; example: normfree study quick"),
+        (["study", "quik"], "unknown study 'quik'; did you mean quick"),
+        (["train", "variant=sm_r"], "unknown variant 'sm_r'; did you mean sm-r"),
+        (["train", "preset=gpt2"], "unknown preset 'gpt2'; did you mean gpt2-t128"),
+        (["train", "trian.steps=3"], "unknown key 'trian.steps'; did you mean train.steps"),
+        (["train", "model.nrom=none"], "unknown key 'model.nrom'; did you mean model.norm"),
+        (["train", "model.norm=batchnorm"], "norm='batchnorm'"),
+        (["train", "train.precision=fp8"], "'fp32', 'bf16' or 'fp16'"),
+        (["data", "instaled"], "unknown data 'instaled'; did you mean installed"),
+        (["data", "files", "data.paths=[nowhere/*.py]"], "nowhere"),
+        (["evaluate", "runs/nothing", "strid=3"], "unknown key 'strid' for normfree evaluate; did you mean stride"),
+        (["evaluate", "m", "text=nowhere.txt"], "text=nowhere.txt does not exist"),
+        (["evaluate", "m", "dtype=fp8", "text=README.md"], "dtype=fp8"),
+        (["report", "nowhere"], "nowhere does not exist"),
+    ],
+)
+def test_wrong_input_is_one_line_that_says_what_to_do(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text("text")
+    monkeypatch.setenv("NORMFREE_CACHE", str(tmp_path / "cache"))
+    status, out, err = run(*words, capsys=capsys)
+    last = err.strip().splitlines()[-1]
+    assert status != 0
+    assert message in last
+    assert "Traceback" not in err + out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_debug_shows_the_stack_trace() -> None:
+    with pytest.raises(ValueError, match="did you mean train"):
+        main(["trian", "--debug"])
+
+
+def test_a_hub_name_without_a_network_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    (tmp_path / "text.txt").write_text("a b c")
+    status, _, err = run("evaluate", "somebody/some-model", f"text={tmp_path / 'text.txt'}", capsys=capsys)
+    assert status == 1
+    assert "cannot load 'somebody/some-model'" in err
+    assert "HF_HOME" in err
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny: list[str], cache: Path) -> Path:
+    """A run folder made by the command."""
+    runs = tmp_path_factory.mktemp("runs")
+    assert main(["train", *tiny, "variant=sm-r", f"runs_dir={runs}", f"cache_dir={cache}"]) == 0
+    return runs / "single" / "sm-r-seed0"
+
+
+def test_train_makes_a_run_folder_and_says_where(
+    trained: Path, tiny: list[str], cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert read_run(trained).status == "finished"
+    status, out, _ = run(
+        "train", *tiny, "variant=sm-r", f"runs_dir={trained.parents[1]}", f"cache_dir={cache}", capsys=capsys
+    )
+    assert status == 0
+    assert "SM+R, seed 0: finished, perplexity" in out
+    assert str(trained) in out
+
+
+def test_evaluate_prints_perplexity_and_bits_per_byte(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.py").write_text("def f(x):\n    return x\n" * 5)
+    status, out, err = run("evaluate", str(trained), f"text={tmp_path / 'text.py'}", "stride=4", capsys=capsys)
+    assert status == 0, err
+    assert "perplexity" in out
+    assert "bits per byte" in out
+
+
+def test_report_rebuilds_the_page_from_a_run_folder(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = run("report", str(trained), f"output={tmp_path / 'page'}", capsys=capsys)
+    assert status == 0, err
+    assert "SM+R" in (tmp_path / "page" / "index.html").read_text()
+
+
+def test_data_describes_a_corpus(
+    tiny: list[str], tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = [text for text in tiny if text.startswith("data.")]
+    status, out, err = run("data", "files", "preset=cpu-quick", *overrides, f"cache_dir={cache}", capsys=capsys)
+    assert status == 0, err
+    assert "fingerprint" in out
+    assert "unigram perplexity" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])
+def test_many_runs_with_hydra_leave_run_folders_and_nothing_else(
+    launcher: str, tiny: list[str], cache: Path, tmp_path: Path
+) -> None:
+    words = ["train", "-m", f"hydra/launcher={launcher}", *tiny, "variant=sm-r,sm-g", "seed=0,1", f"cache_dir={cache}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "normfree.cli", *words], cwd=tmp_path, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr
+    runs = sorted(path.parent.name for path in tmp_path.glob("runs/single/*/run.json"))
+    assert runs == ["sm-g-seed0", "sm-g-seed1", "sm-r-seed0", "sm-r-seed1"]
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from normfree.evaluate import Evaluation, evaluate_blocks, perplexity
+
+
+@pytest.fixture
+def model() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=256, n_positions=16, n_embd=32, n_layer=2, n_head=2)).train()
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return PreTrainedTokenizerFast(tokenizer_object=inner)
+
+
+def by_hand(model: GPT2LMHeadModel, ids: list[int], context: int, stride: int) -> list[float]:
+    """Nats of each predicted token, one forward pass a token, as slowly as possible."""
+    model.eval()
+    nats = []
+    for position in range(1, len(ids)):
+        start = 0
+        while position >= start + context:
+            start += stride
+        if position == start:
+            continue
+        with torch.no_grad():
+            logits = model(torch.tensor([ids[start:position]])).logits[0, -1].double()
+        nats.append(-torch.log_softmax(logits, -1)[ids[position]].item())
+    return nats
+
+
+@pytest.mark.parametrize(("context", "stride"), [(16, 16), (16, 5), (8, 1), (16, 15)])
+def test_each_token_is_predicted_once_from_its_window(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, context: int, stride: int
+) -> None:
+    text = "def f(x):\n    return x + 1  # a comment, rather long"
+    expected = by_hand(model, tokenizer(text)["input_ids"], context, stride)
+    result = perplexity(model, tokenizer, text, context=context, stride=stride)
+    assert result.tokens == len(expected)
+    assert result.nats == pytest.approx(sum(expected), rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(sum(expected) / len(expected)), rel=1e-5)
+
+
+def test_bits_per_byte_counts_the_bytes_of_predicted_tokens_only(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    result = perplexity(model, tokenizer, "abcdefghij", context=10)
+    assert (result.tokens, result.bytes) == (9, 9)
+    assert result.bits_per_byte == pytest.approx(result.loss_nats / math.log(2))
+
+
+def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(model: GPT2LMHeadModel) -> None:
+    with torch.no_grad():
+        model.transformer.wte.weight.zero_()
+    result = evaluate_blocks(model, torch.randint(0, 256, (7, 16)), batch_sequences=3)
+    assert result.tokens == 7 * 15
+    assert result.perplexity == pytest.approx(256, rel=1e-6)
+
+
+def test_blocks_are_weighted_by_token_whatever_the_batch_size(model: GPT2LMHeadModel) -> None:
+    blocks = torch.randint(0, 256, (10, 16), generator=torch.Generator().manual_seed(1))
+    one, three = (evaluate_blocks(model, blocks, batch_sequences=size) for size in (1, 3))
+    assert one.nats == pytest.approx(three.nats, rel=1e-6)
+    assert one.tokens == three.tokens == 150
+
+
+def test_evaluation_leaves_the_training_mode_as_found(model: GPT2LMHeadModel) -> None:
+    model.transformer.h[0].eval()
+    evaluate_blocks(model, torch.zeros(1, 4, dtype=torch.long))
+    assert model.training
+    assert not model.transformer.h[0].training
+    with pytest.raises(IndexError):
+        evaluate_blocks(model, torch.full((1, 4), 999))
+    assert model.training
+
+
+def test_a_nan_stays_a_nan(model: GPT2LMHeadModel) -> None:
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight[0, 0] = math.nan
+    result = evaluate_blocks(model, torch.zeros(2, 8, dtype=torch.long))
+    assert math.isnan(result.perplexity)
+
+
+def test_what_cannot_be_evaluated_is_refused(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match="at least 2"):
+        perplexity(model, tokenizer, "a")
+    with pytest.raises(ValueError, match="context=17"):
+        perplexity(model, tokenizer, "abc", context=17)
+    with pytest.raises(ValueError, match="stride=9"):
+        perplexity(model, tokenizer, "abc", context=8, stride=9)
+    model.resize_token_embeddings(20)
+    with pytest.raises(ValueError, match="vocabulary has 20"):
+        perplexity(model, tokenizer, "zzz")
+
+
+def test_nothing_counted_is_not_a_number() -> None:
+    assert math.isnan(Evaluation(0.0, 0).perplexity)
+    assert math.isnan(Evaluation(1.0, 1).bits_per_byte)
+    assert Evaluation(1e6, 1).perplexity == math.inf

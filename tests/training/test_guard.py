@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from normfree.model import NormFreeConfig, NormFreeForCausalLM
+from normfree.training.guard import NonFiniteError, locate, total_gradient_norm
+
+
+@pytest.fixture
+def model() -> NormFreeForCausalLM:
+    torch.manual_seed(0)
+    config = NormFreeConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+        norm="none",
+    )
+    return NormFreeForCausalLM(config)
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    ids_BT = torch.randint(0, 50, (2, 8), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids_BT, "labels": ids_BT}
+
+
+def parameter_of_layer(model: NormFreeForCausalLM, layer: int) -> torch.nn.Parameter:
+    return next(p for name, p in model.named_parameters() if f".{layer}." in name and p.ndim == 2)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_nonfinite_weight_is_found_with_its_layer(
+    model: NormFreeForCausalLM, batch: dict[str, torch.Tensor], bad: float
+) -> None:
+    with torch.no_grad():
+        parameter_of_layer(model, 1)[0, 0] = bad
+    found = locate(model, [batch], step=7)
+    assert (found.step, found.layer, found.kind) == (7, 1, "weight")
+    assert "layer 1" in str(NonFiniteError(found))
+
+
+def test_an_activation_that_overflows_is_found_where_it_first_does(
+    model: NormFreeForCausalLM, batch: dict[str, torch.Tensor]
+) -> None:
+    with torch.no_grad():
+        parameter_of_layer(model, 2).fill_(3e38)
+    assert (found := locate(model, [batch], step=1)).kind == "activation"
+    assert found.layer == 2
+
+
+def test_a_nonfinite_gradient_is_found_in_the_layer_nearest_to_the_loss(
+    model: NormFreeForCausalLM, batch: dict[str, torch.Tensor]
+) -> None:
+    model(**batch).loss.backward()
+    assert torch.isfinite(total_gradient_norm(model.parameters()))
+    for layer in (0, 1):
+        gradient = parameter_of_layer(model, layer).grad
+        assert gradient is not None
+        gradient[0, 0] = math.nan
+    assert not torch.isfinite(total_gradient_norm(model.parameters()))
+    found = locate(model, [batch], step=2)
+    assert (found.kind, found.layer) == ("gradient", 1)
+
+
+def test_looking_leaves_gradients_and_hooks_as_found(
+    model: NormFreeForCausalLM, batch: dict[str, torch.Tensor]
+) -> None:
+    model(**batch).loss.backward()
+    before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    locate(model, [batch], step=1)
+    after = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert not any(module._forward_hooks for module in model.modules())
