@@ -22,6 +22,7 @@ ALLOWED = {
     "report": {"manifest", "records", "analysis", "published", "tables", "plots"},
     "compose": {"config", "model"},
     "pretrained": {"model", "records"},
+    "measure": {"entropy", "evaluate"},
     "studies": {"compose", "config", "records", "report", "training", "evaluate"},
     "sweep": {"compose", "records", "studies", "training"},
     "commands": None,

@@ -45,6 +45,13 @@ VERBS = {
         "normfree evaluate runs/quick/sm-r-seed0 text=README.md",
         commands.EvaluateOptions,
     ),
+    "entropy": Verb(
+        commands.entropy,
+        "MODEL",
+        "entropy of every attention head of any causal language model",
+        "normfree entropy runs/quick/sm-g-seed0 output=heads",
+        commands.EntropyOptions,
+    ),
     "report": Verb(
         commands.report,
         "RUNS...",

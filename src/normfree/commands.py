@@ -34,6 +34,32 @@ class EvaluateOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EntropyOptions:
+    """Keys of `normfree entropy`."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    text: Path | None = None
+    """UTF-8 text file; empty takes held-out Python code of this machine."""
+    context: int | None = None
+    """Tokens in a window; empty takes the model's own limit, at most 1024."""
+    sequences: int = 16
+    """At most this many windows, spread evenly over the text."""
+    batch: int = 1
+    """Windows per forward pass."""
+    method: Literal["auto", "eager"] = "auto"
+    """eager asks the model for its attention matrices (O(T^2) memory): for families that do not route."""
+    output: Path = Path("entropy")
+    """Folder for the page, its heatmap, tables and entropy.json."""
+    device: str | None = None
+    """cpu, cuda, ...; empty takes the GPU if there is one."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the weights; entropies are computed in fp32."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportOptions:
     """Keys of `normfree report`."""
 
@@ -105,6 +131,46 @@ def evaluate(name: str, options: EvaluateOptions) -> None:
     print(f"perplexity     {result.perplexity:.4f} (over {result.tokens} predicted tokens)")
     print(f"cross-entropy  {result.loss_nats:.4f} nats per token")
     print(f"bits per byte  {result.bits_per_byte:.4f} (over {result.bytes} bytes of predicted tokens)")
+
+
+def entropy(name: str, options: EntropyOptions) -> None:
+    """Measure every head of a model on a text; print tables, write a page."""
+    from normfree.measure import check_memory, measure, memory_estimate, token_windows
+    from normfree.pretrained import load_pretrained
+    from normfree.report import build_heads_report, heads_of, heads_tables, verdict_sentences
+    from normfree.tables import to_markdown
+    from normfree.training.environment import command_line, software
+
+    prepare_process()
+    text = _read_text(options.text)
+    model, tokenizer = load_pretrained(
+        name,
+        dtype=options.dtype,
+        device=options.device,
+        trust_remote_code=options.trust_remote_code,
+        attention="eager" if options.method == "eager" else None,
+    )
+    windows_NT = token_windows(model, tokenizer, text, context=options.context, sequences=options.sequences)
+    sequences, context = windows_NT.shape
+    needed = memory_estimate(model, batch=options.batch, context=context, method=options.method)
+    logger.info("%d windows of %d tokens: %s", sequences, context, check_memory(needed, model))
+    facts = {
+        "model": name,
+        "text": str(options.text or "held-out Python code of this machine"),
+        "context": context,
+        "sequences": sequences,
+        "method": options.method,
+        "dtype": options.dtype,
+        "device": str(model.device),
+        "command": command_line(),
+        "software": software(),
+        **measure(model, windows_NT, batch=options.batch, method=options.method, progress=True),
+    }
+    page = build_heads_report(facts, options.output)
+    print("\n".join(to_markdown(table) for table in heads_tables(facts)))
+    print("\n".join(verdict_sentences(heads_of(facts), facts["layer_indices"])))
+    print(f"{facts['seconds']:.1f} s, peak memory {facts['peak_memory_mib']:.0f} MiB")
+    print(f"The page: {page}")
 
 
 def report(places: Sequence[str], options: ReportOptions) -> None:

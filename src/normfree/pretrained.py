@@ -15,15 +15,21 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_pretrained(
-    name: str, *, dtype: str = "fp32", device: str | None = None, trust_remote_code: bool = False
+    name: str,
+    *,
+    dtype: str = "fp32",
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    attention: str | None = None,
 ) -> tuple[Any, Any]:
     """Load (model, tokenizer), the model in evaluation mode on `device` (default: the GPU if there is one).
+    `attention` is transformers' attn_implementation; None lets the model choose.
 
     Raises ValueError, in one line, when there is no such model, it cannot be reached, or it is no causal LM.
     """
     options: dict[str, Any] = _source(name) | {"trust_remote_code": trust_remote_code}
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(**options, dtype=DTYPES[dtype])
+        model: Any = AutoModelForCausalLM.from_pretrained(**options, dtype=DTYPES[dtype], attn_implementation=attention)
         tokenizer = AutoTokenizer.from_pretrained(**options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)

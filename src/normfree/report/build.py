@@ -43,14 +43,15 @@ def build_report(runs: Sequence[Run], output: Path, *, mix: bool = False) -> Pat
         pages["slopes.html"] = slopes_page(groups, written["slopes"], slopes_drawn)
         drawn = [*drawn, *slopes_drawn]
     pages["index.html"] = main_page(groups, written, drawn, with_slopes=with_slopes)
-    kept = _write_tables(list(written.values()), output) | _write_figures(drawn, output)
+    kept = write_tables(list(written.values()), output) | write_figures(drawn, output)
     for name, text in pages.items():
         write_atomically(output / name, text)
     _remove_others(output, kept | {output / name for name in pages})
     return output / "index.html"
 
 
-def _write_tables(written: Sequence[tables.Table], output: Path) -> set[Path]:
+def write_tables(written: Sequence[tables.Table], output: Path) -> set[Path]:
+    """Write `output`/tables/NAME.md|tex|csv; returns the paths."""
     kept = set()
     for table in written:
         for suffix, spell in _SPELLINGS.items():
@@ -60,7 +61,8 @@ def _write_tables(written: Sequence[tables.Table], output: Path) -> set[Path]:
     return kept
 
 
-def _write_figures(drawn: Sequence[PageFigure], output: Path) -> set[Path]:
+def write_figures(drawn: Sequence[PageFigure], output: Path) -> set[Path]:
+    """Write `output`/figures/NAME.pdf|png; returns the paths."""
     kept = set()
     for figure in drawn:
         whole = figure.whole()

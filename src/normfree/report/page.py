@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template, select_autoescape
 from markupsafe import Markup
 
 from normfree import __version__
@@ -29,20 +29,25 @@ _NARROW_INCHES = 4.2
 _PIXELS_PER_INCH = 96
 
 
+def template(name: str) -> Template:
+    """One of the templates of this room."""
+    return _PAGES.get_template(name)
+
+
 def main_page(
     groups: Sequence[Group], tables: dict[str, Table], figures: Sequence[PageFigure], *, with_slopes: bool
 ) -> str:
     """index.html: summary, tables, figures, facts."""
     runs = _all_runs(groups)
     studies = _distinct(runs, lambda run: run.spec["study"])
-    return _PAGES.get_template("index.html.j2").render(
+    return template("index.html.j2").render(
         title=f"normfree: {', '.join(studies)}",
         version=__version__,
         sentences=sentences(groups),
         study_notes=[note for note in _distinct(runs, lambda run: run.facts.get("study_note") or "") if note],
         facts=_facts(runs),
         tables={name: Markup(to_html(table)) for name, table in tables.items()},
-        figures={figure.name: _figure(figure) for figure in figures},
+        figures={figure.name: figure_values(figure) for figure in figures},
         with_slopes=with_slopes,
     )
 
@@ -50,15 +55,16 @@ def main_page(
 def slopes_page(groups: Sequence[Group], table: Table, figures: Sequence[PageFigure]) -> str:
     """slopes.html: slope against perplexity, and slopes over training."""
     studies = _distinct(_all_runs(groups), lambda run: run.spec["study"])
-    return _PAGES.get_template("slopes.html.j2").render(
+    return template("slopes.html.j2").render(
         title=f"normfree: slopes of {', '.join(studies)}",
         version=__version__,
         table=Markup(to_html(table)),
-        figures={figure.name: _figure(figure) for figure in figures},
+        figures={figure.name: figure_values(figure) for figure in figures},
     )
 
 
-def _figure(figure: PageFigure) -> dict[str, Any]:
+def figure_values(figure: PageFigure) -> dict[str, Any]:
+    """What the macro `draw` needs of a figure."""
     width = figure.panel_inches[0]
     key = figure.key_part()
     return {

@@ -1,5 +1,6 @@
 """Tables: pure functions from runs to `Table`, and from a `Table` to Markdown, LaTeX, CSV or HTML."""
 
+from normfree.tables.heads import extreme_head_table, head_range_table, layer_table
 from normfree.tables.results import difference_table, perplexity_table, range_table
 from normfree.tables.runs import (
     has_slope,
@@ -14,8 +15,11 @@ __all__ = [
     "Column",
     "Table",
     "difference_table",
+    "extreme_head_table",
     "has_slope",
+    "head_range_table",
     "is_leaky",
+    "layer_table",
     "perplexity_table",
     "range_table",
     "run_table",

@@ -23,4 +23,4 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, LARGEST_INT), (M_TOP_PAD, 64 * 2**20))
-    return all([mallopt(name, value) == 1 for name, value in settings])
+    return [mallopt(name, value) for name, value in settings] == [1, 1, 1]

@@ -72,6 +72,13 @@ def command_line() -> str:
     return " ".join(["normfree" if sys.argv[0].endswith(("normfree", "cli.py")) else sys.argv[0], *sys.argv[1:]])
 
 
+def software() -> str:
+    """The versions that matter, on one line."""
+    names = ("python", "torch", "transformers")
+    found = (platform.python_version(), _version("torch"), _version("transformers"))
+    return ", ".join([f"normfree {normfree.__version__}", *(f"{a} {b}" for a, b in zip(names, found, strict=True))])
+
+
 def _version(name: str) -> str | None:
     try:
         return version(name)

@@ -1,0 +1,100 @@
+"""Head entropies of one pretrained model on one text: what `normfree entropy` does before it draws."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from normfree.entropy import EntropyProbe
+from normfree.entropy.probe import ProbeMethod
+from normfree.evaluate import check_vocabulary, checked_context, in_evaluation_mode
+
+DEFAULT_CONTEXT = 1024
+
+
+def token_windows(model: PreTrainedModel, tokenizer: Any, text: str, *, context: int | None, sequences: int) -> Tensor:
+    """(N, T) token ids: at most `sequences` windows of `context` tokens, spread evenly over the text.
+
+    `context` defaults to the model's limit, at most 1024. A text shorter than that is one window. Raises ValueError
+    for fewer than two tokens, a context that the model does not allow, and ids outside its vocabulary.
+    """
+    if sequences < 1:
+        raise ValueError(f"sequences={sequences} must be at least 1")
+    context = min(checked_context(model, None), DEFAULT_CONTEXT) if context is None else checked_context(model, context)
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    if len(ids) < 2:
+        raise ValueError(f"the text has {len(ids)} token(s); at least 2 are needed")
+    check_vocabulary(model, ids)
+    context = min(context, len(ids))
+    windows_NT = torch.tensor(ids[: len(ids) // context * context]).view(-1, context)
+    chosen = torch.linspace(0, len(windows_NT) - 1, min(sequences, len(windows_NT))).round().long()
+    return windows_NT[chosen]
+
+
+def memory_estimate(model: PreTrainedModel, *, batch: int, context: int, method: ProbeMethod) -> int:
+    """Bytes that weights and one forward pass will need, roughly: activations of one layer, and the probe's copies.
+
+    The probe adds queries, keys and outputs in fp32, linear in T; method='eager' keeps every T x T matrix.
+    """
+    config = model.config.get_text_config()
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    width, element = config.hidden_size, next(model.parameters()).element_size()
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    activations = batch * context * (8 * width + 3 * inner) * element
+    probe = 4 * batch * context * width * 4
+    if method == "eager":
+        probe = config.num_hidden_layers * batch * config.num_attention_heads * context**2 * 4
+    return weights + activations + probe
+
+
+def check_memory(needed: int, model: PreTrainedModel) -> str:
+    """One line on what will be needed and what there is. Raises ValueError when it is more than there is."""
+    device = next(model.parameters()).device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    line = f"about {needed / 2**30:.2f} GiB needed, {free / 2**30:.1f} GiB free"
+    if needed > free:
+        raise ValueError(f"not enough memory: {line}; lower batch= or context=")
+    return line
+
+
+@torch.no_grad()
+def measure(
+    model: PreTrainedModel, windows_NT: Tensor, *, batch: int = 1, method: ProbeMethod = "auto", progress: bool = False
+) -> dict[str, Any]:
+    """Entropy of every head over the windows; only the model's body runs, so no logits are computed.
+
+    Returns plain values: entropy_nats, rows and nonfinite_rows [L][H], ceiling_nats [L], layer_indices [L], with
+    method='auto' also distance_tokens and first_token_mass [L][H], and the time and peak memory it took.
+    """
+    body = model.base_model
+    device = next(model.parameters()).device
+    began = time.perf_counter()
+    with in_evaluation_mode(model), EntropyProbe(body, method, patterns=method == "auto") as probe:
+        for ids_BT in tqdm(windows_NT.split(batch), desc="measuring", disable=None if progress else True, leave=False):
+            body(input_ids=ids_BT.to(device), use_cache=False)
+    found = probe.statistics()
+    values: dict[str, Any] = {
+        "layer_indices": list(found.layers),
+        "entropy_nats": found.mean_nats().tolist(),
+        "rows": found.rows.tolist(),
+        "nonfinite_rows": found.nonfinite_rows.tolist(),
+        "ceiling_nats": found.ceiling_nats().tolist(),
+    }
+    if method == "auto":
+        values["distance_tokens"] = found.mean_distance().tolist()
+        values["first_token_mass"] = found.mean_first_mass().tolist()
+    return values | {"seconds": time.perf_counter() - began, "peak_memory_mib": peak_memory_mib()}
+
+
+def peak_memory_mib() -> float:
+    """Most memory this process has held so far, in MiB."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -1,0 +1,106 @@
+"""A folder and a page on the heads of one model, from plain values."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from normfree import __version__, plots, tables
+from normfree.analysis import COLLAPSE_NATS, Heads, collapse, overload
+from normfree.manifest import write_atomically
+from normfree.records import encode
+from normfree.report.build import write_figures, write_tables
+from normfree.report.figures import Key, PageFigure
+from normfree.report.page import figure_values, template
+from normfree.tables import Table
+
+
+def build_heads_report(facts: dict[str, Any], output: Path) -> Path:
+    """Write `output`/entropy.json, figures, tables and index.html, which comes last; returns its path.
+
+    `facts` holds model, text, context, sequences, dtype, device, command, seconds, peak_memory_mib, software and what
+    `normfree.measure.measure` returns.
+    """
+    heads = heads_of(facts)
+    written = heads_tables(facts)
+    figure = _heatmap(heads)
+    write_atomically(output / "entropy.json", json.dumps(encode(facts), indent=1, allow_nan=False) + "\n")
+    write_tables(written, output)
+    write_figures([figure], output)
+    page = template("heads.html.j2").render(
+        title=f"normfree: heads of {facts['model']}",
+        version=__version__,
+        sentences=verdict_sentences(heads, facts["layer_indices"]),
+        figure=figure_values(figure),
+        tables=[Markup(tables.to_html(table)) for table in written],
+        facts=_facts(facts),
+    )
+    write_atomically(output / "index.html", page)
+    return output / "index.html"
+
+
+def heads_of(facts: dict[str, Any]) -> Heads:
+    """The measured values as analysis takes them."""
+    entropy_LH = np.array(facts["entropy_nats"], dtype=float)
+    return Heads(entropy_LH, np.array(facts["ceiling_nats"], dtype=float), step=0, split="final")
+
+
+def heads_tables(facts: dict[str, Any]) -> list[Table]:
+    """Layers, ranges and the most extreme heads."""
+    heads, layers = heads_of(facts), facts["layer_indices"]
+    distance, first_mass = facts.get("distance_tokens"), facts.get("first_token_mass")
+    return [
+        tables.layer_table(heads, layers=layers, nonfinite_rows=facts["nonfinite_rows"]),
+        tables.head_range_table(heads, context=facts["context"]),
+        tables.extreme_head_table(heads, layers=layers, distance=distance, first_mass=first_mass),
+    ]
+
+
+def verdict_sentences(heads: Heads, layers: list[int]) -> list[str]:
+    """Overload, collapse and non-finite heads, in words."""
+    loaded, collapsed = overload(heads), collapse(heads)
+    words = {True: "Entropic overload", False: "No entropic overload", None: "Overload undecided (NaN heads)"}
+    found = [
+        f"{words[loaded.holds]}: {100 * loaded.share:.0f} % of the heads in the first {loaded.early_layers} layers "
+        "are at or above three quarters of the causal ceiling."
+    ]
+    if collapsed.holds:
+        places = ", ".join(f"layer {layers[layer]} head {head}" for layer, head in collapsed.heads[:5])
+        more = f" and {len(collapsed.heads) - 5} more" if len(collapsed.heads) > 5 else ""
+        found.append(f"Entropy collapse: {len(collapsed.heads)} heads below {COLLAPSE_NATS} nats ({places}{more}).")
+    else:
+        found.append(f"No entropy collapse: the lowest finite head has {collapsed.lowest_nats:.3f} nats.")
+    broken = int((~np.isfinite(heads.entropy_LH)).sum())
+    if broken:
+        found.append(f"{broken} heads have no finite row; they are in no range and in no mean.")
+    return found
+
+
+def _heatmap(heads: Heads) -> PageFigure:
+    ceiling = float(heads.ceiling_L.max())
+    return PageFigure(
+        name="heatmap",
+        title="Entropy of every head",
+        caption="One cell a head, layers downwards: bright cells attend almost evenly to all they may see, dark cells "
+        f"to few tokens. The brightest colour is the causal ceiling, {ceiling:.2f} nats.",
+        panels=(lambda ax: plots.entropy_heatmap(heads.entropy_LH, ax=ax, ceiling=ceiling),),
+        panel_inches=plots.heatmap_size(*heads.entropy_LH.shape),
+        columns=1,
+        key=Key(plots.HEATMAP_COLOURS, (0, ceiling), "entropy (nats)"),
+    )
+
+
+def _facts(facts: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    size = f"{facts['sequences']} windows of {facts['context']} tokens from {facts['text']}"
+    cost = f"{facts['seconds']:.1f} s, peak memory of the process {facts['peak_memory_mib']:.0f} MiB"
+    return [
+        ("Command", [facts["command"]]),
+        ("Model", [f"{facts['model']}, {facts['dtype']} on {facts['device']}"]),
+        ("Text", [size]),
+        ("Cost", [cost]),
+        ("Software", [facts["software"]]),
+    ]

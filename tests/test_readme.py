@@ -1,0 +1,72 @@
+"""The README keeps its word: its commands run, and its table is the one that results/ give."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from normfree.analysis import group_runs
+from normfree.cli import VERBS, main
+from normfree.records import find_runs
+from normfree.tables import perplexity_table, to_markdown
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+# The README's study takes minutes; these keep the same path and shrink it to seconds.
+TINY = [
+    "data.max_bytes=400000",
+    "data.validation_documents=3",
+    "data.vocab_size=400",
+    "data.context=32",
+    "model.hidden_size=32",
+    "model.num_hidden_layers=2",
+    "train.steps=3",
+    "train.batch_sequences=8",
+    "train.micro_batch_sequences=8",
+    "train.threads=1",
+    "probe.final_sequences=8",
+    "probe.sequences=4",
+]
+
+
+def commands() -> list[list[str]]:
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    lines = [line.partition("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [shlex.split(line)[1:] for line in lines if line.startswith("normfree ")]
+
+
+def test_the_readme_shows_every_verb() -> None:
+    assert {words[0] for words in commands()} == set(VERBS)
+
+
+def test_the_table_of_results_is_made_from_the_committed_runs() -> None:
+    table = to_markdown(perplexity_table(group_runs(find_runs([ROOT / "results" / "quick"]))))
+    shown = re.search(r"<!-- results/quick.*?-->\n(.*?)<!-- end -->", README, re.DOTALL)
+    assert shown
+    assert shown[1].strip() == table.strip()
+
+
+def test_every_committed_run_learned_more_than_token_frequencies() -> None:
+    for run in find_runs([ROOT / "results" / "quick"]):
+        assert run.perplexity < 0.5 * run.facts["corpus"]["unigram_perplexity"]
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_run_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NORMFREE_CACHE", str(tmp_path / "cache"))
+    shutil.copy(ROOT / "README.md", tmp_path)
+    for words in commands():
+        extra = TINY if VERBS[words[0]].options is None else []
+        if words[0] == "data":
+            extra = [word for word in TINY if word.startswith("data.")]
+        status = main([*words, *extra])
+        assert status == 0, (words, capsys.readouterr().err)
+    assert (tmp_path / "runs" / "quick" / "report" / "index.html").is_file()
+    assert (tmp_path / "report" / "index.html").is_file()
