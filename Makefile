@@ -20,7 +20,7 @@ check: .venv/development
 	$(BIN)/basedpyright
 
 bench: .venv/development
-	$(BIN)/python benchmarks/entropy.py
+	$(BIN)/python benchmarks/entropy.py $(if $(FULL),,quick=true)
 
 .venv/runtime: requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

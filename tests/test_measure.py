@@ -1,0 +1,165 @@
+"""`normfree entropy`: any causal LM in, tables, a heatmap and a page out."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from normfree.cli import main
+from normfree.measure import measure, memory_estimate, token_windows
+
+TEXT = "def measured(x):\n    return [y * y for y in x if y > 0]\n" * 8
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return PreTrainedTokenizerFast(tokenizer_object=inner)
+
+
+@pytest.fixture
+def model() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=256, n_positions=64, n_embd=32, n_layer=3, n_head=2, initializer_range=0.5)
+    return GPT2LMHeadModel(config)
+
+
+@pytest.fixture
+def saved(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.py").write_text(TEXT)
+    return tmp_path / "model"
+
+
+def test_the_numbers_are_those_of_the_models_own_attention_matrices(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    windows_NT = token_windows(model, tokenizer, TEXT, context=32, sequences=4)
+    found = measure(model, windows_NT, batch=3)
+    model.set_attn_implementation("eager")
+    model.eval()
+    with torch.no_grad():
+        attentions = model(windows_NT, output_attentions=True).attentions
+    for layer, p_BHTS in enumerate(attentions):
+        expected_H = torch.special.entr(p_BHTS.double()).sum(-1).mean((0, 2))
+        assert found["entropy_nats"][layer] == pytest.approx(expected_H.tolist(), abs=2e-5)
+        first_H = p_BHTS[..., 0].double().mean((0, 2))
+        assert found["first_token_mass"][layer] == pytest.approx(first_H.tolist(), abs=1e-5)
+    assert found["ceiling_nats"] == pytest.approx([math.lgamma(33) / 32] * 3)
+    assert found["rows"] == [[4 * 32] * 2] * 3
+
+
+def test_windows_are_spread_over_the_text_and_fit_the_model(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    ids = tokenizer(TEXT)["input_ids"]
+    windows_NT = token_windows(model, tokenizer, TEXT, context=16, sequences=3)
+    whole = len(ids) // 16
+    assert windows_NT[0].tolist() == ids[:16]
+    assert windows_NT[-1].tolist() == ids[16 * (whole - 1) : 16 * whole]
+    assert token_windows(model, tokenizer, TEXT, context=None, sequences=1).shape == (1, 64)
+    assert token_windows(model, tokenizer, "short", context=64, sequences=9).shape == (1, 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "context", "sequences", "message"),
+    [
+        ("a", None, 1, r"has 1 token\(s\); at least 2"),
+        (TEXT, 65, 1, "context=65 must be between 2 and the model's 64"),
+        (TEXT, 1, 1, "context=1 must be"),
+        (TEXT, 8, 0, "sequences=0"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    model: GPT2LMHeadModel,
+    tokenizer: PreTrainedTokenizerFast,
+    text: str,
+    context: int | None,
+    sequences: int,
+    message: str,
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        token_windows(model, tokenizer, text, context=context, sequences=sequences)
+
+
+def test_the_estimate_grows_linearly_with_the_context_and_with_its_square_in_eager(model: GPT2LMHeadModel) -> None:
+    linear = [memory_estimate(model, batch=1, context=t, method="auto") for t in (1000, 2000, 3000)]
+    square = [memory_estimate(model, batch=1, context=t, method="eager") for t in (1000, 2000, 3000)]
+    assert linear[2] - linear[1] == linear[1] - linear[0]
+    assert square[2] - square[1] > 1.5 * (square[1] - square[0])
+
+
+def test_the_command_writes_a_page_and_numbers_that_agree(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ["entropy", str(saved), f"text={tmp_path / 'text.py'}", "context=32", f"output={tmp_path / 'heads'}"]
+    assert main(words) == 0, capsys.readouterr().err
+    out = capsys.readouterr().out
+    facts = json.loads((tmp_path / "heads" / "entropy.json").read_text())
+    page = (tmp_path / "heads" / "index.html").read_text()
+    assert np.array(facts["entropy_nats"]).shape == (3, 2)
+    assert f"{np.mean(facts['entropy_nats'][0]):.3f}" in out
+    assert "GiB needed" in caplog.text
+    assert "<svg" in page
+    assert "http" not in page.split("<svg")[0]
+    for name in ("figures/heatmap.png", "figures/heatmap.pdf", "tables/layers.csv", "tables/ranges.md"):
+        assert (tmp_path / "heads" / name).stat().st_size > 0
+
+
+def test_heads_without_a_finite_row_are_counted_and_never_a_number(
+    saved: Path, model: GPT2LMHeadModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with torch.no_grad():
+        model.transformer.h[1].attn.c_attn.weight[0, :16] = math.nan
+    model.save_pretrained(saved)
+    words = ["entropy", str(saved), f"text={tmp_path / 'text.py'}", "context=32", f"output={tmp_path / 'heads'}"]
+    assert main(words) == 0, capsys.readouterr().err
+    facts = json.loads((tmp_path / "heads" / "entropy.json").read_text())
+    assert facts["entropy_nats"][1][0] == "NaN"
+    assert facts["rows"][1][0] == 0
+    assert facts["nonfinite_rows"][1][0] > 0
+    assert "have no finite row" in capsys.readouterr().out
+
+
+def test_a_family_that_does_not_route_says_how_to_measure_it(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    BloomForCausalLM(BloomConfig(vocab_size=256, hidden_size=32, n_layer=2, n_head=2)).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    (tmp_path / "text.py").write_text(TEXT)
+    words = ["entropy", str(tmp_path / "m"), f"text={tmp_path / 'text.py'}", "context=16", f"output={tmp_path / 'h'}"]
+    assert main(words) == 1
+    assert "method='eager'" in capsys.readouterr().err
+    assert main([*words, "method=eager"]) == 0, capsys.readouterr().err
+
+
+def test_a_model_without_attention_is_refused(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = MambaConfig(vocab_size=256, hidden_size=16, num_hidden_layers=1, state_size=4)
+    MambaForCausalLM(config).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    (tmp_path / "text.py").write_text(TEXT)
+    words = ["entropy", str(tmp_path / "m"), f"text={tmp_path / 'text.py'}", "context=16", f"output={tmp_path / 'h'}"]
+    assert main(words) == 1
+    assert "mamba has no softmax attention" in capsys.readouterr().err
+    assert not (tmp_path / "h").exists()
