@@ -18,6 +18,7 @@ from normfree.report import build_report
 from normfree.training import InterruptedRunError, train
 
 logger = logging.getLogger("normfree")
+EXAMPLE = "conf/studies/quick.yaml shows one"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,8 @@ class Study:
     name: str
     preset: str
     groups: list[Group]
+    mix: bool = False
+    """The runs differ in more than variant and seed, e.g. in learning rate, and belong into one report all the same."""
     note: str = ""
     """What the report says about the study's weight as evidence."""
     set: dict[str, Any] = field(default_factory=dict)
@@ -74,10 +77,12 @@ def load_study(name: str) -> Study:
     try:
         values = yaml.safe_load(path.read_text())
         return TypeAdapter(Study).validate_python({"name": path.stem, **values})
-    except (ValidationError, yaml.YAMLError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not a study: {str(error).splitlines()[0]}; conf/studies/quick.yaml shows one"
-        ) from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"]))
+        raise ValueError(f"{path} is not a study: {key}: {problem['msg']}; {EXAMPLE}") from None
+    except (yaml.YAMLError, TypeError) as error:
+        raise ValueError(f"{path} is not a study: {str(error).splitlines()[0]}; {EXAMPLE}") from None
 
 
 def run_study(name: str, overrides: Sequence[str] = ()) -> Path:
@@ -89,6 +94,11 @@ def run_study(name: str, overrides: Sequence[str] = ()) -> Path:
     study = load_study(name)
     runs = [compose_run([*of_run, *overrides]) for of_run in study.overrides()]
     _refuse_twins(runs)
+    if not study.mix and len({run.spec.recipe() for run in runs}) > 1:
+        raise ValueError(
+            f"the runs of {study.name} differ in more than variant and seed, so no table may compare them unasked; "
+            "say mix: true in the study's file, or make it two studies"
+        )
     failed = []
     for number, run in enumerate(runs, start=1):
         logger.info("run %d of %d: %s", number, len(runs), run.spec.name)
@@ -101,7 +111,7 @@ def run_study(name: str, overrides: Sequence[str] = ()) -> Path:
             logger.exception("%s failed", run.spec.name)
             failed.append(f"{run.spec.name} ({type(error).__name__}: {error})")
     folder = runs[0].runs_dir / runs[0].spec.study
-    page = build_report(find_runs([folder]), folder / "report")
+    page = build_report(find_runs([folder]), folder / "report", mix=study.mix)
     if failed:
         raise RuntimeError(
             f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}; the report {page} has the rest"

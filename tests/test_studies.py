@@ -1,0 +1,83 @@
+"""A study: many runs, one report; what is done stays done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from normfree.compose import members
+from normfree.records import find_runs
+from normfree.studies import load_study, run_study, studies
+
+FILE = """\
+mix: true
+note: A note on weight.
+preset: cpu-quick
+groups:
+  - variants: [sm-r, sm]
+    seeds: [0]
+  - variants: [sm-r]
+    seeds: [0]
+    tag: wild
+    set: {train.peak_learning_rate: 1.0e30, train.warmup_share: 0.0}
+"""
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, tiny: list[str], cache: Path) -> tuple[Path, list[str], Path]:
+    """(study file, overrides, page) of a study of three runs, one of which diverges."""
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "small.yaml").write_text(FILE)
+    shrunk = [text for text in tiny if not text.startswith("preset=")]
+    overrides = [*shrunk, f"runs_dir={folder / 'runs'}", f"cache_dir={cache}"]
+    return folder / "small.yaml", overrides, run_study(str(folder / "small.yaml"), overrides)
+
+
+def test_every_run_is_there_and_one_that_diverges_does_not_stop_the_others(
+    done: tuple[Path, list[str], Path],
+) -> None:
+    runs = {run.name: run.status for run in find_runs([done[2].parents[1]])}
+    assert runs == {"sm-r-seed0": "finished", "sm-seed0": "finished", "sm-r-wild-seed0": "diverged"}
+
+
+def test_the_page_carries_the_note(done: tuple[Path, list[str], Path]) -> None:
+    page = done[2].read_text()
+    assert done[2].name == "index.html"
+    assert "A note on weight." in page
+
+
+def test_a_second_time_nothing_is_trained_again(done: tuple[Path, list[str], Path]) -> None:
+    study, overrides, page = done
+    files = [path for path in page.parents[1].rglob("*") if path.name in ("run.json", "metrics.jsonl")]
+    before = {path: path.stat().st_mtime_ns for path in files}
+    content = page.read_bytes()
+    assert run_study(str(study), overrides) == page
+    assert {path: path.stat().st_mtime_ns for path in files} == before
+    assert page.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("groups: []", "not a study: preset: "),
+        ("preset: cpu\ngroups: [{variants: [sm], colour: red}]", "not a study"),
+        ("preset: cpu\ngroups: [{variants: [sm]}, {variants: [sm]}]", "more than one run named sm-seed0"),
+        ("preset: cpu\ngroups: [{variants: [smm]}]", "did you mean sm"),
+        ("[1, 2", "not a study"),
+        (FILE.replace("mix: true\n", ""), "say mix: true"),
+    ],
+)
+def test_a_wrong_study_file_is_refused_before_anything_runs(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        run_study(str(tmp_path / "s.yaml"), [f"runs_dir={tmp_path / 'runs'}"])
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", studies())
+def test_the_studies_that_come_along_name_existing_variants(name: str) -> None:
+    study = load_study(name)
+    assert study.preset in members("preset")
+    assert {variant for group in study.groups for variant in group.variants} <= set(members("variant"))
+    assert len(list(study.overrides())) == sum(len(group.variants) * len(group.seeds) for group in study.groups)
