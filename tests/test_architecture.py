@@ -19,16 +19,18 @@ ALLOWED = {
     "analysis": {"config", "records", "published"},
     "tables": {"manifest", "records", "analysis", "published"},
     "plots": {"records", "analysis", "published"},
-    "report": {"manifest", "records", "analysis", "published", "tables", "plots"},
+    "cost": {"config", "records", "tables"},
+    "report": {"manifest", "records", "analysis", "published", "tables", "plots", "cost"},
     "compose": {"config", "model"},
     "pretrained": {"model", "records"},
     "measure": {"entropy", "evaluate"},
     "studies": {"compose", "config", "records", "report", "training", "evaluate"},
     "sweep": {"compose", "records", "studies", "training"},
+    "verify": {"manifest", "config", "data", "records", "training"},
     "commands": None,
     "cli": None,
 }
-WITHOUT_TORCH = ("manifest", "config", "records", "analysis", "published", "tables", "plots", "report")
+WITHOUT_TORCH = ("manifest", "config", "records", "analysis", "published", "tables", "plots", "report", "cost")
 
 
 def room_of(path: Path) -> str:

@@ -55,6 +55,8 @@ def test_help_explains_each_verb_and_its_keys(verb: str, capsys: pytest.CaptureF
         (["evaluate", "m", "text=nowhere.txt"], "text=nowhere.txt does not exist"),
         (["evaluate", "m", "dtype=fp8", "text=README.md"], "dtype=fp8"),
         (["report", "nowhere"], "nowhere does not exist"),
+        (["cost", "gpt2-t128", "protocol=cheeta"], "did you mean cheetah"),
+        (["cost", "gpt2-t128", "variant=sm-x"], "did you mean sm"),
     ],
 )
 def test_wrong_input_is_one_line_that_says_what_to_do(
@@ -149,3 +151,25 @@ def test_many_runs_with_hydra_leave_run_folders_and_nothing_else(
     runs = sorted(path.parent.name for path in tmp_path.glob("runs/single/*/run.json"))
     assert runs == ["sm-g-seed0", "sm-g-seed1", "sm-r-seed0", "sm-r-seed1"]
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["gpt2-t128", "variant=sm-g"], "| all |"),
+        (["gpt2-t128", "protocol=semi2k", "network=lan"], "semi2k"),
+    ],
+)
+def test_cost_of_a_preset(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run("cost", *words, capsys=capsys)
+    assert status == 0, err
+    assert expected in out
+
+
+def test_cost_of_a_run_and_of_its_saved_model_agree(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    costs = []
+    for name in (trained, trained / "model"):
+        status, out, err = run("cost", str(name), "context=16", capsys=capsys)
+        assert status == 0, err
+        costs.append(out)
+    assert costs[0] == costs[1]

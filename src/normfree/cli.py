@@ -52,6 +52,13 @@ VERBS = {
         "normfree entropy runs/quick/sm-g-seed0 output=heads",
         commands.EntropyOptions,
     ),
+    "cost": Verb(
+        commands.cost,
+        "MODEL",
+        "communication and rounds of a model in private inference",
+        "normfree cost gpt2-t128 variant=sm-r",
+        commands.CostOptions,
+    ),
     "report": Verb(
         commands.report,
         "RUNS...",

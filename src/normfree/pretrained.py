@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import normfree.model  # noqa: F401 - registers our architecture with the Auto classes
 from normfree.records import RUN_FILE, read_run
@@ -39,6 +39,18 @@ def load_pretrained(
         ) from error
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(target).eval(), tokenizer
+
+
+def load_config(name: str) -> Any:
+    """The config of a folder or hub name. Raises ValueError, in one line, when it cannot be read or reached."""
+    try:
+        return AutoConfig.from_pretrained(**_source(name))
+    except (OSError, ValueError, KeyError) as error:
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(
+            f"cannot read the config of {name!r} ({first_line}); give a run, a preset, a folder with a config.json, or "
+            "a hub name (needs the network, or HF_HOME with a downloaded copy)"
+        ) from error
 
 
 def _source(name: str) -> dict[str, str]:

@@ -4,6 +4,7 @@ from normfree.plots.bars import range_bars, slope_perplexity
 from normfree.plots.curves import LAYER_COLOURS, layer_dynamics, loss_curves, nonfinite_curves, slope_curves
 from normfree.plots.heatmaps import HEATMAP_COLOURS, entropy_heatmap, heatmap_size
 from normfree.plots.style import Panel, colour_key, panel_figure, variant_styles
+from normfree.plots.tradeoff import trade_off
 
 __all__ = [
     "HEATMAP_COLOURS",
@@ -19,5 +20,6 @@ __all__ = [
     "range_bars",
     "slope_curves",
     "slope_perplexity",
+    "trade_off",
     "variant_styles",
 ]

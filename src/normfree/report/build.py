@@ -7,13 +7,14 @@ from pathlib import Path
 
 from normfree import tables
 from normfree.analysis import group_runs
+from normfree.cost import trade_off, trade_off_table
 from normfree.manifest import write_atomically
 from normfree.records import Run
 from normfree.report.figures import FIGURES, PageFigure, main_figures, slope_figures
 from normfree.report.page import main_page, slopes_page
 from normfree.report.render import to_pdf, to_png
 
-TABLES = ("perplexity", "differences", "ranges", "verdicts", "runs", "slopes")
+TABLES = ("perplexity", "differences", "ranges", "verdicts", "runs", "slopes", "perplexity-communication")
 _SPELLINGS = {"md": tables.to_markdown, "tex": tables.to_latex, "csv": tables.to_csv}
 
 
@@ -34,6 +35,7 @@ def build_report(runs: Sequence[Run], output: Path, *, mix: bool = False) -> Pat
         "ranges": tables.range_table(groups),
         "verdicts": tables.verdict_table(ordered),
         "runs": tables.run_table(ordered),
+        "communication": trade_off_table(trade_off([run for group in groups for run in group.runs])),
     }
     drawn = main_figures(groups)
     pages = {}

@@ -25,6 +25,7 @@ from normfree.analysis import (
     range_counts,
     shares_of_ceiling,
 )
+from normfree.cost import trade_off
 from normfree.tables import has_slope
 
 FIGURES = (
@@ -34,6 +35,7 @@ FIGURES = (
     "ranges",
     "losses",
     "nonfinite",
+    "private-inference",
     "slope-trajectories",
     "slope-perplexity",
 )
@@ -91,6 +93,7 @@ def main_figures(groups: Sequence[Group]) -> list[PageFigure]:
         _ranges(groups),
         _losses(groups),
         _nonfinite(groups),
+        _private_inference(groups),
     )
     return [figure for figure in found if figure is not None]
 
@@ -223,6 +226,22 @@ def _trajectories(groups: Sequence[Group]) -> PageFigure | None:
         "that all layers share. 0 is ReLU: lines that approach it rediscover ReLU.",
         panels=tuple(_slope_curves(run, f"{group.name}, seed {run.seed}") for group, run in learning),
         key=Key(plots.LAYER_COLOURS, (0, layers - 1), "layer", whole=True) if layers > 1 else None,
+    )
+
+
+def _private_inference(groups: Sequence[Group]) -> PageFigure | None:
+    points = trade_off([run for group in groups for run in group.runs])
+    if not points:
+        return None
+    labels, perplexity = [point.label for point in points], [point.perplexity for point in points]
+    gigabytes, front = [point.bytes / 1e9 for point in points], [point.on_front for point in points]
+    return PageFigure(
+        name="private-inference",
+        title="Perplexity against communication in private inference",
+        caption="Lower left is better: what one forward pass would send under CHEETAH, from its operations "
+        "alone (docs/private-inference.md). Circles are on the Pareto front: nothing is better in both. Read differences "
+        "between variants, not totals.",
+        panels=(lambda ax: plots.trade_off(labels, perplexity, gigabytes, front, ax=ax),),
     )
 
 

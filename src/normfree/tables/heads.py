@@ -63,7 +63,7 @@ def head_range_table(heads: Heads, *, context: int) -> Table:
 def extreme_head_table(
     heads: Heads, *, layers: list[int], distance: list[list[float]] | None, first_mass: list[list[float]] | None
 ) -> Table:
-    """The ten heads nearest to the causal ceiling and the ten nearest to collapse, by their share of the causal ceiling."""
+    """The ten heads nearest to the causal ceiling and the ten nearest to collapse, by their share of it."""
     share_LH = shares_of_ceiling(heads)
     finite = [(float(share), index) for index, share in np.ndenumerate(share_LH) if np.isfinite(share)]
     ordered = sorted(finite, reverse=True)

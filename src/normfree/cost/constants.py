@@ -1,0 +1,101 @@
+"""The prices: bytes and rounds of each operation under a protocol, and networks, from a versioned JSON file.
+
+Every number in the file names its origin. Bytes are summed over both directions; rounds are messages in a row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from normfree.config import nearest
+from normfree.cost.counts import Count, Matmul, Rows
+
+CONSTANTS_FILE = Path(__file__).with_name("constants.json")
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """A link that carries both directions at once."""
+
+    name: str
+    bandwidth_mbps: float
+    """Megabits per second in each direction."""
+    delay_ms: float
+    """From sending a message to its arrival."""
+
+    def __post_init__(self) -> None:
+        if not self.bandwidth_mbps > 0:
+            raise ValueError(f"bandwidth_mbps={self.bandwidth_mbps} must be above 0")
+        if not self.delay_ms >= 0:
+            raise ValueError(f"delay_ms={self.delay_ms} must be at least 0")
+
+    def seconds_at_least(self, transferred_bytes: float, rounds: int) -> float:
+        """No run can be faster: the busier direction carries half of the bytes or more, and rounds wait in turn."""
+        return transferred_bytes / 2 * 8 / (self.bandwidth_mbps * 1e6) + rounds * self.delay_ms / 1e3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """Prices of one protocol."""
+
+    name: str
+    about: str
+    rounds_origin: str
+    operations: Mapping[str, Mapping[str, Any]]
+
+    def price(self, item: Count) -> tuple[float, int]:
+        """(bytes over both directions, rounds) of one call. Raises ValueError for an operation without a price."""
+        if item.operation not in self.operations:
+            raise ValueError(
+                f"{self.name} has no price for {item.operation!r}, and nothing counts as free; "
+                f"{nearest(item.operation, list(self.operations))}"
+            )
+        price = self.operations[item.operation]
+        if isinstance(item, Matmul):
+            sizes = {"left": item.left, "right": item.right, "result": item.elements}
+            transferred = sum(price[f"bytes_per_{side}_element"] * size for side, size in sizes.items())
+        else:
+            transferred = price["bytes_per_element"] * item.elements + price["bytes_per_row"] * item.rows
+        return transferred, price["rounds"] + _tree_rounds(price, item)
+
+
+def _tree_rounds(price: Mapping[str, Any], item: Count) -> int:
+    """The maximum of a row is a tree of comparisons, one level per doubling of the row."""
+    each = price.get("rounds_per_row_doubling", 0)
+    return each * (item.length - 1).bit_length() if isinstance(item, Rows) else 0
+
+
+@cache
+def load_constants(path: Path = CONSTANTS_FILE) -> dict[str, Any]:
+    """The content of a file of constants. Raises ValueError for another version."""
+    content = json.loads(path.read_text())
+    if content.get("version") != VERSION:
+        raise ValueError(f"{path} has version {content.get('version')!r}; this normfree reads version {VERSION}")
+    return content
+
+
+def find_protocol(name: str) -> Protocol:
+    """Prices of a protocol. Raises ValueError with the nearest valid name."""
+    known = load_constants()["protocols"]
+    if name not in known:
+        raise ValueError(f"unknown protocol {name!r}; {nearest(name, list(known))}")
+    return Protocol(name=name, **known[name])
+
+
+def find_network(name: str, *, bandwidth_mbps: float | None = None, delay_ms: float | None = None) -> Network:
+    """A network of the file, with its bandwidth or delay replaced. Raises ValueError with the nearest valid name."""
+    known = load_constants()["networks"]
+    if name not in known:
+        raise ValueError(f"unknown network {name!r}; {nearest(name, list(known))}")
+    stated = known[name]
+    return Network(
+        name=name,
+        bandwidth_mbps=stated["bandwidth_mbps"] if bandwidth_mbps is None else bandwidth_mbps,
+        delay_ms=stated["delay_ms"] if delay_ms is None else delay_ms,
+    )

@@ -1,0 +1,161 @@
+"""The cost of a model in private inference: bytes, rounds, and tables of both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from normfree.cost.constants import Network, Protocol, find_network, find_protocol
+from normfree.cost.counts import Count, Matmul, count
+from normfree.cost.families import Architecture, HasToDict, read_architecture
+from normfree.records import Run
+from normfree.tables import Column, Table, to_markdown
+
+
+@dataclass(frozen=True)
+class Item:
+    """One call of an operation with its price."""
+
+    count: Count
+    bytes: float
+    """Over both directions."""
+    rounds: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one forward pass over one sequence costs, operation by operation."""
+
+    architecture: Architecture
+    context: int
+    protocol: Protocol
+    network: Network
+    items: tuple[Item, ...]
+
+    @property
+    def bytes(self) -> float:
+        """Over both directions."""
+        return sum(item.bytes for item in self.items)
+
+    @property
+    def gigabytes(self) -> float:
+        """1e9 bytes, over both directions."""
+        return self.bytes / 1e9
+
+    @property
+    def rounds(self) -> int:
+        """Messages that wait for each other when operations run one after another."""
+        return sum(item.rounds for item in self.items)
+
+    @property
+    def seconds_at_least(self) -> float:
+        """A lower bound from bandwidth and delay alone; computing takes further time."""
+        return self.network.seconds_at_least(self.bytes, self.rounds)
+
+    @property
+    def assumptions(self) -> str:
+        """What the numbers rest on, in one line."""
+        return (
+            f"One sequence of {self.context} tokens, one full forward pass, two honest-but-curious parties, all "
+            f"weights secret; {self.protocol.about}; rounds: {self.protocol.rounds_origin}; bytes of both directions; "
+            "the offline phase and the set-up are not counted."
+        )
+
+    def by_operation(self) -> Table:
+        """One row per operation and place in the model, summed over layers."""
+        groups = _grouped(self.items, lambda item: f"{item.count.operation}: {item.count.part}")
+        rows = [(*name.split(": "), *self._cells(group)) for name, group in groups.items()]
+        titles = (Column("Operation", numeric=False), Column("Where", numeric=False), *_COLUMNS)
+        return self._table("cost-operations", "by operation", titles, [*rows, ("all", "", *self._cells(self.items))])
+
+    def by_layer(self) -> Table:
+        """One row per layer; what lies outside the blocks has rows of its own."""
+        groups = _grouped(self.items, _place)
+        rows = [(name, *self._cells(group)) for name, group in groups.items()]
+        titles = (Column("Where", numeric=False), *_COLUMNS)
+        return self._table("cost-layers", "by layer", titles, [*rows, ("all", *self._cells(self.items))])
+
+    def matmuls(self) -> Table:
+        """Shapes of the matrix products, with how often each occurs."""
+        groups = _grouped([item for item in self.items if isinstance(item.count, Matmul)], _shape)
+        rows = [(name, *self._cells(group)) for name, group in groups.items()]
+        titles = (Column("batch x (m x k)(k x n)", numeric=False), *_COLUMNS)
+        return self._table("cost-matmuls", "matrix products", titles, rows)
+
+    def to_markdown(self) -> str:
+        """All tables, the assumptions and the bound of time."""
+        bound = (
+            f"Lower bound of time on {self.network.name} ({self.network.bandwidth_mbps:g} Mbps each way, "
+            f"{self.network.delay_ms:g} ms one way): {self.seconds_at_least:,.1f} s, a bound and not a prediction."
+        )
+        tables = [to_markdown(table) for table in (self.by_operation(), self.by_layer(), self.matmuls())]
+        return "\n".join([*tables, self.assumptions, "", bound]) + "\n"
+
+    def _cells(self, items: Iterable[Item]) -> tuple[str, ...]:
+        items = list(items)
+        transferred = sum(item.bytes for item in items)
+        return (
+            f"{len(items)}",
+            f"{sum(item.count.elements for item in items):,}",
+            gigabytes(transferred),
+            f"{100 * transferred / self.bytes:.1f}",
+            f"{sum(item.rounds for item in items)}",
+        )
+
+    def _table(self, name: str, what: str, titles: tuple[Column, ...], rows: list[tuple[str, ...]]) -> Table:
+        caption = f"{self.architecture.family}, T={self.context}, {self.protocol.name}: {what}"
+        return Table(name, caption, titles, tuple(rows))
+
+
+_COLUMNS = tuple(map(Column, ("Calls", "Elements", "GB", "% of bytes", "Rounds")))
+
+
+def of_config(
+    config: HasToDict | Mapping[str, Any],
+    *,
+    context: int = 128,
+    protocol: str = "cheetah",
+    network: str = "wan",
+    bandwidth_mbps: float | None = None,
+    delay_ms: float | None = None,
+) -> Cost:
+    """The cost of a model from its config: an object of transformers, or the content of a config.json.
+
+    Raises ValueError for a family, an activation, a norm, a protocol or a network that the tables do not know.
+    """
+    prices = find_protocol(protocol)
+    link = find_network(network, bandwidth_mbps=bandwidth_mbps, delay_ms=delay_ms)
+    architecture = read_architecture(config)
+    items = tuple(Item(item, *prices.price(item)) for item in count(architecture, context))
+    return Cost(architecture=architecture, context=context, protocol=prices, network=link, items=items)
+
+
+def of_run(run: Run, *, protocol: str = "cheetah", network: str = "wan") -> Cost:
+    """The cost of a run's model on its own context and vocabulary, from run.json alone."""
+    context = run.spec["data"]["context"]
+    facts = {"vocab_size": run.facts["corpus"]["vocab_size"], "max_position_embeddings": context}
+    config = {"model_type": "normfree", **run.spec["model"], **facts}
+    return of_config(config, context=context, protocol=protocol, network=network)
+
+
+def gigabytes(transferred: float) -> str:
+    """Three significant digits of GB or more."""
+    value = transferred / 1e9
+    return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
+
+
+def _grouped(items: Iterable[Item], key: Any) -> dict[str, list[Item]]:
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def _place(item: Item) -> str:
+    return item.count.part if item.count.layer is None else f"layer {item.count.layer}"
+
+
+def _shape(item: Item) -> str:
+    assert isinstance(item.count, Matmul)
+    return f"{item.count.batch} x ({item.count.m} x {item.count.k})({item.count.k} x {item.count.n})"

@@ -1,0 +1,197 @@
+"""Counts and prices at the doors `of_config` and `of_run`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, OPTConfig
+
+from normfree import cost
+from normfree.cost.constants import load_constants
+from normfree.cost.counts import Matmul, count
+from normfree.cost.families import NORMFREE_ACTIVATIONS, NORMFREE_DEFAULTS, NORMFREE_NORMS, read_architecture
+from normfree.model.activations import ACTIVATIONS
+from normfree.model.configuration import NormFreeConfig
+from normfree.model.norms import NORMS
+from tests.synthetic import CONTEXT, write_run
+
+
+def elements(config: Any, context: int) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for item in count(read_architecture(config), context):
+        found[item.operation] += item.elements
+    return found
+
+
+def small(**fields: Any) -> dict[str, Any]:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 100}
+    return {"model_type": "normfree", **sizes, "max_position_embeddings": 16, **fields}
+
+
+def test_gpt2_counts_by_hand() -> None:
+    found = elements(GPT2Config(), 128)
+    assert found["gelu_tanh"] == 12 * 128 * 3072
+    assert found["layernorm"] == 25 * 128 * 768
+    assert found["softmax"] == 12 * 12 * 128 * 128
+    assert found["matmul"] == 12 * 128 * (4 * 768 + 3072 + 768) + 128 * 50257
+    assert found["attention_product"] == 12 * 12 * (128 * 128 + 128 * 64)
+
+
+def test_multiply_adds_of_the_matrix_products_equal_the_weights() -> None:
+    shapes = [item for item in count(read_architecture(GPT2Config()), 128) if isinstance(item, Matmul)]
+    blocks = sum(item.right for item in shapes if item.operation == "matmul" and item.layer is not None)
+    assert blocks == 12 * 12 * 768**2
+
+
+def test_neox_rotates_a_quarter_and_has_the_erf_form() -> None:
+    config = GPTNeoXConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256)
+    found = elements(config, 10)
+    assert found["gelu_erf"] == 2 * 10 * 256
+    assert found["public_product"] == 2 * 2 * 2 * 4 * 4 * 10  # layers, q and k, cos and sin, heads, 16 / 4, tokens
+    old = {key: value for key, value in config.to_dict().items() if key != "rope_parameters"}
+    assert elements({**old, "rotary_pct": 0.25}, 10) == found
+
+
+def test_llama_has_gates_rms_norms_and_fewer_keys() -> None:
+    config = LlamaConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96
+    )
+    found = elements(config, 10)
+    assert found["silu"] == found["product"] == 2 * 10 * 96
+    assert found["rmsnorm"] == 5 * 10 * 64
+    assert found["matmul"] == 2 * 10 * (64 + 2 * 32 + 64 + 2 * 96 + 64) + 10 * 32000
+    assert cost.of_config(config, context=10).gigabytes > 0
+
+
+def test_leaky_relu_is_a_relu_and_a_product() -> None:
+    fixed = elements(small(activation="leaky_relu"), 16)
+    learnt = elements(small(activation="leaky_relu", learnable_slope="shared"), 16)
+    assert fixed["relu"] == learnt["relu"] == fixed["public_product"] == learnt["product"] == 3 * 16 * 256
+    relu, leaky, secret = (
+        cost.of_config(small(**fields), context=16).bytes
+        for fields in (
+            {"activation": "relu"},
+            {"activation": "leaky_relu"},
+            {"activation": "leaky_relu", "learnable_slope": "per_layer"},
+        )
+    )
+    assert relu < leaky < secret
+
+
+def test_identity_and_no_norm_are_the_only_free_choices() -> None:
+    found = elements(small(norm="none", final_norm="none", activation="identity"), 16)
+    assert set(found) == {"embedding", "matmul", "attention_product", "softmax"}
+
+
+def test_activations_may_differ_by_layer() -> None:
+    found = elements(small(activation=["relu", "gelu", "relu"]), 16)
+    assert (found["relu"], found["gelu_erf"]) == (2 * 16 * 256, 16 * 256)
+
+
+def test_defaults_are_those_of_the_config() -> None:
+    config = NormFreeConfig()
+    for key, value in NORMFREE_DEFAULTS.items():
+        assert getattr(config, key) == (4 * config.hidden_size if key == "intermediate_size" else value)
+    assert elements({"model_type": "normfree"}, 128) == elements(config, 128)
+
+
+def test_every_activation_and_norm_of_the_model_has_a_price() -> None:
+    assert {*NORMFREE_ACTIVATIONS, "leaky_relu"} == set(ACTIVATIONS)
+    assert set(NORMFREE_NORMS) == set(NORMS)
+    for protocol, name in ((p, n) for p in load_constants()["protocols"] for n in ACTIVATIONS):
+        assert cost.of_config(small(activation=name), context=16, protocol=protocol).rounds > 0
+
+
+def test_every_number_names_its_origin() -> None:
+    constants = load_constants()
+    for protocol in constants["protocols"].values():
+        for price in protocol["operations"].values():
+            assert price["origin"] in constants["origins"]
+
+
+def test_cheetah_and_semi2k_price_the_same_operations() -> None:
+    cheetah, semi2k = (cost.find_protocol(name).operations for name in ("cheetah", "semi2k"))
+    assert set(cheetah) == set(semi2k)
+
+
+def test_semi2k_matrix_product_is_what_the_simulator_sends() -> None:
+    """Logged by SPU 0.9.5: (128 x 768)(768 x 1536) sends 11,010,048 bytes each way, in 2 rounds."""
+    item = Matmul(layer=0, part="", operation="matmul", batch=1, m=128, k=768, n=1536)
+    assert cost.find_protocol("semi2k").price(item) == (2 * 11_010_048, 2)
+
+
+def test_softmax_rounds_grow_with_the_row() -> None:
+    """Logged by SPU 0.9.5: 119 messages for rows of 128, 143 for rows of 768."""
+    config = {**small(norm="none", final_norm="none", activation="identity"), "max_position_embeddings": 768}
+    short, long = (cost.of_config(config, context=context).rounds for context in (128, 768))
+    assert long - short == 3 * (143 - 119)
+
+
+def test_removing_norms_saves_rounds_and_relu_saves_bytes() -> None:
+    base, relu, free = (
+        cost.of_config({"model_type": "normfree", "activation": activation, "norm": norm})
+        for activation, norm in (("gelu_tanh", "layernorm"), ("relu", "layernorm"), ("gelu_tanh", "none"))
+    )
+    assert relu.bytes < 0.5 * base.bytes
+    assert free.bytes > 0.9 * base.bytes
+    assert free.rounds < 0.75 * base.rounds
+
+
+def test_bound_of_time_charges_half_the_bytes_and_every_round() -> None:
+    found = cost.of_config(small(), context=16, network="lan", bandwidth_mbps=8, delay_ms=1000)
+    assert found.seconds_at_least == pytest.approx(found.bytes / 2 / 1e6 + found.rounds)
+    assert cost.of_config(small(), context=16).network.bandwidth_mbps == 100
+
+
+def test_tables_add_up() -> None:
+    found = cost.of_config(GPT2Config())
+    for table in (found.by_operation(), found.by_layer()):
+        *rows, total = table.rows
+        assert sum(int(row[-1]) for row in rows) == int(total[-1]) == found.rounds
+        assert sum(float(row[-3]) for row in rows) == pytest.approx(found.gigabytes, rel=0.002)
+    text = found.to_markdown()
+    assert "a bound and not a prediction" in text
+    assert found.assumptions in text
+
+
+def test_a_run_costs_what_its_config_costs(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "SM+leaky, shared")
+    config = NormFreeConfig(**run.spec["model"], vocab_size=2048, max_position_embeddings=CONTEXT)
+    assert cost.of_run(run).bytes == cost.of_config(config, context=CONTEXT).bytes
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        (small(), {"protocol": "cheeta"}, "did you mean cheetah"),
+        (small(), {"network": "wam"}, "did you mean wan"),
+        (small(), {"context": 17}, "context=17 must be 1 to 16"),
+        (small(), {"delay_ms": -1}, "delay_ms=-1"),
+        (small(), {"bandwidth_mbps": 0}, "bandwidth_mbps=0"),
+        (small(activation="geluu"), {}, "'geluu' has no known cost, .* did you mean gelu"),
+        (small(norm="rmsnorm"), {}, "norm='rmsnorm' has no known cost"),
+        (small(activation="leaky_relu", learnable_slope="each"), {}, "learnable_slope='each'"),
+        (GPT2Config(activation_function="tanh"), {}, "activation_function='tanh' has no known cost"),
+        (OPTConfig(), {}, "no cost for models of type 'opt'"),
+        ({"model_type": "gpt2", "n_embd": 8}, {}, "has no field 'n_head'"),
+    ],
+)
+def test_what_the_tables_do_not_know_is_refused_by_name(config: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cost.of_config(config, **{"context": 16, **options})
+
+
+def test_an_operation_without_a_price_is_never_free() -> None:
+    item = Matmul(layer=0, part="", operation="mat_mul", batch=1, m=1, k=1, n=1)
+    with pytest.raises(ValueError, match="no price for 'mat_mul', and nothing counts as free; did you mean matmul"):
+        cost.find_protocol("cheetah").price(item)
+
+
+def test_the_room_needs_no_torch() -> None:
+    code = "import sys, normfree.cost; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

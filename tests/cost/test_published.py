@@ -1,0 +1,49 @@
+"""Totals against what others measured, and the document against the code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from normfree import cost
+from normfree.cost.constants import load_constants
+from normfree.cost.published import FITTED, ROWS, Row, config_of, fit_matmul, paper_config, paper_table
+from normfree.tables import to_markdown
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "private-inference.md"
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.label}-{row.layers}L-T{row.context}")
+def test_published_gigabytes_are_predicted(row: Row) -> None:
+    predicted = cost.of_config(config_of(row), context=row.context).gigabytes
+    assert predicted == pytest.approx(row.gigabytes, rel=0.10 if row.context == 512 else 0.05)
+
+
+def test_the_fit_saw_only_norm_and_relu_rows() -> None:
+    assert {row.label for row in FITTED} == {"SM+LN+R"}
+    assert {row.context for row in FITTED} == {128, 256}
+
+
+def test_prices_of_matrix_products_are_the_fit() -> None:
+    per_entry, per_element = fit_matmul()
+    prices = load_constants()["protocols"]["cheetah"]["operations"]
+    assert prices["embedding"]["bytes_per_right_element"] == pytest.approx(per_entry, rel=1e-4)
+    assert prices["attention_product"]["bytes_per_right_element"] == pytest.approx(per_element, rel=1e-4)
+
+
+def test_gelu_minus_relu_agrees_with_the_published_difference() -> None:
+    """Independent of the fit: 25.32 - 9.44 GB over 4,718,592 activations."""
+    tanh, relu = (cost.of_config(config_of(row), context=128).bytes for row in ROWS[:2])
+    assert tanh - relu == pytest.approx(25.32e9 - 9.44e9, rel=0.003)
+
+
+def test_unpublished_norm_free_totals_of_gpt2() -> None:
+    """The hand-made estimates of the reference: about 23.3 and 7.4 to 7.5 GB at T = 128."""
+    sm_g, sm_r = (cost.of_config(paper_config("GPT-2 125M", label, 128)).gigabytes for label in ("SM+G", "SM+R"))
+    assert sm_g == pytest.approx(23.3, rel=0.01)
+    assert sm_r == pytest.approx(7.45, rel=0.01)
+
+
+def test_document_shows_the_table_of_the_code() -> None:
+    assert to_markdown(paper_table()) in DOCUMENT.read_text()
