@@ -239,8 +239,8 @@ def _private_inference(groups: Sequence[Group]) -> PageFigure | None:
         name="private-inference",
         title="Perplexity against communication in private inference",
         caption="Lower left is better: what one forward pass would send under CHEETAH, from its operations "
-        "alone (docs/private-inference.md). Circles are on the Pareto front: nothing is better in both. Read differences "
-        "between variants, not totals.",
+        "alone (docs/private-inference.md). Circles are on the Pareto front: nothing is better in both. "
+        "Read differences between variants, not totals.",
         panels=(lambda ax: plots.trade_off(labels, perplexity, gigabytes, front, ax=ax),),
     )
 
