@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -173,3 +174,19 @@ def test_cost_of_a_run_and_of_its_saved_model_agree(trained: Path, capsys: pytes
         assert status == 0, err
         costs.append(out)
     assert costs[0] == costs[1]
+
+
+def test_verify_says_what_is_sound_and_fails_on_damage(
+    trained: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy)
+    status, out, err = run("verify", str(copy), f"cache_dir={cache}", capsys=capsys)
+    assert status == 0, err
+    assert "damaged" not in out
+    weights = copy / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    status, out, err = run("verify", str(copy), f"cache_dir={cache}", capsys=capsys)
+    assert status == 1
+    assert "model.safetensors" in out
+    assert "is damaged: model" in err

@@ -59,6 +59,13 @@ VERBS = {
         "normfree cost gpt2-t128 variant=sm-r",
         commands.CostOptions,
     ),
+    "verify": Verb(
+        commands.verify,
+        "RUN",
+        "check a run folder, its checkpoints, model and corpus",
+        "normfree verify runs/quick/sm-r-seed0",
+        commands.VerifyOptions,
+    ),
     "report": Verb(
         commands.report,
         "RUNS...",

@@ -80,6 +80,16 @@ class CostOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """Keys of `normfree verify`."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    cache_dir: Path | None = None
+    """Where corpora are kept; empty takes NORMFREE_CACHE, else ~/.cache/normfree."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportOptions:
     """Keys of `normfree report`."""
 
@@ -224,6 +234,19 @@ def _config_of(name: str, variant: str) -> tuple[Any, int]:
         fields = {"model_type": "normfree", "vocab_size": run.facts["corpus"]["vocab_size"], **run.spec["model"]}
         return fields, run.spec["data"]["context"]
     return load_config(name), 128
+
+
+def verify(name: str, options: VerifyOptions) -> None:
+    """Say of each part of a run folder whether it is sound. Raises ValueError when one is damaged."""
+    from normfree.verify import verify as verify_run
+
+    findings = verify_run(name, cache=options.cache_dir)
+    print("\n".join(map(str, findings)))
+    damaged = [finding.part for finding in findings if finding.state == "damaged"]
+    if damaged:
+        raise ValueError(
+            f"{name} is damaged: {', '.join(damaged)}; `normfree train` with its spec goes on from what is sound"
+        )
 
 
 def report(places: Sequence[str], options: ReportOptions) -> None:

@@ -6,6 +6,7 @@ is declared once, in `normfree.model.configuration`, and checked by building a `
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -114,6 +115,8 @@ class TrainSpec:
     gradient_checkpointing: bool = False
     compile: bool = False
     """torch.compile the model."""
+    on_nonfinite: str = "stop"
+    """A step whose loss or gradient is not finite: `stop` records the run as diverged, `skip:N` leaves out up to N."""
     evaluate_every: int = 500
     """Steps between evaluations on the validation split."""
     evaluation_sequences: int | None = None
@@ -146,6 +149,15 @@ class TrainSpec:
                 raise ValueError(f"train.{name}={value} must be above 0")
         if not 0 <= self.warmup_share < 1:
             raise ValueError(f"train.warmup_share={self.warmup_share} must be at least 0 and below 1")
+        if not re.fullmatch(r"stop|skip:[1-9][0-9]*", self.on_nonfinite):
+            raise ValueError(
+                f"train.on_nonfinite={self.on_nonfinite!r}; allowed: stop, or skip:N with N of at least 1, e.g. skip:3"
+            )
+
+    @property
+    def skips_allowed(self) -> int:
+        """Non-finite steps that may be left out before the run counts as diverged."""
+        return int(self.on_nonfinite.partition(":")[2] or 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,13 +18,14 @@ from typing import Any
 
 import pandas as pd
 
-from normfree.manifest import write_atomically
+from normfree.manifest import describe_files, sync_file, write_atomically
 
 FORMAT = 1
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 STATUSES = ("running", "finished", "diverged", "interrupted", "failed")
 
+_LINE_KEYS = {"step", "split", "name", "value"}
 _TEXT_OF = {math.inf: "Infinity", -math.inf: "-Infinity"}
 _FLOAT_OF = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -51,6 +52,10 @@ def decode(value: Any) -> Any:
     if isinstance(value, str):
         return _FLOAT_OF.get(value, value)
     return value
+
+
+class DamagedRunError(ValueError):
+    """run.json is there, but not as it was written."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,10 @@ class Run:
 
 
 def read_run(folder: Path | str) -> Run:
-    """Read a run folder. Raises ValueError when it is not one, is damaged, or has another format."""
+    """Read a run folder.
+
+    Raises ValueError when it is not one or has another format, DamagedRunError (a ValueError) when it is damaged.
+    """
     folder = Path(folder)
     path = folder / RUN_FILE
     try:
@@ -116,12 +124,14 @@ def read_run(folder: Path | str) -> Run:
     except FileNotFoundError:
         raise ValueError(f"{folder} is not a run folder: it has no {RUN_FILE}") from None
     except (json.JSONDecodeError, UnicodeDecodeError):
-        raise ValueError(f"{path} is not readable as JSON: restore it or move the folder away") from None
+        raise DamagedRunError(f"{path} is not readable as JSON: restore it or move the folder away") from None
     version = facts.get("format") if isinstance(facts, dict) else None
     if version != FORMAT:
         raise ValueError(
             f"{path} has format {version!r}; this normfree reads format {FORMAT}: see CHANGELOG.md for the way to move"
         )
+    if facts.get("status") not in STATUSES or not isinstance(facts.get("spec"), dict):
+        raise DamagedRunError(f"{path} has no spec or no known status: restore it or move the folder away")
     return Run(folder=folder, facts=facts)
 
 
@@ -170,18 +180,23 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
     Raises ValueError for damage anywhere else. A missing file has no lines.
     """
+    for number, line in _parsed_lines(path):
+        if line is None:
+            raise ValueError(f"{path} line {number} is not a metric: the file is damaged")
+        yield line
+
+
+def _parsed_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """(number, line), with None for a line that is damaged; a torn last line is left out."""
     if not path.exists():
         return
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
+    *whole, _torn = path.read_bytes().split(b"\n")
+    for number, text in enumerate(whole, start=1):
         try:
-            yield decode(json.loads(line))
+            line = decode(json.loads(text))
         except ValueError:
-            if number == len(lines):
-                return
-            raise ValueError(f"{path} line {number} is not JSON: the file is damaged") from None
+            line = None
+        yield number, line if isinstance(line, dict) and line.keys() == _LINE_KEYS else None
 
 
 class RunWriter:
@@ -193,29 +208,57 @@ class RunWriter:
         self._write_facts()
 
     def update(self, **facts: Any) -> None:
-        """Change facts of run.json."""
+        """Change facts of run.json. With the end of a run, the sha256 and size of its metrics are recorded too."""
         if facts.get("status", "running") not in STATUSES:
             raise ValueError(f"status {facts['status']!r}; allowed: {', '.join(STATUSES)}")
+        metrics = self.folder / METRICS_FILE
+        if facts.get("status") in ("finished", "diverged") and metrics.exists():
+            facts["metrics_file"] = describe_files(self.folder, [metrics])[METRICS_FILE]
         self.facts |= facts
         self._write_facts()
 
+    def sync(self) -> None:
+        """Make the metrics written so far survive a power cut."""
+        sync_file(self.folder / METRICS_FILE)
+
     def log(self, step: int, split: str, values: Iterable[tuple[str, Any]]) -> None:
-        """Append one line a metric; the lines of one call reach the file together."""
+        """Append one line a metric; the lines of one call reach the file together or not at all.
+
+        Raises OSError where the disk is full; the file is then as it was.
+        """
         text = "".join(
             json.dumps({"step": step, "split": split, "name": name, "value": encode(value)}, allow_nan=False) + "\n"
             for name, value in values
         )
         descriptor = os.open(self.folder / METRICS_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        size = os.fstat(descriptor).st_size
         try:
-            os.write(descriptor, text.encode())
+            _write_all(descriptor, text.encode())
+        except BaseException:
+            os.ftruncate(descriptor, size)
+            raise
         finally:
             os.close(descriptor)
 
-    def forget_after(self, step: int) -> None:
-        """Drop metrics of steps that a resumed run will do again, and a torn last line."""
+    def forget_after(self, step: int) -> list[int]:
+        """Drop what a resumed run will measure again: later steps, the final measurement, a torn last line.
+
+        Returns the numbers of damaged lines. They are dropped too, and the file as found is kept beside the new one.
+        """
         path = self.folder / METRICS_FILE
-        kept = [line for line in read_lines(path) if line["step"] <= step]
+        lines = list(_parsed_lines(path))
+        damaged = [number for number, line in lines if line is None]
+        if damaged:
+            write_atomically(path.with_name(f"{METRICS_FILE}.damaged"), path.read_bytes())
+        kept = [line for _, line in lines if line and line["step"] <= step and line["split"] != "final"]
         write_atomically(path, "".join(json.dumps(encode(line), allow_nan=False) + "\n" for line in kept))
+        return damaged
 
     def _write_facts(self) -> None:
         write_atomically(self.folder / RUN_FILE, json.dumps(encode(self.facts), indent=1, allow_nan=False) + "\n")
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+    """Write every byte: on a disk that is almost full, os.write takes a part and says so only by its result."""
+    while content:
+        content = content[os.write(descriptor, content) :]

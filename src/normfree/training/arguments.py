@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from normfree.config import RunSpec
 from normfree.data import Corpus
 from normfree.model import NormFreeConfig
-from normfree.records import read_run
+from normfree.records import RUN_FILE, DamagedRunError, read_run
 
 
 def training_arguments(spec: RunSpec, *, steps: int, output: Path) -> TrainingArguments:
@@ -61,10 +61,16 @@ def training_arguments(spec: RunSpec, *, steps: int, output: Path) -> TrainingAr
 
 
 def is_done(folder: Path, spec: RunSpec) -> bool:
-    """True for a run that needs no work. Raises ValueError where the folder holds another run."""
-    if not (folder / "run.json").exists():
+    """True for a run that needs no work; one whose run.json is damaged does need it.
+
+    Raises ValueError where the folder holds another run.
+    """
+    if not (folder / RUN_FILE).exists():
         return False
-    run = read_run(folder)
+    try:
+        run = read_run(folder)
+    except DamagedRunError:
+        return False
     recorded = RunSpec.from_dict(run.spec)
     if recorded.identity() != spec.identity():
         raise ValueError(

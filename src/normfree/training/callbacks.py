@@ -6,6 +6,7 @@ Values are computed on every process and reduced; only rank 0 has a writer.
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -107,15 +108,21 @@ class Watch(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM or SIGINT ends training at the next step boundary, with a checkpoint; a second one ends it at once."""
+    """SIGTERM or SIGINT ends training at the next step boundary, with a checkpoint.
+
+    A second signal, or one that comes when no step will follow (`at_once`), raises KeyboardInterrupt where the program
+    stands. Python delivers signals to the main thread only; in another thread this class does nothing.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.at_once = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._note)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -123,9 +130,10 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt
+        second = self.received is not None
         self.received = number
+        if second or self.at_once:
+            raise KeyboardInterrupt
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.received is not None and state.global_step < state.max_steps:

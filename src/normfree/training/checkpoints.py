@@ -2,7 +2,8 @@
 
 Trainer writes into a staging folder. When it is done, every file is synced and hashed into a manifest, and the
 folder is renamed to checkpoints/checkpoint-N. A resume takes the newest one that verifies; damaged ones are named
-and set aside, never deleted. Rotation happens only after the new checkpoint verified.
+and set aside, never deleted. Rotation happens only after the new checkpoint verified. The manifest carries a
+fingerprint of its own facts, so that damage to the manifest itself shows too.
 """
 
 from __future__ import annotations
@@ -12,12 +13,65 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from normfree.manifest import damages, read_manifest, sync_folder, write_manifest
+from normfree.manifest import MANIFEST_NAME, damages, fingerprint, read_manifest, sync_folder, write_manifest
 
 STAGING = ".staging"
 SET_ASIDE = "damaged"
+SEAL = "seal"
+PICKLES = ("training_args.bin",)
+"""What Trainer writes as a pickle of Python objects; nothing reads it, and nobody should have to trust it."""
+BYTES_PER_PARAMETER = 12
+"""fp32 weights and Adam's two moments."""
+SMALL_FILES_BYTES = 4 * 2**20
+"""Tokenizer, schedule, state of the random numbers, manifest: a generous round number."""
 
 logger = logging.getLogger("normfree")
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written; the older ones and the metrics are as they were."""
+
+    def __init__(self, step: int, cause: Exception) -> None:
+        reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+        super().__init__(
+            f"the checkpoint of step {step} could not be written ({reason}); older ones are untouched: make room, then "
+            "the same command goes on from the newest"
+        )
+
+
+def checkpoint_bytes(parameters: int) -> int:
+    """About how much one checkpoint of a model takes on disk."""
+    return BYTES_PER_PARAMETER * parameters + SMALL_FILES_BYTES
+
+
+def require_space(folder: Path, needed: int, purpose: str) -> None:
+    """Raises OSError when the disk of `folder`, which exists, has less than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"{folder} has {free / 2**20:,.0f} MiB free, and {purpose} takes about {needed / 2**20:,.0f} MiB: "
+            "make room, or choose another runs_dir"
+        )
+
+
+def make_room(run: Path, parameters: int, *, keep: int) -> None:
+    """Drop what a killed process left half-written in a run folder; see that what will be written fits the disk.
+
+    Raises OSError when it does not: there is always one checkpoint more than `keep` for a moment.
+    """
+    folder = run / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    drop_staged(folder)
+    for leftover in run.glob(".*.tmp"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    more = keep + 1 - len(checkpoints_in(folder))
+    if more > 0:
+        require_space(folder, more * checkpoint_bytes(parameters), f"a run with {more} more checkpoints")
+
+
+def drop_staged(folder: Path) -> None:
+    """Remove a checkpoint that was not finished."""
+    shutil.rmtree(folder / STAGING, ignore_errors=True)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -37,8 +91,11 @@ def publish(folder: Path, step: int, facts: dict[str, Any], *, keep: int) -> Pat
     Raises OSError when the files that were just written do not verify; older checkpoints are then untouched.
     """
     staged, published = folder / STAGING / f"checkpoint-{step}", folder / f"checkpoint-{step}"
-    write_manifest(staged, {"step": step, **facts})
-    if found := damages(staged):
+    for name in PICKLES:
+        (staged / name).unlink(missing_ok=True)
+    facts = {"step": step, **facts}
+    write_manifest(staged, {**facts, SEAL: fingerprint(facts)})
+    if found := flaws(staged):
         raise OSError(f"checkpoint {step} did not reach the disk whole: {'; '.join(found)}")
     if published.exists():
         set_aside(published)
@@ -55,7 +112,7 @@ def newest_sound(folder: Path, *, identity: str) -> Path | None:
     Each one that is rejected on the way is named in a warning, with the reason, and moved to checkpoints/damaged/.
     """
     for checkpoint in checkpoints_in(folder):
-        found = damages(checkpoint)
+        found = flaws(checkpoint)
         if not found and read_manifest(checkpoint).get("identity") != identity:
             found = ["it belongs to a run with another spec"]
         if not found:
@@ -63,6 +120,36 @@ def newest_sound(folder: Path, *, identity: str) -> Path | None:
         place = set_aside(checkpoint)
         logger.warning("rejected %s: %s; set aside as %s", checkpoint.name, "; ".join(found), place)
     return None
+
+
+def flaws(checkpoint: Path) -> list[str]:
+    """What is wrong with a checkpoint, one sentence each; empty when every byte that counts is as it was written."""
+    try:
+        if found := damages(checkpoint):
+            return found
+    except (KeyError, TypeError):  # a key of an entry in "files" is not what it was
+        return [f"{MANIFEST_NAME} is damaged"]
+    facts = read_manifest(checkpoint)
+    del facts["files"]
+    if facts.pop(SEAL, None) != fingerprint(facts) or facts.get("step") != step_of(checkpoint):
+        return [f"{MANIFEST_NAME} is damaged: its facts are not those that were written"]
+    return []
+
+
+def compare_surroundings(checkpoint: Path, now: dict[str, Any]) -> None:
+    """Warn where a resume cannot promise bit-identical numbers; `now` holds what the manifest recorded, as it is today.
+
+    Raises ValueError when the text is another one.
+    """
+    then = read_manifest(checkpoint)
+    if then["corpus"] != now["corpus"]:
+        raise ValueError(
+            f"{checkpoint} was trained on a corpus with fingerprint {then['corpus'][:12]}, and the text now gives "
+            f"{now['corpus'][:12]}: bring the old text back, or give tag=NAME to train on the new one"
+        )
+    changed = [f"{name} was {then[name]} and is {value}" for name, value in now.items() if then[name] != value]
+    if changed:
+        logger.warning("resuming %s in other surroundings, numbers may differ: %s", checkpoint, ", ".join(changed))
 
 
 def set_aside(checkpoint: Path) -> Path:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first non-finite value of a step. A run that meets one is a result, recorded as diverged."""
+    """The first non-finite value of a step. A run that stops at one is a result, recorded as diverged."""
 
     step: int
     """The optimiser step that was not taken, counted from 1."""
@@ -26,18 +26,17 @@ class Divergence:
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
 
+    def __str__(self) -> str:
+        place = f"layer {self.layer}" if self.layer is not None else "outside the blocks"
+        return f"non-finite {self.kind} at step {self.step}, {place} ({self.module})"
+
 
 class NonFiniteError(ArithmeticError):
     """Stops training before the optimiser sees a non-finite gradient."""
 
     def __init__(self, divergence: Divergence) -> None:
-        super().__init__(divergence)
+        super().__init__(str(divergence))
         self.divergence = divergence
-
-    def __str__(self) -> str:
-        found = self.divergence
-        place = f"layer {found.layer}" if found.layer is not None else "outside the blocks"
-        return f"non-finite {found.kind} at step {found.step}, {place} ({found.module})"
 
 
 def total_gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

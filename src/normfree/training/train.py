@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import signal
 import time
 from contextlib import nullcontext
 from datetime import UTC, datetime
@@ -22,26 +23,33 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from normfree.config import RunSpec
 from normfree.data import Corpus, prepare
-from normfree.manifest import folder_lock, write_manifest
+from normfree.manifest import folder_lock, read_manifest, write_manifest
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
-from normfree.records import RunWriter, read_run
+from normfree.records import METRICS_FILE, RUN_FILE, DamagedRunError, RunWriter, read_run
 from normfree.training import callbacks as watch
 from normfree.training.arguments import is_done, model_config, total_steps, training_arguments
-from normfree.training.checkpoints import STAGING, newest_sound, publish, step_of
+from normfree.training.checkpoints import (
+    STAGING,
+    compare_surroundings,
+    drop_staged,
+    make_room,
+    newest_sound,
+    publish,
+    step_of,
+)
 from normfree.training.environment import command_line, environment, usable_cores
-from normfree.training.guard import NonFiniteError
+from normfree.training.guard import Divergence, NonFiniteError
 from normfree.training.trainer import NormFreeTrainer
 
 logger = logging.getLogger("normfree")
 
 
 class InterruptedRunError(Exception):
-    """A signal ended the run at a step boundary; its checkpoint was written first."""
+    """A signal ended the run: after a checkpoint at a step boundary, or at once on the second signal."""
 
-    def __init__(self, folder: Path, signal_number: int) -> None:
-        super().__init__(
-            f"{folder} was stopped by signal {signal_number} and saved; the same command goes on from there"
-        )
+    def __init__(self, folder: Path, signal_number: int, *, saved: bool) -> None:
+        how = "was stopped by signal {} and saved" if saved else "was left at once on signal {}"
+        super().__init__(f"{folder} {how.format(signal_number)}; the same command goes on from its newest checkpoint")
         self.folder = folder
         self.signal_number = signal_number
 
@@ -59,9 +67,9 @@ def train(
     A finished or diverged run is left as it is; a broken one resumes from its newest sound checkpoint. A run that
     goes non-finite is recorded as diverged and returned like any other. `note` is printed on the report page.
 
-    Raises ValueError when the folder holds a run with another spec, the corpus is too small or fields of the model
-    contradict each other; InterruptedRunError after SIGTERM or SIGINT; BlockingIOError when another process
-    trains there.
+    Raises ValueError when the folder holds a run with another spec or corpus, the corpus is too small or fields of the
+    model contradict each other; InterruptedRunError after SIGTERM or SIGINT; BlockingIOError when another process
+    trains there; OSError when the disk is full.
     """
     folder = Path(runs_dir) / spec.study / spec.name
     if is_done(folder, spec):
@@ -74,10 +82,15 @@ def train(
     steps = total_steps(spec, corpus)
     config = model_config(spec, corpus)
     with folder_lock(folder) if state.is_main_process else nullcontext():
+        if is_done(folder, spec):  # another process finished it while this one waited for the corpus
+            return folder
         with state.main_process_first():
             checkpoint = newest_sound(folder / "checkpoints", identity=spec.identity())
+        if checkpoint is not None:
+            compare_surroundings(checkpoint, _surroundings(corpus))
         writer = None
         if state.is_main_process:
+            make_room(folder, _model_facts(config)["parameters"], keep=spec.train.checkpoints_kept)
             writer = _open_writer(folder, spec, corpus, config, note=note, steps=steps, checkpoint=checkpoint)
         try:
             _Training(spec, folder, corpus, config, steps, writer).run(checkpoint)
@@ -85,9 +98,26 @@ def train(
             raise
         except BaseException as error:
             if writer is not None:
-                writer.update(status="failed", error=f"{type(error).__name__}: {error}")
+                _record_failure(writer, error)
             raise
     return folder
+
+
+def _record_failure(writer: RunWriter, error: BaseException) -> None:
+    try:
+        writer.update(status="failed", error=f"{type(error).__name__}: {error}")
+    except OSError as second:  # a full disk: the first error is the one to tell
+        logger.warning("%s could not be updated: %s", writer.folder / RUN_FILE, second)
+
+
+def _surroundings(corpus: Corpus) -> dict[str, Any]:
+    """What numbers depend on beside the spec; a checkpoint's manifest holds it."""
+    return {
+        "corpus": corpus.fingerprint,
+        "threads": torch.get_num_threads(),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+    }
 
 
 class _Training:
@@ -104,6 +134,7 @@ class _Training:
     ) -> None:
         self.spec, self.folder, self.corpus, self.steps, self.writer = spec, folder, corpus, steps, writer
         self.checkpoints = folder / "checkpoints"
+        self.skipped: list[Divergence] = []
         self.seconds_before = writer.facts["wall_seconds"] if writer else 0.0
         self.began = time.perf_counter()
         self.tokens_per_step = spec.train.batch_sequences * spec.data.context
@@ -112,27 +143,40 @@ class _Training:
         self.model = NormFreeForCausalLM(config)
 
     def run(self, checkpoint: Path | None) -> None:
-        start_step = step_of(checkpoint) if checkpoint else 0
-        bar = watch.Progress(self.spec.name)
+        if checkpoint:
+            self.skipped = [Divergence(**one) for one in read_manifest(checkpoint)["skipped_steps"]]
         with watch.StopOnSignal() as stop:
-            trainer = self._trainer(start_step, [bar, stop])
             try:
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                self._train(checkpoint, stop)
+                stop.at_once = True  # no step boundary is left to wait for
+                if stop.received is None:
+                    self._finish()
+                else:
+                    self._update(status="interrupted")
             except NonFiniteError as error:
-                self._record_divergence(error)
-                return
+                self._record_divergence(error.divergence)
+            except KeyboardInterrupt:
+                self._update(status="interrupted")
+                raise InterruptedRunError(self.folder, stop.received or signal.SIGINT, saved=False) from None
             finally:
-                bar.close()
-        shutil.rmtree(self.checkpoints / STAGING, ignore_errors=True)
-        if stop.received is not None and trainer.state.global_step < self.steps:
-            self._update(status="interrupted", steps_done=trainer.state.global_step)
-            raise InterruptedRunError(self.folder, stop.received)
-        self._finish(trainer)
+                drop_staged(self.checkpoints)
+        if stop.received is not None:
+            raise InterruptedRunError(self.folder, stop.received, saved=True)
 
-    def _trainer(self, start_step: int, extra: list[TrainerCallback]) -> NormFreeTrainer:
+    def _train(self, checkpoint: Path | None, stop: watch.StopOnSignal) -> None:
+        bar = watch.Progress(self.spec.name)
+        try:
+            self._trainer(checkpoint, [bar, stop]).train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            bar.close()
+
+    def _trainer(self, checkpoint: Path | None, extra: list[TrainerCallback]) -> NormFreeTrainer:
         trainer = NormFreeTrainer(
             spec=self.spec,
-            start_step=start_step,
+            start_step=step_of(checkpoint) if checkpoint else 0,
+            skipped=self.skipped,
+            on_skip=self._record_skip,
+            publish=self._publish,
             model=self.model,
             args=training_arguments(self.spec, steps=self.steps, output=self.checkpoints / STAGING),
             train_dataset=self.corpus.train.with_format("torch"),
@@ -141,7 +185,6 @@ class _Training:
             callbacks=[
                 watch.TrainingLog(self._log, tokens_per_step=self.tokens_per_step),
                 watch.Watch(self._log, self._schedules()),
-                _Publisher(self._publish),
                 *extra,
             ],
         )
@@ -167,24 +210,28 @@ class _Training:
             return
         facts = {
             "identity": self.spec.identity(),
-            "corpus": self.corpus.fingerprint,
-            "threads": torch.get_num_threads(),
+            **_surroundings(self.corpus),
+            "skipped_steps": [found.to_dict() for found in self.skipped],
         }
-        facts["torch"] = torch.__version__
+        self.writer.sync()  # a checkpoint never promises metrics that a power cut could take
         publish(self.checkpoints, step, facts, keep=self.spec.train.checkpoints_kept)
         self._update(steps_done=step, tokens_seen=step * self.tokens_per_step)
 
-    def _record_divergence(self, error: NonFiniteError) -> None:
-        step = error.divergence.step
-        logger.warning("%s diverged: %s", self.spec.name, error)
+    def _record_skip(self, found: Divergence) -> None:
+        logger.warning("%s: %s; this step is left out", self.spec.name, found)
+        self._log(found.step, "train", iter([("skipped_step", len(self.skipped))]))
+        self._update(skipped_steps=[one.to_dict() for one in self.skipped])
+
+    def _record_divergence(self, found: Divergence) -> None:
+        logger.warning("%s diverged: %s", self.spec.name, found)
         self._update(
             status="diverged",
-            divergence=error.divergence.to_dict(),
-            steps_done=step - 1,
-            tokens_seen=(step - 1) * self.tokens_per_step,
+            divergence=found.to_dict(),
+            steps_done=found.step - 1,
+            tokens_seen=(found.step - 1) * self.tokens_per_step,
         )
 
-    def _finish(self, trainer: NormFreeTrainer) -> None:
+    def _finish(self) -> None:
         size = self.spec.train.micro_batch_sequences
         final_NT = _spread(self.held_out, self.spec.probe.final_sequences)
         self._log(self.steps, "final", watch.probe_measurements(self.model, final_NT, batch_sequences=size))
@@ -209,16 +256,6 @@ class _Training:
             self.writer.update(wall_seconds=self.seconds_before + time.perf_counter() - self.began, **facts)
 
 
-class _Publisher(TrainerCallback):
-    """Hands each checkpoint that Trainer has staged to `publish`."""
-
-    def __init__(self, publish_step: Any) -> None:
-        self.publish_step = publish_step
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.publish_step(state.global_step)
-
-
 def _open_writer(
     folder: Path,
     spec: RunSpec,
@@ -230,7 +267,9 @@ def _open_writer(
     checkpoint: Path | None,
 ) -> RunWriter:
     """Begin or continue the records of a run; metrics after the checkpoint are dropped, they will come again."""
-    earlier = read_run(folder).facts if (folder / "run.json").exists() else {}
+    earlier = _earlier_facts(folder)
+    if checkpoint and not (folder / METRICS_FILE).exists():
+        logger.warning("%s is missing: the metrics up to step %d are lost", folder / METRICS_FILE, step_of(checkpoint))
     facts = {
         "started": earlier.get("started", datetime.now(UTC).isoformat(timespec="seconds")),
         "wall_seconds": earlier.get("wall_seconds", 0.0) if checkpoint else 0.0,
@@ -247,10 +286,26 @@ def _open_writer(
         "resumed": earlier.get("resumed", 0) + bool(checkpoint),
         "final": None,
         "divergence": None,
+        "skipped_steps": read_manifest(checkpoint)["skipped_steps"] if checkpoint else [],
     }
     writer = RunWriter(folder, facts)
-    writer.forget_after(step_of(checkpoint) if checkpoint else -1)
+    if damaged := writer.forget_after(step_of(checkpoint) if checkpoint else -1):
+        numbers = ", ".join(map(str, damaged))
+        logger.warning("dropped damaged line %s of %s; the file as found lies beside it", numbers, METRICS_FILE)
     return writer
+
+
+def _earlier_facts(folder: Path) -> dict[str, Any]:
+    """What run.json says so far; a damaged one is set aside, since checkpoints hold all that a resume needs."""
+    if not (folder / RUN_FILE).exists():
+        return {}
+    try:
+        return read_run(folder).facts
+    except DamagedRunError as error:
+        place = folder / f"{RUN_FILE}.damaged"
+        (folder / RUN_FILE).replace(place)
+        logger.warning("%s; set aside as %s and written anew", error, place)
+        return {}
 
 
 def _model_facts(config: NormFreeConfig) -> dict[str, int]:

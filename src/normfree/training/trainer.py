@@ -6,28 +6,53 @@ accumulation factor.
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainingArguments
 
 from normfree.config import RunSpec, TrainSpec
+from normfree.training.checkpoints import CheckpointError, checkpoint_bytes, require_space
 from normfree.training.data_order import BlockOrder
-from normfree.training.guard import NonFiniteError, locate, total_gradient_norm
+from normfree.training.guard import Divergence, NonFiniteError, locate, total_gradient_norm
 
 
 class NormFreeTrainer(Trainer):
-    """Trainer for one RunSpec. Raises NonFiniteError before the optimiser sees a non-finite gradient."""
+    """Trainer for one RunSpec.
+
+    A step whose loss or gradient is not finite never reaches the optimiser: it is left out where
+    `train.on_nonfinite` still allows that (appended to `skipped`, then `on_skip` is called), else NonFiniteError is
+    raised. `publish` is called with
+    the step of each checkpoint that lies complete in the output folder; CheckpointError says that one could not be
+    written.
+    """
 
     def __init__(
-        self, *, spec: RunSpec, start_step: int, model: nn.Module, args: TrainingArguments, **rest: Any
+        self,
+        *,
+        spec: RunSpec,
+        start_step: int,
+        skipped: list[Divergence],
+        on_skip: Callable[[Divergence], None],
+        publish: Callable[[int], None],
+        model: nn.Module,
+        args: TrainingArguments,
+        **rest: Any,
     ) -> None:
         self.spec = spec
         self.start_step = start_step
+        self.skipped = skipped
+        self.on_skip = on_skip
+        self.publish = publish
         self.network = model
         self._batches_of_step: list[dict[str, Tensor]] = []
+        self._loss_before_step = torch.zeros(())
         super().__init__(model=model, args=args, **rest)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
@@ -51,20 +76,51 @@ class NormFreeTrainer(Trainer):
         inputs: dict[str, Tensor | Any],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
+        if not self._batches_of_step:
+            self._loss_before_step = self._tr_loss.clone()
         self._batches_of_step.append(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            self._refuse_nonfinite(loss)
+            if not self._is_finite(loss):
+                self._skip_or_stop()
+                loss = torch.zeros_like(loss)
             self._batches_of_step.clear()
         return loss
 
-    def _refuse_nonfinite(self, loss: Tensor) -> None:
-        looked_at = loss
+    def _is_finite(self, loss: Tensor) -> bool:
+        looked_at = self._tr_loss + loss  # earlier micro-batches too
         if self.accelerator.scaler is None:  # fp16's scaler meets infinite gradients by design and skips them itself
-            looked_at = loss + total_gradient_norm(self.network.parameters())
-        if not torch.isfinite(looked_at):
-            batches = [self._prepare_inputs(batch) for batch in self._batches_of_step]
-            raise NonFiniteError(locate(self.network, batches, step=self.state.global_step + 1))
+            looked_at = looked_at + total_gradient_norm(self.network.parameters())
+        over_processes = cast(Tensor, self.accelerator.reduce(looked_at))  # every process must take the same branch
+        return bool(torch.isfinite(over_processes))
+
+    def _skip_or_stop(self) -> None:
+        """Leave this step out of weights, Adam and the logged mean loss, or raise NonFiniteError."""
+        batches = [self._prepare_inputs(batch) for batch in self._batches_of_step]
+        found = locate(self.network, batches, step=self.state.global_step + 1)
+        if len(self.skipped) >= self.spec.train.skips_allowed:
+            raise NonFiniteError(found)
+        if self.accelerator.scaler is None:
+            self.network.zero_grad(set_to_none=True)  # AdamW passes over parameters without a gradient, decay included
+        self._tr_loss.copy_(self._loss_before_step)
+        self._globalstep_last_logged += 1  # Trainer divides the sum of losses by the steps since then
+        self.skipped.append(found)
+        self.on_skip(found)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "grad_norm" in logs and self.skipped and self.skipped[-1].step == self.state.global_step:
+            logs["grad_norm"] = math.nan  # without gradients Trainer computes 0
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        try:
+            folder = Path(self._get_output_dir(trial)).parent
+            size = checkpoint_bytes(sum(parameter.numel() for parameter in self.network.parameters()))
+            require_space(folder, size, "a checkpoint")
+            super()._save_checkpoint(model, trial)
+            self.publish(self.state.global_step)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch.save tells a full disk by a RuntimeError
+            raise CheckpointError(self.state.global_step, error) from error
 
 
 def parameter_groups(model: nn.Module, train: TrainSpec) -> list[dict[str, Any]]:

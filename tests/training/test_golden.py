@@ -1,0 +1,95 @@
+"""The first twenty losses of every preset, shrunk in width, against numbers that were committed.
+
+A change of tests/golden/losses.json changes what the project computes: it needs a line in CHANGELOG.md that says why.
+`python -m tests.training.test_golden` writes the file anew. The text is fixed, so no version of Python or of a package
+changes it.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from normfree.compose import compose_run, members
+from normfree.config import RunSpec
+from normfree.records import read_run
+from normfree.training import train
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+LOSSES = GOLDEN / "losses.json"
+TOLERANCE = 1e-4
+STEPS = 20
+# Each pairs a preset with a variant that another preset does not have.
+VARIANTS = ("sm-g", "sm-r", "sm-ln-g", "leaky-per-layer")
+
+
+def shrunk(preset: str, variant: str) -> RunSpec:
+    """A preset at width 32 on the fixed text; all else as the preset says it, but fp32 and the batch."""
+    overrides = [
+        f"preset={preset}",
+        f"variant={variant}",
+        "data=files",
+        f"data.paths=['{GOLDEN / 'text' / 'train.txt'}']",
+        f"data.validation_paths=['{GOLDEN / 'text' / 'held_out'}']",
+        "data.vocab_size=300",
+        "data.max_bytes=null",
+        "data.max_bytes_per_package=null",
+        "data.train_documents=null",
+        "data.validation_documents=null",
+        "model.hidden_size=32",
+        "model.num_attention_heads=2",
+        f"train.steps={STEPS}",
+        "train.epochs=null",
+        "train.batch_sequences=2",
+        "train.micro_batch_sequences=2",
+        "train.precision=fp32",
+        "train.log_every=1",
+        "train.evaluate_every=1000",
+        "train.checkpoint_every=1000",
+        "train.threads=1",
+        "probe.every_steps=1000",
+        "probe.sequences=2",
+        "probe.final_sequences=2",
+    ]
+    return compose_run(overrides).spec
+
+
+def losses(preset: str, variant: str, runs: Path, cache: Path) -> list[float]:
+    folder = train(shrunk(preset, variant), runs_dir=runs / preset, cache=cache, progress=False)
+    return [loss for _, loss in read_run(folder).series("train", "loss")]
+
+
+def pairs() -> list[tuple[str, str]]:
+    return [(preset, VARIANTS[number % len(VARIANTS)]) for number, preset in enumerate(members("preset"))]
+
+
+@pytest.mark.parametrize(("preset", "variant"), pairs())
+def test_the_first_losses_are_those_committed(preset: str, variant: str, tmp_path: Path, cache: Path) -> None:
+    """A change of the committed file needs a line in CHANGELOG.md."""
+    committed = json.loads(LOSSES.read_text())[f"{preset} {variant}"]
+    found = losses(preset, variant, tmp_path, cache)
+    assert len(found) == STEPS
+    assert found == pytest.approx(committed, rel=TOLERANCE)
+
+
+def test_the_losses_tell_presets_apart_and_fall() -> None:
+    committed = json.loads(LOSSES.read_text())
+    assert len(committed) == len(pairs())
+    assert len({tuple(values) for values in committed.values()}) == len(committed)
+    assert all(values[-1] < values[0] for values in committed.values())
+
+
+def write() -> None:
+    with tempfile.TemporaryDirectory() as place:
+        found = {
+            f"{preset} {variant}": losses(preset, variant, Path(place), Path(place) / "cache")
+            for preset, variant in pairs()
+        }
+    LOSSES.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    write()

@@ -1,0 +1,137 @@
+"""Signals at the worst moments: a second Ctrl-C, one in the middle of a save, one in the final evaluation."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from normfree.compose import compose_run
+from normfree.config import RunSpec
+from normfree.records import read_run
+from normfree.training import InterruptedRunError, train
+from normfree.training.checkpoints import checkpoints_in, flaws
+from normfree.training.trainer import NormFreeTrainer
+
+Build = Callable[..., RunSpec]
+
+
+def send(*numbers: signal.Signals) -> None:
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory, cache: Path, tiny: list[str]) -> dict[str, torch.Tensor]:
+    spec = compose_run([*tiny, "variant=sm-r"]).spec
+    folder = train(spec, runs_dir=tmp_path_factory.mktemp("whole"), cache=cache, progress=False)
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def check_resume(folder: Path, cache: Path, spec: RunSpec, expected: dict[str, torch.Tensor]) -> None:
+    assert not any(flaws(checkpoint) for checkpoint in checkpoints_in(folder / "checkpoints"))
+    assert not (folder / "checkpoints" / ".staging").exists()
+    train(spec, runs_dir=folder.parents[1], cache=cache, progress=False)
+    found = load_file(folder / "model" / "model.safetensors")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not read_run(folder).metrics.duplicated(["step", "split", "name"]).any()
+
+
+@pytest.mark.parametrize(
+    ("place", "second"),
+    [
+        ("training_step", signal.SIGINT),
+        ("_save_optimizer_and_scheduler", signal.SIGINT),
+        ("_save_optimizer_and_scheduler", signal.SIGTERM),
+    ],
+)
+def test_a_second_signal_leaves_at_once_and_nothing_older_is_lost(
+    tmp_path: Path,
+    cache: Path,
+    tiny_spec: Build,
+    expected: dict[str, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    second: signal.Signals,
+) -> None:
+    original = getattr(NormFreeTrainer, place)
+
+    def interrupted(trainer: NormFreeTrainer, *rest: Any, **named: Any) -> Any:
+        if trainer.state.global_step == 4:
+            send(signal.SIGINT, second)
+        return original(trainer, *rest, **named)
+
+    monkeypatch.setattr(NormFreeTrainer, place, interrupted)
+    with pytest.raises(InterruptedRunError, match=r"left at once on signal .*the same command goes on") as stopped:
+        train(tiny_spec(), runs_dir=tmp_path / "broken", cache=cache, progress=False)
+    monkeypatch.undo()
+    folder = stopped.value.folder
+    done = 4 if place == "training_step" else 2  # the save of step 4 was not finished
+    assert stopped.value.signal_number == second
+    assert (read_run(folder).status, read_run(folder).facts["steps_done"]) == ("interrupted", done)
+    assert checkpoints_in(folder / "checkpoints")[0].name == f"checkpoint-{done}"
+    check_resume(folder, cache, tiny_spec(), expected)
+
+
+@pytest.mark.parametrize("place", ["validation", "_save_model"])
+def test_a_signal_after_the_last_step_leaves_at_once_and_only_the_end_is_repeated(
+    tmp_path: Path,
+    cache: Path,
+    tiny_spec: Build,
+    expected: dict[str, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+) -> None:
+    module: Any = sys.modules["normfree.training.train" if place == "_save_model" else "normfree.training.callbacks"]
+    original = getattr(module, place)
+
+    def interrupted(*rest: Any, **named: Any) -> Any:
+        if place == "_save_model" or named["predicted_bytes"]:  # the final evaluation counts bytes
+            send(signal.SIGTERM)
+        return original(*rest, **named)
+
+    monkeypatch.setattr(module, place, interrupted)
+    with pytest.raises(InterruptedRunError, match="left at once") as stopped:
+        train(tiny_spec(), runs_dir=tmp_path / "broken", cache=cache, progress=False)
+    monkeypatch.undo()
+    folder = stopped.value.folder
+    assert (read_run(folder).status, read_run(folder).facts["steps_done"]) == ("interrupted", 6)
+    assert not (folder / "model").exists()
+    check_resume(folder, cache, tiny_spec(), expected)
+    assert read_run(folder).facts["resumed"] == 1
+
+
+def test_a_signal_in_the_last_step_is_heard(
+    tmp_path: Path, cache: Path, tiny_spec: Build, expected: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = NormFreeTrainer.training_step
+
+    def interrupted(trainer: NormFreeTrainer, *rest: Any, **named: Any) -> Any:
+        if trainer.state.global_step == 5:
+            send(signal.SIGTERM)
+        return original(trainer, *rest, **named)
+
+    monkeypatch.setattr(NormFreeTrainer, "training_step", interrupted)
+    with pytest.raises(InterruptedRunError, match="and saved") as stopped:
+        train(tiny_spec(), runs_dir=tmp_path / "broken", cache=cache, progress=False)
+    monkeypatch.undo()
+    check_resume(stopped.value.folder, cache, tiny_spec(), expected)
+
+
+def test_handlers_are_given_back_and_other_threads_can_train(tmp_path: Path, cache: Path, tiny_spec: Build) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    ended: list[Path] = []
+    spec = tiny_spec("train.steps=1")
+    thread = threading.Thread(target=lambda: ended.append(train(spec, runs_dir=tmp_path, cache=cache, progress=False)))
+    thread.start()
+    thread.join()
+    assert read_run(ended[0]).status == "finished"
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
