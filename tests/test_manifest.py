@@ -48,6 +48,10 @@ def test_one_flipped_byte_a_cut_and_a_removal_are_each_found_by_name(sealed: Pat
 def test_a_missing_or_broken_manifest_is_damage(sealed: Path) -> None:
     (sealed / MANIFEST_NAME).write_text('{"files": ')
     assert "damaged" in damages(sealed)[0]
+    write_manifest(sealed, {"step": 3})
+    text = (sealed / MANIFEST_NAME).read_text()
+    (sealed / MANIFEST_NAME).write_text(text.replace('"step": 3', '"step": 4'))
+    assert "seal" in damages(sealed)[0]
     (sealed / MANIFEST_NAME).unlink()
     assert "never finished" in damages(sealed)[0]
 

@@ -126,3 +126,13 @@ def test_csv_round_trips_and_runs_no_formula() -> None:
     cells = list(csv.reader(io.StringIO(tables.to_csv(nasty_table()))))
     assert cells[1] == [NASTY, "'=1+1"]
     assert cells[2] == ["-", "-4.2 %"]
+
+
+def test_skipped_steps_are_shown(tmp_path: Path) -> None:
+    skipped = [
+        {"step": 7, "layer": 1, "module": "m", "kind": "loss"},
+        {"step": 9, "layer": 1, "module": "m", "kind": "loss"},
+    ]
+    run = write_run(tmp_path, "SM+R", facts={"skipped_steps": skipped})
+    (row,) = rows_of(tables.run_table([run])).values()
+    assert row["Status"] == "finished, 2 non-finite steps skipped (first: 7)"

@@ -91,11 +91,13 @@ def describe_files(folder: Path, paths: Iterable[Path] | None = None) -> dict[st
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Sync every file under `folder`, hash it, and write the manifest last.
 
-    Returns the manifest: `facts` and the key "files".
+    Returns the manifest: `facts`, the key "files", and the key "seal", a fingerprint of the rest, so that damage to
+    the manifest itself shows too.
     """
     for path in files_under(folder):
         sync_file(path)
-    manifest = {**facts, "files": describe_files(folder)}
+    content = {**facts, "files": describe_files(folder)}
+    manifest = {**content, "seal": fingerprint(content)}
     write_atomically(folder / MANIFEST_NAME, json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False))
     return manifest
 
@@ -103,7 +105,7 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of `folder`.
 
-    Raises ValueError when it is missing, is not JSON, or names a file outside `folder`.
+    Raises ValueError when it is missing, is not what was written, or names a file outside `folder`.
     """
     path = folder / MANIFEST_NAME
     try:
@@ -118,6 +120,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         pure = PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts:
             raise ValueError(f"{path} names {name!r}, which lies outside its folder: refused")
+    content = {key: value for key, value in manifest.items() if key != "seal"}
+    if manifest.get("seal") != fingerprint(content):
+        raise ValueError(f"{path} does not match its own seal: it is damaged")
     return manifest
 
 

@@ -89,7 +89,7 @@ def _model(run: Run) -> Finding:
         if run.status == "finished":
             return Finding("model", "damaged", "the run is finished, but its model folder is missing")
         return Finding("model", "absent", "only a finished run saves one")
-    problems = _damages(folder)
+    problems = damages(folder)
     if not problems and read_manifest(folder).get("corpus") != run.facts["corpus"]["fingerprint"]:
         problems = [f"its {MANIFEST_NAME} names another corpus than {RUN_FILE}"]
     return _finding("model", problems, "every file matches its sha256")
@@ -102,20 +102,13 @@ def _corpus(run: Run, spec: RunSpec, cache: Path) -> Finding:
         return Finding("corpus", "absent", f"its text is not on this machine ({error})")
     if not folder.is_dir():
         return Finding("corpus", "absent", f"not in {cache}: it would be prepared again")
-    problems = _damages(folder)
+    problems = damages(folder)
     if not problems:
         facts: dict[str, Any] = read_manifest(folder).get("corpus", {})
         changed = sorted(key for key in facts | run.facts["corpus"] if facts.get(key) != run.facts["corpus"].get(key))
         if changed:
             problems = [f"its {MANIFEST_NAME} and {RUN_FILE} differ in {', '.join(changed)}"]
     return _finding("corpus", problems, f"every file of {folder} matches its sha256")
-
-
-def _damages(folder: Path) -> list[str]:
-    try:
-        return damages(folder)
-    except (KeyError, TypeError):  # a key of an entry in "files" is not what it was
-        return [f"{MANIFEST_NAME} is damaged"]
 
 
 def _finding(part: str, problems: list[str], praise: str) -> Finding:

@@ -17,7 +17,7 @@ def run_command(words: list[str], folder: Path) -> None:
 
 
 def entropies(run: Run) -> list[list[float]]:
-    return run.last("final", "entropy_nats")
+    return run.last("final", "entropy_nats") or []
 
 
 @pytest.mark.slow
@@ -48,8 +48,9 @@ def test_trackers_get_the_loss_offline(
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    words = ["train", *tiny, "variant=sm-r", "train.trackers=[tensorboard,wandb]", f"cache_dir={cache}"]
+    words = ["train", *tiny, "variant=sm-r", "train.trackers=[tensorboard,wandb,trackio]", f"cache_dir={cache}"]
     run_command(["-m", "normfree.cli", *words], tmp_path)
-    assert list(tmp_path.rglob("events.out.tfevents.*"))
+    assert list((tmp_path / "runs/single/sm-r-seed0/tensorboard").rglob("events.out.tfevents.*"))
     assert list(tmp_path.rglob("*.wandb"))
+    assert list((tmp_path / "trackio").rglob("*.db"))
     assert read_run(tmp_path / "runs" / "single" / "sm-r-seed0").status == "finished"

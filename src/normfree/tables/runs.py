@@ -170,6 +170,8 @@ def _run_row(run: Run) -> tuple[str, ...]:
     if divergence:
         layer = "" if divergence.get("layer") is None else f", layer {divergence['layer']}"
         status += f" at step {divergence['step']}{layer} ({divergence['kind']})"
+    if skipped := facts.get("skipped_steps"):
+        status += f", {len(skipped)} non-finite steps skipped (first: {skipped[0]['step']})"
     return (
         run.name,
         run.label,

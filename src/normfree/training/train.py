@@ -19,6 +19,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
 from transformers import TrainerCallback, set_seed
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from normfree.config import RunSpec
@@ -188,6 +189,9 @@ class _Training:
                 *extra,
             ],
         )
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = str(self.folder / "tensorboard")  # Trainer's own choice is the staging folder
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
         return trainer
