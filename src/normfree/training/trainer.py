@@ -28,9 +28,8 @@ class NormFreeTrainer(Trainer):
 
     A step whose loss or gradient is not finite never reaches the optimiser: it is left out where
     `train.on_nonfinite` still allows that (appended to `skipped`, then `on_skip` is called), else NonFiniteError is
-    raised. `publish` is called with
-    the step of each checkpoint that lies complete in the output folder; CheckpointError says that one could not be
-    written.
+    raised. `publish` is called with the step of each checkpoint that lies complete in the output folder;
+    CheckpointError says that one could not be written.
     """
 
     def __init__(
