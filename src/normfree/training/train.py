@@ -19,7 +19,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
 from transformers import TrainerCallback, set_seed
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from normfree.config import RunSpec
