@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from normfree.compose import members
+from normfree.manifest import folder_lock
 from normfree.records import find_runs
 from normfree.studies import load_study, run_study, studies
 
@@ -81,3 +82,14 @@ def test_the_studies_that_come_along_name_existing_variants(name: str) -> None:
     assert study.preset in members("preset")
     assert {variant for group in study.groups for variant in group.variants} <= set(members("variant"))
     assert len(list(study.overrides())) == sum(len(group.variants) * len(group.seeds) for group in study.groups)
+
+
+def test_a_run_that_another_process_trains_is_left_to_it(
+    done: tuple[Path, list[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    study, overrides, _ = done
+    elsewhere = tmp_path / "runs"
+    with folder_lock(elsewhere / "small" / "sm-r-seed0"), caplog.at_level("INFO", logger="normfree"):
+        page = run_study(str(study), [*overrides, f"runs_dir={elsewhere}"])
+    assert "sm-r-seed0 is trained by another process; left to it" in caplog.text
+    assert {run.name for run in find_runs([page.parents[1]])} == {"sm-seed0", "sm-r-wild-seed0"}

@@ -105,6 +105,8 @@ def run_study(name: str, overrides: Sequence[str] = ()) -> Path:
         try:
             folder = train(run.spec, runs_dir=run.runs_dir, cache=run.cache_dir, note=study.note)
             logger.info("%s", summary(folder))
+        except BlockingIOError:
+            logger.info("%s is trained by another process; left to it", run.spec.name)
         except (InterruptedRunError, ValueError):
             raise
         except Exception as error:

@@ -25,6 +25,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .activations import ACTIVATIONS
 from .configuration import NormFreeConfig
+from .loss import next_token_loss
 from .norms import NORMS
 
 Rotation = tuple[Tensor, Tensor]
@@ -120,6 +121,45 @@ def eager_attention_forward(
     return (weights_BHTS @ value_BHSD).transpose(1, 2), weights_BHTS
 
 
+LONGEST_WRITTEN_OUT = 512
+"""Tokens up to which attention in bf16 on the CPU trains faster written out than fused (docs/performance.md)."""
+
+
+def written_out_causal_attention(
+    module: nn.Module,
+    query_BHTD: Tensor,
+    key_BHTD: Tensor,
+    value_BHTD: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention of full blocks, (B, T, H, D): matmuls in the inputs' dtype, softmax in float32.
+
+    For training in bf16 on the CPU, where the backward pass of fused attention is slow.
+    """
+    tokens = query_BHTD.shape[2]
+    future_TT = torch.full((tokens, tokens), -torch.inf, dtype=query_BHTD.dtype).triu(1)
+    with torch.autocast("cpu", enabled=False):
+        scores_BHTT = query_BHTD * scaling @ key_BHTD.mT + future_TT
+        weights_BHTT = F.softmax(scores_BHTT, dim=-1, dtype=torch.float32).to(value_BHTD.dtype)
+        weights_BHTT = F.dropout(weights_BHTT, p=dropout, training=module.training)
+        return (weights_BHTT @ value_BHTD).transpose(1, 2), None
+
+
+def trains_faster_written_out(query_BHTD: Tensor, attention_mask: Tensor | None) -> bool:
+    """True for full causal blocks in bf16 on the CPU that need gradients and are short."""
+    return (
+        attention_mask is None
+        and query_BHTD.requires_grad
+        and query_BHTD.device.type == "cpu"
+        and query_BHTD.dtype == torch.bfloat16
+        and query_BHTD.shape[2] <= LONGEST_WRITTEN_OUT
+    )
+
+
 class Attention(nn.Module):
     """Causal softmax attention through transformers' AttentionInterface."""
 
@@ -152,6 +192,8 @@ class Attention(nn.Module):
             key_BHSD, value_BHSD = past_key_values.update(key_BHSD, value_BHSD, self.layer_idx)
         chosen = self.config._attn_implementation or "eager"
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(chosen, eager_attention_forward)
+        if chosen == "sdpa" and past_key_values is None and trains_faster_written_out(query_BHTD, attention_mask):
+            attend = written_out_causal_attention
         mixed_BTHD, weights_BHTS = attend(
             self,
             query_BHTD,
@@ -340,13 +382,17 @@ class NormFreeForCausalLM(NormFreePreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        return_logits: bool = True,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, V), and with `labels` (B, T) the mean cross-entropy in nats; -100 is left out.
 
         `labels` are shifted here: pass `input_ids` itself. `logits_to_keep`: only the last so many
-        positions, or the positions of an index tensor; 0 keeps all.
+        positions, or the positions of an index tensor; 0 keeps all. `return_logits=False` (needs `labels`): the
+        loss alone, from blocks of tokens, so that the logits of a batch never lie in memory; training does this.
         """
+        if not return_logits and labels is None:
+            raise ValueError("return_logits=False leaves nothing to return without labels: pass labels=input_ids")
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
@@ -356,12 +402,17 @@ class NormFreeForCausalLM(NormFreePreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits_BTV = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            vocab_size = self.config.vocab_size
-            loss = self.loss_function(logits=logits_BTV, labels=labels, vocab_size=vocab_size, **kwargs)
+        logits_BTV, loss = None, None
+        if return_logits:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits_BTV = self.lm_head(outputs.last_hidden_state[:, kept])
+            if labels is not None:
+                vocab_size = self.config.vocab_size
+                loss = self.loss_function(logits=logits_BTV, labels=labels, vocab_size=vocab_size, **kwargs)
+        elif labels is not None:
+            loss = next_token_loss(
+                outputs.last_hidden_state, self.lm_head.weight, labels, kwargs.get("num_items_in_batch")
+            )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits_BTV,

@@ -335,9 +335,9 @@ def _save_model(model: NormFreeForCausalLM, corpus: Corpus, folder: Path) -> Non
     staged.rename(folder)
 
 
-def _collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _collate(rows: list[dict[str, Tensor]]) -> dict[str, Any]:
     ids_BT = torch.stack([row["input_ids"] for row in rows]).long()
-    return {"input_ids": ids_BT, "labels": ids_BT}
+    return {"input_ids": ids_BT, "labels": ids_BT, "return_logits": False}
 
 
 def _tensor(blocks: Dataset) -> Tensor:

@@ -1,0 +1,79 @@
+"""Next-token cross-entropy without the logits of all tokens alive at once.
+
+Shape legend: N tokens, E hidden size, V vocabulary; n tokens of one block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100
+LARGEST_BLOCK = 512
+LARGEST_LOGITS = 2**24
+"""Elements of a block's logits: 64 MiB in float32."""
+
+
+def next_token_loss(
+    hidden_BTE: Tensor,
+    weight_VE: Tensor,
+    labels_BT: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    """Cross-entropy in nats of each label from the hidden state before it, summed and divided.
+
+    `labels_BT` are shifted here, and -100 is left out. The divisor is `num_items_in_batch`, or the number of labels
+    that count; NaN where that is 0. Matmuls run in autocast's dtype where autocast is on; softmax, sums and the
+    gradient of the weight are float32. The same numbers as through all logits, up to rounding.
+    """
+    hidden_NE, labels_N = hidden_BTE[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten()
+    device = hidden_NE.device.type
+    if torch.is_autocast_enabled(device):
+        hidden_NE = hidden_NE.to(torch.get_autocast_dtype(device))
+    total = _SummedCrossEntropy.apply(hidden_NE, weight_VE, labels_N)
+    items = (labels_N != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+    return total / items
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """Sum of cross-entropies, block by block; the gradients are made in the same pass, while the logits exist."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_NE: Tensor, weight_VE: Tensor, labels_N: Tensor) -> Tensor:
+        vocabulary = len(weight_VE)
+        size = min(LARGEST_BLOCK, max(1, LARGEST_LOGITS // vocabulary))
+        wanted = any(ctx.needs_input_grad)
+        cast_VE = weight_VE.to(hidden_NE.dtype)
+        hidden_gradient_NE = torch.empty_like(hidden_NE) if wanted else None
+        weight_gradient_VE = torch.zeros_like(weight_VE, dtype=torch.float32) if wanted else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden_NE.device)
+        with torch.autocast(hidden_NE.device.type, enabled=False):
+            for start in range(0, len(hidden_NE), size):
+                block_nE, labels_n = hidden_NE[start : start + size], labels_N[start : start + size]
+                log_probability_nV = F.log_softmax((block_nE @ cast_VE.mT).float(), dim=-1)
+                total += F.nll_loss(log_probability_nV, labels_n, ignore_index=IGNORED, reduction="sum")
+                if hidden_gradient_NE is None or weight_gradient_VE is None:
+                    continue
+                logit_gradient_nV = _logit_gradient(log_probability_nV, labels_n).to(hidden_NE.dtype)
+                hidden_gradient_NE[start : start + size] = logit_gradient_nV @ cast_VE
+                weight_gradient_VE += logit_gradient_nV.mT @ block_nE
+        ctx.save_for_backward(hidden_gradient_NE, weight_gradient_VE)
+        ctx.weight_dtype = weight_VE.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        (of_total,) = gradients
+        hidden_gradient_NE, weight_gradient_VE = ctx.saved_tensors
+        return of_total * hidden_gradient_NE, (of_total * weight_gradient_VE).to(ctx.weight_dtype), None
+
+
+def _logit_gradient(log_probability_nV: Tensor, labels_n: Tensor) -> Tensor:
+    """Softmax minus one at the label, 0 for rows that do not count; overwrites its input."""
+    counted_n1 = (labels_n != IGNORED)[:, None]
+    probability_nV = log_probability_nV.exp_()
+    probability_nV.scatter_add_(1, labels_n.clamp_min(0)[:, None], -torch.ones_like(counted_n1, dtype=torch.float32))
+    return probability_nV if bool(counted_n1.all()) else probability_nV * counted_n1
