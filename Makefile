@@ -21,6 +21,7 @@ check: .venv/development
 
 bench: .venv/development
 	$(BIN)/python benchmarks/entropy.py $(if $(FULL),,quick=true)
+	$(BIN)/python benchmarks/training.py $(if $(FULL),full=true whole=true)
 
 .venv/runtime: requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
