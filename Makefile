@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: study test check test-all bench
+.PHONY: study test check test-all bench tables
 
 study: .venv/runtime
 	$(BIN)/normfree study quick
@@ -18,6 +18,10 @@ check: .venv/development
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
+
+# The tables of README.md and docs/, from the records in results/.
+tables: .venv/runtime
+	$(BIN)/python docs/tables.py
 
 bench: .venv/development
 	$(BIN)/python benchmarks/entropy.py $(if $(FULL),,quick=true)

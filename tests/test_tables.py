@@ -63,6 +63,24 @@ def test_a_diverged_pair_has_no_difference(tmp_path: Path) -> None:
     assert (row["Difference in perplexity"], row["95 % interval"]) == ("NaN (1/1)", "-")
 
 
+def test_claims_hold_only_where_their_interval_says_so(tmp_path: Path) -> None:
+    """By hand: 36.1 against 37.7 scaled by 1 + seed/100 is the same ratio for each seed."""
+    rows = rows_of(tables.claim_table(group_runs(study(tmp_path))))
+    better = rows["(b) Without it, ReLU is better"]
+    assert (better["Difference"], better["Pairs"], better["Verdict"]) == ("-4.2 %", "3", "holds")
+    assert rows["(a) With LayerNorm, ReLU is worse than GELU"]["Verdict"] == "undecided"  # one pair
+    top = rows["(c) GELU puts more heads into the top quarter"]
+    assert (top["Measured"], top["Verdict"]) == ("share of heads", "holds")
+    assert not [claim for claim in rows if claim.startswith("(g)")]  # no such runs
+
+
+def test_a_claim_that_is_contradicted_does_not_hold(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, "SM+G", seed=seed, perplexity=30.0 + seed) for seed in range(3)]
+    runs += [write_run(tmp_path, "SM+R", seed=seed, perplexity=33.1 + 1.1 * seed) for seed in range(3)]
+    row = rows_of(tables.claim_table(group_runs(runs)))["(b) Without it, ReLU is better"]
+    assert (row["Verdict"], row["Difference"]) == ("does not hold", "+10.3 %")
+
+
 def test_ranges_pool_seeds_and_count_broken_heads_apart(tmp_path: Path) -> None:
     table = tables.range_table(group_runs(study(tmp_path)))
     row = next(row for row in table.rows if row[:2] == ("SM", "causal"))

@@ -41,7 +41,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_every_figure_and_table_is_also_a_file(report: Path) -> None:
     figures = {"heatmaps", "published", "dynamics", "ranges", "losses", "nonfinite", "private-inference"}
     figures |= {"slope-trajectories", "slope-perplexity"}
-    names = {"perplexity", "differences", "ranges", "verdicts", "runs", "slopes", "perplexity-communication"}
+    names = {"perplexity", "differences", "claims", "ranges", "verdicts", "runs", "slopes", "perplexity-communication"}
     expected = {f"figures/{name}.{suffix}" for name in figures for suffix in ("pdf", "png")}
     expected |= {f"tables/{name}.{suffix}" for name in names for suffix in ("md", "tex", "csv")}
     assert set(contents(report)) == expected | {"index.html", "slopes.html"}

@@ -1,5 +1,6 @@
 """Tables: pure functions from runs to `Table`, and from a `Table` to Markdown, LaTeX, CSV or HTML."""
 
+from normfree.tables.claims import claim_table
 from normfree.tables.heads import extreme_head_table, head_range_table, layer_table
 from normfree.tables.results import difference_table, perplexity_table, range_table
 from normfree.tables.runs import (
@@ -14,6 +15,7 @@ from normfree.tables.table import Column, Table, to_csv, to_html, to_latex, to_m
 __all__ = [
     "Column",
     "Table",
+    "claim_table",
     "difference_table",
     "extreme_head_table",
     "has_slope",

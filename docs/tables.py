@@ -1,0 +1,72 @@
+"""Fill the tables of README.md and docs/ from the records in results/: `make tables`.
+
+A page holds a marker, and all between it and `<!-- end -->` is made from runs:
+
+    <!-- table: perplexity of results/quick -->
+    <!-- end -->
+
+Tables: perplexity, differences, claims, ranges, verdicts, slopes, runs. Several folders may be given; runs of
+different recipes are then shown side by side. A test fails when a page differs from what the records give.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from normfree import tables
+from normfree.analysis import Group, group_runs
+from normfree.manifest import write_atomically
+from normfree.records import find_runs
+from normfree.tables import Table, to_markdown
+
+ROOT = Path(__file__).parents[1]
+MARKER = re.compile(r"(<!-- table: (?P<name>\S+) of (?P<places>[^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def _of_runs(make: Callable[..., Table]) -> Callable[[Sequence[Group]], Table]:
+    return lambda groups: make([run for group in groups for run in (*group.runs, *group.unfinished)])
+
+
+TABLES: dict[str, Callable[[Sequence[Group]], Table]] = {
+    "perplexity": tables.perplexity_table,
+    "differences": tables.difference_table,
+    "claims": tables.claim_table,
+    "ranges": tables.range_table,
+    "slopes": tables.slope_table,
+    "verdicts": _of_runs(tables.verdict_table),
+    "runs": _of_runs(tables.run_table),
+}
+
+
+def pages() -> list[Path]:
+    """Every page that may hold a marker."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def filled(text: str) -> str:
+    """The text with every marked table made anew. Raises ValueError for an unknown table or a folder without runs."""
+
+    def table(match: re.Match[str]) -> str:
+        name, places = match["name"], match["places"].split()
+        if name not in TABLES:
+            raise ValueError(f"unknown table {name!r}; allowed: {', '.join(TABLES)}")
+        groups = group_runs(find_runs([ROOT / place for place in places]), mix=len(places) > 1)
+        return f"{match[1]}\n{to_markdown(TABLES[name](groups))}\n{match[4]}"
+
+    return MARKER.sub(table, text)
+
+
+def main() -> None:
+    """Rewrite the pages that changed."""
+    for page in pages():
+        old = page.read_text()
+        new = filled(old)
+        if new != old:
+            write_atomically(page, new)
+            print(f"{page.relative_to(ROOT)} changed")
+
+
+if __name__ == "__main__":
+    main()

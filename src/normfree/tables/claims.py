@@ -1,0 +1,93 @@
+"""The paper's claims as paired differences over seeds, each with a verdict that its interval decides."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+from normfree.analysis import Difference, Group, Heads, final_heads, paired_difference, range_counts
+from normfree.tables.results import percent, perplexity_difference
+from normfree.tables.table import Column, Table
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`ours` against `theirs`: the difference that `measure` takes is said to be above or below 0."""
+
+    text: str
+    ours: str
+    theirs: str
+    measure: Callable[[Group, Group], Difference]
+    above: bool
+
+
+def top_quarter_difference(ours: Group, theirs: Group) -> Difference:
+    """Paired difference of the share of heads at or above 3/4 of the causal ceiling."""
+    return paired_difference(_top_shares(ours), _top_shares(theirs))
+
+
+CLAIMS = (
+    Claim("(a) With LayerNorm, ReLU is worse than GELU", "SM+LN+R", "SM+LN+G", perplexity_difference, above=True),
+    Claim("(b) Without it, ReLU is better", "SM+R", "SM+G", perplexity_difference, above=False),
+    Claim("(c) GELU puts more heads into the top quarter", "SM+G", "SM+R", top_quarter_difference, above=True),
+    Claim("(g) ReLU early, GELU late beats GELU", "SM+R/G", "SM+G", perplexity_difference, above=False),
+    Claim("(g) GELU early, ReLU late beats GELU", "SM+G/R", "SM+G", perplexity_difference, above=False),
+    Claim("(g) ReLU early, GELU late beats ReLU", "SM+R/G", "SM+R", perplexity_difference, above=False),
+    Claim("(g) ReLU belongs into the early half", "SM+R/G", "SM+G/R", perplexity_difference, above=False),
+)
+
+
+def claim_table(groups: Sequence[Group]) -> Table:
+    """One row a claim that the runs can speak to: difference, 95 % interval, pairs, verdict."""
+    rows = []
+    for claim in CLAIMS:
+        for ours, theirs in _pairs(claim, groups):
+            found = claim.measure(ours, theirs)
+            interval = f"{percent(found.low)} to {percent(found.high)}" if math.isfinite(found.low) else "-"
+            unit = "perplexity" if claim.measure is perplexity_difference else "share of heads"
+            mean = f"NaN ({found.nonfinite}/{found.n})" if found.nonfinite else percent(found.mean)
+            names = (claim.text, f"{ours.name} against {theirs.name}", unit)
+            rows.append((*names, mean, interval, str(found.n), verdict(found, above=claim.above)))
+    columns = (
+        *(Column(title, numeric=False) for title in ("Claim", "Compared", "Measured")),
+        *(Column(title) for title in ("Difference", "95 % interval", "Pairs")),
+        Column("Verdict", numeric=False),
+    )
+    notes = (
+        "Holds or does not hold: the 95 % Student-t interval over paired seeds lies wholly on one side of 0. "
+        "Undecided: it contains 0, or there is one pair only, or a run diverged; more seeds decide it.",
+        "Share of heads: those at or above 3/4 of the causal ceiling, in points of all heads.",
+    )
+    return Table("claims", "The paper's claims at this scale", columns, tuple(rows), notes)
+
+
+def verdict(found: Difference, *, above: bool) -> str:
+    """`holds`, `does not hold` or `undecided` for the claim that the difference is above (or below) 0."""
+    low, high = (found.low, found.high) if above else (-found.high, -found.low)
+    if low > 0:
+        return "holds"
+    return "does not hold" if high < 0 else "undecided"
+
+
+def _pairs(claim: Claim, groups: Sequence[Group]) -> list[tuple[Group, Group]]:
+    return [
+        (ours, theirs)
+        for ours in groups
+        for theirs in groups
+        if (ours.label, theirs.label) == (claim.ours, claim.theirs)
+        and ours.recipe == theirs.recipe
+        and ours.perplexities.keys() & theirs.perplexities.keys()
+    ]
+
+
+def _top_shares(group: Group) -> dict[Hashable, float]:
+    return {seed: _top_share(final_heads(run)) for seed, run in zip(group.perplexities, group.runs, strict=True)}
+
+
+def _top_share(heads: Heads | None) -> float:
+    """NaN where a head is not finite or nothing was measured."""
+    if heads is None:
+        return math.nan
+    counts = range_counts(heads.entropy_LH, heads.ceiling_L)
+    return math.nan if counts.nonfinite else counts.shares[-1]
