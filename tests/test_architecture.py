@@ -24,7 +24,7 @@ ALLOWED = {
     "compose": {"config", "model"},
     "pretrained": {"model", "records"},
     "measure": {"entropy", "evaluate"},
-    "studies": {"compose", "config", "records", "report", "training", "evaluate"},
+    "studies": {"compose", "config", "data", "records", "report", "training", "evaluate", "workers"},
     "sweep": {"compose", "records", "studies", "training"},
     "verify": {"manifest", "config", "data", "records", "training"},
     "commands": None,

@@ -93,3 +93,21 @@ def test_a_run_that_another_process_trains_is_left_to_it(
         page = run_study(str(study), [*overrides, f"runs_dir={elsewhere}"])
     assert "sm-r-seed0 is trained by another process; left to it" in caplog.text
     assert {run.name for run in find_runs([page.parents[1]])} == {"sm-seed0", "sm-r-wild-seed0"}
+
+
+@pytest.mark.slow
+def test_two_workers_share_the_runs_and_get_the_same_numbers(
+    done: tuple[Path, list[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, overrides, page = done
+    monkeypatch.setattr("normfree.studies.usable_cores", lambda: 2)
+    shared = run_study(str(study), [*overrides, f"runs_dir={tmp_path}"], workers=2)
+    alone, together = find_runs([page.parents[1]]), find_runs([shared.parents[1]])
+    assert [run.status for run in together] == [run.status for run in alone]
+    assert [run.facts["final"] for run in together] == [run.facts["final"] for run in alone]
+
+
+@pytest.mark.parametrize("workers", [0, 10_000])
+def test_more_workers_than_cores_are_refused(workers: int) -> None:
+    with pytest.raises(ValueError, match=f"workers={workers}: this machine has"):
+        run_study("quick", workers=workers)

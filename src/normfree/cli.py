@@ -178,7 +178,8 @@ def _key_help(verb: Verb) -> list[str]:
 
     lines = [f"  {group + '=':<12}{', '.join(members(group))}" for group in GROUPS]
     lines.append(f"  {'studies':<12}{', '.join(studies())}")
-    lines += ["", "  runs_dir=runs   where runs are kept", "  cache_dir=      where corpora are kept", ""]
+    lines += ["", "  workers=1       study only: processes that share its runs and this machine's cores"]
+    lines += ["  runs_dir=runs   where runs are kept", "  cache_dir=      where corpora are kept", ""]
     lines += [_key_line(key, default, meaning) for key, default, meaning in describe_keys()]
     lines.append("  model.*: the fields of NormFreeConfig, e.g. model.hidden_size=256 (docs/extending.md)")
     return [*lines, "", "Values shown are the defaults; a preset sets many of them."]

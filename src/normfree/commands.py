@@ -138,11 +138,15 @@ def train(overrides: Sequence[str]) -> None:
 
 
 def study(name: str, overrides: Sequence[str]) -> None:
-    """Train the runs of a study and build its report."""
+    """Train the runs of a study and build its report; `workers=N` is ours, all other keys are the runs'."""
     from normfree.studies import run_study
 
     prepare_process()
-    page = run_study(name, overrides)
+    workers = [word.partition("=")[2] for word in overrides if word.startswith("workers=")]
+    if not all(number.isdigit() for number in workers):
+        raise ValueError(f"workers={workers[0]!r}: give a whole number of processes, e.g. workers=2")
+    of_runs = [word for word in overrides if not word.startswith("workers=")]
+    page = run_study(name, of_runs, workers=int(workers[-1]) if workers else 1)
     print((page.parent / "tables" / "perplexity.md").read_text())
     print(f"The page: {page}")
 

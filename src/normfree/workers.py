@@ -1,0 +1,54 @@
+"""The same command in several processes at once, stopped together."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+
+class StoppedError(Exception):
+    """A signal ended all processes."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by signal {signal_number}; the same command goes on from the newest checkpoints")
+        self.signal_number = signal_number
+
+
+def run_side_by_side(command: Sequence[str], *, count: int, environment: dict[str, str]) -> list[int]:
+    """Start `count` processes of one command and wait; returns their exit statuses. Their standard output is dropped.
+
+    SIGINT and SIGTERM are handed on once, whoever sent them: the processes live in groups of their own, so that a
+    Ctrl-C does not reach them twice (a second signal would make a run leave without a checkpoint).
+
+    Raises StoppedError after such a signal, once every process has ended.
+    """
+    received: list[int] = []
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def hand_on(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        for process in processes:
+            process.send_signal(number)
+
+    previous: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        previous = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for _ in range(count):
+            processes.append(
+                subprocess.Popen(
+                    command, env=os.environ | environment, stdout=subprocess.DEVNULL, start_new_session=True
+                )
+            )
+        statuses = [process.wait() for process in processes]
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if received:
+        raise StoppedError(received[0])
+    return statuses
