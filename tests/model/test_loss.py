@@ -124,3 +124,13 @@ def test_fifty_steps_in_bf16_follow_plain_float32(build, activation):
     fast, plain = losses(True), losses(False)
     assert plain[-1] < plain[0] - 0.3
     torch.testing.assert_close(fast, plain, atol=BF16_LOSS_TOLERANCE, rtol=0)
+
+
+def test_a_compiled_model_has_the_same_loss_and_gradient_without_logits(build, ids):
+    model = build(norm="none").train()
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(
+        compiled(ids, labels=ids, return_logits=False).loss, model(ids, labels=ids, return_logits=False).loss
+    )
+    compiled(ids, labels=ids, return_logits=False).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())

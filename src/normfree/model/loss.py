@@ -17,6 +17,7 @@ LARGEST_LOGITS = 2**24
 """Elements of a block's logits: 64 MiB in float32."""
 
 
+@torch.compiler.disable  # a compiler would unroll the blocks; the layers before it stay one graph
 def next_token_loss(
     hidden_BTE: Tensor,
     weight_VE: Tensor,
@@ -46,6 +47,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         vocabulary = len(weight_VE)
         size = min(LARGEST_BLOCK, max(1, LARGEST_LOGITS // vocabulary))
         wanted = any(ctx.needs_input_grad)
+        all_count = bool((labels_N != IGNORED).all())
         cast_VE = weight_VE.to(hidden_NE.dtype)
         hidden_gradient_NE = torch.empty_like(hidden_NE) if wanted else None
         weight_gradient_VE = torch.zeros_like(weight_VE, dtype=torch.float32) if wanted else None
@@ -57,7 +59,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 total += F.nll_loss(log_probability_nV, labels_n, ignore_index=IGNORED, reduction="sum")
                 if hidden_gradient_NE is None or weight_gradient_VE is None:
                     continue
-                logit_gradient_nV = _logit_gradient(log_probability_nV, labels_n).to(hidden_NE.dtype)
+                logit_gradient_nV = _logit_gradient(log_probability_nV, labels_n, all_count).to(hidden_NE.dtype)
                 hidden_gradient_NE[start : start + size] = logit_gradient_nV @ cast_VE
                 weight_gradient_VE += logit_gradient_nV.mT @ block_nE
         ctx.save_for_backward(hidden_gradient_NE, weight_gradient_VE)
@@ -71,9 +73,9 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return of_total * hidden_gradient_NE, (of_total * weight_gradient_VE).to(ctx.weight_dtype), None
 
 
-def _logit_gradient(log_probability_nV: Tensor, labels_n: Tensor) -> Tensor:
+def _logit_gradient(log_probability_nV: Tensor, labels_n: Tensor, all_count: bool) -> Tensor:
     """Softmax minus one at the label, 0 for rows that do not count; overwrites its input."""
-    counted_n1 = (labels_n != IGNORED)[:, None]
     probability_nV = log_probability_nV.exp_()
-    probability_nV.scatter_add_(1, labels_n.clamp_min(0)[:, None], -torch.ones_like(counted_n1, dtype=torch.float32))
-    return probability_nV if bool(counted_n1.all()) else probability_nV * counted_n1
+    ones_n1 = torch.ones_like(labels_n, dtype=probability_nV.dtype)[:, None]
+    probability_nV.scatter_add_(1, labels_n.clamp_min(0)[:, None], -ones_n1)
+    return probability_nV if all_count else probability_nV * (labels_n != IGNORED)[:, None]
