@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from normfree.config import DataSpec
+from normfree.data.fast import FastEncoder, NotReproducibleError
 from normfree.data.installed import InstalledSource
 from normfree.data.packing import BlockWriter, concatenated, unigram_perplexity, windows
 from normfree.data.sources import Document, FilesSource, HubSource, Source, Split, limited
@@ -154,7 +155,7 @@ class _Preparation:
     def run(self) -> dict[str, Any]:
         """Write tokenizer and blocks; returns the facts of the corpus."""
         tokenizer = self._tokenizer()
-        written = {split: self._write(split, tokenizer) for split in ("validation", "train")}
+        written = self._write_splits(tokenizer)
         tokenizer.save_pretrained(self.folder)
         train, validation = written["train"], written["validation"]
         sha256 = tokenizer_hash(tokenizer)
@@ -210,8 +211,17 @@ class _Preparation:
         if not self.kept[split]["documents"]:
             raise ValueError(f"data.source={self.spec.source} gives no {split} text ({self._given()})")
 
-    def _write(self, split: Split, tokenizer: PreTrainedTokenizerFast) -> BlockWriter:
-        encoder = Encoder(tokenizer)
+    def _write_splits(self, tokenizer: PreTrainedTokenizerFast) -> dict[Split, BlockWriter]:
+        """Both splits with tiktoken if its ids are those of tokenizers, else both again with tokenizers."""
+        splits: tuple[Split, ...] = ("validation", "train")
+        try:
+            encoder = FastEncoder(tokenizer)
+            return {split: self._write(split, tokenizer, encoder) for split in splits}
+        except NotReproducibleError as reason:
+            log.warning("the text is encoded with tokenizers, several times slower than with tiktoken: %s", reason)
+        return {split: self._write(split, tokenizer, Encoder(tokenizer)) for split in splits}
+
+    def _write(self, split: Split, tokenizer: PreTrainedTokenizerFast, encoder: Encoder | FastEncoder) -> BlockWriter:
         encode = encoder.encode if split == "train" else encoder.encode_with_bytes
         texts = (document.text for document in self._documents(split, f"encoding {split} text"))
         documents = (document_SC for chunk in in_chunks(texts) for document_SC in encode(chunk))

@@ -1,8 +1,9 @@
 """The offline default: Python files of the standard library and of the runtime packages on this machine.
 
-`installed.json` is a committed list: the distributions of requirements.lock and the top-level packages
-that validation holds. A package lies in one split as a whole. The text depends on the version of Python
-and of every package, which is why they are part of `versions`.
+`installed.json` is a committed list: the distributions of requirements.lock, apart from those that became dependencies
+after results were made from this text (`not_read`), and the top-level packages that validation holds. A package lies
+in one split as a whole. The text depends on the version of Python and of every package, which is why they are part of
+`versions`.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ log = logging.getLogger("normfree")
 
 
 def installed_facts() -> dict[str, list[str]]:
-    """The committed lists: `distributions` (those of requirements.lock) and `validation` (packages)."""
+    """The committed lists: `distributions` and `not_read`, together requirements.lock, and `validation` (packages)."""
     return json.loads(files("normfree.data").joinpath("installed.json").read_text())
 
 

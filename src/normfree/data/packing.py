@@ -62,12 +62,17 @@ class BlockWriter:
     def write_all(self, blocks: Iterable[np.ndarray]) -> None:
         """Write every (N, T, C) array of `blocks`, and nothing after the first error."""
         writer = None
-        for blocks_NTC in _gathered(blocks):
-            if writer is None:
-                writer = ArrowWriter(path=str(self._path), features=_features(*blocks_NTC.shape[1:]))
-            writer.write_table(self._table(blocks_NTC))
-        if writer is not None:
-            writer.finalize()
+        try:
+            for blocks_NTC in _gathered(blocks):
+                if writer is None:
+                    writer = ArrowWriter(path=str(self._path), features=_features(*blocks_NTC.shape[1:]))
+                writer.write_table(self._table(blocks_NTC))
+            if writer is not None:
+                writer.finalize()
+        finally:
+            # Closed after an error too: the same file may be written anew by another encoder.
+            if writer is not None:
+                writer.close()
 
     def _table(self, blocks_NTC: np.ndarray) -> pyarrow.Table:
         ids_NT = np.ascontiguousarray(blocks_NTC[:, :, 0], dtype="<i4")

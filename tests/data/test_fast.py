@@ -1,0 +1,185 @@
+"""The fast encoder gives the ids and byte counts of tokenizers, or refuses; prepare() then falls back and says so."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import string
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from normfree.config import DataSpec
+from normfree.data import fast, prepare
+from normfree.data.fast import FastEncoder, NotReproducibleError
+from normfree.data.tokenizer import END_TOKEN, Encoder, train_tokenizer
+from normfree.manifest import damages
+
+CODE = [inspect.getsource(module) for module in (string, json, json.decoder, inspect, logging, pytest)]
+TOKENIZER = train_tokenizer([*CODE, "caf\u00e9 na\u00efve \u4e2d\u6587 " * 50], 1200)
+FAST, LIBRARY = FastEncoder(TOKENIZER), Encoder(TOKENIZER)
+
+BLANKS = st.text(alphabet=" \t\n\r\x0b\x0c\x85\u00a0\u2003\u2028\u3000", min_size=1, max_size=40)
+WORDS = st.sampled_from(
+    ["def f(x):\n", "    return x", "it's", "I'LL", "x_1", "3.14e-10", "caf\u00e9", "\u0661\u0662", "e\u0301"]
+)
+SPECIALS = st.sampled_from([END_TOKEN, "<|endoftext|", "|>", "<|", "[UNK]", END_TOKEN * 2])
+TEXTS = st.lists(st.one_of(WORDS, BLANKS, SPECIALS, st.text(max_size=20)), max_size=12).map("".join)
+
+
+def assert_equal(texts: list[str], ours: FastEncoder = FAST, theirs: Encoder = LIBRARY) -> None:
+    """Ids and byte counts of both encoders agree, and the bytes sum to the text."""
+    for text, ids_S1, ours_S2, theirs_S2 in zip(
+        texts, ours.encode(texts), ours.encode_with_bytes(texts), theirs.encode_with_bytes(texts), strict=True
+    ):
+        assert ids_S1[:, 0].tolist() == theirs_S2[:, 0].tolist()
+        assert ours_S2.tolist() == theirs_S2.tolist()
+        assert ours_S2[:, 1].sum() == len(text.encode())
+        assert ids_S1.dtype == ours_S2.dtype == np.int32
+
+
+@settings(deadline=None)
+@given(texts=st.lists(TEXTS, max_size=4))
+def test_ids_and_bytes_are_those_of_tokenizers(texts: list[str]) -> None:
+    assert_equal(texts)
+
+
+def test_code_has_the_same_ids_and_bytes() -> None:
+    assert_equal([*CODE, "", "\n"])
+    assert len(FAST.encode(CODE)[3]) > 10_000
+
+
+def test_text_that_spells_the_end_token_stays_text() -> None:
+    [document_SC] = FAST.encode_with_bytes([f"a{END_TOKEN}b"])
+    assert TOKENIZER.eos_token_id not in document_SC[:, 0]
+    assert document_SC[:, 1].sum() == len(END_TOKEN) + 2
+
+
+def test_a_million_blanks_have_the_same_ids() -> None:
+    assert_equal(["x" + " " * 1_000_000 + "y"])
+
+
+def test_half_a_character_is_refused_and_not_replaced() -> None:
+    with pytest.raises(UnicodeEncodeError):
+        FAST.encode(["a\ud800b"])
+
+
+def changed(change: Callable[[dict[str, Any]], None]) -> PreTrainedTokenizerFast:
+    """TOKENIZER with another tokenizer.json."""
+    description = json.loads(TOKENIZER.backend_tokenizer.to_str())
+    change(description)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(description)), eos_token=TOKENIZER.eos_token
+    )
+
+
+def test_ids_in_any_order_are_reproduced() -> None:
+    def reverse(description: dict[str, Any]) -> None:
+        vocab = description["model"]["vocab"]
+        description["model"]["vocab"] = {piece: len(vocab) - 1 - number for piece, number in vocab.items()}
+        description["added_tokens"][0]["id"] = len(vocab) - 1
+
+    tokenizer = changed(reverse)
+    assert_equal([*CODE, END_TOKEN], FastEncoder(tokenizer), Encoder(tokenizer))
+
+
+def with_merges(*pairs: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of 256 bytes and these merges, each written as 'left right'."""
+    merges = [(left, right) for left, right in map(str.split, pairs)]
+    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+    inner = Tokenizer(models.BPE({piece: number for number, piece in enumerate(pieces)}, merges))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=inner)
+
+
+def word_level() -> PreTrainedTokenizerFast:
+    inner = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=inner)
+
+
+def with_normalizer() -> PreTrainedTokenizerFast:
+    tokenizer = with_merges("a b")
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()  # pyright: ignore[reportAttributeAccessIssue]
+    return tokenizer
+
+
+def with_added_word() -> PreTrainedTokenizerFast:
+    tokenizer = with_merges("a b")
+    tokenizer.add_tokens(["abab"])
+    return tokenizer
+
+
+OTHERS = {
+    "word level": (word_level, "WordLevel, not a BPE"),
+    "normalizer": (with_normalizer, "has a normalizer"),
+    "added word": (with_added_word, "not special, such as 'abab'"),
+    "prefix": (lambda: changed(lambda d: d["pre_tokenizer"].update(add_prefix_space=True)), "does not cut words"),
+    "no words": (lambda: changed(lambda d: d["pre_tokenizer"].update(use_regex=False)), "does not cut words"),
+    "dropout": (lambda: changed(lambda d: d["model"].update(dropout=0.1)), "not a BPE without options"),
+    "two merges": (lambda: with_merges("a b", "b c", "ab c", "a bc"), "two merges of the tokenizer give one piece"),
+    "unreachable": (lambda: with_merges("a b", "b c", "a bc"), "never give its piece 'abc'"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_tokenizer_of_another_kind_is_refused(kind: str) -> None:
+    build, reason = OTHERS[kind]
+    with pytest.raises(NotReproducibleError, match=reason):
+        FastEncoder(build())
+
+
+@pytest.fixture
+def spec(text_folder: Path) -> DataSpec:
+    (text_folder / "file_0.py").write_text("price = '3 \u20ac 25'\n" * 40)
+    return DataSpec(source="files", paths=(str(text_folder),), vocab_size=300, context=16)
+
+
+def fingerprint_and_log(spec: DataSpec, cache: Path, caplog: pytest.LogCaptureFixture) -> tuple[str, str]:
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="normfree"):
+        corpus = prepare(spec, cache=cache, progress=False)
+    assert damages(corpus.folder) == []
+    return corpus.fingerprint, caplog.text
+
+
+# What makes the two differ, an expression that does, and whether that shows before any text is encoded.
+DIFFERENCES = {
+    "made-up strings": (r"\S+|\s+", "tiktoken gives other ids for", True),
+    "the text": (r" (?=return)|" + fast.WORDS, "tiktoken gives other ids for", False),
+    "characters": (fast.WORDS.replace(r"\p{L}", r"[\p{L}\u20ac]"), "cut words differently at U+20AC", False),
+}
+
+
+@pytest.mark.parametrize("packing", ["windows", "concatenate"])
+@pytest.mark.parametrize("difference", DIFFERENCES)
+def test_other_ids_fall_back_with_a_line_and_the_same_fingerprint(
+    spec: DataSpec, tmp_path: Path, monkeypatch, caplog, packing, difference: str
+) -> None:
+    spec = replace(spec, packing=packing)
+    usual, line = fingerprint_and_log(spec, tmp_path / "usual", caplog)
+    assert "encoding with tiktoken" in line
+    assert "several times slower" not in line
+    words, reason, at_once = DIFFERENCES[difference]
+    monkeypatch.setattr(fast, "WORDS", words)
+    monkeypatch.setattr(fast, "COMPARED_CHARACTERS", fast.COMPARED_CHARACTERS if difference == "the text" else 0)
+    fallen_back, line = fingerprint_and_log(spec, tmp_path / "other", caplog)
+    assert fallen_back == usual
+    assert "the text is encoded with tokenizers, several times slower than with tiktoken: " in line
+    assert reason in line
+    assert ("encoding with tiktoken" in line) != at_once
+
+
+def test_another_kind_of_tokenizer_falls_back_with_a_line(spec: DataSpec, tmp_path: Path, caplog) -> None:
+    with_normalizer().save_pretrained(tmp_path / "tokenizer")
+    _, line = fingerprint_and_log(replace(spec, tokenizer=str(tmp_path / "tokenizer")), tmp_path, caplog)
+    assert "several times slower than with tiktoken: the tokenizer has a normalizer" in line
