@@ -5,8 +5,9 @@ A page holds a marker, and all between it and `<!-- end -->` is made from runs:
     <!-- table: perplexity of results/quick -->
     <!-- end -->
 
-Tables: perplexity, differences, claims, ranges, verdicts, slopes, runs. Several folders may be given; runs of
-different recipes are then shown side by side. A test fails when a page differs from what the records give.
+Tables: perplexity, differences, claims, ranges, verdicts, slopes, runs. Several folders may be given. `mixed` before
+`-->` shows runs of different recipes side by side, which is refused otherwise. A test fails when a page differs from
+what the records give.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from normfree.records import find_runs
 from normfree.tables import Table, to_markdown
 
 ROOT = Path(__file__).parents[1]
-MARKER = re.compile(r"(<!-- table: (?P<name>\S+) of (?P<places>[^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+END = "<!-- end -->"
+MARKER = re.compile(
+    r"(<!-- table: (?P<name>\S+) of (?P<places>[^>]+?)(?P<mixed> mixed)? -->\n).*?<!-- end -->", re.DOTALL
+)
 
 
 def _of_runs(make: Callable[..., Table]) -> Callable[[Sequence[Group]], Table]:
@@ -52,8 +56,8 @@ def filled(text: str) -> str:
         name, places = match["name"], match["places"].split()
         if name not in TABLES:
             raise ValueError(f"unknown table {name!r}; allowed: {', '.join(TABLES)}")
-        groups = group_runs(find_runs([ROOT / place for place in places]), mix=len(places) > 1)
-        return f"{match[1]}\n{to_markdown(TABLES[name](groups))}\n{match[4]}"
+        groups = group_runs(find_runs([ROOT / place for place in places]), mix=bool(match["mixed"]))
+        return f"{match[1]}\n{to_markdown(TABLES[name](groups))}\n{END}"
 
     return MARKER.sub(table, text)
 
