@@ -192,17 +192,17 @@ def print_table(size: str, rows: list[dict[str, Any]]) -> None:
 
 
 def measure_whole_training(threads: int) -> dict[str, float]:
-    """`normfree train` at the cpu preset against our bare step (SM+G), taken before and after it.
+    """`normfree train` at the cpu preset against our bare step (SM+R), taken before and after it.
 
-    Two runs of 100 and 350 steps: their difference is 250 steps with the preset's logs, probes, one evaluation and
+    Two runs of 100 and 1100 steps: their difference is 1000 steps with the preset's logs, probes, one evaluation and
     one checkpoint, without start, final evaluation and saving of the model.
     """
-    job = {"layers": LAYERS, "width": 128, "vocabulary": 4096, "context": 128, "batch": 32, "threads": threads}
+    job = {"layers": LAYERS, "width": 128, "vocabulary": 4096, "context": 128, "batch": 8, "threads": threads}
     job |= {"contender": "ours norm-free", "keep_memory": True}
     bare = [bare_step_seconds(job)]
     with tempfile.TemporaryDirectory() as runs:
         seconds = {}
-        for steps in (100, 350):
+        for steps in (100, 1100):
             command = [sys.executable, "-m", "normfree.cli", "train", "preset=cpu", "variant=sm-r"]
             command += [f"train.steps={steps}", "train.precision=bf16", f"train.threads={threads}"]
             command += [f"runs_dir={runs}", f"tag={steps}"]
@@ -210,16 +210,16 @@ def measure_whole_training(threads: int) -> dict[str, float]:
             record = json.loads((Path(runs) / "single" / f"sm-r-{steps}-seed0" / "run.json").read_text())
             seconds[steps] = record["wall_seconds"]
     bare.append(bare_step_seconds(job))
-    per_step = (seconds[350] - seconds[100]) / 250
+    per_step = (seconds[1100] - seconds[100]) / 1000
     bare_step = statistics.mean(bare)
     return {"step_seconds": per_step, "bare_step_seconds": bare_step, "share_of_bare_speed": bare_step / per_step}
 
 
 def bare_step_seconds(job: dict[str, Any]) -> float:
-    """Mean of 20 steps in a fresh process."""
+    """Mean of 100 steps in a fresh process."""
     worker = Worker(job)
     warm_up(worker)
-    seconds = worker.step_seconds(20)
+    seconds = worker.step_seconds(100)
     worker.close()
     return seconds
 
