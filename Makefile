@@ -24,6 +24,7 @@ tables: .venv/runtime
 	$(BIN)/python docs/tables.py
 
 bench: .venv/development
+	$(BIN)/python benchmarks/data.py $(if $(FULL),,quick=true)
 	$(BIN)/python benchmarks/entropy.py $(if $(FULL),,quick=true)
 	$(BIN)/python benchmarks/training.py $(if $(FULL),full=true whole=true)
 

@@ -169,7 +169,7 @@ def _python_files(installed: Distribution) -> dict[str, str]:
     """Names and places of its Python files. Reading RECORD here is six times faster than `installed.files`."""
     record = installed.read_text("RECORD")
     rows = csv.reader((record or "").splitlines())
-    names = [row[0] for row in rows] if record else [file.as_posix() for file in installed.files or []]
+    names = [row[0] for row in rows if row] if record else [file.as_posix() for file in installed.files or []]
     site = installed.locate_file("")
     return {name: f"{site}/{name}" for name in names if name.endswith(".py") and ".." not in name.split("/")}
 
