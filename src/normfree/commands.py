@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import ConfigDict
 
@@ -57,26 +57,6 @@ class EntropyOptions:
     """Precision of the weights; entropies are computed in fp32."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CostOptions:
-    """Keys of `normfree cost`."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
-    variant: str = "sm-ln-g"
-    """MODEL=PRESET: which variant of it."""
-    context: int | None = None
-    """Tokens in the one sequence; empty takes a run's or preset's own, else 128."""
-    protocol: str = "cheetah"
-    """cheetah (the published totals' protocol) or semi2k."""
-    network: str = "wan"
-    """lan or wan: bandwidth and delay for the lower bound of the time."""
-    bandwidth_mbps: float | None = None
-    """Overrides the network's bandwidth."""
-    delay_ms: float | None = None
-    """Overrides the network's delay of one round."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +137,7 @@ def evaluate(name: str, options: EvaluateOptions) -> None:
     from normfree.pretrained import load_pretrained
 
     prepare_process()
-    text = _read_text(options.text)
+    text = read_text(options.text)
     model, tokenizer = load_pretrained(
         name, dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code
     )
@@ -176,7 +156,7 @@ def entropy(name: str, options: EntropyOptions) -> None:
     from normfree.training.environment import command_line, software
 
     prepare_process()
-    text = _read_text(options.text)
+    text = read_text(options.text)
     model, tokenizer = load_pretrained(
         name,
         dtype=options.dtype,
@@ -207,39 +187,6 @@ def entropy(name: str, options: EntropyOptions) -> None:
     print(f"The page: {page}")
 
 
-def cost(name: str, options: CostOptions) -> None:
-    """Print what one forward pass costs in private inference, by operation and by layer."""
-    from normfree.cost import of_config
-
-    config, own_context = _config_of(name, options.variant)
-    found = of_config(
-        config,
-        context=options.context or own_context,
-        protocol=options.protocol,
-        network=options.network,
-        bandwidth_mbps=options.bandwidth_mbps,
-        delay_ms=options.delay_ms,
-    )
-    print(found.to_markdown())
-
-
-def _config_of(name: str, variant: str) -> tuple[Any, int]:
-    """(config, context) of a preset with a variant, a run, a folder or a hub name."""
-    from normfree.compose import compose_run, members
-    from normfree.pretrained import load_config
-    from normfree.records import RUN_FILE, read_run
-
-    if name in members("preset"):
-        spec = compose_run([f"preset={name}", f"variant={variant}"]).spec
-        vocabulary = {} if spec.data.tokenizer else {"vocab_size": spec.data.vocab_size}
-        return {"model_type": "normfree", **vocabulary, **spec.model}, spec.data.context
-    if (Path(name) / RUN_FILE).is_file():
-        run = read_run(name)
-        fields = {"model_type": "normfree", "vocab_size": run.facts["corpus"]["vocab_size"], **run.spec["model"]}
-        return fields, run.spec["data"]["context"]
-    return load_config(name), 128
-
-
 def verify(name: str, options: VerifyOptions) -> None:
     """Say of each part of a run folder whether it is sound. Raises ValueError when one is damaged."""
     from normfree.verify import verify as verify_run
@@ -261,7 +208,8 @@ def report(places: Sequence[str], options: ReportOptions) -> None:
     print(f"The page: {build_report(find_runs(places), options.output, mix=options.mix)}")
 
 
-def _read_text(path: Path | None) -> str:
+def read_text(path: Path | None) -> str:
+    """The content of text=, or held-out Python code of this machine. Raises ValueError for what cannot be read."""
     if path is None:
         from normfree.data import held_out_text
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,26 +70,40 @@ def _tree_rounds(price: Mapping[str, Any], item: Count) -> int:
     return each * (item.length - 1).bit_length() if isinstance(item, Rows) else 0
 
 
-@cache
 def load_constants(path: Path = CONSTANTS_FILE) -> dict[str, Any]:
-    """The content of a file of constants. Raises ValueError for another version."""
-    content = json.loads(path.read_text())
-    if content.get("version") != VERSION:
-        raise ValueError(f"{path} has version {content.get('version')!r}; this normfree reads version {VERSION}")
+    """The content of a file of constants. Raises ValueError for a file that is none, and for another version."""
+    advice = f"`normfree cost calibrate output={path.name}` writes one"
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"constants={path} does not exist; {advice}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise ValueError(f"constants={path} is not readable as JSON; {advice}") from None
+    version = content.get("version") if isinstance(content, dict) else None
+    if version != VERSION:
+        raise ValueError(f"{path} has version {version!r}; this normfree reads version {VERSION}")
+    if missing := [key for key in ("origins", "protocols", "networks") if not isinstance(content.get(key), dict)]:
+        raise ValueError(f"constants={path} has no {missing[0]!r}; {advice}")
     return content
 
 
-def find_protocol(name: str) -> Protocol:
+def find_protocol(name: str, constants: Path = CONSTANTS_FILE) -> Protocol:
     """Prices of a protocol. Raises ValueError with the nearest valid name."""
-    known = load_constants()["protocols"]
+    known = load_constants(constants)["protocols"]
     if name not in known:
         raise ValueError(f"unknown protocol {name!r}; {nearest(name, list(known))}")
     return Protocol(name=name, **known[name])
 
 
-def find_network(name: str, *, bandwidth_mbps: float | None = None, delay_ms: float | None = None) -> Network:
+def find_network(
+    name: str,
+    *,
+    bandwidth_mbps: float | None = None,
+    delay_ms: float | None = None,
+    constants: Path = CONSTANTS_FILE,
+) -> Network:
     """A network of the file, with its bandwidth or delay replaced. Raises ValueError with the nearest valid name."""
-    known = load_constants()["networks"]
+    known = load_constants(constants)["networks"]
     if name not in known:
         raise ValueError(f"unknown network {name!r}; {nearest(name, list(known))}")
     stated = known[name]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from normfree.cost.constants import Network, Protocol, find_network, find_protocol
+from normfree.cost.constants import CONSTANTS_FILE, Network, Protocol, find_network, find_protocol
 from normfree.cost.counts import Count, Matmul, count
 from normfree.cost.families import Architecture, HasToDict, read_architecture
 from normfree.records import Run
@@ -119,24 +120,34 @@ def of_config(
     network: str = "wan",
     bandwidth_mbps: float | None = None,
     delay_ms: float | None = None,
+    constants: Path = CONSTANTS_FILE,
 ) -> Cost:
     """The cost of a model from its config: an object of transformers, or the content of a config.json.
+    `constants` is a file that `normfree cost calibrate` wrote; the default is the package's own.
 
     Raises ValueError for a family, an activation, a norm, a protocol or a network that the tables do not know.
     """
-    prices = find_protocol(protocol)
-    link = find_network(network, bandwidth_mbps=bandwidth_mbps, delay_ms=delay_ms)
+    prices = find_protocol(protocol, constants)
+    link = find_network(network, bandwidth_mbps=bandwidth_mbps, delay_ms=delay_ms, constants=constants)
     architecture = read_architecture(config)
     items = tuple(Item(item, *prices.price(item)) for item in count(architecture, context))
     return Cost(architecture=architecture, context=context, protocol=prices, network=link, items=items)
 
 
-def of_run(run: Run, *, protocol: str = "cheetah", network: str = "wan") -> Cost:
-    """The cost of a run's model on its own context and vocabulary, from run.json alone."""
-    context = run.spec["data"]["context"]
-    facts = {"vocab_size": run.facts["corpus"]["vocab_size"], "max_position_embeddings": context}
+def of_run(
+    run: Run,
+    *,
+    context: int | None = None,
+    protocol: str = "cheetah",
+    network: str = "wan",
+    constants: Path = CONSTANTS_FILE,
+) -> Cost:
+    """The cost of a run's model on its own context (or a shorter one) and vocabulary, from run.json alone."""
+    longest = run.spec["data"]["context"]
+    facts = {"vocab_size": run.facts["corpus"]["vocab_size"], "max_position_embeddings": longest}
     config = {"model_type": "normfree", **run.spec["model"], **facts}
-    return of_config(config, context=context, protocol=protocol, network=network)
+    tokens = longest if context is None else context
+    return of_config(config, context=tokens, protocol=protocol, network=network, constants=constants)
 
 
 def gigabytes(transferred: float) -> str:

@@ -1,0 +1,55 @@
+"""SecretFlow SPU's simulator in a Python of its own: SPU needs Python below 3.12, an old jax and numpy 1."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from normfree.config import nearest
+
+SIMULATOR = Path(__file__).with_name("simulator.py")
+PYTHON_VARIABLE = "NORMFREE_SPU_PYTHON"
+USUAL_PYTHON = Path("spu/bin/python")
+INSTALL = "python3.11 -m venv spu && spu/bin/pip install 'spu==0.9.5' 'jax<=0.4.34' 'jaxlib<=0.4.34' 'numpy<2'"
+SIMULATED = ("cheetah", "semi2k")
+"""Protocols that simulator.py runs."""
+
+
+def find_python(given: Path | None) -> Path:
+    """The Python of the simulator: the given one, else NORMFREE_SPU_PYTHON, else spu/bin/python.
+
+    Raises ValueError, with the line that makes the environment, when it does not run or has no SPU.
+    """
+    python = given or Path(os.environ.get(PYTHON_VARIABLE) or USUAL_PYTHON)
+    advice = f"make the environment (about 1 GB) with: {INSTALL}; then say python=spu/bin/python"
+    try:
+        done = subprocess.run([python, "-c", "import spu, jax"], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise ValueError(f"no SPU simulator: cannot run {python} ({error.strerror}); {advice}") from None
+    if done.returncode:
+        raise ValueError(f"no SPU simulator: {python} cannot import spu and jax; {advice}")
+    return python
+
+
+def check_simulated(protocol: str) -> None:
+    """Raises ValueError, with the nearest name, for a protocol that the simulator does not run."""
+    if protocol not in SIMULATED:
+        raise ValueError(f"the simulator does not run protocol {protocol!r}; {nearest(protocol, list(SIMULATED))}")
+
+
+def simulate(python: Path, job: dict[str, Any]) -> dict[str, Any]:
+    """The answer of simulator.py to one job, in a subprocess. Raises RuntimeError when it fails."""
+    done = subprocess.run(
+        [python, "-I", SIMULATOR],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    if done.returncode:
+        raise RuntimeError(f"the simulator failed on {job['operation']}:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout)

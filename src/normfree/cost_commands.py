@@ -1,0 +1,148 @@
+"""What `normfree cost`, `cost calibrate` and `cost measure` do. Imports are local, as in commands.py."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostOptions:
+    """Keys of `normfree cost`."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    variant: str = "sm-ln-g"
+    """MODEL=PRESET: which variant of it."""
+    context: int | None = None
+    """Tokens in the one sequence; empty takes a run's or preset's own, else 128."""
+    protocol: str = "cheetah"
+    """cheetah (the published totals' protocol) or semi2k."""
+    network: str = "wan"
+    """lan or wan: bandwidth and delay for the lower bound of the time."""
+    bandwidth_mbps: float | None = None
+    """Overrides the network's bandwidth."""
+    delay_ms: float | None = None
+    """Overrides the network's delay of one round."""
+    constants: Path | None = None
+    """File of prices, from `normfree cost calibrate`; empty takes the package's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateOptions:
+    """Keys of `normfree cost calibrate`."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    python: Path | None = None
+    """Python with SPU 0.9.5; empty takes NORMFREE_SPU_PYTHON, else spu/bin/python."""
+    protocol: str = "semi2k"
+    """semi2k (half a minute) or cheetah (four minutes): whose operations to measure."""
+    constants: Path | None = None
+    """File whose other numbers are kept; empty takes the package's own."""
+    output: Path = Path("constants.json")
+    """The file to write; it may be the file of constants= itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureOptions:
+    """Keys of `normfree cost measure`."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    python: Path | None = None
+    """Python with SPU 0.9.5; empty takes NORMFREE_SPU_PYTHON, else spu/bin/python."""
+    protocol: str = "semi2k"
+    """semi2k (seconds) or cheetah (a minute)."""
+    layer: int = 0
+    """Which block, counted from 0."""
+    tokens: int = 32
+    """Length of the sequence that runs through the block."""
+    text: Path | None = None
+    """UTF-8 text file whose first tokens are taken; empty takes held-out Python code of this machine."""
+    constants: Path | None = None
+    """File of prices to predict with; empty takes the package's own."""
+
+
+def cost(name: str, options: CostOptions) -> None:
+    """Print what one forward pass costs in private inference, by operation and by layer."""
+    from normfree.cost import of_config
+    from normfree.cost.constants import CONSTANTS_FILE
+
+    config, own_context = _config_of(name, options.variant)
+    found = of_config(
+        config,
+        context=options.context or own_context,
+        protocol=options.protocol,
+        network=options.network,
+        bandwidth_mbps=options.bandwidth_mbps,
+        delay_ms=options.delay_ms,
+        constants=options.constants or CONSTANTS_FILE,
+    )
+    print(found.to_markdown())
+
+
+def calibrate(options: CalibrateOptions) -> None:
+    """Measure the operations of a protocol again and write a file of constants."""
+    from normfree.cost.calibrate import calibrate as measure
+    from normfree.cost.calibrate import calibration_table, recalibrated
+    from normfree.cost.constants import CONSTANTS_FILE, load_constants
+    from normfree.manifest import write_atomically
+    from normfree.tables import to_markdown
+
+    output = options.output
+    if output.exists() and output != options.constants:
+        raise ValueError(f"output={output} exists: add constants={output} to replace numbers in it, or name another")
+    constants = options.constants or CONSTANTS_FILE
+    found = measure(options.python, protocol=options.protocol, constants=constants)
+    content = recalibrated(load_constants(constants), found, protocol=options.protocol, day=date.today())
+    write_atomically(output, json.dumps(content, indent=1) + "\n")
+    print(to_markdown(calibration_table(found, protocol=options.protocol)))
+    print(f"The constants: {output}; use them with `normfree cost MODEL constants={output}`")
+
+
+def measure(name: str, options: MeasureOptions) -> None:
+    """Run one block of a run in the simulator; print bytes, rounds and error beside the prediction."""
+    import transformers
+
+    from normfree.commands import read_text
+    from normfree.cost.constants import CONSTANTS_FILE
+    from normfree.simulate import measure_block
+    from normfree.tables import to_markdown
+
+    transformers.utils.logging.disable_progress_bar()
+    found = measure_block(
+        name,
+        lambda: read_text(options.text),
+        python=options.python,
+        protocol=options.protocol,
+        layer=options.layer,
+        tokens=options.tokens,
+        constants=options.constants or CONSTANTS_FILE,
+    )
+    print(to_markdown(found.to_table()))
+    print(
+        f"Largest absolute error against PyTorch: {found.largest_error:.2g} (outputs up to {found.largest_output:.3g})"
+    )
+
+
+def _config_of(name: str, variant: str) -> tuple[Any, int]:
+    """(config, context) of a preset with a variant, a run, a folder or a hub name."""
+    from normfree.compose import compose_run, members
+    from normfree.pretrained import load_config
+    from normfree.records import RUN_FILE, read_run
+
+    if name in members("preset"):
+        spec = compose_run([f"preset={name}", f"variant={variant}"]).spec
+        vocabulary = {} if spec.data.tokenizer else {"vocab_size": spec.data.vocab_size}
+        return {"model_type": "normfree", **vocabulary, **spec.model}, spec.data.context
+    if (Path(name) / RUN_FILE).is_file():
+        run = read_run(name)
+        fields = {"model_type": "normfree", "vocab_size": run.facts["corpus"]["vocab_size"], **run.spec["model"]}
+        return fields, run.spec["data"]["context"]
+    return load_config(name), 128
