@@ -113,10 +113,10 @@ def test_a_model_is_priced_with_the_constants_given(fake: Path, capsys: pytest.C
     assert found["relu"] == pytest.approx(in_rows_of_128 * 128 * 3072, rel=1e-4)
 
 
-def test_two_protocols_meet_in_one_file(fake: Path) -> None:
-    assert main(["cost", "calibrate", f"python={fake}"]) == 0
-    words = ["protocol=cheetah", "constants=constants.json", "output=constants.json"]
-    assert main(["cost", "calibrate", f"python={fake}", *words]) == 0
+def test_two_protocols_meet_in_one_file(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NORMFREE_SPU_PYTHON", str(fake))
+    assert main(["cost", "calibrate"]) == 0
+    assert main(["cost", "calibrate", "protocol=cheetah", "constants=constants.json", "output=constants.json"]) == 0
     protocols = json.loads(Path("constants.json").read_text())["protocols"]
     assert all("; calibrated" in protocol["about"] for protocol in protocols.values())
 

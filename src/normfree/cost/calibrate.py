@@ -97,7 +97,7 @@ def calibration_table(found: Sequence[Measured], *, protocol: str) -> Table:
             f"{one.row_length}",
             f"{one.bytes_per_element:.1f}",
             f"{one.recorded_bytes_per_element:.1f}",
-            f"{100 * (one.bytes_per_element / one.recorded_bytes_per_element - 1):.1f}",
+            f"{round(100 * (one.bytes_per_element / one.recorded_bytes_per_element - 1), 1) + 0:.1f}",  # no -0.0
             f"{one.rounds}",
             f"{one.recorded_rounds}",
         )

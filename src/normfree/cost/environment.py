@@ -23,7 +23,7 @@ def find_python(given: Path | None) -> Path:
 
     Raises ValueError, with the line that makes the environment, when it does not run or has no SPU.
     """
-    python = given or Path(os.environ.get(PYTHON_VARIABLE) or USUAL_PYTHON)
+    python = (given or Path(os.environ.get(PYTHON_VARIABLE) or USUAL_PYTHON)).expanduser()
     advice = f"make the environment (about 1 GB) with: {INSTALL}; then say python=spu/bin/python"
     try:
         done = subprocess.run([python, "-c", "import spu, jax"], capture_output=True, text=True, check=False)

@@ -16,7 +16,8 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -28,6 +29,8 @@ import spu.utils.simulation as simulation
 
 PROTOCOLS = {"cheetah": spu.ProtocolKind.CHEETAH, "semi2k": spu.ProtocolKind.SEMI2K}
 FRACTION_BITS = 18
+PATIENCE_MS = 600_000
+"""How long a party waits for a message. SPU's 30 seconds are less than a wide product of CHEETAH takes on two cores."""
 LINK = re.compile(r"Link details: total send bytes (\d+), recv bytes (\d+), send actions (\d+)")
 PRODUCTS = re.compile(r"pphlo\.dot(?:_general)?, .*?send bytes (\d+) recv bytes (\d+)")
 
@@ -154,6 +157,23 @@ def run_block(job: dict) -> list[tuple[int, int, int]]:
     return answers
 
 
+@contextmanager
+def patient_parties() -> Iterator[None]:
+    """The simulator describes its links itself, with SPU's own limit of time."""
+    describe = spu.link.Desc
+
+    def described():
+        description = describe()
+        description.recv_timeout_ms = PATIENCE_MS
+        return description
+
+    spu.link.Desc = described
+    try:
+        yield
+    finally:
+        spu.link.Desc = describe
+
+
 def traffic(protocol: str, function: Callable, *inputs) -> tuple[tuple[int, int, int], Any]:
     """(bytes, messages sent by the first party, bytes of matrix products) from the profile that SPU logs, and the
     result. Bytes are of both directions."""
@@ -164,7 +184,8 @@ def traffic(protocol: str, function: Callable, *inputs) -> tuple[tuple[int, int,
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
         try:
-            result = simulation.sim_jax(simulation.Simulator(2, config), function)(*inputs)
+            with patient_parties():
+                result = simulation.sim_jax(simulation.Simulator(2, config), function)(*inputs)
         finally:
             for stream, copy in zip((1, 2), saved, strict=True):
                 os.dup2(copy, stream)
