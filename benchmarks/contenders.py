@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
@@ -36,11 +37,11 @@ class Job:
     threads: int
     keep_memory: bool
     """Set glibc's allocator as our commands do."""
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a step."""
-        return self.batch * self.context
+    processes: int = 1
+    """Processes that share the sequences of a step and the threads."""
+    rank: int = 0
+    meeting: str = ""
+    """File through which the processes find each other."""
 
 
 def normfree_model(job: Job, *, norm: str, activation: str) -> nn.Module:
@@ -126,6 +127,16 @@ def ours(job: Job, *, norm: str = "layernorm", activation: str = "gelu") -> tupl
     return model, lambda ids: model(ids, labels=ids, return_logits=False).loss
 
 
+def ours_in_processes(job: Job) -> tuple[nn.Module, Loss]:
+    """Ours under DistributedDataParallel, as torchrun gives it: one thread a process, gradients averaged over gloo."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{job.meeting}", rank=job.rank, world_size=job.processes
+    )
+    model = normfree_model(job, norm="layernorm", activation="gelu")
+    wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return model, lambda ids: wrapped(ids, labels=ids, return_logits=False).loss
+
+
 def gpt2(job: Job) -> tuple[nn.Module, Loss]:
     """transformers' own loop."""
     model = gpt2_model(job)
@@ -154,6 +165,7 @@ def plain_gpt(job: Job, *, compiled: bool) -> tuple[nn.Module, Loss]:
 
 CONTENDERS: dict[str, tuple[Callable[[Job], tuple[nn.Module, Loss]], bool]] = {
     "ours": (ours, True),
+    "ours 2 processes": (ours_in_processes, True),
     "ours fp32": (ours, False),
     "ours norm-free": (lambda job: ours(job, norm="none", activation="relu"), True),
     "gpt2": (gpt2, False),
@@ -176,7 +188,9 @@ def steps(job: Job) -> Iterator[nn.Module]:
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     while True:
-        ids = torch.randint(0, job.vocabulary, (job.batch, job.context))
+        if job.processes > 1:
+            torch.distributed.barrier()  # nobody runs ahead into somebody else's turn
+        ids = torch.randint(0, job.vocabulary, (job.batch // job.processes, job.context))
         with torch.autocast("cpu", torch.bfloat16) if in_bf16 else nullcontext():
             value = loss(ids)
         value.backward()

@@ -1,6 +1,6 @@
 """What a training step costs: tokens per second, peak memory and utilisation beside the peers, from one run.
 
-    python benchmarks/training.py                     # 12 layers x 128 and 256; about eight minutes on two cores
+    python benchmarks/training.py                     # 12 layers x 128 and 256; about eleven minutes on two cores
     python benchmarks/training.py full=true           # 192, 768, vocabulary 50257 and T = 256 too; an hour
     python benchmarks/training.py whole=true          # also `normfree train` against our bare step; three minutes more
     python benchmarks/training.py output=results/benchmarks/training.json
@@ -12,6 +12,8 @@ it comes, and with the setting that our commands make (`kept`). Contenders are d
 Utilisation is FLOPs a token x tokens per second over the matmul peak of bf16 measured in the same run (4096^3), with
 FLOPs a token = 6 N + 12 L d T and N all parameters but the positions. Peak memory is the process's high-water mark
 above what it held once the libraries were loaded: weights, gradients, Adam's moments and activations (Linux).
+`ours 2 processes` is DistributedDataParallel over gloo with half of the sequences and threads in each, its peak memory
+that of both.
 
 Other keys: contenders=gpt2,nanogpt sizes=128x4096 threads=2 turns=3
 """
@@ -45,6 +47,7 @@ DEFAULTS = {
 }
 TOKENS = 4096
 REFERENCE = "ours"
+TWO_PROCESSES = "ours 2 processes"
 SQUARE = 4096
 
 
@@ -136,7 +139,7 @@ def measure_size(size: str, options: dict[str, str], peak: float) -> list[dict[s
     rows, of_mine = [], []
     for name in options["contenders"].split(","):
         for kept in (True,) if name.startswith("ours") else (False, True):
-            theirs = Worker(job | {"contender": name, "keep_memory": kept})
+            theirs = Worker(job | {"contender": name, "keep_memory": kept} | processes_of(name, job["threads"]))
             began = time.perf_counter()
             warm_up(theirs)
             warm_up_seconds = time.perf_counter() - began
@@ -152,6 +155,14 @@ def measure_size(size: str, options: dict[str, str], peak: float) -> list[dict[s
     first["probe_share_every_100_steps"] = mine.probe_seconds() / (100 * statistics.median(of_mine))
     mine.close()
     return [first, *rows]
+
+
+def processes_of(name: str, threads: int) -> dict[str, Any]:
+    """What a contender of several processes needs beyond a size: they share the threads."""
+    if name != TWO_PROCESSES:
+        return {}
+    meeting = str(Path(tempfile.mkdtemp()) / "meeting")
+    return {"processes": 2, "meeting": meeting, "threads": max(1, threads // 2)}
 
 
 def warm_up(worker: Worker) -> None:
@@ -250,6 +261,14 @@ def work(job: dict[str, Any]) -> None:
     one = Job(**job)
     before = start_memory_watch()
     questions = Questions(one, before)
+    if one.processes > 1 and one.rank == 0:
+        for rank in range(1, one.processes):  # they end when the first process is gone
+            subprocess.Popen(
+                [sys.executable, __file__, f"worker={json.dumps(job | {'rank': rank})}"], stdout=sys.stderr
+            )
+    if one.rank > 0:
+        for _ in steps(one):
+            pass  # the average of the gradients waits for the first process
     if one.contender == TRAINER:
         train_with_trainer(one, questions.wait)
         return
@@ -274,7 +293,7 @@ class Questions:
                 case ["facts"]:
                     answer(facts(model, self.job))
                 case ["peak"]:
-                    answer(peak_memory() - self.before)
+                    answer((peak_memory() - self.before) * self.job.processes)
                 case ["probe"]:
                     answer(probe_seconds(model, self.job))
                 case ["steps", count]:

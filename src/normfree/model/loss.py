@@ -17,7 +17,6 @@ LARGEST_LOGITS = 2**24
 """Elements of a block's logits: 64 MiB in float32."""
 
 
-@torch.compiler.disable  # a compiler would unroll the blocks; the layers before it stay one graph
 def next_token_loss(
     hidden_BTE: Tensor,
     weight_VE: Tensor,
@@ -34,7 +33,7 @@ def next_token_loss(
     device = hidden_NE.device.type
     if torch.is_autocast_enabled(device):
         hidden_NE = hidden_NE.to(torch.get_autocast_dtype(device))
-    total = _SummedCrossEntropy.apply(hidden_NE, weight_VE, labels_N)
+    total = _summed_cross_entropy(hidden_NE, weight_VE, labels_N)
     items = (labels_N != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
     return total / items
 
@@ -71,6 +70,10 @@ class _SummedCrossEntropy(torch.autograd.Function):
         (of_total,) = gradients
         hidden_gradient_NE, weight_gradient_VE = ctx.saved_tensors
         return of_total * hidden_gradient_NE, (of_total * weight_gradient_VE).to(ctx.weight_dtype), None
+
+
+# A compiler would unroll the blocks; outside of it, the layers before stay one graph.
+_summed_cross_entropy: Any = torch.compiler.disable(_SummedCrossEntropy.apply)
 
 
 def _logit_gradient(log_probability_nV: Tensor, labels_n: Tensor, all_count: bool) -> Tensor:
