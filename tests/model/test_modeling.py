@@ -195,3 +195,13 @@ def test_bias_qk_leaves_values_without_bias(build, ids):
     everything.load_state_dict(weights)
     torch.testing.assert_close(everything(ids).logits, qk(ids).logits)
     assert qk.model.layers[0].attention.qkv.bias.abs().sum() > 0
+
+
+@pytest.mark.parametrize("part", [0, 1, 2], ids=["query", "key", "value"])
+def test_a_nan_weight_of_any_projection_reaches_the_logits(build, ids, part):
+    """Fused attention answers 0 where all scores of a row are NaN on some CPUs; every row must be NaN here."""
+    model = build(norm="none").eval()
+    weight = model.model.layers[0].attention.qkv.weight
+    with torch.no_grad():
+        weight[part * weight.shape[1], 0] = torch.nan
+        assert model(ids).logits.isnan().all()

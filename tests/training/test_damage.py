@@ -27,6 +27,7 @@ CHECKPOINT_FILES = (
     "config.json",
     "configuration.py",
     "generation_config.json",
+    "loss.py",
     "manifest.json",
     "model.safetensors",
     "modeling.py",
