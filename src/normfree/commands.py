@@ -85,12 +85,14 @@ def prepare_process() -> None:
     """Once a command that loads or trains models begins: silence the bars of the libraries underneath, which would
     drown ours, and keep freed memory (docs/performance.md)."""
     import datasets
+    import huggingface_hub
     import transformers
 
     from normfree.training.allocator import keep_freed_memory
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()  # its retries without a network; our error says what failed
     if keep_freed_memory():
         logger.info("glibc keeps freed memory in this process: faster steps (docs/performance.md)")
 
