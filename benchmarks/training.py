@@ -26,7 +26,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -307,7 +306,7 @@ def facts(model: Any, job: Any) -> dict[str, float]:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     counted = parameters - job.context * job.width
     flops = 6 * counted + 12 * job.layers * job.width * job.context
-    return {"parameters": parameters, "flops_per_token": flops, **{"batch": asdict(job)["batch"]}}
+    return {"parameters": parameters, "flops_per_token": flops}
 
 
 def probe_seconds(model: Any, job: Any) -> float:

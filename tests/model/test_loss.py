@@ -99,7 +99,7 @@ def test_bf16_training_is_written_out_where_that_is_the_same_and_nowhere_else():
     assert not modeling.trains_faster_written_out(query.repeat(1, 1, 100, 1), None)
 
 
-# The largest difference seen over 25 steps of 12 layers x 128 is 0.005 nats (docs/performance.md).
+# The tolerance that docs/performance.md states.
 BF16_LOSS_TOLERANCE = 0.02
 
 
