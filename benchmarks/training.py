@@ -61,13 +61,13 @@ def main(arguments: list[str]) -> None:
     for dtype, peak in peaks.items():
         print(f"matmul {SQUARE}^3, {dtype}: {peak / 1e12:.3f} TFLOP/s")
     record["rows"] = []
+    if options["whole"] == "true":
+        record["whole"] = measure_whole_training(int(options["threads"]))
+        print("normfree train:", json.dumps(record["whole"]), flush=True)
     for size in options["sizes"].split(","):
         rows = measure_size(size, options, peaks["bf16"])
         print_table(size, rows)
         record["rows"] += rows
-    if options["whole"] == "true":
-        record["whole"] = measure_whole_training(int(options["threads"]))
-        print("normfree train:", json.dumps(record["whole"]))
     if options["output"]:
         Path(options["output"]).parent.mkdir(parents=True, exist_ok=True)
         Path(options["output"]).write_text(json.dumps(record, indent=1) + "\n")
@@ -215,9 +215,9 @@ def measure_whole_training(threads: int) -> dict[str, float]:
         for steps in (100, 1100):
             command = [sys.executable, "-m", "normfree.cli", "train", "preset=cpu", "variant=sm-r"]
             command += [f"train.steps={steps}", "train.precision=bf16", f"train.threads={threads}"]
-            command += [f"runs_dir={runs}", f"tag={steps}"]
+            command += [f"runs_dir={runs}", f"tag=steps{steps}"]
             subprocess.run(command, check=True, capture_output=True)
-            record = json.loads((Path(runs) / "single" / f"sm-r-{steps}-seed0" / "run.json").read_text())
+            record = json.loads((Path(runs) / "single" / f"sm-r-steps{steps}-seed0" / "run.json").read_text())
             seconds[steps] = record["wall_seconds"]
     bare.append(bare_step_seconds(job))
     per_step = (seconds[1100] - seconds[100]) / 1000
