@@ -21,6 +21,7 @@ Other keys: contenders=gpt2,nanogpt sizes=128x4096 threads=2 turns=3
 from __future__ import annotations
 
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -202,36 +203,55 @@ def print_table(size: str, rows: list[dict[str, Any]]) -> None:
 
 
 def measure_whole_training(threads: int) -> dict[str, float]:
-    """`normfree train` at the cpu preset against our bare step (SM+R), taken before and after it.
+    """`normfree train` at the cpu preset against our bare step (SM+R), taking turns every ten seconds.
 
-    Two runs of 100 and 1100 steps: their difference is 1000 steps with the preset's logs, probes, one evaluation and
-    one checkpoint, without start, final evaluation and saving of the model.
+    1000 steps of the run, from the logged step 50 to 1050, hold the preset's logs, four probes, one evaluation and one
+    checkpoint; start, final evaluation and saving of the model are outside. The run is stopped while the bare step
+    is timed, so that both meet the same moods of a shared machine.
     """
     job = {"layers": LAYERS, "width": 128, "vocabulary": 4096, "context": 128, "batch": 8, "threads": threads}
-    job |= {"contender": "ours norm-free", "keep_memory": True}
-    bare = [bare_step_seconds(job)]
+    bare = Worker(job | {"contender": "ours norm-free", "keep_memory": True})
+    warm_up(bare)
     with tempfile.TemporaryDirectory() as runs:
-        seconds = {}
-        for steps in (100, 1100):
-            command = [sys.executable, "-m", "normfree.cli", "train", "preset=cpu", "variant=sm-r"]
-            command += [f"train.steps={steps}", "train.precision=bf16", f"train.threads={threads}"]
-            command += [f"runs_dir={runs}", f"tag=steps{steps}"]
-            subprocess.run(command, check=True, capture_output=True)
-            record = json.loads((Path(runs) / "single" / f"sm-r-steps{steps}-seed0" / "run.json").read_text())
-            seconds[steps] = record["wall_seconds"]
-    bare.append(bare_step_seconds(job))
-    per_step = (seconds[1100] - seconds[100]) / 1000
-    bare_step = statistics.mean(bare)
-    return {"step_seconds": per_step, "bare_step_seconds": bare_step, "share_of_bare_speed": bare_step / per_step}
+        command = [sys.executable, "-m", "normfree.cli", "train", "preset=cpu", "variant=sm-r", "train.steps=1100"]
+        command += ["train.precision=bf16", f"train.threads={threads}", f"runs_dir={runs}"]
+        metrics = Path(runs) / "single" / "sm-r-seed0" / "metrics.jsonl"
+        training = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            wait_for_step(50, metrics, training)
+            bare_seconds, trained_seconds = [], 0.0
+            while True:
+                began = time.perf_counter()
+                done = wait_for_step(1050, metrics, training, timeout=10)
+                trained_seconds += time.perf_counter() - began
+                if done:
+                    break
+                training.send_signal(signal.SIGSTOP)
+                bare_seconds.append(bare.step_seconds(20))
+                training.send_signal(signal.SIGCONT)
+        finally:
+            training.kill()
+            training.wait()
+            bare.close()
+    bare_step = statistics.mean(bare_seconds)
+    return {
+        "step_seconds": trained_seconds / 1000,
+        "bare_step_seconds": bare_step,
+        "turns": len(bare_seconds),
+        "share_of_bare_speed": bare_step / (trained_seconds / 1000),
+    }
 
 
-def bare_step_seconds(job: dict[str, Any]) -> float:
-    """Mean of 100 steps in a fresh process."""
-    worker = Worker(job)
-    warm_up(worker)
-    seconds = worker.step_seconds(100)
-    worker.close()
-    return seconds
+def wait_for_step(step: int, metrics: Path, training: subprocess.Popen[bytes], timeout: float = 600.0) -> bool:
+    """Whether the run has logged `step` within so many seconds; SystemExit if it ended before."""
+    until = time.perf_counter() + timeout
+    while time.perf_counter() < until:
+        if metrics.exists() and f'"step": {step}, "split": "train"' in metrics.read_text():
+            return True
+        if training.poll() is not None:
+            raise SystemExit(f"normfree train ended with status {training.returncode} before step {step}")
+        time.sleep(0.05)
+    return False
 
 
 def ask_for_peaks(threads: int) -> dict[str, float]:

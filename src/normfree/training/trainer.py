@@ -52,6 +52,7 @@ class NormFreeTrainer(Trainer):
         self.network = model
         self._batches_of_step: list[dict[str, Tensor]] = []
         self._loss_before_step = torch.zeros(())
+        self._gradient_norm: Tensor | None = None
         super().__init__(model=model, args=args, **rest)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
@@ -89,9 +90,16 @@ class NormFreeTrainer(Trainer):
     def _is_finite(self, loss: Tensor) -> bool:
         looked_at = self._tr_loss + loss  # earlier micro-batches too
         if self.accelerator.scaler is None:  # fp16's scaler meets infinite gradients by design and skips them itself
-            looked_at = looked_at + total_gradient_norm(self.network.parameters())
+            self._gradient_norm = total_gradient_norm(self.network.parameters())
+            looked_at = looked_at + self._gradient_norm
         over_processes = cast(Tensor, self.accelerator.reduce(looked_at))  # every process must take the same branch
         return bool(torch.isfinite(over_processes))
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        if self._gradient_norm is None:
+            return cast(Tensor, super()._clip_grad_norm(model))
+        nn.utils.clip_grads_with_norm_(self.network.parameters(), self.args.max_grad_norm, self._gradient_norm)
+        return self._gradient_norm
 
     def _skip_or_stop(self) -> None:
         """Leave this step out of weights, Adam and the logged mean loss, or raise NonFiniteError."""
