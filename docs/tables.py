@@ -5,9 +5,14 @@ A page holds a marker, and all between it and `<!-- end -->` is made from runs:
     <!-- table: perplexity of results/quick -->
     <!-- end -->
 
-Tables: perplexity, differences, claims, ranges, verdicts, slopes, runs. Several folders may be given. `mixed` before
-`-->` shows runs of different recipes side by side, which is refused otherwise. A test fails when a page differs from
-what the records give.
+Tables: perplexity, differences, gap, claims, overload, ranges, verdicts, slopes, runs. Several folders may be given,
+with the shell's wildcards. `mixed` before `-->` shows runs of different recipes side by side, which is refused
+otherwise. A test fails when a page differs from what the records give.
+
+A figure of the report is drawn the same way, without a test, since another matplotlib gives other bytes:
+
+    <!-- figure: heatmaps of results/quick -->
+    ![What it shows](docs/figures/NAME.png)
 """
 
 from __future__ import annotations
@@ -20,6 +25,8 @@ from normfree import tables
 from normfree.analysis import Group, group_runs
 from normfree.manifest import write_atomically
 from normfree.records import find_runs
+from normfree.report.figures import main_figures
+from normfree.report.render import to_png
 from normfree.tables import Table, to_markdown
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +34,7 @@ END = "<!-- end -->"
 MARKER = re.compile(
     r"(<!-- table: (?P<name>\S+) of (?P<places>[^>]+?)(?P<mixed> mixed)? -->\n).*?<!-- end -->", re.DOTALL
 )
+FIGURE = re.compile(r"<!-- figure: (?P<name>\S+) of (?P<places>[^>]+?) -->\n!\[[^\]]*\]\((?P<path>[^)\s]+)\)")
 
 
 def _of_runs(make: Callable[..., Table]) -> Callable[[Sequence[Group]], Table]:
@@ -36,7 +44,9 @@ def _of_runs(make: Callable[..., Table]) -> Callable[[Sequence[Group]], Table]:
 TABLES: dict[str, Callable[[Sequence[Group]], Table]] = {
     "perplexity": tables.perplexity_table,
     "differences": tables.difference_table,
+    "gap": tables.gap_table,
     "claims": tables.claim_table,
+    "overload": tables.overload_table,
     "ranges": tables.range_table,
     "slopes": tables.slope_table,
     "verdicts": _of_runs(tables.verdict_table),
@@ -53,23 +63,41 @@ def filled(text: str) -> str:
     """The text with every marked table made anew. Raises ValueError for an unknown table or a folder without runs."""
 
     def table(match: re.Match[str]) -> str:
-        name, places = match["name"], match["places"].split()
+        name = match["name"]
         if name not in TABLES:
             raise ValueError(f"unknown table {name!r}; allowed: {', '.join(TABLES)}")
-        groups = group_runs(find_runs([ROOT / place for place in places]), mix=bool(match["mixed"]))
+        groups = group_runs(find_runs(_folders(match["places"])), mix=bool(match["mixed"]))
         return f"{match[1]}\n{to_markdown(TABLES[name](groups))}\n{END}"
 
     return MARKER.sub(table, text)
 
 
+def draw_figures(page: Path) -> None:
+    """Write the figures that the page marks. Raises ValueError for a figure that its runs do not give."""
+    for match in FIGURE.finditer(page.read_text()):
+        figures = {one.name: one for one in main_figures(group_runs(find_runs(_folders(match["places"]))))}
+        if match["name"] not in figures:
+            raise ValueError(f"no figure {match['name']!r} of these runs; there are: {', '.join(figures)}")
+        write_atomically(page.parent / match["path"], to_png(figures[match["name"]].whole()))
+
+
+def _folders(places: str) -> list[Path]:
+    """The folders behind names with wildcards. Raises ValueError for a name that matches nothing."""
+    found = {place: sorted(ROOT.glob(place)) for place in places.split()}
+    if missing := [place for place, folders in found.items() if not folders]:
+        raise ValueError(f"no folder {', '.join(missing)}")
+    return [folder for folders in found.values() for folder in folders]
+
+
 def main() -> None:
-    """Rewrite the pages that changed."""
+    """Rewrite the pages that changed, and draw the figures."""
     for page in pages():
         old = page.read_text()
         new = filled(old)
         if new != old:
             write_atomically(page, new)
             print(f"{page.relative_to(ROOT)} changed")
+        draw_figures(page)
 
 
 if __name__ == "__main__":

@@ -118,6 +118,7 @@ def _facts(spec: RunSpec, shape: tuple[int, int], done: int, more: dict[str, Any
             "cores": 2,
         },
         "started": "2025-01-01T00:00:00",
+        "steps": spec.train.steps,
         "wall_seconds": 95.0,
         "steps_done": done,
         "tokens_seen": done * 4096,

@@ -6,8 +6,11 @@ import csv
 import io
 from pathlib import Path
 
+import numpy as np
+
 from normfree import tables
-from normfree.analysis import group_runs
+from normfree.analysis import causal_ceiling, group_runs
+from normfree.records import read_run
 from normfree.tables import Column, Table
 from tests.synthetic import study, write_run
 
@@ -79,6 +82,58 @@ def test_a_claim_that_is_contradicted_does_not_hold(tmp_path: Path) -> None:
     runs += [write_run(tmp_path, "SM+R", seed=seed, perplexity=33.1 + 1.1 * seed) for seed in range(3)]
     row = rows_of(tables.claim_table(group_runs(runs)))["(b) Without it, ReLU is better"]
     assert (row["Verdict"], row["Difference"]) == ("does not hold", "+10.3 %")
+
+
+def test_the_gap_over_training_pairs_seeds_and_stands_beside_the_paper(tmp_path: Path) -> None:
+    """Losses of all synthetic runs differ by 0.05 (sin(step + seed) - sin(step + seed)) only, so by nothing here."""
+    runs = [write_run(tmp_path, label, seed=seed) for label in ("SM+G", "SM+R") for seed in (0, 1)]
+    rows = rows_of(tables.gap_table(group_runs(runs)))
+    row = rows["SM+R against SM+G"]
+    assert row["At 100 %"] == "+0.0 % (+0.0 to +0.0)"
+    assert row["At 10 %"] == "-"  # evaluated at steps 50, 100, 150 and 200 of 200
+    assert row["Pairs"] == "2"
+    paper = rows["SM+R against SM+G, paper"]
+    assert paper["At 40 %"] == "-6.8 %"  # exp(1.45 - 1.52) - 1
+
+
+def test_the_gap_takes_the_evaluation_of_its_own_share(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, label, steps=500) for label in ("SM+G", "SM+R")]
+    changed = Path(runs[1].folder) / "metrics.jsonl"
+    lines = [
+        line.replace(line[line.index('"value"') :], '"value": 20.0}')
+        if '"step": 200, "split": "validation", "name": "perplexity"' in line
+        else line
+        for line in changed.read_text().splitlines()
+    ]
+    changed.write_text("\n".join(lines) + "\n")
+    theirs = dict(runs[0].series("validation", "perplexity"))[200]
+    row = rows_of(tables.gap_table(group_runs([runs[0], read_run(runs[1].folder)])))["SM+R against SM+G"]
+    assert row["At 40 %"] == f"{100 * (20.0 / theirs - 1):+.1f} %"
+    assert row["At 60 %"] == "+0.0 %"
+
+
+def test_a_diverged_seed_makes_the_gap_nan_from_then_on(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, label, steps=500, seed=seed) for label in ("SM+G", "SM+R") for seed in (0, 1)]
+    runs[0] = write_run(tmp_path / "other", "SM+G", steps=500, status="diverged")
+    row = rows_of(tables.gap_table(group_runs(runs)))["SM+R against SM+G"]
+    assert row["At 20 %"].startswith("+0.0 %")
+    assert row["At 80 %"] == "NaN (1/2)"
+
+
+def test_overload_is_told_by_depth_and_over_training(tmp_path: Path) -> None:
+    """SM+G falls with depth from 1.0 to 0.4 of the ceiling (+- 0.08): of 4 layers 0 and 1 are early."""
+    runs = study(tmp_path)
+    rows = rows_of(tables.overload_table(group_runs(runs)))
+    row = rows["SM+G"]
+    final = [np.array(run.series("final", "entropy_nats")[-1][1]) for run in runs if run.label == "SM+G"]
+    early = [100 * (entropy_LH[:2] >= 0.75 * causal_ceiling(32)).mean() for entropy_LH in final]
+    assert row["Early third"] == f"{np.mean(early):.1f} +- {np.std(early, ddof=1):.1f}"
+    assert (row["Middle third"], row["Late third"]) == ("0.0 +- 0.0", "0.0 +- 0.0")
+    assert row["At 10 %"] == "100.0 +- 0.0"
+    assert row["Seeds"] == "3"
+    assert rows["SM"]["Early third"] == "NaN (1/2)"
+    paper = rows["SM+G, paper"]
+    assert (paper["All layers"], paper["At 10 %"]) == ("57.6", "-")
 
 
 def test_ranges_pool_seeds_and_count_broken_heads_apart(tmp_path: Path) -> None:

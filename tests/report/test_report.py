@@ -39,9 +39,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_every_figure_and_table_is_also_a_file(report: Path) -> None:
-    figures = {"heatmaps", "published", "dynamics", "ranges", "losses", "nonfinite", "private-inference"}
+    figures = {"heatmaps", "published", "dynamics", "overload", "ranges", "losses", "nonfinite", "private-inference"}
     figures |= {"slope-trajectories", "slope-perplexity"}
-    names = {"perplexity", "differences", "claims", "ranges", "verdicts", "runs", "slopes", "perplexity-communication"}
+    names = {"perplexity", "differences", "gap", "claims", "overload", "ranges", "verdicts", "runs", "slopes"}
+    names |= {"perplexity-communication"}
     expected = {f"figures/{name}.{suffix}" for name in figures for suffix in ("pdf", "png")}
     expected |= {f"tables/{name}.{suffix}" for name in names for suffix in ("md", "tex", "csv")}
     assert set(contents(report)) == expected | {"index.html", "slopes.html"}
@@ -76,10 +77,10 @@ def test_ids_are_unique_and_references_resolve(report: Path) -> None:
 def test_every_figure_has_a_name_and_a_sentence(report: Path) -> None:
     page = Page(report / "index.html")
     figures = page.all("figure")
-    assert len(figures) == 7
+    assert len(figures) == 8
     assert all(figure["role"] == "figure" and figure["aria-label"] for figure in figures)
     captions = re.findall(r"<figcaption>(.*?)<span", (report / "index.html").read_text(), re.DOTALL)
-    assert len(captions) == 7
+    assert len(captions) == 8
     assert all(len(caption.strip()) > 40 for caption in captions)
 
 

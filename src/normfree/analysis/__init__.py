@@ -3,6 +3,7 @@
 from normfree.analysis.entropy import (
     NORMALISERS,
     RANGES,
+    Floats,
     Heads,
     RangeCounts,
     causal_ceiling,
@@ -12,6 +13,7 @@ from normfree.analysis.entropy import (
     probed_heads,
     range_counts,
     shares_of_ceiling,
+    top_quarter_share,
 )
 from normfree.analysis.groups import BASELINE, Group, group_runs, is_over
 from normfree.analysis.seeds import Difference, Summary, paired_difference, student_t_95, summarise
@@ -37,6 +39,7 @@ __all__ = [
     "SLOPE_SPREAD",
     "Collapse",
     "Difference",
+    "Floats",
     "Group",
     "Heads",
     "Overload",
@@ -59,4 +62,5 @@ __all__ = [
     "slopes",
     "student_t_95",
     "summarise",
+    "top_quarter_share",
 ]

@@ -88,6 +88,15 @@ def shares_of_ceiling(heads: Heads) -> Floats:
     return heads.entropy_LH / heads.ceiling_L[:, None]
 
 
+def top_quarter_share(entropy_LH: ArrayLike, ceiling: ArrayLike) -> float:
+    """Share of the heads at or above 3/4 of `ceiling` (nats; one number, or one a layer).
+
+    NaN where a head is not finite.
+    """
+    counts = range_counts(entropy_LH, ceiling)
+    return math.nan if counts.nonfinite else counts.shares[-1]
+
+
 def normaliser_maxima(name: str, compared: Sequence[Heads], contexts: Sequence[int]) -> list[Floats]:
     """What counts as 1 for each of the compared models under one of `NORMALISERS`: nats, [L] a model.
 

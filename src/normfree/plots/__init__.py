@@ -1,7 +1,14 @@
 """Figures: pure functions, arrays and runs in, matplotlib Axes out. Nothing here writes a file."""
 
 from normfree.plots.bars import range_bars, slope_perplexity
-from normfree.plots.curves import LAYER_COLOURS, layer_dynamics, loss_curves, nonfinite_curves, slope_curves
+from normfree.plots.curves import (
+    LAYER_COLOURS,
+    layer_dynamics,
+    loss_curves,
+    nonfinite_curves,
+    overload_curves,
+    slope_curves,
+)
 from normfree.plots.heatmaps import HEATMAP_COLOURS, entropy_heatmap, heatmap_size
 from normfree.plots.style import Panel, colour_key, panel_figure, variant_styles
 from normfree.plots.tradeoff import trade_off
@@ -16,6 +23,7 @@ __all__ = [
     "layer_dynamics",
     "loss_curves",
     "nonfinite_curves",
+    "overload_curves",
     "panel_figure",
     "range_bars",
     "slope_curves",

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 
-from normfree.analysis import Group, Heads, layer_means
+from normfree.analysis import Group, Heads, layer_means, probed_heads, top_quarter_share
 from normfree.plots.style import GRID, MUTED, empty
 from normfree.records import Run
 
@@ -78,6 +78,27 @@ def nonfinite_curves(groups: Sequence[Group], *, ax: Axes, styles: Styles, title
     if not drawn:
         return empty(ax, "no probe recorded")
     ax.set(title=title, xlabel="step", ylabel="non-finite rows (%)", ylim=(-3, 103))
+    ax.legend()
+    return ax
+
+
+def overload_curves(groups: Sequence[Group], *, ax: Axes, styles: Styles, title: str = "") -> Axes:
+    """Heads at or above 3/4 of the causal ceiling, in percent of all heads of each probe, one thin line a seed.
+
+    A line has a gap where a head is not finite.
+    """
+    drawn = False
+    for group in groups:
+        for number, run in enumerate(group.runs):
+            probes = probed_heads(run)
+            if probes:
+                share = np.array([100 * top_quarter_share(one.entropy_LH, one.ceiling_L) for one in probes])
+                label = group.name if number == 0 else None
+                _line(ax, [one.step for one in probes], share, label=label, **styles[group.name])
+                drawn = True
+    if not drawn:
+        return empty(ax, "no probe recorded")
+    ax.set(title=title, xlabel="step", ylabel="heads in the top quarter (%)", ylim=(-3, 103))
     ax.legend()
     return ax
 

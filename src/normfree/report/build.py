@@ -14,7 +14,10 @@ from normfree.report.figures import FIGURES, PageFigure, main_figures, slope_fig
 from normfree.report.page import main_page, slopes_page
 from normfree.report.render import to_pdf, to_png
 
-TABLES = ("perplexity", "differences", "claims", "ranges", "verdicts", "runs", "slopes", "perplexity-communication")
+TABLES = (
+    *("perplexity", "differences", "gap", "claims", "overload", "ranges", "verdicts", "runs", "slopes"),
+    "perplexity-communication",
+)
 _SPELLINGS = {"md": tables.to_markdown, "tex": tables.to_latex, "csv": tables.to_csv}
 
 
@@ -32,7 +35,9 @@ def build_report(runs: Sequence[Run], output: Path, *, mix: bool = False) -> Pat
     written = {
         "perplexity": tables.perplexity_table(groups),
         "differences": tables.difference_table(groups),
+        "gap": tables.gap_table(groups),
         "claims": tables.claim_table(groups),
+        "overload": tables.overload_table(groups),
         "ranges": tables.range_table(groups),
         "verdicts": tables.verdict_table(ordered),
         "runs": tables.run_table(ordered),

@@ -32,6 +32,7 @@ FIGURES = (
     "heatmaps",
     "published",
     "dynamics",
+    "overload",
     "ranges",
     "losses",
     "nonfinite",
@@ -90,6 +91,7 @@ def main_figures(groups: Sequence[Group]) -> list[PageFigure]:
         _heatmaps(groups),
         _published(groups),
         _dynamics(groups),
+        _overload(groups),
         _ranges(groups),
         _losses(groups),
         _nonfinite(groups),
@@ -157,6 +159,20 @@ def _dynamics(groups: Sequence[Group]) -> PageFigure | None:
         "causal ceiling are heads that never learned to look anywhere, lines near 0 have collapsed.",
         panels=tuple(_layer_dynamics(probes, group.name) for group, probes in shown),
         key=Key(plots.LAYER_COLOURS, (0, max(layers - 1, 1)), "layer", whole=True),
+    )
+
+
+def _overload(groups: Sequence[Group]) -> PageFigure | None:
+    chunks = _chunks([group for group in groups if any(probed_heads(run) for run in group.runs)])
+    if not chunks:
+        return None
+    styles = plots.variant_styles([group.name for group in groups])
+    return PageFigure(
+        name="overload",
+        title="Heads near uniform",
+        caption="Heads at or above 3/4 of the causal ceiling, in percent of all; one line a seed. Untrained heads "
+        "are nearly uniform, so lines begin at the top: overload is a line that comes down late or not at all.",
+        panels=tuple(_overload_curves(chunk, styles) for chunk in chunks),
     )
 
 
@@ -277,6 +293,10 @@ def _loss_curves(groups: Sequence[Group], split: str, styles: Any) -> plots.Pane
 
 def _nonfinite_curves(groups: Sequence[Group], styles: Any) -> plots.Panel:
     return lambda ax: plots.nonfinite_curves(groups, ax=ax, styles=styles)
+
+
+def _overload_curves(groups: Sequence[Group], styles: Any) -> plots.Panel:
+    return lambda ax: plots.overload_curves(groups, ax=ax, styles=styles)
 
 
 def _slope_curves(run: Any, title: str) -> plots.Panel:

@@ -2,6 +2,7 @@
 
 from normfree.tables.claims import claim_table
 from normfree.tables.heads import extreme_head_table, head_range_table, layer_table
+from normfree.tables.history import gap_table, overload_table
 from normfree.tables.results import difference_table, perplexity_table, range_table
 from normfree.tables.runs import (
     has_slope,
@@ -18,10 +19,12 @@ __all__ = [
     "claim_table",
     "difference_table",
     "extreme_head_table",
+    "gap_table",
     "has_slope",
     "head_range_table",
     "is_leaky",
     "layer_table",
+    "overload_table",
     "perplexity_table",
     "range_table",
     "run_table",

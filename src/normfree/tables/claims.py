@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
-from normfree.analysis import Difference, Group, Heads, final_heads, paired_difference, range_counts
+from normfree.analysis import Difference, Group, final_heads, paired_difference, top_quarter_share
 from normfree.tables.results import percent, perplexity_difference
 from normfree.tables.table import Column, Table
 
@@ -82,12 +82,8 @@ def _pairs(claim: Claim, groups: Sequence[Group]) -> list[tuple[Group, Group]]:
 
 
 def _top_shares(group: Group) -> dict[Hashable, float]:
-    return {seed: _top_share(final_heads(run)) for seed, run in zip(group.perplexities, group.runs, strict=True)}
-
-
-def _top_share(heads: Heads | None) -> float:
-    """NaN where a head is not finite or nothing was measured."""
-    if heads is None:
-        return math.nan
-    counts = range_counts(heads.entropy_LH, heads.ceiling_L)
-    return math.nan if counts.nonfinite else counts.shares[-1]
+    measured = [(seed, final_heads(run)) for seed, run in zip(group.perplexities, group.runs, strict=True)]
+    return {
+        seed: math.nan if heads is None else top_quarter_share(heads.entropy_LH, heads.ceiling_L)
+        for seed, heads in measured
+    }
