@@ -119,6 +119,11 @@ class NormFreeTrainer(Trainer):
             logs["grad_norm"] = math.nan  # without gradients Trainer computes 0
         super().log(logs, start_time)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        tied = self.network.all_tied_weights_keys  # saved once, under the name of the tensor they share
+        missing = [key for key in load_result.missing_keys if key not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         try:
             folder = Path(self._get_output_dir(trial)).parent
