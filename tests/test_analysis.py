@@ -121,6 +121,14 @@ def test_slopes_move_apart_per_layer_and_never_when_shared(tmp_path: Path) -> No
     assert analysis.slopes(write_run(tmp_path, "SM+G")) is None
 
 
+@pytest.mark.parametrize(
+    ("final", "expected"),
+    [((0.05, -0.05), True), ((0.0, 0.051), False), ((-0.051,), False), ((0.0, math.nan), False)],
+)
+def test_slopes_are_near_zero_when_each_of_them_is(final: tuple[float, ...], expected: bool) -> None:
+    assert analysis.Slopes(final, 0.0, (0, 0), False, None).near_zero is expected
+
+
 def test_a_heatmap_comes_from_the_final_measurement_else_from_the_newest_probe(tmp_path: Path) -> None:
     finished = analysis.final_heads(write_run(tmp_path, "SM+G"))
     stopped = analysis.final_heads(write_run(tmp_path, "SM+R", status="interrupted"))

@@ -20,6 +20,7 @@ from normfree.analysis.seeds import Difference, Summary, paired_difference, stud
 from normfree.analysis.verdicts import (
     COLLAPSE_NATS,
     OVERLOAD_SHARE,
+    SLOPE_NEAR_ZERO,
     SLOPE_SPREAD,
     Collapse,
     Overload,
@@ -36,6 +37,7 @@ __all__ = [
     "NORMALISERS",
     "OVERLOAD_SHARE",
     "RANGES",
+    "SLOPE_NEAR_ZERO",
     "SLOPE_SPREAD",
     "Collapse",
     "Difference",

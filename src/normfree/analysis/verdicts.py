@@ -21,6 +21,9 @@ COLLAPSE_NATS = 0.1
 SLOPE_SPREAD = 0.1
 """Per-layer slopes have moved apart when the highest is this far above the lowest."""
 
+SLOPE_NEAR_ZERO = 0.05
+"""Learnable slopes have gone to zero when each of them ends within this distance of it."""
+
 DEFAULT_SLOPE = 0.01
 """What a leaky ReLU has when its run does not say: torch's default, and NormFreeConfig's."""
 
@@ -67,6 +70,11 @@ class Slopes:
     """The spread is at least 0.1 at the end, or a slope is not finite."""
     first_step: int | None
     """First probe at which they were that far apart."""
+
+    @property
+    def near_zero(self) -> bool:
+        """Every slope ends within 0.05 of 0; a slope that is not finite does not."""
+        return all(abs(slope) <= SLOPE_NEAR_ZERO for slope in self.final_S)
 
 
 def overload(heads: Heads, probes: Sequence[Heads] = ()) -> Overload:

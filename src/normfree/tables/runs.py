@@ -11,6 +11,7 @@ import numpy as np
 from normfree.analysis import (
     COLLAPSE_NATS,
     OVERLOAD_SHARE,
+    SLOPE_NEAR_ZERO,
     SLOPE_SPREAD,
     Collapse,
     Group,
@@ -71,6 +72,7 @@ def slope_table(groups: Sequence[Group]) -> Table:
         Column("Variant", numeric=False),
         Column("Slope at the start"),
         Column("Slope at the end", numeric=False),
+        Column(f"Ends within {SLOPE_NEAR_ZERO} of 0", numeric=False),
         Column("Perplexity"),
         Column("Seeds"),
         Column("First non-finite step"),
@@ -200,11 +202,17 @@ def _slope_row(group: Group) -> tuple[str, ...]:
         group.name,
         ", ".join(f"{start:g}" for start in sorted(starts)),
         "fixed" if fixed is not None else "; ".join(_slope_words(run) for run in group.runs),
+        "-" if fixed is not None else ", ".join(_near_zero(run) for run in group.runs),
         summary.text(),
         str(summary.n),
         str(min(steps)) if steps else "-",
         f"{rows:,}",
     )
+
+
+def _near_zero(run: Run) -> str:
+    found = slopes(run)
+    return "not measured" if found is None else "yes" if found.near_zero else "no"
 
 
 def _slope_at_start(run: Run) -> float:
