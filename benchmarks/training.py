@@ -216,9 +216,10 @@ def measure_whole_training(threads: int) -> dict[str, float]:
         command = [sys.executable, "-m", "normfree.cli", "train", "preset=cpu", "variant=sm-r", "train.steps=1100"]
         command += ["train.precision=bf16", f"train.threads={threads}", f"runs_dir={runs}"]
         metrics = Path(runs) / "single" / "sm-r-seed0" / "metrics.jsonl"
-        training = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        training = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         try:
-            wait_for_step(50, metrics, training)
+            if not wait_for_step(50, metrics, training):
+                raise SystemExit("normfree train did not reach step 50 within ten minutes")
             bare_seconds, trained_seconds = [], 0.0
             while True:
                 began = time.perf_counter()
@@ -233,6 +234,8 @@ def measure_whole_training(threads: int) -> dict[str, float]:
             training.kill()
             training.wait()
             bare.close()
+    if not bare_seconds:
+        raise SystemExit("1000 steps took less than ten seconds: too fast for this measurement")
     bare_step = statistics.mean(bare_seconds)
     return {
         "step_seconds": trained_seconds / 1000,

@@ -34,7 +34,9 @@ END = "<!-- end -->"
 MARKER = re.compile(
     r"(<!-- table: (?P<name>\S+) of (?P<places>[^>]+?)(?P<mixed> mixed)? -->\n).*?<!-- end -->", re.DOTALL
 )
-FIGURE = re.compile(r"<!-- figure: (?P<name>\S+) of (?P<places>[^>]+?) -->\n!\[[^\]]*\]\((?P<path>[^)\s]+)\)")
+FIGURE = re.compile(
+    r"<!-- figure: (?P<name>\S+) of (?P<places>[^>]+?)(?P<mixed> mixed)? -->\n!\[[^\]]*\]\((?P<path>[^)\s]+)\)"
+)
 
 
 def _of_runs(make: Callable[..., Table]) -> Callable[[Sequence[Group]], Table]:
@@ -75,7 +77,8 @@ def filled(text: str) -> str:
 def draw_figures(page: Path) -> None:
     """Write the figures that the page marks. Raises ValueError for a figure that its runs do not give."""
     for match in FIGURE.finditer(page.read_text()):
-        figures = {one.name: one for one in main_figures(group_runs(find_runs(_folders(match["places"]))))}
+        groups = group_runs(find_runs(_folders(match["places"])), mix=bool(match["mixed"]))
+        figures = {one.name: one for one in main_figures(groups)}
         if match["name"] not in figures:
             raise ValueError(f"no figure {match['name']!r} of these runs; there are: {', '.join(figures)}")
         write_atomically(page.parent / match["path"], to_png(figures[match["name"]].whole()))

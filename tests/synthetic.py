@@ -83,7 +83,7 @@ def _spec(label: str, seed: int, steps: int, more: dict[str, Any]) -> RunSpec:
         "variant": "".join(c if c.isalnum() else "-" for c in label.lower()),
         "label": label,
         "seed": seed,
-        "model": {"num_hidden_layers": 4, **VARIANTS.get(label, {})},
+        "model": {"num_hidden_layers": 4, **VARIANTS.get(label, {}), **more.pop("model", {})},
         "data": {"context": CONTEXT, **more.pop("data", {})},
         "train": {"steps": steps, "precision": "fp32", **more.pop("train", {})},
     }

@@ -107,6 +107,29 @@ def test_two_workers_share_the_runs_and_get_the_same_numbers(
     assert [run.facts["final"] for run in together] == [run.facts["final"] for run in alone]
 
 
+def test_what_workers_leave_is_trained_here_with_their_threads_and_said(
+    done: tuple[Path, list[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    study, overrides, _ = done
+    words = [word for word in overrides if not word.startswith("train.threads=")]
+    asked: list[list[str]] = []
+
+    def die(command: list[str], *, count: int, environment: dict[str, str]) -> list[int]:
+        asked.append([*command, environment["OMP_NUM_THREADS"]])
+        return [9] * count
+
+    monkeypatch.setattr("normfree.studies.usable_cores", lambda: 2)
+    monkeypatch.setattr("normfree.studies.run_side_by_side", die)
+    with caplog.at_level("WARNING", logger="normfree"):
+        page = run_study(str(study), [*words, f"runs_dir={tmp_path}"], workers=2)
+    assert caplog.text.count("ended with status 9") == 2
+    assert asked[0][-2:] == ["train.threads=1", "1"]
+    assert {run.facts["environment"]["threads"] for run in find_runs([page.parents[1]])} == {1}
+
+
 @pytest.mark.parametrize("workers", [0, 10_000])
 def test_more_workers_than_cores_are_refused(workers: int) -> None:
     with pytest.raises(ValueError, match=f"workers={workers}: this machine has"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -114,10 +115,43 @@ def test_the_gap_takes_the_evaluation_of_its_own_share(tmp_path: Path) -> None:
 
 def test_a_diverged_seed_makes_the_gap_nan_from_then_on(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, label, steps=500, seed=seed) for label in ("SM+G", "SM+R") for seed in (0, 1)]
-    runs[0] = write_run(tmp_path / "other", "SM+G", steps=500, status="diverged")
+    runs[0] = write_run(tmp_path / "other", "SM+G", steps=500, status="diverged")  # at step 250
     row = rows_of(tables.gap_table(group_runs(runs)))["SM+R against SM+G"]
     assert row["At 20 %"].startswith("+0.0 %")
-    assert row["At 80 %"] == "NaN (1/2)"
+    assert [row[f"At {share} %"] for share in (60, 80, 100)] == ["NaN (1/2)"] * 3
+
+
+def test_an_evaluation_after_a_divergence_drops_no_seed(tmp_path: Path) -> None:
+    """At 40 % of 120 steps the nearest evaluation is step 50, before the divergence at 60; at 60 % none is near."""
+    runs = [write_run(tmp_path, label, steps=120, seed=seed) for label in ("SM+G", "SM+R") for seed in (0, 1)]
+    runs[0] = write_run(tmp_path / "other", "SM+G", steps=120, status="diverged")
+    row = rows_of(tables.gap_table(group_runs(runs)))["SM+R against SM+G"]
+    assert row["At 40 %"].startswith("+0.0 %")
+    assert row["At 60 %"] == "-"
+    assert row["At 80 %"] == "NaN (1/2)"  # step 100
+
+
+def test_a_claim_about_heads_is_undecided_with_a_run_that_diverged(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, label, seed=seed) for label in ("SM+G", "SM+R") for seed in (0, 1, 2)]
+    folder = runs[1].folder
+    facts = json.loads((folder / "run.json").read_text()) | {"status": "diverged"}
+    (folder / "run.json").write_text(json.dumps(facts))
+    runs[1] = read_run(folder)
+    row = rows_of(tables.claim_table(group_runs(runs)))["(c) GELU puts more heads into the top quarter"]
+    assert (row["Difference"], row["Verdict"]) == ("NaN (1/3)", "undecided")
+
+
+def test_what_was_not_measured_is_a_dash_and_no_nan(tmp_path: Path) -> None:
+    """Two layers have no late third; probes of 30 steps come at 0 and 20 only."""
+    row = rows_of(tables.overload_table(group_runs([write_run(tmp_path, "SM+G", shape=(2, 4), steps=30)])))["SM+G"]
+    assert (row["Late third"], row["At 10 %"], row["At 100 %"]) == ("-", "-", "-")
+    assert row["Early third"] == "100.0"
+
+
+def test_the_paper_s_rows_stand_beside_its_own_shape_only(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, label, model={"position": "rotary"}) for label in ("SM+G", "SM+R")]
+    assert not [name for name in rows_of(tables.gap_table(group_runs(runs))) if "paper" in name]
+    assert not [name for name in rows_of(tables.overload_table(group_runs(runs))) if "paper" in name]
 
 
 def test_overload_is_told_by_depth_and_over_training(tmp_path: Path) -> None:

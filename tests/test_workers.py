@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,17 +32,37 @@ def test_every_process_gets_the_environment_and_its_status_comes_back() -> None:
     assert run_side_by_side(command, count=3, environment={"STATUS": "7"}) == [7, 7, 7]
 
 
-def test_a_signal_reaches_every_process_once_and_all_are_waited_for(tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+def test_when_one_cannot_start_the_others_are_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = subprocess.Popen
+
+    def once(*words: Any, **named: Any) -> Any:
+        monkeypatch.setattr(subprocess, "Popen", fails)
+        process = start(*words, **named)
+        while not list(tmp_path.glob("*.ready")):
+            time.sleep(0.02)
+        return process
+
+    def fails(*_words: Any, **_named: Any) -> Any:
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(subprocess, "Popen", once)
+    with pytest.raises(OSError, match="no more processes"):
+        run_side_by_side([sys.executable, "-c", COUNTS_SIGNALS, str(tmp_path)], count=2, environment={})
+    assert [path.read_text() for path in tmp_path.glob("*.signals")] == ["1"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_reaches_every_process_once_and_all_are_waited_for(tmp_path: Path, number: int) -> None:
+    before = signal.getsignal(number)
 
     def stop_when_ready() -> None:
         while len(list(tmp_path.glob("*.ready"))) < 2:
             time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     threading.Thread(target=stop_when_ready).start()
     with pytest.raises(StoppedError) as stopped:
         run_side_by_side([sys.executable, "-c", COUNTS_SIGNALS, str(tmp_path)], count=2, environment={})
-    assert stopped.value.signal_number == signal.SIGTERM
+    assert stopped.value.signal_number == number
     assert [path.read_text() for path in tmp_path.glob("*.signals")] == ["1", "1"]
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before

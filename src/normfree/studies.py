@@ -110,6 +110,9 @@ def run_study(name: str, overrides: Sequence[str] = (), *, workers: int = 1) -> 
             "say mix: true in the study's file, or make it two studies"
         )
     if workers > 1:
+        if all(run.spec.train.threads is None for run in runs):
+            overrides = [*overrides, f"train.threads={usable_cores() // workers}"]
+            runs = [compose_run([*of_run, *overrides]) for of_run in study.overrides()]
         _share_among(workers, name, runs, overrides)
     failed = []
     for number, run in enumerate(runs, start=1):
@@ -136,12 +139,13 @@ def run_study(name: str, overrides: Sequence[str] = (), *, workers: int = 1) -> 
 def _share_among(workers: int, name: str, runs: Sequence[Composed], overrides: Sequence[str]) -> None:
     """Let processes of the same study take one run after the other; what they leave is for the caller."""
     prepare(runs[0].spec.data, cache=runs[0].cache_dir)  # once, with its bar, before the processes ask for it
-    threads = max(1, usable_cores() // workers)
-    chosen = [word for word in overrides if word.startswith("train.threads=")] or [f"train.threads={threads}"]
-    command = [sys.executable, "-m", "normfree.cli", "study", name, *overrides, *chosen]
-    logger.info("%d processes share %d runs, %s each", workers, len(runs), chosen[0])
+    threads = {run.spec.train.threads for run in runs if run.spec.train.threads}
+    command = [sys.executable, "-m", "normfree.cli", "study", name, *overrides]
+    logger.info("%d processes share %d runs, train.threads=%s each", workers, len(runs), max(threads))
     # Bars of several processes would overwrite each other; their lines remain.
-    run_side_by_side(command, count=workers, environment={"TQDM_DISABLE": "1", "OMP_NUM_THREADS": str(threads)})
+    environment = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": str(max(threads))}
+    for status in filter(None, run_side_by_side(command, count=workers, environment=environment)):
+        logger.warning("a process ended with status %d; runs that it left are tried again here", status)
 
 
 def summary(folder: Path) -> str:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 class StoppedError(Exception):
     """A signal ended all processes."""
@@ -22,10 +24,11 @@ class StoppedError(Exception):
 def run_side_by_side(command: Sequence[str], *, count: int, environment: dict[str, str]) -> list[int]:
     """Start `count` processes of one command and wait; returns their exit statuses. Their standard output is dropped.
 
-    SIGINT and SIGTERM are handed on once, whoever sent them: the processes live in groups of their own, so that a
-    Ctrl-C does not reach them twice (a second signal would make a run leave without a checkpoint).
+    SIGINT, SIGTERM and SIGHUP (as SIGTERM) are handed on once, whoever sent them: the processes live in groups of their
+    own, so that a Ctrl-C does not reach them twice (a second signal would make a run leave without a checkpoint).
 
-    Raises StoppedError after such a signal, once every process has ended.
+    Raises StoppedError after such a signal, once every process has ended; OSError when one could not be started, after
+    the others were stopped.
     """
     received: list[int] = []
     processes: list[subprocess.Popen[bytes]] = []
@@ -33,19 +36,26 @@ def run_side_by_side(command: Sequence[str], *, count: int, environment: dict[st
     def hand_on(number: int, _frame: FrameType | None) -> None:
         received.append(number)
         for process in processes:
-            process.send_signal(number)
+            process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
     previous: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        previous = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, hand_on) for number in _SIGNALS}
     try:
         for _ in range(count):
+            if received:
+                break
             processes.append(
                 subprocess.Popen(
                     command, env=os.environ | environment, stdout=subprocess.DEVNULL, start_new_session=True
                 )
             )
         statuses = [process.wait() for process in processes]
+    except OSError:
+        hand_on(signal.SIGTERM, None)
+        for process in processes:
+            process.wait()
+        raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -146,6 +146,10 @@ def test_a_signal_saves_and_the_resumed_run_equals_the_uninterrupted_one_bit_for
     assert train(spec, runs_dir=tmp_path / "broken", cache=cache, progress=False) == folder
     assert not [record for record in caplog.records if "missing keys" in record.getMessage()]  # tied: nothing is amiss
     assert read_run(folder).facts["resumed"] == 1
+    first, second = read_run(folder).facts["sessions"]
+    assert (first["from_step"], second["from_step"]) == (0, done)
+    assert first["began"] <= second["began"]
+    assert second["environment"] == read_run(folder).facts["environment"]
     assert same_weights(whole, folder)
     for split, name in (("train", "loss"), ("probe", "entropy_nats"), ("validation", "loss")):
         assert read_run(folder).series(split, name) == read_run(whole).series(split, name)

@@ -14,6 +14,7 @@ from normfree.analysis.entropy import (
     range_counts,
     shares_of_ceiling,
     top_quarter_share,
+    trained_heads,
 )
 from normfree.analysis.groups import BASELINE, Group, group_runs, is_over
 from normfree.analysis.seeds import Difference, Summary, paired_difference, student_t_95, summarise
@@ -65,4 +66,5 @@ __all__ = [
     "student_t_95",
     "summarise",
     "top_quarter_share",
+    "trained_heads",
 ]

@@ -124,6 +124,12 @@ def final_heads(run: Run) -> Heads | None:
     return found[-1] if found else None
 
 
+def trained_heads(run: Run) -> Heads | None:
+    """The entropies after training; None for a run that did not finish, or was not measured then."""
+    found = _heads(run, "final") if run.status == "finished" else []
+    return found[-1] if found else None
+
+
 def _heads(run: Run, split: str) -> list[Heads]:
     ceilings = dict(run.series(split, "ceiling_nats"))
     fallback = causal_ceiling(run.spec["data"]["context"])

@@ -33,7 +33,7 @@ def next_token_loss(
     device = hidden_NE.device.type
     if torch.is_autocast_enabled(device):
         hidden_NE = hidden_NE.to(torch.get_autocast_dtype(device))
-    total = _summed_cross_entropy(hidden_NE, weight_VE, labels_N)
+    total = _summed_cross_entropy(hidden_NE, weight_VE, labels_N, torch.is_grad_enabled())
     items = (labels_N != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
     return total / items
 
@@ -42,10 +42,9 @@ class _SummedCrossEntropy(torch.autograd.Function):
     """Sum of cross-entropies, block by block; the gradients are made in the same pass, while the logits exist."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_NE: Tensor, weight_VE: Tensor, labels_N: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden_NE: Tensor, weight_VE: Tensor, labels_N: Tensor, wanted: bool) -> Tensor:
         vocabulary = len(weight_VE)
         size = min(LARGEST_BLOCK, max(1, LARGEST_LOGITS // vocabulary))
-        wanted = any(ctx.needs_input_grad)
         all_count = bool((labels_N != IGNORED).all())
         cast_VE = weight_VE.to(hidden_NE.dtype)
         hidden_gradient_NE = torch.empty_like(hidden_NE) if wanted else None
@@ -66,10 +65,10 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (of_total,) = gradients
         hidden_gradient_NE, weight_gradient_VE = ctx.saved_tensors
-        return of_total * hidden_gradient_NE, (of_total * weight_gradient_VE).to(ctx.weight_dtype), None
+        return of_total * hidden_gradient_NE, (of_total * weight_gradient_VE).to(ctx.weight_dtype), None, None
 
 
 # A compiler would unroll the blocks; outside of it, the layers before stay one graph.

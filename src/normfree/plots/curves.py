@@ -48,14 +48,15 @@ def loss_curves(groups: Sequence[Group], *, ax: Axes, split: str, styles: Styles
     """
     drawn = False
     for group in groups:
-        for number, run in enumerate(group.runs):
+        label = group.name
+        for run in group.runs:
             steps, loss = _series(run, split, "loss")
             if not steps:
                 continue
             shown = _running_mean(loss, max(1, len(loss) // _TRAIN_WINDOWS)) if split == "train" else loss
-            _line(ax, steps, shown, label=group.name if number == 0 else None, **styles[group.name])
+            _line(ax, steps, shown, label=label, **styles[group.name])
             _cross(ax, steps, loss, styles[group.name]["color"])
-            drawn = True
+            drawn, label = True, None
     if not drawn:
         return empty(ax, f"no {split} loss recorded")
     ax.set(title=title, xlabel="step", ylabel="loss (nats per token)")
@@ -67,14 +68,14 @@ def nonfinite_curves(groups: Sequence[Group], *, ax: Axes, styles: Styles, title
     """Attention rows with NaN or infinity, in percent of the rows of each probe."""
     drawn = False
     for group in groups:
-        for number, run in enumerate(group.runs):
+        label = group.name
+        for run in group.runs:
             rows = dict(run.series("probe", "rows"))
             found = [(s, _percent(v, rows[s])) for s, v in run.series("probe", "nonfinite_rows") if s in rows]
             if found:
                 steps, share = zip(*found, strict=True)
-                label = group.name if number == 0 else None
                 ax.plot(steps, share, marker=".", markersize=4, label=label, **styles[group.name])
-                drawn = True
+                drawn, label = True, None
     if not drawn:
         return empty(ax, "no probe recorded")
     ax.set(title=title, xlabel="step", ylabel="non-finite rows (%)", ylim=(-3, 103))
@@ -89,13 +90,13 @@ def overload_curves(groups: Sequence[Group], *, ax: Axes, styles: Styles, title:
     """
     drawn = False
     for group in groups:
-        for number, run in enumerate(group.runs):
+        label = group.name
+        for run in group.runs:
             probes = probed_heads(run)
             if probes:
                 share = np.array([100 * top_quarter_share(one.entropy_LH, one.ceiling_L) for one in probes])
-                label = group.name if number == 0 else None
                 _line(ax, [one.step for one in probes], share, label=label, **styles[group.name])
-                drawn = True
+                drawn, label = True, None
     if not drawn:
         return empty(ax, "no probe recorded")
     ax.set(title=title, xlabel="step", ylabel="heads in the top quarter (%)", ylim=(-3, 103))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from normfree import published
-from normfree.analysis import Difference, Group, final_heads, overload, range_counts, summarise
+from normfree.analysis import Difference, Group, overload, range_counts, summarise, trained_heads
 from normfree.records import Run
 from normfree.tables.results import comparable_pairs, perplexity_difference
 
@@ -58,7 +58,7 @@ def _recipe_note(group: Group) -> str:
 def _top_quarter(groups: Sequence[Group]) -> str:
     parts = []
     for group in groups:
-        heads = final_heads(group.shown) if group.shown else None
+        heads = trained_heads(group.shown) if group.shown else None
         if heads is not None:
             share = range_counts(heads.entropy_LH, heads.ceiling_L).shares[-1]
             parts.append(f"{group.name} {100 * share:.0f} %")
@@ -70,11 +70,11 @@ def _top_quarter(groups: Sequence[Group]) -> str:
 def _overloaded(groups: Sequence[Group]) -> str:
     names = []
     for group in groups:
-        verdicts = [overload(heads) for run in group.runs if (heads := final_heads(run)) is not None]
+        verdicts = [overload(heads) for run in group.runs if (heads := trained_heads(run)) is not None]
         held = sum(verdict.holds is True for verdict in verdicts)
         if held:
             names.append(f"{group.name} ({held} of {len(verdicts)})")
-    if not any(final_heads(run) for group in groups for run in group.runs):
+    if not any(trained_heads(run) for group in groups for run in group.runs):
         return ""
     return f"Entropic overload of the early layers at the end: {', '.join(names) or 'in no run'}."
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
-from normfree.analysis import Difference, Group, final_heads, paired_difference, top_quarter_share
+from normfree.analysis import Difference, Group, paired_difference, top_quarter_share, trained_heads
 from normfree.tables.results import percent, perplexity_difference
 from normfree.tables.table import Column, Table
 
@@ -82,7 +82,7 @@ def _pairs(claim: Claim, groups: Sequence[Group]) -> list[tuple[Group, Group]]:
 
 
 def _top_shares(group: Group) -> dict[Hashable, float]:
-    measured = [(seed, final_heads(run)) for seed, run in zip(group.perplexities, group.runs, strict=True)]
+    measured = [(seed, trained_heads(run)) for seed, run in zip(group.perplexities, group.runs, strict=True)]
     return {
         seed: math.nan if heads is None else top_quarter_share(heads.entropy_LH, heads.ceiling_L)
         for seed, heads in measured

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -13,11 +12,11 @@ from normfree.analysis import (
     Floats,
     Group,
     causal_ceiling,
-    final_heads,
     paired_difference,
     probed_heads,
     summarise,
     top_quarter_share,
+    trained_heads,
 )
 from normfree.records import Run
 from normfree.tables.results import comparable_pairs, percent
@@ -31,51 +30,57 @@ _DEPTHS = ("Early third", "Middle third", "Late third")
 
 def gap_table(groups: Sequence[Group]) -> Table:
     """Paired relative difference of validation perplexity at shares of the training, beside the paper's curves."""
-    rows = []
+    rows, published_pairs = [], []
     for ours, theirs in comparable_pairs(groups):
         cells = [_gap(ours, theirs, share) for share in SHARES_OF_TRAINING]
         pairs = len(ours.perplexities.keys() & theirs.perplexities.keys())
         rows.append((f"{ours.name} against {theirs.name}", *cells, str(pairs)))
-        if ours.label in published.LOSS_NATS and theirs.label in published.LOSS_NATS:
-            paper = (_published_gap(ours.label, theirs.label, share) for share in SHARES_OF_TRAINING)
-            rows.append((f"{ours.label} against {theirs.label}, paper", *paper, "1"))
+        if _has_published_curves(ours) and _has_published_curves(theirs):
+            published_pairs.append((ours.label, theirs.label))
+    for label, other in dict.fromkeys(published_pairs):
+        paper = (_published_gap(label, other, share) for share in SHARES_OF_TRAINING)
+        rows.append((f"{label} against {other}, paper", *paper, "1"))
     columns = (Column("Comparison", numeric=False), *_share_columns(), Column("Pairs"))
-    notes = (
+    notes = [
         "Validation while training, on a part of the held-out text, so the last column is not exactly the final "
-        "difference. In brackets: 95 % Student-t interval over paired seeds.",
-        "Each column takes the nearest evaluation within a twentieth of the training.",
-        "Paper: GPT-2 125M, read off a figure, so each difference is good to about 3 points.",
-    )
+        "difference. In brackets: 95 % Student-t interval over paired seeds, in percent.",
+        "Each column takes the nearest evaluation within a twentieth of the training; from its divergence on, a run "
+        "has none, and a pair with it is NaN.",
+    ]
+    if published_pairs:
+        notes.append("Paper: GPT-2 125M, read off a figure, so each difference is good to about 3 points.")
     caption = "Difference in validation perplexity over training (share of the steps)"
-    return Table("gap", caption, columns, tuple(rows), notes)
+    return Table("gap", caption, columns, tuple(rows), tuple(notes))
 
 
 def overload_table(groups: Sequence[Group]) -> Table:
     """Heads at or above 3/4 of the causal ceiling: by depth after training, and over training."""
-    rows = []
+    rows, labels = [], []
     for group in groups:
-        measured = [(run, heads) for run in group.runs if (heads := final_heads(run)) is not None]
-        if not measured:
+        if not any(probed_heads(run) or trained_heads(run) for run in group.runs):
             continue
-        by_depth = np.array([_by_depth(heads.entropy_LH, heads.ceiling_L) for _, heads in measured]).T
-        over_training = [[_probed_share(run, share) for run, _ in measured] for share in SHARES_OF_TRAINING]
-        cells = [_percent_text(values) for values in (*by_depth.tolist(), *over_training)]
-        rows.append((group.name, *cells, str(len(measured))))
-        if group.label in published.heatmaps():
-            ceiling = causal_ceiling(published.HEATMAP_CONTEXT)
-            paper = _by_depth(published.heatmaps()[group.label], ceiling)
-            blanks = ["-"] * len(SHARES_OF_TRAINING)
-            rows.append((f"{group.label}, paper", *(f"{100 * share:.1f}" for share in paper), *blanks, "1"))
+        by_depth = zip(*(_trained_by_depth(run) for run in group.runs), strict=True)
+        over_training = (_probed_shares(group, share) for share in SHARES_OF_TRAINING)
+        rows.append((group.name, *map(_percent_text, (*by_depth, *over_training)), str(len(group.runs))))
+        if _is_gpt2(group) and group.label in published.heatmaps():
+            labels.append(group.label)
+    ceiling = causal_ceiling(published.HEATMAP_CONTEXT)
+    for label in dict.fromkeys(labels):
+        paper = _by_depth(published.heatmaps()[label], ceiling)
+        blanks = ["-"] * len(SHARES_OF_TRAINING)
+        rows.append((f"{label}, paper", *(_percent_text([share]) for share in paper), *blanks, "1"))
     depths = (Column(title) for title in (*_DEPTHS, "All layers"))
     columns = (Column("Variant", numeric=False), *depths, *_share_columns(), Column("Seeds"))
-    notes = (
+    notes = [
         "Percent of heads, mean and sample standard deviation over seeds. Thirds and all layers: the large sample "
         "after training; shares of the training: the nearest probe within a twentieth.",
-        "Untrained heads are nearly uniform, so every run begins at 100 %.",
-        f"Paper: {published.SOURCE}; its published heatmaps of 12 x 12 heads.",
-    )
+        "Untrained heads are nearly uniform, so every run begins at 100 %. NaN (1/3): 1 of 3 seeds has diverged by "
+        "then, or has a head that is not finite.",
+    ]
+    if labels:
+        notes.append(f"Paper: {published.SOURCE}; its published heatmaps of 12 x 12 heads.")
     caption = "Heads in the top quarter of the causal ceiling, by depth and over training (%)"
-    return Table("overload", caption, columns, tuple(rows), notes)
+    return Table("overload", caption, columns, tuple(rows), tuple(notes))
 
 
 def _share_columns() -> list[Column]:
@@ -83,9 +88,14 @@ def _share_columns() -> list[Column]:
 
 
 def _gap(ours: Group, theirs: Group, share: float) -> str:
-    of_ours, of_theirs = _validations(ours, share), _validations(theirs, share)
-    if not of_ours.keys() & of_theirs.keys():
+    runs = (*ours.runs, *theirs.runs)
+    step = _nearest_step(runs, [step for run in runs for step, _ in run.series("validation", "perplexity")], share)
+    if step is None:
         return "-"
+    of_ours, of_theirs = (
+        {seed: _validation(run, step, share) for seed, run in zip(group.perplexities, group.runs, strict=True)}
+        for group in (ours, theirs)
+    )
     found = paired_difference(of_ours, of_theirs, relative=True)
     if found.nonfinite:
         return f"NaN ({found.nonfinite}/{found.n})"
@@ -93,48 +103,66 @@ def _gap(ours: Group, theirs: Group, share: float) -> str:
     return percent(found.mean) + interval
 
 
+def _validation(run: Run, step: int, share: float) -> float:
+    """NaN from a divergence on."""
+    return dict(run.series("validation", "perplexity")).get(step, math.nan) if _trains(run, step, share) else math.nan
+
+
 def _published_gap(label: str, other: str, share: float) -> str:
     return percent(math.expm1(published.LOSS_NATS[label][share] - published.LOSS_NATS[other][share]))
 
 
-def _validations(group: Group, share: float) -> dict[Hashable, float]:
-    """Perplexity of each seed at that share of training; NaN from a divergence on, absent where none was taken."""
-    found = {}
-    for seed, run in zip(group.perplexities, group.runs, strict=True):
-        step = _nearest(run, run.series("validation", "perplexity"), share)
-        if step is not None:
-            found[seed] = dict(run.series("validation", "perplexity"))[step]
-        elif run.status == "diverged" and share * _steps(run) > run.facts["divergence"]["step"]:
-            found[seed] = math.nan
-    return found
+def _has_published_curves(group: Group) -> bool:
+    return _is_gpt2(group) and group.label in published.LOSS_NATS
 
 
-def _probed_share(run: Run, share: float) -> float:
-    probes = {heads.step: heads for heads in probed_heads(run)}
-    step = _nearest(run, list(probes.items()), share)
-    return math.nan if step is None else top_quarter_share(probes[step].entropy_LH, probes[step].ceiling_L)
+def _is_gpt2(group: Group) -> bool:
+    """Curves and heatmaps are published for GPT-2 125M alone."""
+    return published.counterpart(group.runs[0].spec).startswith("GPT-2")
 
 
-def _nearest(run: Run, series: Sequence[tuple[int, Any]], share: float) -> int | None:
-    """The step of `series` nearest to that share of the run's training."""
-    wanted, reach = share * _steps(run), _REACH * _steps(run)
-    near = [step for step, _ in series if abs(step - wanted) <= reach]
-    return min(near, key=lambda step: abs(step - wanted)) if near else None
+def _probed_shares(group: Group, share: float) -> list[float]:
+    """Top-quarter share of each seed then: NaN from a divergence on, an empty list where nobody probed."""
+    probes = [{heads.step: heads for heads in probed_heads(run)} for run in group.runs]
+    step = _nearest_step(group.runs, [step for probed in probes for step in probed], share)
+    if step is None:
+        return []
+    both = zip(group.runs, probes, strict=True)
+    found = [probed.get(step) if _trains(run, step, share) else None for run, probed in both]
+    return [math.nan if heads is None else top_quarter_share(heads.entropy_LH, heads.ceiling_L) for heads in found]
 
 
-def _steps(run: Run) -> int:
-    return run.facts["steps"]
+def _trained_by_depth(run: Run) -> list[float | None]:
+    heads = trained_heads(run)
+    return [math.nan] * (len(_DEPTHS) + 1) if heads is None else _by_depth(heads.entropy_LH, heads.ceiling_L)
 
 
-def _by_depth(entropy_LH: Floats, ceiling: Floats | float) -> list[float]:
-    """Top-quarter share of the early, middle and late third of the layers, then of all; early ones are rounded up."""
+def _nearest_step(runs: Sequence[Run], measured: Sequence[int], share: float) -> int | None:
+    """The step nearest to that share of the training, among those at which any of the runs was measured."""
+    steps = max(run.facts["steps"] for run in runs)
+    near = [step for step in measured if abs(step - share * steps) <= _REACH * steps]
+    return min(near, key=lambda step: abs(step - share * steps)) if near else None
+
+
+def _trains(run: Run, step: int, share: float) -> bool:
+    """Whether the run had not diverged by then."""
+    if run.status != "diverged":
+        return True
+    return max(step, share * run.facts["steps"]) < run.facts["divergence"]["step"]
+
+
+def _by_depth(entropy_LH: Floats, ceiling: Floats | float) -> list[float | None]:
+    """Top-quarter share of the early, middle and late third of the layers, then of all; None for an empty third.
+
+    Thirds that do not divide are larger at the front.
+    """
     ceiling_L = np.broadcast_to(ceiling, len(entropy_LH))
     thirds = np.array_split(np.arange(len(entropy_LH)), 3)
     return [
-        top_quarter_share(entropy_LH[layers], ceiling_L[layers]) if len(layers) else math.nan
+        top_quarter_share(entropy_LH[layers], ceiling_L[layers]) if len(layers) else None
         for layers in (*thirds, np.arange(len(entropy_LH)))
     ]
 
 
-def _percent_text(shares: Sequence[float]) -> str:
-    return summarise([100 * share for share in shares]).text(1)
+def _percent_text(shares: Sequence[float | None]) -> str:
+    return summarise([100 * share for share in shares if share is not None]).text(1)

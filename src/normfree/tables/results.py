@@ -106,6 +106,8 @@ def range_table(groups: Sequence[Group]) -> Table:
         Column("Paper, GPT-2 125M (%)"),
     )
     notes = tuple(f"{name}: {meaning}." for name, meaning in NORMALISERS.items())
+    if any(heads.split != "final" for *_, heads in measured):
+        notes += ("A run that diverged counts with the heads of its last probe.",)
     caption = "Share of heads per quarter of the maximum entropy"
     return Table("ranges", caption, columns, tuple(rows), (*notes, "NaN heads are in no range."))
 

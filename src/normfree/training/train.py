@@ -274,19 +274,26 @@ def _open_writer(
     earlier = _earlier_facts(folder)
     if checkpoint and not (folder / METRICS_FILE).exists():
         logger.warning("%s is missing: the metrics up to step %d are lost", folder / METRICS_FILE, step_of(checkpoint))
+    session = {
+        "from_step": step_of(checkpoint) if checkpoint else 0,
+        "began": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command_line(),
+        "environment": environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+    }
     facts = {
-        "started": earlier.get("started", datetime.now(UTC).isoformat(timespec="seconds")),
+        "started": earlier.get("started", session["began"]),
         "wall_seconds": earlier.get("wall_seconds", 0.0) if checkpoint else 0.0,
         "spec": spec.to_dict(),
         "recipe": spec.recipe(),
         "identity": spec.identity(),
-        "command": command_line(),
+        "command": session["command"],
         "study_note": note,
         "corpus": corpus.facts(),
-        "environment": environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "environment": session["environment"],
+        "sessions": [*(earlier.get("sessions", []) if checkpoint else []), session],
         "model": _model_facts(config),
         "steps": steps,
-        "steps_done": step_of(checkpoint) if checkpoint else 0,
+        "steps_done": session["from_step"],
         "resumed": earlier.get("resumed", 0) + bool(checkpoint),
         "final": None,
         "divergence": None,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import DistributedType
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
@@ -21,6 +22,9 @@ from normfree.config import RunSpec, TrainSpec
 from normfree.training.checkpoints import CheckpointError, checkpoint_bytes, require_space
 from normfree.training.data_order import BlockOrder
 from normfree.training.guard import Divergence, NonFiniteError, locate, total_gradient_norm
+
+_WHOLE_GRADIENTS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+"""Where every process holds all gradients, so that their norm is known without asking the others."""
 
 
 class NormFreeTrainer(Trainer):
@@ -96,7 +100,7 @@ class NormFreeTrainer(Trainer):
         return bool(torch.isfinite(over_processes))
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        if self._gradient_norm is None:
+        if self._gradient_norm is None or self.accelerator.distributed_type not in _WHOLE_GRADIENTS:
             return cast(Tensor, super()._clip_grad_norm(model))
         nn.utils.clip_grads_with_norm_(self.network.parameters(), self.args.max_grad_norm, self._gradient_norm)
         return self._gradient_norm
