@@ -32,6 +32,7 @@ _VARIANTS = {
     "SM+R": {"color": "#00896a", "linestyle": "-"},
 }
 _OTHERS = ("#a8428f", "#a87900", "#6d56c1", "#b23a48", "#4f7d1c", "#6b7280")
+_KEY_INCHES = 0.3
 _OTHER_LINES = ("-", "--", "-.", ":")
 
 RC: dict[Any, Any] = {
@@ -112,9 +113,9 @@ def colour_key(
     def draw(figure: Figure, axes: list[Axes]) -> None:
         scale = ScalarMappable(Normalize(*limit), colours)
         alone = len(axes) == 1 and not axes[0].has_data()
-        place: dict[str, Any] = (
-            {"cax": axes[0]} if alone else {"ax": axes, "shrink": 0.6, "aspect": 40, "use_gridspec": False}
-        )
+        fraction = _KEY_INCHES / figure.get_figheight()  # of the height of all rows of panels
+        shared = {"ax": axes, "shrink": 0.6, "aspect": 40, "fraction": fraction, "pad": 0.02, "use_gridspec": False}
+        place: dict[str, Any] = {"cax": axes[0]} if alone else shared
         bar = figure.colorbar(scale, orientation="horizontal", label=label, **place)
         if whole:
             bar.locator = MaxNLocator(integer=True)
