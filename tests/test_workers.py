@@ -32,6 +32,16 @@ def test_every_process_gets_the_environment_and_its_status_comes_back() -> None:
     assert run_side_by_side(command, count=3, environment={"STATUS": "7"}) == [7, 7, 7]
 
 
+def test_a_signal_that_nohup_ignores_stays_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGHUP)).start()
+        sleeps = [sys.executable, "-c", "import time; time.sleep(1)"]
+        assert run_side_by_side(sleeps, count=2, environment={}) == [0, 0]
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_when_one_cannot_start_the_others_are_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start = subprocess.Popen
 

@@ -3,7 +3,6 @@
 from normfree.analysis.entropy import (
     NORMALISERS,
     RANGES,
-    Floats,
     Heads,
     RangeCounts,
     causal_ceiling,
@@ -42,7 +41,6 @@ __all__ = [
     "SLOPE_SPREAD",
     "Collapse",
     "Difference",
-    "Floats",
     "Group",
     "Heads",
     "Overload",

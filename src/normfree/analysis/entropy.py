@@ -88,12 +88,11 @@ def shares_of_ceiling(heads: Heads) -> Floats:
     return heads.entropy_LH / heads.ceiling_L[:, None]
 
 
-def top_quarter_share(entropy_LH: ArrayLike, ceiling: ArrayLike) -> float:
-    """Share of the heads at or above 3/4 of `ceiling` (nats; one number, or one a layer).
-
-    NaN where a head is not finite.
-    """
-    counts = range_counts(entropy_LH, ceiling)
+def top_quarter_share(heads: Heads | None) -> float:
+    """Share of the heads at or above 3/4 of their ceiling; NaN where one is not finite, or nothing was measured."""
+    if heads is None:
+        return math.nan
+    counts = range_counts(heads.entropy_LH, heads.ceiling_L)
     return math.nan if counts.nonfinite else counts.shares[-1]
 
 

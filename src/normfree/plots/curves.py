@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ LAYER_COLOURS = LinearSegmentedColormap.from_list("layers", ["#2f6fde", "#8a63c9
 _MOST_POINTS = 200
 _TRAIN_WINDOWS = 50
 
+Series = tuple[list[int], np.ndarray]
+"""Steps and values of one line."""
 Styles = Mapping[str, Mapping[str, Any]]
 
 
@@ -46,40 +48,33 @@ def loss_curves(groups: Sequence[Group], *, ax: Axes, split: str, styles: Styles
     `split` is `train` (running mean over about a fiftieth of the points) or `validation`.
     A cross marks where a loss was not finite; its line has a gap there.
     """
-    drawn = False
-    for group in groups:
-        label = group.name
-        for run in group.runs:
-            steps, loss = _series(run, split, "loss")
-            if not steps:
-                continue
-            shown = _running_mean(loss, max(1, len(loss) // _TRAIN_WINDOWS)) if split == "train" else loss
-            _line(ax, steps, shown, label=label, **styles[group.name])
-            _cross(ax, steps, loss, styles[group.name]["color"])
-            drawn, label = True, None
-    if not drawn:
+
+    def shown(run: Run) -> Series:
+        steps, loss = _series(run, split, "loss")
+        if split == "train" and steps:
+            loss = _running_mean(loss, max(1, len(loss) // _TRAIN_WINDOWS))
+        return _thinned(steps, loss)
+
+    if not _line_a_seed(groups, shown, ax=ax, styles=styles):
         return empty(ax, f"no {split} loss recorded")
+    for group in groups:
+        for run in group.runs:
+            _cross(ax, *_series(run, split, "loss"), styles[group.name]["color"])
     ax.set(title=title, xlabel="step", ylabel="loss (nats per token)")
-    ax.legend()
     return ax
 
 
 def nonfinite_curves(groups: Sequence[Group], *, ax: Axes, styles: Styles, title: str = "") -> Axes:
     """Attention rows with NaN or infinity, in percent of the rows of each probe."""
-    drawn = False
-    for group in groups:
-        label = group.name
-        for run in group.runs:
-            rows = dict(run.series("probe", "rows"))
-            found = [(s, _percent(v, rows[s])) for s, v in run.series("probe", "nonfinite_rows") if s in rows]
-            if found:
-                steps, share = zip(*found, strict=True)
-                ax.plot(steps, share, marker=".", markersize=4, label=label, **styles[group.name])
-                drawn, label = True, None
-    if not drawn:
+
+    def share(run: Run) -> Series:
+        rows = dict(run.series("probe", "rows"))
+        found = [(step, bad_LH) for step, bad_LH in run.series("probe", "nonfinite_rows") if step in rows]
+        return [step for step, _ in found], np.array([_percent(bad_LH, rows[step]) for step, bad_LH in found])
+
+    if not _line_a_seed(groups, share, ax=ax, styles=styles, marker=".", markersize=4):
         return empty(ax, "no probe recorded")
     ax.set(title=title, xlabel="step", ylabel="non-finite rows (%)", ylim=(-3, 103))
-    ax.legend()
     return ax
 
 
@@ -88,19 +83,14 @@ def overload_curves(groups: Sequence[Group], *, ax: Axes, styles: Styles, title:
 
     A line has a gap where a head is not finite.
     """
-    drawn = False
-    for group in groups:
-        label = group.name
-        for run in group.runs:
-            probes = probed_heads(run)
-            if probes:
-                share = np.array([100 * top_quarter_share(one.entropy_LH, one.ceiling_L) for one in probes])
-                _line(ax, [one.step for one in probes], share, label=label, **styles[group.name])
-                drawn, label = True, None
-    if not drawn:
+
+    def share(run: Run) -> Series:
+        probes = probed_heads(run)
+        return [heads.step for heads in probes], np.array([100 * top_quarter_share(heads) for heads in probes])
+
+    if not _line_a_seed(groups, share, ax=ax, styles=styles):
         return empty(ax, "no probe recorded")
     ax.set(title=title, xlabel="step", ylabel="heads in the top quarter (%)", ylim=(-3, 103))
-    ax.legend()
     return ax
 
 
@@ -120,10 +110,31 @@ def slope_curves(run: Run, *, ax: Axes, title: str = "") -> Axes:
     return ax
 
 
+def _line_a_seed(
+    groups: Sequence[Group], series: Callable[[Run], Series], *, ax: Axes, styles: Styles, **more: Any
+) -> bool:
+    """Draw `series` of every run, the first of a group with its name in the legend; False when none has a point."""
+    for group in groups:
+        label = group.name
+        for run in group.runs:
+            steps, values = series(run)
+            if steps:
+                ax.plot(steps, values, label=label, **styles[group.name], **more)
+                label = None
+    if ax.lines:
+        ax.legend()
+    return bool(ax.lines)
+
+
 def _line(ax: Axes, steps: Sequence[int], values: np.ndarray, **style: Any) -> None:
+    ax.plot(*_thinned(steps, values), **style)
+
+
+def _thinned(steps: Sequence[int], values: np.ndarray) -> Series:
+    """At most about 200 of the points, the last one among them."""
     stride = max(1, -(-len(steps) // _MOST_POINTS))
-    kept = sorted({*range(0, len(steps), stride), len(steps) - 1})
-    ax.plot(np.asarray(steps)[kept], np.asarray(values)[kept], **style)
+    kept = sorted({*range(0, len(steps), stride), *range(len(steps))[-1:]})
+    return [steps[i] for i in kept], np.asarray(values)[kept]
 
 
 def _cross(ax: Axes, steps: Sequence[int], values: np.ndarray, colour: str) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from normfree import published
-from normfree.analysis import Difference, Group, overload, range_counts, summarise, trained_heads
+from normfree.analysis import Difference, Group, overload, summarise, top_quarter_share, trained_heads
 from normfree.records import Run
 from normfree.tables.results import comparable_pairs, perplexity_difference
 
@@ -60,8 +60,8 @@ def _top_quarter(groups: Sequence[Group]) -> str:
     for group in groups:
         heads = trained_heads(group.shown) if group.shown else None
         if heads is not None:
-            share = range_counts(heads.entropy_LH, heads.ceiling_L).shares[-1]
-            parts.append(f"{group.name} {100 * share:.0f} %")
+            share = top_quarter_share(heads)
+            parts.append(f"{group.name} {100 * share:.0f} %" if math.isfinite(share) else f"{group.name} NaN")
     if not parts:
         return ""
     return f"Heads in the top quarter of the causal ceiling: {', '.join(parts)}."

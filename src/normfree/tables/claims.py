@@ -82,8 +82,5 @@ def _pairs(claim: Claim, groups: Sequence[Group]) -> list[tuple[Group, Group]]:
 
 
 def _top_shares(group: Group) -> dict[Hashable, float]:
-    measured = [(seed, trained_heads(run)) for seed, run in zip(group.perplexities, group.runs, strict=True)]
-    return {
-        seed: math.nan if heads is None else top_quarter_share(heads.entropy_LH, heads.ceiling_L)
-        for seed, heads in measured
-    }
+    both = zip(group.perplexities, group.runs, strict=True)
+    return {seed: top_quarter_share(trained_heads(run)) for seed, run in both}

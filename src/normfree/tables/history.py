@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from normfree import published
 from normfree.analysis import (
-    Floats,
     Group,
+    Heads,
     causal_ceiling,
     paired_difference,
     probed_heads,
@@ -59,14 +60,15 @@ def overload_table(groups: Sequence[Group]) -> Table:
     for group in groups:
         if not any(probed_heads(run) or trained_heads(run) for run in group.runs):
             continue
-        by_depth = zip(*(_trained_by_depth(run) for run in group.runs), strict=True)
+        by_depth = zip(*(_by_depth(trained_heads(run)) for run in group.runs), strict=True)
         over_training = (_probed_shares(group, share) for share in SHARES_OF_TRAINING)
         rows.append((group.name, *map(_percent_text, (*by_depth, *over_training)), str(len(group.runs))))
         if _is_gpt2(group) and group.label in published.heatmaps():
             labels.append(group.label)
-    ceiling = causal_ceiling(published.HEATMAP_CONTEXT)
     for label in dict.fromkeys(labels):
-        paper = _by_depth(published.heatmaps()[label], ceiling)
+        entropy_LH = published.heatmaps()[label]
+        ceiling_L = np.full(len(entropy_LH), causal_ceiling(published.HEATMAP_CONTEXT))
+        paper = _by_depth(Heads(entropy_LH, ceiling_L, 0, "final"))
         blanks = ["-"] * len(SHARES_OF_TRAINING)
         rows.append((f"{label}, paper", *(_percent_text([share]) for share in paper), *blanks, "1"))
     depths = (Column(title) for title in (*_DEPTHS, "All layers"))
@@ -128,13 +130,7 @@ def _probed_shares(group: Group, share: float) -> list[float]:
     if step is None:
         return []
     both = zip(group.runs, probes, strict=True)
-    found = [probed.get(step) if _trains(run, step, share) else None for run, probed in both]
-    return [math.nan if heads is None else top_quarter_share(heads.entropy_LH, heads.ceiling_L) for heads in found]
-
-
-def _trained_by_depth(run: Run) -> list[float | None]:
-    heads = trained_heads(run)
-    return [math.nan] * (len(_DEPTHS) + 1) if heads is None else _by_depth(heads.entropy_LH, heads.ceiling_L)
+    return [top_quarter_share(probed.get(step) if _trains(run, step, share) else None) for run, probed in both]
 
 
 def _nearest_step(runs: Sequence[Run], measured: Sequence[int], share: float) -> int | None:
@@ -151,17 +147,19 @@ def _trains(run: Run, step: int, share: float) -> bool:
     return max(step, share * run.facts["steps"]) < run.facts["divergence"]["step"]
 
 
-def _by_depth(entropy_LH: Floats, ceiling: Floats | float) -> list[float | None]:
+def _by_depth(heads: Heads | None) -> list[float | None]:
     """Top-quarter share of the early, middle and late third of the layers, then of all; None for an empty third.
 
     Thirds that do not divide are larger at the front.
     """
-    ceiling_L = np.broadcast_to(ceiling, len(entropy_LH))
-    thirds = np.array_split(np.arange(len(entropy_LH)), 3)
-    return [
-        top_quarter_share(entropy_LH[layers], ceiling_L[layers]) if len(layers) else None
-        for layers in (*thirds, np.arange(len(entropy_LH)))
+    if heads is None:
+        return [math.nan] * (len(_DEPTHS) + 1)
+    layers = np.arange(len(heads.entropy_LH))
+    parts = [
+        replace(heads, entropy_LH=heads.entropy_LH[some], ceiling_L=heads.ceiling_L[some]) if len(some) else None
+        for some in (*np.array_split(layers, len(_DEPTHS)), layers)
     ]
+    return [None if part is None else top_quarter_share(part) for part in parts]
 
 
 def _percent_text(shares: Sequence[float | None]) -> str:

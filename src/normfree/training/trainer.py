@@ -120,7 +120,7 @@ class NormFreeTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "grad_norm" in logs and self.skipped and self.skipped[-1].step == self.state.global_step:
-            logs["grad_norm"] = math.nan  # without gradients Trainer computes 0
+            logs["grad_norm"] = math.nan  # no gradient was left to clip
         super().log(logs, start_time)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
