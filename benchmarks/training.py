@@ -15,7 +15,8 @@ above what it held once the libraries were loaded: weights, gradients, Adam's mo
 `ours 2 processes` is DistributedDataParallel over gloo with half of the sequences and threads in each, its peak memory
 that of both.
 
-Other keys: contenders=gpt2,nanogpt sizes=128x4096 threads=2 turns=3
+Other keys: contenders=gpt2,nanogpt reference='ours fp32' sizes=128x4096 threads=2 turns=3; `reference` is who takes
+turns with every contender.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ FULL_SIZES = "128x4096,192x4096,256x8192,128x50257,768x50257,128x4096x256,256x81
 DEFAULTS = {
     "sizes": "",
     "contenders": "",
+    "reference": "ours",
     "threads": "2",
     "turns": "3",
     "full": "false",
@@ -46,7 +48,6 @@ DEFAULTS = {
     "worker": "",
 }
 TOKENS = 4096
-REFERENCE = "ours"
 TWO_PROCESSES = "ours 2 processes"
 SQUARE = 4096
 
@@ -83,8 +84,8 @@ def read_options(arguments: list[str]) -> dict[str, str]:
         raise SystemExit(f"unknown key {', '.join(sorted(unknown))}; allowed: {', '.join(sorted(DEFAULTS))}")
     options = DEFAULTS | pairs
     options["sizes"] = options["sizes"] or (FULL_SIZES if options["full"] == "true" else QUICK_SIZES)
-    options["contenders"] = options["contenders"] or ",".join(name for name in NAMES if name != REFERENCE)
-    if wrong := set(options["contenders"].split(",")) - set(NAMES):
+    options["contenders"] = options["contenders"] or ",".join(name for name in NAMES if name != options["reference"])
+    if wrong := {options["reference"], *options["contenders"].split(",")} - set(NAMES):
         raise SystemExit(f"unknown contender {', '.join(sorted(wrong))}; allowed: {', '.join(NAMES)}")
     return options
 
@@ -134,7 +135,7 @@ def measure_size(size: str, options: dict[str, str], peak: float) -> list[dict[s
     job = {"layers": LAYERS, "width": width, "vocabulary": vocabulary, "context": tokens}
     job |= {"batch": TOKENS // tokens, "threads": int(options["threads"])}
     turns = int(options["turns"])
-    mine = Worker(job | {"contender": REFERENCE, "keep_memory": True})
+    mine = Worker(job | {"contender": options["reference"], "keep_memory": True})
     warm_up(mine)
     rows, of_mine = [], []
     for name in options["contenders"].split(","):
@@ -150,7 +151,7 @@ def measure_size(size: str, options: dict[str, str], peak: float) -> list[dict[s
             row["ours_over_theirs"] = statistics.median(them / ours for ours, them in pairs)
             rows.append(row)
             theirs.close()
-    first = row_of(job, REFERENCE, True, of_mine, mine, peak)
+    first = row_of(job, options["reference"], True, of_mine, mine, peak)
     mine.probe_seconds()
     first["probe_share_every_100_steps"] = mine.probe_seconds() / (100 * statistics.median(of_mine))
     mine.close()

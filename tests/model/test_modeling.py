@@ -197,11 +197,13 @@ def test_bias_qk_leaves_values_without_bias(build, ids):
     assert qk.model.layers[0].attention.qkv.bias.abs().sum() > 0
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["fused", "written out in bf16"])
 @pytest.mark.parametrize("part", [0, 1, 2], ids=["query", "key", "value"])
-def test_a_nan_weight_of_any_projection_reaches_the_logits(build, ids, part):
+def test_a_nan_weight_of_any_projection_reaches_the_logits(build, ids, part, training):
     """Fused attention answers 0 where all scores of a row are NaN on some CPUs; every row must be NaN here."""
-    model = build(norm="none").eval()
+    model = build(norm="none").train(training)
     weight = model.model.layers[0].attention.qkv.weight
     with torch.no_grad():
         weight[part * weight.shape[1], 0] = torch.nan
+    with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16, enabled=training):
         assert model(ids).logits.isnan().all()

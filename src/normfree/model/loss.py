@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100
@@ -45,7 +44,6 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden_NE: Tensor, weight_VE: Tensor, labels_N: Tensor, wanted: bool) -> Tensor:
         vocabulary = len(weight_VE)
         size = min(LARGEST_BLOCK, max(1, LARGEST_LOGITS // vocabulary))
-        all_count = bool((labels_N != IGNORED).all())
         cast_VE = weight_VE.to(hidden_NE.dtype)
         hidden_gradient_NE = torch.empty_like(hidden_NE) if wanted else None
         weight_gradient_VE = torch.zeros_like(weight_VE, dtype=torch.float32) if wanted else None
@@ -53,11 +51,12 @@ class _SummedCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden_NE.device.type, enabled=False):
             for start in range(0, len(hidden_NE), size):
                 block_nE, labels_n = hidden_NE[start : start + size], labels_N[start : start + size]
-                log_probability_nV = F.log_softmax((block_nE @ cast_VE.mT).float(), dim=-1)
-                total += F.nll_loss(log_probability_nV, labels_n, ignore_index=IGNORED, reduction="sum")
+                logits_nV = (block_nE @ cast_VE.mT).float()
+                losses_n1, gradient_nV = _losses_and_logit_gradient(logits_nV, labels_n[:, None])
+                total += losses_n1.sum()
                 if hidden_gradient_NE is None or weight_gradient_VE is None:
                     continue
-                logit_gradient_nV = _logit_gradient(log_probability_nV, labels_n, all_count).to(hidden_NE.dtype)
+                logit_gradient_nV = gradient_nV.to(hidden_NE.dtype)
                 hidden_gradient_NE[start : start + size] = logit_gradient_nV @ cast_VE
                 weight_gradient_VE += logit_gradient_nV.mT @ block_nE
         ctx.save_for_backward(hidden_gradient_NE, weight_gradient_VE)
@@ -75,9 +74,16 @@ class _SummedCrossEntropy(torch.autograd.Function):
 _summed_cross_entropy: Any = torch.compiler.disable(_SummedCrossEntropy.apply)
 
 
-def _logit_gradient(log_probability_nV: Tensor, labels_n: Tensor, all_count: bool) -> Tensor:
-    """Softmax minus one at the label, 0 for rows that do not count; overwrites its input."""
-    probability_nV = log_probability_nV.exp_()
-    ones_n1 = torch.ones_like(labels_n, dtype=probability_nV.dtype)[:, None]
-    probability_nV.scatter_add_(1, labels_n.clamp_min(0)[:, None], -ones_n1)
-    return probability_nV if all_count else probability_nV * (labels_n != IGNORED)[:, None]
+def _losses_and_logit_gradient(logits_nV: Tensor, labels_n1: Tensor) -> tuple[Tensor, Tensor]:
+    """-ln softmax at each label, and softmax minus one at the label; both 0 where the label does not count.
+
+    Overwrites the logits with the gradient: exp is taken once for both.
+    """
+    counts_n1 = labels_n1 != IGNORED
+    targets_n1 = labels_n1.clamp_min(0)
+    shifted_nV = logits_nV.sub_(logits_nV.amax(-1, keepdim=True))
+    of_targets_n1 = shifted_nV.gather(1, targets_n1)
+    sums_n1 = shifted_nV.exp_().sum(-1, keepdim=True)
+    losses_n1 = (sums_n1.log() - of_targets_n1).where(counts_n1, 0.0)
+    probabilities_nV = shifted_nV.mul_(counts_n1 / sums_n1)
+    return losses_n1, probabilities_nV.scatter_add_(1, targets_n1, -counts_n1.float())

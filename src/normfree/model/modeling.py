@@ -4,7 +4,7 @@ Modules are chosen from tables when the model is built; no forward asks which va
 """
 
 # B batch, T query (new tokens), S key (cached and new), E hidden size, F feed-forward width,
-# H heads, D head dim, R rotating dims of a head, V vocabulary
+# H heads, D head dim, R rotating dims of a head, V vocabulary, N batch times heads
 
 from __future__ import annotations
 
@@ -136,17 +136,16 @@ def written_out_causal_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of full blocks, (B, T, H, D): matmuls in the inputs' dtype, softmax in float32.
+    """Causal attention of full blocks, (B, T, H, D), in the inputs' dtype; softmax sums in float32 inside its kernel.
 
     For training in bf16 on the CPU, where the backward pass of fused attention is slow.
     """
-    tokens = query_BHTD.shape[2]
+    batch, heads, tokens, _ = query_BHTD.shape
     future_TT = torch.full((tokens, tokens), -torch.inf, dtype=query_BHTD.dtype).triu(1)
     with torch.autocast("cpu", enabled=False):
-        scores_BHTT = query_BHTD * scaling @ key_BHTD.mT + future_TT
-        weights_BHTT = F.softmax(scores_BHTT, dim=-1, dtype=torch.float32).to(value_BHTD.dtype)
-        weights_BHTT = F.dropout(weights_BHTT, p=dropout, training=module.training)
-        return (weights_BHTT @ value_BHTD).transpose(1, 2), None
+        scores_NTT = torch.baddbmm(future_TT, query_BHTD.flatten(0, 1), key_BHTD.flatten(0, 1).mT, alpha=scaling)
+        weights_NTT = F.dropout(F.softmax(scores_NTT, dim=-1), p=dropout, training=module.training)
+        return (weights_NTT @ value_BHTD.flatten(0, 1)).unflatten(0, (batch, heads)).transpose(1, 2), None
 
 
 def trains_faster_written_out(query_BHTD: Tensor, attention_mask: Tensor | None) -> bool:
@@ -204,9 +203,10 @@ class Attention(nn.Module):
         if past_key_values is not None:
             key_BHSD, value_BHSD = past_key_values.update(key_BHSD, value_BHSD, self.layer_idx)
         chosen = self.config._attn_implementation or "eager"
+        fused = chosen == "sdpa"
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(chosen, eager_attention_forward)
-        if chosen == "sdpa" and past_key_values is None and trains_faster_written_out(query_BHTD, attention_mask):
-            attend = written_out_causal_attention
+        if fused and past_key_values is None and trains_faster_written_out(query_BHTD, attention_mask):
+            fused, attend = False, written_out_causal_attention
         mixed_BTHD, weights_BHTS = attend(
             self,
             query_BHTD,
@@ -217,7 +217,7 @@ class Attention(nn.Module):
             dropout=self.config.attention_dropout if self.training else 0.0,
             **kwargs,
         )
-        if chosen == "sdpa" and query_BHTD.device.type == "cpu":
+        if fused and query_BHTD.device.type == "cpu":
             mixed_BTHD = mixed_BTHD + nan_where_all_scores_are(query_BHTD, key_BHSD, attention_mask)
         return self.dropout(self.output(mixed_BTHD.reshape(batch, tokens, -1))), weights_BHTS
 
