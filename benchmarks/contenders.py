@@ -1,7 +1,8 @@
 """Training steps of the peers and ours, each behind one function: what benchmarks/training.py times.
 
 A contender is built from a job (layers, width, vocabulary, context, batch) and runs whole steps: forward, backward,
-clipping at 1.0, fused AdamW. Same shape, same tokens, same optimiser; only the way differs.
+clipping at 1.0, fused AdamW. Same model (GPT-2, all biases; `ours norm-free` is the paper's SM+R), same tokens, same
+optimiser; only the way differs.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class Job:
     """File through which the processes find each other."""
 
 
-def normfree_model(job: Job, *, norm: str, activation: str) -> nn.Module:
-    """Ours, in GPT-2's shape; biases as in the paper."""
+def normfree_model(job: Job, *, norm: str, activation: str, bias: str) -> nn.Module:
+    """Ours, in GPT-2's shape."""
     return NormFreeForCausalLM(
         NormFreeConfig(
             vocab_size=job.vocabulary,
@@ -55,6 +56,7 @@ def normfree_model(job: Job, *, norm: str, activation: str) -> nn.Module:
             hidden_size=job.width,
             norm=norm,
             activation=activation,
+            bias=bias,
         )
     )
 
@@ -84,9 +86,9 @@ class PlainBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.heads = HEADS[width]
-        self.norm_1, self.norm_2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
-        self.qkv, self.mix = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
-        self.widen, self.narrow = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.mix = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.widen, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, hidden_BTE: Tensor) -> Tensor:
         batch, tokens, width = hidden_BTE.shape
@@ -98,14 +100,14 @@ class PlainBlock(nn.Module):
 
 
 class PlainGPT(nn.Module):
-    """A nanoGPT-style model: tied embeddings, no biases, all logits, cross-entropy in one call."""
+    """A nanoGPT-style model: tied embeddings, biases as in GPT-2, all logits, cross-entropy in one call."""
 
     def __init__(self, job: Job) -> None:
         super().__init__()
         self.tokens = nn.Embedding(job.vocabulary, job.width)
         self.places = nn.Embedding(job.context, job.width)
         self.blocks = nn.ModuleList(PlainBlock(job.width) for _ in range(job.layers))
-        self.norm = nn.LayerNorm(job.width, bias=False)
+        self.norm = nn.LayerNorm(job.width)
         for parameter in self.parameters():
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -121,9 +123,9 @@ class PlainGPT(nn.Module):
 Loss = Callable[[Tensor], Tensor]
 
 
-def ours(job: Job, *, norm: str = "layernorm", activation: str = "gelu") -> tuple[nn.Module, Loss]:
-    """Our model and the loss that our training asks it for."""
-    model = normfree_model(job, norm=norm, activation=activation)
+def ours(job: Job, *, norm: str = "layernorm", activation: str = "gelu", bias: str = "all") -> tuple[nn.Module, Loss]:
+    """Our model, GPT-2 unless told otherwise, and the loss that our training asks it for."""
+    model = normfree_model(job, norm=norm, activation=activation, bias=bias)
     return model, lambda ids: model(ids, labels=ids, return_logits=False).loss
 
 
@@ -132,7 +134,7 @@ def ours_in_processes(job: Job) -> tuple[nn.Module, Loss]:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{job.meeting}", rank=job.rank, world_size=job.processes
     )
-    model = normfree_model(job, norm="layernorm", activation="gelu")
+    model = normfree_model(job, norm="layernorm", activation="gelu", bias="all")
     wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     return model, lambda ids: wrapped(ids, labels=ids, return_logits=False).loss
 
@@ -167,7 +169,7 @@ CONTENDERS: dict[str, tuple[Callable[[Job], tuple[nn.Module, Loss]], bool]] = {
     "ours": (ours, True),
     "ours 2 processes": (ours_in_processes, True),
     "ours fp32": (ours, False),
-    "ours norm-free": (lambda job: ours(job, norm="none", activation="relu"), True),
+    "ours norm-free": (lambda job: ours(job, norm="none", activation="relu", bias="qk"), True),
     "gpt2": (gpt2, False),
     "gpt2 bf16": (gpt2, True),
     "gpt2 official": (official, False),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
-LARGEST_BLOCK = 512
+LARGEST_BLOCK = 1024
 LARGEST_LOGITS = 2**24
 """Elements of a block's logits: 64 MiB in float32."""
 

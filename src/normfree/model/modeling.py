@@ -161,15 +161,15 @@ def trains_faster_written_out(query_BHTD: Tensor, attention_mask: Tensor | None)
 
 @torch.no_grad()
 def nan_where_all_scores_are(query_BHTD: Tensor, key_BHSD: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """(B, T, H, 1): NaN for a query that is not finite, or whose first visible key is not; else 0.
+    """(B, T, 1): NaN where a query of any head is not finite, or its first visible key is not; else 0.
 
     torch's fused attention answers 0 for a row whose scores are all NaN, on CPUs with AVX512 (seen in 2.13): a broken
     weight would go on as a number. Under a mask the first visible key is not known here, and queries alone count.
     """
-    broken_BHT1 = (query_BHTD * 0).sum(-1, keepdim=True)
+    sums_BHT = query_BHTD.sum(-1, dtype=torch.float32)
     if attention_mask is None:
-        broken_BHT1 = broken_BHT1 + (key_BHSD[:, :, :1] * 0).sum(-1, keepdim=True)
-    return broken_BHT1.transpose(1, 2)
+        sums_BHT = sums_BHT + key_BHSD[:, :, :1].sum(-1, dtype=torch.float32)
+    return (sums_BHT * 0).sum(1)[..., None]
 
 
 class Attention(nn.Module):
@@ -217,9 +217,10 @@ class Attention(nn.Module):
             dropout=self.config.attention_dropout if self.training else 0.0,
             **kwargs,
         )
+        written_BTE = self.output(mixed_BTHD.reshape(batch, tokens, -1))
         if fused and query_BHTD.device.type == "cpu":
-            mixed_BTHD = mixed_BTHD + nan_where_all_scores_are(query_BHTD, key_BHSD, attention_mask)
-        return self.dropout(self.output(mixed_BTHD.reshape(batch, tokens, -1))), weights_BHTS
+            written_BTE.add_(nan_where_all_scores_are(query_BHTD, key_BHSD, attention_mask))
+        return self.dropout(written_BTE), weights_BHTS
 
 
 class FeedForward(nn.Module):
