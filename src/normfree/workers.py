@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from normfree.signals import stopping_signals
 
 
 class StoppedError(Exception):
@@ -25,8 +25,8 @@ def run_side_by_side(command: Sequence[str], *, count: int, environment: dict[st
     """Start `count` processes of one command and wait; returns their exit statuses. Their standard output is dropped.
 
     SIGINT, SIGTERM and SIGHUP (as SIGTERM) are handed on once, whoever sent them: the processes live in groups of their
-    own, so that a Ctrl-C does not reach them twice (a second signal would make a run leave without a checkpoint). One
-    that the caller ignores, as under nohup, stays ignored.
+    own, so that a Ctrl-C does not reach them twice (a second signal would make a run leave without a checkpoint). A
+    SIGHUP that the caller ignores, as under nohup, stays ignored.
 
     Raises StoppedError after such a signal, once every process has ended; OSError when one could not be started, after
     the others were stopped.
@@ -41,9 +41,7 @@ def run_side_by_side(command: Sequence[str], *, count: int, environment: dict[st
 
     previous: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        # What the caller ignores, as nohup does SIGHUP, is not taken.
-        heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        previous = {number: signal.signal(number, hand_on) for number in heard}
+        previous = {number: signal.signal(number, hand_on) for number in stopping_signals()}
     try:
         for _ in range(count):
             if received:

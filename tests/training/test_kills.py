@@ -138,7 +138,7 @@ def test_the_second_process_on_a_run_folder_is_refused_with_the_owner(door: Call
     assert run.server.wait(run.start("train.steps=60")) == 0, run.errors  # a dead owner holds no lock
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_with_its_status_and_one_line_that_says_how_to_go_on(
     door: Callable[[str], Door], number: signal.Signals
 ) -> None:

@@ -126,6 +126,24 @@ def test_a_signal_in_the_last_step_is_heard(
     check_resume(stopped.value.folder, cache, tiny_spec(), expected)
 
 
+def test_a_closed_terminal_does_not_end_a_run_under_nohup(
+    tmp_path: Path, cache: Path, tiny_spec: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = NormFreeTrainer.training_step
+
+    def hung_up(trainer: NormFreeTrainer, *rest: Any, **named: Any) -> Any:
+        send(signal.SIGHUP)
+        return original(trainer, *rest, **named)
+
+    monkeypatch.setattr(NormFreeTrainer, "training_step", hung_up)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        folder = train(tiny_spec("train.steps=2"), runs_dir=tmp_path, cache=cache, progress=False)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert read_run(folder).status == "finished"
+
+
 def test_handlers_are_given_back_and_other_threads_can_train(tmp_path: Path, cache: Path, tiny_spec: Build) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     ended: list[Path] = []

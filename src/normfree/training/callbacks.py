@@ -21,6 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from normfree.entropy import EntropyProbe, HeadEntropy
 from normfree.evaluate import Evaluation, evaluate_blocks, in_evaluation_mode
+from normfree.signals import stopping_signals
 
 Measurements = Iterator[tuple[str, Any]]
 Log = Callable[[int, str, Measurements], None]
@@ -108,7 +109,7 @@ class Watch(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM or SIGINT ends training at the next step boundary, with a checkpoint.
+    """SIGTERM, SIGINT or SIGHUP (not under nohup) ends training at the next step boundary, with a checkpoint.
 
     A second signal, or one that comes when no step will follow (`at_once`), raises KeyboardInterrupt where the program
     stands. Python delivers signals to the main thread only; in another thread this class does nothing.
@@ -121,7 +122,7 @@ class StopOnSignal(TrainerCallback):
 
     def __enter__(self) -> StopOnSignal:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in stopping_signals():
                 self._previous[number] = signal.signal(number, self._note)
         return self
 

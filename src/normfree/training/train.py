@@ -69,8 +69,8 @@ def train(
     goes non-finite is recorded as diverged and returned like any other. `note` is printed on the report page.
 
     Raises ValueError when the folder holds a run with another spec or corpus, the corpus is too small or fields of the
-    model contradict each other; InterruptedRunError after SIGTERM or SIGINT; BlockingIOError when another process
-    trains there; OSError when the disk is full.
+    model contradict each other; InterruptedRunError after SIGTERM, SIGINT or SIGHUP; BlockingIOError when another
+    process trains there; OSError when the disk is full.
     """
     folder = Path(runs_dir) / spec.study / spec.name
     if is_done(folder, spec):
