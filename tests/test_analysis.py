@@ -122,11 +122,22 @@ def test_slopes_move_apart_per_layer_and_never_when_shared(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("final", "expected"),
-    [((0.05, -0.05), True), ((0.0, 0.051), False), ((-0.051,), False), ((0.0, math.nan), False)],
+    ("first", "final", "expected"),
+    [
+        ((0.25, 0.25), (0.05, -0.05), True),
+        ((0.25, 0.25), (0.0, 0.051), False),
+        ((1.0,), (-0.051,), False),
+        ((0.01, 0.01), (0.002, -0.009), True),
+        ((0.01, 0.01), (0.002, 0.01), False),
+        ((0.01,), (-0.02,), False),
+        ((0.25, 0.25), (0.0, math.nan), False),
+        ((0.01,), (math.nan,), False),
+    ],
 )
-def test_slopes_are_near_zero_when_each_of_them_is(final: tuple[float, ...], expected: bool) -> None:
-    assert analysis.Slopes(final, 0.0, (0, 0), False, None).near_zero is expected
+def test_slopes_have_gone_to_zero_when_each_of_them_has(
+    first: tuple[float, ...], final: tuple[float, ...], expected: bool
+) -> None:
+    assert analysis.Slopes(first, final, 0.0, (0, 0), False, None).gone_to_zero is expected
 
 
 def test_a_heatmap_comes_from_the_final_measurement_else_from_the_newest_probe(tmp_path: Path) -> None:

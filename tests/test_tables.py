@@ -200,8 +200,8 @@ def test_slopes_run_from_relu_to_identity_with_the_first_broken_step(tmp_path: P
     rows = rows_of(table)
     assert (rows["SM"]["First non-finite step"], rows["SM"]["Non-finite rows"]) == ("100", "768")
     assert rows["SM+leaky, shared"]["Slope at the start"] == "0.01"
-    assert rows["SM+leaky, shared"]["Ends within 0.05 of 0"] == "no"  # it ends at 0.11
-    assert rows["SM+R"]["Ends within 0.05 of 0"] == "-"
+    assert rows["SM+leaky, shared"]["Gone to zero"] == "no"  # it ends at 0.11
+    assert rows["SM+R"]["Gone to zero"] == "-"
 
 
 def test_html_escapes_every_cell() -> None:

@@ -22,7 +22,7 @@ SLOPE_SPREAD = 0.1
 """Per-layer slopes have moved apart when the highest is this far above the lowest."""
 
 SLOPE_NEAR_ZERO = 0.05
-"""Learnable slopes have gone to zero when each of them ends within this distance of it."""
+"""A slope that began farther from 0 than this has gone to zero when it ends within it."""
 
 DEFAULT_SLOPE = 0.01
 """What a leaky ReLU has when its run does not say: torch's default, and NormFreeConfig's."""
@@ -59,8 +59,9 @@ class Collapse:
 
 @dataclass(frozen=True)
 class Slopes:
-    """Where learnable slopes ended."""
+    """Where learnable slopes began and ended."""
 
+    first_S: tuple[float, ...]
     final_S: tuple[float, ...]
     spread: float
     """Highest minus lowest slope at the end; 0 for a shared slope."""
@@ -72,9 +73,10 @@ class Slopes:
     """First probe at which they were that far apart."""
 
     @property
-    def near_zero(self) -> bool:
-        """Every slope ends within 0.05 of 0; a slope that is not finite does not."""
-        return all(abs(slope) <= SLOPE_NEAR_ZERO for slope in self.final_S)
+    def gone_to_zero(self) -> bool:
+        """Every slope ends within 0.05 of 0, or nearer to 0 than it began if it began there; NaN does not."""
+        ends = zip(np.abs(self.first_S), np.abs(self.final_S), strict=True)
+        return all(end <= SLOPE_NEAR_ZERO if start > SLOPE_NEAR_ZERO else end < start for start, end in ends)
 
 
 def overload(heads: Heads, probes: Sequence[Heads] = ()) -> Overload:
@@ -113,6 +115,7 @@ def slopes(run: Run) -> Slopes | None:
     history = [(step, np.atleast_1d(np.array(value, dtype=float))) for step, value in series]
     final_S = history[-1][1]
     return Slopes(
+        first_S=tuple(history[0][1].tolist()),
         final_S=tuple(final_S.tolist()),
         spread=float(np.ptp(final_S)),
         layers=(int(np.argmin(final_S)), int(np.argmax(final_S))),

@@ -72,7 +72,7 @@ def slope_table(groups: Sequence[Group]) -> Table:
         Column("Variant", numeric=False),
         Column("Slope at the start"),
         Column("Slope at the end", numeric=False),
-        Column(f"Ends within {SLOPE_NEAR_ZERO} of 0", numeric=False),
+        Column("Gone to zero", numeric=False),
         Column("Perplexity"),
         Column("Seeds"),
         Column("First non-finite step"),
@@ -81,6 +81,8 @@ def slope_table(groups: Sequence[Group]) -> Table:
     notes = (
         "Slope 0 is ReLU and slope 1 the identity. Non-finite rows: attention rows with NaN or infinity, "
         "summed over layers, heads and probes of all seeds.",
+        f"Gone to zero: every learnable slope ends within {SLOPE_NEAR_ZERO} of 0, or, if it began within that, nearer "
+        "to 0 than it began.",
     )
     return Table("slopes", "Slope below zero, perplexity and non-finite values", columns, tuple(rows), notes)
 
@@ -202,7 +204,7 @@ def _slope_row(group: Group) -> tuple[str, ...]:
         group.name,
         ", ".join(f"{start:g}" for start in sorted(starts)),
         "fixed" if fixed is not None else "; ".join(_slope_words(run) for run in group.runs),
-        "-" if fixed is not None else ", ".join(_near_zero(run) for run in group.runs),
+        "-" if fixed is not None else ", ".join(_gone_to_zero(run) for run in group.runs),
         summary.text(),
         str(summary.n),
         str(min(steps)) if steps else "-",
@@ -210,9 +212,9 @@ def _slope_row(group: Group) -> tuple[str, ...]:
     )
 
 
-def _near_zero(run: Run) -> str:
+def _gone_to_zero(run: Run) -> str:
     found = slopes(run)
-    return "not measured" if found is None else "yes" if found.near_zero else "no"
+    return "not measured" if found is None else "yes" if found.gone_to_zero else "no"
 
 
 def _slope_at_start(run: Run) -> float:
