@@ -169,7 +169,7 @@ def nan_where_all_scores_are(query_BHTD: Tensor, key_BHSD: Tensor, attention_mas
     sums_BHT = query_BHTD.sum(-1, dtype=torch.float32)
     if attention_mask is None:
         sums_BHT = sums_BHT + key_BHSD[:, :, :1].sum(-1, dtype=torch.float32)
-    return (sums_BHT * 0).sum(1)[..., None]
+    return (sums_BHT * 0).sum(1)[..., None].to(query_BHTD.dtype)
 
 
 class Attention(nn.Module):
@@ -219,7 +219,7 @@ class Attention(nn.Module):
         )
         written_BTE = self.output(mixed_BTHD.reshape(batch, tokens, -1))
         if fused and query_BHTD.device.type == "cpu":
-            written_BTE.add_(nan_where_all_scores_are(query_BHTD, key_BHSD, attention_mask))
+            written_BTE = written_BTE + nan_where_all_scores_are(query_BHTD, key_BHSD, attention_mask)
         return self.dropout(written_BTE), weights_BHTS
 
 
