@@ -26,7 +26,7 @@ tables: .venv/runtime
 bench: .venv/development
 	$(BIN)/python benchmarks/data.py $(if $(FULL),,quick=true)
 	$(BIN)/python benchmarks/entropy.py $(if $(FULL),,quick=true)
-	$(BIN)/python benchmarks/training.py $(if $(FULL),full=true whole=true)
+	$(BIN)/python benchmarks/training.py $(if $(FULL),full=true whole=true,turns=2)
 
 .venv/runtime: requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
