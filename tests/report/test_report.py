@@ -137,6 +137,15 @@ def test_the_summary_counts_in_words(tmp_path: Path) -> None:
     assert "One seed a variant: there is no error bar, and a small difference may be chance." in found
 
 
+def test_the_share_of_heads_is_the_mean_over_seeds_as_in_the_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [write_run(tmp_path, "SM+G", seed=seed) for seed in range(3)]
+    shares = iter([0.5, 0.6, 0.1])
+    monkeypatch.setattr("normfree.report.summary.top_quarter_share", lambda heads: next(shares))
+    assert any("mean over seeds: SM+G 40 %" in sentence for sentence in sentences(group_runs(runs)))
+
+
 def test_the_summary_says_when_an_interval_includes_zero(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, "SM+G", seed=seed, perplexity=40.0) for seed in (0, 1)]
     runs += [write_run(tmp_path, "SM+R", seed=seed, perplexity=value) for seed, value in ((0, 36.0), (1, 39.0))]

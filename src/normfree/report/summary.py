@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 
 from normfree import published
@@ -58,13 +59,13 @@ def _recipe_note(group: Group) -> str:
 def _top_quarter(groups: Sequence[Group]) -> str:
     parts = []
     for group in groups:
-        heads = trained_heads(group.shown) if group.shown else None
-        if heads is not None:
-            share = top_quarter_share(heads)
-            parts.append(f"{group.name} {100 * share:.0f} %" if math.isfinite(share) else f"{group.name} NaN")
+        shares = [top_quarter_share(heads) for run in group.runs if (heads := trained_heads(run)) is not None]
+        if shares:
+            mean = statistics.fmean(shares)
+            parts.append(f"{group.name} {100 * mean:.0f} %" if math.isfinite(mean) else f"{group.name} NaN")
     if not parts:
         return ""
-    return f"Heads in the top quarter of the causal ceiling: {', '.join(parts)}."
+    return f"Heads in the top quarter of the causal ceiling, mean over seeds: {', '.join(parts)}."
 
 
 def _overloaded(groups: Sequence[Group]) -> str:
