@@ -8,13 +8,16 @@ LEARNABLE = ["none", "per_layer", "shared"]
 
 @pytest.mark.parametrize("learnable", LEARNABLE)
 @pytest.mark.parametrize(("slope", "same_as"), [(0.0, "relu"), (1.0, "identity")])
-def test_leaky_relu_at_its_ends_is_relu_and_identity_bit_for_bit(build, ids, learnable, slope, same_as):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_leaky_relu_at_its_ends_is_relu_and_identity_bit_for_bit(build, ids, learnable, slope, same_as, autocast):
     leaky = build(activation="leaky_relu", negative_slope=slope, learnable_slope=learnable)
     plain = build(activation=same_as)
     plain.load_state_dict({k: v for k, v in leaky.state_dict().items() if not k.endswith("slope")})
     assert torch.equal(leaky(ids).logits, plain(ids).logits)
     for model in (leaky, plain):
-        model(ids, labels=ids).loss.backward()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            loss = model(ids, labels=ids).loss
+        loss.backward()
     gradients = dict(leaky.named_parameters())
     assert all(torch.equal(p.grad, gradients[name].grad) for name, p in plain.named_parameters())
 
