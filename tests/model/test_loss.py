@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 
 from normfree.model import loss as loss_module
-from normfree.model import modeling
 from normfree.model.loss import next_token_loss
 
 
@@ -78,41 +77,6 @@ def test_a_model_learns_the_same_without_logits(build, ids, tied):
 def test_a_loss_without_logits_needs_labels(build, ids):
     with pytest.raises(ValueError, match="pass labels=input_ids"):
         build()(ids, return_logits=False)
-
-
-@pytest.mark.parametrize("tokens", [1, 2, 31, modeling.LONGEST_WRITTEN_OUT])
-def test_written_out_attention_is_causal_softmax_attention(tokens):
-    query, key, value = torch.randn(3, 2, 4, tokens, 8, generator=torch.Generator().manual_seed(1))
-    mixed, weights = modeling.written_out_causal_attention(torch.nn.Module(), query, key, value, None, scaling=0.3)
-    truth = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3).transpose(1, 2)
-    assert weights is None
-    torch.testing.assert_close(mixed, truth, atol=2e-6, rtol=1e-5)
-
-
-def test_written_out_attention_in_bf16_has_the_gradients_of_float64_up_to_the_rounding_of_bf16():
-    exact = torch.randn(3, 2, 4, 128, 8, generator=torch.Generator().manual_seed(1)).bfloat16().double()
-
-    def gradient(attend, inputs):
-        inputs = inputs.detach().requires_grad_()
-        attend(*inputs).square().sum().backward()
-        return inputs.grad.double()
-
-    def written_out(query, key, value):
-        return modeling.written_out_causal_attention(torch.nn.Module(), query, key, value, None, scaling=0.3)[0]
-
-    truth = gradient(lambda *parts: F.scaled_dot_product_attention(*parts, is_causal=True, scale=0.3), exact)
-    error = gradient(written_out, exact.bfloat16()) - truth
-    assert error.norm() < 0.01 * truth.norm()  # a bf16 number is good to 0.4 %
-
-
-def test_bf16_training_is_written_out_where_that_is_the_same_and_nowhere_else():
-    query = torch.randn(1, 2, 8, 4, dtype=torch.bfloat16, requires_grad=True)
-    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool)
-    assert modeling.trains_faster_written_out(query, None)
-    assert not modeling.trains_faster_written_out(query, mask)
-    assert not modeling.trains_faster_written_out(query.detach(), None)
-    assert not modeling.trains_faster_written_out(query.float(), None)
-    assert not modeling.trains_faster_written_out(query.repeat(1, 1, 100, 1), None)
 
 
 # The tolerance that docs/performance.md states.

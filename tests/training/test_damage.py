@@ -24,6 +24,7 @@ Build = Callable[..., RunSpec]
 
 CHECKPOINT_FILES = (
     "activations.py",
+    "attention.py",
     "config.json",
     "configuration.py",
     "generation_config.json",

@@ -4,7 +4,7 @@ Modules are chosen from tables when the model is built; no forward asks which va
 """
 
 # B batch, T query (new tokens), S key (cached and new), E hidden size, F feed-forward width,
-# H heads, D head dim, R rotating dims of a head, V vocabulary, N batch times heads
+# H heads, D head dim, R rotating dims of a head, V vocabulary
 
 from __future__ import annotations
 
@@ -24,6 +24,12 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .activations import ACTIVATIONS
+from .attention import (
+    eager_attention_forward,
+    nan_where_all_scores_are,
+    trains_faster_written_out,
+    written_out_causal_attention,
+)
 from .configuration import NormFreeConfig
 from .loss import next_token_loss
 from .norms import NORMS
@@ -99,77 +105,6 @@ QKV_PROJECTIONS = {
 
 class ResidualLinear(nn.Linear):
     """A projection that writes to the residual stream; `residual_init` scales its start."""
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query_BHTD: Tensor,
-    key_BHSD: Tensor,
-    value_BHSD: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """Attention written out, for `attn_implementation="eager"`: (B, T, H, D) and the weights (B, H, T, S)."""
-    scores_BHTS = query_BHTD @ key_BHSD.mT * scaling
-    if attention_mask is not None:
-        scores_BHTS = scores_BHTS + attention_mask
-    weights_BHTS = F.softmax(scores_BHTS, dim=-1, dtype=torch.float32).to(value_BHSD.dtype)
-    weights_BHTS = F.dropout(weights_BHTS, p=dropout, training=module.training)
-    return (weights_BHTS @ value_BHSD).transpose(1, 2), weights_BHTS
-
-
-LONGEST_WRITTEN_OUT = 512
-"""Tokens up to which attention in bf16 on the CPU trains faster written out than fused (docs/performance.md)."""
-
-
-def written_out_causal_attention(
-    module: nn.Module,
-    query_BHTD: Tensor,
-    key_BHTD: Tensor,
-    value_BHTD: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Causal attention of full blocks, (B, T, H, D), in the inputs' dtype; softmax sums in float32 inside its kernel.
-
-    For training in bf16 on the CPU, where the backward pass of fused attention is slow.
-    """
-    batch, heads, tokens, _ = query_BHTD.shape
-    future_TT = torch.full((tokens, tokens), -torch.inf, dtype=query_BHTD.dtype).triu(1)
-    with torch.autocast("cpu", enabled=False):
-        scores_NTT = torch.baddbmm(future_TT, query_BHTD.flatten(0, 1), key_BHTD.flatten(0, 1).mT, alpha=scaling)
-        weights_NTT = F.dropout(F.softmax(scores_NTT, dim=-1), p=dropout, training=module.training)
-        return (weights_NTT @ value_BHTD.flatten(0, 1)).unflatten(0, (batch, heads)).transpose(1, 2), None
-
-
-def trains_faster_written_out(query_BHTD: Tensor, attention_mask: Tensor | None) -> bool:
-    """True for full causal blocks in bf16 on the CPU that need gradients and are short."""
-    return (
-        attention_mask is None
-        and query_BHTD.requires_grad
-        and query_BHTD.device.type == "cpu"
-        and query_BHTD.dtype == torch.bfloat16
-        and query_BHTD.shape[2] <= LONGEST_WRITTEN_OUT
-    )
-
-
-@torch.no_grad()
-def nan_where_all_scores_are(query_BHTD: Tensor, key_BHSD: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """(B, T, 1): NaN where a query of any head is not finite, or its first visible key is not; else 0.
-
-    torch's fused attention answers 0 for a row whose scores are all NaN, on CPUs with AVX512 (seen in 2.13): a broken
-    weight would go on as a number. Under a mask the first visible key is not known here, and queries alone count.
-    """
-    sums_BHT = query_BHTD.sum(-1, dtype=torch.float32)
-    if attention_mask is None:
-        sums_BHT = sums_BHT + key_BHSD[:, :, :1].sum(-1, dtype=torch.float32)
-    return (sums_BHT * 0).sum(1)[..., None].to(query_BHTD.dtype)
 
 
 class Attention(nn.Module):

@@ -1,0 +1,42 @@
+"""Attention written out: what it computes, how exactly in bf16, and where it takes the fused kernel's place."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from normfree.model import attention
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 31, attention.LONGEST_WRITTEN_OUT])
+def test_written_out_attention_is_causal_softmax_attention(tokens):
+    query, key, value = torch.randn(3, 2, 4, tokens, 8, generator=torch.Generator().manual_seed(1))
+    mixed, weights = attention.written_out_causal_attention(torch.nn.Module(), query, key, value, None, scaling=0.3)
+    truth = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3).transpose(1, 2)
+    assert weights is None
+    torch.testing.assert_close(mixed, truth, atol=2e-6, rtol=1e-5)
+
+
+def test_written_out_attention_in_bf16_has_the_gradients_of_float64_up_to_the_rounding_of_bf16():
+    exact = torch.randn(3, 2, 4, 128, 8, generator=torch.Generator().manual_seed(1)).bfloat16().double()
+
+    def gradient(attend, inputs):
+        inputs = inputs.detach().requires_grad_()
+        attend(*inputs).square().sum().backward()
+        return inputs.grad.double()
+
+    def written_out(query, key, value):
+        return attention.written_out_causal_attention(torch.nn.Module(), query, key, value, None, scaling=0.3)[0]
+
+    truth = gradient(lambda *parts: F.scaled_dot_product_attention(*parts, is_causal=True, scale=0.3), exact)
+    error = gradient(written_out, exact.bfloat16()) - truth
+    assert error.norm() < 0.01 * truth.norm()  # a bf16 number is good to 0.4 %
+
+
+def test_bf16_training_is_written_out_where_that_is_the_same_and_nowhere_else():
+    query = torch.randn(1, 2, 8, 4, dtype=torch.bfloat16, requires_grad=True)
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+    assert attention.trains_faster_written_out(query, None)
+    assert not attention.trains_faster_written_out(query, mask)
+    assert not attention.trains_faster_written_out(query.detach(), None)
+    assert not attention.trains_faster_written_out(query.float(), None)
+    assert not attention.trains_faster_written_out(query.repeat(1, 1, 100, 1), None)
