@@ -41,6 +41,11 @@ def test_a_wrong_value_names_what_was_given_and_what_is_allowed(values: dict[str
         spec(**values)
 
 
+def test_a_name_of_digits_is_a_name() -> None:
+    named = spec(tag=100, study=2024)
+    assert (named.study, named.name) == ("2024", "sm-r-100-seed0")
+
+
 def test_variant_seed_and_watching_share_a_recipe_but_a_learning_rate_does_not() -> None:
     base = spec()
     same = [

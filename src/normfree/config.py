@@ -23,7 +23,8 @@ VARIANT_TRAIN_FIELDS = ("decay_slopes", "slope_learning_rate_factor")
 # How a run is watched or placed; its numbers do not depend on these.
 WATCHING_TRAIN_FIELDS = ("trackers", "threads", "log_every", "checkpoint_every", "checkpoints_kept")
 
-_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+# YAML reads tag=100 and study=2024 as numbers; they are names.
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True)
 
 
 @dataclass(frozen=True, kw_only=True)
