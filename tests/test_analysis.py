@@ -202,6 +202,12 @@ def test_mixed_recipes_of_one_variant_stay_apart_and_say_what_differs(tmp_path: 
     assert names == ["SM+G [peak_learning_rate=0.0005]", "SM+G [peak_learning_rate=0.001]"]
 
 
+def test_another_order_of_the_data_is_a_replicate_as_another_seed_is(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, "SM+G", study=f"order{order}", data_seed=order) for order in (0, 1)]
+    (group,) = analysis.group_runs(runs)
+    assert (len(group.runs), list(group.perplexities)) == (2, [(0, 0), (0, 1)])
+
+
 def test_a_repeated_seed_is_not_another_seed(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+G", study="copy")]
     (group,) = analysis.group_runs(runs)

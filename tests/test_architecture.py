@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "normfree"
 # room -> rooms it may import. Rooms that are missing here may import nothing of ours.
 ALLOWED = {
     "config": {"manifest"},
-    "records": {"manifest"},
+    "records": {"manifest", "config"},
     "data": {"manifest", "config"},
     "convert": {"model"},
     "training": {"manifest", "config", "data", "model", "entropy", "evaluate", "records", "signals"},

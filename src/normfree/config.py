@@ -7,6 +7,7 @@ is declared once, in `normfree.model.configuration`, and checked by building a `
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -20,6 +21,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 # What tells one variant from another under one recipe: tables compare over these and nothing else.
 VARIANT_MODEL_FIELDS = ("norm", "activation", "negative_slope", "learnable_slope")
 VARIANT_TRAIN_FIELDS = ("decay_slopes", "slope_learning_rate_factor")
+# Names, and the seeds: other weights and another order of the data are replicates of one recipe.
+NOT_RECIPE_FIELDS = ("study", "variant", "label", "tag", "seed", "data_seed")
 # How a run is watched or placed; its numbers do not depend on these.
 WATCHING_TRAIN_FIELDS = ("trackers", "threads", "log_every", "checkpoint_every", "checkpoints_kept")
 
@@ -222,15 +225,8 @@ class RunSpec:
             raise ValueError("; ".join(_explain(problem) for problem in error.errors())) from None
 
     def recipe(self) -> str:
-        """Fingerprint of all that must be equal for two runs to share a table: the spec without variant and seed."""
-        values = self.to_dict()
-        for name in ("study", "variant", "label", "tag", "seed"):
-            del values[name]
-        values["model"] = {k: v for k, v in values["model"].items() if k not in VARIANT_MODEL_FIELDS}
-        for name in VARIANT_TRAIN_FIELDS + WATCHING_TRAIN_FIELDS:
-            del values["train"][name]
-        del values["data"]["expected_fingerprint"]
-        return fingerprint(values)
+        """Fingerprint of all that must be equal for two runs to share a table: `recipe_of` this spec."""
+        return recipe_of(self.to_dict())
 
     def identity(self) -> str:
         """Fingerprint of all that decides the run's numbers; a folder holds one identity only."""
@@ -242,6 +238,16 @@ class RunSpec:
 
 
 _ADAPTER = TypeAdapter(RunSpec)
+
+
+def recipe_of(spec: Mapping[str, Any]) -> str:
+    """Fingerprint of a spec (as run.json has it) without variant, seeds and what only watches a run."""
+    values = {key: value for key, value in spec.items() if key not in NOT_RECIPE_FIELDS}
+    values["model"] = {k: v for k, v in spec["model"].items() if k not in VARIANT_MODEL_FIELDS}
+    train_fields = VARIANT_TRAIN_FIELDS + WATCHING_TRAIN_FIELDS
+    values["train"] = {k: v for k, v in spec["train"].items() if k not in train_fields}
+    values["data"] = {k: v for k, v in spec["data"].items() if k != "expected_fingerprint"}
+    return fingerprint(values)
 
 
 def known_keys() -> list[str]:

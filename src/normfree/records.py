@@ -18,6 +18,7 @@ from typing import Any
 
 import pandas as pd
 
+from normfree.config import recipe_of
 from normfree.manifest import describe_files, sync_file, write_atomically
 
 FORMAT = 1
@@ -167,7 +168,7 @@ def load_runs(*places: Path | str) -> pd.DataFrame:
             "tokens_seen": run.facts.get("tokens_seen", 0),
             "wall_seconds": run.facts.get("wall_seconds", math.nan),
             "precision": run.spec["train"]["precision"],
-            "recipe": run.facts["recipe"],
+            "recipe": recipe_of(run.spec),
             "corpus": run.facts["corpus"]["fingerprint"],
         }
         for run in find_runs(places)

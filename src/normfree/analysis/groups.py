@@ -6,7 +6,13 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from normfree.config import VARIANT_MODEL_FIELDS, VARIANT_TRAIN_FIELDS, WATCHING_TRAIN_FIELDS
+from normfree.config import (
+    NOT_RECIPE_FIELDS,
+    VARIANT_MODEL_FIELDS,
+    VARIANT_TRAIN_FIELDS,
+    WATCHING_TRAIN_FIELDS,
+    recipe_of,
+)
 from normfree.records import Run
 
 BASELINE = "SM+LN+G"
@@ -15,7 +21,8 @@ _VARIANT_KEYS = tuple(f"model.{name}" for name in VARIANT_MODEL_FIELDS) + tuple(
     f"train.{name}" for name in VARIANT_TRAIN_FIELDS
 )
 _NOT_RECIPE = (
-    *("study", "variant", "label", "tag", "seed", "data.expected_fingerprint"),
+    *NOT_RECIPE_FIELDS,
+    "data.expected_fingerprint",
     *(f"train.{name}" for name in WATCHING_TRAIN_FIELDS),
 )
 
@@ -60,17 +67,15 @@ def group_runs(runs: Sequence[Run], *, mix: bool = False) -> list[Group]:
     if not runs:
         raise ValueError("no runs given: give a run folder or a folder of runs")
     differing = _differing(runs)
-    # Recipe fingerprints settle what the listed fields might miss.
-    if not mix and (differing or len({run.facts["recipe"] for run in runs}) > 1):
+    if differing and not mix:
         named = "; ".join(f"{key}: {', '.join(values)}" for key, values in differing.items())
         raise ValueError(
-            f"these runs differ in their recipe ({named or 'recipe fingerprints differ'}): "
+            f"these runs differ in their recipe ({named}): "
             "give runs of one recipe, or mix=true to show them side by side"
         )
     members: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
-        # The data order is a replicate as the seed is, so it does not split a group.
-        key = (run.label, *(value for name, value in sorted(_flat(run).items()) if name != "data_seed"))
+        key = (run.label, *(value for _, value in sorted(_flat(run).items())))
         members.setdefault(key, []).append(run)
     names = _names(list(members.values()))
     groups = [_group(name, found) for name, found in zip(names, members.values(), strict=True)]
@@ -86,7 +91,7 @@ def _group(name: str, found: list[Run]) -> Group:
     return Group(
         name=name,
         label=found[0].spec["label"],
-        recipe=found[0].facts["recipe"],
+        recipe=recipe_of(found[0].spec),
         runs=kept,
         unfinished=tuple(run for run in found if not is_over(run)),
         repeated=tuple(run for run in over if run not in kept),
@@ -107,7 +112,7 @@ def _names(groups: list[list[Run]]) -> list[str]:
     for found in groups:
         namesakes = [other[0] for other in groups if other[0].label == found[0].label]
         flat = _flat(found[0])
-        keys = [k for k in _differing(namesakes, variants_too=True) if k != "data_seed"]
+        keys = _differing(namesakes, variants_too=True)
         extra = ", ".join(f"{key.split('.')[-1]}={flat.get(key, 'unset')}" for key in keys)
         names.append(f"{found[0].label} [{extra}]" if extra else found[0].label)
     return names
