@@ -20,7 +20,7 @@ ALLOWED = {
     "analysis": {"config", "records", "published"},
     "tables": {"manifest", "records", "analysis", "published"},
     "plots": {"records", "analysis", "published"},
-    "cost": {"config", "records", "tables"},
+    "cost": {"config", "records", "analysis", "tables"},
     "report": {"manifest", "records", "analysis", "published", "tables", "plots", "cost"},
     "compose": {"config", "model"},
     "pretrained": {"model", "records"},

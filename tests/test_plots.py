@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from matplotlib.patches import Rectangle
 
 from normfree import plots
 from normfree.analysis import RangeCounts, final_heads, group_runs, probed_heads
+from normfree.plots.tradeoff import apart
 from tests.synthetic import write_run
 
 
@@ -124,6 +126,16 @@ def test_a_slope_with_a_diverged_seed_is_nan_and_no_point(tmp_path: Path) -> Non
     plots.slope_perplexity(group_runs(runs), ax=ax)
     assert points(ax, 0)[0].tolist() == [0.0]
     assert texts(ax) == ["NaN (1/2)"]
+
+
+@pytest.mark.parametrize("heights", [[], [0.2, 0.9], [0.5] * 3, [0.98, 0.99, 1.0], [0.1 * i / 3 for i in range(30)]])
+def test_names_beside_points_do_not_cover_each_other(heights: list[float]) -> None:
+    moved = apart(heights)
+    row = min(0.05, 1 / max(1, len(heights)))
+    assert all(low >= -1e-9 and high - low >= row - 1e-9 for low, high in itertools.pairwise(moved))
+    assert max(moved, default=0) <= 1
+    if heights == [0.2, 0.9]:
+        assert moved == heights
 
 
 def test_empty_inputs_say_so(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from normfree.compose import members
 from normfree.manifest import folder_lock
 from normfree.records import find_runs
-from normfree.studies import load_study, run_study, studies
+from normfree.studies import load_study, run_study
 
 FILE = """\
 mix: true
@@ -76,7 +76,7 @@ def test_a_wrong_study_file_is_refused_before_anything_runs(text: str, message: 
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("name", studies())
+@pytest.mark.parametrize("name", members("studies"))
 def test_the_studies_that_come_along_name_existing_variants(name: str) -> None:
     study = load_study(name)
     assert study.preset in members("preset")

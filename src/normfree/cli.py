@@ -195,15 +195,13 @@ def _key_help(verb: Verb) -> list[str]:
     if verb.options is not None:
         about = TypeAdapter(verb.options).json_schema()["properties"]
         return [_key_line(key, facts.get("default"), facts.get("description", "")) for key, facts in about.items()]
-    from normfree.compose import GROUPS, members
-    from normfree.studies import studies
+    from normfree.compose import GROUPS, describe_model_keys, members
 
     lines = [f"  {group + '=':<12}{', '.join(members(group))}" for group in GROUPS]
-    lines.append(f"  {'studies':<12}{', '.join(studies())}")
+    lines.append(f"  {'studies':<12}{', '.join(members('studies'))}")
     lines += ["", "  workers=1       study only: processes that share its runs and this machine's cores"]
     lines += ["  runs_dir=runs   where runs are kept", "  cache_dir=      where corpora are kept", ""]
-    lines += [_key_line(key, default, meaning) for key, default, meaning in describe_keys()]
-    lines.append("  model.*: the fields of NormFreeConfig, e.g. model.hidden_size=256 (docs/extending.md)")
+    lines += [_key_line(*about) for about in (*describe_keys(), *describe_model_keys())]
     return [*lines, "", "Values shown are the defaults; a preset sets many of them."]
 
 

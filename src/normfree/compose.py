@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,8 +83,21 @@ def forced(override: str) -> str:
 
 
 def members(group: str) -> list[str]:
-    """The members of a configuration group, e.g. the presets."""
+    """The members of a configuration group, e.g. the presets; of `studies`, those that come with the package."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def describe_model_keys() -> list[tuple[str, str, str]]:
+    """(key, default, meaning) of every field of NormFreeConfig, read off its source: importing it loads torch."""
+    source = (Path(__file__).parent / "model" / "configuration.py").read_text()
+    body = next(node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
+    rows = []
+    for line, after in itertools.pairwise(body):
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.value is not None:
+            documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            meaning = str(after.value.value) if documented else ""
+            rows.append((f"model.{line.target.id}", str(ast.literal_eval(line.value)), meaning))
+    return rows
 
 
 def allowed_keys() -> list[str]:

@@ -17,8 +17,10 @@ class CostOptions:
 
     __pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    variant: str = "sm-ln-g"
-    """MODEL=PRESET: which variant of it."""
+    variant: str | None = None
+    """MODEL=PRESET only: which variant of it; empty takes sm-ln-g."""
+    activation: str | None = None
+    """MODEL=PRESET only: in place of the variant's, e.g. gelu_tanh, the form behind the published totals of GPT-2."""
     context: int | None = None
     """Tokens in the one sequence; empty takes a run's or preset's own, else 128."""
     protocol: str = "cheetah"
@@ -74,10 +76,10 @@ def cost(name: str, options: CostOptions) -> None:
     from normfree.cost import of_config
     from normfree.cost.constants import CONSTANTS_FILE
 
-    config, own_context = _config_of(name, options.variant)
+    config, own_context = _config_of(name, options)
     found = of_config(
         config,
-        context=options.context or own_context,
+        context=own_context if options.context is None else options.context,
         protocol=options.protocol,
         network=options.network,
         bandwidth_mbps=options.bandwidth_mbps,
@@ -131,16 +133,21 @@ def measure(name: str, options: MeasureOptions) -> None:
     )
 
 
-def _config_of(name: str, variant: str) -> tuple[Any, int]:
+def _config_of(name: str, options: CostOptions) -> tuple[Any, int]:
     """(config, context) of a preset with a variant, a run, a folder or a hub name."""
     from normfree.compose import compose_run, members
     from normfree.pretrained import load_config
     from normfree.records import RUN_FILE, read_run
 
     if name in members("preset"):
-        spec = compose_run([f"preset={name}", f"variant={variant}"]).spec
+        chosen = [f"variant={options.variant or 'sm-ln-g'}"]
+        chosen += [f"model.activation={options.activation}"] if options.activation else []
+        spec = compose_run([f"preset={name}", *chosen]).spec
         vocabulary = {} if spec.data.tokenizer else {"vocab_size": spec.data.vocab_size}
         return {"model_type": "normfree", **vocabulary, **spec.model}, spec.data.context
+    for key in ("variant", "activation"):
+        if (value := getattr(options, key)) is not None:
+            raise ValueError(f"{key}={value} is for a preset, and {name} is none of {', '.join(members('preset'))}")
     if (Path(name) / RUN_FILE).is_file():
         run = read_run(name)
         fields = {"model_type": "normfree", "vocab_size": run.facts["corpus"]["vocab_size"], **run.spec["model"]}

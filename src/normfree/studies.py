@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from normfree.compose import CONF, Composed, compose_run
+from normfree.compose import CONF, Composed, compose_run, members
 from normfree.config import nearest
 from normfree.data import prepare
 from normfree.records import find_runs, read_run
@@ -68,16 +68,13 @@ class Study:
                     yield [*common, f"variant={variant}", f"seed={seed}"]
 
 
-def studies() -> list[str]:
-    """Names of the studies that come with the package."""
-    return sorted(path.stem for path in (CONF / "studies").glob("*.yaml"))
-
-
 def load_study(name: str) -> Study:
     """A study by name, or from a YAML file of the user's. Raises ValueError for an unknown name or a wrong file."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else CONF / "studies" / f"{name}.yaml"
     if not path.is_file():
-        raise ValueError(f"unknown study {name!r}; {nearest(name, studies())} (or give a YAML file of your own)")
+        raise ValueError(
+            f"unknown study {name!r}; {nearest(name, members('studies'))} (or give a YAML file of your own)"
+        )
     try:
         values = yaml.safe_load(path.read_text())
         return TypeAdapter(Study).validate_python({"name": path.stem, **values})

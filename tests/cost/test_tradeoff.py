@@ -8,6 +8,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
+from normfree.analysis import group_runs
 from normfree.cost import pareto_front, trade_off, trade_off_table
 from tests.synthetic import study, write_run
 
@@ -32,7 +33,7 @@ def test_whatever_is_off_the_front_is_beaten_by_a_point_on_it(points: list[tuple
 
 
 def test_a_study_becomes_points_cheapest_first(tmp_path: Path) -> None:
-    points = {point.label: point for point in trade_off(study(tmp_path))}
+    points = {point.name: point for point in trade_off(group_runs(study(tmp_path))).points}
     assert next(iter(points)) == "SM"
     assert points["SM+R"].bytes < points["SM+LN+R"].bytes < points["SM+G"].bytes < points["SM+LN+G"].bytes
     assert points["SM+R"].seeds == 3
@@ -43,5 +44,34 @@ def test_a_study_becomes_points_cheapest_first(tmp_path: Path) -> None:
 
 def test_table_marks_the_front_in_words(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, label) for label in ("SM+LN+G", "SM+G", "SM+R")]
-    table = trade_off_table(trade_off(runs))
+    table = trade_off_table(trade_off(group_runs(runs)))
     assert {row[0]: row[-1] for row in table.rows} == {"SM+R": "yes", "SM+G": "no", "SM+LN+G": "yes"}
+
+
+def test_equal_operations_in_another_order_cost_the_same_to_the_last_bit(tmp_path: Path) -> None:
+    """ReLU in one half and GELU in the other: only the better of the two hybrids is on the front."""
+    layers = {"num_hidden_layers": 12}
+    halves = {"SM+R/G": ["relu"] * 6 + ["gelu"] * 6, "SM+G/R": ["gelu"] * 6 + ["relu"] * 6}
+    runs = [
+        write_run(tmp_path, label, perplexity=ppl, model={**layers, "norm": "none", "activation": halves[label]})
+        for label, ppl in (("SM+R/G", 32.0), ("SM+G/R", 34.0))
+    ]
+    better, worse = sorted(trade_off(group_runs(runs)).points, key=lambda point: point.perplexity)
+    assert better.bytes == worse.bytes
+    assert (better.on_front, worse.on_front) == (True, False)
+
+
+def test_recipes_shown_side_by_side_are_points_of_their_own(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path, "SM+R", perplexity=34.0, model={"initializer_range": 0.02}),
+        write_run(tmp_path / "other", "SM+R", perplexity=60.0, model={"initializer_range": 0.05}),
+    ]
+    points = trade_off(group_runs(runs, mix=True)).points
+    assert sorted((point.perplexity, point.seeds) for point in points) == [(34.0, 1), (60.0, 1)]
+
+
+def test_a_group_without_a_price_is_named_and_has_no_point(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, "SM+R"), write_run(tmp_path, "SM+R2", model={"activation": "squared_relu"})]
+    table = trade_off_table(trade_off(group_runs(runs)))
+    assert [row[0] for row in table.rows] == ["SM+R"]
+    assert "SM+R2 is left out: an operation of it has no price." in table.notes

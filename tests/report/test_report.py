@@ -169,6 +169,13 @@ def test_a_report_of_unfinished_runs_alone_still_builds(tmp_path: Path) -> None:
     assert "No run finished." in page.read_text()
 
 
+def test_an_activation_of_your_own_costs_a_note_and_not_the_report(tmp_path: Path) -> None:
+    """docs/extending.md's own example, beside a variant that has a price."""
+    runs = [write_run(tmp_path / "runs", "SM+R", steps=40)]
+    runs += [write_run(tmp_path / "runs", "SM+R2", steps=40, model={"norm": "none", "activation": "squared_relu"})]
+    assert "SM+R2 is left out: an operation of it has no price." in build_report(runs, tmp_path / "out").read_text()
+
+
 def test_mixed_recipes_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     runs = [
         write_run(tmp_path / "runs", "SM+G"),

@@ -13,6 +13,7 @@ from typing import Any
 
 from normfree.config import nearest
 from normfree.cost.counts import Count, Matmul, Rows
+from normfree.cost.families import NoPriceError
 
 CONSTANTS_FILE = Path(__file__).with_name("constants.json")
 VERSION = 1
@@ -49,9 +50,9 @@ class Protocol:
     operations: Mapping[str, Mapping[str, Any]]
 
     def price(self, item: Count) -> tuple[float, int]:
-        """(bytes over both directions, rounds) of one call. Raises ValueError for an operation without a price."""
+        """(bytes over both directions, rounds) of one call. Raises NoPriceError for an operation without one."""
         if item.operation not in self.operations:
-            raise ValueError(
+            raise NoPriceError(
                 f"{self.name} has no price for {item.operation!r}, and nothing counts as free; "
                 f"{nearest(item.operation, list(self.operations))}"
             )

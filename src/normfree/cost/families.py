@@ -13,6 +13,10 @@ from typing import Any, Protocol
 from normfree.config import nearest
 
 
+class NoPriceError(ValueError):
+    """An operation that nobody has measured: it is not free, so nothing is said about its model."""
+
+
 class HasToDict(Protocol):
     """A config object of transformers."""
 
@@ -129,7 +133,7 @@ def _normfree(values: Mapping[str, Any]) -> Architecture:
 
 def _gpt2(values: Mapping[str, Any]) -> Architecture:
     if values.get("add_cross_attention"):
-        raise ValueError(
+        raise NoPriceError(
             "add_cross_attention=True has no known cost, and nothing counts as free; use add_cross_attention=False"
         )
     width, heads = values["n_embd"], values["n_head"]
@@ -198,7 +202,7 @@ def _llama(values: Mapping[str, Any]) -> Architecture:
 
 def _operations(known: Mapping[str, tuple[str, ...]], field: str, name: str) -> tuple[str, ...]:
     if name not in known:
-        raise ValueError(
+        raise NoPriceError(
             f"{field}={name!r} has no known cost, and nothing counts as free; {nearest(name, list(known))}"
         )
     return known[name]

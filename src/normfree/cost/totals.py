@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ class Cost:
     @property
     def bytes(self) -> float:
         """Over both directions."""
-        return sum(item.bytes for item in self.items)
+        return math.fsum(item.bytes for item in self.items)  # the same for the same items in any order
 
     @property
     def gigabytes(self) -> float:
@@ -125,7 +126,8 @@ def of_config(
     """The cost of a model from its config: an object of transformers, or the content of a config.json.
     `constants` is a file that `normfree cost calibrate` wrote; the default is the package's own.
 
-    Raises ValueError for a family, an activation, a norm, a protocol or a network that the tables do not know.
+    Raises ValueError for a family, a protocol or a network that the tables do not know, and NoPriceError (a
+    ValueError) for an activation or a norm without a price.
     """
     prices = find_protocol(protocol, constants)
     link = find_network(network, bandwidth_mbps=bandwidth_mbps, delay_ms=delay_ms, constants=constants)

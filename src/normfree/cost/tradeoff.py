@@ -6,22 +6,34 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from normfree.analysis import Group, summarise
+from normfree.cost.families import NoPriceError
 from normfree.cost.totals import gigabytes, of_run
-from normfree.records import Run
 from normfree.tables import Column, Table
 
 
 @dataclass(frozen=True)
 class Point:
-    """One variant."""
+    """One group of runs."""
 
-    label: str
+    name: str
+    """The group's."""
     perplexity: float
-    """Mean over seeds; NaN when any run of the variant has none."""
+    """Mean over seeds; NaN when any run has none."""
     seeds: int
     bytes: float
     rounds: int
     on_front: bool
+
+
+@dataclass(frozen=True)
+class TradeOff:
+    """The groups of a report in the plane of perplexity and bytes."""
+
+    points: tuple[Point, ...]
+    """Cheapest first."""
+    unpriced: tuple[str, ...]
+    """Groups with an operation that has no price: they are not free, so they have no point."""
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
@@ -33,35 +45,45 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
     return [not any(map(math.isnan, p)) and not any(beats(other, p) for other in points) for p in points]
 
 
-def trade_off(runs: Iterable[Run], *, protocol: str = "cheetah") -> list[Point]:
-    """One point per label and cost, cheapest first."""
-    groups: dict[tuple[str, float, int], list[float]] = {}
-    for run in runs:
-        cost = of_run(run, protocol=protocol)
-        groups.setdefault((run.label, cost.bytes, cost.rounds), []).append(run.perplexity)
-    values = {key: sum(found) / len(found) for key, found in groups.items()}
-    front = pareto_front([(perplexity, key[1]) for key, perplexity in values.items()])
+def trade_off(groups: Iterable[Group], *, protocol: str = "cheetah") -> TradeOff:
+    """One point per group that has a result; groups without a price are named and cost nothing else."""
+    priced, unpriced = [], []
+    for group in groups:
+        if not group.runs:
+            continue
+        try:
+            priced.append((group, of_run(group.runs[0], protocol=protocol)))
+        except NoPriceError:
+            unpriced.append(group.name)
+    means = [summarise(list(group.perplexities.values())).mean for group, _ in priced]
+    front = pareto_front([(mean, cost.bytes) for mean, (_, cost) in zip(means, priced, strict=True)])
     points = [
-        Point(label, values[label, sent, rounds], len(groups[label, sent, rounds]), sent, rounds, best)
-        for (label, sent, rounds), best in zip(groups, front, strict=True)
+        Point(group.name, mean, len(group.runs), cost.bytes, cost.rounds, best)
+        for (group, cost), mean, best in zip(priced, means, front, strict=True)
     ]
-    return sorted(points, key=lambda point: (point.bytes, point.label))
+    return TradeOff(tuple(sorted(points, key=lambda point: (point.bytes, point.name))), tuple(unpriced))
 
 
-def trade_off_table(points: Iterable[Point], *, protocol: str = "cheetah") -> Table:
+def trade_off_table(found: TradeOff, *, protocol: str = "cheetah") -> Table:
     """One row per point; the Pareto front is marked in words."""
     columns = (Column("Variant", numeric=False), *map(Column, ("Perplexity", "n", "GB", "Rounds")))
     rows = tuple(
         (
-            point.label,
+            point.name,
             f"{point.perplexity:.2f}" if math.isfinite(point.perplexity) else "NaN",
             f"{point.seeds}",
             gigabytes(point.bytes),
             f"{point.rounds}",
             "yes" if point.on_front else "no",
         )
-        for point in points
+        for point in found.points
     )
-    notes = ("Pareto front: no other variant has both a lower or equal perplexity and fewer or as many bytes.",)
+    notes = [
+        "Pareto front: no other variant has both a lower or equal perplexity and fewer or as many bytes.",
+        "GELU is priced as the model computes it; its tanh form is cheaper than its erf form "
+        "(docs/private-inference.md).",
+    ]
+    notes += [f"{name} is left out: an operation of it has no price." for name in found.unpriced]
     caption = f"Perplexity against communication in private inference ({protocol})"
-    return Table("perplexity-communication", caption, (*columns, Column("Pareto front", numeric=False)), rows, notes)
+    columns = (*columns, Column("Pareto front", numeric=False))
+    return Table("perplexity-communication", caption, columns, rows, tuple(notes))

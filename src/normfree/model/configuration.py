@@ -41,7 +41,7 @@ class NormFreeConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
 
     vocab_size: int = 50257
-    """Tokens in the vocabulary."""
+    """Tokens in the vocabulary; left out of a run, its tokenizer's."""
     hidden_size: int = 768
     """Width of the residual stream."""
     num_hidden_layers: int = 12
@@ -49,7 +49,7 @@ class NormFreeConfig(PreTrainedConfig):
     intermediate_size: int | None = None
     """Width of the feed-forward part; empty means 4 * hidden_size."""
     max_position_embeddings: int = 128
-    """Longest sequence in tokens."""
+    """Longest sequence in tokens; left out of a run, data.context."""
     position: Literal["learned", "rotary"] = "learned"
     """A learned vector per position, or rotated queries and keys."""
     rotary_share: float = 0.25
@@ -61,12 +61,12 @@ class NormFreeConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
     """One matrix for the input embedding and the output projection."""
     norm: str = "layernorm"
-    """Normalization inside the blocks, before attention and feed-forward: a name of NORMS."""
+    """Normalization inside the blocks, before attention and feed-forward: layernorm or none (norms.py)."""
     final_norm: str = "layernorm"
-    """Normalization after the last block: a name of NORMS. The paper keeps it in every model."""
+    """Normalization after the last block: layernorm or none. The paper keeps it in every model."""
     norm_epsilon: float = 1e-5
     activation: str | list[str] = "gelu"
-    """Activation of the feed-forward part, for all layers or one per layer: names of ACTIVATIONS."""
+    """For all layers, or one per layer: gelu, gelu_tanh, relu, leaky_relu, identity (activations.py)."""
     negative_slope: float = 0.01
     """activation=leaky_relu: the slope below zero; where it starts if it is learnable."""
     learnable_slope: Literal["none", "per_layer", "shared"] = "none"

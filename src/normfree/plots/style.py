@@ -38,6 +38,7 @@ _OTHER_LINES = ("-", "--", "-.", ":")
 RC: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 8.5,
+    "text.hinting": "no_hinting",  # text is as wide in a file as it was when the figure was laid out
     "axes.titlesize": 9.5,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
-from normfree.plots.style import INK, MUTED
+from normfree.plots.style import GRID, INK, MUTED
+
+_ROW = 0.05
+"""Height of a label and the space above it, as a share of the axes."""
 
 
 def trade_off(
@@ -18,19 +21,48 @@ def trade_off(
     *,
     ax: Axes,
 ) -> Axes:
-    """One point a variant, joined along the Pareto front; variants without a finite perplexity are named only."""
+    """One point a variant, joined along the Pareto front; variants without a finite perplexity are named only.
+
+    Labels stand in a column at the right, in the order of perplexity, each with a line to its point: variants that
+    cost the same lie above each other, and their names would too.
+    """
     finite = [i for i, value in enumerate(perplexity) if math.isfinite(value)]
     front = sorted((gigabytes[i], perplexity[i]) for i in finite if on_front[i])
     ax.plot([x for x, _ in front], [y for _, y in front], color="#00896a", linewidth=1, zorder=1)
     for i in finite:
         colour = "#00896a" if on_front[i] else MUTED
         ax.plot(gigabytes[i], perplexity[i], marker="o" if on_front[i] else "x", color=colour, linestyle="none")
-        ax.annotate(
-            labels[i], (gigabytes[i], perplexity[i]), xytext=(5, 4), textcoords="offset points", fontsize=7.5, color=INK
-        )
     missing = [labels[i] for i in range(len(labels)) if i not in finite]
     if missing:
         ax.text(0.98, 0.97, f"NaN: {', '.join(missing)}", transform=ax.transAxes, ha="right", va="top", color="#b23a48")
-    ax.margins(x=0.2, y=0.15)
+    ax.margins(x=0.08, y=0.1)
+    low, high = ax.get_ylim()
+    lowest_first = sorted(finite, key=lambda i: perplexity[i])
+    for i, height in zip(
+        lowest_first, apart([(perplexity[i] - low) / (high - low) for i in lowest_first]), strict=True
+    ):
+        ax.annotate(
+            labels[i],
+            (gigabytes[i], perplexity[i]),
+            xytext=(1.02, height),
+            textcoords="axes fraction",
+            verticalalignment="center",
+            fontsize=7.5,
+            color=INK,
+            arrowprops={"arrowstyle": "-", "color": GRID, "linewidth": 0.7, "relpos": (0, 0.5), "shrinkA": 0},
+        )
     ax.set(xlabel="sent in private inference (GB)", ylabel="validation perplexity")
     return ax
+
+
+def apart(heights: Sequence[float]) -> list[float]:
+    """Rising heights of the axes (0 to 1), moved as little as keeps a row between each two and the last one inside."""
+    row = min(_ROW, 1 / max(1, len(heights)))
+    moved: list[float] = []
+    for height in heights:
+        moved.append(max(height, moved[-1] + row) if moved else height)
+    ceiling = 1.0
+    for i in reversed(range(len(moved))):
+        moved[i] = min(moved[i], ceiling)
+        ceiling = moved[i] - row
+    return moved

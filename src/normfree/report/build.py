@@ -41,7 +41,7 @@ def build_report(runs: Sequence[Run], output: Path, *, mix: bool = False) -> Pat
         "ranges": tables.range_table(groups),
         "verdicts": tables.verdict_table(ordered),
         "runs": tables.run_table(ordered),
-        "communication": trade_off_table(trade_off([run for group in groups for run in group.runs])),
+        "communication": trade_off_table(trade_off(groups)),
     }
     drawn = main_figures(groups)
     pages = {}

@@ -8,7 +8,7 @@ import re
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from normfree.plots.style import GRID, INK, MUTED
+from normfree.plots.style import GRID, INK, MUTED, RC
 
 # The page defines these colours twice, for light and for dark surroundings.
 _THEMED = {
@@ -57,7 +57,8 @@ def to_pdf(figure: Figure) -> bytes:
 def to_png(figure: Figure) -> bytes:
     """A picture on white, 150 dots an inch."""
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=150, facecolor="white")
+    with mpl.rc_context({"text.hinting": RC["text.hinting"]}):
+        figure.savefig(file, format="png", dpi=150, facecolor="white")
     return file.getvalue()
 
 
