@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 from normfree.analysis import Difference, Group, paired_difference, top_quarter_share, trained_heads
-from normfree.tables.results import percent, perplexity_difference
+from normfree.tables.results import perplexity_difference
 from normfree.tables.table import Column, Table
 
 
@@ -44,10 +44,13 @@ def claim_table(groups: Sequence[Group]) -> Table:
     for claim in CLAIMS:
         for ours, theirs in _pairs(claim, groups):
             found = claim.measure(ours, theirs)
-            interval = f"{percent(found.low)} to {percent(found.high)}" if math.isfinite(found.low) else "-"
-            unit = "perplexity" if claim.measure is perplexity_difference else "share of heads"
-            mean = f"NaN ({found.nonfinite}/{found.n})" if found.nonfinite else percent(found.mean)
-            names = (claim.text, f"{ours.name} against {theirs.name}", unit)
+            measured, unit = (
+                ("perplexity", "%") if claim.measure is perplexity_difference else ("share of heads", "points")
+            )
+            low, high = 100 * found.low, 100 * found.high
+            interval = f"{low:+.1f} to {high:+.1f} {unit}" if math.isfinite(low) else "-"
+            mean = f"NaN ({found.nonfinite}/{found.n})" if found.nonfinite else f"{100 * found.mean:+.1f} {unit}"
+            names = (claim.text, f"{ours.name} against {theirs.name}", measured)
             rows.append((*names, mean, interval, str(found.n), verdict(found, above=claim.above)))
     columns = (
         *(Column(title, numeric=False) for title in ("Claim", "Compared", "Measured")),
@@ -56,8 +59,9 @@ def claim_table(groups: Sequence[Group]) -> Table:
     )
     notes = (
         "Holds or does not hold: the 95 % Student-t interval over paired seeds lies wholly on one side of 0. "
-        "Undecided: it contains 0, or there is one pair only, or a run diverged; more seeds decide it.",
-        "Share of heads: those at or above 3/4 of the causal ceiling, in points of all heads.",
+        "Undecided: it contains 0, or there is one pair only, or a run diverged. The interval keeps its 95 % only if "
+        "the number of seeds was fixed before looking.",
+        "Share of heads: those at or above 3/4 of the causal ceiling; the difference is in percentage points.",
     )
     return Table("claims", "The paper's claims at this scale", columns, tuple(rows), notes)
 

@@ -137,7 +137,7 @@ def percent(share: float | None) -> str:
 def _perplexity_row(group: Group, groups: Sequence[Group]) -> tuple[str, ...]:
     summary = summarise(list(group.perplexities.values()))
     base = next((g for g in groups if g.label == BASELINE and g.recipe == group.recipe and g.runs), None)
-    baseline = math.nan if base is None else summarise(list(base.perplexities.values())).mean
+    against = math.nan if base is None else perplexity_difference(group, base).mean
     bits = summarise([(run.facts.get("final") or {}).get("bits_per_byte", math.nan) for run in group.runs])
     model = published.counterpart(group.runs[0].spec)
     paper = published.PERPLEXITY[model].get(group.label)
@@ -145,7 +145,7 @@ def _perplexity_row(group: Group, groups: Sequence[Group]) -> tuple[str, ...]:
         group.name,
         summary.text(),
         str(summary.n),
-        "baseline" if group is base else percent(summary.mean / baseline - 1),
+        "baseline" if group is base else percent(against),
         bits.text(3),
         "-" if paper is None else f"{paper:.3f}",
         percent(published.relative_difference(model, group.label, BASELINE)),
@@ -164,6 +164,8 @@ def _floor_rows(groups: Sequence[Group]) -> list[tuple[str, ...]]:
 
 def _notes(groups: Sequence[Group]) -> tuple[str, ...]:
     notes = ["Unigram: the perplexity of token frequencies alone, the floor any model has to beat."]
+    if any(group.label == BASELINE and group.runs for group in groups):
+        notes.append(f"Against {BASELINE}: the mean of the differences within a seed, over the seeds that both have.")
     if any(not math.isfinite(run.perplexity) for group in groups for run in group.runs):
         notes.append("NaN (2/3): 2 of 3 seeds diverged. The others are not averaged.")
     if any(published.PERPLEXITY[published.counterpart(g.runs[0].spec)].get(g.label) for g in groups if g.runs):
