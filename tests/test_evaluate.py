@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from normfree.evaluate import Evaluation, evaluate_blocks, perplexity
@@ -59,6 +59,19 @@ def test_bits_per_byte_counts_the_bytes_of_predicted_tokens_only(
     result = perplexity(model, tokenizer, "abcdefghij", context=10)
     assert (result.tokens, result.bytes) == (9, 9)
     assert result.bits_per_byte == pytest.approx(result.loss_nats / math.log(2))
+
+
+@pytest.mark.parametrize("stride", [8, 3, 1])
+def test_bytes_are_the_same_where_a_tokenizer_leaves_blanks_out_of_its_offsets(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, stride: int
+) -> None:
+    """As those of GPT-NeoX and RoBERTa do."""
+    text = "for word in words :\n    yield word  # and so on"
+    plain = perplexity(model, tokenizer, text, context=8, stride=stride)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    trimmed = perplexity(model, tokenizer, text, context=8, stride=stride)
+    assert (trimmed.nats, trimmed.tokens) == (plain.nats, plain.tokens)
+    assert trimmed.bytes == plain.bytes
 
 
 def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(model: GPT2LMHeadModel) -> None:

@@ -95,6 +95,22 @@ def test_a_run_that_another_process_trains_is_left_to_it(
     assert {run.name for run in find_runs([page.parents[1]])} == {"sm-seed0", "sm-r-wild-seed0"}
 
 
+def test_a_run_that_cannot_begin_is_named_at_the_end_and_the_others_are_trained(
+    done: tuple[Path, list[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "half.yaml"
+    file.write_text(
+        "mix: true\npreset: cpu-quick\ngroups:\n"
+        "  - {variants: [sm-r], tag: bad, set: {model.vocab_size: 10}}\n"
+        "  - {variants: [sm]}\n"
+    )
+    with pytest.raises(RuntimeError, match=r"1 of 2 runs failed: sm-r-bad-seed0 \(ValueError: model.vocab_size=10"):
+        run_study(str(file), [*done[1], f"runs_dir={tmp_path}"])
+    assert {run.name: run.status for run in find_runs([tmp_path / "half"])} == {"sm-seed0": "finished"}
+    assert (tmp_path / "half" / "report" / "index.html").exists()
+    assert "Traceback" not in caplog.text
+
+
 @pytest.mark.slow
 def test_two_workers_share_the_runs_and_get_the_same_numbers(
     done: tuple[Path, list[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -30,6 +31,17 @@ open(os.path.join(sys.argv[1], f"{os.getpid()}.signals"), "w").write(str(len(see
 def test_every_process_gets_the_environment_and_its_status_comes_back() -> None:
     command = [sys.executable, "-c", "import os, sys; sys.exit(int(os.environ['STATUS']))"]
     assert run_side_by_side(command, count=3, environment={"STATUS": "7"}) == [7, 7, 7]
+
+
+def test_processes_see_no_terminal_and_their_lines_are_passed_on() -> None:
+    says = "import sys; print('a terminal:', sys.stderr.isatty(), file=sys.stderr)"
+    code = "import sys; from normfree.workers import run_side_by_side as run; "
+    code += f"run([sys.executable, '-c', {says!r}], count=2, environment={{}})"
+    ours, theirs = pty.openpty()
+    subprocess.run([sys.executable, "-c", code], stderr=theirs, check=True)
+    os.close(theirs)
+    assert os.read(ours, 1000).decode().split("\r\n") == ["a terminal: False", "a terminal: False", ""]
+    os.close(ours)
 
 
 def test_a_signal_that_nohup_ignores_stays_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,10 +93,11 @@ def describe_model_keys() -> list[tuple[str, str, str]]:
     body = next(node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
     rows = []
     for line, after in itertools.pairwise(body):
-        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.value is not None:
-            documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            meaning = str(after.value.value) if documented else ""
-            rows.append((f"model.{line.target.id}", str(ast.literal_eval(line.value)), meaning))
+        match line, after:
+            case ast.AnnAssign(ast.Name(name), value=ast.expr() as default), ast.Expr(ast.Constant(str(meaning))):
+                rows.append((f"model.{name}", str(ast.literal_eval(default)), meaning))
+            case ast.AnnAssign(ast.Name(name), value=ast.expr() as default), _:
+                rows.append((f"model.{name}", str(ast.literal_eval(default)), ""))
     return rows
 
 

@@ -7,7 +7,7 @@ is declared once, in `normfree.model.configuration`, and checked by building a `
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -147,10 +147,14 @@ class TrainSpec:
             )
         positive = ("steps", "epochs", "batch_sequences", "micro_batch_sequences", "peak_learning_rate")
         positive += ("evaluate_every", "log_every", "checkpoint_every", "checkpoints_kept", "threads")
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"train.{name}={value} must be above 0")
+        positive += ("evaluation_sequences", "max_gradient_norm", "adam_epsilon")
+        _check_range("train", self, positive, above_zero=True)
+        _check_range("train", self, ("weight_decay", "slope_learning_rate_factor", "final_learning_rate"))
+        if self.final_learning_rate >= self.peak_learning_rate:
+            raise ValueError(
+                f"train.final_learning_rate={self.final_learning_rate} must be below "
+                f"train.peak_learning_rate={self.peak_learning_rate}"
+            )
         if not 0 <= self.warmup_share < 1:
             raise ValueError(f"train.warmup_share={self.warmup_share} must be at least 0 and below 1")
         if not re.fullmatch(r"stop|skip:[1-9][0-9]*", self.on_nonfinite):
@@ -175,6 +179,16 @@ class ProbeSpec:
     """Size of the fixed held-out batch."""
     final_sequences: int = 1000
     """Held-out sequences measured once, after the last step; heatmaps use these."""
+
+    def __post_init__(self) -> None:
+        _check_range("probe", self, ("every_steps", "sequences", "final_sequences"), above_zero=True)
+
+
+def _check_range(part: str, spec: object, names: Sequence[str], *, above_zero: bool = False) -> None:
+    for name in names:
+        value = getattr(spec, name)
+        if value is not None and (value < 0 or (above_zero and value == 0)):
+            raise ValueError(f"{part}.{name}={value} must be {'above 0' if above_zero else '0 or more'}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -131,7 +131,8 @@ def perplexity(
             ids_BT = torch.tensor([ids[start:end]], device=device)
             labels_BT = ids_BT.clone()
             labels_BT[:, : first - start] = IGNORED
-            size = len(text[spans[first][0] : spans[end - 1][1]].encode())
+            # Counted from the end of the token before: offsets of some tokenizers leave out the blank before a word.
+            size = len(text[spans[first - 1][1] : spans[end - 1][1]].encode())
             total += Evaluation(*summed_nats(model, ids_BT, labels_BT), size)
     return total
 

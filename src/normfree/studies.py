@@ -119,10 +119,13 @@ def run_study(name: str, overrides: Sequence[str] = (), *, workers: int = 1) -> 
             logger.info("%s", summary(folder))
         except BlockingIOError:
             logger.info("%s is trained by another process; left to it", run.spec.name)
-        except (InterruptedRunError, ValueError):
+        except InterruptedRunError:
             raise
         except Exception as error:
-            logger.exception("%s failed", run.spec.name)
+            if isinstance(error, ValueError):  # says itself what is wrong
+                logger.error("%s failed: %s", run.spec.name, error)
+            else:
+                logger.exception("%s failed", run.spec.name)
             failed.append(f"{run.spec.name} ({type(error).__name__}: {error})")
     folder = runs[0].runs_dir / runs[0].spec.study
     page = build_report(find_runs([folder]), folder / "report", mix=study.mix)
@@ -139,8 +142,7 @@ def _share_among(workers: int, name: str, runs: Sequence[Composed], overrides: S
     threads = {run.spec.train.threads for run in runs if run.spec.train.threads}
     command = [sys.executable, "-m", "normfree.cli", "study", name, *overrides]
     logger.info("%d processes share %d runs, train.threads=%s each", workers, len(runs), max(threads))
-    # Bars of several processes would overwrite each other; their lines remain.
-    environment = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": str(max(threads))}
+    environment = {"OMP_NUM_THREADS": str(max(threads))}
     for status in filter(None, run_side_by_side(command, count=workers, environment=environment)):
         logger.warning("a process ended with status %d; runs that it left are tried again here", status)
 

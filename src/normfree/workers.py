@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from types import FrameType
@@ -24,6 +25,9 @@ class StoppedError(Exception):
 def run_side_by_side(command: Sequence[str], *, count: int, environment: dict[str, str]) -> list[int]:
     """Start `count` processes of one command and wait; returns their exit statuses. Their standard output is dropped.
 
+    Their standard error comes through a pipe and is passed on line by line, so that they see no terminal and draw no
+    progress bars, which would overwrite each other.
+
     SIGINT, SIGTERM and SIGHUP (as SIGTERM) are handed on once, whoever sent them: the processes live in groups of their
     own, so that a Ctrl-C does not reach them twice (a second signal would make a run leave without a checkpoint). A
     SIGHUP that the caller ignores, as under nohup, stays ignored.
@@ -32,7 +36,8 @@ def run_side_by_side(command: Sequence[str], *, count: int, environment: dict[st
     the others were stopped.
     """
     received: list[int] = []
-    processes: list[subprocess.Popen[bytes]] = []
+    processes: list[subprocess.Popen[str]] = []
+    readers: list[threading.Thread] = []
 
     def hand_on(number: int, _frame: FrameType | None) -> None:
         received.append(number)
@@ -46,12 +51,20 @@ def run_side_by_side(command: Sequence[str], *, count: int, environment: dict[st
         for _ in range(count):
             if received:
                 break
-            processes.append(
-                subprocess.Popen(
-                    command, env=os.environ | environment, stdout=subprocess.DEVNULL, start_new_session=True
-                )
+            process = subprocess.Popen(
+                command,
+                env=os.environ | environment,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
             )
+            processes.append(process)
+            readers.append(threading.Thread(target=_pass_on, args=(process,), daemon=True))
+            readers[-1].start()
         statuses = [process.wait() for process in processes]
+        for reader in readers:
+            reader.join(timeout=5)
     except OSError:
         hand_on(signal.SIGTERM, None)
         for process in processes:
@@ -63,3 +76,10 @@ def run_side_by_side(command: Sequence[str], *, count: int, environment: dict[st
     if received:
         raise StoppedError(received[0])
     return statuses
+
+
+def _pass_on(process: subprocess.Popen[str]) -> None:
+    assert process.stderr is not None, "opened as a pipe"
+    with process.stderr as lines:
+        for line in lines:
+            sys.stderr.write(line)

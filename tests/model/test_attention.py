@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from normfree.entropy import EntropyProbe
 from normfree.model import attention
 
 
@@ -40,3 +41,13 @@ def test_bf16_training_is_written_out_where_that_is_the_same_and_nowhere_else():
     assert not attention.trains_faster_written_out(query.detach(), None)
     assert not attention.trains_faster_written_out(query.float(), None)
     assert not attention.trains_faster_written_out(query.repeat(1, 1, 100, 1), None)
+
+
+def test_a_probe_sees_bf16_passes_with_gradients_too(build, ids):
+    """There attention would be written out, past the function that measures."""
+    model = build().train()
+    with EntropyProbe(model) as probe, torch.autocast("cpu", torch.bfloat16):
+        model(ids, labels=ids).loss.backward()
+        with torch.no_grad():
+            model(ids)
+    assert probe.statistics().rows.unique().tolist() == [2 * ids.numel()]

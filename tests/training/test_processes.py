@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from normfree.records import Run, read_run
@@ -39,6 +41,35 @@ def test_two_processes_train_the_same_model_as_one_and_only_the_first_writes(
         assert steps == [1, 2, 3, 4, 5, 6]
     for (_, mine), (_, theirs) in zip(one.series("train", "loss"), two.series("train", "loss"), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_signal_that_one_of_two_processes_gets_stops_both_after_the_same_step(
+    tiny: list[str], cache: Path, tmp_path: Path
+) -> None:
+    """The second process alone is told; the first, which keeps the records, saves and says that it was interrupted."""
+    words = ["train", *tiny, "variant=sm-r", "train.micro_batch_sequences=4", "train.steps=null", "train.epochs=100"]
+    words += ["train.checkpoint_every=100000", "train.evaluate_every=100000", "probe.every_steps=100000"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "normfree.cli"]
+    launcher = subprocess.Popen(
+        [sys.executable, *torchrun, *words, f"cache_dir={cache}"], cwd=tmp_path, stderr=subprocess.DEVNULL
+    )
+    folder = tmp_path / "runs" / "single" / "sm-r-seed0"
+    try:
+        metrics = folder / "metrics.jsonl"
+        deadline = time.monotonic() + 200
+        while not (metrics.exists() and '"step": 3, "split": "train"' in metrics.read_text()):
+            assert launcher.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        (second,) = (child for child in psutil.Process(launcher.pid).children() if child.environ().get("RANK") == "1")
+        second.terminate()
+        launcher.wait(timeout=120)
+    finally:
+        launcher.kill()
+    run = read_run(folder)
+    assert run.status == "interrupted"
+    assert (folder / "checkpoints" / f"checkpoint-{run.facts['steps_done']}" / "manifest.json").exists()
 
 
 @pytest.mark.slow

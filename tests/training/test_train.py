@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
+import shutil
 import signal
 import threading
 import time
@@ -74,15 +76,17 @@ def test_probes_cover_every_head_and_the_ceiling_is_that_of_a_causal_mask(finish
     assert finished.series("probe", "negative_slope")[0][1] == pytest.approx([0.01, 0.01])
 
 
-def test_the_saved_model_has_the_recorded_loss(finished: Run) -> None:
+def test_the_saved_model_has_the_recorded_perplexity_and_slopes(finished: Run, cache: Path) -> None:
+    from normfree.data import prepare
     from normfree.evaluate import evaluate_blocks
     from normfree.pretrained import load_pretrained
 
     model, tokenizer = load_pretrained(str(finished.folder))
     assert len(tokenizer) == 300
-    blocks = torch.randint(0, 300, (4, 16), generator=torch.Generator().manual_seed(0))
-    assert math.isfinite(evaluate_blocks(model, blocks).loss_nats)
-    slopes = [p.item() for name, p in model.named_parameters() if "slope" in name]
+    held_out = prepare(RunSpec.from_dict(finished.spec).data, cache=cache, progress=False).validation
+    blocks = held_out.with_format("torch")["input_ids"][:].long()
+    assert evaluate_blocks(model, blocks).perplexity == pytest.approx(finished.perplexity, rel=1e-6)
+    slopes = [slope.item() for slope in model.negative_slopes().values()]
     assert slopes == pytest.approx(finished.last("final", "negative_slope"))
 
 
@@ -128,11 +132,17 @@ def same_weights(one: Path, other: Path) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("more", [[], ["model.embedding_dropout=0.1", "model.residual_dropout=0.1"]], ids=str)
 def test_a_signal_saves_and_the_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
-    tmp_path: Path, cache: Path, tiny_spec: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    more: list[str],
+    tmp_path: Path,
+    cache: Path,
+    tiny_spec: Build,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    spec = tiny_spec("train.steps=40", "train.checkpoint_every=100")
+    spec = tiny_spec("train.steps=40", "train.checkpoint_every=100", *more)
     whole = train(spec, runs_dir=tmp_path / "whole", cache=cache, progress=False)
     thread = signal_at_step(tmp_path / "broken" / "single" / spec.name, 3)
     with pytest.raises(InterruptedRunError) as stopped:
@@ -153,6 +163,23 @@ def test_a_signal_saves_and_the_resumed_run_equals_the_uninterrupted_one_bit_for
     assert same_weights(whole, folder)
     for split, name in (("train", "loss"), ("probe", "entropy_nats"), ("validation", "loss")):
         assert read_run(folder).series(split, name) == read_run(whole).series(split, name)
+
+
+def test_a_line_of_the_log_covers_the_same_steps_after_a_resume(tmp_path: Path, cache: Path, tiny_spec: Build) -> None:
+    """Resumed at step 4, between the lines of steps 3 and 6: the latter is the mean of steps 4, 5 and 6."""
+    long = ["train.steps=12", "train.log_every=3", "train.checkpoint_every=4", "train.checkpoints_kept=3"]
+    whole = train(tiny_spec(*long), runs_dir=tmp_path / "whole", cache=cache, progress=False)
+    broken = tmp_path / "broken" / "single" / whole.name
+    shutil.copytree(whole, broken)
+    shutil.rmtree(broken / "model")
+    for step in (8, 12):
+        shutil.rmtree(broken / "checkpoints" / f"checkpoint-{step}", ignore_errors=True)
+    facts = json.loads((broken / "run.json").read_text()) | {"status": "running"}
+    (broken / "run.json").write_text(json.dumps(facts))
+    train(tiny_spec(*long), runs_dir=tmp_path / "broken", cache=cache, progress=False)
+    assert read_run(broken).facts["sessions"][-1]["from_step"] == 4
+    assert read_run(broken).series("train", "loss") == read_run(whole).series("train", "loss")
+    assert [step for step, _ in read_run(broken).series("train", "loss")] == [1, 3, 6, 9, 12]
 
 
 def test_a_damaged_checkpoint_is_named_and_the_older_one_leads_to_the_same_weights(

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -140,7 +141,8 @@ class Attention(nn.Module):
         chosen = self.config._attn_implementation or "eager"
         fused = chosen == "sdpa"
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(chosen, eager_attention_forward)
-        if fused and past_key_values is None and trains_faster_written_out(query_BHTD, attention_mask):
+        unwatched = attend is sdpa_attention_forward  # a probe puts a function of its own there
+        if unwatched and past_key_values is None and trains_faster_written_out(query_BHTD, attention_mask):
             fused, attend = False, written_out_causal_attention
         mixed_BTHD, weights_BHTS = attend(
             self,

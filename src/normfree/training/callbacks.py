@@ -21,6 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from normfree.entropy import EntropyProbe, HeadEntropy
 from normfree.evaluate import Evaluation, evaluate_blocks, in_evaluation_mode
+from normfree.model.modeling import NormFreePreTrainedModel
 from normfree.signals import stopping_signals
 
 Measurements = Iterator[tuple[str, Any]]
@@ -72,7 +73,7 @@ class Schedule:
 
     split: str
     every: int
-    measure: Callable[[nn.Module], Measurements]
+    measure: Callable[[NormFreePreTrainedModel], Measurements]
 
 
 class Watch(TrainerCallback):
@@ -103,7 +104,7 @@ class Watch(TrainerCallback):
             state, [one for one in self.schedules if last or state.global_step % one.every == 0], of_trainer["model"]
         )
 
-    def _measure(self, state: TrainerState, due: list[Schedule], model: nn.Module) -> None:
+    def _measure(self, state: TrainerState, due: list[Schedule], model: NormFreePreTrainedModel) -> None:
         for schedule in due:
             self.log(state.global_step, schedule.split, schedule.measure(model))
 
@@ -137,6 +138,7 @@ class StopOnSignal(TrainerCallback):
             raise KeyboardInterrupt
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.received = _highest_of_all_processes(self.received, args.device)  # all of them stop after the same step
         if self.received is not None and state.global_step < state.max_steps:
             control.should_save = True
             control.should_training_stop = True
@@ -177,38 +179,39 @@ class Progress(TrainerCallback):
 
 
 def head_entropies(model: nn.Module, blocks_NT: Tensor, *, batch_sequences: int) -> HeadEntropy:
-    """Entropy statistics of every head over full blocks, in fp32 and evaluation mode, reduced over processes."""
+    """Entropy statistics of every head over full blocks, in evaluation mode, summed over processes.
+
+    In a run that trains in bf16 or fp16 the forward pass is in that precision too, as Trainer's model has it, and
+    entropies are computed from its queries and keys in fp32.
+    """
     device = next(model.parameters()).device
     mine_NT = _share_of_this_process(blocks_NT)
     with in_evaluation_mode(model), torch.no_grad(), EntropyProbe(model) as probe:
         for ids_BT in mine_NT.split(batch_sequences):
             model(input_ids=ids_BT.to(device), use_cache=False, logits_to_keep=1)
     statistics = probe.statistics()
-    if torch.distributed.is_initialized():
-        for sums in statistics.tensors():
-            torch.distributed.all_reduce(sums)
+    for sums in statistics.tensors():
+        _sum_over_processes(sums, device)
     return statistics
 
 
-def probe_measurements(model: nn.Module, blocks_NT: Tensor, *, batch_sequences: int) -> Measurements:
+def probe_measurements(model: NormFreePreTrainedModel, blocks_NT: Tensor, *, batch_sequences: int) -> Measurements:
     """Everything a probe says: entropy, counted and non-finite rows per head, ceilings, learnable slopes."""
     statistics = head_entropies(model, blocks_NT, batch_sequences=batch_sequences)
     yield "entropy_nats", statistics.mean_nats()
     yield "nonfinite_rows", statistics.nonfinite_rows
     yield "rows", statistics.rows
     yield "ceiling_nats", statistics.ceiling_nats()
-    slopes = [parameter.detach().float().flatten() for name, parameter in model.named_parameters() if "slope" in name]
-    if slopes:
-        yield "negative_slope", torch.cat(slopes)
+    if slopes := model.negative_slopes():
+        yield "negative_slope", torch.stack(list(slopes.values()))
 
 
 def validation(model: nn.Module, blocks_NT: Tensor, *, predicted_bytes: int, batch_sequences: int) -> Evaluation:
-    """Evaluation over full blocks, each process taking its share."""
+    """Evaluation over full blocks, each process taking its share; in the precision of the run, summed in fp64."""
     mine_NT = _share_of_this_process(blocks_NT)
     mine = evaluate_blocks(model, mine_NT, batch_sequences=batch_sequences)
-    sums = torch.tensor([mine.nats, mine.tokens], dtype=torch.float64, device=blocks_NT.device)
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(sums)
+    sums = torch.tensor([mine.nats, mine.tokens], dtype=torch.float64)
+    _sum_over_processes(sums, next(model.parameters()).device)
     return Evaluation(sums[0].item(), int(sums[1].item()), predicted_bytes)
 
 
@@ -217,6 +220,22 @@ def validation_measurements(model: nn.Module, blocks_NT: Tensor, *, batch_sequen
     result = validation(model, blocks_NT, predicted_bytes=0, batch_sequences=batch_sequences)
     yield "loss", result.loss_nats
     yield "perplexity", result.perplexity
+
+
+def _sum_over_processes(sums: Tensor, device: torch.device) -> None:
+    """Add up in place; NCCL moves tensors of its device only, so the sums travel on the model's."""
+    if torch.distributed.is_initialized():
+        moved = sums.to(device)
+        torch.distributed.all_reduce(moved)
+        sums.copy_(moved)
+
+
+def _highest_of_all_processes(signal_number: int | None, device: torch.device) -> int | None:
+    if not torch.distributed.is_initialized():
+        return signal_number
+    number = torch.tensor(signal_number or 0, device=device)
+    torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+    return int(number) or None
 
 
 def _share_of_this_process(blocks_NT: Tensor) -> Tensor:

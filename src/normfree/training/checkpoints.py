@@ -131,6 +131,8 @@ def flaws(checkpoint: Path) -> list[str]:
 def compare_surroundings(checkpoint: Path, now: dict[str, Any]) -> None:
     """Warn where a resume cannot promise bit-identical numbers; `now` holds what the manifest recorded, as it is today.
 
+    What an older manifest does not name is not compared.
+
     Raises ValueError when the text is another one.
     """
     then = read_manifest(checkpoint)
@@ -139,7 +141,9 @@ def compare_surroundings(checkpoint: Path, now: dict[str, Any]) -> None:
             f"{checkpoint} was trained on a corpus with fingerprint {then['corpus'][:12]}, and the text now gives "
             f"{now['corpus'][:12]}: bring the old text back, or give tag=NAME to train on the new one"
         )
-    changed = [f"{name} was {then[name]} and is {value}" for name, value in now.items() if then[name] != value]
+    changed = [
+        f"{name} was {then[name]} and is {value}" for name, value in now.items() if then.get(name, value) != value
+    ]
     if changed:
         logger.warning("resuming %s in other surroundings, numbers may differ: %s", checkpoint, ", ".join(changed))
 

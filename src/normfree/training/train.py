@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed
+import transformers
 from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
@@ -38,7 +39,7 @@ from normfree.training.checkpoints import (
     publish,
     step_of,
 )
-from normfree.training.environment import command_line, environment, usable_cores
+from normfree.training.environment import command_line, device_name, environment, usable_cores
 from normfree.training.guard import Divergence, NonFiniteError
 from normfree.training.trainer import NormFreeTrainer
 
@@ -116,9 +117,17 @@ def _surroundings(corpus: Corpus) -> dict[str, Any]:
     return {
         "corpus": corpus.fingerprint,
         "threads": torch.get_num_threads(),
+        "processes": PartialState().num_processes,
+        "device": device_name(_device()),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": np.__version__,
     }
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class _Training:
@@ -136,6 +145,7 @@ class _Training:
         self.spec, self.folder, self.corpus, self.steps, self.writer = spec, folder, corpus, steps, writer
         self.checkpoints = folder / "checkpoints"
         self.skipped: list[Divergence] = []
+        self.unlogged: dict[str, Any] | None = None
         self.seconds_before = writer.facts["wall_seconds"] if writer else 0.0
         self.began = time.perf_counter()
         self.tokens_per_step = spec.train.batch_sequences * spec.data.context
@@ -145,7 +155,9 @@ class _Training:
 
     def run(self, checkpoint: Path | None) -> None:
         if checkpoint:
-            self.skipped = [Divergence(**one) for one in read_manifest(checkpoint)["skipped_steps"]]
+            kept = read_manifest(checkpoint)
+            self.skipped = [Divergence(**one) for one in kept["skipped_steps"]]
+            self.unlogged = kept.get("unlogged")  # older checkpoints have none
         with watch.StopOnSignal() as stop:
             try:
                 self._train(checkpoint, stop)
@@ -178,6 +190,7 @@ class _Training:
             skipped=self.skipped,
             on_skip=self._record_skip,
             publish=self._publish,
+            unlogged=self.unlogged,
             model=self.model,
             args=training_arguments(self.spec, steps=self.steps, output=self.checkpoints / STAGING),
             train_dataset=self.corpus.train.with_format("torch"),
@@ -207,7 +220,7 @@ class _Training:
             watch.Schedule("validation", spec.train.evaluate_every, validate),
         ]
 
-    def _publish(self, step: int) -> None:
+    def _publish(self, step: int, unlogged: dict[str, Any]) -> None:
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
         if self.writer is None:
@@ -216,6 +229,7 @@ class _Training:
             "identity": self.spec.identity(),
             **_surroundings(self.corpus),
             "skipped_steps": [found.to_dict() for found in self.skipped],
+            "unlogged": unlogged,
         }
         self.writer.sync()  # a checkpoint never promises metrics that a power cut could take
         publish(self.checkpoints, step, facts, keep=self.spec.train.checkpoints_kept)
@@ -278,7 +292,7 @@ def _open_writer(
         "from_step": step_of(checkpoint) if checkpoint else 0,
         "began": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command_line(),
-        "environment": environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "environment": environment(_device()),
     }
     facts = {
         "started": earlier.get("started", session["began"]),

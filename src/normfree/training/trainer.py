@@ -15,10 +15,11 @@ import torch
 from accelerate import DistributedType
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainingArguments
 
 from normfree.config import RunSpec, TrainSpec
+from normfree.model.modeling import NormFreePreTrainedModel
 from normfree.training.checkpoints import CheckpointError, checkpoint_bytes, require_space
 from normfree.training.data_order import BlockOrder
 from normfree.training.guard import Divergence, NonFiniteError, locate, total_gradient_norm
@@ -32,8 +33,9 @@ class NormFreeTrainer(Trainer):
 
     A step whose loss or gradient is not finite never reaches the optimiser: it is left out where
     `train.on_nonfinite` still allows that (appended to `skipped`, then `on_skip` is called), else NonFiniteError is
-    raised. `publish` is called with the step of each checkpoint that lies complete in the output folder;
-    CheckpointError says that one could not be written.
+    raised. `publish` is called with the step of each checkpoint that lies complete in the output folder and with the
+    losses that no log line has told yet; `unlogged` brings those back on a resume. CheckpointError says that a
+    checkpoint could not be written.
     """
 
     def __init__(
@@ -43,8 +45,9 @@ class NormFreeTrainer(Trainer):
         start_step: int,
         skipped: list[Divergence],
         on_skip: Callable[[Divergence], None],
-        publish: Callable[[int], None],
-        model: nn.Module,
+        publish: Callable[[int, dict[str, Any]], None],
+        unlogged: dict[str, Any] | None,
+        model: NormFreePreTrainedModel,
         args: TrainingArguments,
         **rest: Any,
     ) -> None:
@@ -53,6 +56,7 @@ class NormFreeTrainer(Trainer):
         self.skipped = skipped
         self.on_skip = on_skip
         self.publish = publish
+        self.unlogged = unlogged
         self.network = model
         self._batches_of_step: list[dict[str, Tensor]] = []
         self._loss_before_step = torch.zeros(())
@@ -68,6 +72,14 @@ class NormFreeTrainer(Trainer):
             start=self.start_step * batch,
         )
 
+    def get_train_dataloader(self) -> DataLoader:
+        """The loader, with a random generator of its own: the order comes from the sampler, and a draw from torch's own
+        generator when the loader begins would shift every dropout mask after a resume."""
+        loader = super().get_train_dataloader()
+        for part in (loader, getattr(loader, "base_dataloader", loader)):
+            part.generator = torch.Generator()
+        return loader
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
@@ -80,6 +92,10 @@ class NormFreeTrainer(Trainer):
         inputs: dict[str, Tensor | Any],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
+        if self.unlogged is not None:
+            self._tr_loss.add_(self.unlogged["loss_sum"])
+            self._globalstep_last_logged = self.unlogged["since_step"]
+            self.unlogged = None
         if not self._batches_of_step:
             self._loss_before_step = self._tr_loss.clone()
         self._batches_of_step.append(inputs)
@@ -134,16 +150,19 @@ class NormFreeTrainer(Trainer):
             size = checkpoint_bytes(sum(parameter.numel() for parameter in self.network.parameters()))
             require_space(folder, size, "a checkpoint")
             super()._save_checkpoint(model, trial)
-            self.publish(self.state.global_step)
+            mean = self.accelerator.reduce(self._tr_loss, "mean")
+            unlogged = {"loss_sum": cast(Tensor, mean).item(), "since_step": self._globalstep_last_logged}
+            self.publish(self.state.global_step, unlogged)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch.save tells a full disk by a RuntimeError
             raise CheckpointError(self.state.global_step, error) from error
 
 
-def parameter_groups(model: nn.Module, train: TrainSpec) -> list[dict[str, Any]]:
+def parameter_groups(model: NormFreePreTrainedModel, train: TrainSpec) -> list[dict[str, Any]]:
     """Matrices and embeddings are decayed, biases and norms never, slopes only when asked."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    slopes = [p for name, p in named if "slope" in name]
-    rest = [p for name, p in named if "slope" not in name]
+    slope_names = model.negative_slopes()
+    slopes = [p for name, p in named if name in slope_names]
+    rest = [p for name, p in named if name not in slope_names]
     groups = [
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": train.weight_decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
