@@ -14,6 +14,7 @@ import psutil
 import torch
 
 import normfree
+from normfree.training.bf16 import has_bf16_units
 
 _LIBRARIES = ("torch", "transformers", "datasets", "tokenizers", "accelerate", "numpy")
 
@@ -27,6 +28,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": processor_name(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "bf16_units": has_bf16_units(),
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),

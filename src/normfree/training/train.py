@@ -30,6 +30,7 @@ from normfree.model import NormFreeConfig, NormFreeForCausalLM
 from normfree.records import METRICS_FILE, RUN_FILE, DamagedRunError, RunWriter, read_run
 from normfree.training import callbacks as watch
 from normfree.training.arguments import is_done, model_config, total_steps, training_arguments
+from normfree.training.bf16 import products_for
 from normfree.training.checkpoints import (
     STAGING,
     compare_surroundings,
@@ -158,7 +159,7 @@ class _Training:
             kept = read_manifest(checkpoint)
             self.skipped = [Divergence(**one) for one in kept["skipped_steps"]]
             self.unlogged = kept.get("unlogged")  # older checkpoints have none
-        with watch.StopOnSignal() as stop:
+        with products_for(self.spec.train.precision, _device()), watch.StopOnSignal() as stop:
             try:
                 self._train(checkpoint, stop)
                 stop.at_once = True  # no step boundary is left to wait for
