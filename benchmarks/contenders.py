@@ -21,6 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, 
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
+from normfree.training.bf16 import ProductsInFp32, has_bf16_units
 
 HEADS = {128: 4, 192: 6, 256: 8, 768: 12}
 
@@ -186,6 +187,7 @@ def steps(job: Job) -> Iterator[nn.Module]:
     """An endless row of training steps; each `next` runs one and gives the model."""
     torch.manual_seed(0)
     build, in_bf16 = CONTENDERS[job.contender]
+    as_our_commands = job.contender.startswith("ours") and in_bf16 and not has_bf16_units()
     model, loss = build(job)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -193,9 +195,10 @@ def steps(job: Job) -> Iterator[nn.Module]:
         if job.processes > 1:
             torch.distributed.barrier()  # nobody runs ahead into somebody else's turn
         ids = torch.randint(0, job.vocabulary, (job.batch // job.processes, job.context))
-        with torch.autocast("cpu", torch.bfloat16) if in_bf16 else nullcontext():
-            value = loss(ids)
-        value.backward()
+        with ProductsInFp32() if as_our_commands else nullcontext():
+            with torch.autocast("cpu", torch.bfloat16) if in_bf16 else nullcontext():
+                value = loss(ids)
+            value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -138,6 +138,24 @@ def test_evaluate_prints_perplexity_and_bits_per_byte(
     assert "bits per byte" in out
 
 
+@pytest.mark.parametrize("command", ["evaluate", "entropy"])
+def test_bf16_without_bf16_units_says_how_products_are_made(
+    command: str,
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("normfree.training.bf16.has_bf16_units", lambda: False)
+    (tmp_path / "text.py").write_text("def f(x):\n    return x\n" * 5)
+    words = [command, str(trained), f"text={tmp_path / 'text.py'}", "dtype=bf16", "device=cpu"]
+    words += [f"output={tmp_path / 'page'}"] if command == "entropy" else []
+    status, _, err = run(*words, capsys=capsys)
+    assert status == 0, err
+    assert "no bf16 units" in caplog.text
+
+
 def test_report_rebuilds_the_page_from_a_run_folder(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

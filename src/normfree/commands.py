@@ -137,13 +137,15 @@ def evaluate(name: str, options: EvaluateOptions) -> None:
     """Print token-weighted perplexity and bits per byte."""
     from normfree.evaluate import perplexity
     from normfree.pretrained import load_pretrained
+    from normfree.training.bf16 import products_for
 
     prepare_process()
     text = read_text(options.text)
     model, tokenizer = load_pretrained(
         name, dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code
     )
-    result = perplexity(model, tokenizer, text, context=options.context, stride=options.stride, progress=True)
+    with products_for(options.dtype, model.device):
+        result = perplexity(model, tokenizer, text, context=options.context, stride=options.stride, progress=True)
     print(f"perplexity     {result.perplexity:.4f} (over {result.tokens} predicted tokens)")
     print(f"cross-entropy  {result.loss_nats:.4f} nats per token")
     print(f"bits per byte  {result.bits_per_byte:.4f} (over {result.bytes} bytes of predicted tokens)")
@@ -155,6 +157,7 @@ def entropy(name: str, options: EntropyOptions) -> None:
     from normfree.pretrained import load_pretrained
     from normfree.report import build_heads_report, heads_of, heads_tables, verdict_sentences
     from normfree.tables import to_markdown
+    from normfree.training.bf16 import products_for
     from normfree.training.environment import command_line, software
 
     prepare_process()
@@ -170,6 +173,8 @@ def entropy(name: str, options: EntropyOptions) -> None:
     sequences, context = windows_NT.shape
     needed = memory_estimate(model, batch=options.batch, context=context, method=options.method)
     logger.info("%d windows of %d tokens: %s", sequences, context, check_memory(needed, model))
+    with products_for(options.dtype, model.device):
+        measured = measure(model, windows_NT, batch=options.batch, method=options.method, progress=True)
     facts = {
         "model": name,
         "text": str(options.text or "held-out Python code of this machine"),
@@ -180,7 +185,7 @@ def entropy(name: str, options: EntropyOptions) -> None:
         "device": str(model.device),
         "command": command_line(),
         "software": software(),
-        **measure(model, windows_NT, batch=options.batch, method=options.method, progress=True),
+        **measured,
     }
     page = build_heads_report(facts, options.output)
     print("\n".join(to_markdown(table) for table in heads_tables(facts)))
