@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from normfree.records import read_run
-from normfree.training import bf16, train
+from normfree.training import arguments, bf16, train
 from normfree.training.bf16 import ProductsInFp32
 
 
@@ -69,6 +69,14 @@ def test_nan_and_infinity_go_through():
         product = a @ b
     assert product[0].isnan().all()
     assert product[1].isinf().all()
+
+
+def test_compiled_bf16_without_bf16_units_is_refused(tiny_spec, tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(arguments, "has_bf16_units", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    spec = tiny_spec("train.precision=bf16", "train.compile=true")
+    with pytest.raises(ValueError, match=r"train\.compile=true needs a processor with bf16 units"):
+        train(spec, runs_dir=tmp_path, cache=cache, progress=False)
 
 
 def test_a_bf16_run_trains_alike_with_and_without_bf16_units(tiny_spec, tmp_path, cache, monkeypatch, caplog):

@@ -13,6 +13,7 @@ from normfree.config import RunSpec
 from normfree.data import Corpus
 from normfree.model import NormFreeConfig
 from normfree.records import RUN_FILE, DamagedRunError, read_run
+from normfree.training.bf16 import has_bf16_units
 
 
 def training_arguments(spec: RunSpec, *, steps: int, output: Path) -> TrainingArguments:
@@ -27,6 +28,11 @@ def training_arguments(spec: RunSpec, *, steps: int, output: Path) -> TrainingAr
         )
     if train.precision == "fp16" and on_cpu:
         raise ValueError("train.precision=fp16 needs a GPU; fp32 and bf16 work on the CPU")
+    if train.precision == "bf16" and train.compile and on_cpu and not has_bf16_units():
+        raise ValueError(
+            "train.precision=bf16 with train.compile=true needs a processor with bf16 units, and this one has none; "
+            "leave one of them out (compiled steps would take its slow bf16 kernels)"
+        )
     return TrainingArguments(
         output_dir=str(output),
         run_name=f"{spec.study}/{spec.name}",

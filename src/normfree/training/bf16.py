@@ -34,7 +34,7 @@ def has_bf16_units() -> bool:
 class ProductsInFp32(TorchDispatchMode):
     """Context manager: bf16 matrix products on the CPU are computed by fp32 units and rounded once, to bf16.
 
-    Holds for the thread that enters it, backward passes included. What torch.compile has compiled is not reached.
+    Holds for the thread that enters it, backward passes included. torch.compile compiles nothing inside.
     """
 
     def __torch_dispatch__(
