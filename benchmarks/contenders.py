@@ -21,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, 
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
-from normfree.training.bf16 import ProductsInFp32, has_bf16_units
+from normfree.training.bf16 import products_for
 
 HEADS = {128: 4, 192: 6, 256: 8, 768: 12}
 
@@ -187,7 +187,7 @@ def steps(job: Job) -> Iterator[nn.Module]:
     """An endless row of training steps; each `next` runs one and gives the model."""
     torch.manual_seed(0)
     build, in_bf16 = CONTENDERS[job.contender]
-    as_our_commands = job.contender.startswith("ours") and in_bf16 and not has_bf16_units()
+    ours_in_bf16 = in_bf16 and job.contender.startswith("ours")
     model, loss = build(job)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -195,7 +195,7 @@ def steps(job: Job) -> Iterator[nn.Module]:
         if job.processes > 1:
             torch.distributed.barrier()  # nobody runs ahead into somebody else's turn
         ids = torch.randint(0, job.vocabulary, (job.batch // job.processes, job.context))
-        with ProductsInFp32() if as_our_commands else nullcontext():
+        with products_for("bf16", torch.device("cpu")) if ours_in_bf16 else nullcontext():
             with torch.autocast("cpu", torch.bfloat16) if in_bf16 else nullcontext():
                 value = loss(ids)
             value.backward()

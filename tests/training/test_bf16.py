@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from normfree.records import read_run
-from normfree.training import arguments, bf16, train
+from normfree.training import bf16, train
 from normfree.training.bf16 import ProductsInFp32
 
 
@@ -55,6 +57,27 @@ def test_backward_passes_take_the_same_products():
         assert torch.linalg.norm(ours - own) < 2**-8 * torch.linalg.norm(own)
 
 
+class DtypesOfProducts(TorchDispatchMode):
+    """Notes the dtypes that reach matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.mm.default:
+            self.seen += [args[0].dtype, args[1].dtype]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_fp32_units_get_every_product_forward_and_backward(ours):
+    x, weight = (factor.requires_grad_() for factor in factors((40, 24), (56, 24)))
+    with DtypesOfProducts() as products, ProductsInFp32() if ours else nullcontext():
+        F.linear(x, weight).square().sum().backward()
+    assert products.seen == 6 * [torch.float32 if ours else torch.bfloat16]
+
+
 def test_products_outside_of_bf16_stay_what_they_are():
     a, b = (factor.float() for factor in factors((40, 24), (24, 56)))
     with ProductsInFp32():
@@ -72,11 +95,12 @@ def test_nan_and_infinity_go_through():
 
 
 def test_compiled_bf16_without_bf16_units_is_refused(tiny_spec, tmp_path, cache, monkeypatch):
-    monkeypatch.setattr(arguments, "has_bf16_units", lambda: False)
+    monkeypatch.setattr(bf16, "has_bf16_units", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     spec = tiny_spec("train.precision=bf16", "train.compile=true")
     with pytest.raises(ValueError, match=r"train\.compile=true needs a processor with bf16 units"):
         train(spec, runs_dir=tmp_path, cache=cache, progress=False)
+    assert not list(tmp_path.iterdir()), "a refused run leaves nothing that a corrected one would meet"
 
 
 def test_a_bf16_run_trains_alike_with_and_without_bf16_units(tiny_spec, tmp_path, cache, monkeypatch, caplog):

@@ -13,26 +13,32 @@ from normfree.config import RunSpec
 from normfree.data import Corpus
 from normfree.model import NormFreeConfig
 from normfree.records import RUN_FILE, DamagedRunError, read_run
-from normfree.training.bf16 import has_bf16_units
+from normfree.training.bf16 import needs_fp32_units
 
 
-def training_arguments(spec: RunSpec, *, steps: int, output: Path) -> TrainingArguments:
-    """Trainer's arguments. Raises ValueError when the batch does not divide over the processes."""
+def check_machine(spec: RunSpec, device: torch.device) -> None:
+    """Raises ValueError when this device, or this number of processes, cannot train the spec as it stands."""
     train = spec.train
-    on_cpu = not torch.cuda.is_available()
-    per_pass = train.micro_batch_sequences * PartialState().num_processes
-    if train.batch_sequences % per_pass:
+    processes = PartialState().num_processes
+    if train.batch_sequences % (train.micro_batch_sequences * processes):
         raise ValueError(
             f"train.batch_sequences={train.batch_sequences} must be a multiple of train.micro_batch_sequences="
-            f"{train.micro_batch_sequences} times the {PartialState().num_processes} processes"
+            f"{train.micro_batch_sequences} times the {processes} processes"
         )
-    if train.precision == "fp16" and on_cpu:
+    if train.precision == "fp16" and device.type == "cpu":
         raise ValueError("train.precision=fp16 needs a GPU; fp32 and bf16 work on the CPU")
-    if train.precision == "bf16" and train.compile and on_cpu and not has_bf16_units():
+    if train.compile and needs_fp32_units(train.precision, device):
         raise ValueError(
             "train.precision=bf16 with train.compile=true needs a processor with bf16 units, and this one has none; "
             "leave one of them out (compiled steps would take its slow bf16 kernels)"
         )
+
+
+def training_arguments(spec: RunSpec, *, steps: int, output: Path) -> TrainingArguments:
+    """Trainer's arguments for a spec that `check_machine` let pass."""
+    train = spec.train
+    on_cpu = not torch.cuda.is_available()
+    per_pass = train.micro_batch_sequences * PartialState().num_processes
     return TrainingArguments(
         output_dir=str(output),
         run_name=f"{spec.study}/{spec.name}",

@@ -1,8 +1,8 @@
 """bf16 matrix products where the processor has no bf16 units: fp32 units, same rounding.
 
 A bf16 unit multiplies bf16 operands, sums in fp32 and rounds the sum to bf16. fp32 units do the same when the operands
-are widened first, which is exact; only the order of the sum differs. torch's own bf16 kernels for such processors take
-ten to twenty times as long (docs/performance.md).
+are widened first, which is exact; only the order of the sum differs. With torch's own bf16 kernels for such processors
+a training step takes about thirteen times as long (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -28,7 +28,12 @@ _PRODUCTS = {
 
 def has_bf16_units() -> bool:
     """True where torch has bf16 kernels made for this processor."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def needs_fp32_units(precision: str, device: torch.device) -> bool:
+    """True for bf16 on a CPU without bf16 units."""
+    return precision == "bf16" and device.type == "cpu" and not has_bf16_units()
 
 
 class ProductsInFp32(TorchDispatchMode):
@@ -47,8 +52,8 @@ class ProductsInFp32(TorchDispatchMode):
 
 
 def products_for(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """ProductsInFp32 for bf16 on a CPU without bf16 units, said in the log; else nothing."""
-    if precision != "bf16" or device.type != "cpu" or has_bf16_units():
+    """ProductsInFp32 where `needs_fp32_units`, said in the log; else nothing."""
+    if not needs_fp32_units(precision, device):
         return nullcontext()
     logger.info("this processor has no bf16 units: its fp32 units compute bf16 products, rounded alike")
     return ProductsInFp32()

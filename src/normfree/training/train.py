@@ -29,7 +29,7 @@ from normfree.manifest import folder_lock, read_manifest, write_manifest
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
 from normfree.records import METRICS_FILE, RUN_FILE, DamagedRunError, RunWriter, read_run
 from normfree.training import callbacks as watch
-from normfree.training.arguments import is_done, model_config, total_steps, training_arguments
+from normfree.training.arguments import check_machine, is_done, model_config, total_steps, training_arguments
 from normfree.training.bf16 import products_for
 from normfree.training.checkpoints import (
     STAGING,
@@ -70,15 +70,16 @@ def train(
     A finished or diverged run is left as it is; a broken one resumes from its newest sound checkpoint. A run that
     goes non-finite is recorded as diverged and returned like any other. `note` is printed on the report page.
 
-    Raises ValueError when the folder holds a run with another spec or corpus, the corpus is too small or fields of the
-    model contradict each other; InterruptedRunError after SIGTERM, SIGINT or SIGHUP; BlockingIOError when another
-    process trains there; OSError when the disk is full.
+    Raises ValueError when the folder holds a run with another spec or corpus, the corpus is too small, fields of the
+    model contradict each other or this machine cannot train it; InterruptedRunError after SIGTERM, SIGINT or SIGHUP;
+    BlockingIOError when another process trains there; OSError when the disk is full.
     """
     folder = Path(runs_dir) / spec.study / spec.name
     if is_done(folder, spec):
         return folder
     NormFreeConfig(**spec.model)  # fields that contradict each other show before a corpus is prepared
     state = PartialState(cpu=not torch.cuda.is_available())
+    check_machine(spec, _device())
     torch.set_num_threads(spec.train.threads or max(1, usable_cores() // state.num_processes))
     with state.main_process_first():
         corpus = prepare(spec.data, cache=Path(cache) if cache else None, progress=progress)
