@@ -26,7 +26,7 @@ def sentences(groups: Sequence[Group]) -> list[str]:
 
 def _comparison(ours: Group, theirs: Group) -> str:
     difference = perplexity_difference(ours, theirs)
-    setting = f"{_SETTING[ours.label]}{_recipe_note(ours)}"
+    setting = f"{_SETTING[ours.label]}{ours.name.removeprefix(ours.label)}"  # a tag or recipe that tells it apart
     if difference.nonfinite:
         return (
             f"{setting}, ReLU and GELU cannot be compared: {difference.nonfinite} of {difference.n} pairs "
@@ -50,10 +50,6 @@ def _comparison(ours: Group, theirs: Group) -> str:
 
 def _interval(difference: Difference) -> str:
     return f"{100 * difference.low:+.1f} % to {100 * difference.high:+.1f} %"
-
-
-def _recipe_note(group: Group) -> str:
-    return f" ({group.name.split('[', 1)[1][:-1]})" if group.name.endswith("]") and "[" in group.name else ""
 
 
 def _top_quarter(groups: Sequence[Group]) -> str:
