@@ -21,7 +21,6 @@ Other keys: megabytes=20 vocab=4096 packing=windows|concatenate context=128 turn
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import sys
@@ -34,7 +33,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 from unittest.mock import patch
 
-from entropy import describe_machine
+from records import write_record
 
 DEFAULTS = {
     "megabytes": "20",
@@ -57,13 +56,11 @@ def main(arguments: list[str]) -> None:
     options = DEFAULTS | pairs
     if options["quick"] == "true":
         options |= {"megabytes": "5"}
-    record: dict[str, Any] = {"options": options, "machine": describe_machine() | machine_now()}
+    conditions = machine_now()
     with tempfile.TemporaryDirectory() as folder:
-        record |= measure(options, Path(folder))
-    print_table(record)
-    if options["output"]:
-        Path(options["output"]).parent.mkdir(parents=True, exist_ok=True)
-        Path(options["output"]).write_text(json.dumps(record, indent=1) + "\n")
+        results = measure(options, Path(folder))
+    print_table(results, conditions)
+    write_record(options["output"], options, results, conditions)
 
 
 def machine_now() -> dict[str, Any]:
@@ -179,11 +176,10 @@ def ratio(rows: list[dict[str, Any]], above: str, below: str) -> float:
     return statistics.median(a / b for a, b in zip(rates[above], rates[below], strict=True))
 
 
-def print_table(record: dict[str, Any]) -> None:
+def print_table(record: dict[str, Any], conditions: dict[str, Any]) -> None:
     """Stages in rows."""
-    machine = record["machine"]
     text = f"{record['megabytes']:.1f} MB in {record['documents']:,} documents"
-    print(f"{text}; {machine['cores']} cores, {machine['load_before']:.1f} processes on them before")
+    print(f"{text}; {conditions['cores']} cores, {conditions['load_before']:.1f} processes on them before")
     print(f"{'stage':24} {'MB/s':>8} {'MB a CPU second':>16}")
     print(f"{'train BPE (apart)':24} {record['train_bpe_megabytes_per_second']:8.1f}")
     for row in record["rows"]:

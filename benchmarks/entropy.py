@@ -18,7 +18,6 @@ Other keys: models=gpt2,pythia-70m,llama-gqa contexts=128,512,2048 dtype=fp32|bf
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from records import write_record
 
 SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": {"type": "gpt2", "n_layer": 12, "n_embd": 768, "n_head": 12},
@@ -74,10 +75,7 @@ def main(arguments: list[str]) -> None:
         for context in map(int, options["contexts"].split(",")):
             rows.append(measure_row(model, context, options))
             print_row(rows[-1], header=len(rows) == 1)
-    if options["output"]:
-        record = {"options": options, "machine": describe_machine(), "rows": rows}
-        Path(options["output"]).parent.mkdir(parents=True, exist_ok=True)
-        Path(options["output"]).write_text(json.dumps(record, indent=1) + "\n")
+    write_record(options["output"], options, {"rows": rows})
 
 
 def read_options(arguments: list[str]) -> dict[str, str]:
@@ -240,19 +238,6 @@ def print_row(row: dict[str, Any], *, header: bool) -> None:
         else f"{row['eager_bytes_computed'] / 1e6:.0f} computed"
     )
     print(f"{row['model']:13} {row['context']:5} {row['batch']:3} {times} {ratios} {memory} {most}", flush=True)
-
-
-def describe_machine() -> dict[str, str]:
-    """What the numbers were taken on."""
-    import torch
-    import transformers
-
-    processor = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            processor = line.partition(":")[2].strip()
-            break
-    return {"processor": processor, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from entropy import describe_machine, peak_memory, start_memory_watch
+from entropy import peak_memory, start_memory_watch
+from records import write_record
 
 LAYERS = 12
 QUICK_SIZES = "128x4096,256x8192"
@@ -58,7 +59,7 @@ def main(arguments: list[str]) -> None:
     if options["worker"]:
         work(json.loads(options["worker"]))
         return
-    record: dict[str, Any] = {"options": options, "machine": describe_machine()}
+    record: dict[str, Any] = {}
     record["matmul_flops_per_second"] = peaks = ask_for_peaks(int(options["threads"]))
     for dtype, peak in peaks.items():
         print(f"matmul {SQUARE}^3, {dtype}: {peak / 1e12:.3f} TFLOP/s")
@@ -70,9 +71,7 @@ def main(arguments: list[str]) -> None:
         rows = measure_size(size, options, peaks["bf16"])
         print_table(size, rows)
         record["rows"] += rows
-    if options["output"]:
-        Path(options["output"]).parent.mkdir(parents=True, exist_ok=True)
-        Path(options["output"]).write_text(json.dumps(record, indent=1) + "\n")
+    write_record(options["output"], options, record)
 
 
 def read_options(arguments: list[str]) -> dict[str, str]:
