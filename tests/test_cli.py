@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from normfree.cli import VERBS, main
-from normfree.compose import allowed_keys
+from normfree.compose import allowed_keys, compose_run
 from normfree.config import known_keys
 from normfree.model.activations import ACTIVATIONS
 from normfree.model.norms import NORMS
@@ -36,7 +36,10 @@ def test_help_explains_each_verb_and_its_keys(verb: str, capsys: pytest.CaptureF
     assert status == 0
     assert VERBS[verb].example in out
     options = VERBS[verb].options
-    keys = options.__dataclass_fields__ if options else set(known_keys()) - {"model", "preset", "variant", "label"}
+    keys = set(options.__dataclass_fields__ if options else known_keys()) - {"model", "preset", "label"}
+    if verb == "data":
+        keys = {key for key in keys if key.startswith("data.")}
+        assert "train." not in out
     assert all(f"{key}=" in out for key in keys)
 
 
@@ -48,6 +51,8 @@ def test_help_of_a_run_has_every_field_of_the_model_with_its_names_and_loads_no_
     assert described == set(re.findall(r"^  (model\.\w+)=", done.stdout, flags=re.MULTILINE))
     (activations,) = re.findall(r"^  model\.activation=.*", done.stdout, flags=re.MULTILINE)
     assert all(name in activations for name in ACTIVATIONS)
+    assert "[none | per_layer | shared]" in done.stdout
+    assert "[wandb | tensorboard | trackio]" in done.stdout
     assert all(name in done.stdout for name in NORMS)
 
 
@@ -64,7 +69,10 @@ def test_help_of_a_run_has_every_field_of_the_model_with_its_names_and_loads_no_
         (["train", "trian.steps=3"], "unknown key 'trian.steps'; did you mean train.steps"),
         (["train", "model.nrom=none"], "unknown key 'model.nrom'; did you mean model.norm"),
         (["train", "model.norm=batchnorm"], "norm='batchnorm'"),
+        (["train", "model.norm=none", "model.activation=relu"], "would bear a wrong label: that is variant=sm-r"),
+        (["train", "model.activation=gelu_tanh"], "would bear a wrong label: say variant=custom"),
         (["train", "train.precision=fp8"], "'fp32', 'bf16' or 'fp16'"),
+        (["data", "installed", "train.steps=3"], "normfree data takes data.* keys, preset= and cache_dir="),
         (["data", "instaled"], "unknown data 'instaled'; did you mean installed"),
         (["data", "files", "data.paths=[nowhere/*.py]"], "nowhere"),
         (["evaluate", "runs/nothing", "strid=3"], "unknown key 'strid' for normfree evaluate; did you mean stride"),
@@ -172,6 +180,26 @@ def test_data_describes_a_corpus(
     assert status == 0, err
     assert "fingerprint" in out
     assert "unigram perplexity" in out
+
+
+@pytest.mark.parametrize(
+    ("variant", "activation"),
+    [("sm-rg", "[relu,gelu,gelu,gelu]"), ("sm-g", "[gelu,gelu,gelu,gelu]"), ("custom", "gelu_tanh")],
+)
+def test_a_variant_may_be_spelled_for_another_depth_and_custom_may_be_anything(variant: str, activation: str) -> None:
+    words = ["preset=cpu-quick", f"variant={variant}", f"model.activation={activation}", "model.norm=none"]
+    assert compose_run(words).spec.variant == variant
+
+
+def test_a_job_of_a_sweep_that_cannot_run_says_why_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run("train", "-m", "train.precision=fp16", "seed=0,1", capsys=capsys)
+    assert status == 1
+    assert err.strip().splitlines()[-1].startswith("normfree: train.precision=fp16 needs a GPU")
+    assert "Traceback" not in err + out
+    assert not list(tmp_path.glob("runs/single/*"))
 
 
 @pytest.mark.slow

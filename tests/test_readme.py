@@ -11,7 +11,9 @@ import pytest
 
 from docs.tables import MARKER, filled, pages
 from normfree.cli import VERBS, main
+from normfree.compose import checked, compose_run
 from normfree.records import find_runs
+from normfree.studies import load_study
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -58,6 +60,28 @@ def test_a_number_that_was_changed_by_hand_is_seen() -> None:
 def test_every_committed_run_learned_more_than_token_frequencies() -> None:
     for run in find_runs([ROOT / "results" / "quick"]):
         assert run.perplexity < 0.5 * run.facts["corpus"]["unigram_perplexity"]
+
+
+TRAINING = (ROOT / "docs" / "training.md").read_text()
+
+
+@pytest.mark.parametrize("line", re.findall(r"^(?:normfree train|torchrun) .*", TRAINING, re.MULTILINE))
+def test_a_training_command_of_the_docs_composes_a_run(line: str) -> None:
+    words = shlex.split(line)
+    keys = [word for word in words[words.index("train") + 1 :] if not word.startswith(("-m", "hydra"))]
+    assert checked(keys) == keys
+    spec = compose_run([key.split(",")[0] if "[" not in key else key for key in keys]).spec
+    if "--nproc_per_node" in words:
+        processes = int(words[words.index("--nproc_per_node") + 1])
+        assert spec.train.batch_sequences % (spec.train.micro_batch_sequences * processes) == 0
+
+
+def test_the_study_of_the_docs_is_one(tmp_path: Path) -> None:
+    (yaml,) = re.findall(r"```yaml\n(.*?)```", TRAINING, re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(yaml)
+    names = [compose_run(overrides).spec.name for overrides in load_study(str(tmp_path / "mine.yaml")).overrides()]
+    assert len(set(names)) == 7
+    assert "leaky-per-layer-start0.25-seed0" in names
 
 
 @pytest.mark.slow

@@ -27,12 +27,16 @@ class Verb:
     example: str
     options: type | None = None
     """Dataclass of its keys; None means the keys of a run."""
+    corpus_only: bool = False
+    """Of the keys of a run, it takes those that decide a corpus."""
     forms: Mapping[str, Verb] = field(default_factory=dict)
     """What else the verb does, by the word that follows it."""
 
 
 VERBS = {
-    "data": Verb(commands.data, "SOURCE", "prepare a corpus and describe it", "normfree data installed"),
+    "data": Verb(
+        commands.data, "SOURCE", "prepare a corpus and describe it", "normfree data installed", corpus_only=True
+    ),
     "train": Verb(
         commands.train,
         "",
@@ -158,6 +162,8 @@ def _objects(name: str, verb: Verb, given: list[str]) -> list[Any]:
 
 def _keys(name: str, verb: Verb, pairs: list[str]) -> list[Any]:
     if verb.options is None:
+        if wrong := [pair for pair in pairs if verb.corpus_only and not _decides_a_corpus(pair.partition("=")[0])]:
+            raise UsageError(f"normfree {name} takes data.* keys, preset= and cache_dir=, got {wrong[0]!r}")
         return [pairs]
     values = dict(pair.split("=", 1) for pair in pairs)
     allowed = list(verb.options.__dataclass_fields__)
@@ -197,12 +203,20 @@ def _key_help(verb: Verb) -> list[str]:
         return [_key_line(key, facts.get("default"), facts.get("description", "")) for key, facts in about.items()]
     from normfree.compose import GROUPS, describe_model_keys, members
 
+    if verb.corpus_only:
+        lines = [f"  preset={'':<31} whose corpus: {', '.join(members('preset'))}"]
+        lines += [_key_line("cache_dir", None, "where corpora are kept")]
+        return lines + [_key_line(*about) for about in describe_keys() if _decides_a_corpus(about[0])]
     lines = [f"  {group + '=':<12}{', '.join(members(group))}" for group in GROUPS]
     lines.append(f"  {'studies':<12}{', '.join(members('studies'))}")
     lines += ["", "  workers=1       study only: processes that share its runs and this machine's cores"]
     lines += ["  runs_dir=runs   where runs are kept", "  cache_dir=      where corpora are kept", ""]
     lines += [_key_line(*about) for about in (*describe_keys(), *describe_model_keys())]
     return [*lines, "", "Values shown are the defaults; a preset sets many of them."]
+
+
+def _decides_a_corpus(key: str) -> bool:
+    return key.startswith("data.") or key in ("preset", "cache_dir")
 
 
 def _key_line(key: str, default: object, meaning: str) -> str:

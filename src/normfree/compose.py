@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import ast
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from normfree.config import RunSpec, known_keys, nearest
+from normfree.config import RunSpec, known_keys, nearest, with_choices
 
 CONF = Path(__file__).parent / "conf"
 GROUPS = ("data", "preset", "variant")
@@ -48,11 +49,40 @@ def from_hydra(composed: DictConfig) -> Composed:
     """Plain, checked values from what Hydra composed."""
     values: Any = OmegaConf.to_container(composed, resolve=True)
     places = {name: values.pop(name) for name in PLACES}
+    spec = RunSpec.from_dict(values)
+    _refuse_another_variant(spec)
     return Composed(
-        spec=RunSpec.from_dict(values),
+        spec=spec,
         runs_dir=Path(places["runs_dir"]),
         cache_dir=Path(places["cache_dir"]) if places["cache_dir"] else None,
     )
+
+
+def _refuse_another_variant(spec: RunSpec) -> None:
+    """Folder, label and the published numbers beside a run go by its variant, so the model has to be that variant."""
+    declared = _declared_by(spec.variant)
+    wrong = [f"{key}={spec.model[key]!r}" for key in declared if not _same(spec.model, declared, key)]
+    if not wrong:
+        return
+    from normfree.model import NormFreeConfig
+
+    NormFreeConfig(**spec.model)  # a name that does not exist is the first thing to say
+    others = {name: _declared_by(name) for name in members("variant") if name != "custom"}
+    fitting = [name for name, keys in others.items() if all(_same(spec.model, keys, key) for key in keys)]
+    advice = f"that is variant={fitting[0]}" if fitting else "say variant=custom, with a tag that names it"
+    raise ValueError(f"variant={spec.variant} with model.{', model.'.join(wrong)} would bear a wrong label: {advice}")
+
+
+def _declared_by(variant: str) -> dict[str, Any]:
+    """What makes a variant; the value of a slope does not, a tag tells runs with other slopes apart."""
+    model = yaml.safe_load((CONF / "variant" / f"{variant}.yaml").read_text()).get("model", {})
+    return {key: value for key, value in model.items() if key != "negative_slope"}
+
+
+def _same(model: Mapping[str, Any], declared: Mapping[str, Any], key: str) -> bool:
+    """Equal, or the same order of activations over another number of layers."""
+    one, other = ([value] if isinstance(value, str) else value for value in (model[key], declared[key]))
+    return [name for name, _ in itertools.groupby(one)] == [name for name, _ in itertools.groupby(other)]
 
 
 def checked(overrides: Sequence[str]) -> list[str]:
@@ -93,12 +123,19 @@ def describe_model_keys() -> list[tuple[str, str, str]]:
     body = next(node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
     rows = []
     for line, after in itertools.pairwise(body):
-        match line, after:
-            case ast.AnnAssign(ast.Name(name), value=ast.expr() as default), ast.Expr(ast.Constant(str(meaning))):
-                rows.append((f"model.{name}", str(ast.literal_eval(default)), meaning))
-            case ast.AnnAssign(ast.Name(name), value=ast.expr() as default), _:
-                rows.append((f"model.{name}", str(ast.literal_eval(default)), ""))
+        match line:
+            case ast.AnnAssign(ast.Name(name), annotation, ast.expr() as default):
+                meaning = ast.literal_eval(after.value) if isinstance(after, ast.Expr) else ""
+                described = with_choices(meaning, _choices(annotation))
+                rows.append((f"model.{name}", str(ast.literal_eval(default)), described))
     return rows
+
+
+def _choices(annotation: ast.expr) -> list[str]:
+    match annotation:
+        case ast.Subscript(ast.Name("Literal"), ast.Tuple(values)):
+            return [ast.literal_eval(value) for value in values]
+    return []
 
 
 def allowed_keys() -> list[str]:

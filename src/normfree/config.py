@@ -41,7 +41,7 @@ class DataSpec:
     paths: tuple[str, ...] = ()
     """source=files: training folders or globs of .py, .txt, .jsonl, .parquet."""
     validation_paths: tuple[str, ...] = ()
-    """source=files: validation folders or globs; empty holds out every twentieth file of `paths`."""
+    """source=files: validation folders or globs; empty holds out a twentieth of `paths` (docs/data.md)."""
     dataset: str | None = None
     """source=hub: name on the hub, or a local folder."""
     dataset_config: str | None = None
@@ -107,7 +107,8 @@ class TrainSpec:
     weight_decay: float = 0.1
     """AdamW's, on matrices and embeddings; never on biases and norms."""
     decay_slopes: bool = False
-    """Also decay learnable slopes (the official code does; alone it shrinks a slope to 0.2 times its value)."""
+    """Also decay learnable slopes, as the official code does: over gpt2-t128's schedule that alone shrinks one to 0.2
+    times its value, over cpu's to 0.78 times."""
     slope_learning_rate_factor: float = 1.0
     """Learning rate of the slopes as a multiple of everybody else's."""
     adam_beta1: float = 0.9
@@ -132,13 +133,13 @@ class TrainSpec:
     threads: int | None = None
     """CPU threads; empty takes every core this process may use."""
     trackers: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ()
-    """Also report there (optional extra: pip install 'normfree[trackers]')."""
+    """Also report there (an optional extra: docs/training.md)."""
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(
                 f"give exactly one of train.steps and train.epochs, got steps={self.steps} and epochs={self.epochs}; "
-                "train.steps=null frees a preset's steps"
+                "train.steps=null or train.epochs=null frees what a preset sets"
             )
         if self.batch_sequences % self.micro_batch_sequences:
             raise ValueError(
@@ -198,7 +199,7 @@ class RunSpec:
     __pydantic_config__ = _STRICT
 
     study: str = "single"
-    """Folder of runs that belong together."""
+    """Folder of runs that belong together; a name only, `normfree study NAME` is what takes a study's settings."""
     preset: str
     variant: str
     label: str
@@ -284,8 +285,14 @@ def describe_keys() -> list[tuple[str, str, str]]:
         inner = schema["$defs"][nested.rpartition("/")[2]]["properties"] if nested else {name: about}
         for key, facts in inner.items():
             dotted = f"{name}.{key}" if nested else name
-            rows.append((dotted, str(facts.get("default", "")), facts.get("description", "")))
+            choices = facts.get("enum") or facts.get("items", {}).get("enum", [])
+            rows.append((dotted, str(facts.get("default", "")), with_choices(facts.get("description", ""), choices)))
     return [row for row in rows if row[0] not in ("model", "preset", "variant", "label")]
+
+
+def with_choices(meaning: str, choices: Sequence[str]) -> str:
+    """The meaning of a key for --help, with the values it may have where these are names."""
+    return f"{meaning} [{' | '.join(choices)}]" if choices else meaning
 
 
 def nearest(word: str, allowed: list[str]) -> str:

@@ -44,7 +44,7 @@ class CalibrateOptions:
     python: Path | None = None
     """Python with SPU 0.9.5; empty takes NORMFREE_SPU_PYTHON, else spu/bin/python."""
     protocol: str = "semi2k"
-    """semi2k (half a minute) or cheetah (four minutes): whose operations to measure."""
+    """semi2k (seconds) or cheetah (minutes): whose operations to measure."""
     constants: Path | None = None
     """File whose other numbers are kept; empty takes the package's own."""
     output: Path = Path("constants.json")
@@ -60,7 +60,7 @@ class MeasureOptions:
     python: Path | None = None
     """Python with SPU 0.9.5; empty takes NORMFREE_SPU_PYTHON, else spu/bin/python."""
     protocol: str = "semi2k"
-    """semi2k (seconds) or cheetah (a minute)."""
+    """semi2k (seconds) or cheetah (one to two minutes)."""
     layer: int = 0
     """Which block, counted from 0."""
     tokens: int = 32
@@ -110,14 +110,12 @@ def calibrate(options: CalibrateOptions) -> None:
 
 def measure(name: str, options: MeasureOptions) -> None:
     """Run one block of a run in the simulator; print bytes, rounds and error beside the prediction."""
-    import transformers
-
-    from normfree.commands import read_text
+    from normfree.commands import prepare_process, read_text
     from normfree.cost.constants import CONSTANTS_FILE
     from normfree.simulate import measure_block
     from normfree.tables import to_markdown
 
-    transformers.utils.logging.disable_progress_bar()
+    prepare_process()
     found = measure_block(
         name,
         lambda: read_text(options.text),
@@ -140,11 +138,10 @@ def _config_of(name: str, options: CostOptions) -> tuple[Any, int]:
     from normfree.records import RUN_FILE, read_run
 
     if name in members("preset"):
-        chosen = [f"variant={options.variant or 'sm-ln-g'}"]
-        chosen += [f"model.activation={options.activation}"] if options.activation else []
-        spec = compose_run([f"preset={name}", *chosen]).spec
+        spec = compose_run([f"preset={name}", f"variant={options.variant or 'sm-ln-g'}"]).spec
         vocabulary = {} if spec.data.tokenizer else {"vocab_size": spec.data.vocab_size}
-        return {"model_type": "normfree", **vocabulary, **spec.model}, spec.data.context
+        chosen = {"activation": options.activation} if options.activation else {}
+        return {"model_type": "normfree", **vocabulary, **spec.model, **chosen}, spec.data.context
     for key in ("variant", "activation"):
         if (value := getattr(options, key)) is not None:
             raise ValueError(f"{key}={value} is for a preset, and {name} is none of {', '.join(members('preset'))}")

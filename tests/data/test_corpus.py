@@ -135,6 +135,18 @@ def test_files_with_few_files_hold_out_documents(tmp_path: Path, texts: list[str
     assert facts["dropped"] == {"train": {"duplicate": 1}, "validation": {}}
 
 
+def test_the_end_of_a_single_file_is_held_out(tmp_path: Path, texts: list[str]) -> None:
+    whole = "\n".join(texts)
+    (tmp_path / "all.txt").write_text(whole)
+    corpus = make(DataSpec(source="files", paths=(str(tmp_path / "all.txt"),), vocab_size=300, context=16), tmp_path)
+    facts, tokenizer = corpus.facts(), corpus.tokenizer()
+    assert (facts["train_documents"], facts["validation_documents"]) == (1, 1)
+    for split, part in (("train", whole[: -(len(whole) // 20)]), ("validation", whole[-(len(whole) // 20) :])):
+        read = "".join(tokenizer.batch_decode(token_ids(corpus, split)))
+        assert part.startswith(read)
+        assert len(part) - len(read) < 16 * 10  # all but a tail too short for a block
+
+
 def test_parquet_text_and_validation_paths(tmp_path: Path, texts: list[str]) -> None:
     pd.DataFrame({"body": texts[:40]}).to_parquet(tmp_path / "train.parquet")
     (tmp_path / "held.txt").write_text("".join(texts[39:]))
@@ -180,6 +192,7 @@ def bad_specs(folder: Path) -> dict[str, tuple[DataSpec, str]]:
     (folder.parent / "empty").mkdir()
     (folder.parent / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
     (folder.parent / "broken.parquet").write_bytes(b"no parquet")
+    (folder.parent / "blank.txt").write_text("\n")
     (folder.parent / "broken.jsonl").write_text("{")
     (folder.parent / "other.jsonl").write_text('{"text": "a", "title": "b"}')
 
@@ -193,14 +206,14 @@ def bad_specs(folder: Path) -> dict[str, tuple[DataSpec, str]]:
         "parquet": (at("broken.parquet"), "broken.parquet cannot be read"),
         "json": (at("broken.jsonl"), "broken.jsonl is not JSON lines"),
         "column": (at("other.jsonl"), "no column 'content'; set data.column to one of: text, title"),
-        "one file": (replace(at("texts/file_1.py"), vocab_size=257), "gives no validation text"),
+        "blank": (replace(base, validation_paths=(str(folder.parent / "blank.txt"),)), "gives no validation text"),
         "long context": (replace(base, context=100_000), "fills no block of data.context=100000"),
         "vocabulary": (replace(base, vocab_size=50_000), "data.vocab_size=50000"),
         "nothing left": (replace(base, max_bytes=5), "gives no train text"),
     }
 
 
-BAD_CASES = ["no match", "empty", "not UTF-8", "parquet", "json", "column", "one file", "long context"]
+BAD_CASES = ["no match", "empty", "not UTF-8", "parquet", "json", "column", "blank", "long context"]
 BAD_CASES += ["vocabulary", "nothing left"]
 
 

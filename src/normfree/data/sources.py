@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from glob import glob
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
@@ -73,22 +74,24 @@ def limited(documents: Iterable[Document], *, most_documents: int | None, most_b
 class FilesSource:
     """Local .py and .txt files (a file is a document), .jsonl and .parquet files (a row is a document).
 
-    Files are ordered by content hash and seed, so names and places do not matter. Without validation
-    paths every twentieth file is held out, or every twentieth document where there are fewer files.
+    Files are ordered by content hash and seed, so names and places do not matter. Without validation paths every
+    twentieth file is held out; of fewer files every twentieth document; of fewer documents the last twentieth of each.
     Exact duplicates are dropped, and a training document that validation holds as well.
     """
 
     def __init__(self, spec: DataSpec) -> None:
         self._spec = spec
         train = self._ordered(find_text_files(spec.paths, key="data.paths"))
-        self._hold_out_documents = False
+        self._held_out: Literal["files", "documents", "ends"] = "files"
         if spec.validation_paths:
             validation = self._ordered(find_text_files(spec.validation_paths, key="data.validation_paths"))
+        elif len(train) >= HOLD_OUT_EVERY:
+            validation = train[HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY]
+            train = [file for file in train if file not in set(validation)]
         else:
-            self._hold_out_documents = len(train) < HOLD_OUT_EVERY
-            validation = train if self._hold_out_documents else train[HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY]
-            if not self._hold_out_documents:
-                train = [file for file in train if file not in set(validation)]
+            validation = train
+            documents = len(list(islice(self._read(train), HOLD_OUT_EVERY)))
+            self._held_out = "documents" if documents == HOLD_OUT_EVERY else "ends"
         self._files = {"train": train, "validation": validation}
 
     def _ordered(self, paths: list[Path]) -> list[tuple[Path, str]]:
@@ -105,10 +108,10 @@ class FilesSource:
 
     def documents(self, split: Split, dropped: Counter[str]) -> Iterator[Document]:
         seen = set(self._validation_hashes) if split == "train" else set()
-        for number, document in enumerate(self._read(split), start=1):
-            held_out = number % HOLD_OUT_EVERY == 0
-            if self._hold_out_documents and held_out != (split == "validation"):
+        for number, whole in enumerate(self._read(self._files[split]), start=1):
+            if self._held_out == "documents" and (number % HOLD_OUT_EVERY == 0) != (split == "validation"):
                 continue
+            document = _part(whole, split) if self._held_out == "ends" else whole
             digest = normalised_hash(document.text)
             if digest in seen:
                 dropped["duplicate"] += 1
@@ -116,11 +119,17 @@ class FilesSource:
             seen.add(digest)
             yield document
 
-    def _read(self, split: Split) -> Iterator[Document]:
-        for path, _ in self._files[split]:
+    def _read(self, files: Iterable[tuple[Path, str]]) -> Iterator[Document]:
+        for path, _ in files:
             for text in read_texts(path, self._spec.column):
                 if text.strip():
                     yield Document(text=text, name=str(path), group=path.name)
+
+
+def _part(document: Document, split: Split) -> Document:
+    """All but the last twentieth of a document, or that twentieth (in characters)."""
+    end = len(document.text) - len(document.text) // HOLD_OUT_EVERY
+    return replace(document, text=document.text[:end] if split == "train" else document.text[end:])
 
 
 def find_text_files(patterns: Iterable[str], *, key: str) -> list[Path]:

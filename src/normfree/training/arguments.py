@@ -20,10 +20,14 @@ def check_machine(spec: RunSpec, device: torch.device) -> None:
     """Raises ValueError when this device, or this number of processes, cannot train the spec as it stands."""
     train = spec.train
     processes = PartialState().num_processes
-    if train.batch_sequences % (train.micro_batch_sequences * processes):
+    share, rest = divmod(train.batch_sequences, processes)
+    if rest or share % train.micro_batch_sequences:
+        fitting = [size for size in range(1, min(share, train.micro_batch_sequences) + 1) if share % size == 0]
+        advice = f"another number of processes or train.batch_sequences={processes * max(share, 1)}"
         raise ValueError(
             f"train.batch_sequences={train.batch_sequences} must be a multiple of train.micro_batch_sequences="
-            f"{train.micro_batch_sequences} times the {processes} processes"
+            f"{train.micro_batch_sequences} times the {processes} processes; give "
+            f"{advice if rest else f'train.micro_batch_sequences={fitting[-1]}'}"
         )
     if train.precision == "fp16" and device.type == "cpu":
         raise ValueError("train.precision=fp16 needs a GPU; fp32 and bf16 work on the CPU")
