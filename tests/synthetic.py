@@ -38,15 +38,19 @@ def write_run(
     shape: tuple[int, int] = (4, 4),
     steps: int = 200,
     perplexity: float | None = None,
+    broken_probe: bool = False,
     facts: dict[str, Any] | None = None,
     **spec: Any,
 ) -> Run:
-    """One run folder under `root`, read back. `spec`: more fields of RunSpec; `facts`: more of run.json."""
+    """One run folder under `root`, read back. `spec`: more fields of RunSpec; `facts`: more of run.json.
+
+    `broken_probe`: in the last probe, and at the end, only the first layer is finite, as when held-out text overflows.
+    """
     built = _spec(label, seed, steps, spec)
     folder = root / built.study / built.name
-    done = steps if status == "finished" else steps // 2
+    done = steps if status == "finished" else steps // 2 - (status == "diverged")  # the step it diverged at is not done
     writer = RunWriter(folder, _facts(built, shape, done, facts or {}))
-    _log_training(writer, label, shape, done, steps, seed, broken=status == "diverged")
+    _log_training(writer, label, shape, done, steps, seed, broken_probe=broken_probe)
     final = None
     if status == "finished":
         value = perplexity or PERPLEXITY.get(label, 36.8) * (1 + 0.01 * seed)
@@ -59,8 +63,11 @@ def write_run(
             "bytes": 27000,
         }
         entropy_LH = _entropy(label, shape, 1.0, seed)
+        if broken_probe:
+            entropy_LH[1:] = math.nan
         writer.log(steps, "final", _measured(entropy_LH, rows=1000))
-    divergence = {"step": done, "layer": 1, "kind": "attention"} if status == "diverged" else None
+    divergence = {"step": done + 1, "layer": 1, "module": "model.layers.1.attention", "kind": "activation"}
+    divergence = divergence if status == "diverged" else None
     writer.update(status=status, final=final, divergence=divergence)
     return read_run(folder)
 
@@ -71,7 +78,7 @@ def study(root: Path) -> list[Run]:
     runs += [write_run(root, "SM+LN+R", seed=0), write_run(root, "SM+LN+R", seed=1, status="interrupted")]
     runs += [write_run(root, "SM+G", seed=seed) for seed in (0, 1, 2)]
     runs += [write_run(root, "SM+R", seed=seed) for seed in (0, 1, 2)]
-    runs += [write_run(root, "SM", seed=0), write_run(root, "SM", seed=1, status="diverged")]
+    runs += [write_run(root, "SM", seed=0), write_run(root, "SM", seed=1, status="diverged", broken_probe=True)]
     runs += [write_run(root, label) for label in VARIANTS if "leaky" in label]
     return runs
 
@@ -129,17 +136,16 @@ def _facts(spec: RunSpec, shape: tuple[int, int], done: int, more: dict[str, Any
 
 
 def _log_training(
-    writer: RunWriter, label: str, shape: tuple[int, int], done: int, steps: int, seed: int, *, broken: bool
+    writer: RunWriter, label: str, shape: tuple[int, int], done: int, steps: int, seed: int, *, broken_probe: bool
 ) -> None:
     for step in range(10, done + 1, 10):
         loss = 3.4 + 3.5 * math.exp(-step / 60) + 0.05 * math.sin(step + seed)
-        loss = math.nan if broken and step == done else loss
         writer.log(step, "train", [("loss", loss), ("tokens_per_second", 21000.0 + step)])
         if step % 50 == 0:
             writer.log(step, "validation", [("loss", loss + 0.1), ("perplexity", math.exp(loss + 0.1))])
     for step in range(0, done + 1, 20):
         entropy_LH = _entropy(label, shape, step / steps, seed)
-        if broken and step == done:
+        if broken_probe and step + 20 > done:
             entropy_LH[1:] = math.nan
         writer.log(step, "probe", [*_measured(entropy_LH, rows=64), *_slopes(label, shape[0], step / steps)])
 

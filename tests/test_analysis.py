@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from normfree import analysis
 from normfree.analysis import Heads
+from normfree.tables.results import comparable_pairs
 from tests.synthetic import CONTEXT, write_run
 
 
@@ -190,7 +191,31 @@ def test_precisions_do_not_mix_unasked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"train\.precision: bf16, fp32.*mix=true") as caught:
         analysis.group_runs(runs)
     assert "\n" not in str(caught.value)
-    assert [group.name for group in analysis.group_runs(runs, mix=True)] == ["SM+G", "SM+R"]
+    names = [group.name for group in analysis.group_runs(runs, mix=True)]
+    assert names == ["SM+G [precision=fp32]", "SM+R [precision=bf16]"]
+
+
+def test_runs_on_another_corpus_are_no_seeds_of_one_recipe(tmp_path: Path) -> None:
+    other = {"corpus": {"fingerprint": "decaf" * 8, "unigram_perplexity": 300.0, "vocab_size": 2048}}
+    runs = [write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+G", seed=1, facts=other)]
+    with pytest.raises(ValueError, match=r"corpus: c0ffeec0ffee, decafdecafde.*mix=true"):
+        analysis.group_runs(runs)
+    runs += [write_run(tmp_path, "SM+R", facts=other), write_run(tmp_path, "SM+R", seed=1, facts=other)]
+    groups = {group.name: group for group in analysis.group_runs(runs, mix=True)}
+    assert list(groups) == ["SM+G [corpus=c0ffeec0ffee]", "SM+G [corpus=decafdecafde]", "SM+R [corpus=decafdecafde]"]
+    pairs = [(ours.name, theirs.name) for ours, theirs in comparable_pairs(list(groups.values()))]
+    assert pairs == [("SM+R [corpus=decafdecafde]", "SM+G [corpus=decafdecafde]")]
+
+
+def test_a_tag_says_the_recipe_and_another_length_is_why_the_corpus_is_another(tmp_path: Path) -> None:
+    longer = {"corpus": {"fingerprint": "decaf" * 8, "unigram_perplexity": 300.0, "vocab_size": 2048}}
+    runs = [
+        write_run(tmp_path, "SM+G"),
+        write_run(tmp_path, "SM+R", tag="fast", train={"peak_learning_rate": 1e-2}),
+        write_run(tmp_path, "SM+LN+G", data={"context": 64}, facts=longer),
+    ]
+    names = [group.name for group in analysis.group_runs(runs, mix=True)]
+    assert names == ["SM+LN+G [context=64]", "SM+G [context=32]", "SM+R (fast)"]
 
 
 def test_mixed_recipes_of_one_variant_stay_apart_and_say_what_differs(tmp_path: Path) -> None:

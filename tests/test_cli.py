@@ -223,6 +223,7 @@ def test_many_runs_with_hydra_leave_run_folders_and_nothing_else(
         (["gpt2-t128", "variant=sm-g"], "| 29.37 |"),
         (["gpt2-t128", "activation=gelu_tanh"], "| 25.39 |"),  # within 0.3 % of the published 25.32
         (["gpt2-t128", "protocol=semi2k", "network=lan"], "semi2k"),
+        (["pythia70m-t256"], "T=256"),
     ],
 )
 def test_cost_of_a_preset(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:

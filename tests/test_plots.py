@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from matplotlib.patches import Rectangle
 from normfree import plots
 from normfree.analysis import RangeCounts, final_heads, group_runs, probed_heads
 from normfree.plots.tradeoff import apart
+from normfree.records import read_run
 from tests.synthetic import write_run
 
 
@@ -76,24 +78,39 @@ def test_variants_keep_their_colours_in_every_figure() -> None:
 
 
 def test_a_layer_that_breaks_has_a_line_that_ends_and_a_mark(tmp_path: Path) -> None:
-    run = write_run(tmp_path, "SM", status="diverged")
+    run = write_run(tmp_path, "SM", status="diverged", broken_probe=True)
     ax = Figure().subplots()
     plots.layer_dynamics(probed_heads(run), ax=ax)
     assert math.isnan(points(ax, 1)[1][-1])
-    assert "NaN from step 100" in texts(ax)[0]
+    assert "NaN from step 80" in texts(ax)[0]
 
 
-def test_a_loss_that_breaks_is_crossed_and_not_smoothed_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_divergence_is_crossed_though_its_step_is_never_logged(tmp_path: Path, split: str) -> None:
     groups = group_runs([write_run(tmp_path, "SM", status="diverged")])
     ax = Figure().subplots()
-    plots.loss_curves(groups, ax=ax, split="train", styles=plots.variant_styles(["SM"]))
-    assert math.isnan(points(ax, 0)[1][-1])
+    plots.loss_curves(groups, ax=ax, split=split, styles=plots.variant_styles(["SM"]))
+    assert points(ax, 0)[0][-1] < 100
     assert ax.lines[1].get_marker() == "x"
     assert points(ax, 1)[0][0] == 100
 
 
+def test_a_loss_that_breaks_is_crossed_and_not_smoothed_over(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "SM", steps=50)
+    lines = (run.folder / "metrics.jsonl").read_text()
+    broken = re.sub(r'("step": 30, "split": "train", "name": "loss", "value": )[0-9.]+', r'\1"NaN"', lines)
+    assert broken != lines
+    (run.folder / "metrics.jsonl").write_text(broken)
+    ax = Figure().subplots()
+    styles = plots.variant_styles(["SM"])
+    plots.loss_curves(group_runs([read_run(run.folder)]), ax=ax, split="train", styles=styles)
+    steps, loss = points(ax, 0)
+    assert [step for step, value in zip(steps, loss, strict=True) if math.isnan(value)] == [30]
+    assert points(ax, 1)[0][0] == 30
+
+
 def test_nonfinite_rows_are_a_share_of_all_rows(tmp_path: Path) -> None:
-    groups = group_runs([write_run(tmp_path, "SM", status="diverged")])
+    groups = group_runs([write_run(tmp_path, "SM", broken_probe=True)])
     ax = Figure().subplots()
     plots.nonfinite_curves(groups, ax=ax, styles=plots.variant_styles(["SM"]))
     assert points(ax, 0)[1][-1] == 75.0

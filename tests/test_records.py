@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from normfree.records import RunWriter, find_runs, load_runs, read_lines, read_r
 def begin(folder: Path, **facts: object) -> RunWriter:
     spec = RunSpec.from_dict({"preset": "cpu", "variant": "sm-r", "label": "SM+R", "train": {"steps": 2}})
     folder.mkdir(parents=True, exist_ok=True)
-    return RunWriter(folder, {"spec": spec.to_dict(), "recipe": spec.recipe(), "corpus": {"fingerprint": "f"}, **facts})
+    corpus = {"fingerprint": "f", "unigram_perplexity": 400.0, "vocab_size": 300}
+    return RunWriter(folder, {"spec": spec.to_dict(), "recipe": spec.recipe(), "corpus": corpus, "steps": 2, **facts})
 
 
 def test_what_is_logged_is_read_back_with_nan_still_nan(tmp_path: Path) -> None:
@@ -61,7 +63,7 @@ def test_a_resumed_run_holds_each_step_once(tmp_path: Path) -> None:
 
 def test_only_a_finished_run_has_a_perplexity(tmp_path: Path) -> None:
     writer = begin(tmp_path / "a")
-    writer.update(status="diverged", final={"perplexity": 3.0})
+    writer.update(status="diverged", divergence={"step": 1}, final={"perplexity": 3.0})
     assert math.isnan(read_run(tmp_path / "a").perplexity)
     writer.update(status="finished")
     assert load_runs(tmp_path)["perplexity"].tolist() == [3.0]
@@ -82,6 +84,20 @@ def test_places_without_runs_and_other_formats_are_refused_by_name(tmp_path: Pat
         find_runs([tmp_path])
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(ValueError, match="not readable as JSON"):
+        find_runs([tmp_path])
+
+
+@pytest.mark.parametrize("key", ["steps", "corpus.vocab_size", "spec.data.context", "divergence.step"])
+def test_a_record_that_lacks_what_readers_need_is_named_with_its_place(tmp_path: Path, key: str) -> None:
+    begin(tmp_path).update(status="diverged", divergence={"step": 1})
+    facts = json.loads((tmp_path / "run.json").read_text())
+    inner = facts
+    *parents, last = key.split(".")
+    for name in parents:
+        inner = inner[name]
+    del inner[last]
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match=rf"{tmp_path}/run\.json lacks {re.escape(key)}: restore it"):
         find_runs([tmp_path])
 
 

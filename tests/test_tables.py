@@ -134,7 +134,7 @@ def test_an_evaluation_after_a_divergence_drops_no_seed(tmp_path: Path) -> None:
 def test_a_claim_about_heads_is_undecided_with_a_run_that_diverged(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, label, seed=seed) for label in ("SM+G", "SM+R") for seed in (0, 1, 2)]
     folder = runs[1].folder
-    facts = json.loads((folder / "run.json").read_text()) | {"status": "diverged"}
+    facts = json.loads((folder / "run.json").read_text()) | {"status": "diverged", "divergence": {"step": 200}}
     (folder / "run.json").write_text(json.dumps(facts))
     runs[1] = read_run(folder)
     row = rows_of(tables.claim_table(group_runs(runs)))["(c) GELU puts more heads into the top quarter"]
@@ -189,7 +189,7 @@ def test_verdicts_name_layers_heads_and_steps(tmp_path: Path) -> None:
 
 def test_runs_say_where_they_diverged_and_how_fast_they_were(tmp_path: Path) -> None:
     rows = rows_of(tables.run_table(study(tmp_path)))
-    assert rows["sm-seed1"]["Status"] == "diverged at step 100, layer 1 (attention)"
+    assert rows["sm-seed1"]["Status"] == "diverged at step 100, layer 1 (activation)"
     assert rows["sm-g-seed0"]["Time"] == "1 min 35 s"
     assert rows["sm-g-seed0"]["Tokens per second"] == "21,105"
 
@@ -198,10 +198,23 @@ def test_slopes_run_from_relu_to_identity_with_the_first_broken_step(tmp_path: P
     table = tables.slope_table(group_runs(study(tmp_path)))
     assert [row[0] for row in table.rows][:3] == ["SM+R", "SM+leaky, fixed", "SM"]
     rows = rows_of(table)
-    assert (rows["SM"]["First non-finite step"], rows["SM"]["Non-finite rows"]) == ("100", "768")
+    assert (rows["SM"]["First non-finite step"], rows["SM"]["Non-finite rows"]) == ("80", "768")
     assert rows["SM+leaky, shared"]["Slope at the start"] == "0.01"
     assert rows["SM+leaky, shared"]["Gone to zero"] == "no"  # it ends at 0.11
     assert rows["SM+R"]["Gone to zero"] == "-"
+
+
+def test_a_skipped_step_is_the_first_that_was_not_finite(tmp_path: Path) -> None:
+    skipped = {"skipped_steps": [{"step": 7, "layer": 0, "module": "model.layers.0", "kind": "loss"}]}
+    run = write_run(tmp_path, "SM", status="diverged", facts=skipped)
+    assert rows_of(tables.slope_table(group_runs([run])))["SM"]["First non-finite step"] == "7"
+
+
+def test_a_baseline_that_diverged_is_not_a_missing_one(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+LN+G", status="diverged")]
+    table = tables.perplexity_table(group_runs(runs))
+    assert rows_of(table)["SM+G"]["Against SM+LN+G"] == "NaN (1/1)"
+    assert "NaN (k/n): k of n seeds diverged or have no finite perplexity. The others are not averaged." in table.notes
 
 
 def test_html_escapes_every_cell() -> None:

@@ -134,19 +134,20 @@ def measure(name: str, options: MeasureOptions) -> None:
 def _config_of(name: str, options: CostOptions) -> tuple[Any, int]:
     """(config, context) of a preset with a variant, a run, a folder or a hub name."""
     from normfree.compose import compose_run, members
+    from normfree.cost.totals import config_of_run
     from normfree.pretrained import load_config
     from normfree.records import RUN_FILE, read_run
 
     if name in members("preset"):
         spec = compose_run([f"preset={name}", f"variant={options.variant or 'sm-ln-g'}"]).spec
-        vocabulary = {} if spec.data.tokenizer else {"vocab_size": spec.data.vocab_size}
+        sizes: dict[str, Any] = {"max_position_embeddings": spec.data.context}
+        sizes |= {} if spec.data.tokenizer else {"vocab_size": spec.data.vocab_size}
         chosen = {"activation": options.activation} if options.activation else {}
-        return {"model_type": "normfree", **vocabulary, **spec.model, **chosen}, spec.data.context
+        return {"model_type": "normfree", **sizes, **spec.model, **chosen}, spec.data.context
     for key in ("variant", "activation"):
         if (value := getattr(options, key)) is not None:
             raise ValueError(f"{key}={value} is for a preset, and {name} is none of {', '.join(members('preset'))}")
     if (Path(name) / RUN_FILE).is_file():
         run = read_run(name)
-        fields = {"model_type": "normfree", "vocab_size": run.facts["corpus"]["vocab_size"], **run.spec["model"]}
-        return fields, run.spec["data"]["context"]
+        return config_of_run(run), run.spec["data"]["context"]
     return load_config(name), 128

@@ -26,6 +26,12 @@ RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 STATUSES = ("running", "finished", "diverged", "interrupted", "failed")
 
+_NEEDED = (
+    *(f"spec.{name}" for name in ("study", "variant", "label", "seed", "model", "data.context", "train.precision")),
+    *(f"corpus.{name}" for name in ("fingerprint", "unigram_perplexity", "vocab_size")),
+    "steps",
+)
+"""What readers of run.json rely on, by dotted name."""
 _LINE_KEYS = {"step", "split", "name", "value"}
 _TEXT_OF = {math.inf: "Infinity", -math.inf: "-Infinity"}
 _FLOAT_OF = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -131,9 +137,23 @@ def read_run(folder: Path | str) -> Run:
         raise ValueError(
             f"{path} has format {version!r}; this normfree reads format {FORMAT}: see CHANGELOG.md for the way to move"
         )
-    if facts.get("status") not in STATUSES or not isinstance(facts.get("spec"), dict):
-        raise DamagedRunError(f"{path} has no spec or no known status: restore it or move the folder away")
+    if facts.get("status") not in STATUSES:
+        raise DamagedRunError(f"{path} has no known status: restore it or move the folder away")
+    if missing := [name for name in _needed(facts) if not _has(facts, name)]:
+        raise DamagedRunError(f"{path} lacks {', '.join(missing)}: restore it or move the folder away")
     return Run(folder=folder, facts=facts)
+
+
+def _needed(facts: dict[str, Any]) -> tuple[str, ...]:
+    return _NEEDED + (("divergence.step",) if facts["status"] == "diverged" else ())
+
+
+def _has(facts: Any, dotted: str) -> bool:
+    for name in dotted.split("."):
+        if not isinstance(facts, dict) or name not in facts:
+            return False
+        facts = facts[name]
+    return True
 
 
 def find_runs(places: Iterable[Path | str]) -> list[Run]:

@@ -70,6 +70,13 @@ def test_recipes_shown_side_by_side_are_points_of_their_own(tmp_path: Path) -> N
     assert sorted((point.perplexity, point.seeds) for point in points) == [(34.0, 1), (60.0, 1)]
 
 
+def test_each_corpus_has_a_front_of_its_own(tmp_path: Path) -> None:
+    other = {"corpus": {"fingerprint": "decaf" * 8, "unigram_perplexity": 9.0, "vocab_size": 2048}}
+    runs = [write_run(tmp_path, "SM+R", perplexity=34.0)]
+    runs += [write_run(tmp_path, "SM+R", study="other", perplexity=3.0, facts=other)]
+    assert [point.on_front for point in trade_off(group_runs(runs, mix=True)).points] == [True, True]
+
+
 def test_a_group_without_a_price_is_named_and_has_no_point(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, "SM+R"), write_run(tmp_path, "SM+R2", model={"activation": "squared_relu"})]
     table = trade_off_table(trade_off(group_runs(runs)))

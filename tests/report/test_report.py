@@ -8,11 +8,15 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from normfree import published
-from normfree.analysis import group_runs
+from normfree.analysis import Heads, group_runs
 from normfree.report import build_report
+from normfree.report.figures import slope_figures
+from normfree.report.heads import verdict_sentences
 from normfree.report.summary import sentences
 from tests.synthetic import write_run
 
@@ -144,6 +148,53 @@ def test_the_share_of_heads_is_the_mean_over_seeds_as_in_the_tables(
     shares = iter([0.5, 0.6, 0.1])
     monkeypatch.setattr("normfree.report.summary.top_quarter_share", lambda heads: next(shares))
     assert any("mean over seeds: SM+G 40 %" in sentence for sentence in sentences(group_runs(runs)))
+
+
+def test_the_summary_has_no_mean_of_the_survivors(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+R")]
+    runs += [write_run(tmp_path, "SM+G", seed=seed, status="diverged") for seed in (1, 2)]
+    found = sentences(group_runs(runs))
+    assert any("mean over seeds: SM+G NaN (2/3), SM+R " in text for text in found)
+    assert "Entropic overload of the early layers at the end: SM+G (1 of 3), SM+G undecided (2 of 3)." in found
+    assert "One seed of SM+R: there is no error bar, and a small difference may be chance." in found
+
+
+def test_heads_that_are_not_finite_leave_overload_undecided(tmp_path: Path) -> None:
+    found = sentences(group_runs([write_run(tmp_path, "SM+R", broken_probe=True)]))
+    assert "Entropic overload of the early layers at the end: SM+R undecided (1 of 1)." in found
+
+
+def test_a_finished_run_without_a_finite_perplexity_is_neither_diverged_nor_learned(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, "SM+G", perplexity=float("nan")), write_run(tmp_path, "SM+R")]
+    found = sentences(group_runs(runs))
+    assert "Finished without a finite perplexity: SM+G, seed 0." in found
+    assert not any("learned" in text or "became non-finite" in text for text in found)
+
+
+@pytest.mark.parametrize(
+    ("second", "expected"),
+    [
+        (1.0, "No entropy collapse: the lowest finite head has 1.000 nats."),
+        (np.nan, "Entropy collapse undecided (NaN heads): the lowest finite head has 2.000 nats."),
+    ],
+)
+def test_a_head_that_is_not_finite_leaves_collapse_undecided(second: float, expected: str) -> None:
+    heads = Heads(np.array([[2.0, second]]), np.array([3.9]), step=0, split="final")
+    assert expected in verdict_sentences(heads, [0])
+
+
+def test_no_finite_head_is_no_number() -> None:
+    heads = Heads(np.full((2, 2), np.nan), np.full(2, 3.9), step=0, split="final")
+    assert "Entropy collapse undecided: no head is finite." in verdict_sentences(heads, [0, 1])
+
+
+def test_slopes_with_and_without_a_norm_are_panels_of_their_own(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, "SM+leaky, fixed"), write_run(tmp_path, "SM+R")]
+    runs += [write_run(tmp_path, "SM+leaky, fixed", tag="ln", model={"norm": "layernorm", "negative_slope": 0.1})]
+    figure = next(found for found in slope_figures(group_runs(runs)) if found.name == "slope-perplexity")
+    with_norm, without = (panel(Figure().subplots()) for panel in figure.panels)
+    assert (with_norm.get_title(), without.get_title()) == ("layernorm", "")
+    assert [len(ax.lines[0].get_xdata()) for ax in (with_norm, without)] == [1, 2]
 
 
 def test_the_summary_names_the_recipe_of_each_comparison(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ class Group:
     """The variant in the paper's notation, and what tells it from its namesakes under mix=true."""
     label: str
     recipe: str
+    """Fingerprint of recipe and corpus: groups are compared only where it is the same."""
     runs: tuple[Run, ...]
     """Finished and diverged runs, one a seed."""
     unfinished: tuple[Run, ...]
@@ -59,9 +60,9 @@ def is_over(run: Run) -> bool:
 
 
 def group_runs(runs: Sequence[Run], *, mix: bool = False) -> list[Group]:
-    """Runs of one variant and recipe together, in the paper's order, then by name.
+    """Runs of one variant, recipe and corpus together, in the paper's order, then by name.
 
-    Raises ValueError when the runs differ in precision or in any other part of the recipe, unless `mix`:
+    Raises ValueError when the runs differ in corpus, precision or any other part of the recipe, unless `mix`:
     then recipes stand in rows of their own, named by what tells them apart.
     """
     if not runs:
@@ -91,7 +92,7 @@ def _group(name: str, found: list[Run]) -> Group:
     return Group(
         name=name,
         label=found[0].spec["label"],
-        recipe=recipe_of(found[0].spec),
+        recipe=f"{recipe_of(found[0].spec)}-{_corpus(found[0])}",
         runs=kept,
         unfinished=tuple(run for run in found if not is_over(run)),
         repeated=tuple(run for run in over if run not in kept),
@@ -107,12 +108,15 @@ def _rank(label: str) -> int:
 
 
 def _names(groups: list[list[Run]]) -> list[str]:
-    """A name for each group: its label, and what tells it from others of that label."""
+    """A name for each group: its label, what tells it from others of that label, and its recipe where its tag does not
+    say that."""
+    firsts = [found[0] for found in groups]
     names = []
     for found in groups:
-        namesakes = [other[0] for other in groups if other[0].label == found[0].label]
+        namesakes = [other for other in firsts if other.label == found[0].label]
+        of_its_tag = [other for other in firsts if other.spec.get("tag") == found[0].spec.get("tag")]
         flat = _flat(found[0])
-        keys = _differing(namesakes, variants_too=True)
+        keys = sorted({*_differing(namesakes, variants_too=True), *_differing(of_its_tag)})
         extra = ", ".join(f"{key.split('.')[-1]}={flat.get(key, 'unset')}" for key in keys)
         names.append(f"{found[0].label} [{extra}]" if extra else found[0].label)
     return names
@@ -127,12 +131,18 @@ def _differing(runs: Iterable[Run], *, variants_too: bool = False) -> dict[str, 
         values = sorted({flat.get(key, "unset") for flat in flats})
         if len(values) > 1 and (variants_too or key not in _VARIANT_KEYS):
             found[key] = values
+    if any(key.startswith("data.") for key in found):  # these say why the corpus is another
+        found.pop("corpus", None)
     return found
 
 
+def _corpus(run: Run) -> str:
+    return run.facts["corpus"]["fingerprint"][:12]
+
+
 def _flat(run: Run) -> dict[str, str]:
-    """The spec as `train.precision -> bf16`, without what names, places or watches a run."""
-    flat: dict[str, str] = {}
+    """The spec as `train.precision -> bf16`, without what names, places or watches a run, and the corpus it met."""
+    flat = {"corpus": _corpus(run)}
 
     def visit(prefix: str, value: Any) -> None:
         if isinstance(value, dict):

@@ -145,11 +145,14 @@ def of_run(
     constants: Path = CONSTANTS_FILE,
 ) -> Cost:
     """The cost of a run's model on its own context (or a shorter one) and vocabulary, from run.json alone."""
-    longest = run.spec["data"]["context"]
-    facts = {"vocab_size": run.facts["corpus"]["vocab_size"], "max_position_embeddings": longest}
-    config = {"model_type": "normfree", **run.spec["model"], **facts}
-    tokens = longest if context is None else context
-    return of_config(config, context=tokens, protocol=protocol, network=network, constants=constants)
+    tokens = run.spec["data"]["context"] if context is None else context
+    return of_config(config_of_run(run), context=tokens, protocol=protocol, network=network, constants=constants)
+
+
+def config_of_run(run: Run) -> dict[str, Any]:
+    """The content of the config.json that a run's model has, from run.json alone."""
+    facts = {"vocab_size": run.facts["corpus"]["vocab_size"], "max_position_embeddings": run.spec["data"]["context"]}
+    return {"model_type": "normfree", **facts, **run.spec["model"]}
 
 
 def gigabytes(transferred: float) -> str:

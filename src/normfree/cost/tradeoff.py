@@ -46,7 +46,10 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
 
 
 def trade_off(groups: Iterable[Group], *, protocol: str = "cheetah") -> TradeOff:
-    """One point per group that has a result; groups without a price are named and cost nothing else."""
+    """One point per group that has a result; groups without a price are named and cost nothing else.
+
+    Each corpus has a Pareto front of its own: perplexities on other text, tokens or lengths are no rivals.
+    """
     priced, unpriced = [], []
     for group in groups:
         if not group.runs:
@@ -55,13 +58,20 @@ def trade_off(groups: Iterable[Group], *, protocol: str = "cheetah") -> TradeOff
             priced.append((group, of_run(group.runs[0], protocol=protocol)))
         except NoPriceError:
             unpriced.append(group.name)
-    means = [summarise(list(group.perplexities.values())).mean for group, _ in priced]
-    front = pareto_front([(mean, cost.bytes) for mean, (_, cost) in zip(means, priced, strict=True)])
-    points = [
-        Point(group.name, mean, len(group.runs), cost.bytes, cost.rounds, best)
-        for (group, cost), mean, best in zip(priced, means, front, strict=True)
-    ]
+    points = []
+    for corpus in dict.fromkeys(_corpus(group) for group, _ in priced):
+        rivals = [(group, cost) for group, cost in priced if _corpus(group) == corpus]
+        means = [summarise(list(group.perplexities.values())).mean for group, _ in rivals]
+        front = pareto_front([(mean, cost.bytes) for mean, (_, cost) in zip(means, rivals, strict=True)])
+        points += [
+            Point(group.name, mean, len(group.runs), cost.bytes, cost.rounds, best)
+            for (group, cost), mean, best in zip(rivals, means, front, strict=True)
+        ]
     return TradeOff(tuple(sorted(points, key=lambda point: (point.bytes, point.name))), tuple(unpriced))
+
+
+def _corpus(group: Group) -> str:
+    return group.runs[0].facts["corpus"]["fingerprint"]
 
 
 def trade_off_table(found: TradeOff, *, protocol: str = "cheetah") -> Table:
@@ -79,7 +89,8 @@ def trade_off_table(found: TradeOff, *, protocol: str = "cheetah") -> Table:
         for point in found.points
     )
     notes = [
-        "Pareto front: no other variant has both a lower or equal perplexity and fewer or as many bytes.",
+        "Pareto front: no other variant on the same corpus has both a lower or equal perplexity and fewer or as many "
+        "bytes.",
         "GELU is priced as the model computes it; its tanh form is cheaper than its erf form "
         "(docs/private-inference.md).",
     ]

@@ -46,7 +46,7 @@ def loss_curves(groups: Sequence[Group], *, ax: Axes, split: str, styles: Styles
     """Loss of every run over training, one thin line a seed.
 
     `split` is `train` (running mean over about a fiftieth of the points) or `validation`.
-    A cross marks where a loss was not finite; its line has a gap there.
+    A cross marks the step of a divergence, or the first loss that is not finite; its line ends or has a gap there.
     """
 
     def shown(run: Run) -> Series:
@@ -59,7 +59,7 @@ def loss_curves(groups: Sequence[Group], *, ax: Axes, split: str, styles: Styles
         return empty(ax, f"no {split} loss recorded")
     for group in groups:
         for run in group.runs:
-            _cross(ax, *_series(run, split, "loss"), styles[group.name]["color"])
+            _cross(ax, run, split, styles[group.name]["color"])
     ax.set(title=title, xlabel="step", ylabel="loss (nats per token)")
     return ax
 
@@ -137,10 +137,12 @@ def _thinned(steps: Sequence[int], values: np.ndarray) -> Series:
     return [steps[i] for i in kept], np.asarray(values)[kept]
 
 
-def _cross(ax: Axes, steps: Sequence[int], values: np.ndarray, colour: str) -> None:
-    bad = np.flatnonzero(~np.isfinite(values))
-    if bad.size:
-        ax.plot([steps[bad[0]]], [0.97], "x", color=colour, transform=ax.get_xaxis_transform(), clip_on=False)
+def _cross(ax: Axes, run: Run, split: str, colour: str) -> None:
+    bad = [step for step, value in zip(*_series(run, split, "loss"), strict=True) if not np.isfinite(value)]
+    if divergence := run.facts.get("divergence"):  # such a step is never logged
+        bad.append(divergence["step"])
+    if bad:
+        ax.plot([min(bad)], [0.97], "x", color=colour, transform=ax.get_xaxis_transform(), clip_on=False)
 
 
 def _mark_nonfinite(ax: Axes, steps: Sequence[int], values_LN: np.ndarray) -> None:

@@ -209,7 +209,7 @@ def _losses(groups: Sequence[Group]) -> PageFigure | None:
         name="losses",
         title="Loss",
         caption="Lower is better; one line a seed. The training loss is a running mean over about a "
-        "fiftieth of the points, and a cross at the top marks the step where a loss stopped being finite.",
+        "fiftieth of the points, and a cross at the top marks the step where a run diverged.",
         panels=tuple(panels),
     )
 
@@ -264,15 +264,18 @@ def _private_inference(groups: Sequence[Group]) -> PageFigure | None:
 
 def _slope_perplexity(groups: Sequence[Group]) -> PageFigure | None:
     fixed = [g for g in groups if g.runs and has_slope(g.runs[0]) and fixed_slope(g.runs[0]) is not None]
-    recipes = list(dict.fromkeys(group.recipe for group in fixed))
+    settings = {(group.recipe, _norm(group)) for group in fixed}
     if not fixed:
         return None
     return PageFigure(
         name="slope-perplexity",
         title="Perplexity over fixed slopes",
-        caption="Without LayerNorm: 0 is ReLU and 1 the identity. Bars are the sample deviation over seeds; "
-        "NaN (2/3) means that 2 of 3 seeds diverged.",
-        panels=tuple(_slope_points([g for g in fixed if g.recipe == recipe]) for recipe in recipes),
+        caption="0 is ReLU and 1 the identity; without LayerNorm, but where a panel is named by its norm. Bars are the "
+        "sample deviation over seeds; NaN (k/n) means that k of n seeds have no finite perplexity.",
+        panels=tuple(
+            _slope_points([g for g in fixed if (g.recipe, _norm(g)) == (recipe, norm)], "" if norm == "none" else norm)
+            for recipe, norm in sorted(settings)
+        ),
     )
 
 
@@ -304,8 +307,8 @@ def _slope_curves(run: Any, title: str) -> plots.Panel:
     return lambda ax: plots.slope_curves(run, ax=ax, title=title)
 
 
-def _slope_points(groups: Sequence[Group]) -> plots.Panel:
-    return lambda ax: plots.slope_perplexity(groups, ax=ax)
+def _slope_points(groups: Sequence[Group], title: str) -> plots.Panel:
+    return lambda ax: plots.slope_perplexity(groups, ax=ax, title=title)
 
 
 def _measured(groups: Sequence[Group]) -> list[tuple[Group, Heads]]:
@@ -321,6 +324,10 @@ def _chunks(groups: Sequence[Group]) -> list[list[Group]]:
     """Few enough lines for one pair of axes."""
     shown = [group for group in groups if group.runs]
     return [shown[i : i + _LINES_PER_PANEL] for i in range(0, len(shown), _LINES_PER_PANEL)]
+
+
+def _norm(group: Group) -> str:
+    return group.runs[0].spec["model"].get("norm", "layernorm")
 
 
 def _bad_rows(group: Group) -> int:

@@ -72,8 +72,11 @@ def verdict_sentences(heads: Heads, layers: list[int]) -> list[str]:
         places = ", ".join(f"layer {layers[layer]} head {head}" for layer, head in collapsed.heads[:5])
         more = f" and {len(collapsed.heads) - 5} more" if len(collapsed.heads) > 5 else ""
         found.append(f"Entropy collapse: {len(collapsed.heads)} heads below {COLLAPSE_NATS} nats ({places}{more}).")
+    elif np.isfinite(collapsed.lowest_nats):
+        words = "Entropy collapse undecided (NaN heads)" if collapsed.holds is None else "No entropy collapse"
+        found.append(f"{words}: the lowest finite head has {collapsed.lowest_nats:.3f} nats.")
     else:
-        found.append(f"No entropy collapse: the lowest finite head has {collapsed.lowest_nats:.3f} nats.")
+        found.append("Entropy collapse undecided: no head is finite.")
     broken = int((~np.isfinite(heads.entropy_LH)).sum())
     if broken:
         found.append(f"{broken} heads have no finite row; they are in no range and in no mean.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 
 from normfree import published
@@ -53,26 +52,27 @@ def _interval(difference: Difference) -> str:
 
 
 def _top_quarter(groups: Sequence[Group]) -> str:
+    if not any(trained_heads(run) for group in groups for run in group.runs):
+        return ""
     parts = []
     for group in groups:
-        shares = [top_quarter_share(heads) for run in group.runs if (heads := trained_heads(run)) is not None]
-        if shares:
-            mean = statistics.fmean(shares)
-            parts.append(f"{group.name} {100 * mean:.0f} %" if math.isfinite(mean) else f"{group.name} NaN")
-    if not parts:
-        return ""
+        shares = summarise([100 * top_quarter_share(trained_heads(run)) for run in group.runs])
+        if shares.n:
+            parts.append(f"{group.name} {shares.text() if shares.nonfinite else f'{shares.mean:.0f} %'}")
     return f"Heads in the top quarter of the causal ceiling, mean over seeds: {', '.join(parts)}."
 
 
 def _overloaded(groups: Sequence[Group]) -> str:
-    names = []
-    for group in groups:
-        verdicts = [overload(heads) for run in group.runs if (heads := trained_heads(run)) is not None]
-        held = sum(verdict.holds is True for verdict in verdicts)
-        if held:
-            names.append(f"{group.name} ({held} of {len(verdicts)})")
     if not any(trained_heads(run) for group in groups for run in group.runs):
         return ""
+    names = []
+    for group in groups:
+        heads = [trained_heads(run) for run in group.runs]
+        verdicts = [None if found is None else overload(found).holds for found in heads]
+        if held := verdicts.count(True):
+            names.append(f"{group.name} ({held} of {len(verdicts)})")
+        if unknown := verdicts.count(None):
+            names.append(f"{group.name} undecided ({unknown} of {len(verdicts)})")
     return f"Entropic overload of the early layers at the end: {', '.join(names) or 'in no run'}."
 
 
@@ -91,15 +91,13 @@ def _diverged(group: Group) -> str:
 
 
 def _floor(groups: Sequence[Group]) -> str:
-    worst: tuple[float, str, float] | None = None
-    for group in groups:
-        for run in group.runs:
-            if math.isfinite(run.perplexity):
-                floor = run.facts["corpus"]["unigram_perplexity"]
-                worst = max(worst or (0.0, "", 0.0), (run.perplexity / floor, group.name, floor))
-    if worst is None:
+    ended = [(run, group.name) for group in groups for run in group.runs if run.status == "finished"]
+    if not ended:
         return "No run finished."
-    share, name, floor = worst
+    if broken := [f"{name}, seed {run.seed}" for run, name in ended if not math.isfinite(run.perplexity)]:
+        return f"Finished without a finite perplexity: {'; '.join(broken)}."
+    floors = [(run.facts["corpus"]["unigram_perplexity"], run, name) for run, name in ended]
+    share, name, floor = max((run.perplexity / floor, name, floor) for floor, run, name in floors)
     if share < 1:
         return (
             f"Every finished run learned: the weakest, {name}, ends at {100 * share:.0f} % of the unigram "
@@ -109,9 +107,12 @@ def _floor(groups: Sequence[Group]) -> str:
 
 
 def _one_seed(groups: Sequence[Group]) -> str:
-    if all(len(group.runs) < 2 for group in groups):
-        return "One seed a variant: there is no error bar, and a small difference may be chance."
-    return ""
+    with_runs = [group for group in groups if group.runs]
+    single = [group.name for group in with_runs if len(group.runs) == 1]
+    if not single:
+        return ""
+    whose = "One seed a variant" if len(single) == len(with_runs) else f"One seed of {', '.join(single)}"
+    return f"{whose}: there is no error bar, and a small difference may be chance."
 
 
 def _unfinished(groups: Sequence[Group]) -> str:

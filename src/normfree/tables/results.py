@@ -51,12 +51,7 @@ def difference_table(groups: Sequence[Group]) -> Table:
         model = published.counterpart(ours.runs[0].spec)
         paper = published.relative_difference(model, ours.label, theirs.label)
         interval = "-" if found.n < 2 else f"{percent(found.low)} to {percent(found.high)}"
-        cells = (
-            percent(found.mean) if not found.nonfinite else f"NaN ({found.nonfinite}/{found.n})",
-            interval,
-        )
-        if found.nonfinite:
-            cells = (cells[0], "-")
+        cells = (_against(ours, theirs), "-" if found.nonfinite else interval)
         rows.append((f"{ours.name} against {theirs.name}", *cells, str(found.n), percent(paper)))
     columns = (
         Column("Comparison", numeric=False),
@@ -137,7 +132,6 @@ def percent(share: float | None) -> str:
 def _perplexity_row(group: Group, groups: Sequence[Group]) -> tuple[str, ...]:
     summary = summarise(list(group.perplexities.values()))
     base = next((g for g in groups if g.label == BASELINE and g.recipe == group.recipe and g.runs), None)
-    against = math.nan if base is None else perplexity_difference(group, base).mean
     bits = summarise([(run.facts.get("final") or {}).get("bits_per_byte", math.nan) for run in group.runs])
     model = published.counterpart(group.runs[0].spec)
     paper = published.PERPLEXITY[model].get(group.label)
@@ -145,12 +139,19 @@ def _perplexity_row(group: Group, groups: Sequence[Group]) -> tuple[str, ...]:
         group.name,
         summary.text(),
         str(summary.n),
-        "baseline" if group is base else percent(against),
+        "baseline" if group is base else _against(group, base),
         bits.text(3),
         "-" if paper is None else f"{paper:.3f}",
         percent(published.relative_difference(model, group.label, BASELINE)),
         "-" if paper is None else model,
     )
+
+
+def _against(group: Group, base: Group | None) -> str:
+    if base is None:
+        return "-"
+    found = perplexity_difference(group, base)
+    return f"NaN ({found.nonfinite}/{found.n})" if found.nonfinite else percent(found.mean)
 
 
 def _floor_rows(groups: Sequence[Group]) -> list[tuple[str, ...]]:
@@ -167,7 +168,7 @@ def _notes(groups: Sequence[Group]) -> tuple[str, ...]:
     if any(group.label == BASELINE and group.runs for group in groups):
         notes.append(f"Against {BASELINE}: the mean of the differences within a seed, over the seeds that both have.")
     if any(not math.isfinite(run.perplexity) for group in groups for run in group.runs):
-        notes.append("NaN (2/3): 2 of 3 seeds diverged. The others are not averaged.")
+        notes.append("NaN (k/n): k of n seeds diverged or have no finite perplexity. The others are not averaged.")
     if any(published.PERPLEXITY[published.counterpart(g.runs[0].spec)].get(g.label) for g in groups if g.runs):
         notes.append(
             f"Paper: {published.SOURCE}; another corpus and size, so compare changes "

@@ -98,12 +98,10 @@ def is_leaky(run: Run) -> bool:
 
 
 def first_nonfinite_step(run: Run) -> int | None:
-    """The step of the divergence, failing that of the first probe with a non-finite row."""
-    divergence = run.facts.get("divergence")
-    if divergence:
-        return divergence["step"]
-    counts = run.series("probe", "nonfinite_rows")
-    return next((step for step, rows_LH in counts if np.sum(rows_LH) > 0), None)
+    """The first step that was skipped or diverged as non-finite, or whose probe has a non-finite row."""
+    found = [event["step"] for event in (*run.facts.get("skipped_steps", []), run.facts.get("divergence")) if event]
+    found += [step for step, rows_LH in run.series("probe", "nonfinite_rows") if np.sum(rows_LH) > 0]
+    return min(found, default=None)
 
 
 def verdict_words(run: Run) -> tuple[str, str, str]:
