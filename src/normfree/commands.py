@@ -81,26 +81,11 @@ class ReportOptions:
     """Put runs of different recipes or precisions into one table."""
 
 
-def prepare_process() -> None:
-    """Once a command that loads or trains models begins: silence the bars of the libraries underneath, which would
-    drown ours, and keep freed memory (docs/performance.md)."""
-    import datasets
-    import huggingface_hub
-    import transformers
-
-    from normfree.training.allocator import keep_freed_memory
-
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.logging.set_verbosity_error()  # its retries without a network; our error says what failed
-    if keep_freed_memory():
-        logger.info("glibc keeps freed memory in this process: faster steps (docs/performance.md)")
-
-
 def data(source: str, overrides: Sequence[str]) -> None:
     """Prepare a corpus and describe it."""
     from normfree.compose import compose_run
     from normfree.data import prepare
+    from normfree.training.process import prepare_process
 
     prepare_process()
     composed = compose_run([f"data={source}", *overrides])
@@ -112,6 +97,7 @@ def train(overrides: Sequence[str]) -> None:
     from normfree.compose import compose_run
     from normfree.studies import summary
     from normfree.training import train as train_run
+    from normfree.training.process import prepare_process
 
     prepare_process()
     composed = compose_run(overrides)
@@ -122,6 +108,7 @@ def train(overrides: Sequence[str]) -> None:
 def study(name: str, overrides: Sequence[str]) -> None:
     """Train the runs of a study and build its report; `workers=N` is ours, all other keys are the runs'."""
     from normfree.studies import run_study
+    from normfree.training.process import prepare_process
 
     prepare_process()
     workers = [word.partition("=")[2] for word in overrides if word.startswith("workers=")]
@@ -138,6 +125,7 @@ def evaluate(name: str, options: EvaluateOptions) -> None:
     from normfree.evaluate import perplexity
     from normfree.pretrained import load_pretrained
     from normfree.training.bf16 import products_for
+    from normfree.training.process import prepare_process
 
     prepare_process()
     text = read_text(options.text)
@@ -159,6 +147,7 @@ def entropy(name: str, options: EntropyOptions) -> None:
     from normfree.tables import to_markdown
     from normfree.training.bf16 import products_for
     from normfree.training.environment import command_line, software
+    from normfree.training.process import prepare_process
 
     prepare_process()
     text = read_text(options.text)

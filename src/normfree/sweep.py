@@ -26,10 +26,10 @@ def sweep(overrides: Sequence[str]) -> None:
 
 def one_job(composed: DictConfig) -> float:
     """Train one run of a sweep; returns its perplexity, which Hydra's sweepers can minimise."""
-    from normfree.commands import prepare_process
     from normfree.records import read_run
     from normfree.studies import summary
     from normfree.training import train
+    from normfree.training.process import prepare_process
 
     prepare_process()
     job = from_hydra(composed)

@@ -1,0 +1,42 @@
+"""What a process that loads or trains models sets once. Only commands call this: importing the library changes nothing.
+
+By default glibc hands blocks of more than 128 KiB back to the system at once, and a training step, which frees and asks
+for the same blocks again and again, pays the page faults to get them back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import platform
+
+import datasets
+import huggingface_hub
+import transformers
+
+logger = logging.getLogger("normfree")
+
+# Names and numbers of mallopt(3), from glibc's malloc.h.
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+LARGEST_INT = 2**31 - 1
+
+
+def prepare_process() -> None:
+    """Silence the bars of the libraries underneath, which would drown ours, and keep freed memory."""
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()  # its retries without a network; our error says what failed
+    if keep_freed_memory():
+        logger.info("glibc keeps freed memory in this process: faster steps (docs/performance.md)")
+
+
+def keep_freed_memory() -> bool:
+    """Stop glibc from returning freed blocks to the system; True where that took effect.
+
+    Peak memory stays what it was, but it is held until the process ends.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, LARGEST_INT), (M_TOP_PAD, 64 * 2**20))
+    return [mallopt(name, value) for name, value in settings] == [1, 1, 1]
