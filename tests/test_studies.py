@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,30 @@ def test_the_studies_that_come_along_name_existing_variants(name: str) -> None:
     assert study.preset in members("preset")
     assert {variant for group in study.groups for variant in group.variants} <= set(members("variant"))
     assert len(list(study.overrides())) == sum(len(group.variants) * len(group.seeds) for group in study.groups)
+
+
+def test_runs_of_another_recipe_or_corpus_are_seen_before_anything_is_trained(
+    done: tuple[Path, list[str], Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "alike.yaml"
+    file.write_text("preset: cpu-quick\ngroups:\n  - {variants: [sm]}\n")
+    words = [*done[1], f"runs_dir={tmp_path}"]
+    run_study(str(file), words)
+    more = ["tag=long", "train.steps=7"]
+    with pytest.raises(ValueError, match=r"sm-seed0 is of another recipe.*give study=NAME"):
+        run_study(str(file), [*words, *more])
+    record = tmp_path / "alike" / "sm-seed0" / "run.json"
+    record.write_text(re.sub(r'("fingerprint": )"[0-9a-f]+"', r'\1"another"', record.read_text(), count=1))
+    with pytest.raises(ValueError, match="sm-seed0 is of another corpus"):
+        run_study(str(file), words)
+    assert [run.name for run in find_runs([tmp_path / "alike"])] == ["sm-seed0"]
+    assert run_study(str(file), [*words, *more, "study=alike-long"]).is_file()
+
+
+def test_a_study_of_which_no_run_can_begin_says_why(done: tuple[Path, list[str], Path], tmp_path: Path) -> None:
+    words = [*done[1], f"runs_dir={tmp_path}", "train.precision=fp16"]
+    with pytest.raises(RuntimeError, match=r"3 of 3 runs failed: .*fp16 needs a GPU.*; there is nothing to report"):
+        run_study(str(done[0]), words)
 
 
 def test_a_run_that_another_process_trains_is_left_to_it(

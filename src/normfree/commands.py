@@ -151,6 +151,7 @@ def entropy(name: str, options: EntropyOptions) -> None:
 
     prepare_process()
     text = read_text(options.text)
+    options.output.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     model, tokenizer = load_pretrained(
         name,
         dtype=options.dtype,

@@ -80,6 +80,8 @@ class DataSpec:
             raise ValueError("data.source=files needs data.paths, e.g. 'data.paths=[corpus/*.py]'")
         if self.source == "hub" and not self.dataset:
             raise ValueError("data.source=hub needs data.dataset, e.g. data.dataset=roneneldan/TinyStories")
+        limits = ("max_bytes", "max_bytes_per_package", "train_documents", "validation_documents")
+        _check_range("data", self, limits, above_zero=True)
         if self.tokenizer is None and self.vocab_size < 257:
             raise ValueError(
                 f"data.vocab_size={self.vocab_size}: a byte-level BPE needs 256 bytes and an end token, so 257 or more"
@@ -221,6 +223,9 @@ class RunSpec:
             value = getattr(self, name)
             if value in (".", "..") or any(c in value for c in "/\\\0"):
                 raise ValueError(f"{name}={value!r} becomes part of a folder name: no slash, no dots alone")
+        for name in ("seed", "data_seed"):
+            if not 0 <= getattr(self, name) < 2**32:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more and below 2**32")
 
     @property
     def name(self) -> str:

@@ -13,9 +13,9 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from normfree.compose import CONF, Composed, compose_run, members
-from normfree.config import nearest
+from normfree.config import RunSpec, nearest
 from normfree.data import prepare
-from normfree.records import find_runs, read_run
+from normfree.records import RUN_FILE, find_runs, read_run
 from normfree.report import build_report
 from normfree.training import InterruptedRunError, train
 from normfree.training.environment import usable_cores
@@ -93,8 +93,8 @@ def run_study(name: str, overrides: Sequence[str] = (), *, workers: int = 1) -> 
     per second that way than with all cores on one run (docs/performance.md). Runs that fail are named at the end,
     after the others were done.
 
-    Raises RuntimeError when a run failed, ValueError for a wrong study, override or number of workers,
-    InterruptedRunError or StoppedError on a signal.
+    Raises RuntimeError when a run failed, ValueError for a wrong study, override or number of workers and for runs of
+    another recipe or corpus in the study's folder, InterruptedRunError or StoppedError on a signal.
     """
     if not 1 <= workers <= usable_cores():
         raise ValueError(f"workers={workers}: this machine has {usable_cores()} cores, so give 1 to {usable_cores()}")
@@ -106,6 +106,9 @@ def run_study(name: str, overrides: Sequence[str] = (), *, workers: int = 1) -> 
             f"the runs of {study.name} differ in more than variant and seed, so no table may compare them unasked; "
             "say mix: true in the study's file, or make it two studies"
         )
+    study_folder = runs[0].runs_dir / runs[0].spec.study
+    if not study.mix:
+        _refuse_strangers(study_folder, runs[0])
     if workers > 1:
         if all(run.spec.train.threads is None for run in runs):
             overrides = [*overrides, f"train.threads={usable_cores() // workers}"]
@@ -127,13 +130,29 @@ def run_study(name: str, overrides: Sequence[str] = (), *, workers: int = 1) -> 
             else:
                 logger.exception("%s failed", run.spec.name)
             failed.append(f"{run.spec.name} ({type(error).__name__}: {error})")
-    folder = runs[0].runs_dir / runs[0].spec.study
-    page = build_report(find_runs([folder]), folder / "report", mix=study.mix)
+    told = f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}"
+    if not list(study_folder.glob(f"*/{RUN_FILE}")):
+        raise RuntimeError(f"{told}; there is nothing to report")
+    page = build_report(find_runs([study_folder]), study_folder / "report", mix=study.mix)
     if failed:
-        raise RuntimeError(
-            f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}; the report {page} has the rest"
-        )
+        raise RuntimeError(f"{told}; the report {page} has the rest")
     return page
+
+
+def _refuse_strangers(folder: Path, wanted: Composed) -> None:
+    """Runs that already lie in the study's folder come into its report, so they must be of its recipe and corpus.
+
+    Raises ValueError that names one that is not, before anything is trained.
+    """
+    present = find_runs([folder]) if list(folder.glob(f"*/{RUN_FILE}")) else []
+    corpus = prepare(wanted.spec.data, cache=wanted.cache_dir).fingerprint if present else ""
+    for run in present:
+        what = "recipe" if RunSpec.from_dict(run.spec).recipe() != wanted.spec.recipe() else "corpus"
+        if what == "recipe" or run.facts["corpus"]["fingerprint"] != corpus:
+            raise ValueError(
+                f"{run.folder} is of another {what}, and one report cannot hold both: give study=NAME for a folder of "
+                "its own, or move that run away"
+            )
 
 
 def _share_among(workers: int, name: str, runs: Sequence[Composed], overrides: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 
 from normfree.config import DataSpec
 from normfree.data import Corpus, default_cache, prepare
-from normfree.manifest import damages
+from normfree.manifest import damages, folder_lock
 
 
 def make(spec: DataSpec, cache: Path) -> Corpus:
@@ -169,6 +170,13 @@ def test_data_sets_go_through_load_dataset(hub_folder: Path, tmp_path: Path, sou
     assert make(replace(spec, shuffle_seed=1), tmp_path).fingerprint != corpus.fingerprint
 
 
+def test_no_training_document_of_a_data_set_is_a_validation_document(hub_folder: Path, tmp_path: Path) -> None:
+    spec = DataSpec(source="hub", dataset=str(hub_folder), validation_split="train[:20%]", vocab_size=300, context=16)
+    facts = make(spec, tmp_path).facts()
+    assert (facts["train_documents"], facts["validation_documents"]) == (40, 10)
+    assert facts["dropped"]["train"] == {"duplicate": 10}
+
+
 def test_a_saved_tokenizer_is_used_as_it_is(spec: DataSpec, tmp_path: Path) -> None:
     first = make(spec, tmp_path)
     second = make(replace(spec, tokenizer=str(first.folder), vocab_size=999), tmp_path)
@@ -225,6 +233,18 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(text_folder: Path, 
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert list((tmp_path / "cache").glob("corpora/*")) == []
+
+
+def test_what_a_killed_preparation_left_is_removed_and_a_running_one_stays(spec: DataSpec, tmp_path: Path) -> None:
+    corpora = tmp_path / "corpora"
+    for name in (".preparing-dead", ".preparing-alive"):
+        (corpora / name / "corpus").mkdir(parents=True)
+        (corpora / name / "corpus" / "train.arrow").write_bytes(b"half")
+        os.utime(corpora / name, (0, 0))
+    with folder_lock(corpora / ".preparing-alive"):
+        os.utime(corpora / ".preparing-alive", (0, 0))
+        corpus = make(spec, tmp_path)
+    assert sorted(path.name for path in corpora.iterdir()) == [".preparing-alive", corpus.folder.name]
 
 
 def test_an_unreachable_hub_name_is_refused_in_one_line(tmp_path: Path, monkeypatch) -> None:

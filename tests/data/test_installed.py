@@ -104,7 +104,7 @@ def test_held_out_text_is_enough_without_limits() -> None:
 
 def test_order_depends_on_the_seed_only(source: InstalledSource) -> None:
     def first(source: InstalledSource) -> list[str]:
-        return [document.name for document in islice(source.documents("validation", Counter()), 20)]
+        return [document.text for document in islice(source.documents("validation", Counter()), 20)]
 
     def another(seed: int) -> InstalledSource:
         return InstalledSource(DataSpec(max_bytes_per_package=200_000, vocab_size=300, shuffle_seed=seed))

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from truths import causal_by_numpy, entropy_by_numpy, scores_by_numpy
 
 from normfree.entropy import attention_entropy
+from normfree.entropy.fused import padded
+from normfree.entropy.recorder import Recorder
 
 
 def heads(*, batch=2, query_heads=4, key_heads=2, queries=33, keys=None, width=16, seed=0, size=1.0):
@@ -308,12 +310,57 @@ def test_wrong_shapes_and_dtypes_are_refused():
             attention_entropy(bad_q, bad_k, causal=True)
 
 
+@pytest.mark.parametrize("width", [1, 3, 4, 66])
+def test_rows_padded_for_cuda_begin_at_whole_vectors_and_keep_their_numbers(width):
+    value = torch.randn(2, 3, 5, width)
+    found = padded(value)
+    assert found.stride(-2) % 4 == 0
+    assert torch.equal(found[..., :width], value)
+    assert not found[..., width:].any()
+
+
+def test_the_first_token_stays_the_first_behind_a_window():
+    """A row that no longer reaches it has no mass there, alone or among all rows."""
+    q, k = torch.randn(1, 2, 20, 8), torch.randn(1, 2, 20, 8)
+    asked = {"causal": True, "window": 5, "patterns": True}
+    for method in ("auto", "blocked", "reference"):
+        whole = attention_entropy(q, k, method=method, **asked).first_mass
+        last = attention_entropy(q[:, :, -1:], k, method=method, **asked).first_mass
+        assert (whole[..., 5:] == 0).all()
+        assert (whole[..., :5] > 0).all()
+        assert (last == 0).all()
+
+
+def test_a_padding_mask_has_two_values():
+    q = torch.randn(2, 1, 6, 4)
+    ones = torch.ones(2, 6)
+    ones[0, :2] = 0
+    assert attention_entropy(q, q, causal=True, mask=ones).visible[0, 0].tolist() == [0, 0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="1 \\(or True\\) for real tokens and 0 for padding"):
+        attention_entropy(q, q, causal=True, mask=torch.where(ones == 0, -torch.inf, 0.0))
+
+
 def test_private_kernel_exists_and_agrees_with_the_definition():
     from normfree.entropy.fused import has_kernel, kernel
 
     q, k = heads(query_heads=2, key_heads=1, queries=9)
-    assert has_kernel(q.device)
+    assert has_kernel(q)
     output, lse = kernel(q, k, scale=0.3, causal=True)
     scores = (q @ k.mT * 0.3).masked_fill(~torch.ones(9, 9, dtype=torch.bool).tril(), -torch.inf)
     torch.testing.assert_close(lse, scores.logsumexp(-1), atol=1e-5, rtol=0)
     torch.testing.assert_close(output, scores.softmax(-1) @ k, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("broken_from", "rows"), [(8, 8), (0, 20)])
+def test_the_ceiling_is_that_of_the_rows_in_the_mean(broken_from, rows):
+    """Uniform rows until a key is NaN; where no row is left, the ceiling stays that of the rows there should be."""
+    q, k = torch.zeros(1, 2, 20, 8), torch.zeros(1, 2, 20, 8)
+    k[:, :, broken_from] = math.nan
+    recorder = Recorder()
+    recorder.add(0, attention_entropy(q, k, causal=True))
+    found = recorder.statistics()
+    expected = torch.arange(1, rows + 1, dtype=torch.float64).log().mean()
+    torch.testing.assert_close(found.ceiling_nats(), expected[None])
+    assert found.nonfinite_rows.tolist() == [[20 - broken_from] * 2]
+    if broken_from:
+        torch.testing.assert_close(found.mean_nats(), expected.expand(1, 2), atol=1e-6, rtol=0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -10,10 +12,19 @@ import torch
 import torch._dynamo.testing
 from families import tiny_model
 from torch.utils.checkpoint import checkpoint
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertLMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from normfree.entropy import EntropyProbe, UnsupportedModel
+from normfree.entropy import EntropyProbe, HeadEntropy, UnsupportedModel
 
 IDS = torch.arange(3, 43).view(2, 20)
 MASK = torch.ones(2, 20, dtype=torch.long)
@@ -145,21 +156,27 @@ def test_compiled_model_stays_whole_and_compiles_once_for_all_probes():
     assert counter.frame_count == 2
 
 
+def measure_one_sequence(rank: int, folder: str) -> None:
+    """One of two processes: its own sequence through the wrapped model, then the sums of both."""
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    wrapped = torch.nn.parallel.DistributedDataParallel(tiny_model("llama").train())
+    with EntropyProbe(wrapped) as probe:
+        wrapped(input_ids=IDS[rank : rank + 1]).logits.sum().backward()
+    found = probe.statistics()
+    found.all_reduce()
+    Path(folder, f"{rank}.json").write_text(json.dumps(found.to_dict()))
+    torch.distributed.destroy_process_group()
+
+
 def test_works_under_distributed_data_parallel_and_sums_over_ranks(tmp_path):
-    model = tiny_model("llama").train()
-    expected = measure(model)
-    store = f"file://{tmp_path}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    try:
-        wrapped = torch.nn.parallel.DistributedDataParallel(model)
-        with EntropyProbe(wrapped) as probe:
-            wrapped(input_ids=IDS).logits.sum().backward()
-        found = probe.statistics()
-        for tensor in found.tensors():
-            torch.distributed.all_reduce(tensor)
-    finally:
-        torch.distributed.destroy_process_group()
-    assert found.to_dict() == expected.to_dict()
+    torch.multiprocessing.spawn(measure_one_sequence, (str(tmp_path),), nprocs=2)
+    whole = measure(tiny_model("llama"))
+    for rank in (0, 1):
+        found = HeadEntropy.from_dict(json.loads((tmp_path / f"{rank}.json").read_text()))
+        assert torch.equal(found.rows, whole.rows)
+        torch.testing.assert_close(found.mean_nats(), whole.mean_nats(), atol=1e-6, rtol=0)
+        torch.testing.assert_close(found.ceiling_nats(), whole.ceiling_nats())
 
 
 def test_bfloat16_models_and_autocast_are_measured_in_float32():
@@ -264,6 +281,64 @@ def test_generation_with_a_key_cache_counts_every_row():
         for position in range(12, 20):
             model(input_ids=IDS[:, position : position + 1], past_key_values=cache)
     torch.testing.assert_close(probe.statistics().mean_nats(), measure(model).mean_nats(), atol=1e-6, rtol=0)
+
+
+def test_first_token_mass_is_refused_where_a_sliding_cache_has_forgotten_the_first_token():
+    model = tiny_model("mistral")
+    with EntropyProbe(model, patterns=True) as probe, torch.no_grad():
+        cache = model(input_ids=IDS[:, :12], use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="sliding window, whose cache forgets the first token"):
+            model(input_ids=IDS[:, 12:13], past_key_values=cache)
+    assert probe.statistics().rows.unique().tolist() == [24]
+
+
+BART = {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+}
+BART |= {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "vocab_size": 60, "max_position_embeddings": 32}
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2, "vocab_size": 60}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [BartForConditionalGeneration(BartConfig(**BART)), T5ForConditionalGeneration(T5Config(**T5))],
+    ids=["bart", "t5"],
+)
+def test_an_encoder_and_a_decoder_are_not_added_up(model):
+    asked = {"input_ids": IDS, "decoder_input_ids": IDS[:, :7]}
+    with (
+        EntropyProbe(model),
+        torch.no_grad(),
+        pytest.raises(ValueError, match=r"EntropyProbe\(model.get_decoder\(\)\)"),
+    ):
+        model(**asked)
+    with EntropyProbe(model.get_decoder()) as probe, torch.no_grad():
+        model(**asked)
+    assert probe.statistics().rows.unique().tolist() == [14]  # two sequences of seven: no cross-attention
+
+
+def test_cross_attention_of_a_bert_decoder_is_left_out():
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = BertLMHeadModel(BertConfig(**shape, vocab_size=60, is_decoder=True, add_cross_attention=True)).eval()
+    with EntropyProbe(model) as probe, torch.no_grad():
+        model(input_ids=IDS, encoder_hidden_states=torch.randn(2, 5, 16))
+    assert probe.statistics().rows.unique().tolist() == [40]
+
+
+def test_eager_probes_refuse_dropout_and_read_positional_masks_and_give_tuples_back():
+    model = tiny_model("bloom")
+    expected = measure(model, mask=LEFT_PADDED, method="eager")
+    with EntropyProbe(model, method="eager") as probe, torch.no_grad():
+        output = model(IDS, None, LEFT_PADDED, return_dict=False)
+    assert isinstance(output, tuple)
+    assert probe.statistics().to_dict() == expected.to_dict()
+    model.config.attention_dropout = 0.1
+    with EntropyProbe(model.train(), method="eager"), pytest.raises(UnsupportedModel, match=r"call model\.eval"):
+        model(input_ids=IDS)
 
 
 def test_families_outside_the_registry_are_refused_and_served_on_request():

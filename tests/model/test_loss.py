@@ -116,3 +116,10 @@ def test_a_compiled_model_has_the_same_loss_and_gradient_without_logits(build, i
     )
     compiled(ids, labels=ids, return_logits=False).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_negative_label_that_is_not_the_ignored_one_is_no_token():
+    """-1 is what other code ignores by; it must not train towards token 0."""
+    hidden, weight = torch.randn(1, 5, 4), torch.randn(6, 4)
+    with pytest.raises((RuntimeError, IndexError), match=r"out of (bounds|range)"):
+        next_token_loss(hidden, weight, torch.tensor([[1, 2, -1, -1, 3]]))

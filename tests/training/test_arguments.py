@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.optim import SGD
+from transformers import get_scheduler
 
 from normfree.config import RunSpec
-from normfree.training.arguments import check_machine
+from normfree.training.arguments import check_machine, training_arguments
 
 
 @pytest.mark.parametrize(
@@ -38,3 +41,26 @@ def test_a_batch_that_the_processes_cannot_share_is_refused_with_one_that_they_c
         check_machine(tiny_spec(*own), torch.device("cpu"))
     if "micro" in advice:
         check_machine(tiny_spec(own[0], advice), torch.device("cpu"))
+
+
+def test_warm_up_leaves_a_step_to_fall(tiny_spec: Callable[..., RunSpec], tmp_path: Path) -> None:
+    """0.95 of 5 steps rounds to all of them, and the schedule would divide by none."""
+    arguments = training_arguments(tiny_spec("train.steps=5", "train.warmup_share=0.95"), steps=5, output=tmp_path)
+    optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    kwargs = arguments.lr_scheduler_kwargs
+    schedule = get_scheduler("polynomial", optimizer, int(arguments.warmup_steps), 5, scheduler_specific_kwargs=kwargs)
+    rates = []
+    for _ in range(6):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[:5] == pytest.approx([0, 0.25, 0.5, 0.75, 1.0])
+    assert rates[5] < 1e-3
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_runs(
+    tiny_spec: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("normfree.training.arguments.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs wandb, which is not installed"):
+        check_machine(tiny_spec("train.trackers=[wandb]"), torch.device("cpu"))

@@ -131,6 +131,26 @@ def test_each_damaged_file_of_a_corpus_is_named_and_the_corpus_prepared_again(
     assert damages(again.folder) == []
 
 
+@pytest.mark.parametrize(("old", "new"), [('"preset"', '"pseset"'), ('"steps": 6', '"steps": 7')])
+def test_a_run_is_known_by_its_identity_whatever_became_of_the_copy_of_its_spec(
+    broken: Path, whole: Path, cache: Path, tiny_spec: Build, old: str, new: str
+) -> None:
+    path = broken / "run.json"
+    path.write_text(path.read_text().replace(old, new, 1))
+    resume(broken, cache, tiny_spec())
+    assert same_result(broken, whole)
+    assert read_run(broken).spec == tiny_spec().to_dict()
+
+
+def test_a_spec_that_cannot_be_read_is_refused_with_its_place(broken: Path, cache: Path, tiny_spec: Build) -> None:
+    path = broken / "run.json"
+    facts = json.loads(path.read_text())
+    facts["spec"]["pseset"] = facts["spec"].pop("preset")
+    path.write_text(json.dumps(facts | {"identity": "another"}))
+    with pytest.raises(ValueError, match=r"run\.json holds a spec that this version cannot read .*move the file away"):
+        resume(broken, cache, tiny_spec())
+
+
 @pytest.mark.parametrize("how", DAMAGES)
 @pytest.mark.parametrize("name", ["run.json", "metrics.jsonl"])
 def test_a_run_resumes_from_its_checkpoints_whatever_happened_to_its_records(

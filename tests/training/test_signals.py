@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -17,8 +18,9 @@ from safetensors.torch import load_file
 from normfree.compose import compose_run
 from normfree.config import RunSpec
 from normfree.records import read_run
+from normfree.sweep import sweep
 from normfree.training import InterruptedRunError, train
-from normfree.training.checkpoints import checkpoints_in, flaws
+from normfree.training.checkpoints import CheckpointError, checkpoints_in, flaws
 from normfree.training.trainer import NormFreeTrainer
 
 Build = Callable[..., RunSpec]
@@ -124,6 +126,32 @@ def test_a_signal_in_the_last_step_is_heard(
         train(tiny_spec(), runs_dir=tmp_path / "broken", cache=cache, progress=False)
     monkeypatch.undo()
     check_resume(stopped.value.folder, cache, tiny_spec(), expected)
+
+
+def test_a_signal_ends_a_sweep_and_starts_no_other_job(
+    tmp_path: Path, cache: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = NormFreeTrainer.training_step
+
+    def interrupted(trainer: NormFreeTrainer, *rest: Any, **named: Any) -> Any:
+        if trainer.state.global_step == 3:
+            send(signal.SIGTERM)
+        return original(trainer, *rest, **named)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(NormFreeTrainer, "training_step", interrupted)
+    with pytest.raises(InterruptedRunError, match="and saved"):
+        sweep([*tiny, "variant=sm-r", "seed=0,1,2", f"cache_dir={cache}"])
+    assert [path.parent.name for path in tmp_path.glob("runs/single/*/run.json")] == ["sm-r-seed0"]
+
+
+@pytest.mark.parametrize(
+    "error", [InterruptedRunError(Path("run"), 15, saved=True), CheckpointError(3, OSError("full"))]
+)
+def test_what_ends_a_job_can_travel_to_another_process(error: Exception) -> None:
+    there = pickle.loads(pickle.dumps(error))
+    assert (type(there), str(there)) == (type(error), str(error))
+    assert getattr(there, "signal_number", None) == getattr(error, "signal_number", None)
 
 
 def test_a_closed_terminal_does_not_end_a_run_under_nohup(

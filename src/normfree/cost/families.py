@@ -169,7 +169,7 @@ def _gpt_neox(values: Mapping[str, Any]) -> Architecture:
         query_heads=heads,
         key_heads=heads,
         head_dim=head_dim,
-        rotary_dim=round(head_dim * share),
+        rotary_dim=int(head_dim * share),  # as transformers rounds it
         feed_forward=values["intermediate_size"],
         gated=False,
         norm=("layernorm",),

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -28,12 +31,15 @@ from normfree.data.installed import InstalledSource
 from normfree.data.packing import BlockWriter, concatenated, unigram_perplexity, windows
 from normfree.data.sources import Document, FilesSource, HubSource, Source, Split, limited
 from normfree.data.tokenizer import Encoder, load_tokenizer, read_tokenizer, tokenizer_hash, train_tokenizer
-from normfree.manifest import damages, describe_files, fingerprint, read_manifest, write_manifest
+from normfree.manifest import damages, describe_files, fingerprint, folder_lock, read_manifest, write_manifest
 
 FORMAT = 1
 SOURCES = {"installed": InstalledSource, "codeparrot": HubSource, "hub": HubSource, "files": FilesSource}
 CHUNK_CHARACTERS = 4_000_000
 """Text that is encoded together: large enough for all cores, small enough for any memory."""
+
+_PREPARING = ".preparing-"
+A_MINUTE = 60.0
 
 log = logging.getLogger("normfree")
 
@@ -113,12 +119,22 @@ def prepare(spec: DataSpec, *, cache: Path | None = None, progress: bool = True)
             return Corpus(folder, read_manifest(folder))
         log.warning("corpus %s is damaged and prepared again: %s", folder, "; ".join(found))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".preparing-", dir=folder.parent) as scratch:
+    _drop_abandoned(folder.parent)
+    with tempfile.TemporaryDirectory(prefix=_PREPARING, dir=folder.parent) as scratch, folder_lock(Path(scratch)):
         built = Path(scratch) / "corpus"
         built.mkdir()
         write_manifest(built, {"format": FORMAT, "corpus": _Preparation(spec, source, built, progress).run()})
         _install(built, folder)
     return Corpus(folder, read_manifest(folder))
+
+
+def _drop_abandoned(corpora: Path) -> None:
+    """Remove what processes that were killed while preparing left: folders that nobody locks any more."""
+    for scratch in corpora.glob(f"{_PREPARING}*"):
+        with suppress(BlockingIOError, FileNotFoundError):
+            if time.time() - scratch.stat().st_mtime > A_MINUTE:  # one that begins may not have its lock yet
+                with folder_lock(scratch):
+                    shutil.rmtree(scratch)
 
 
 def corpus_key(spec: DataSpec, source: Source) -> str:

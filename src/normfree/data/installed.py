@@ -162,7 +162,7 @@ class InstalledSource:
                 continue
             seen.add(digest)
             taken_bytes[package] += size
-            yield Document(text=text, name=name, group=package)
+            yield Document(text=text, group=package)
 
 
 def _python_files(installed: Distribution) -> dict[str, str]:

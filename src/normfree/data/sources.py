@@ -36,8 +36,6 @@ class Document:
     """One text that no window crosses."""
 
     text: str
-    name: str
-    """Where it was found, for messages."""
     group: str
     """What is split as a whole: a package, a file, a data set."""
 
@@ -123,7 +121,7 @@ class FilesSource:
         for path, _ in files:
             for text in read_texts(path, self._spec.column):
                 if text.strip():
-                    yield Document(text=text, name=str(path), group=path.name)
+                    yield Document(text=text, group=path.name)
 
 
 def _part(document: Document, split: Split) -> Document:
@@ -227,12 +225,20 @@ class HubSource:
         check_column(self._spec.column, rows.column_names, where=f"{name} [{part}]")
         order = rows.select_columns([self._spec.column]).shuffle(seed=self._spec.shuffle_seed)
         most = self._most[split]
+        # The paper's data sets stay as published; of any other, no training document may be a validation document.
+        held_out = self._validation_hashes if split == "train" and self._spec.source == "hub" else frozenset()
         for row in order.select(range(min(len(order), len(order) if most is None else most))):
             text = _checked_text(cast(dict[str, Any], row)[self._spec.column], self._spec.column, where=name)
-            if text.strip():
-                yield Document(text=text, name=name, group=name)
-            else:
+            if not text.strip():
                 dropped["empty"] += 1
+            elif normalised_hash(text) in held_out:
+                dropped["duplicate"] += 1
+            else:
+                yield Document(text=text, group=name)
+
+    @cached_property
+    def _validation_hashes(self) -> frozenset[bytes]:
+        return frozenset(normalised_hash(document.text) for document in self.documents("validation", Counter()))
 
     def _load(self, split: Split) -> datasets.Dataset:
         name, part = self._places[split]

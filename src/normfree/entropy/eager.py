@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class EagerHooks:
         self._recorder = recorder
         self._handles: list[RemovableHandle] = []
         self._wanted: bool | None = None
+        self._as_tuple = False
 
     def attach(self) -> None:
         """Add the two hooks to the model, and the mark that it is being measured."""
@@ -50,21 +52,36 @@ class EagerHooks:
             delattr(self._model, SLOT)
 
     def _ask(self, _model: Any, args: Any, asked: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        config = self._model.config
+        if self._model.training and _drops_attention(config.to_dict()):
+            raise UnsupportedModel("method='eager' would read attention after its dropout; call model.eval() first")
         self._wanted = asked.get("output_attentions")
+        chosen = asked.get("return_dict")
+        self._as_tuple = not (getattr(config, "return_dict", True) if chosen is None else chosen)
         return args, asked | {"output_attentions": True, "return_dict": True}
 
-    def _take(self, _model: Any, args: Any, asked: dict[str, Any], output: Any) -> None:
+    def _take(self, _model: Any, args: Any, asked: dict[str, Any], output: Any) -> Any:
         attentions = getattr(output, "attentions", None)
         if not attentions:
             raise UnsupportedModel(
                 f"{type(self._model).__name__} returned no attention matrices; it cannot be measured"
             )
-        padding = asked.get("attention_mask")
+        given = inspect.signature(self._model.forward).bind_partial(*args, **asked).arguments
+        padding = given.get("attention_mask")
         for layer, p_BHTS in enumerate(attentions):
             if p_BHTS is not None and not is_recomputation():
                 self._recorder.add(layer, entropy_of_probabilities(p_BHTS, padding))
         if not (self._model.config.output_attentions if self._wanted is None else self._wanted):
             output.attentions = None
+        return output.to_tuple() if self._as_tuple else output
+
+
+def _drops_attention(config: dict[str, Any]) -> bool:
+    """Whether a config has a dropout above 0 that may be attention's: attn_pdrop, attention_dropout, dropout, ..."""
+    named = {name: value for name, value in config.items() if isinstance(value, float) and "drop" in name}
+    nested = [value for name, value in config.items() if isinstance(value, dict) and "att" in name]
+    found = any(value > 0 for name, value in named.items() if "att" in name or name in ("dropout", "dropout_p"))
+    return found or any(_drops_attention(part) for part in nested)
 
 
 def entropy_of_probabilities(p_BHTS: Tensor, padding: Tensor | None = None) -> AttentionEntropy:

@@ -75,7 +75,8 @@ def attention_entropy(
     no part. bfloat16 and float16 are raised to float32 first. `scale` defaults to D ** -0.5.
 
     causal: query t stands at key S - T + t and sees no later key (bottom right, so a KV cache is right).
-    mask: bool (True is visible) or additive float, broadcastable to (B, H, T, S), or (B, S) for padding.
+    mask: bool (True is visible) or additive float, broadcastable to (B, H, T, S), or (B, S) for padding (bool, or 0 and
+        1). An additive value hides a key at or below half of its dtype's minimum (-inf too); -1e9 in float32 does not.
     window: a query sees itself and the window - 1 keys before it; needs causal=True.
     softcap: scores become softcap * tanh(scores / softcap).
     sinks: (H,) or (B, H, T, 1) extra logits whose mass is dropped: the keys' p then sum below 1.
@@ -156,7 +157,7 @@ def _(q, k, mask, sinks, scale, causal, window, softcap, patterns, max_logit, me
 def measure(request: Request, *, only_exact: bool = False) -> Measured:
     """Choose the path: fused where scores are a plain dot product of ordinary size, exact elsewhere."""
     plain = request.softcap is None and request.sinks is None
-    if only_exact or not plain or not fused.has_kernel(request.q.device):
+    if only_exact or not plain or not fused.has_kernel(request.q):
         return _exact(request)
     if request.visibility.adds_bias(fused.ROWS):
         return _exact(request)
@@ -247,6 +248,10 @@ def _result(nats: Tensor, visible: Tensor, exact: Tensor, *optional: Tensor) -> 
 
 def _as_4d(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
     if mask.dim() == 2 and mask.shape == (q.shape[0], k.shape[2]):
+        if not ((mask == 0) | (mask == 1)).all():
+            raise ValueError(
+                "a (B, S) mask says 1 (or True) for real tokens and 0 for padding; this one has other values"
+            )
         return mask.bool()[:, None, None, :]
     wanted = (*q.shape[:3], k.shape[2])
     if not _broadcasts(mask, wanted):

@@ -16,11 +16,13 @@ from normfree.entropy.request import Measured, Request
 
 ROWS = 256
 """Rows per kernel call where a mask has to be spelled out."""
+ALIGNED = 4
+"""float32 numbers between two rows of what CUDA's kernel reads must be a multiple of this (16 bytes)."""
 
 
-def has_kernel(device: torch.device) -> bool:
-    """Whether this device has a fused kernel that hands out its log-sum-exp in float32."""
-    return device.type in ("cpu", "cuda")
+def has_kernel(q: Tensor) -> bool:
+    """Whether a fused kernel that hands out its log-sum-exp serves this device and dtype."""
+    return q.device.type == "cpu" or (q.device.type == "cuda" and q.dtype == torch.float32)
 
 
 def centre(k_BGSD: Tensor) -> Tensor:
@@ -103,9 +105,16 @@ def kernel(
     if q_BHRE.device.type == "cpu":
         attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return attend(q_BHRE, k_BGCE, k_BGCE, 0.0, causal, attn_mask=additive_mask, scale=scale)
-    shape = q_BHRE.shape[:2]
-    k_BHCE = k_BGCE.repeat_interleave(shape[1] // k_BGCE.shape[1], dim=1)
-    bias = None if additive_mask is None else additive_mask.expand(*shape, -1, -1)
+    *shape, rows, width = q_BHRE.shape
+    q_BHRE, k_BHCE = padded(q_BHRE), padded(k_BGCE.repeat_interleave(shape[1] // k_BGCE.shape[1], dim=1))
+    bias = None
+    if additive_mask is not None:  # padded in memory, then seen at its own width
+        bias = padded(additive_mask)[..., : additive_mask.shape[-1]].expand(*shape, -1, -1)
     attend = torch.ops.aten._scaled_dot_product_efficient_attention
     output, lse, _, _ = attend(q_BHRE, k_BHCE, k_BHCE, bias, True, 0.0, causal, scale=scale)
-    return output, lse[..., : q_BHRE.shape[2]]
+    return output[..., :width], lse[..., :rows]
+
+
+def padded(value: Tensor) -> Tensor:
+    """Zeros at the end of each row, until its length is a multiple of `ALIGNED`: no score changes by them."""
+    return torch.nn.functional.pad(value, (0, -value.shape[-1] % ALIGNED))

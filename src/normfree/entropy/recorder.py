@@ -31,19 +31,21 @@ class Recorder:
     """Adds calls up by layer. Sums stay on the device, so that recording waits for nothing."""
 
     sums: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    _slots: dict[int, int] = field(default_factory=dict)
 
-    def add(self, layer: int, measured: AttentionEntropy) -> None:
-        """Add the rows of one attention call."""
+    def add(self, layer: int, measured: AttentionEntropy, *, slot: int = 0) -> None:
+        """Add the rows of one attention call; `slot` says of which module. Raises ValueError for a second module that
+        has the same layer index: its heads are other heads."""
+        if self._slots.setdefault(layer, slot) != slot:
+            raise ValueError(
+                f"two attention modules call themselves layer {layer} (encoder and decoder?); probe one part alone,"
+                " e.g. EntropyProbe(model.get_decoder())"
+            )
         new = _sums(measured)
         old = self.sums.get(layer)
         if old is None:
             self.sums[layer] = new
             return
-        if old["rows"].shape != new["rows"].shape:
-            raise ValueError(
-                f"two attention calls of layer {layer} have {len(old['rows'])} and {len(new['rows'])} heads; "
-                f"probe the decoder alone, e.g. EntropyProbe(model.get_decoder())"
-            )
         for name, value in new.items():
             old[name] += value.to(old[name].device)
 
@@ -68,12 +70,15 @@ def _sums(measured: AttentionEntropy) -> dict[str, Tensor]:
     def over_rows(value_BHT: Tensor) -> Tensor:
         return torch.where(counted_BHT, value_BHT, 0.0).to(wide).sum((0, 2))
 
+    # The ceiling is that of the rows in the means; a call without one keeps that of the rows it should have had.
+    of_ceiling_BHT = counted_BHT | (seen_BHT & ~counted_BHT.any())
+    log_visible_BHT = measured.visible.clamp(min=1).to(wide).log()
     sums = {
         "sum_nats": over_rows(measured.nats),
         "rows": counted_BHT.sum((0, 2)),
         "nonfinite_rows": (seen_BHT & ~counted_BHT).sum((0, 2)),
-        "sum_ceiling_nats": measured.visible.clamp(min=1).to(wide).log().sum(),
-        "ceiling_rows": seen_BHT.sum(),
+        "sum_ceiling_nats": torch.where(of_ceiling_BHT, log_visible_BHT, 0.0).sum(),
+        "ceiling_rows": of_ceiling_BHT.sum(),
     }
     if measured.distance is not None and measured.first_mass is not None:
         sums["sum_distance"] = over_rows(measured.distance)

@@ -40,7 +40,7 @@ def routed_attention(model: nn.Module) -> dict[str, nn.Module]:
         name: module
         for name, module in model.named_modules()
         if isinstance(getattr(module, "layer_idx", None), int)
-        and name.rpartition(".")[2] not in CROSS_ATTENTION_NAMES
+        and CROSS_ATTENTION_NAMES.isdisjoint(name.split("."))
         and registry_of(module) is not None
     }
 

@@ -31,9 +31,9 @@ class HeadEntropy:
     nonfinite_rows: Tensor
     """(L, H) int64: rows that came out NaN or infinite."""
     sum_ceiling_nats: Tensor
-    """(L,) float64: sum of ln(visible keys) over rows that see a key, mean over heads."""
+    """(L,) float64: sum of ln(visible keys) over the counted rows of all heads."""
     ceiling_rows: Tensor
-    """(L,) int64: rows that see a key."""
+    """(L,) int64: these rows, of all heads."""
     sum_distance: Tensor | None = None
     """(L, H) float64 tokens, with EntropyProbe(patterns=True)."""
     sum_first_mass: Tensor | None = None
@@ -44,7 +44,8 @@ class HeadEntropy:
         return self._mean(self.sum_nats)
 
     def ceiling_nats(self) -> Tensor:
-        """(L,) float64: mean of ln(visible keys), the entropy of uniform attention on the same rows."""
+        """(L,) float64: mean of ln(visible keys), the entropy of uniform attention on the same rows, all heads of the
+        layer together: where single heads have non-finite rows, it lies between theirs and the others'."""
         return self.sum_ceiling_nats / self.ceiling_rows
 
     def mean_distance(self) -> Tensor:
@@ -68,8 +69,17 @@ class HeadEntropy:
         return HeadEntropy(self.layers, self.heads, **{name: value + others[name] for name, value in names.items()})
 
     def tensors(self) -> list[Tensor]:
-        """Every sum and count. Ranks merge by `for tensor in s.tensors(): torch.distributed.all_reduce(tensor)`."""
+        """Every sum and count, the tensors themselves."""
         return list(self._tensors().values())
+
+    def all_reduce(self, device: torch.device | str = "cpu") -> None:
+        """Add up over the processes of torch.distributed, in place. `device` is where their backend adds: under NCCL
+        the process's own GPU. Without processes nothing happens."""
+        if torch.distributed.is_initialized():
+            for tensor in self.tensors():
+                moved = tensor.to(device)
+                torch.distributed.all_reduce(moved)
+                tensor.copy_(moved)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, for JSON."""

@@ -50,7 +50,9 @@ HASHED = _types("""
 """)
 """Attention over hashed buckets: a row's keys are not a matrix that the model can return."""
 
-CROSS_ATTENTION_NAMES = frozenset({"crossattention", "cross_attn", "cross_attention", "encoder_attn"})
+CROSS_ATTENTION_NAMES = frozenset(
+    {"crossattention", "cross_attn", "cross_attention", "encoder_attn", "EncDecAttention"}
+)
 """Submodule names of attention over another sequence; a causal LM's heads are its self-attention."""
 
 

@@ -75,6 +75,7 @@ def _measuring(name: str, original: Callable[..., Any] | None) -> Callable[..., 
             torch.ops.normfree.record_entropy(
                 _ticket, query.detach(), key_seen, None if mask is None else mask.detach(), sinks,
                 scores["scale"], scores["causal"], scores["window"], scores["softcap"], slot,
+                asked.get("sliding_window") is not None,
             )  # fmt: skip
         attend = original if original is not None else eager_function(type(module))
         return attend(module, query, key, value, attention_mask, *args, **asked)
@@ -94,10 +95,16 @@ def _record(
     window: int | None,
     softcap: float | None,
     slot: int,
+    slides: bool,
 ) -> None:
     if slot not in RECORDERS or is_recomputation():
         return
     recorder, layer, patterns = RECORDERS[slot]
+    if patterns and slides and q.shape[2] < k.shape[2]:
+        raise ValueError(
+            f"layer {layer} has a sliding window, whose cache forgets the first token: the mass on it is unknown here; "
+            "call the model on whole sequences (use_cache=False), or leave out patterns=True"
+        )
     with torch.no_grad():
         measured = attention_entropy(
             q,
@@ -110,9 +117,9 @@ def _record(
             sinks=sinks,
             patterns=patterns,
         )
-        recorder.add(layer, measured)
+        recorder.add(layer, measured, slot=slot)
 
 
 @_record.register_fake
-def _(ticket, q, k, mask, sinks, scale, causal, window, softcap, slot) -> None:
+def _(ticket, q, k, mask, sinks, scale, causal, window, softcap, slot, slides) -> None:
     return None

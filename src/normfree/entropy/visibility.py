@@ -8,7 +8,7 @@ Nothing here ever holds a T x S matrix that the caller did not bring.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -76,9 +76,12 @@ class Visibility:
         return torch.cat([block.visible.sum(-1) for block in self.blocks(rows)], dim=-1)
 
     def first_key(self, rows: int) -> Tensor:
-        """The first key that any row may see (the first real token under left padding), (B or 1, H or 1)."""
+        """The first key that the mask lets any row see (the first real token under left padding), (B or 1, H or 1).
+
+        A window plays no part: the first token stays the first where no row of this call reaches it any more.
+        """
         first = torch.full((1, 1), self.keys, device=self.device)
-        for block in self.blocks(rows):
+        for block in replace(self, window=None).blocks(rows):
             if block.first < block.last:
                 seen = block.visible.any(-2)
                 index = seen.to(torch.int8).argmax(-1) + block.first

@@ -80,7 +80,7 @@ def _losses_and_logit_gradient(logits_nV: Tensor, labels_n1: Tensor) -> tuple[Te
     Overwrites the logits with the gradient: exp is taken once for both.
     """
     counts_n1 = labels_n1 != IGNORED
-    targets_n1 = labels_n1.clamp_min(0)
+    targets_n1 = labels_n1.where(counts_n1, 0)
     shifted_nV = logits_nV.sub_(logits_nV.amax(-1, keepdim=True))
     of_targets_n1 = shifted_nV.gather(1, targets_n1)
     sums_n1 = shifted_nV.exp_().sum(-1, keepdim=True)

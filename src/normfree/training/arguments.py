@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,11 @@ def check_machine(spec: RunSpec, device: torch.device) -> None:
             f"{train.micro_batch_sequences} times the {processes} processes; give "
             f"{advice if rest else f'train.micro_batch_sequences={fitting[-1]}'}"
         )
+    if missing := [name for name in train.trackers if find_spec(name) is None]:
+        raise ValueError(
+            f"train.trackers={list(train.trackers)} needs {', '.join(missing)}, which is not installed: "
+            "pip install -e '.[trackers]', or leave it out"
+        )
     if train.precision == "fp16" and device.type == "cpu":
         raise ValueError("train.precision=fp16 needs a GPU; fp32 and bf16 work on the CPU")
     if train.compile and needs_fp32_units(train.precision, device):
@@ -54,7 +60,7 @@ def training_arguments(spec: RunSpec, *, steps: int, output: Path) -> TrainingAr
         learning_rate=train.peak_learning_rate,
         lr_scheduler_type="polynomial",
         lr_scheduler_kwargs={"power": 1.0, "lr_end": train.final_learning_rate},
-        warmup_steps=round(train.warmup_share * steps),
+        warmup_steps=min(round(train.warmup_share * steps), steps - 1),  # the schedule divides by what is left
         adam_beta1=train.adam_beta1,
         adam_beta2=train.adam_beta2,
         adam_epsilon=train.adam_epsilon,
@@ -87,7 +93,15 @@ def is_done(folder: Path, spec: RunSpec) -> bool:
         run = read_run(folder)
     except DamagedRunError:
         return False
-    recorded = RunSpec.from_dict(run.spec)
+    if run.facts.get("identity") == spec.identity():  # whatever became of the copy of its spec
+        return run.status in ("finished", "diverged")
+    try:
+        recorded = RunSpec.from_dict(run.spec)
+    except ValueError as error:
+        raise ValueError(
+            f"{folder / RUN_FILE} holds a spec that this version cannot read ({error}): it is damaged or of another "
+            "version; move the file away to go on from the checkpoints"
+        ) from None
     if recorded.identity() != spec.identity():
         raise ValueError(
             f"{folder} holds a run with another spec ({_differences(recorded.to_dict(), spec.to_dict())}); "

@@ -190,8 +190,7 @@ def head_entropies(model: nn.Module, blocks_NT: Tensor, *, batch_sequences: int)
         for ids_BT in mine_NT.split(batch_sequences):
             model(input_ids=ids_BT.to(device), use_cache=False, logits_to_keep=1)
     statistics = probe.statistics()
-    for sums in statistics.tensors():
-        _sum_over_processes(sums, device)
+    statistics.all_reduce(device)
     return statistics
 
 

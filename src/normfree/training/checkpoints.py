@@ -29,12 +29,16 @@ logger = logging.getLogger("normfree")
 class CheckpointError(OSError):
     """A checkpoint could not be written; the older ones and the metrics are as they were."""
 
-    def __init__(self, step: int, cause: Exception) -> None:
-        reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+    def __init__(self, step: int, cause: Exception | str) -> None:
+        self.step = step
+        self.reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
         super().__init__(
-            f"the checkpoint of step {step} could not be written ({reason}); older ones are untouched: make room, then "
-            "the same command goes on from the newest"
+            f"the checkpoint of step {step} could not be written ({self.reason}); older ones are untouched: make room, "
+            "then the same command goes on from the newest"
         )
+
+    def __reduce__(self) -> tuple[type[CheckpointError], tuple[int, str]]:
+        return type(self), (self.step, self.reason)
 
 
 def checkpoint_bytes(parameters: int) -> int:

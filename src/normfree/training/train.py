@@ -7,7 +7,7 @@ import shutil
 import signal
 import time
 from contextlib import nullcontext
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,11 +50,16 @@ logger = logging.getLogger("normfree")
 class InterruptedRunError(Exception):
     """A signal ended the run: after a checkpoint at a step boundary, or at once on the second signal."""
 
-    def __init__(self, folder: Path, signal_number: int, *, saved: bool) -> None:
-        how = "was stopped by signal {} and saved" if saved else "was left at once on signal {}"
-        super().__init__(f"{folder} {how.format(signal_number)}; the same command goes on from its newest checkpoint")
+    def __init__(self, folder: Path, signal_number: int, saved: bool) -> None:
+        super().__init__(folder, signal_number, saved)  # all of them, so that it can travel between processes
         self.folder = folder
         self.signal_number = signal_number
+        self.saved = saved
+
+    def __str__(self) -> str:
+        how = "was stopped by signal {} and saved" if self.saved else "was left at once on signal {}"
+        how = how.format(self.signal_number)
+        return f"{self.folder} {how}; the same command goes on from its newest checkpoint"
 
 
 def train(
@@ -78,7 +83,8 @@ def train(
     if is_done(folder, spec):
         return folder
     NormFreeConfig(**spec.model)  # fields that contradict each other show before a corpus is prepared
-    state = PartialState(cpu=not torch.cuda.is_available())
+    # The others wait for the process that prepares the corpus, however long that takes.
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     check_machine(spec, _device())
     torch.set_num_threads(spec.train.threads or max(1, usable_cores() // state.num_processes))
     with state.main_process_first():
