@@ -103,6 +103,19 @@ def test_runs_of_another_recipe_or_corpus_are_seen_before_anything_is_trained(
     assert run_study(str(file), [*words, *more, "study=alike-long"]).is_file()
 
 
+def test_a_damaged_record_does_not_keep_a_study_from_going_on(
+    done: tuple[Path, list[str], Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "alike.yaml"
+    file.write_text("preset: cpu-quick\ngroups:\n  - {variants: [sm]}\n")
+    words = [*done[1], f"runs_dir={tmp_path}"]
+    run_study(str(file), words)
+    record = tmp_path / "alike" / "sm-seed0" / "run.json"
+    record.write_text(record.read_text()[:100])
+    run_study(str(file), words)
+    assert [run.status for run in find_runs([tmp_path / "alike"])] == ["finished"]
+
+
 def test_a_study_of_which_no_run_can_begin_says_why(done: tuple[Path, list[str], Path], tmp_path: Path) -> None:
     words = [*done[1], f"runs_dir={tmp_path}", "train.precision=fp16"]
     with pytest.raises(RuntimeError, match=r"3 of 3 runs failed: .*fp16 needs a GPU.*; there is nothing to report"):

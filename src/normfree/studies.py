@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from normfree.compose import CONF, Composed, compose_run, members
 from normfree.config import RunSpec, nearest
 from normfree.data import prepare
-from normfree.records import RUN_FILE, find_runs, read_run
+from normfree.records import RUN_FILE, DamagedRunError, find_runs, read_run
 from normfree.report import build_report
 from normfree.training import InterruptedRunError, train
 from normfree.training.environment import usable_cores
@@ -142,9 +143,13 @@ def run_study(name: str, overrides: Sequence[str] = (), *, workers: int = 1) -> 
 def _refuse_strangers(folder: Path, wanted: Composed) -> None:
     """Runs that already lie in the study's folder come into its report, so they must be of its recipe and corpus.
 
-    Raises ValueError that names one that is not, before anything is trained.
+    Raises ValueError that names one that is not, before anything is trained. A damaged record is left to `train`,
+    which mends it.
     """
-    present = find_runs([folder]) if list(folder.glob(f"*/{RUN_FILE}")) else []
+    present = []
+    for file in sorted(folder.glob(f"*/{RUN_FILE}")):
+        with suppress(DamagedRunError):
+            present.append(read_run(file.parent))
     corpus = prepare(wanted.spec.data, cache=wanted.cache_dir).fingerprint if present else ""
     for run in present:
         what = "recipe" if RunSpec.from_dict(run.spec).recipe() != wanted.spec.recipe() else "corpus"
