@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,34 @@ def test_a_run_that_cannot_begin_is_named_at_the_end_and_the_others_are_trained(
     assert {run.name: run.status for run in find_runs([tmp_path / "half"])} == {"sm-seed0": "finished"}
     assert (tmp_path / "half" / "report" / "index.html").exists()
     assert "Traceback" not in caplog.text
+
+
+def test_a_run_that_a_worker_saw_fail_is_not_tried_again_now_but_the_next_time(
+    done: tuple[Path, list[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "one.yaml"
+    file.write_text("preset: cpu-quick\ngroups:\n  - {variants: [sm]}\n")
+    words = [*done[1], f"runs_dir={tmp_path}"]
+    tried: list[str] = []
+
+    def fail(*rest: object, **named: object) -> None:
+        tried.append("once")
+        raise RuntimeError("no more air")
+
+    def work(command: list[str], *, count: int, environment: dict[str, str]) -> list[int]:
+        with pytest.raises(RuntimeError, match="no more air"):
+            run_study(str(file), words)
+        return [1] * count
+
+    monkeypatch.setattr("normfree.training.callbacks.validation", fail)
+    monkeypatch.setattr("normfree.studies.usable_cores", lambda: 2)
+    monkeypatch.setattr("normfree.studies.run_side_by_side", work)
+    with pytest.raises(RuntimeError, match=r"1 of 1 runs failed: sm-seed0 \(RuntimeError: no more air\)"):
+        run_study(str(file), words, workers=2)
+    assert tried == ["once"]
+    monkeypatch.undo()
+    time.sleep(1.1)  # sessions are told by the second
+    assert run_study(str(file), words).is_file()
 
 
 @pytest.mark.slow

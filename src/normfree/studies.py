@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,7 @@ def run_study(name: str, overrides: Sequence[str] = (), *, workers: int = 1) -> 
     """
     if not 1 <= workers <= usable_cores():
         raise ValueError(f"workers={workers}: this machine has {usable_cores()} cores, so give 1 to {usable_cores()}")
+    began = datetime.now(UTC).replace(microsecond=0)
     study = load_study(name)
     runs = [compose_run([*of_run, *overrides]) for of_run in study.overrides()]
     _refuse_twins(runs)
@@ -118,6 +120,10 @@ def run_study(name: str, overrides: Sequence[str] = (), *, workers: int = 1) -> 
     failed = []
     for number, run in enumerate(runs, start=1):
         logger.info("run %d of %d: %s", number, len(runs), run.spec.name)
+        if error := _failure_since(began, study_folder / run.spec.name):
+            logger.info("%s failed in another process; not tried again", run.spec.name)
+            failed.append(f"{run.spec.name} ({error})")
+            continue
         try:
             folder = train(run.spec, runs_dir=run.runs_dir, cache=run.cache_dir, note=study.note)
             logger.info("%s", summary(folder))
@@ -158,6 +164,17 @@ def _refuse_strangers(folder: Path, wanted: Composed) -> None:
                 f"{run.folder} is of another {what}, and one report cannot hold both: give study=NAME for a folder of "
                 "its own, or move that run away"
             )
+
+
+def _failure_since(began: datetime, folder: Path) -> str | None:
+    """The error of a run that a process of this study tried and that failed; None for any other."""
+    try:
+        facts = read_run(folder).facts
+    except ValueError:  # not begun, or damaged
+        return None
+    if facts["status"] != "failed" or not facts.get("sessions"):
+        return None
+    return facts["error"] if datetime.fromisoformat(facts["sessions"][-1]["began"]) >= began else None
 
 
 def _share_among(workers: int, name: str, runs: Sequence[Composed], overrides: Sequence[str]) -> None:
