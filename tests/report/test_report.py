@@ -159,6 +159,19 @@ def test_the_summary_has_no_mean_of_the_survivors(tmp_path: Path) -> None:
     assert "One seed of SM+R: there is no error bar, and a small difference may be chance." in found
 
 
+def test_many_variants_with_one_seed_are_counted(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, "SM", tag=f"t{number}", model={"norm": "none"}) for number in range(5)]
+    runs += [write_run(tmp_path, "SM+G", seed=seed) for seed in (0, 1)]
+    found = sentences(group_runs(runs))
+    assert any(text.startswith("One seed of 5 of the 6 variants: there is no error bar") for text in found)
+
+
+def test_a_table_without_a_row_is_not_on_the_page(tmp_path: Path) -> None:
+    page = build_report([write_run(tmp_path / "runs", "SM+G")], tmp_path / "out").read_text()
+    assert "The paper's claims at this scale" not in page.replace("&#39;", "'")
+    assert "Validation perplexity after training" in page
+
+
 def test_heads_that_are_not_finite_leave_overload_undecided(tmp_path: Path) -> None:
     found = sentences(group_runs([write_run(tmp_path, "SM+R", broken_probe=True)]))
     assert "Entropic overload of the early layers at the end: SM+R undecided (1 of 1)." in found

@@ -46,7 +46,7 @@ def main_page(
         sentences=sentences(groups),
         study_notes=[note for note in _distinct(runs, lambda run: run.facts.get("study_note") or "") if note],
         facts=_facts(runs),
-        tables={name: Markup(to_html(table)) for name, table in tables.items()},
+        tables={name: Markup(to_html(table) if table.rows else "") for name, table in tables.items()},
         figures={figure.name: figure_values(figure) for figure in figures},
         with_slopes=with_slopes,
     )

@@ -11,6 +11,8 @@ from normfree.records import Run
 from normfree.tables.results import comparable_pairs, perplexity_difference
 
 _SETTING = {"SM+R": "Without LayerNorm", "SM+LN+R": "With LayerNorm"}
+_NAMED = 4
+"""Variants with one seed that are named; more are counted."""
 _AGAINST = {"SM+R": "SM+G", "SM+LN+R": "SM+LN+G"}
 
 
@@ -111,7 +113,10 @@ def _one_seed(groups: Sequence[Group]) -> str:
     single = [group.name for group in with_runs if len(group.runs) == 1]
     if not single:
         return ""
-    whose = "One seed a variant" if len(single) == len(with_runs) else f"One seed of {', '.join(single)}"
+    whose = "One seed a variant"
+    if len(single) < len(with_runs):
+        named = ", ".join(single) if len(single) <= _NAMED else f"{len(single)} of the {len(with_runs)} variants"
+        whose = f"One seed of {named}"
     return f"{whose}: there is no error bar, and a small difference may be chance."
 
 
