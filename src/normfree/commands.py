@@ -151,6 +151,8 @@ def entropy(name: str, options: EntropyOptions) -> None:
 
     prepare_process()
     text = read_text(options.text)
+    if options.output.is_file():
+        raise ValueError(f"output={options.output} is a file; name a folder")
     options.output.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     model, tokenizer = load_pretrained(
         name,
