@@ -78,7 +78,7 @@ def test_help_of_a_run_has_every_field_of_the_model_with_its_names_and_loads_no_
         (["evaluate", "runs/nothing", "strid=3"], "unknown key 'strid' for normfree evaluate; did you mean stride"),
         (["evaluate", "m", "text=nowhere.txt"], "text=nowhere.txt does not exist"),
         (["evaluate", "m", "dtype=fp8", "text=README.md"], "dtype=fp8"),
-        (["entropy", "m", "text=README.md", "output=README.md"], "output=README.md is a file; name a folder"),
+        (["entropy", "m", "text=README.md", "output=README.md"], "README.md is a file; name a folder"),
         (["report", "nowhere"], "nowhere does not exist"),
         (["cost", "gpt2-t128", "protocol=cheeta"], "did you mean cheetah"),
         (["cost", "gpt2-t128", "variant=sm-x"], "did you mean sm"),

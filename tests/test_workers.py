@@ -75,6 +75,7 @@ def test_when_one_cannot_start_the_others_are_stopped(tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_reaches_every_process_once_and_all_are_waited_for(tmp_path: Path, number: int) -> None:
+    under_nohup = signal.signal(number, signal.SIG_DFL)  # a test run may itself ignore SIGHUP
     before = signal.getsignal(number)
 
     def stop_when_ready() -> None:
@@ -83,8 +84,11 @@ def test_a_signal_reaches_every_process_once_and_all_are_waited_for(tmp_path: Pa
         os.kill(os.getpid(), number)
 
     threading.Thread(target=stop_when_ready).start()
-    with pytest.raises(StoppedError) as stopped:
-        run_side_by_side([sys.executable, "-c", COUNTS_SIGNALS, str(tmp_path)], count=2, environment={})
-    assert stopped.value.signal_number == number
-    assert [path.read_text() for path in tmp_path.glob("*.signals")] == ["1", "1"]
-    assert signal.getsignal(number) is before
+    try:
+        with pytest.raises(StoppedError) as stopped:
+            run_side_by_side([sys.executable, "-c", COUNTS_SIGNALS, str(tmp_path)], count=2, environment={})
+        assert stopped.value.signal_number == number
+        assert [path.read_text() for path in tmp_path.glob("*.signals")] == ["1", "1"]
+        assert signal.getsignal(number) is before
+    finally:
+        signal.signal(number, under_nohup)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,9 +152,7 @@ def entropy(name: str, options: EntropyOptions) -> None:
 
     prepare_process()
     text = read_text(options.text)
-    if options.output.is_file():
-        raise ValueError(f"output={options.output} is a file; name a folder")
-    options.output.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+    _check_writable(options.output)  # before the work, not after it
     model, tokenizer = load_pretrained(
         name,
         dtype=options.dtype,
@@ -205,6 +204,15 @@ def report(places: Sequence[str], options: ReportOptions) -> None:
     from normfree.report import build_report
 
     print(f"The page: {build_report(find_runs(places), options.output, mix=options.mix)}")
+
+
+def _check_writable(output: Path) -> None:
+    """Raises ValueError for a folder that could not be made, or not be written in."""
+    existing = next(place for place in (output.absolute(), *output.absolute().parents) if place.exists())
+    if not existing.is_dir():
+        raise ValueError(f"output={output}: {existing} is a file; name a folder")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"output={output}: {existing} may not be written in; name another folder")
 
 
 def read_text(path: Path | None) -> str:
