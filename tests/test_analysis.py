@@ -218,6 +218,16 @@ def test_a_tag_says_the_recipe_and_another_length_is_why_the_corpus_is_another(t
     assert names == ["SM+LN+G [context=64]", "SM+G [context=32]", "SM+R (fast)"]
 
 
+def test_two_corpora_of_one_setting_are_told_apart_beside_a_third_length(tmp_path: Path) -> None:
+    """Names are keys: two groups of one name would be drawn and counted as one."""
+    facts = {name: {"corpus": {"fingerprint": name * 8, "unigram_perplexity": 9.0, "vocab_size": 9}} for name in "ab"}
+    runs = [write_run(tmp_path / name, "SM+G", facts=facts[name]) for name in "ab"]
+    runs += [write_run(tmp_path / "long", "SM+G", data={"context": 64})]
+    names = [group.name for group in analysis.group_runs(runs, mix=True)]
+    assert len(set(names)) == 3
+    assert "SM+G [corpus=aaaaaaaa, context=32]" in names
+
+
 def test_mixed_recipes_of_one_variant_stay_apart_and_say_what_differs(tmp_path: Path) -> None:
     runs = [
         write_run(tmp_path, "SM+G", train={"peak_learning_rate": 1e-3}),

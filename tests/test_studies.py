@@ -86,34 +86,36 @@ def test_the_studies_that_come_along_name_existing_variants(name: str) -> None:
     assert len(list(study.overrides())) == sum(len(group.variants) * len(group.seeds) for group in study.groups)
 
 
+def one_run(folder: Path, overrides: list[str]) -> tuple[str, list[str]]:
+    """(study file, overrides) of a study of one run, in `folder`."""
+    (folder / "alike.yaml").write_text("preset: cpu-quick\ngroups:\n  - {variants: [sm]}\n")
+    return str(folder / "alike.yaml"), [*overrides, f"runs_dir={folder}"]
+
+
 def test_runs_of_another_recipe_or_corpus_are_seen_before_anything_is_trained(
     done: tuple[Path, list[str], Path], tmp_path: Path
 ) -> None:
-    file = tmp_path / "alike.yaml"
-    file.write_text("preset: cpu-quick\ngroups:\n  - {variants: [sm]}\n")
-    words = [*done[1], f"runs_dir={tmp_path}"]
-    run_study(str(file), words)
+    file, words = one_run(tmp_path, done[1])
+    run_study(file, words)
     more = ["tag=long", "train.steps=7"]
     with pytest.raises(ValueError, match=r"sm-seed0 is of another recipe.*give study=NAME"):
-        run_study(str(file), [*words, *more])
+        run_study(file, [*words, *more])
     record = tmp_path / "alike" / "sm-seed0" / "run.json"
     record.write_text(re.sub(r'("fingerprint": )"[0-9a-f]+"', r'\1"another"', record.read_text(), count=1))
     with pytest.raises(ValueError, match="sm-seed0 is of another corpus"):
-        run_study(str(file), words)
+        run_study(file, words)
     assert [run.name for run in find_runs([tmp_path / "alike"])] == ["sm-seed0"]
-    assert run_study(str(file), [*words, *more, "study=alike-long"]).is_file()
+    assert run_study(file, [*words, *more, "study=alike-long"]).is_file()
 
 
 def test_a_damaged_record_does_not_keep_a_study_from_going_on(
     done: tuple[Path, list[str], Path], tmp_path: Path
 ) -> None:
-    file = tmp_path / "alike.yaml"
-    file.write_text("preset: cpu-quick\ngroups:\n  - {variants: [sm]}\n")
-    words = [*done[1], f"runs_dir={tmp_path}"]
-    run_study(str(file), words)
+    file, words = one_run(tmp_path, done[1])
+    run_study(file, words)
     record = tmp_path / "alike" / "sm-seed0" / "run.json"
     record.write_text(record.read_text()[:100])
-    run_study(str(file), words)
+    run_study(file, words)
     assert [run.status for run in find_runs([tmp_path / "alike"])] == ["finished"]
 
 
@@ -153,9 +155,7 @@ def test_a_run_that_cannot_begin_is_named_at_the_end_and_the_others_are_trained(
 def test_a_run_that_a_worker_saw_fail_is_not_tried_again_now_but_the_next_time(
     done: tuple[Path, list[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = tmp_path / "one.yaml"
-    file.write_text("preset: cpu-quick\ngroups:\n  - {variants: [sm]}\n")
-    words = [*done[1], f"runs_dir={tmp_path}"]
+    file, words = one_run(tmp_path, done[1])
     tried: list[str] = []
 
     def fail(*rest: object, **named: object) -> None:
@@ -164,18 +164,18 @@ def test_a_run_that_a_worker_saw_fail_is_not_tried_again_now_but_the_next_time(
 
     def work(command: list[str], *, count: int, environment: dict[str, str]) -> list[int]:
         with pytest.raises(RuntimeError, match="no more air"):
-            run_study(str(file), words)
+            run_study(file, words)
         return [1] * count
 
     monkeypatch.setattr("normfree.training.callbacks.validation", fail)
     monkeypatch.setattr("normfree.studies.usable_cores", lambda: 2)
     monkeypatch.setattr("normfree.studies.run_side_by_side", work)
     with pytest.raises(RuntimeError, match=r"1 of 1 runs failed: sm-seed0 \(RuntimeError: no more air\)"):
-        run_study(str(file), words, workers=2)
+        run_study(file, words, workers=2)
     assert tried == ["once"]
     monkeypatch.undo()
     time.sleep(1.1)  # sessions are told by the second
-    assert run_study(str(file), words).is_file()
+    assert run_study(file, words).is_file()
 
 
 @pytest.mark.slow

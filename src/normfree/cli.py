@@ -204,7 +204,7 @@ def _key_help(verb: Verb) -> list[str]:
     from normfree.compose import GROUPS, describe_model_keys, members
 
     if verb.corpus_only:
-        lines = [f"  preset={'':<31} whose corpus: {', '.join(members('preset'))}"]
+        lines = [_key_line("preset", None, f"whose corpus: {', '.join(members('preset'))}")]
         lines += [_key_line("cache_dir", None, "where corpora are kept")]
         return lines + [_key_line(*about) for about in describe_keys() if _decides_a_corpus(about[0])]
     lines = [f"  {group + '=':<12}{', '.join(members(group))}" for group in GROUPS]

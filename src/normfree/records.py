@@ -96,6 +96,11 @@ class Run:
         return self.facts["status"]
 
     @property
+    def corpus(self) -> str:
+        """Fingerprint of the text it was trained on."""
+        return self.facts["corpus"]["fingerprint"]
+
+    @property
     def perplexity(self) -> float:
         """Final validation perplexity; NaN for a run that did not finish with a finite loss."""
         final = self.facts.get("final")
@@ -189,7 +194,7 @@ def load_runs(*places: Path | str) -> pd.DataFrame:
             "wall_seconds": run.facts.get("wall_seconds", math.nan),
             "precision": run.spec["train"]["precision"],
             "recipe": recipe_of(run.spec),
-            "corpus": run.facts["corpus"]["fingerprint"],
+            "corpus": run.corpus,
         }
         for run in find_runs(places)
     ]

@@ -159,7 +159,7 @@ def _refuse_strangers(folder: Path, wanted: Composed) -> None:
     corpus = prepare(wanted.spec.data, cache=wanted.cache_dir).fingerprint if present else ""
     for run in present:
         what = "recipe" if RunSpec.from_dict(run.spec).recipe() != wanted.spec.recipe() else "corpus"
-        if what == "recipe" or run.facts["corpus"]["fingerprint"] != corpus:
+        if what == "recipe" or run.corpus != corpus:
             raise ValueError(
                 f"{run.folder} is of another {what}, and one report cannot hold both: give study=NAME for a folder of "
                 "its own, or move that run away"

@@ -90,7 +90,7 @@ def _model(run: Run) -> Finding:
             return Finding("model", "damaged", "the run is finished, but its model folder is missing")
         return Finding("model", "absent", "only a finished run saves one")
     problems = damages(folder)
-    if not problems and read_manifest(folder).get("corpus") != run.facts["corpus"]["fingerprint"]:
+    if not problems and read_manifest(folder).get("corpus") != run.corpus:
         problems = [f"its {MANIFEST_NAME} names another corpus than {RUN_FILE}"]
     return _finding("model", problems, "every file matches its sha256")
 

@@ -111,17 +111,22 @@ def test_a_signal_after_the_last_step_leaves_at_once_and_only_the_end_is_repeate
     assert read_run(folder).facts["resumed"] == 1
 
 
-def test_a_signal_in_the_last_step_is_heard(
-    tmp_path: Path, cache: Path, tiny_spec: Build, expected: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def terminate_in_step(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send SIGTERM within the training step after `step`."""
     original = NormFreeTrainer.training_step
 
     def interrupted(trainer: NormFreeTrainer, *rest: Any, **named: Any) -> Any:
-        if trainer.state.global_step == 5:
+        if trainer.state.global_step == step:
             send(signal.SIGTERM)
         return original(trainer, *rest, **named)
 
     monkeypatch.setattr(NormFreeTrainer, "training_step", interrupted)
+
+
+def test_a_signal_in_the_last_step_is_heard(
+    tmp_path: Path, cache: Path, tiny_spec: Build, expected: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminate_in_step(5, monkeypatch)
     with pytest.raises(InterruptedRunError, match="and saved") as stopped:
         train(tiny_spec(), runs_dir=tmp_path / "broken", cache=cache, progress=False)
     monkeypatch.undo()
@@ -131,15 +136,8 @@ def test_a_signal_in_the_last_step_is_heard(
 def test_a_signal_ends_a_sweep_and_starts_no_other_job(
     tmp_path: Path, cache: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = NormFreeTrainer.training_step
-
-    def interrupted(trainer: NormFreeTrainer, *rest: Any, **named: Any) -> Any:
-        if trainer.state.global_step == 3:
-            send(signal.SIGTERM)
-        return original(trainer, *rest, **named)
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(NormFreeTrainer, "training_step", interrupted)
+    terminate_in_step(3, monkeypatch)
     with pytest.raises(InterruptedRunError, match="and saved"):
         sweep([*tiny, "variant=sm-r", "seed=0,1,2", f"cache_dir={cache}"])
     assert [path.parent.name for path in tmp_path.glob("runs/single/*/run.json")] == ["sm-r-seed0"]

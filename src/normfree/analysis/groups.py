@@ -92,7 +92,7 @@ def _group(name: str, found: list[Run]) -> Group:
     return Group(
         name=name,
         label=found[0].spec["label"],
-        recipe=f"{recipe_of(found[0].spec)}-{_corpus(found[0])}",
+        recipe=f"{recipe_of(found[0].spec)}-{found[0].corpus}",
         runs=kept,
         unfinished=tuple(run for run in found if not is_over(run)),
         repeated=tuple(run for run in over if run not in kept),
@@ -131,18 +131,20 @@ def _differing(runs: Iterable[Run], *, variants_too: bool = False) -> dict[str, 
         values = sorted({flat.get(key, "unset") for flat in flats})
         if len(values) > 1 and (variants_too or key not in _VARIANT_KEYS):
             found[key] = values
-    if any(key.startswith("data.") for key in found):  # these say why the corpus is another
-        found.pop("corpus", None)
+    if "corpus" in found and _data_says_the_corpus(flats):
+        del found["corpus"]
     return found
 
 
-def _corpus(run: Run) -> str:
-    return run.facts["corpus"]["fingerprint"][:12]
+def _data_says_the_corpus(flats: Sequence[dict[str, str]]) -> bool:
+    """Whether runs with the same settings of data met the same corpus, so that the settings tell corpora apart."""
+    settings = [tuple(sorted(item for item in flat.items() if item[0].startswith("data."))) for flat in flats]
+    return len(set(settings)) == len({(of_data, flat["corpus"]) for of_data, flat in zip(settings, flats, strict=True)})
 
 
 def _flat(run: Run) -> dict[str, str]:
     """The spec as `train.precision -> bf16`, without what names, places or watches a run, and the corpus it met."""
-    flat = {"corpus": _corpus(run)}
+    flat = {"corpus": run.corpus[:12]}
 
     def visit(prefix: str, value: Any) -> None:
         if isinstance(value, dict):

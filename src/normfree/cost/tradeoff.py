@@ -59,8 +59,8 @@ def trade_off(groups: Iterable[Group], *, protocol: str = "cheetah") -> TradeOff
         except NoPriceError:
             unpriced.append(group.name)
     points = []
-    for corpus in dict.fromkeys(_corpus(group) for group, _ in priced):
-        rivals = [(group, cost) for group, cost in priced if _corpus(group) == corpus]
+    for corpus in dict.fromkeys(group.runs[0].corpus for group, _ in priced):
+        rivals = [(group, cost) for group, cost in priced if group.runs[0].corpus == corpus]
         means = [summarise(list(group.perplexities.values())).mean for group, _ in rivals]
         front = pareto_front([(mean, cost.bytes) for mean, (_, cost) in zip(means, rivals, strict=True)])
         points += [
@@ -68,10 +68,6 @@ def trade_off(groups: Iterable[Group], *, protocol: str = "cheetah") -> TradeOff
             for (group, cost), mean, best in zip(rivals, means, front, strict=True)
         ]
     return TradeOff(tuple(sorted(points, key=lambda point: (point.bytes, point.name))), tuple(unpriced))
-
-
-def _corpus(group: Group) -> str:
-    return group.runs[0].facts["corpus"]["fingerprint"]
 
 
 def trade_off_table(found: TradeOff, *, protocol: str = "cheetah") -> Table:

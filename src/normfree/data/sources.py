@@ -69,6 +69,11 @@ def limited(documents: Iterable[Document], *, most_documents: int | None, most_b
         yield document
 
 
+def _hashes_of_validation(source: Source) -> frozenset[bytes]:
+    """What no training document may be."""
+    return frozenset(normalised_hash(document.text) for document in source.documents("validation", Counter()))
+
+
 class FilesSource:
     """Local .py and .txt files (a file is a document), .jsonl and .parquet files (a row is a document).
 
@@ -100,9 +105,7 @@ class FilesSource:
     def versions(self) -> dict[str, Any]:
         return {split: fingerprint([sha256 for _, sha256 in files]) for split, files in self._files.items()}
 
-    @cached_property
-    def _validation_hashes(self) -> frozenset[bytes]:
-        return frozenset(normalised_hash(document.text) for document in self.documents("validation", Counter()))
+    _validation_hashes = cached_property(_hashes_of_validation)
 
     def documents(self, split: Split, dropped: Counter[str]) -> Iterator[Document]:
         seen = set(self._validation_hashes) if split == "train" else set()
@@ -236,9 +239,7 @@ class HubSource:
             else:
                 yield Document(text=text, group=name)
 
-    @cached_property
-    def _validation_hashes(self) -> frozenset[bytes]:
-        return frozenset(normalised_hash(document.text) for document in self.documents("validation", Counter()))
+    _validation_hashes = cached_property(_hashes_of_validation)
 
     def _load(self, split: Split) -> datasets.Dataset:
         name, part = self._places[split]

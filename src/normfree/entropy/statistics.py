@@ -75,11 +75,8 @@ class HeadEntropy:
     def all_reduce(self, device: torch.device | str = "cpu") -> None:
         """Add up over the processes of torch.distributed, in place. `device` is where their backend adds: under NCCL
         the process's own GPU. Without processes nothing happens."""
-        if torch.distributed.is_initialized():
-            for tensor in self.tensors():
-                moved = tensor.to(device)
-                torch.distributed.all_reduce(moved)
-                tensor.copy_(moved)
+        for tensor in self.tensors():
+            sum_over_processes(tensor, device)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, for JSON."""
@@ -111,3 +108,14 @@ class HeadEntropy:
         if value is None:
             raise ValueError("not measured; ask for it with EntropyProbe(model, patterns=True)")
         return value
+
+
+def sum_over_processes(sums: Tensor, device: torch.device | str) -> None:
+    """Add up over the processes of torch.distributed, in place; without processes nothing happens.
+
+    NCCL moves tensors of its own device only, so they travel on `device`.
+    """
+    if torch.distributed.is_initialized():
+        moved = sums.to(device)
+        torch.distributed.all_reduce(moved)
+        sums.copy_(moved)

@@ -155,7 +155,7 @@ def _against(group: Group, base: Group | None) -> str:
 
 
 def _floor_rows(groups: Sequence[Group]) -> list[tuple[str, ...]]:
-    corpora = {run.facts["corpus"]["fingerprint"]: run.facts["corpus"] for g in groups for run in g.runs}
+    corpora = {run.corpus: run.facts["corpus"] for g in groups for run in g.runs}
     rows = []
     for fingerprint, corpus in sorted(corpora.items()):
         name = "Unigram" if len(corpora) == 1 else f"Unigram (corpus {fingerprint[:12]})"
@@ -178,10 +178,9 @@ def _notes(groups: Sequence[Group]) -> tuple[str, ...]:
     for group in groups:
         for run in group.runs:
             expected = run.spec["data"].get("expected_fingerprint")
-            found = run.facts["corpus"]["fingerprint"]
-            if expected and expected != found:
+            if expected and expected != run.corpus:
                 mismatches.add(
-                    f"Corpus {found[:12]} is not the one behind the committed results ({expected[:12]}): "
+                    f"Corpus {run.corpus[:12]} is not the one behind the committed results ({expected[:12]}): "
                     "compare changes with them, not perplexities."
                 )
     notes += sorted(mismatches)

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from normfree.entropy import EntropyProbe, HeadEntropy
+from normfree.entropy.statistics import sum_over_processes
 from normfree.evaluate import Evaluation, evaluate_blocks, in_evaluation_mode
 from normfree.model.modeling import NormFreePreTrainedModel
 from normfree.signals import stopping_signals
@@ -210,7 +211,7 @@ def validation(model: nn.Module, blocks_NT: Tensor, *, predicted_bytes: int, bat
     mine_NT = _share_of_this_process(blocks_NT)
     mine = evaluate_blocks(model, mine_NT, batch_sequences=batch_sequences)
     sums = torch.tensor([mine.nats, mine.tokens], dtype=torch.float64)
-    _sum_over_processes(sums, next(model.parameters()).device)
+    sum_over_processes(sums, next(model.parameters()).device)
     return Evaluation(sums[0].item(), int(sums[1].item()), predicted_bytes)
 
 
@@ -219,14 +220,6 @@ def validation_measurements(model: nn.Module, blocks_NT: Tensor, *, batch_sequen
     result = validation(model, blocks_NT, predicted_bytes=0, batch_sequences=batch_sequences)
     yield "loss", result.loss_nats
     yield "perplexity", result.perplexity
-
-
-def _sum_over_processes(sums: Tensor, device: torch.device) -> None:
-    """Add up in place; NCCL moves tensors of its device only, so the sums travel on the model's."""
-    if torch.distributed.is_initialized():
-        moved = sums.to(device)
-        torch.distributed.all_reduce(moved)
-        sums.copy_(moved)
 
 
 def _highest_of_all_processes(signal_number: int | None, device: torch.device) -> int | None:
