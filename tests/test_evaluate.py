@@ -25,18 +25,30 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner)
 
 
-def by_hand(model: GPT2LMHeadModel, ids: list[int], context: int, stride: int) -> list[float]:
+@pytest.fixture
+def bos_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """As Llama's: it begins a text with its BOS token. Here that is the byte 0."""
+    tokenizer.bos_token = "\u0100"  # how byte-level BPE writes the byte 0
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(f"{bos[0]} $A", special_tokens=[bos])
+    return tokenizer
+
+
+def by_hand(
+    model: GPT2LMHeadModel, ids: list[int], context: int, stride: int, leading: tuple[int, ...] = ()
+) -> list[float]:
     """Nats of each predicted token, one forward pass a token, as slowly as possible."""
     model.eval()
     nats = []
-    for position in range(1, len(ids)):
+    for position in range(len(ids)):
         start = 0
-        while position >= start + context:
+        while position >= start + context - len(leading):
             start += stride
-        if position == start:
+        seen = [*leading, *ids[start:position]]
+        if not seen:
             continue
         with torch.no_grad():
-            logits = model(torch.tensor([ids[start:position]])).logits[0, -1].double()
+            logits = model(torch.tensor([seen])).logits[0, -1].double()
         nats.append(-torch.log_softmax(logits, -1)[ids[position]].item())
     return nats
 
@@ -51,6 +63,31 @@ def test_each_token_is_predicted_once_from_its_window(
     assert result.tokens == len(expected)
     assert result.nats == pytest.approx(sum(expected), rel=1e-5)
     assert result.perplexity == pytest.approx(math.exp(sum(expected) / len(expected)), rel=1e-5)
+
+
+@pytest.mark.parametrize(("context", "stride"), [(16, 15), (16, 5), (8, 1), (2, 1)])
+def test_after_a_bos_token_every_token_and_every_byte_is_predicted(
+    model: GPT2LMHeadModel, bos_tokenizer: PreTrainedTokenizerFast, context: int, stride: int
+) -> None:
+    text = "def f(x):\n    return x + 1  # a comment, rather long"
+    bos, *ids = bos_tokenizer(text)["input_ids"]
+    assert bos == bos_tokenizer.bos_token_id
+    expected = by_hand(model, ids, context, stride, (bos,))
+    result = perplexity(model, bos_tokenizer, text, context=context, stride=stride)
+    assert (result.tokens, result.bytes) == (len(expected), len(text)) == (len(ids), len(text))
+    assert result.nats == pytest.approx(sum(expected), rel=1e-5)
+
+
+def test_bos_is_as_the_tokenizer_has_it_unless_said_otherwise(
+    model: GPT2LMHeadModel, bos_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    text = "for word in words"
+    with_bos, plain = (perplexity(model, bos_tokenizer, text, bos=wanted).nats for wanted in (True, False))
+    assert with_bos != plain
+    assert perplexity(model, bos_tokenizer, text).nats == with_bos
+    bos_tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()  # as GPT-2's: it has a BOS, and adds none
+    assert perplexity(model, bos_tokenizer, text).nats == plain
+    assert perplexity(model, bos_tokenizer, text, bos=True).nats == with_bos
 
 
 def test_bits_per_byte_counts_the_bytes_of_predicted_tokens_only(
@@ -113,6 +150,8 @@ def test_what_cannot_be_evaluated_is_refused(model: GPT2LMHeadModel, tokenizer: 
         perplexity(model, tokenizer, "abc", context=17)
     with pytest.raises(ValueError, match="stride=9"):
         perplexity(model, tokenizer, "abc", context=8, stride=9)
+    with pytest.raises(ValueError, match="no BOS token"):
+        perplexity(model, tokenizer, "abc", bos=True)
     model.resize_token_embeddings(20)
     with pytest.raises(ValueError, match="vocabulary has 20"):
         perplexity(model, tokenizer, "zzz")

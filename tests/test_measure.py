@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -80,6 +81,18 @@ def test_windows_are_spread_over_the_text_and_fit_the_model(
     assert token_windows(model, tokenizer, "short", context=64, sequences=9).shape == (1, 5)
 
 
+def test_a_window_begins_with_the_bos_token_that_is_asked_for(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    ids = tokenizer(TEXT)["input_ids"]
+    with_bos = copy.deepcopy(tokenizer)
+    with_bos.bos_token = "a"
+    windows_NT = token_windows(model, with_bos, TEXT, context=16, sequences=2, bos=True)
+    assert windows_NT.shape == (2, 16)
+    assert windows_NT[:, 0].tolist() == [with_bos.bos_token_id] * 2
+    assert windows_NT[0, 1:].tolist() == ids[:15]
+
+
 @pytest.mark.parametrize(
     ("text", "context", "sequences", "message"),
     [
@@ -123,6 +136,23 @@ def test_the_command_writes_a_page_and_numbers_that_agree(
     assert "://" not in page
     for name in ("figures/heatmap.png", "figures/heatmap.pdf", "tables/layers.csv", "tables/ranges.md"):
         assert (tmp_path / "heads" / name).stat().st_size > 0
+
+
+def test_the_page_says_that_windows_begin_with_a_bos_token(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, words = tmp_path / "heads" / "index.html", [str(saved), f"text={tmp_path / 'text.py'}", "context=32"]
+    written = f"output={page.parent}"
+    assert main(["entropy", *words, written]) == 0, capsys.readouterr().err
+    assert "BOS" not in page.read_text()
+    assert main(["entropy", *words, written, "bos=true"]) == 1
+    assert "the tokenizer has no BOS token" in capsys.readouterr().err
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(saved, bos_token="a")
+    tokenizer.save_pretrained(saved)
+    assert main(["entropy", *words, written, "bos=true"]) == 0, capsys.readouterr().err
+    assert "each with the BOS token first" in page.read_text()
+    assert main(["evaluate", *words, "bos=true"]) == 0, capsys.readouterr().err
+    assert "every window begins with the BOS token" in capsys.readouterr().out
 
 
 def test_heads_without_a_finite_row_are_counted_and_never_a_number(

@@ -26,6 +26,8 @@ class EvaluateOptions:
     """Tokens in a window; empty takes the model's own limit."""
     stride: int | None = None
     """Tokens by which windows advance; smaller gives each token more context and costs more."""
+    bos: bool | None = None
+    """Begin every window with the BOS token; empty does as the tokenizer does with a text."""
     device: str | None = None
     """cpu, cuda, ...; empty takes the GPU if there is one."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -48,6 +50,8 @@ class EntropyOptions:
     """At most this many windows, spread evenly over the text."""
     batch: int = 1
     """Windows per forward pass."""
+    bos: bool | None = None
+    """Begin every window with the BOS token; empty does as the tokenizer does with a text."""
     method: Literal["auto", "eager"] = "auto"
     """eager asks the model for its attention matrices (O(T^2) memory): for families that do not route."""
     output: Path = Path("entropy")
@@ -123,7 +127,7 @@ def study(name: str, overrides: Sequence[str]) -> None:
 
 def evaluate(name: str, options: EvaluateOptions) -> None:
     """Print token-weighted perplexity and bits per byte."""
-    from normfree.evaluate import perplexity
+    from normfree.evaluate import leading_ids, perplexity
     from normfree.pretrained import load_pretrained
     from normfree.training.bf16 import products_for
     from normfree.training.process import prepare_process
@@ -133,15 +137,20 @@ def evaluate(name: str, options: EvaluateOptions) -> None:
     model, tokenizer = load_pretrained(
         name, dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code
     )
+    bos = bool(leading_ids(tokenizer, options.bos))
     with products_for(options.dtype, model.device):
-        result = perplexity(model, tokenizer, text, context=options.context, stride=options.stride, progress=True)
-    print(f"perplexity     {result.perplexity:.4f} (over {result.tokens} predicted tokens)")
+        result = perplexity(
+            model, tokenizer, text, context=options.context, stride=options.stride, bos=bos, progress=True
+        )
+    after = ", every window begins with the BOS token" if bos else ""
+    print(f"perplexity     {result.perplexity:.4f} (over {result.tokens} predicted tokens{after})")
     print(f"cross-entropy  {result.loss_nats:.4f} nats per token")
     print(f"bits per byte  {result.bits_per_byte:.4f} (over {result.bytes} bytes of predicted tokens)")
 
 
 def entropy(name: str, options: EntropyOptions) -> None:
     """Measure every head of a model on a text; print tables, write a page."""
+    from normfree.evaluate import leading_ids
     from normfree.measure import check_memory, measure, memory_estimate, token_windows
     from normfree.pretrained import load_pretrained
     from normfree.report import build_heads_report, heads_of, heads_tables, verdict_sentences
@@ -160,7 +169,8 @@ def entropy(name: str, options: EntropyOptions) -> None:
         trust_remote_code=options.trust_remote_code,
         attention="eager" if options.method == "eager" else None,
     )
-    windows_NT = token_windows(model, tokenizer, text, context=options.context, sequences=options.sequences)
+    bos = bool(leading_ids(tokenizer, options.bos))
+    windows_NT = token_windows(model, tokenizer, text, context=options.context, sequences=options.sequences, bos=bos)
     sequences, context = windows_NT.shape
     needed = memory_estimate(model, batch=options.batch, context=context, method=options.method)
     logger.info("%d windows of %d tokens: %s", sequences, context, check_memory(needed, model))
@@ -171,6 +181,7 @@ def entropy(name: str, options: EntropyOptions) -> None:
         "text": str(options.text or "held-out Python code of this machine"),
         "context": context,
         "sequences": sequences,
+        "bos": bos,
         "method": options.method,
         "dtype": options.dtype,
         "device": str(model.device),

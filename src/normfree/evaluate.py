@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -104,46 +104,65 @@ def perplexity(
     *,
     context: int | None = None,
     stride: int | None = None,
+    bos: bool | None = None,
     progress: bool = False,
 ) -> Evaluation:
-    """Evaluate one text with windows of `context` tokens that advance by `stride` (default: `context`).
+    """Evaluate one text with windows of `context` tokens that advance by `stride` (default: as far as they reach).
 
-    Every token but the first of the text, or of each window where windows do not overlap, is predicted exactly
-    once, from as much of its window as lies before it. A smaller stride gives each token more to look back on and
-    costs context / stride times as much. bits_per_byte counts the UTF-8 bytes of predicted tokens only.
+    Every token is predicted exactly once, from as much of its window as lies before it. Without a BOS token the first
+    of the text, and of each window where windows do not overlap, has nothing before it and is not predicted. A smaller
+    stride gives each token more to look back on and costs context / stride times as much. `bos`: see `leading_ids`;
+    the BOS token is one of the `context` tokens of a window and is not counted. bits_per_byte counts the UTF-8 bytes of
+    predicted tokens only.
 
-    Raises ValueError when the text has fewer than two tokens, or context or stride do not fit the model.
+    Raises ValueError when the text has fewer than two tokens, or context, stride or bos do not fit model and tokenizer.
     """
-    context = checked_context(model, context)
-    stride = context if stride is None else stride
-    if not 1 <= stride <= context:
-        raise ValueError(f"stride={stride} must be between 1 and the context, {context}")
+    leading = leading_ids(tokenizer, bos)
+    room = checked_context(model, context) - len(leading)
+    stride = room if stride is None else stride
+    if not 1 <= stride <= room:
+        raise ValueError(f"stride={stride} must be between 1 and the tokens of text in a window, {room}")
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True)
     ids, spans = encoded["input_ids"], encoded["offset_mapping"]
     if len(ids) < 2:
         raise ValueError(f"the text has {len(ids)} token(s); at least 2 are needed to predict one")
-    check_vocabulary(model, ids)
+    check_vocabulary(model, leading + ids)
     device = next(model.parameters()).device
     total = Evaluation(0.0, 0)
-    windows = list(_windows(len(ids), context, stride))
+    windows = list(_windows(len(ids), room, stride, seen_before=len(leading)))
     with in_evaluation_mode(model):
         for start, end, first in tqdm(windows, desc="evaluating", disable=None if progress else True, leave=False):
-            ids_BT = torch.tensor([ids[start:end]], device=device)
+            ids_BT = torch.tensor([leading + ids[start:end]], device=device)
             labels_BT = ids_BT.clone()
-            labels_BT[:, : first - start] = IGNORED
+            labels_BT[:, : len(leading) + first - start] = IGNORED
             # Counted from the end of the token before: offsets of some tokenizers leave out the blank before a word.
-            size = len(text[spans[first - 1][1] : spans[end - 1][1]].encode())
+            before = spans[first - 1][1] if first else 0
+            size = len(text[before : spans[end - 1][1]].encode())
             total += Evaluation(*summed_nats(model, ids_BT, labels_BT), size)
     return total
 
 
-def _windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(start, end, first predicted token) of each window; predicted ranges neither overlap nor leave a gap
-    other than the first token of a window that sees nothing before it."""
-    predicted_until = 1
+def leading_ids(tokenizer: Any, bos: bool | None) -> list[int]:
+    """What stands before every window: the BOS token or nothing; `bos=None` does as the tokenizer does with a text.
+
+    Models such as Llama, Gemma and Mistral were trained with one and predict badly without it; their tokenizers put it
+    there. Raises ValueError for bos=True where the tokenizer has none.
+    """
+    token = tokenizer.bos_token_id
+    if bos and token is None:
+        raise ValueError("bos=true, but the tokenizer has no BOS token")
+    wanted = tokenizer("a")["input_ids"][:1] == [token] if bos is None else bos
+    return [token] if wanted else []
+
+
+def _windows(length: int, context: int, stride: int, *, seen_before: int) -> Iterator[tuple[int, int, int]]:
+    """(start, end, first predicted token) of each window; predicted ranges neither overlap nor leave a gap other than
+    the first token of a window that sees nothing before it: no token of the text, and none of `seen_before`."""
+    unpredictable = 0 if seen_before else 1
+    predicted_until = unpredictable
     for start in range(0, length, stride):
         end = min(start + context, length)
-        first = max(predicted_until, start + 1)
+        first = max(predicted_until, start + unpredictable)
         if first < end:
             yield start, end, first
         predicted_until = end

@@ -15,16 +15,19 @@ from transformers import PreTrainedModel
 
 from normfree.entropy import EntropyProbe
 from normfree.entropy.probe import ProbeMethod
-from normfree.evaluate import check_vocabulary, checked_context, in_evaluation_mode
+from normfree.evaluate import check_vocabulary, checked_context, in_evaluation_mode, leading_ids
 
 DEFAULT_CONTEXT = 1024
 
 
-def token_windows(model: PreTrainedModel, tokenizer: Any, text: str, *, context: int | None, sequences: int) -> Tensor:
+def token_windows(
+    model: PreTrainedModel, tokenizer: Any, text: str, *, context: int | None, sequences: int, bos: bool | None = None
+) -> Tensor:
     """(N, T) token ids: at most `sequences` windows of `context` tokens, spread evenly over the text.
 
-    `context` defaults to the model's limit, at most 1024. A text shorter than that is one window. Raises ValueError
-    for fewer than two tokens, a context that the model does not allow, and ids outside its vocabulary.
+    `context` defaults to the model's limit, at most 1024. A text shorter than that is one window. With a BOS token
+    (`bos`: see `leading_ids`) each window begins with it, and it is one of the `context`. Raises ValueError for fewer
+    than two tokens, a context that the model does not allow, ids outside its vocabulary, and a BOS that is not there.
     """
     if sequences < 1:
         raise ValueError(f"sequences={sequences} must be at least 1")
@@ -32,11 +35,13 @@ def token_windows(model: PreTrainedModel, tokenizer: Any, text: str, *, context:
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     if len(ids) < 2:
         raise ValueError(f"the text has {len(ids)} token(s); at least 2 are needed")
-    check_vocabulary(model, ids)
-    context = min(context, len(ids))
-    windows_NT = torch.tensor(ids[: len(ids) // context * context]).view(-1, context)
+    leading = leading_ids(tokenizer, bos)
+    check_vocabulary(model, leading + ids)
+    room = min(context - len(leading), len(ids))
+    windows_NT = torch.tensor(ids[: len(ids) // room * room]).view(-1, room)
     chosen = torch.linspace(0, len(windows_NT) - 1, min(sequences, len(windows_NT))).round().long()
-    return windows_NT[chosen]
+    leading_NT = torch.tensor(leading, dtype=torch.long).expand(len(chosen), -1)
+    return torch.cat([leading_NT, windows_NT[chosen]], dim=1)
 
 
 def memory_estimate(model: PreTrainedModel, *, batch: int, context: int, method: ProbeMethod) -> int:
