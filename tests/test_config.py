@@ -39,6 +39,8 @@ def test_a_spec_survives_its_own_json() -> None:
         ({"data_seed": 2**32}, "data_seed=4294967296 must be 0 or more and below"),
         ({"data": {"source": "files"}}, "data.paths"),
         ({"data": {"source": "hub"}}, "data.dataset"),
+        ({"data": {"paths": ["a"]}}, "data.paths is not read from data.source=installed: give data=files"),
+        ({"data": {"dataset": "a/b"}}, "data.dataset is not read from .*: give data=hub or data=codeparrot"),
         ({"data": {"vocab_size": 100}}, "257 or more"),
         ({"study": "../elsewhere"}, "no slash"),
         ({"sed": 3}, "did you mean seed"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from normfree.compose import members
+from normfree.compose import compose_run, members
 from normfree.manifest import folder_lock
 from normfree.records import find_runs
 from normfree.studies import load_study, run_study
@@ -64,6 +64,9 @@ def test_a_second_time_nothing_is_trained_again(done: tuple[Path, list[str], Pat
     ("text", "message"),
     [
         ("groups: []", "not a study: preset: "),
+        ("preset: cpu\ngroups: []", "not a study: it has no runs"),
+        ("preset: cpu\ngroups: [{variants: []}]", "not a study: it has no runs"),
+        ("preset: caf\u00e9", r"s.yaml is not a study: 'utf-8' codec"),
         ("preset: cpu\ngroups: [{variants: [sm], colour: red}]", "not a study"),
         ("preset: cpu\ngroups: [{variants: [sm]}, {variants: [sm]}]", "more than one run named sm-seed0"),
         ("preset: cpu\ngroups: [{variants: [smm]}]", "did you mean sm"),
@@ -72,18 +75,24 @@ def test_a_second_time_nothing_is_trained_again(done: tuple[Path, list[str], Pat
     ],
 )
 def test_a_wrong_study_file_is_refused_before_anything_runs(text: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "s.yaml").write_text(text)
+    (tmp_path / "s.yaml").write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=message):
         run_study(str(tmp_path / "s.yaml"), [f"runs_dir={tmp_path / 'runs'}"])
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("name", members("studies"))
-def test_the_studies_that_come_along_name_existing_variants(name: str) -> None:
-    study = load_study(name)
-    assert study.preset in members("preset")
-    assert {variant for group in study.groups for variant in group.variants} <= set(members("variant"))
-    assert len(list(study.overrides())) == sum(len(group.variants) * len(group.seeds) for group in study.groups)
+def test_every_run_of_the_studies_that_come_along_is_a_run_of_its_own(name: str) -> None:
+    specs = [compose_run(words).spec for words in load_study(name).overrides()]
+    assert {spec.study for spec in specs} == {name}
+    assert len({spec.name for spec in specs}) == len({spec.identity() for spec in specs}) == len(specs)
+
+
+def test_names_that_look_like_numbers_stay_names(tmp_path: Path) -> None:
+    (tmp_path / "2024_11.yaml").write_text("preset: cpu\ngroups: [{variants: [sm], tag: 1e-3}]\n")
+    (words,) = load_study(str(tmp_path / "2024_11.yaml")).overrides()
+    spec = compose_run(words).spec
+    assert (spec.study, spec.name) == ("2024_11", "sm-1e-3-seed0")
 
 
 def one_run(folder: Path, overrides: list[str]) -> tuple[str, list[str]]:

@@ -73,6 +73,22 @@ def test_when_one_cannot_start_the_others_are_stopped(tmp_path: Path, monkeypatc
     assert [path.read_text() for path in tmp_path.glob("*.signals")] == ["1"]
 
 
+def test_a_signal_while_a_process_is_being_started_reaches_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = subprocess.Popen
+
+    def interrupted(*words: Any, **named: Any) -> Any:
+        process = start(*words, **named)
+        while not list(tmp_path.glob("*.ready")):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    with pytest.raises(StoppedError):
+        run_side_by_side([sys.executable, "-c", COUNTS_SIGNALS, str(tmp_path)], count=2, environment={})
+    assert [path.read_text() for path in tmp_path.glob("*.signals")] == ["1"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_reaches_every_process_once_and_all_are_waited_for(tmp_path: Path, number: int) -> None:
     under_nohup = signal.signal(number, signal.SIG_DFL)  # a test run may itself ignore SIGHUP

@@ -39,7 +39,7 @@ def compose_run(overrides: Sequence[str]) -> Composed:
     """
     with initialize_config_dir(str(CONF), version_base=None):
         try:
-            composed = compose("config", [forced(text) for text in checked(overrides)])
+            composed = compose("config", [forced(text) for text in _single(checked(overrides))])
         except (HydraException, OmegaConfBaseException) as error:
             raise ValueError(str(error).strip().splitlines()[0]) from error
     return from_hydra(composed)
@@ -66,9 +66,9 @@ def _refuse_another_variant(spec: RunSpec) -> None:
         return
     from normfree.model import NormFreeConfig
 
-    NormFreeConfig(**spec.model)  # a name that does not exist is the first thing to say
+    model = NormFreeConfig(**spec.model).to_dict()  # a name that does not exist is the first thing to say
     others = {name: _declared_by(name) for name in members("variant") if name != "custom"}
-    fitting = [name for name, keys in others.items() if all(_same(spec.model, keys, key) for key in keys)]
+    fitting = [name for name, keys in others.items() if all(_same(model, keys, key) for key in keys)]
     advice = f"that is variant={fitting[0]}" if fitting else "say variant=custom, with a tag that names it"
     raise ValueError(f"variant={spec.variant} with model.{', model.'.join(wrong)} would bear a wrong label: {advice}")
 
@@ -81,7 +81,7 @@ def _declared_by(variant: str) -> dict[str, Any]:
 
 def _same(model: Mapping[str, Any], declared: Mapping[str, Any], key: str) -> bool:
     """Equal, or the same order of activations over another number of layers."""
-    one, other = ([value] if isinstance(value, str) else value for value in (model[key], declared[key]))
+    one, other = (value if isinstance(value, list) else [value] for value in (model.get(key), declared[key]))
     return [name for name, _ in itertools.groupby(one)] == [name for name, _ in itertools.groupby(other)]
 
 
@@ -104,6 +104,14 @@ def checked(overrides: Sequence[str]) -> list[str]:
         except HydraException:
             raise ValueError(f"cannot read {text!r}; quote values with special characters: \"{key}='...'\"") from None
     return list(overrides)
+
+
+def _single(overrides: list[str]) -> list[str]:
+    """The overrides, or ValueError for one with several values."""
+    for text in overrides:
+        if OverridesParser.create().parse_override(text).is_sweep_override():
+            raise ValueError(f"{text!r} is several values: `normfree train -m` trains one run for each")
+    return overrides
 
 
 def forced(override: str) -> str:

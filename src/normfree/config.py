@@ -30,6 +30,12 @@ WATCHING_TRAIN_FIELDS = ("trackers", "threads", "log_every", "checkpoint_every",
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True)
 
 
+_FIELDS_OF_SOURCES = (
+    (("paths", "validation_paths"), ("files",)),
+    (("dataset", "dataset_config", "validation_dataset"), ("hub", "codeparrot")),
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
     """Which text, cut into which tokens. Everything here decides the corpus fingerprint."""
@@ -80,6 +86,11 @@ class DataSpec:
             raise ValueError("data.source=files needs data.paths, e.g. 'data.paths=[corpus/*.py]'")
         if self.source == "hub" and not self.dataset:
             raise ValueError("data.source=hub needs data.dataset, e.g. data.dataset=roneneldan/TinyStories")
+        for names, sources in _FIELDS_OF_SOURCES:
+            if self.source not in sources and (given := [name for name in names if getattr(self, name)]):
+                raise ValueError(
+                    f"data.{given[0]} is not read from data.source={self.source}: give data={' or data='.join(sources)}"
+                )
         limits = ("max_bytes", "max_bytes_per_package", "train_documents", "validation_documents")
         _check_range("data", self, limits, above_zero=True)
         if self.tokenizer is None and self.vocab_size < 257:

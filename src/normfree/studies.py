@@ -59,11 +59,11 @@ class Study:
     def overrides(self) -> Iterator[list[str]]:
         """One list of `key=value` per run."""
         for group in self.groups:
-            values = self.set | group.set | ({"tag": group.tag} if group.tag else {})
             common = [
-                f"study={self.name}",
+                f"study='{self.name}'",  # quoted: Hydra would read 2024_11 and 1e-3 as numbers
                 f"preset={self.preset}",
-                *(f"{k}={_text(v)}" for k, v in values.items()),
+                *(f"{key}={_text(value)}" for key, value in (self.set | group.set).items()),
+                *([f"tag='{group.tag}'"] if group.tag else []),
             ]
             for seed in group.seeds:
                 for variant in group.variants:
@@ -78,14 +78,17 @@ def load_study(name: str) -> Study:
             f"unknown study {name!r}; {nearest(name, members('studies'))} (or give a YAML file of your own)"
         )
     try:
-        values = yaml.safe_load(path.read_text())
-        return TypeAdapter(Study).validate_python({"name": path.stem, **values})
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        study = TypeAdapter(Study).validate_python({"name": path.stem, **values})
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(map(str, problem["loc"]))
         raise ValueError(f"{path} is not a study: {key}: {problem['msg']}; {EXAMPLE}") from None
-    except (yaml.YAMLError, TypeError) as error:
+    except (yaml.YAMLError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a study: {str(error).splitlines()[0]}; {EXAMPLE}") from None
+    if not list(study.overrides()):
+        raise ValueError(f"{path} is not a study: it has no runs; {EXAMPLE}")
+    return study
 
 
 def run_study(name: str, overrides: Sequence[str] = (), *, workers: int = 1) -> Path:

@@ -60,6 +60,8 @@ def run_side_by_side(command: Sequence[str], *, count: int, environment: dict[st
                 start_new_session=True,
             )
             processes.append(process)
+            if received:  # while it was being started, so not handed on to it
+                process.send_signal(signal.SIGTERM)
             readers.append(threading.Thread(target=_pass_on, args=(process,), daemon=True))
             readers[-1].start()
         statuses = [process.wait() for process in processes]

@@ -16,6 +16,7 @@ import pytest
 
 from normfree.config import DataSpec
 from normfree.data import Corpus, default_cache, prepare
+from normfree.data.sources import Document, limited
 from normfree.manifest import damages, folder_lock
 
 
@@ -37,7 +38,8 @@ def test_blocks_decode_to_the_text_they_came_from(spec: DataSpec, tmp_path: Path
     corpus = make(replace(spec, packing=packing), tmp_path)
     tokenizer = corpus.tokenizer()
     for split in ("train", "validation"):
-        pieces = tokenizer.batch_decode(token_ids(corpus, split)) if packing == "windows" else []
+        blocks = tokenizer.batch_decode(token_ids(corpus, split))
+        pieces = blocks if packing == "windows" else "".join(blocks).split(str(tokenizer.eos_token))
         assert all(any(piece in text for text in texts) for piece in pieces)
         assert token_ids(corpus, split).shape[1] == 16
     end = tokenizer.eos_token_id
@@ -148,6 +150,29 @@ def test_the_end_of_a_single_file_is_held_out(tmp_path: Path, texts: list[str]) 
         assert len(part) - len(read) < 16 * 10  # all but a tail too short for a block
 
 
+def test_a_document_larger_than_the_limit_is_cut_to_what_is_left(tmp_path: Path, texts: list[str]) -> None:
+    (tmp_path / "all.txt").write_text("".join(texts))
+    spec = DataSpec(source="files", paths=(str(tmp_path / "all.txt"),), vocab_size=300, context=16, max_bytes=2000)
+    assert make(spec, tmp_path).facts()["train_bytes"] == 2000
+
+    def taken(sizes: list[int], most_bytes: int) -> list[int]:
+        documents = [Document(text="x" * size, group="") for size in sizes]
+        return [len(document.text) for document in limited(documents, most_documents=None, most_bytes=most_bytes)]
+
+    assert taken([3, 4, 30, 1], 20) == [3, 4, 13]
+    assert taken([3, 4, 19, 1], 20) == [3, 4]  # as it always was: it alone is no larger than the limit
+
+
+def test_blank_files_are_not_held_out(tmp_path: Path, texts: list[str]) -> None:
+    for number, text in enumerate(texts[:20]):
+        (tmp_path / f"{number}.py").write_text(text)
+    for number in range(200):
+        (tmp_path / f"__init__{number}.py").write_text("\n" * (number % 2))
+    spec = DataSpec(source="files", paths=(str(tmp_path),), vocab_size=300, context=16)
+    facts = make(spec, tmp_path).facts()
+    assert (facts["train_documents"], facts["validation_documents"]) == (19, 1)
+
+
 def test_parquet_text_and_validation_paths(tmp_path: Path, texts: list[str]) -> None:
     pd.DataFrame({"body": texts[:40]}).to_parquet(tmp_path / "train.parquet")
     (tmp_path / "held.txt").write_text("".join(texts[39:]))
@@ -203,6 +228,8 @@ def bad_specs(folder: Path) -> dict[str, tuple[DataSpec, str]]:
     (folder.parent / "blank.txt").write_text("\n")
     (folder.parent / "broken.jsonl").write_text("{")
     (folder.parent / "other.jsonl").write_text('{"text": "a", "title": "b"}')
+    (folder.parent / "half.jsonl").write_text('{"content": "a"}\n{"content": "b\\ud83d"}\n')
+    pd.DataFrame({"body": ["text"] * 1500 + [None]}).to_parquet(folder.parent / "rows.parquet")
 
     def at(name: str) -> DataSpec:
         return replace(base, paths=(str(folder.parent / name),))
@@ -214,15 +241,17 @@ def bad_specs(folder: Path) -> dict[str, tuple[DataSpec, str]]:
         "parquet": (at("broken.parquet"), "broken.parquet cannot be read"),
         "json": (at("broken.jsonl"), "broken.jsonl is not JSON lines"),
         "column": (at("other.jsonl"), "no column 'content'; set data.column to one of: text, title"),
+        "surrogate": (at("half.jsonl"), "half.jsonl line 2: character 1 is no Unicode"),
+        "row": (replace(at("rows.parquet"), column="body"), "rows.parquet row 1500: column 'body' holds NoneType"),
         "blank": (replace(base, validation_paths=(str(folder.parent / "blank.txt"),)), "gives no validation text"),
         "long context": (replace(base, context=100_000), "fills no block of data.context=100000"),
         "vocabulary": (replace(base, vocab_size=50_000), "data.vocab_size=50000"),
-        "nothing left": (replace(base, max_bytes=5), "gives no train text"),
+        "little left": (replace(base, max_bytes=5), "the training text holds only 260 pieces"),
     }
 
 
 BAD_CASES = ["no match", "empty", "not UTF-8", "parquet", "json", "column", "blank", "long context"]
-BAD_CASES += ["vocabulary", "nothing left"]
+BAD_CASES += ["surrogate", "row", "vocabulary", "little left"]
 
 
 @pytest.mark.parametrize("case", BAD_CASES)

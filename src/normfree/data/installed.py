@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from normfree.config import DataSpec
-from normfree.data.sources import Document, Split, limited, normalised_hash
+from normfree.data.sources import Document, Split, hashes_of_validation, limited, normalised_hash
 from normfree.manifest import sha256_bytes
 
 # Filters as CodeParrot describes them (https://huggingface.co/datasets/codeparrot/codeparrot-clean).
@@ -135,9 +135,7 @@ class InstalledSource:
         seed = self._spec.shuffle_seed
         return sorted(paths.items(), key=lambda item: sha256_bytes(f"{seed}:{item[0]}".encode()))
 
-    @cached_property
-    def _validation_hashes(self) -> frozenset[bytes]:
-        return frozenset(normalised_hash(document.text) for document in self.documents("validation", Counter()))
+    _validation_hashes = cached_property(hashes_of_validation)
 
     def documents(self, split: Split, dropped: Counter[str]) -> Iterator[Document]:
         seen = set(self._validation_hashes) if split == "train" else set()

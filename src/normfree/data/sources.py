@@ -7,12 +7,13 @@ be reused, and counts under a reason every document that it looked at and left o
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from glob import glob
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
@@ -60,16 +61,24 @@ def normalised_hash(text: str) -> bytes:
 
 
 def limited(documents: Iterable[Document], *, most_documents: int | None, most_bytes: int | None) -> Iterator[Document]:
-    """Documents until the first one that would pass a limit (UTF-8 bytes); None is no limit."""
-    taken_bytes = 0
+    """Documents until the first one that would pass a limit (UTF-8 bytes); None is no limit.
+
+    One that alone is larger than `most_bytes` is cut, so that it fills what is left.
+    """
+    most = left = sys.maxsize if most_bytes is None else most_bytes
     for number, document in enumerate(documents):
-        taken_bytes += len(document.text.encode()) if most_bytes is not None else 0
-        if number == most_documents or (most_bytes is not None and taken_bytes > most_bytes):
+        if number == most_documents:
             return
+        encoded = document.text.encode()
+        if len(encoded) > most:
+            yield replace(document, text=encoded[:left].decode(errors="ignore"))
+        if len(encoded) > left:
+            return
+        left -= len(encoded)
         yield document
 
 
-def _hashes_of_validation(source: Source) -> frozenset[bytes]:
+def hashes_of_validation(source: Source) -> frozenset[bytes]:
     """What no training document may be."""
     return frozenset(normalised_hash(document.text) for document in source.documents("validation", Counter()))
 
@@ -77,9 +86,9 @@ def _hashes_of_validation(source: Source) -> frozenset[bytes]:
 class FilesSource:
     """Local .py and .txt files (a file is a document), .jsonl and .parquet files (a row is a document).
 
-    Files are ordered by content hash and seed, so names and places do not matter. Without validation paths every
-    twentieth file is held out; of fewer files every twentieth document; of fewer documents the last twentieth of each.
-    Exact duplicates are dropped, and a training document that validation holds as well.
+    Files are ordered by content hash and seed, so names and places do not matter; blank ones are passed over. Without
+    validation paths every twentieth file is held out; of fewer files every twentieth document; of fewer documents the
+    last twentieth of each. Exact duplicates are dropped, and a training document that validation holds as well.
     """
 
     def __init__(self, spec: DataSpec) -> None:
@@ -98,14 +107,14 @@ class FilesSource:
         self._files = {"train": train, "validation": validation}
 
     def _ordered(self, paths: list[Path]) -> list[tuple[Path, str]]:
-        hashed = [(path, sha256_file(path)) for path in paths]
+        hashed = [(path, sha256_file(path)) for path in paths if not _is_blank(path)]
         return sorted(hashed, key=lambda file: sha256_bytes(f"{self._spec.shuffle_seed}:{file[1]}".encode()))
 
     @property
     def versions(self) -> dict[str, Any]:
         return {split: fingerprint([sha256 for _, sha256 in files]) for split, files in self._files.items()}
 
-    _validation_hashes = cached_property(_hashes_of_validation)
+    _validation_hashes = cached_property(hashes_of_validation)
 
     def documents(self, split: Split, dropped: Counter[str]) -> Iterator[Document]:
         seen = set(self._validation_hashes) if split == "train" else set()
@@ -131,6 +140,12 @@ def _part(document: Document, split: Split) -> Document:
     """All but the last twentieth of a document, or that twentieth (in characters)."""
     end = len(document.text) - len(document.text) // HOLD_OUT_EVERY
     return replace(document, text=document.text[:end] if split == "train" else document.text[end:])
+
+
+def _is_blank(path: Path) -> bool:
+    """True for a file of white space, such as an empty __init__.py."""
+    with path.open("rb") as file:
+        return not any(chunk.strip() for chunk in iter(lambda: file.read(2**16), b""))
 
 
 def find_text_files(patterns: Iterable[str], *, key: str) -> list[Path]:
@@ -173,9 +188,10 @@ def read_texts(path: Path, column: str) -> Iterator[str]:
 def _read_parquet(path: Path, column: str) -> Iterator[str]:
     with pyarrow.parquet.ParquetFile(path) as file:
         check_column(column, file.schema_arrow.names, where=str(path))
-        for batch in file.iter_batches(batch_size=1000, columns=[column]):
-            for number, value in enumerate(batch.column(0).to_pylist()):
-                yield _checked_text(value, column, where=f"{path} row {number}")
+        batches = file.iter_batches(batch_size=1000, columns=[column])
+        values = chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
+        for number, value in enumerate(values):
+            yield _checked_text(value, column, where=f"{path} row {number}")
 
 
 def _text_of_row(row: object, column: str, *, where: str) -> str:
@@ -188,6 +204,10 @@ def _text_of_row(row: object, column: str, *, where: str) -> str:
 def _checked_text(value: object, column: str, *, where: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{where}: column {column!r} holds {type(value).__name__}, not text; set data.column")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
+        raise ValueError(f"{where}: character {error.start} is no Unicode: mend it or leave it out") from None
     return value
 
 
@@ -239,7 +259,7 @@ class HubSource:
             else:
                 yield Document(text=text, group=name)
 
-    _validation_hashes = cached_property(_hashes_of_validation)
+    _validation_hashes = cached_property(hashes_of_validation)
 
     def _load(self, split: Split) -> datasets.Dataset:
         name, part = self._places[split]

@@ -91,9 +91,11 @@ class NormFreeConfig(PreTrainedConfig):
         for key in others:
             if key not in TRANSFORMERS_KEYS and not key.startswith("_"):
                 raise ValueError(f"unknown model field {key!r}; {_nearest(key, _own_names())}")
+        for name in ("norm", "final_norm"):
+            _check_in_table(name, getattr(self, name), list(NORMS))
         for field in _own_fields():
             self._check_type(field)
-        self._check_names()
+        self._check_activations()
         self._check_ranges()
         self._check_heads()
         self._check_slopes()
@@ -128,9 +130,7 @@ class NormFreeConfig(PreTrainedConfig):
         except TypeError:
             raise ValueError(f"{field.name}={value!r}; allowed: {_describe(field.type)}") from None
 
-    def _check_names(self) -> None:
-        for name in ("norm", "final_norm"):
-            _check_in_table(name, getattr(self, name), list(NORMS))
+    def _check_activations(self) -> None:
         if len(self.layer_activations) != self.num_hidden_layers:
             raise ValueError(
                 f"activation lists {len(self.layer_activations)} names, but num_hidden_layers is "
@@ -181,9 +181,9 @@ def _own_names() -> list[str]:
     return [field.name for field in _own_fields()]
 
 
-def _check_in_table(field: str, name: str, allowed: list[str]) -> None:
+def _check_in_table(field: str, name: Any, allowed: list[str]) -> None:
     if name not in allowed:
-        raise ValueError(f"{field}={name!r}; {_nearest(name, allowed)}")
+        raise ValueError(f"{field}={name!r}; {_nearest(str(name), allowed)}")
 
 
 def _nearest(word: str, allowed: list[str]) -> str:
