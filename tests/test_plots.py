@@ -145,6 +145,12 @@ def test_a_slope_with_a_diverged_seed_is_nan_and_no_point(tmp_path: Path) -> Non
     assert texts(ax) == ["NaN (1/2)"]
 
 
+def test_a_front_joins_the_points_of_one_corpus_only() -> None:
+    ax = Figure().subplots()
+    plots.trade_off(["a", "b", "c", "d"], [4, 3, 40, 30], [1, 2, 1, 2], [True] * 4, ["x", "x", "y", "y"], ax=ax)
+    assert [points(ax, line)[1].tolist() for line in (0, 1)] == [[4, 3], [40, 30]]
+
+
 @pytest.mark.parametrize("heights", [[], [0.2, 0.9], [0.5] * 3, [0.98, 0.99, 1.0], [0.1 * i / 3 for i in range(30)]])
 def test_names_beside_points_do_not_cover_each_other(heights: list[float]) -> None:
     moved = apart(heights)

@@ -142,6 +142,7 @@ def _config_of(name: str, options: CostOptions) -> tuple[Any, int]:
     if name in members("preset"):
         spec = compose_run([f"preset={name}", f"variant={options.variant or 'sm-ln-g'}"]).spec
         sizes: dict[str, Any] = {"max_position_embeddings": spec.data.context}
+        # The size of a tokenizer on the hub is not known here: GPT-2's 50,257 pieces stand for it.
         sizes |= {} if spec.data.tokenizer else {"vocab_size": spec.data.vocab_size}
         chosen = {"activation": options.activation} if options.activation else {}
         return {"model_type": "normfree", **sizes, **spec.model, **chosen}, spec.data.context

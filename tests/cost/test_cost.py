@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -155,7 +157,7 @@ def test_tables_add_up() -> None:
         assert sum(int(row[-1]) for row in rows) == int(total[-1]) == found.rounds
         assert sum(float(row[-3]) for row in rows) == pytest.approx(found.gigabytes, rel=0.002)
     text = found.to_markdown()
-    assert "a bound and not a prediction" in text
+    assert "s for these bytes and rounds; no prediction" in text
     assert found.assumptions in text
 
 
@@ -179,6 +181,9 @@ def test_a_run_costs_what_its_config_costs(tmp_path: Path) -> None:
         (GPT2Config(activation_function="tanh"), {}, "activation_function='tanh' has no known cost"),
         (OPTConfig(), {}, "no cost for models of type 'opt'"),
         ({"model_type": "gpt2", "n_embd": 8}, {}, "has no field 'n_head'"),
+        ({"model_type": "normfree", "activation": ["relu", "gelu"]}, {}, "lists 2 names, but num_hidden_layers is 12"),
+        ({"model_type": "normfree", "hidden_size": 100}, {}, "hidden_size=100 must be a multiple"),
+        ({"model_type": "normfree", "position": "rotatory"}, {}, "position='rotatory': allowed are"),
     ],
 )
 def test_what_the_tables_do_not_know_is_refused_by_name(config: Any, options: dict[str, Any], message: str) -> None:
@@ -190,6 +195,36 @@ def test_an_operation_without_a_price_is_never_free() -> None:
     item = Matmul(layer=0, part="", operation="mat_mul", batch=1, m=1, k=1, n=1)
     with pytest.raises(ValueError, match="no price for 'mat_mul', and nothing counts as free; did you mean matmul"):
         cost.find_protocol("cheetah").price(item)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bytes_per_element": -98.5}, r"cheetah.relu.bytes_per_element=-98.5 must be a number, 0 or more"),
+        ({"bytes_per_element": "98.5"}, r"cheetah.relu.bytes_per_element='98.5' must be a number"),
+        ({"rounds": None}, r"cheetah.relu.rounds=None must be a number"),
+        ({"rounds": math.inf}, r"cheetah.relu.rounds=inf must be a number"),
+    ],
+)
+def test_a_wrong_price_in_a_file_is_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    content, file = load_constants(), tmp_path / "mine.json"
+    content["protocols"]["cheetah"]["operations"]["relu"] |= change
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        cost.of_config(small(), context=16, constants=file)
+
+
+def test_a_file_that_lacks_a_price_or_a_part_is_named(tmp_path: Path) -> None:
+    content, file = load_constants(), tmp_path / "mine.json"
+    del content["protocols"]["cheetah"]["operations"]["relu"]["bytes_per_row"]
+    del content["protocols"]["semi2k"]["about"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"cheetah.relu needs bytes_per_element, bytes_per_row, rounds or .*and has"):
+        cost.of_config(small(), context=16, constants=file)
+    with pytest.raises(ValueError, match="semi2k needs about, rounds_origin and operations, and has rounds_origin"):
+        cost.of_config(small(), context=16, protocol="semi2k", constants=file)
+    with pytest.raises(ValueError, match="cannot be read"):
+        cost.of_config(small(), context=16, constants=tmp_path)
 
 
 def test_the_room_needs_no_torch() -> None:

@@ -14,8 +14,11 @@ from normfree.tables import to_markdown
 DOCUMENT = Path(__file__).parents[2] / "docs" / "private-inference.md"
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.label}-{row.layers}L-T{row.context}")
-def test_published_gigabytes_are_predicted(row: Row) -> None:
+UNSEEN = [row for row in ROWS if row not in FITTED]
+
+
+@pytest.mark.parametrize("row", UNSEEN, ids=lambda row: f"{row.label}-{row.layers}L-T{row.context}")
+def test_published_gigabytes_that_the_fit_did_not_see_are_predicted(row: Row) -> None:
     predicted = cost.of_config(config_of(row), context=row.context).gigabytes
     assert predicted == pytest.approx(row.gigabytes, rel=0.10 if row.context == 512 else 0.015)
 

@@ -57,8 +57,8 @@ def calibrate(
     """Run the simulator with that Python (`environment.find_python`), beside the prices of a file of constants.
     Nothing is written; `recalibrated` makes the new content.
 
-    SEMI2K takes about 20 seconds for all operations, CHEETAH about four minutes. Raises ValueError for an unknown
-    name and for a Python in which SPU is not installed; RuntimeError when the simulator fails.
+    SEMI2K takes seconds for all operations, CHEETAH minutes. Raises ValueError for an unknown name and for a Python in
+    which SPU is not installed; RuntimeError when the simulator fails.
     """
     prices = find_protocol(protocol, constants)
     check_simulated(protocol)

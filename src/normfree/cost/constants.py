@@ -6,6 +6,7 @@ Every number in the file names its origin. Bytes are summed over both directions
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,8 @@ class Network:
             raise ValueError(f"delay_ms={self.delay_ms} must be at least 0")
 
     def seconds_at_least(self, transferred_bytes: float, rounds: int) -> float:
-        """No run can be faster: the busier direction carries half of the bytes or more, and rounds wait in turn."""
+        """No run that sends so much and waits so often can be faster: the busier direction carries half of the bytes or
+        more, and rounds wait in turn."""
         return transferred_bytes / 2 * 8 / (self.bandwidth_mbps * 1e6) + rounds * self.delay_ms / 1e3
 
 
@@ -78,6 +80,8 @@ def load_constants(path: Path = CONSTANTS_FILE) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"constants={path} does not exist; {advice}") from None
+    except OSError as error:
+        raise ValueError(f"constants={path} cannot be read ({error.strerror}); {advice}") from None
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise ValueError(f"constants={path} is not readable as JSON; {advice}") from None
     version = content.get("version") if isinstance(content, dict) else None
@@ -93,7 +97,30 @@ def find_protocol(name: str, constants: Path = CONSTANTS_FILE) -> Protocol:
     known = load_constants(constants)["protocols"]
     if name not in known:
         raise ValueError(f"unknown protocol {name!r}; {nearest(name, list(known))}")
-    return Protocol(name=name, **known[name])
+    return _checked(name, known[name], place=f"constants={constants}: {name}")
+
+
+_PRICES = (
+    {"bytes_per_element", "bytes_per_row", "rounds"},
+    {"bytes_per_left_element", "bytes_per_right_element", "bytes_per_result_element", "rounds"},
+)
+"""What an operation on rows needs, and a matrix product."""
+
+
+def _checked(name: str, stated: Mapping[str, Any], *, place: str) -> Protocol:
+    """The file may have been edited by hand: a price that is missing, no number or below 0 is named."""
+    if stated.keys() != {"about", "rounds_origin", "operations"}:
+        raise ValueError(f"{place} needs about, rounds_origin and operations, and has {', '.join(stated)}")
+    for operation, price in stated["operations"].items():
+        if not any(needed <= price.keys() for needed in _PRICES):
+            needed = " or ".join(", ".join(sorted(kind)) for kind in _PRICES)
+            raise ValueError(f"{place}.{operation} needs {needed}, and has {', '.join(price)}")
+        for key, value in price.items():
+            a_number = isinstance(value, int | float) and math.isfinite(value)
+            # A line through two lengths of a row may begin below 0.
+            if key != "origin" and not (a_number and (value >= 0 or key == "bytes_per_row")):
+                raise ValueError(f"{place}.{operation}.{key}={value!r} must be a number, 0 or more")
+    return Protocol(name=name, **stated)
 
 
 def find_network(

@@ -109,6 +109,12 @@ def _normfree(values: Mapping[str, Any]) -> Architecture:
     values = {**NORMFREE_DEFAULTS, **values}
     layers, width, heads = values["num_hidden_layers"], values["hidden_size"], values["num_attention_heads"]
     names = values["activation"] if isinstance(values["activation"], list) else [values["activation"]] * layers
+    if len(names) != layers:
+        raise ValueError(f"activation lists {len(names)} names, but num_hidden_layers is {layers}")
+    if width % heads:
+        raise ValueError(f"hidden_size={width} must be a multiple of num_attention_heads={heads}")
+    if values["position"] not in ("learned", "rotary"):
+        raise ValueError(f"position={values['position']!r}: allowed are learned and rotary")
     known = {
         **NORMFREE_ACTIVATIONS,
         "leaky_relu": _operations(LEAKY_RELU, "learnable_slope", values["learnable_slope"]),

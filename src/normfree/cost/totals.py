@@ -52,7 +52,7 @@ class Cost:
 
     @property
     def seconds_at_least(self) -> float:
-        """A lower bound from bandwidth and delay alone; computing takes further time."""
+        """A lower bound for these bytes and rounds, from bandwidth and delay alone; computing takes further time."""
         return self.network.seconds_at_least(self.bytes, self.rounds)
 
     @property
@@ -89,7 +89,8 @@ class Cost:
         """All tables, the assumptions and the bound of time."""
         bound = (
             f"Lower bound of time on {self.network.name} ({self.network.bandwidth_mbps:g} Mbps each way, "
-            f"{self.network.delay_ms:g} ms one way): {self.seconds_at_least:,.1f} s, a bound and not a prediction."
+            f"{self.network.delay_ms:g} ms one way): {self.seconds_at_least:,.1f} s for these bytes and rounds; "
+            "no prediction."
         )
         tables = [to_markdown(table) for table in (self.by_operation(), self.by_layer(), self.matmuls())]
         return "\n".join([*tables, self.assumptions, "", bound]) + "\n"

@@ -18,6 +18,8 @@ class Point:
 
     name: str
     """The group's."""
+    corpus: str
+    """Fingerprint of its text."""
     perplexity: float
     """Mean over seeds; NaN when any run has none."""
     seeds: int
@@ -30,6 +32,7 @@ class Point:
 class TradeOff:
     """The groups of a report in the plane of perplexity and bytes."""
 
+    protocol: str
     points: tuple[Point, ...]
     """Cheapest first."""
     unpriced: tuple[str, ...]
@@ -64,13 +67,13 @@ def trade_off(groups: Iterable[Group], *, protocol: str = "cheetah") -> TradeOff
         means = [summarise(list(group.perplexities.values())).mean for group, _ in rivals]
         front = pareto_front([(mean, cost.bytes) for mean, (_, cost) in zip(means, rivals, strict=True)])
         points += [
-            Point(group.name, mean, len(group.runs), cost.bytes, cost.rounds, best)
+            Point(group.name, corpus, mean, len(group.runs), cost.bytes, cost.rounds, best)
             for (group, cost), mean, best in zip(rivals, means, front, strict=True)
         ]
-    return TradeOff(tuple(sorted(points, key=lambda point: (point.bytes, point.name))), tuple(unpriced))
+    return TradeOff(protocol, tuple(sorted(points, key=lambda point: (point.bytes, point.name))), tuple(unpriced))
 
 
-def trade_off_table(found: TradeOff, *, protocol: str = "cheetah") -> Table:
+def trade_off_table(found: TradeOff) -> Table:
     """One row per point; the Pareto front is marked in words."""
     columns = (Column("Variant", numeric=False), *map(Column, ("Perplexity", "n", "GB", "Rounds")))
     rows = tuple(
@@ -91,6 +94,6 @@ def trade_off_table(found: TradeOff, *, protocol: str = "cheetah") -> Table:
         "(docs/private-inference.md).",
     ]
     notes += [f"{name} is left out: an operation of it has no price." for name in found.unpriced]
-    caption = f"Perplexity against communication in private inference ({protocol})"
+    caption = f"Perplexity against communication in private inference ({found.protocol})"
     columns = (*columns, Column("Pareto front", numeric=False))
     return Table("perplexity-communication", caption, columns, rows, tuple(notes))

@@ -18,17 +18,21 @@ def trade_off(
     perplexity: Sequence[float],
     gigabytes: Sequence[float],
     on_front: Sequence[bool],
+    corpora: Sequence[str],
     *,
     ax: Axes,
 ) -> Axes:
-    """One point a variant, joined along the Pareto front; variants without a finite perplexity are named only.
+    """One point a variant, joined along the Pareto front of each corpus.
+
+    Variants without a finite perplexity are named only.
 
     Labels stand in a column at the right, in the order of perplexity, each with a line to its point: variants that
     cost the same lie above each other, and their names would too.
     """
     finite = [i for i, value in enumerate(perplexity) if math.isfinite(value)]
-    front = sorted((gigabytes[i], perplexity[i]) for i in finite if on_front[i])
-    ax.plot([x for x, _ in front], [y for _, y in front], color="#00896a", linewidth=1, zorder=1)
+    for corpus in dict.fromkeys(corpora):
+        front = sorted((gigabytes[i], perplexity[i]) for i in finite if on_front[i] and corpora[i] == corpus)
+        ax.plot([x for x, _ in front], [y for _, y in front], color="#00896a", linewidth=1, zorder=1)
     for i in finite:
         colour = "#00896a" if on_front[i] else MUTED
         ax.plot(gigabytes[i], perplexity[i], marker="o" if on_front[i] else "x", color=colour, linestyle="none")

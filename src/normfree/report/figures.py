@@ -251,13 +251,14 @@ def _private_inference(groups: Sequence[Group]) -> PageFigure | None:
         return None
     labels, perplexity = [point.name for point in points], [point.perplexity for point in points]
     gigabytes, front = [point.bytes / 1e9 for point in points], [point.on_front for point in points]
+    corpora = [point.corpus for point in points]
     return PageFigure(
         name="private-inference",
         title="Perplexity against communication in private inference",
         caption="Lower left is better: what one forward pass would send under CHEETAH, from its operations "
-        "alone (docs/private-inference.md). Circles are on the Pareto front: nothing is better in both. "
-        "Read differences between variants, not totals. GELU is priced in the form the model computes.",
-        panels=(lambda ax: plots.trade_off(labels, perplexity, gigabytes, front, ax=ax),),
+        "alone (docs/private-inference.md). Circles are on the Pareto front: nothing on the same corpus is better in "
+        "both. Read differences between variants, not totals. GELU is priced in the form the model computes.",
+        panels=(lambda ax: plots.trade_off(labels, perplexity, gigabytes, front, corpora, ax=ax),),
         panel_inches=(5.6, max(2.9, 0.8 + 0.17 * len(points))),
     )
 

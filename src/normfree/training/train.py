@@ -75,9 +75,9 @@ def train(
     A finished or diverged run is left as it is; a broken one resumes from its newest sound checkpoint. A run that
     goes non-finite is recorded as diverged and returned like any other. `note` is printed on the report page.
 
-    Raises ValueError when the folder holds a run with another spec, or an unfinished one with another corpus, the corpus
-    is too small, fields of the model contradict each other or this machine cannot train it; InterruptedRunError after SIGTERM, SIGINT or SIGHUP;
-    BlockingIOError when another process trains there; OSError when the disk is full.
+    Raises ValueError when the folder holds a run with another spec, or an unfinished one with another corpus, the
+    corpus is too small, fields of the model contradict each other or this machine cannot train it; InterruptedRunError
+    after SIGTERM, SIGINT or SIGHUP; BlockingIOError when another process trains there; OSError when the disk is full.
     """
     folder = Path(runs_dir) / spec.study / spec.name
     if is_done(folder, spec):
