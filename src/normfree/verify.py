@@ -11,7 +11,7 @@ from normfree.config import RunSpec
 from normfree.data.corpus import SOURCES, corpus_key, default_cache
 from normfree.manifest import MANIFEST_NAME, damages, describe_files, read_manifest
 from normfree.records import METRICS_FILE, RUN_FILE, DamagedRunError, Run, read_lines, read_run
-from normfree.training.checkpoints import SET_ASIDE, checkpoints_in, flaws
+from normfree.training.checkpoints import SET_ASIDE, belongs_to, checkpoints_in, flaws
 
 State = Literal["sound", "damaged", "absent"]
 
@@ -47,7 +47,7 @@ def verify(folder: Path | str, *, cache: Path | None = None) -> list[Finding]:
     return [
         Finding(RUN_FILE, "sound", f"{run.label}, seed {run.seed}: {run.status}, {run.facts.get('steps_done')} steps"),
         _metrics(run),
-        *_checkpoints(folder, spec.identity()),
+        *_checkpoints(folder, spec),
         _model(run),
         _corpus(run, spec, cache or default_cache()),
     ]
@@ -71,11 +71,11 @@ def _metrics(run: Run) -> Finding:
     return Finding(METRICS_FILE, "sound", f"{len(lines)} lines, {'as recorded' if recorded else 'readable'}")
 
 
-def _checkpoints(folder: Path, identity: str | None) -> list[Finding]:
+def _checkpoints(folder: Path, spec: RunSpec | None) -> list[Finding]:
     found = []
     for checkpoint in checkpoints_in(folder / "checkpoints"):
         problems = flaws(checkpoint)
-        if not problems and identity and read_manifest(checkpoint).get("identity") != identity:
+        if not problems and spec and not belongs_to(checkpoint, spec):
             problems = [f"it belongs to a run with another spec than {RUN_FILE}"]
         found.append(_finding(checkpoint.name, problems, "every file matches its sha256"))
     for place in sorted((folder / "checkpoints" / SET_ASIDE).glob("*")):

@@ -94,7 +94,7 @@ def test_each_damaged_file_of_a_checkpoint_is_refused_by_name_and_the_older_one_
 ) -> None:
     harm(broken / "checkpoints" / "checkpoint-6" / name, how)
     with caplog.at_level(logging.WARNING, "normfree"):
-        taken = newest_sound(broken / "checkpoints", identity=tiny_spec().identity())
+        taken = newest_sound(broken / "checkpoints", spec=tiny_spec())
     assert taken == broken / "checkpoints" / "checkpoint-4"
     assert "rejected checkpoint-6" in caplog.text
     assert name in caplog.text

@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from normfree.config import RunSpec
 from normfree.manifest import MANIFEST_NAME, damages, read_manifest, sync_folder, write_manifest
 
 STAGING = ".staging"
@@ -108,20 +109,31 @@ def publish(folder: Path, step: int, facts: dict[str, Any], *, keep: int) -> Pat
     return published
 
 
-def newest_sound(folder: Path, *, identity: str) -> Path | None:
-    """The newest checkpoint whose files match their manifest and whose run has this identity.
+def newest_sound(folder: Path, *, spec: RunSpec) -> Path | None:
+    """The newest checkpoint whose files match their manifest and whose run has this spec.
 
     Each one that is rejected on the way is named in a warning, with the reason, and moved to checkpoints/damaged/.
     """
     for checkpoint in checkpoints_in(folder):
         found = flaws(checkpoint)
-        if not found and read_manifest(checkpoint).get("identity") != identity:
+        if not found and not belongs_to(checkpoint, spec):
             found = ["it belongs to a run with another spec"]
         if not found:
             return checkpoint
         place = set_aside(checkpoint)
         logger.warning("rejected %s: %s; set aside as %s", checkpoint.name, "; ".join(found), place)
     return None
+
+
+def belongs_to(checkpoint: Path, spec: RunSpec) -> bool:
+    """Whether a checkpoint is of a run with this spec. A field that its manifest does not know had today's default."""
+    manifest = read_manifest(checkpoint)
+    if manifest.get("identity") == spec.identity():
+        return True
+    try:
+        return RunSpec.from_dict(manifest["spec"]).identity() == spec.identity()
+    except (KeyError, ValueError):  # from before manifests held the spec, or with a field that is gone
+        return False
 
 
 def flaws(checkpoint: Path) -> list[str]:

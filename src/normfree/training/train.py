@@ -95,7 +95,7 @@ def train(
         if is_done(folder, spec):  # another process finished it while this one waited for the corpus
             return folder
         with state.main_process_first():
-            checkpoint = newest_sound(folder / "checkpoints", identity=spec.identity())
+            checkpoint = newest_sound(folder / "checkpoints", spec=spec)
         if checkpoint is not None:
             compare_surroundings(checkpoint, _surroundings(corpus))
         writer = None
@@ -235,6 +235,7 @@ class _Training:
             return
         facts = {
             "identity": self.spec.identity(),
+            "spec": self.spec.to_dict(),
             **_surroundings(self.corpus),
             "skipped_steps": [found.to_dict() for found in self.skipped],
             "unlogged": unlogged,
