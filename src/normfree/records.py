@@ -239,6 +239,7 @@ class RunWriter:
             raise ValueError(f"status {facts['status']!r}; allowed: {', '.join(STATUSES)}")
         metrics = self.folder / METRICS_FILE
         if facts.get("status") in ("finished", "diverged") and metrics.exists():
+            self.sync()  # the end of a run never promises metrics that a power cut could take
             facts["metrics_file"] = describe_files(self.folder, [metrics])[METRICS_FILE]
         self.facts |= facts
         self._write_facts()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from normfree.compose import compose_run
 from normfree.config import RunSpec
 from normfree.data import prepare
-from normfree.manifest import damages, read_manifest
+from normfree.manifest import damages, read_manifest, write_manifest
 from normfree.records import RunWriter, read_run
 from normfree.training import train
 from normfree.training.checkpoints import compare_surroundings, flaws, newest_sound
@@ -178,6 +178,16 @@ def test_a_run_resumes_from_its_checkpoints_whatever_happened_to_its_records(
         assert len(run.metrics) == len(read_run(whole).metrics) - 1
 
 
+def test_the_time_trained_survives_the_loss_of_run_json(broken: Path, cache: Path, tiny_spec: Build) -> None:
+    checkpoint = broken / "checkpoints" / "checkpoint-6"
+    facts = {key: value for key, value in read_manifest(checkpoint).items() if key not in ("files", "seal")}
+    assert 0 < facts["wall_seconds"] < 1000
+    write_manifest(checkpoint, facts | {"wall_seconds": 5000.0})
+    (broken / "run.json").unlink()
+    resume(broken, cache, tiny_spec())
+    assert 5000 < read_run(broken).facts["wall_seconds"] < 6000
+
+
 def test_after_a_resume_the_metrics_hold_each_measurement_once(
     broken: Path, whole: Path, cache: Path, tiny_spec: Build
 ) -> None:
@@ -254,7 +264,7 @@ def test_another_text_is_never_trained_on_in_silence(
 
 def test_other_surroundings_are_warned_of(whole: Path, caplog: pytest.LogCaptureFixture) -> None:
     checkpoint = whole / "checkpoints" / "checkpoint-6"
-    names = ("corpus", "threads", "instruction_set", "torch")
+    names = ("corpus", "threads", "instruction_set", "bf16_units", "torch")
     then = {name: read_manifest(checkpoint)[name] for name in names}
     with caplog.at_level(logging.WARNING, "normfree"):
         compare_surroundings(checkpoint, then)

@@ -133,6 +133,40 @@ def test_a_signal_in_the_last_step_is_heard(
     check_resume(stopped.value.folder, cache, tiny_spec(), expected)
 
 
+def test_a_signal_while_processes_ask_each_other_is_heard_after_the_next_step(
+    tmp_path: Path, cache: Path, tiny_spec: Build, expected: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several processes wait for the slowest of them there, step by step."""
+    steps: list[int | None] = []
+
+    def ask(received: int | None, _device: torch.device) -> int | None:
+        steps.append(received)
+        if len(steps) == 3:
+            send(signal.SIGTERM)
+        return received
+
+    monkeypatch.setattr("normfree.training.callbacks._highest_of_all_processes", ask)
+    with pytest.raises(InterruptedRunError, match="and saved") as stopped:
+        train(tiny_spec(), runs_dir=tmp_path / "broken", cache=cache, progress=False)
+    monkeypatch.undo()
+    assert read_run(stopped.value.folder).facts["steps_done"] == 4
+    check_resume(stopped.value.folder, cache, tiny_spec(), expected)
+
+
+def test_a_resumed_run_logs_and_saves_at_the_intervals_of_its_new_start(
+    tmp_path: Path, cache: Path, tiny_spec: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminate_in_step(1, monkeypatch)
+    seldom = tiny_spec("train.checkpoint_every=100", "train.log_every=100")
+    with pytest.raises(InterruptedRunError):
+        train(seldom, runs_dir=tmp_path, cache=cache, progress=False)
+    monkeypatch.undo()
+    often = tiny_spec("train.checkpoint_every=1", "train.log_every=1", "train.checkpoints_kept=10")
+    folder = train(often, runs_dir=tmp_path, cache=cache, progress=False)
+    assert [path.name[11:] for path in checkpoints_in(folder / "checkpoints")] == ["6", "5", "4", "3", "2"]
+    assert [step for step, _ in read_run(folder).series("train", "loss")][-4:] == [3, 4, 5, 6]
+
+
 def test_a_signal_ends_a_sweep_and_starts_no_other_job(
     tmp_path: Path, cache: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from normfree.config import RunSpec
+from normfree.data import prepare
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
 from normfree.records import Run, read_run
 from normfree.training import InterruptedRunError, train
@@ -278,10 +279,24 @@ def test_what_cannot_be_trained_is_refused_and_leaves_no_run(
 
 
 def test_epochs_repeat_the_corpus(tmp_path: Path, cache: Path, tiny_spec: Build) -> None:
-    spec = tiny_spec("train.steps=null", "train.epochs=0.05")
+    words = ["data.max_bytes=4000", "train.batch_sequences=32", "train.micro_batch_sequences=32"]
+    one_pass = prepare(tiny_spec(*words).data, cache=cache, progress=False).facts()["train_blocks"] // 32
+    with pytest.raises(ValueError, match="say how often to repeat it"):
+        train(tiny_spec(*words, f"train.steps={one_pass + 1}"), runs_dir=tmp_path, cache=cache, progress=False)
+    spec = tiny_spec(*words, "train.steps=null", "train.epochs=2.5")
     run = read_run(train(spec, runs_dir=tmp_path, cache=cache, progress=False))
-    blocks = run.facts["corpus"]["train_blocks"]
-    assert run.facts["steps_done"] == int(0.05 * blocks / 8)
+    assert 2 * one_pass < run.facts["steps_done"] <= 3 * (one_pass + 1)
+    assert run.facts["tokens_seen"] == run.facts["steps_done"] * 32 * 16
+
+
+def test_a_process_that_sees_several_gpus_is_refused(
+    tmp_path: Path, cache: Path, tiny_spec: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trainer would give each of them a batch, and no record would say so."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(ValueError, match=r"sees 4 GPUs.*CUDA_VISIBLE_DEVICES=0 .*torchrun"):
+        train(tiny_spec(), runs_dir=tmp_path, cache=cache, progress=False)
+    assert not list(tmp_path.rglob("run.json"))
 
 
 def test_slopes_are_decayed_only_when_asked_and_biases_and_norms_never(tiny_spec: Build) -> None:

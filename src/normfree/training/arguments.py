@@ -21,6 +21,11 @@ def check_machine(spec: RunSpec, device: torch.device) -> None:
     """Raises ValueError when this device, or this number of processes, cannot train the spec as it stands."""
     train = spec.train
     processes = PartialState().num_processes
+    if processes == 1 and torch.cuda.device_count() > 1:
+        raise ValueError(
+            f"this process sees {torch.cuda.device_count()} GPUs, and one process trains on one: put "
+            "CUDA_VISIBLE_DEVICES=0 before the command, or start it with torchrun (docs/training.md)"
+        )
     share, rest = divmod(train.batch_sequences, processes)
     if rest or share % train.micro_batch_sequences:
         fitting = [size for size in range(1, min(share, train.micro_batch_sequences) + 1) if share % size == 0]
@@ -99,8 +104,8 @@ def is_done(folder: Path, spec: RunSpec) -> bool:
         recorded = RunSpec.from_dict(run.spec)
     except ValueError as error:
         raise ValueError(
-            f"{folder / RUN_FILE} holds a spec that this version cannot read ({error}): it is damaged or of another "
-            "version; move the file away to go on from the checkpoints"
+            f"{folder / RUN_FILE} holds a spec that this version cannot read ({error}): if it is damaged, move the "
+            "file away to go on from the checkpoints; if another version wrote it, use that one or give tag=NAME"
         ) from None
     if recorded.identity() != spec.identity():
         raise ValueError(

@@ -29,6 +29,13 @@ Measurements = Iterator[tuple[str, Any]]
 Log = Callable[[int, str, Measurements], None]
 
 
+class OwnIntervals(TrainerCallback):
+    """Log lines and checkpoints come at the intervals of this start: Trainer goes on with those of the checkpoint."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        state.compute_steps(args, state.max_steps)
+
+
 class TrainingLog(TrainerCallback):
     """Writes Trainer's own log lines, with the speed of the steps alone (probes and saving not counted)."""
 
@@ -138,9 +145,16 @@ class StopOnSignal(TrainerCallback):
         if second or self.at_once:
             raise KeyboardInterrupt
 
+    def agree(self, device: torch.device) -> int | None:
+        """The signal that any process has received, the same answer in all of them. One that comes while they ask each
+        other is for the next time."""
+        agreed = _highest_of_all_processes(self.received, device)
+        if agreed is not None:
+            self.received = agreed
+        return agreed
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.received = _highest_of_all_processes(self.received, args.device)  # all of them stop after the same step
-        if self.received is not None and state.global_step < state.max_steps:
+        if self.agree(args.device) is not None and state.global_step < state.max_steps:
             control.should_save = True
             control.should_training_stop = True
 

@@ -30,7 +30,7 @@ from normfree.model import NormFreeConfig, NormFreeForCausalLM
 from normfree.records import METRICS_FILE, RUN_FILE, DamagedRunError, RunWriter, read_run
 from normfree.training import callbacks as watch
 from normfree.training.arguments import check_machine, is_done, model_config, total_steps, training_arguments
-from normfree.training.bf16 import products_for
+from normfree.training.bf16 import has_bf16_units, products_for
 from normfree.training.checkpoints import (
     STAGING,
     compare_surroundings,
@@ -128,6 +128,7 @@ def _surroundings(corpus: Corpus) -> dict[str, Any]:
         "processes": PartialState().num_processes,
         "device": device_name(_device()),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "bf16_units": has_bf16_units(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "numpy": np.__version__,
@@ -170,7 +171,7 @@ class _Training:
             try:
                 self._train(checkpoint, stop)
                 stop.at_once = True  # no step boundary is left to wait for
-                if stop.received is None:
+                if stop.agree(_device()) is None:
                     self._finish()
                 else:
                     self._update(status="interrupted")
@@ -205,6 +206,7 @@ class _Training:
             data_collator=_collate,
             processing_class=self.corpus.tokenizer(),
             callbacks=[
+                watch.OwnIntervals(),
                 watch.TrainingLog(self._log, tokens_per_step=self.tokens_per_step),
                 watch.Watch(self._log, self._schedules()),
                 *extra,
@@ -239,6 +241,7 @@ class _Training:
             **_surroundings(self.corpus),
             "skipped_steps": [found.to_dict() for found in self.skipped],
             "unlogged": unlogged,
+            "wall_seconds": self._wall_seconds(),
         }
         self.writer.sync()  # a checkpoint never promises metrics that a power cut could take
         publish(self.checkpoints, step, facts, keep=self.spec.train.checkpoints_kept)
@@ -280,7 +283,10 @@ class _Training:
 
     def _update(self, **facts: Any) -> None:
         if self.writer is not None:
-            self.writer.update(wall_seconds=self.seconds_before + time.perf_counter() - self.began, **facts)
+            self.writer.update(wall_seconds=self._wall_seconds(), **facts)
+
+    def _wall_seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.began
 
 
 def _open_writer(
@@ -295,6 +301,7 @@ def _open_writer(
 ) -> RunWriter:
     """Begin or continue the records of a run; metrics after the checkpoint are dropped, they will come again."""
     earlier = _earlier_facts(folder)
+    kept = read_manifest(checkpoint) if checkpoint else {}
     if checkpoint and not (folder / METRICS_FILE).exists():
         logger.warning("%s is missing: the metrics up to step %d are lost", folder / METRICS_FILE, step_of(checkpoint))
     session = {
@@ -305,7 +312,7 @@ def _open_writer(
     }
     facts = {
         "started": earlier.get("started", session["began"]),
-        "wall_seconds": earlier.get("wall_seconds", 0.0) if checkpoint else 0.0,
+        "wall_seconds": earlier.get("wall_seconds", kept.get("wall_seconds", 0.0)) if checkpoint else 0.0,
         "spec": spec.to_dict(),
         "recipe": spec.recipe(),
         "identity": spec.identity(),
@@ -317,10 +324,11 @@ def _open_writer(
         "model": _model_facts(config),
         "steps": steps,
         "steps_done": session["from_step"],
+        "tokens_seen": session["from_step"] * spec.train.batch_sequences * spec.data.context,
         "resumed": earlier.get("resumed", 0) + bool(checkpoint),
         "final": None,
         "divergence": None,
-        "skipped_steps": read_manifest(checkpoint)["skipped_steps"] if checkpoint else [],
+        "skipped_steps": kept.get("skipped_steps", []),
     }
     writer = RunWriter(folder, facts)
     if damaged := writer.forget_after(step_of(checkpoint) if checkpoint else -1):

@@ -129,6 +129,10 @@ class NormFreeTrainer(Trainer):
             raise NonFiniteError(found)
         if self.accelerator.scaler is None:
             self.network.zero_grad(set_to_none=True)  # AdamW passes over parameters without a gradient, decay included
+        else:  # an infinite loss may have finite gradients, and the scaler would take the step
+            for gradient in (parameter.grad for parameter in self.network.parameters()):
+                if gradient is not None:
+                    gradient.fill_(math.inf)
         self._tr_loss.copy_(self._loss_before_step)
         self._globalstep_last_logged += 1  # Trainer divides the sum of losses by the steps since then
         self.skipped.append(found)
