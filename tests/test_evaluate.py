@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from normfree.evaluate import Evaluation, evaluate_blocks, perplexity
+from normfree.model import NormFreeConfig, NormFreeForCausalLM
 
 
 @pytest.fixture
@@ -88,6 +89,15 @@ def test_bos_is_as_the_tokenizer_has_it_unless_said_otherwise(
     bos_tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()  # as GPT-2's: it has a BOS, and adds none
     assert perplexity(model, bos_tokenizer, text).nats == plain
     assert perplexity(model, bos_tokenizer, text, bos=True).nats == with_bos
+
+
+def test_our_models_never_saw_a_bos_token_whatever_their_tokenizer_does(bos_tokenizer: PreTrainedTokenizerFast) -> None:
+    ours = NormFreeForCausalLM(
+        NormFreeConfig(vocab_size=256, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    )
+    found = perplexity(ours, bos_tokenizer, "for word in words")
+    assert found == perplexity(ours, bos_tokenizer, "for word in words", bos=False)
+    assert found.tokens + 1 == perplexity(ours, bos_tokenizer, "for word in words", bos=True).tokens
 
 
 def test_bits_per_byte_counts_the_bytes_of_predicted_tokens_only(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -144,15 +146,61 @@ def test_the_page_says_that_windows_begin_with_a_bos_token(
     page, words = tmp_path / "heads" / "index.html", [str(saved), f"text={tmp_path / 'text.py'}", "context=32"]
     written = f"output={page.parent}"
     assert main(["entropy", *words, written]) == 0, capsys.readouterr().err
-    assert "BOS" not in page.read_text()
+    assert "each with" not in page.read_text()
     assert main(["entropy", *words, written, "bos=true"]) == 1
     assert "the tokenizer has no BOS token" in capsys.readouterr().err
     tokenizer = PreTrainedTokenizerFast.from_pretrained(saved, bos_token="a")
     tokenizer.save_pretrained(saved)
     assert main(["entropy", *words, written, "bos=true"]) == 0, capsys.readouterr().err
-    assert "each with the BOS token first" in page.read_text()
+    assert "each with a first" in page.read_text()
     assert main(["evaluate", *words, "bos=true"]) == 0, capsys.readouterr().err
-    assert "every window begins with the BOS token" in capsys.readouterr().out
+    assert "every window begins with a)" in capsys.readouterr().out
+
+
+def test_a_window_that_has_no_room_for_text_is_refused(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    two_first = copy.deepcopy(tokenizer)
+    first = [(token, two_first.convert_tokens_to_ids(token)) for token in ("\u0100", "\u0101")]  # the bytes 0 and 1
+    template = processors.TemplateProcessing("\u0100 \u0101 $A", special_tokens=first)
+    two_first.backend_tokenizer.post_processor = template
+    windows_NT = token_windows(model, two_first, TEXT, context=3, sequences=1)
+    assert windows_NT[0].tolist() == [number for _, number in first] + tokenizer("d")["input_ids"]
+    with pytest.raises(ValueError, match="context=2 leaves no room for text behind 2 leading tokens"):
+        token_windows(model, two_first, TEXT, context=2, sequences=1)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        ("a layer", r"lacks 12 weights of its model, e\.g\. transformer\.h\.1\."),
+        ("half", "cannot load"),
+        ("config", "cannot load"),
+    ],
+)
+def test_files_that_make_no_whole_model_are_refused_in_one_line(
+    saved: Path, harm: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = saved / "model.safetensors"
+    if harm == "a layer":
+        kept = {name: value for name, value in load_file(weights).items() if ".h.1." not in name}
+        save_file(kept, weights, metadata={"format": "pt"})
+    elif harm == "half":
+        weights.write_bytes(weights.read_bytes()[:2000])
+    else:
+        config = json.loads((saved / "config.json").read_text())
+        (saved / "config.json").write_text(json.dumps(config | {"n_layer": "three"}))
+    assert main(["evaluate", str(saved), f"text={saved.parent / 'text.py'}"]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(message, last), last
+
+
+def test_more_memory_than_there_is_is_refused_before_the_work(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("normfree.measure.evaluation_estimate", lambda model, *, context: 2**50 * context)
+    assert main(["evaluate", str(saved), f"text={saved.parent / 'text.py'}"]) == 1
+    assert "not enough memory: about 67108864.00 GiB needed" in capsys.readouterr().err
 
 
 def test_heads_without_a_finite_row_are_counted_and_never_a_number(

@@ -27,7 +27,7 @@ class EvaluateOptions:
     stride: int | None = None
     """Tokens by which windows advance; smaller gives each token more context and costs more."""
     bos: bool | None = None
-    """Begin every window with the BOS token; empty does as the tokenizer does with a text."""
+    """Begin every window with the BOS token; empty does as the tokenizer with a text (our models: without)."""
     device: str | None = None
     """cpu, cuda, ...; empty takes the GPU if there is one."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -51,7 +51,7 @@ class EntropyOptions:
     batch: int = 1
     """Windows per forward pass."""
     bos: bool | None = None
-    """Begin every window with the BOS token; empty does as the tokenizer does with a text."""
+    """Begin every window with the BOS token; empty does as the tokenizer with a text (our models: without)."""
     method: Literal["auto", "eager"] = "auto"
     """eager asks the model for its attention matrices (O(T^2) memory): for families that do not route."""
     output: Path = Path("entropy")
@@ -127,7 +127,8 @@ def study(name: str, overrides: Sequence[str]) -> None:
 
 def evaluate(name: str, options: EvaluateOptions) -> None:
     """Print token-weighted perplexity and bits per byte."""
-    from normfree.evaluate import leading_ids, perplexity
+    from normfree.evaluate import checked_context, leading_ids, perplexity
+    from normfree.measure import check_memory, evaluation_estimate
     from normfree.pretrained import load_pretrained
     from normfree.training.bf16 import products_for
     from normfree.training.process import prepare_process
@@ -137,12 +138,17 @@ def evaluate(name: str, options: EvaluateOptions) -> None:
     model, tokenizer = load_pretrained(
         name, dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code
     )
-    bos = bool(leading_ids(tokenizer, options.bos))
+    context = checked_context(model, options.context)
+    longest = min(context, len(text.encode()))  # tokens, of which no text has more than bytes
+    logger.info(
+        "windows of up to %d tokens: %s", longest, check_memory(evaluation_estimate(model, context=longest), model)
+    )
     with products_for(options.dtype, model.device):
         result = perplexity(
-            model, tokenizer, text, context=options.context, stride=options.stride, bos=bos, progress=True
+            model, tokenizer, text, context=context, stride=options.stride, bos=options.bos, progress=True
         )
-    after = ", every window begins with the BOS token" if bos else ""
+    leading = tokenizer.convert_ids_to_tokens(leading_ids(model, tokenizer, options.bos))
+    after = f", every window begins with {''.join(leading)}" if leading else ""
     print(f"perplexity     {result.perplexity:.4f} (over {result.tokens} predicted tokens{after})")
     print(f"cross-entropy  {result.loss_nats:.4f} nats per token")
     print(f"bits per byte  {result.bits_per_byte:.4f} (over {result.bytes} bytes of predicted tokens)")
@@ -169,8 +175,9 @@ def entropy(name: str, options: EntropyOptions) -> None:
         trust_remote_code=options.trust_remote_code,
         attention="eager" if options.method == "eager" else None,
     )
-    bos = bool(leading_ids(tokenizer, options.bos))
-    windows_NT = token_windows(model, tokenizer, text, context=options.context, sequences=options.sequences, bos=bos)
+    windows_NT = token_windows(
+        model, tokenizer, text, context=options.context, sequences=options.sequences, bos=options.bos
+    )
     sequences, context = windows_NT.shape
     needed = memory_estimate(model, batch=options.batch, context=context, method=options.method)
     logger.info("%d windows of %d tokens: %s", sequences, context, check_memory(needed, model))
@@ -181,7 +188,7 @@ def entropy(name: str, options: EntropyOptions) -> None:
         "text": str(options.text or "held-out Python code of this machine"),
         "context": context,
         "sequences": sequences,
-        "bos": bos,
+        "leading_tokens": tokenizer.convert_ids_to_tokens(leading_ids(model, tokenizer, options.bos)),
         "method": options.method,
         "dtype": options.dtype,
         "device": str(model.device),

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from normfree.model.configuration import NormFreeConfig
+
 IGNORED = -100
 
 
@@ -117,7 +119,7 @@ def perplexity(
 
     Raises ValueError when the text has fewer than two tokens, or context, stride or bos do not fit model and tokenizer.
     """
-    leading = leading_ids(tokenizer, bos)
+    leading = leading_ids(model, tokenizer, bos)
     room = checked_context(model, context) - len(leading)
     stride = room if stride is None else stride
     if not 1 <= stride <= room:
@@ -142,17 +144,19 @@ def perplexity(
     return total
 
 
-def leading_ids(tokenizer: Any, bos: bool | None) -> list[int]:
-    """What stands before every window: the BOS token or nothing; `bos=None` does as the tokenizer does with a text.
+def leading_ids(model: PreTrainedModel, tokenizer: Any, bos: bool | None) -> list[int]:
+    """What stands before every window: the BOS token or nothing; `bos=None` takes what the tokenizer puts before texts.
 
-    Models such as Llama, Gemma and Mistral were trained with one and predict badly without it; their tokenizers put it
-    there. Raises ValueError for bos=True where the tokenizer has none.
+    Models such as Llama, Gemma and Mistral were trained with it and predict badly without; ours never see one, whatever
+    tokenizer they have. Raises ValueError for bos=True where the tokenizer has no BOS token.
     """
-    token = tokenizer.bos_token_id
-    if bos and token is None:
+    if bos is None and model.config.model_type != NormFreeConfig.model_type:
+        text, plain = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
+        starts = [start for start in range(len(text)) if text[start : start + len(plain)] == plain]
+        return text[: starts[0]] if starts else []
+    if bos and tokenizer.bos_token_id is None:
         raise ValueError("bos=true, but the tokenizer has no BOS token")
-    wanted = tokenizer("a")["input_ids"][:1] == [token] if bos is None else bos
-    return [token] if wanted else []
+    return [tokenizer.bos_token_id] if bos else []
 
 
 def _windows(length: int, context: int, stride: int, *, seen_before: int) -> Iterator[tuple[int, int, int]]:

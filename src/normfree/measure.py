@@ -35,8 +35,10 @@ def token_windows(
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     if len(ids) < 2:
         raise ValueError(f"the text has {len(ids)} token(s); at least 2 are needed")
-    leading = leading_ids(tokenizer, bos)
+    leading = leading_ids(model, tokenizer, bos)
     check_vocabulary(model, leading + ids)
+    if context <= len(leading):
+        raise ValueError(f"context={context} leaves no room for text behind {len(leading)} leading tokens")
     room = min(context - len(leading), len(ids))
     windows_NT = torch.tensor(ids[: len(ids) // room * room]).view(-1, room)
     chosen = torch.linspace(0, len(windows_NT) - 1, min(sequences, len(windows_NT))).round().long()
@@ -60,13 +62,19 @@ def memory_estimate(model: PreTrainedModel, *, batch: int, context: int, method:
     return weights + activations + probe
 
 
+def evaluation_estimate(model: PreTrainedModel, *, context: int) -> int:
+    """Bytes that weights and the evaluation of one window need, roughly: logits, their fp32 copy and its softmax."""
+    logits = 3 * context * model.config.get_text_config().vocab_size * 4
+    return memory_estimate(model, batch=1, context=context, method="auto") + logits
+
+
 def check_memory(needed: int, model: PreTrainedModel) -> str:
     """One line on what will be needed and what there is. Raises ValueError when it is more than there is."""
     device = next(model.parameters()).device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     line = f"about {needed / 2**30:.2f} GiB needed, {free / 2**30:.1f} GiB free"
     if needed > free:
-        raise ValueError(f"not enough memory: {line}; lower batch= or context=")
+        raise ValueError(f"not enough memory: {line}; a smaller context= (or batch=) needs less")
     return line
 
 

@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import normfree.model  # noqa: F401 - registers our architecture with the Auto classes
 from normfree.records import RUN_FILE, read_run
 
+_UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError)
+"""What transformers raises for names, configs and weights that it cannot make a model of."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -25,18 +29,26 @@ def load_pretrained(
     """Load (model, tokenizer), the model in evaluation mode on `device` (default: the GPU if there is one).
     `attention` is transformers' attn_implementation; None lets the model choose.
 
-    Raises ValueError, in one line, when there is no such model, it cannot be reached, or it is no causal LM.
+    Raises ValueError, in one line, when there is no such model, it cannot be reached, it is no causal LM, or the files
+    lack some of its weights, which transformers would fill with random numbers.
     """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
     options: dict[str, Any] = _source(name) | {"trust_remote_code": trust_remote_code}
+    loading = {"dtype": DTYPES[dtype], "attn_implementation": attention, "output_loading_info": True}
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(**options, dtype=DTYPES[dtype], attn_implementation=attention)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(**options, **loading)
         tokenizer = AutoTokenizer.from_pretrained(**options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    except _UNREADABLE as error:
         raise ValueError(
-            f"cannot load {name!r} as a causal language model ({first_line}); give a run folder, a folder written by "
-            "save_pretrained, a .gguf file, or a hub name (needs the network, or HF_HOME with a downloaded copy)"
+            f"cannot load {name!r} as a causal language model ({_first_line(error)}); give a run folder, a folder "
+            "written by save_pretrained, a .gguf file, or a hub name (needs the network, or HF_HOME with a copy)"
         ) from error
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{name} lacks {len(missing)} weights of its model, e.g. {missing[0]}: the files are incomplete"
+        )
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(target).eval(), tokenizer
 
@@ -45,12 +57,15 @@ def load_config(name: str) -> Any:
     """The config of a folder or hub name. Raises ValueError, in one line, when it cannot be read or reached."""
     try:
         return AutoConfig.from_pretrained(**_source(name))
-    except (OSError, ValueError, KeyError) as error:
-        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    except _UNREADABLE as error:
         raise ValueError(
-            f"cannot read the config of {name!r} ({first_line}); give a run, a preset, a folder with a config.json, or "
-            "a hub name (needs the network, or HF_HOME with a downloaded copy)"
+            f"cannot read the config of {name!r} ({_first_line(error)}); give a run, a preset, a folder with a "
+            "config.json, or a hub name (needs the network, or HF_HOME with a copy)"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _source(name: str) -> dict[str, str]:

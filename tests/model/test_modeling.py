@@ -57,12 +57,13 @@ def test_generation_with_and_without_cache_agrees(build, ids, form):
 
 
 def test_generation_from_left_padding_continues_the_text(build, ids):
-    model = build()
+    model = build(position="rotary", residual="parallel", norm="layernorm")
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    together = model.generate(ids, attention_mask=mask, **options)
-    assert torch.equal(together[:1, 12:], model.generate(ids[:1, 4:], **options)[:, 8:])
+    alone = model.generate(ids[:1, 4:], **options)[:, 8:]
+    assert torch.equal(model.generate(ids, attention_mask=mask, **options)[:1, 12:], alone)
+    assert not torch.equal(model.generate(ids, attention_mask=torch.ones_like(ids), **options)[:1, 12:], alone)
 
 
 def test_learned_positions_and_rotation_tell_orders_apart(build, ids):

@@ -91,7 +91,10 @@ def entropy_of_probabilities(p_BHTS: Tensor, padding: Tensor | None = None) -> A
     """
     p_BHTS = p_BHTS.to(torch.promote_types(p_BHTS.dtype, torch.float32))
     nats_BHT = torch.special.entr(p_BHTS).sum(-1)
-    visible_B1T = ((p_BHTS > 0) | p_BHTS.isnan()).any(1, keepdim=True).sum(-1)
+    seen_B1TS = (p_BHTS > 0).any(1, keepdim=True)
+    # Where a head is NaN the others tell what may be seen; where all are, nobody does.
+    untold_B1T1 = p_BHTS.isnan().any(-1, keepdim=True).all(1, keepdim=True)
+    visible_B1T = (seen_B1TS | (untold_B1T1 & p_BHTS.isnan().any(1, keepdim=True))).sum(-1)
     if padding is not None and padding.dim() == 2:
         visible_B1T = visible_B1T * (padding[:, None, -p_BHTS.shape[2] :] != 0)
     visible_BHT = visible_B1T.expand_as(nats_BHT).to(torch.int32)

@@ -58,6 +58,12 @@ def scores_asked(
             f"attention implementation {name!r} with a {type(mask).__name__} mask is not read here; "
             f"load the model with attn_implementation='sdpa'"
         )
+    for key in ("cache", "cu_seq_lens_q"):  # a paged cache; texts packed for flash attention
+        if asked.get(key) is not None:
+            raise UnsupportedModel(
+                f"attention that is called with {key}= serves several texts in one row, which is not read here; load "
+                "the model with attn_implementation='sdpa' and call it on a padded batch"
+            )
     own_causal = asked.get("is_causal")
     own_causal = getattr(module, "is_causal", True) if own_causal is None else own_causal
     is_flash = "flash" in name
@@ -75,7 +81,16 @@ def scores_asked(
         "causal": causal,
         "window": asked.get("sliding_window") if is_flash and causal else None,
         "softcap": asked.get("softcap"),
+        "forgets_first": asked.get("sliding_window") is not None or _is_chunked(module),
+        "positions": asked.get("position_ids") if is_flash and mask is None and q.shape[2] > 1 else None,
     }
+
+
+def _is_chunked(module: nn.Module) -> bool:
+    """Whether the layer attends within chunks (llama4), whose cache is a sliding one."""
+    types = getattr(getattr(module, "config", None), "layer_types", None)
+    index = getattr(module, "layer_idx", None)
+    return bool(types) and isinstance(index, int) and types[index] == "chunked_attention"
 
 
 def _with_bias(mask: Tensor | None, bias: Tensor | None, q: Tensor, k: Tensor, causal: bool) -> Tensor | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from transformers.modeling_utils import AttentionInterface
 from normfree.entropy.functional import attention_entropy
 from normfree.entropy.recorder import SLOT, Recorder, is_recomputation
 from normfree.entropy.routing import eager_function, scores_asked
+from normfree.entropy.support import UnsupportedModel
+from normfree.entropy.visibility import last_key_is_hidden, padding_rows
 
 RECORDERS: dict[int, tuple[Recorder, int, bool]] = {}
 """slot -> where to add, the layer's index, whether patterns are wanted."""
@@ -75,7 +77,7 @@ def _measuring(name: str, original: Callable[..., Any] | None) -> Callable[..., 
             torch.ops.normfree.record_entropy(
                 _ticket, query.detach(), key_seen, None if mask is None else mask.detach(), sinks,
                 scores["scale"], scores["causal"], scores["window"], scores["softcap"], slot,
-                asked.get("sliding_window") is not None,
+                scores["forgets_first"], scores["positions"],
             )  # fmt: skip
         attend = original if original is not None else eager_function(type(module))
         return attend(module, query, key, value, attention_mask, *args, **asked)
@@ -95,15 +97,27 @@ def _record(
     window: int | None,
     softcap: float | None,
     slot: int,
-    slides: bool,
+    forgets_first: bool,
+    positions: Tensor | None,
 ) -> None:
     if slot not in RECORDERS or is_recomputation():
         return
     recorder, layer, patterns = RECORDERS[slot]
-    if patterns and slides and q.shape[2] < k.shape[2]:
+    queries, keys = q.shape[2], k.shape[2]
+    if positions is not None and bool((positions.diff(dim=-1) != 1).any()):
+        raise UnsupportedModel(
+            "flash attention was called on texts packed into one row, which only position_ids tell apart: not read "
+            "here; load the model with attn_implementation='sdpa'"
+        )
+    if patterns and forgets_first and queries < keys:
         raise ValueError(
             f"layer {layer} has a sliding window, whose cache forgets the first token: the mass on it is unknown here; "
             "call the model on whole sequences (use_cache=False), or leave out patterns=True"
+        )
+    if patterns and queries < keys and last_key_is_hidden(mask):
+        raise ValueError(
+            "a static cache has room behind the newest token, so distances to it are unknown here; use a dynamic cache "
+            "or whole sequences (use_cache=False), or leave out patterns=True"
         )
     with torch.no_grad():
         measured = attention_entropy(
@@ -117,9 +131,12 @@ def _record(
             sinks=sinks,
             patterns=patterns,
         )
+        padded = padding_rows(mask, queries, keys)
+        if padded is not None:
+            measured = replace(measured, visible=measured.visible.masked_fill(padded, 0))
         recorder.add(layer, measured, slot=slot)
 
 
 @_record.register_fake
-def _(ticket, q, k, mask, sinks, scale, causal, window, softcap, slot, slides) -> None:
+def _(ticket, q, k, mask, sinks, scale, causal, window, softcap, slot, forgets_first, positions) -> None:
     return None

@@ -132,6 +132,27 @@ class Visibility:
         return ~hidden, part.masked_fill(hidden, 0.0)
 
 
+def last_key_is_hidden(mask: Tensor | None) -> bool:
+    """Whether no row sees the last key: the room behind the newest token in a static cache."""
+    if mask is None:
+        return False
+    last = mask[..., -1]
+    return not bool((last if last.dtype == torch.bool else ~_hidden(last)).any())
+
+
+def padding_rows(mask: Tensor | None, queries: int, keys: int) -> Tensor | None:
+    """(B or 1, H or 1, T): True for the queries of padding, known by a key of their own that no row sees.
+
+    None where the mask does not say: without one, and where keys of a cache shift the positions.
+    """
+    if mask is None or queries != keys or mask.shape[-1] != keys:
+        return None
+    if mask.dim() == 2:
+        return (mask == 0)[:, None]
+    visible = mask if mask.dtype == torch.bool else ~_hidden(mask)
+    return ~visible.any(-2)
+
+
 def _hidden(additive: Tensor) -> Tensor:
     # Half of the minimum, because models add a bias to a mask that already holds the minimum.
     return additive <= torch.finfo(additive.dtype).min / 2

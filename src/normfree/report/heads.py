@@ -22,8 +22,8 @@ from normfree.tables import Table
 def build_heads_report(facts: dict[str, Any], output: Path) -> Path:
     """Write `output`/entropy.json, figures, tables and index.html, which comes last; returns its path.
 
-    `facts` holds model, text, context, sequences, bos, dtype, device, command, seconds, peak_memory_mib, software and
-    what `normfree.measure.measure` returns.
+    `facts` holds model, text, context, sequences, leading_tokens, dtype, device, command, seconds, peak_memory_mib,
+    software and what `normfree.measure.measure` returns.
     """
     heads = heads_of(facts)
     written = heads_tables(facts)
@@ -99,8 +99,8 @@ def _heatmap(heads: Heads) -> PageFigure:
 
 def _facts(facts: dict[str, Any]) -> list[tuple[str, list[str]]]:
     size = f"{facts['sequences']} windows of {facts['context']} tokens from {facts['text']}"
-    if facts["bos"]:
-        size += ", each with the BOS token first"
+    if facts["leading_tokens"]:
+        size += f", each with {''.join(facts['leading_tokens'])} first"
     cost = f"{facts['seconds']:.1f} s, peak memory of the process {facts['peak_memory_mib']:.0f} MiB"
     return [
         ("Command", [facts["command"]]),
