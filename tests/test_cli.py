@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from normfree.cli import VERBS, main
 from normfree.compose import allowed_keys, compose_run
-from normfree.config import known_keys
+from normfree.config import RunSpec, known_keys
 from normfree.model.activations import ACTIVATIONS
 from normfree.model.norms import NORMS
 from normfree.records import read_run
@@ -54,6 +55,17 @@ def test_help_of_a_run_has_every_field_of_the_model_with_its_names_and_loads_no_
     assert "[none | per_layer | shared]" in done.stdout
     assert "[wandb | tensorboard | trackio]" in done.stdout
     assert all(name in done.stdout for name in NORMS)
+
+
+def test_cfg_prints_the_composed_run_and_trains_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["preset=cpu-quick", "variant=sm-r", "train.steps=7"]
+    status, out, _ = run("train", *words, "--cfg", "job", capsys=capsys)
+    assert status == 0
+    assert RunSpec.from_dict(yaml.safe_load(out)) == compose_run(words).spec
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
-"""The command line: `normfree VERB OBJECT... key=value`. --help and --debug are the only flags (and Hydra's -m)."""
+"""The command line: `normfree VERB OBJECT... key=value`. Flags: --help, --debug, and train's -m and --cfg."""
 
 from __future__ import annotations
 
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -40,7 +40,7 @@ VERBS = {
     "train": Verb(
         commands.train,
         "",
-        "train one run, or many with -m",
+        "train one run; many with -m; print it and train nothing with --cfg",
         "normfree train preset=cpu-quick variant=sm-r seed=1",
     ),
     "study": Verb(commands.study, "STUDY", "train all runs of a study, then report", "normfree study quick"),
@@ -138,6 +138,8 @@ def dispatch(words: Sequence[str]) -> None:
         return
     multirun = name == "train" and any(word in ("-m", "--multirun") for word in rest)
     rest = [word for word in rest if not (multirun and word in ("-m", "--multirun"))]
+    shown = name == "train" and "--cfg" in rest
+    rest = [word for word in rest if not (shown and word in ("--cfg", "job"))]
     if flags := [word for word in rest if word.startswith("-")]:
         raise UsageError(f"unknown flag {flags[0]!r}; the flags are {', '.join(FLAGS)}; all else is key=value")
     objects, pairs = [w for w in rest if "=" not in w], [w for w in rest if "=" in w]
@@ -146,6 +148,8 @@ def dispatch(words: Sequence[str]) -> None:
 
         sweep([*objects, *pairs])
         return
+    if shown:
+        verb = replace(verb, run=commands.show_run)
     verb.run(*_objects(name, verb, objects), *_keys(name, verb, pairs))
 
 

@@ -110,6 +110,15 @@ def train(overrides: Sequence[str]) -> None:
     print(f"{summary(folder)}\n{folder}")
 
 
+def show_run(overrides: Sequence[str]) -> None:
+    """Print the composed run as YAML, and train nothing."""
+    import yaml
+
+    from normfree.compose import compose_run
+
+    print(yaml.safe_dump(compose_run(overrides).spec.to_dict(), sort_keys=False), end="")
+
+
 def study(name: str, overrides: Sequence[str]) -> None:
     """Train the runs of a study and build its report; `workers=N` is ours, all other keys are the runs'."""
     from normfree.studies import run_study
