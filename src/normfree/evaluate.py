@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from normfree.model.configuration import NormFreeConfig
-
 IGNORED = -100
 
 
@@ -150,7 +148,7 @@ def leading_ids(model: PreTrainedModel, tokenizer: Any, bos: bool | None) -> lis
     Models such as Llama, Gemma and Mistral were trained with it and predict badly without; ours never see one, whatever
     tokenizer they have. Raises ValueError for bos=True where the tokenizer has no BOS token.
     """
-    if bos is None and model.config.model_type != NormFreeConfig.model_type:
+    if bos is None and model.config.model_type != "normfree":
         text, plain = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
         starts = [start for start in range(len(text)) if text[start : start + len(plain)] == plain]
         return text[: starts[0]] if starts else []
