@@ -65,6 +65,7 @@ def test_cfg_prints_the_composed_run_and_trains_nothing(
     status, out, _ = run("train", *words, "--cfg", "job", capsys=capsys)
     assert status == 0
     assert RunSpec.from_dict(yaml.safe_load(out)) == compose_run(words).spec
+    assert run("train", "-m", "--cfg", *words, capsys=capsys)[1] == out
     assert not list(tmp_path.iterdir())
 
 

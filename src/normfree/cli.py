@@ -143,13 +143,13 @@ def dispatch(words: Sequence[str]) -> None:
     if flags := [word for word in rest if word.startswith("-")]:
         raise UsageError(f"unknown flag {flags[0]!r}; the flags are {', '.join(FLAGS)}; all else is key=value")
     objects, pairs = [w for w in rest if "=" not in w], [w for w in rest if "=" in w]
-    if multirun:
+    if shown:  # before -m, which would train
+        verb = replace(verb, run=commands.show_run)
+    elif multirun:
         from normfree.sweep import sweep
 
         sweep([*objects, *pairs])
         return
-    if shown:
-        verb = replace(verb, run=commands.show_run)
     verb.run(*_objects(name, verb, objects), *_keys(name, verb, pairs))
 
 
