@@ -160,6 +160,7 @@ def test_a_document_larger_than_the_limit_is_cut_to_what_is_left(tmp_path: Path,
         return [len(document.text) for document in limited(documents, most_documents=None, most_bytes=most_bytes)]
 
     assert taken([3, 4, 30, 1], 20) == [3, 4, 13]
+    assert taken([20, 30], 20) == [20]
     assert taken([3, 4, 19, 1], 20) == [3, 4]  # as it always was: it alone is no larger than the limit
 
 

@@ -70,7 +70,7 @@ def limited(documents: Iterable[Document], *, most_documents: int | None, most_b
         if number == most_documents:
             return
         encoded = document.text.encode()
-        if len(encoded) > most:
+        if left and len(encoded) > most:
             yield replace(document, text=encoded[:left].decode(errors="ignore"))
         if len(encoded) > left:
             return
