@@ -75,7 +75,7 @@ def _tree_rounds(price: Mapping[str, Any], item: Count) -> int:
 
 def load_constants(path: Path = CONSTANTS_FILE) -> dict[str, Any]:
     """The content of a file of constants. Raises ValueError for a file that is none, and for another version."""
-    advice = f"`normfree cost calibrate output={path.name}` writes one"
+    advice = f"`normfree cost calibrate output={path.name or 'constants.json'}` writes one"
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
