@@ -44,7 +44,8 @@ def write_run(
 ) -> Run:
     """One run folder under `root`, read back. `spec`: more fields of RunSpec; `facts`: more of run.json.
 
-    `broken_probe`: in the last probe, and at the end, only the first layer is finite, as when held-out text overflows.
+    `broken_probe`: in the last probe, and at the end, only the first layer is finite, as when held-out text overflows;
+    the other layers have no row to take a ceiling from either.
     """
     built = _spec(label, seed, steps, spec)
     folder = root / built.study / built.name
@@ -166,7 +167,7 @@ def _measured(entropy_LH: np.ndarray, *, rows: int) -> list[tuple[str, Any]]:
         ("entropy_nats", entropy_LH),
         ("nonfinite_rows", bad_LH),
         ("rows", np.full_like(bad_LH, rows)),
-        ("ceiling_nats", np.full(len(entropy_LH), causal_ceiling(CONTEXT))),
+        ("ceiling_nats", np.where(np.isnan(entropy_LH).all(axis=1), math.nan, causal_ceiling(CONTEXT))),
     ]
 
 

@@ -117,8 +117,8 @@ def test_slopes_move_apart_per_layer_and_never_when_shared(tmp_path: Path) -> No
     assert per_layer is not None
     assert shared is not None
     assert (per_layer.diverging, per_layer.layers, per_layer.first_step) == (True, (3, 0), 80)
-    assert per_layer.spread == pytest.approx(0.3)
-    assert (shared.diverging, shared.spread, len(shared.final_S)) == (False, 0.0, 1)
+    assert (per_layer.final_step, max(per_layer.final_S) - min(per_layer.final_S)) == (200, pytest.approx(0.3))
+    assert (shared.diverging, len(shared.final_S)) == (False, 1)
     assert analysis.slopes(write_run(tmp_path, "SM+G")) is None
 
 
@@ -138,7 +138,7 @@ def test_slopes_move_apart_per_layer_and_never_when_shared(tmp_path: Path) -> No
 def test_slopes_have_gone_to_zero_when_each_of_them_has(
     first: tuple[float, ...], final: tuple[float, ...], expected: bool
 ) -> None:
-    assert analysis.Slopes(first, final, 0.0, (0, 0), False, None).gone_to_zero is expected
+    assert analysis.Slopes(first, final, 200, (0, 0), False, None).gone_to_zero is expected
 
 
 def test_a_heatmap_comes_from_the_final_measurement_else_from_the_newest_probe(tmp_path: Path) -> None:
@@ -235,6 +235,11 @@ def test_mixed_recipes_of_one_variant_stay_apart_and_say_what_differs(tmp_path: 
     ]
     names = [group.name for group in analysis.group_runs(runs, mix=True)]
     assert names == ["SM+G [peak_learning_rate=0.0005]", "SM+G [peak_learning_rate=0.001]"]
+
+
+def test_equal_values_of_different_keys_are_different_recipes(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / key, "SM+G", model={key: 0.1}) for key in ("attention_dropout", "embedding_dropout")]
+    assert len(analysis.group_runs(runs, mix=True)) == 2
 
 
 def test_another_order_of_the_data_is_a_replicate_as_another_seed_is(tmp_path: Path) -> None:

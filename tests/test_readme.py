@@ -57,9 +57,11 @@ def test_a_number_that_was_changed_by_hand_is_seen() -> None:
     assert filled(changed) == README
 
 
-def test_every_committed_run_learned_more_than_token_frequencies() -> None:
-    for run in find_runs([ROOT / "results" / "quick"]):
-        assert run.perplexity < 0.5 * run.facts["corpus"]["unigram_perplexity"]
+def test_every_committed_run_that_did_not_diverge_learned_more_than_token_frequencies() -> None:
+    finished = [run for run in find_runs([ROOT / "results"]) if run.status == "finished"]
+    assert len(finished) > 50
+    for run in finished:
+        assert run.perplexity < 0.5 * run.facts["corpus"]["unigram_perplexity"], run.name
 
 
 TRAINING = (ROOT / "docs" / "training.md").read_text()

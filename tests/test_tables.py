@@ -152,6 +152,7 @@ def test_the_paper_s_rows_stand_beside_its_own_shape_only(tmp_path: Path) -> Non
     runs = [write_run(tmp_path, label, model={"position": "rotary"}) for label in ("SM+G", "SM+R")]
     assert not [name for name in rows_of(tables.gap_table(group_runs(runs))) if "paper" in name]
     assert not [name for name in rows_of(tables.overload_table(group_runs(runs))) if "paper" in name]
+    assert {row[-1] for row in tables.range_table(group_runs(runs)).rows} == {"-"}
 
 
 def test_overload_is_told_by_depth_and_over_training(tmp_path: Path) -> None:
@@ -202,6 +203,12 @@ def test_slopes_run_from_relu_to_identity_with_the_first_broken_step(tmp_path: P
     assert rows["SM+leaky, shared"]["Slope at the start"] == "0.01"
     assert rows["SM+leaky, shared"]["Gone to zero"] == "no"  # it ends at 0.11
     assert rows["SM+R"]["Gone to zero"] == "-"
+
+
+def test_a_slope_of_a_diverged_run_ends_at_its_last_probe_and_went_nowhere(tmp_path: Path) -> None:
+    row = rows_of(tables.slope_table(group_runs([write_run(tmp_path, "SM+leaky, shared", status="diverged")])))
+    assert row["SM+leaky, shared"]["Gone to zero"] == "diverged"
+    assert row["SM+leaky, shared"]["Slope at the end"] == "one shared slope, 0.050 at step 80"
 
 
 def test_a_skipped_step_is_the_first_that_was_not_finite(tmp_path: Path) -> None:

@@ -62,6 +62,11 @@ LOSS_NATS: dict[str, dict[float, float]] = {
 """Evaluation loss (nats) of GPT-2 125M over the share of training, read off a figure (+- 0.02)."""
 
 
+def is_gpt2(spec: Mapping[str, Any]) -> bool:
+    """Whether a run has the shape of GPT-2 125M, the only one with published heatmaps, ranges and curves."""
+    return counterpart(spec).startswith("GPT-2")
+
+
 def counterpart(spec: Mapping[str, Any]) -> str:
     """The published model whose shape is nearest to that of a run: rotary positions mean Pythia."""
     if spec["model"].get("position") != "rotary":

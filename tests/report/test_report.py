@@ -13,11 +13,12 @@ import pytest
 from matplotlib.figure import Figure
 
 from normfree import published
-from normfree.analysis import Heads, group_runs
+from normfree.analysis import LAST_PROBE_NOTE, Heads, causal_ceiling, group_runs
 from normfree.report import build_report
-from normfree.report.figures import slope_figures
-from normfree.report.heads import verdict_sentences
+from normfree.report.figures import main_figures, slope_figures
+from normfree.report.heads import heatmap, verdict_sentences
 from normfree.report.summary import sentences
+from normfree.tables import range_table
 from tests.synthetic import write_run
 
 FOUR = ("SM+LN+G", "SM+LN+R", "SM+G", "SM+R")
@@ -200,6 +201,38 @@ def test_a_head_that_is_not_finite_leaves_collapse_undecided(second: float, expe
 def test_no_finite_head_is_no_number() -> None:
     heads = Heads(np.full((2, 2), np.nan), np.full(2, 3.9), step=0, split="final")
     assert "Entropy collapse undecided: no head is finite." in verdict_sentences(heads, [0, 1])
+
+
+@pytest.mark.parametrize(("third", "limit"), [(2.5, 3.1), (np.nan, causal_ceiling(32))])
+def test_a_layer_without_a_ceiling_leaves_the_colours_of_the_others(third: float, limit: float) -> None:
+    """A layer without a finite row has nothing to take a ceiling from."""
+    heads = Heads(np.array([[third, third], [np.nan, np.nan]]), np.array([3.1 * third / third, np.nan]), 0, "final")
+    figure = heatmap(heads, context=32)
+    assert figure.key is not None
+    assert figure.key.limit == (0, pytest.approx(limit))
+    assert f"causal ceiling, {limit:.2f} nats" in figure.caption
+    assert figure.panels[0](Figure().subplots()).images[0].get_clim() == (0, pytest.approx(limit))
+
+
+def test_a_broken_variant_leaves_the_colours_of_the_study(tmp_path: Path) -> None:
+    figures = {found.name: found for found in main_figures(group_runs([write_run(tmp_path, "SM", broken_probe=True)]))}
+    key = figures["heatmaps"].key
+    assert key is not None
+    assert key.limit == (0, pytest.approx(causal_ceiling(32)))
+    assert figures["dynamics"].panels[0](Figure().subplots()).get_ylim()[1] == pytest.approx(1.08 * causal_ceiling(32))
+
+
+def test_the_paper_s_heads_stand_beside_its_own_shape_only(tmp_path: Path) -> None:
+    rotary = write_run(tmp_path, "SM+G", model={"position": "rotary"})
+    assert "published" in [figure.name for figure in main_figures(group_runs([write_run(tmp_path / "gpt2", "SM+G")]))]
+    assert "published" not in [figure.name for figure in main_figures(group_runs([rotary]))]
+
+
+def test_the_ranges_say_when_a_last_probe_stands_for_a_run(tmp_path: Path) -> None:
+    groups = group_runs([write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+R", status="diverged")])
+    assert any(LAST_PROBE_NOTE in figure.caption for figure in main_figures(groups) if figure.name == "ranges")
+    assert LAST_PROBE_NOTE in range_table(groups).notes
+    assert LAST_PROBE_NOTE not in range_table(groups[:1]).notes
 
 
 def test_slopes_with_and_without_a_norm_are_panels_of_their_own(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from normfree.analysis.entropy import (
     trained_heads,
 )
 from normfree.analysis.groups import BASELINE, Group, group_runs, is_over
+from normfree.analysis.ranges import LAST_PROBE_NOTE, PooledRanges, pooled_ranges
 from normfree.analysis.seeds import Difference, Summary, paired_difference, student_t_95, summarise
 from normfree.analysis.verdicts import (
     COLLAPSE_NATS,
@@ -34,6 +35,7 @@ from normfree.analysis.verdicts import (
 __all__ = [
     "BASELINE",
     "COLLAPSE_NATS",
+    "LAST_PROBE_NOTE",
     "NORMALISERS",
     "OVERLOAD_SHARE",
     "RANGES",
@@ -44,6 +46,7 @@ __all__ = [
     "Group",
     "Heads",
     "Overload",
+    "PooledRanges",
     "RangeCounts",
     "Slopes",
     "Summary",
@@ -57,6 +60,7 @@ __all__ = [
     "normaliser_maxima",
     "overload",
     "paired_difference",
+    "pooled_ranges",
     "probed_heads",
     "range_counts",
     "shares_of_ceiling",

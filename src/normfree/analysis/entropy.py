@@ -136,5 +136,6 @@ def _heads(run: Run, split: str) -> list[Heads]:
     for step, value in run.series(split, "entropy_nats"):
         entropy_LH = np.array(value, dtype=float)
         ceiling_L = np.array(ceilings.get(step, [fallback] * len(entropy_LH)), dtype=float)
+        ceiling_L[np.isnan(ceiling_L)] = fallback  # a layer without a finite row: its ceiling was not measured
         found.append(Heads(entropy_LH, ceiling_L, step, split))
     return found

@@ -74,9 +74,9 @@ def group_runs(runs: Sequence[Run], *, mix: bool = False) -> list[Group]:
             f"these runs differ in their recipe ({named}): "
             "give runs of one recipe, or mix=true to show them side by side"
         )
-    members: dict[tuple[str, ...], list[Run]] = {}
+    members: dict[Hashable, list[Run]] = {}
     for run in runs:
-        key = (run.label, *(value for _, value in sorted(_flat(run).items())))
+        key = (run.label, *sorted(_flat(run).items()))
         members.setdefault(key, []).append(run)
     names = _names(list(members.values()))
     groups = [_group(name, found) for name, found in zip(names, members.values(), strict=True)]

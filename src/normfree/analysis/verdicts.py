@@ -63,8 +63,8 @@ class Slopes:
 
     first_S: tuple[float, ...]
     final_S: tuple[float, ...]
-    spread: float
-    """Highest minus lowest slope at the end; 0 for a shared slope."""
+    final_step: int
+    """The last probe: after training, or before a run stopped or diverged."""
     layers: tuple[int, int]
     """Layers of the lowest and of the highest slope."""
     diverging: bool
@@ -113,11 +113,11 @@ def slopes(run: Run) -> Slopes | None:
     if not series:
         return None
     history = [(step, np.atleast_1d(np.array(value, dtype=float))) for step, value in series]
-    final_S = history[-1][1]
+    final_step, final_S = history[-1]
     return Slopes(
         first_S=tuple(history[0][1].tolist()),
         final_S=tuple(final_S.tolist()),
-        spread=float(np.ptp(final_S)),
+        final_step=final_step,
         layers=(int(np.argmin(final_S)), int(np.argmax(final_S))),
         diverging=_apart(final_S),
         first_step=_first([(step, _apart(slope_S)) for step, slope_S in history]),

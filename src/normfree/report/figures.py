@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
-from operator import add
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -14,15 +12,15 @@ from matplotlib.figure import Figure
 
 from normfree import plots, published
 from normfree.analysis import (
+    LAST_PROBE_NOTE,
     NORMALISERS,
     Group,
     Heads,
     causal_ceiling,
     final_heads,
     fixed_slope,
-    normaliser_maxima,
+    pooled_ranges,
     probed_heads,
-    range_counts,
     shares_of_ceiling,
 )
 from normfree.cost import trade_off
@@ -130,8 +128,8 @@ def _published(groups: Sequence[Group]) -> PageFigure | None:
     panels, shapes = [], []
     for group, heads in _measured(groups):
         theirs = published.heatmaps().get(group.label)
-        if theirs is not None:
-            panels.append(_heatmap(theirs / ceiling, 1.0, f"{group.label}, paper"))
+        if theirs is not None and published.is_gpt2(group.runs[0].spec):
+            panels.append(_heatmap(theirs / ceiling, 1.0, f"{group.label}, paper's GPT-2 125M"))
             panels.append(_heatmap(shares_of_ceiling(heads), 1.0, f"{group.name}, ours"))
             shapes += [theirs.shape, heads.entropy_LH.shape]
     if not panels:
@@ -177,24 +175,20 @@ def _overload(groups: Sequence[Group]) -> PageFigure | None:
 
 
 def _ranges(groups: Sequence[Group]) -> PageFigure | None:
-    measured = [(g, run, heads) for g in groups for run in g.runs if (heads := final_heads(run)) is not None]
-    if not measured:
+    pooled, with_last_probes = pooled_ranges(groups)
+    if not pooled:
         return None
-    contexts = [run.spec["data"]["context"] for _, run, _ in measured]
-    panels = []
-    for normaliser in NORMALISERS:
-        maxima = normaliser_maxima(normaliser, [heads for *_, heads in measured], contexts)
-        counts: dict[str, list] = {}
-        for (group, _, heads), maximum_L in zip(measured, maxima, strict=True):
-            counts.setdefault(group.name, []).append(range_counts(heads.entropy_LH, maximum_L))
-        panels.append(_range_bars({name: reduce(add, found) for name, found in counts.items()}, normaliser))
+    bars = {
+        normaliser: {name: found.counts for name, found in by_group.items()} for normaliser, by_group in pooled.items()
+    }
+    note = f" {LAST_PROBE_NOTE}" if with_last_probes else ""
     return PageFigure(
         name="ranges",
         title="Heads per range of entropy",
         caption="Share of the heads of all seeds in each quarter of the maximum; a long bright piece is "
-        "overload. " + " ".join(f"{name}: {meaning}." for name, meaning in NORMALISERS.items()),
-        panels=tuple(panels),
-        panel_inches=(3.9, 1.3 + 0.27 * len({group.name for group, *_ in measured})),
+        "overload. " + " ".join(f"{name}: {meaning}." for name, meaning in NORMALISERS.items()) + note,
+        panels=tuple(_range_bars(counts, normaliser) for normaliser, counts in bars.items()),
+        panel_inches=(3.9, 1.3 + 0.27 * len(bars["causal"])),
         columns=3,
     )
 

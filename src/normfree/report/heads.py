@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 
 from normfree import __version__, plots, tables
-from normfree.analysis import COLLAPSE_NATS, Heads, collapse, overload
+from normfree.analysis import COLLAPSE_NATS, Heads, causal_ceiling, collapse, overload
 from normfree.manifest import write_atomically
 from normfree.records import encode
 from normfree.report.build import write_figures, write_tables
@@ -27,7 +27,7 @@ def build_heads_report(facts: dict[str, Any], output: Path) -> Path:
     """
     heads = heads_of(facts)
     written = heads_tables(facts)
-    figure = _heatmap(heads)
+    figure = heatmap(heads, context=facts["context"])
     write_atomically(output / "entropy.json", json.dumps(encode(facts), indent=1, allow_nan=False) + "\n")
     write_tables(written, output)
     write_figures([figure], output)
@@ -71,7 +71,8 @@ def verdict_sentences(heads: Heads, layers: list[int]) -> list[str]:
     if collapsed.holds:
         places = ", ".join(f"layer {layers[layer]} head {head}" for layer, head in collapsed.heads[:5])
         more = f" and {len(collapsed.heads) - 5} more" if len(collapsed.heads) > 5 else ""
-        found.append(f"Entropy collapse: {len(collapsed.heads)} heads below {COLLAPSE_NATS} nats ({places}{more}).")
+        count = "1 head" if len(collapsed.heads) == 1 else f"{len(collapsed.heads)} heads"
+        found.append(f"Entropy collapse: {count} below {COLLAPSE_NATS} nats ({places}{more}).")
     elif np.isfinite(collapsed.lowest_nats):
         words = "Entropy collapse undecided (NaN heads)" if collapsed.holds is None else "No entropy collapse"
         found.append(f"{words}: the lowest finite head has {collapsed.lowest_nats:.3f} nats.")
@@ -79,12 +80,14 @@ def verdict_sentences(heads: Heads, layers: list[int]) -> list[str]:
         found.append("Entropy collapse undecided: no head is finite.")
     broken = int((~np.isfinite(heads.entropy_LH)).sum())
     if broken:
-        found.append(f"{broken} heads have no finite row; they are in no range and in no mean.")
+        found.append(f"Heads without a finite row: {broken}. They are in no range and in no mean.")
     return found
 
 
-def _heatmap(heads: Heads) -> PageFigure:
-    ceiling = float(heads.ceiling_L.max())
+def heatmap(heads: Heads, *, context: int) -> PageFigure:
+    """One cell a head, up to the highest causal ceiling of a layer, or that of `context` tokens if no layer has one."""
+    ceiling = float(np.fmax.reduce(heads.ceiling_L))  # NaN in a layer without a finite row
+    ceiling = causal_ceiling(context) if np.isnan(ceiling) else ceiling
     return PageFigure(
         name="heatmap",
         title="Entropy of every head",

@@ -54,7 +54,7 @@ def head_range_table(heads: Heads, *, context: int) -> Table:
         maximum_L = normaliser_maxima(name, [heads], [context])[0]
         counts = range_counts(heads.entropy_LH, maximum_L)
         shares = [f"{100 * share:.0f} %" for share in counts.shares]
-        rows.append((name, f"{maximum_L.max():.3f}", *shares, str(counts.nonfinite), meaning))
+        rows.append((name, f"{np.fmax.reduce(maximum_L):.3f}", *shares, str(counts.nonfinite), meaning))
     columns = (Column("Normaliser", numeric=False), Column("Maximum"), *(Column(name) for name in RANGES))
     columns += (Column("Non-finite heads"), Column("Meaning", numeric=False))
     return Table("ranges", "Share of heads in each quarter of the maximum", columns, tuple(rows))

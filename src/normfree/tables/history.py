@@ -45,8 +45,8 @@ def gap_table(groups: Sequence[Group]) -> Table:
     notes = [
         "Validation while training, on a part of the held-out text, so the last column is not exactly the final "
         "difference. In brackets: 95 % Student-t interval over paired seeds, in percent.",
-        "Each column takes the nearest evaluation within a twentieth of the training; from its divergence on, a run "
-        "has none, and a pair with it is NaN.",
+        "Each column takes the nearest evaluation within a twentieth of the training; a run that was not "
+        "evaluated then, as one that diverged before, makes its pair NaN.",
     ]
     if published_pairs:
         notes.append("Paper: GPT-2 125M, read off a figure, so each difference is good to about 3 points.")
@@ -63,7 +63,7 @@ def overload_table(groups: Sequence[Group]) -> Table:
         by_depth = zip(*(_by_depth(trained_heads(run)) for run in group.runs), strict=True)
         over_training = (_probed_shares(group, share) for share in SHARES_OF_TRAINING)
         rows.append((group.name, *map(_percent_text, (*by_depth, *over_training)), str(len(group.runs))))
-        if _is_gpt2(group) and group.label in published.heatmaps():
+        if published.is_gpt2(group.runs[0].spec) and group.label in published.heatmaps():
             labels.append(group.label)
     for label in dict.fromkeys(labels):
         entropy_LH = published.heatmaps()[label]
@@ -77,7 +77,7 @@ def overload_table(groups: Sequence[Group]) -> Table:
         "Percent of heads, mean and sample standard deviation over seeds. Thirds and all layers: the large sample "
         "after training; shares of the training: the nearest probe within a twentieth.",
         "Untrained heads are nearly uniform, so every run begins at 100 %. NaN (1/3): 1 of 3 seeds has diverged by "
-        "then, or has a head that is not finite.",
+        "then, was not measured, or has a head that is not finite.",
     ]
     if labels:
         notes.append(f"Paper: {published.SOURCE}; its published heatmaps of 12 x 12 heads.")
@@ -115,12 +115,7 @@ def _published_gap(label: str, other: str, share: float) -> str:
 
 
 def _has_published_curves(group: Group) -> bool:
-    return _is_gpt2(group) and group.label in published.LOSS_NATS
-
-
-def _is_gpt2(group: Group) -> bool:
-    """Curves and heatmaps are published for GPT-2 125M alone."""
-    return published.counterpart(group.runs[0].spec).startswith("GPT-2")
+    return published.is_gpt2(group.runs[0].spec) and group.label in published.LOSS_NATS
 
 
 def _probed_shares(group: Group, share: float) -> list[float]:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import reduce
-from operator import add
 
 from normfree import published
 from normfree.analysis import (
     BASELINE,
+    LAST_PROBE_NOTE,
     NORMALISERS,
     RANGES,
     Difference,
     Group,
-    final_heads,
-    normaliser_maxima,
     paired_difference,
-    range_counts,
+    pooled_ranges,
     summarise,
 )
 from normfree.tables.table import Column, Table
@@ -69,27 +66,15 @@ def difference_table(groups: Sequence[Group]) -> Table:
 
 def range_table(groups: Sequence[Group]) -> Table:
     """Share of heads per quarter of the maximum under each normaliser, pooled over seeds."""
-    measured = [(g, run, heads) for g in groups for run in g.runs if (heads := final_heads(run)) is not None]
-    contexts = [run.spec["data"]["context"] for _, run, _ in measured]
-    counts: dict[tuple[str, str], list] = {}
-    highest: dict[tuple[str, str], float] = {}
-    for normaliser in NORMALISERS:
-        maxima = normaliser_maxima(normaliser, [heads for *_, heads in measured], contexts)
-        for (group, _, heads), maximum_L in zip(measured, maxima, strict=True):
-            key = (group.name, normaliser)
-            counts.setdefault(key, []).append(range_counts(heads.entropy_LH, maximum_L))
-            highest[key] = float(maximum_L.mean())
+    pooled, with_last_probes = pooled_ranges(groups)
     rows = []
     for group in groups:
-        for normaliser in NORMALISERS:
-            if found := counts.get((group.name, normaliser)):
-                total = reduce(add, found)
-                shares = (f"{100 * share:.1f} %" for share in total.shares)
-                paper = published.RANGE_PERCENT.get(group.label) if normaliser == "observed" else None
-                beside = " / ".join(map(str, paper)) if paper else "-"
-                maximum = f"{highest[group.name, normaliser]:.3f}"
-                counted = (str(len(found)), str(total.heads), str(total.nonfinite))
-                rows.append((group.name, normaliser, maximum, *shares, *counted, beside))
+        for normaliser, by_group in pooled.items():
+            if found := by_group.get(group.name):
+                shares = (f"{100 * share:.1f} %" for share in found.counts.shares)
+                counted = (str(found.seeds), str(found.counts.heads), str(found.counts.nonfinite))
+                beside = _published_ranges(group) if normaliser == "observed" else "-"
+                rows.append((group.name, normaliser, f"{found.maximum_nats:.3f}", *shares, *counted, beside))
     columns = (
         Column("Variant", numeric=False),
         Column("Normaliser", numeric=False),
@@ -101,8 +86,8 @@ def range_table(groups: Sequence[Group]) -> Table:
         Column("Paper, GPT-2 125M (%)"),
     )
     notes = tuple(f"{name}: {meaning}." for name, meaning in NORMALISERS.items())
-    if any(heads.split != "final" for *_, heads in measured):
-        notes += ("A run that diverged counts with the heads of its last probe.",)
+    if with_last_probes:
+        notes += (LAST_PROBE_NOTE,)
     caption = "Share of heads per quarter of the maximum entropy"
     return Table("ranges", caption, columns, tuple(rows), (*notes, "NaN heads are in no range."))
 
@@ -127,6 +112,11 @@ def perplexity_difference(ours: Group, theirs: Group) -> Difference:
 def percent(share: float | None) -> str:
     """`+4.3 %`, or `-` for a share that does not exist."""
     return "-" if share is None or math.isnan(share) else f"{100 * share:+.1f} %"
+
+
+def _published_ranges(group: Group) -> str:
+    paper = published.RANGE_PERCENT.get(group.label)
+    return " / ".join(map(str, paper)) if paper and published.is_gpt2(group.runs[0].spec) else "-"
 
 
 def _perplexity_row(group: Group, groups: Sequence[Group]) -> tuple[str, ...]:

@@ -156,13 +156,14 @@ def _slope_words(run: Run) -> str:
     found = slopes(run)
     if found is None:
         return "-"
+    finished, then = run.status == "finished", f"at step {found.final_step}"
     if len(found.final_S) == 1:
-        return f"one shared slope, {found.final_S[0]:.3f} at the end"
+        return f"one shared slope, {found.final_S[0]:.3f} {'at the end' if finished else then}"
     low, high = found.layers
     apart = "apart" if found.diverging else "together"
     first = "" if found.first_step is None else f", first at step {found.first_step}"
     ends = f"from {min(found.final_S):.3f} (layer {low}) to {max(found.final_S):.3f} (layer {high})"
-    return f"{apart}: {ends}{first}"
+    return f"{apart}{'' if finished else ' ' + then}: {ends}{first}"
 
 
 def _run_row(run: Run) -> tuple[str, ...]:
@@ -211,6 +212,8 @@ def _slope_row(group: Group) -> tuple[str, ...]:
 
 
 def _gone_to_zero(run: Run) -> str:
+    if run.status != "finished":
+        return run.status
     found = slopes(run)
     return "not measured" if found is None else "yes" if found.gone_to_zero else "no"
 
