@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from normfree.compose import compose_run
 from normfree.config import RunSpec, describe_keys, known_keys
 
 MINIMAL: dict[str, Any] = {"preset": "cpu", "variant": "sm-r", "label": "SM+R", "train": {"steps": 10}}
@@ -77,6 +78,14 @@ def test_identity_changes_with_everything_that_decides_the_numbers() -> None:
     assert replace(base, train=replace(base.train, log_every=99)).identity() == base.identity()
     for changed in (replace(base, seed=1), replace(base, tag="b"), replace(base, model={"norm": "none"})):
         assert changed.identity() != base.identity()
+
+
+def test_a_whole_number_is_the_same_model_as_its_float() -> None:
+    one, other = (
+        compose_run(["variant=leaky-fixed", f"model.negative_slope={slope}", f"model.rotary_base={base}"]).spec
+        for slope, base in ((1, 500), (1.0, 500.0))
+    )
+    assert (one.identity(), one.recipe()) == (other.identity(), other.recipe())
 
 
 def test_help_describes_every_key() -> None:

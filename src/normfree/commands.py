@@ -99,6 +99,8 @@ def data(source: str, overrides: Sequence[str]) -> None:
 
 def train(overrides: Sequence[str]) -> None:
     """Train one run."""
+    from accelerate import PartialState
+
     from normfree.compose import compose_run
     from normfree.studies import summary
     from normfree.training import train as train_run
@@ -107,7 +109,8 @@ def train(overrides: Sequence[str]) -> None:
     prepare_process()
     composed = compose_run(overrides)
     folder = train_run(composed.spec, runs_dir=composed.runs_dir, cache=composed.cache_dir)
-    print(f"{summary(folder)}\n{folder}")
+    if PartialState().is_main_process:
+        print(f"{summary(folder)}\n{folder}")
 
 
 def show_run(overrides: Sequence[str]) -> None:
@@ -221,7 +224,8 @@ def verify(name: str, options: VerifyOptions) -> None:
     damaged = [finding.part for finding in findings if finding.state == "damaged"]
     if damaged:
         raise ValueError(
-            f"{name} is damaged: {', '.join(damaged)}; `normfree train` with its spec goes on from what is sound"
+            f"{name} is damaged: {', '.join(damaged)}. `normfree train` with its spec goes on from what is sound; "
+            "a finished run is left alone until its run.json is moved away"
         )
 
 

@@ -105,13 +105,15 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of `folder`.
 
-    Raises ValueError when it is missing, is not what was written, or names a file outside `folder`.
+    Raises ValueError when it is missing, cannot be read, is not what was written, or names a file outside `folder`.
     """
     path = folder / MANIFEST_NAME
     try:
         manifest = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ValueError(f"{folder} has no {MANIFEST_NAME}: it was never finished") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise ValueError(f"{path} is not readable as JSON: it is damaged") from None
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
@@ -134,14 +136,21 @@ def damages(folder: Path) -> list[str]:
         return [str(error)]
     found = []
     for name, expected in sorted(manifest["files"].items()):
-        path = folder / name
-        if not path.is_file():
-            found.append(f"{name} is missing")
-        elif path.stat().st_size != expected["bytes"]:
-            found.append(f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}")
-        elif sha256_file(path) != expected["sha256"]:
-            found.append(f"{name} has another sha256 than its manifest says")
+        try:
+            found += _damage(folder / name, name, expected)
+        except OSError as error:
+            found.append(f"{name} cannot be read ({error.strerror})")
     return found
+
+
+def _damage(path: Path, name: str, expected: Mapping[str, Any]) -> list[str]:
+    if not path.is_file():
+        return [f"{name} is missing"]
+    if path.stat().st_size != expected["bytes"]:
+        return [f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}"]
+    if sha256_file(path) != expected["sha256"]:
+        return [f"{name} has another sha256 than its manifest says"]
+    return []
 
 
 @contextmanager

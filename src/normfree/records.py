@@ -138,6 +138,8 @@ def read_run(folder: Path | str) -> Run:
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise DamagedRunError(f"{path} is not readable as JSON: restore it or move the folder away") from None
     version = facts.get("format") if isinstance(facts, dict) else None
+    if not isinstance(version, int):
+        raise DamagedRunError(f"{path} has no format: restore it or move the folder away")
     if version != FORMAT:
         raise ValueError(
             f"{path} has format {version!r}; this normfree reads format {FORMAT}: see CHANGELOG.md for the way to move"

@@ -196,6 +196,11 @@ def test_data_sets_go_through_load_dataset(hub_folder: Path, tmp_path: Path, sou
     assert make(replace(spec, shuffle_seed=1), tmp_path).fingerprint != corpus.fingerprint
 
 
+def test_another_data_set_than_codeparrot_validates_on_its_own(hub_folder: Path, tmp_path: Path) -> None:
+    spec = DataSpec(source="codeparrot", dataset=str(hub_folder), validation_split="train[:20%]", context=16)
+    assert make(replace(spec, vocab_size=300), tmp_path).facts()["validation_documents"] == 10
+
+
 def test_no_training_document_of_a_data_set_is_a_validation_document(hub_folder: Path, tmp_path: Path) -> None:
     spec = DataSpec(source="hub", dataset=str(hub_folder), validation_split="train[:20%]", vocab_size=300, context=16)
     facts = make(spec, tmp_path).facts()

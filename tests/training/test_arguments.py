@@ -64,3 +64,11 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_runs(
     monkeypatch.setattr("normfree.training.arguments.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs wandb, which is not installed"):
         check_machine(tiny_spec("train.trackers=[wandb]"), torch.device("cpu"))
+
+
+def test_one_process_of_torchrun_trains_on_one_of_several_gpus(
+    tiny_spec: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    check_machine(tiny_spec(), torch.device("cpu"))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from safetensors.torch import load_file
 from normfree.compose import compose_run
 from normfree.config import RunSpec
 from normfree.data import prepare
-from normfree.manifest import damages, read_manifest, write_manifest
+from normfree.manifest import damages, read_manifest, sha256_file, write_manifest
 from normfree.records import RunWriter, read_run
 from normfree.training import train
 from normfree.training.checkpoints import compare_surroundings, flaws, newest_sound
@@ -100,6 +103,44 @@ def test_each_damaged_file_of_a_checkpoint_is_refused_by_name_and_the_older_one_
     assert name in caplog.text
 
 
+@pytest.mark.parametrize("movable", [True, False])
+def test_a_checkpoint_that_cannot_be_read_is_named_and_the_older_one_taken(
+    broken: Path, tiny_spec: Build, movable: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sector that the disk has lost, a file handle that NFS no longer knows."""
+
+    def hash_or_fail(path: Path) -> str:
+        if path.name == "optimizer.pt" and path.parent.name == "checkpoint-6":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return sha256_file(path)
+
+    monkeypatch.setattr("normfree.manifest.sha256_file", hash_or_fail)
+    if not movable:
+        monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only")))
+    with caplog.at_level(logging.WARNING, "normfree"):
+        assert newest_sound(broken / "checkpoints", spec=tiny_spec()) == broken / "checkpoints" / "checkpoint-4"
+    assert "rejected checkpoint-6: optimizer.pt cannot be read (Input/output error)" in caplog.text
+    assert ("could not be moved away" in caplog.text) is not movable
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_ends_nothing(
+    tmp_path: Path, cache: Path, tiny_spec: Build, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove = shutil.rmtree
+
+    def keep_checkpoints(path: Path, *rest: Any, **named: Any) -> None:
+        if Path(path).parent.name == "checkpoints" and Path(path).name == "checkpoint-2":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+        remove(path, *rest, **named)
+
+    monkeypatch.setattr(shutil, "rmtree", keep_checkpoints)
+    with caplog.at_level(logging.WARNING, "normfree"):
+        folder = train(tiny_spec("train.checkpoints_kept=1"), runs_dir=tmp_path, cache=cache, progress=False)
+    assert read_run(folder).status == "finished"
+    assert "checkpoint-2 could not be removed" in caplog.text
+    assert not (folder / "checkpoints" / "checkpoint-4").exists()
+
+
 def test_no_flipped_byte_of_a_manifest_goes_unnoticed_unless_it_means_the_same(broken: Path) -> None:
     checkpoint = broken / "checkpoints" / "checkpoint-6"
     path = checkpoint / "manifest.json"
@@ -176,6 +217,15 @@ def test_a_run_resumes_from_its_checkpoints_whatever_happened_to_its_records(
     if name == "metrics.jsonl" and how == "flip":
         assert (broken / "metrics.jsonl.damaged").is_file()
         assert len(run.metrics) == len(read_run(whole).metrics) - 1
+
+
+def test_a_run_json_that_says_nothing_is_a_damaged_one(
+    broken: Path, whole: Path, cache: Path, tiny_spec: Build
+) -> None:
+    (broken / "run.json").write_text("{}")
+    resume(broken, cache, tiny_spec())
+    assert same_result(broken, whole)
+    assert (broken / "run.json.damaged").read_text() == "{}"
 
 
 def test_the_time_trained_survives_the_loss_of_run_json(broken: Path, cache: Path, tiny_spec: Build) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
-from normfree.training.guard import NonFiniteError, locate, total_gradient_norm
+from normfree.training.guard import Divergence, NonFiniteError, earliest, locate, total_gradient_norm
 
 
 @pytest.fixture
@@ -65,6 +65,24 @@ def test_a_nonfinite_gradient_is_found_in_the_layer_nearest_to_the_loss(
     assert not torch.isfinite(total_gradient_norm(model.parameters()))
     found = locate(model, [batch], step=2)
     assert (found.kind, found.layer) == ("gradient", 1)
+
+
+def test_backward_meets_the_final_norm_before_the_layers_and_the_embedding_last(
+    model: NormFreeForCausalLM, batch: dict[str, torch.Tensor]
+) -> None:
+    model(**batch).loss.backward()
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, math.nan)
+    assert "final_norm" in locate(model, [batch], step=2).module
+    for parameter in model.model.final_norm.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    assert locate(model, [batch], step=2).layer == 2
+
+
+def test_of_several_processes_the_one_that_saw_it_first_is_believed() -> None:
+    """Gradients are averaged, so that a NaN in the batch of one is in the gradients of all."""
+    elsewhere, here = (Divergence(3, layer, "m", kind) for layer, kind in ((1, "gradient"), (2, "activation")))
+    assert earliest([elsewhere, here]) == here
 
 
 def test_looking_leaves_gradients_and_hooks_as_found(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -41,6 +42,11 @@ def test_two_processes_train_the_same_model_as_one_and_only_the_first_writes(
         assert steps == [1, 2, 3, 4, 5, 6]
     for (_, mine), (_, theirs) in zip(one.series("train", "loss"), two.series("train", "loss"), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4)
+    (two.folder / "run.json").unlink()
+    shutil.rmtree(two.folder / "checkpoints" / "checkpoint-6")
+    run_command([*torchrun, *words, "runs_dir=two"], tmp_path)
+    again = read_run(two.folder)
+    assert (again.status, again.facts["sessions"][0]["from_step"], again.perplexity) == ("finished", 4, two.perplexity)
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from normfree.config import RunSpec
 from normfree.records import read_run
 from normfree.sweep import sweep
 from normfree.training import InterruptedRunError, train
+from normfree.training.callbacks import StopOnSignal
 from normfree.training.checkpoints import CheckpointError, checkpoints_in, flaws
 from normfree.training.trainer import NormFreeTrainer
 
@@ -72,6 +73,7 @@ def test_a_second_signal_leaves_at_once_and_nothing_older_is_lost(
         return original(trainer, *rest, **named)
 
     monkeypatch.setattr(NormFreeTrainer, place, interrupted)
+    monkeypatch.setattr("normfree.training.callbacks.TOGETHER_SECONDS", 0.0)  # so the second was meant as one
     with pytest.raises(InterruptedRunError, match=r"left at once on signal .*the same command goes on") as stopped:
         train(tiny_spec(), runs_dir=tmp_path / "broken", cache=cache, progress=False)
     monkeypatch.undo()
@@ -111,13 +113,64 @@ def test_a_signal_after_the_last_step_leaves_at_once_and_only_the_end_is_repeate
     assert read_run(folder).facts["resumed"] == 1
 
 
-def terminate_in_step(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Send SIGTERM within the training step after `step`."""
+def test_a_request_that_arrives_twice_is_one_request(
+    tmp_path: Path, cache: Path, tiny_spec: Build, expected: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun and `study workers=N` hand a SIGTERM on to processes that whoever sent it may have told too."""
+    original = NormFreeTrainer._save_optimizer_and_scheduler
+
+    def interrupted(trainer: NormFreeTrainer, *rest: Any, **named: Any) -> Any:
+        send(signal.SIGTERM, signal.SIGTERM)
+        return original(trainer, *rest, **named)
+
+    monkeypatch.setattr(NormFreeTrainer, "_save_optimizer_and_scheduler", interrupted)
+    with pytest.raises(InterruptedRunError, match="and saved") as stopped:
+        train(tiny_spec(), runs_dir=tmp_path / "broken", cache=cache, progress=False)
+    monkeypatch.undo()
+    check_resume(stopped.value.folder, cache, tiny_spec(), expected)
+
+
+def test_the_own_signal_after_another_process_s_is_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("normfree.training.callbacks._highest_of_all_processes", lambda *_: signal.SIGTERM)
+    monkeypatch.setattr("normfree.training.callbacks.TOGETHER_SECONDS", 0.0)
+    with StopOnSignal() as stop:
+        assert stop.agree(torch.device("cpu")) == signal.SIGTERM
+        send(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGTERM)
+
+
+def test_a_launcher_s_warning_saves_and_the_launcher_hears_of_it_after_that(
+    tmp_path: Path, cache: Path, tiny_spec: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """submitit listens to SIGUSR2 before a time limit, and ends the job or queues it again."""
+    terminate_in_step(3, monkeypatch, with_signal=signal.SIGUSR2)
+    folder = tmp_path / "single" / "sm-r-seed0"
+    heard: list[str] = []
+
+    def listener(*_: object) -> None:
+        heard.extend(path.name for path in checkpoints_in(folder / "checkpoints"))
+
+    before = signal.signal(signal.SIGUSR2, listener)
+    try:
+        with pytest.raises(InterruptedRunError, match="stopped by signal 12 and saved"):
+            train(tiny_spec(), runs_dir=tmp_path, cache=cache, progress=False)
+        assert signal.getsignal(signal.SIGUSR2) is listener
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert heard[0] == "checkpoint-4"
+    assert read_run(folder).status == "interrupted"
+
+
+def terminate_in_step(
+    step: int, monkeypatch: pytest.MonkeyPatch, *, with_signal: signal.Signals = signal.SIGTERM
+) -> None:
+    """Send a signal within the training step after `step`."""
     original = NormFreeTrainer.training_step
 
     def interrupted(trainer: NormFreeTrainer, *rest: Any, **named: Any) -> Any:
         if trainer.state.global_step == step:
-            send(signal.SIGTERM)
+            send(with_signal)
         return original(trainer, *rest, **named)
 
     monkeypatch.setattr(NormFreeTrainer, "training_step", interrupted)

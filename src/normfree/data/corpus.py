@@ -134,7 +134,7 @@ def _drop_abandoned(corpora: Path) -> None:
         with suppress(BlockingIOError, FileNotFoundError):
             if time.time() - scratch.stat().st_mtime > A_MINUTE:  # one that begins may not have its lock yet
                 with folder_lock(scratch):
-                    shutil.rmtree(scratch)
+                    shutil.rmtree(scratch, ignore_errors=True)  # NFS keeps the open lock file until it is let go
 
 
 def corpus_key(spec: DataSpec, source: Source) -> str:

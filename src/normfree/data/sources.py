@@ -227,7 +227,7 @@ class HubSource:
     def __init__(self, spec: DataSpec) -> None:
         codeparrot = spec.source == "codeparrot"
         train = spec.dataset or (CODEPARROT_TRAIN if codeparrot else "")
-        validation = spec.validation_dataset or (CODEPARROT_VALIDATION if codeparrot else train)
+        validation = spec.validation_dataset or (CODEPARROT_VALIDATION if codeparrot and not spec.dataset else train)
         self._spec = spec
         self._places = {"train": (train, spec.train_split), "validation": (validation, spec.validation_split)}
         self._most = {"train": spec.train_documents, "validation": spec.validation_documents}

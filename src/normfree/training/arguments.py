@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ def check_machine(spec: RunSpec, device: torch.device) -> None:
     """Raises ValueError when this device, or this number of processes, cannot train the spec as it stands."""
     train = spec.train
     processes = PartialState().num_processes
-    if processes == 1 and torch.cuda.device_count() > 1:
+    if processes == 1 and torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:  # torchrun's
         raise ValueError(
             f"this process sees {torch.cuda.device_count()} GPUs, and one process trains on one: put "
             "CUDA_VISIBLE_DEVICES=0 before the command, or start it with torchrun (docs/training.md)"

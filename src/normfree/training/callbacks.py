@@ -23,7 +23,10 @@ from normfree.entropy import EntropyProbe, HeadEntropy
 from normfree.entropy.statistics import sum_over_processes
 from normfree.evaluate import Evaluation, evaluate_blocks, in_evaluation_mode
 from normfree.model.modeling import NormFreePreTrainedModel
-from normfree.signals import stopping_signals
+from normfree.signals import stopping_signals, warning_signals
+
+TOGETHER_SECONDS = 3.0
+"""Signals this close are one request that came twice: to the process, and through a parent that hands it on."""
 
 Measurements = Iterator[tuple[str, Any]]
 Log = Callable[[int, str, Measurements], None]
@@ -120,18 +123,24 @@ class Watch(TrainerCallback):
 class StopOnSignal(TrainerCallback):
     """SIGTERM, SIGINT or SIGHUP (not under nohup) ends training at the next step boundary, with a checkpoint.
 
-    A second signal, or one that comes when no step will follow (`at_once`), raises KeyboardInterrupt where the program
-    stands. Python delivers signals to the main thread only; in another thread this class does nothing.
+    So do SIGUSR1 and SIGUSR2 where somebody listens to them, as submitit does for the warning before a time limit;
+    `signals.pass_on` tells the listener afterwards.
+
+    A second SIGINT, another signal some seconds after the first, or one that comes when no step will follow (`at_once`)
+    raises KeyboardInterrupt where the program stands. Python delivers signals to the main thread only; in another
+    thread this class does nothing.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        """By this process, or by another one that it agreed with."""
         self.at_once = False
+        self._first_seconds: float | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
         if threading.current_thread() is threading.main_thread():
-            for number in stopping_signals():
+            for number in (*stopping_signals(), *warning_signals()):
                 self._previous[number] = signal.signal(number, self._note)
         return self
 
@@ -140,9 +149,11 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        second = self.received is not None
+        now = time.monotonic()
+        first, self._first_seconds = self._first_seconds, self._first_seconds or now
+        again = first is not None and (number == signal.SIGINT or now - first > TOGETHER_SECONDS)
         self.received = number
-        if second or self.at_once:
+        if again or self.at_once:
             raise KeyboardInterrupt
 
     def agree(self, device: torch.device) -> int | None:

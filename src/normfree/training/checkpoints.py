@@ -34,8 +34,8 @@ class CheckpointError(OSError):
         self.step = step
         self.reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
         super().__init__(
-            f"the checkpoint of step {step} could not be written ({self.reason}); older ones are untouched: make room, "
-            "then the same command goes on from the newest"
+            f"the checkpoint of step {step} could not be written ({self.reason}); older ones are untouched. Once the "
+            "cause is gone (often a full disk), the same command goes on from the newest"
         )
 
     def __reduce__(self) -> tuple[type[CheckpointError], tuple[int, str]]:
@@ -105,7 +105,10 @@ def publish(folder: Path, step: int, facts: dict[str, Any], *, keep: int) -> Pat
     staged.rename(published)
     sync_folder(folder)
     for old in checkpoints_in(folder)[keep:]:
-        shutil.rmtree(old)
+        try:
+            shutil.rmtree(old)
+        except OSError as error:  # on NFS, a file that somebody still reads
+            logger.warning("%s could not be removed (%s)", old, error.strerror)
     return published
 
 
@@ -120,8 +123,11 @@ def newest_sound(folder: Path, *, spec: RunSpec) -> Path | None:
             found = ["it belongs to a run with another spec"]
         if not found:
             return checkpoint
-        place = set_aside(checkpoint)
-        logger.warning("rejected %s: %s; set aside as %s", checkpoint.name, "; ".join(found), place)
+        try:
+            place = f"set aside as {set_aside(checkpoint)}"
+        except OSError as error:
+            place = f"it could not be moved away ({error.strerror})"
+        logger.warning("rejected %s: %s; %s", checkpoint.name, "; ".join(found), place)
     return None
 
 

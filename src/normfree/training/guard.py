@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
+
+KINDS = ("weight", "activation", "loss", "gradient")
+"""In the order of a step."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Divergence:
     module: str
     """Name of that module or parameter."""
     kind: str
-    """weight, activation, loss or gradient: the first of these, in this order, that is not finite."""
+    """The first of `KINDS` that is not finite."""
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -62,13 +65,12 @@ def locate(model: nn.Module, batches: list[dict[str, Tensor]], *, step: int) -> 
             return _divergence(step, "loss", "loss")
     named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
     broken = [name for name, gradient in named if not torch.isfinite(gradient).all()]
-    return _divergence(step, _latest(broken), "gradient")
+    return _divergence(step, broken[-1] if broken else "gradient norm", "gradient")
 
 
-def _latest(names: list[str]) -> str:
-    if not names:
-        return "gradient norm"
-    return max(names, key=lambda name: -1 if _layer_of(name) is None else _layer_of(name) or 0)
+def earliest(found: Sequence[Divergence]) -> Divergence:
+    """Of what several processes found in one step, what came first; gradients are common to all, the rest is not."""
+    return min(found, key=lambda one: KINDS.index(one.kind))
 
 
 @contextmanager

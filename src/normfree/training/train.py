@@ -28,6 +28,7 @@ from normfree.data import Corpus, prepare
 from normfree.manifest import folder_lock, read_manifest, write_manifest
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
 from normfree.records import METRICS_FILE, RUN_FILE, DamagedRunError, RunWriter, read_run
+from normfree.signals import pass_on
 from normfree.training import callbacks as watch
 from normfree.training.arguments import check_machine, is_done, model_config, total_steps, training_arguments
 from normfree.training.bf16 import has_bf16_units, products_for
@@ -36,12 +37,12 @@ from normfree.training.checkpoints import (
     compare_surroundings,
     drop_staged,
     make_room,
-    newest_sound,
     publish,
     step_of,
 )
 from normfree.training.environment import command_line, device_name, environment, usable_cores
 from normfree.training.guard import Divergence, NonFiniteError
+from normfree.training.ranks import agreed_checkpoint, main_process_first
 from normfree.training.trainer import NormFreeTrainer
 
 logger = logging.getLogger("normfree")
@@ -83,19 +84,17 @@ def train(
     if is_done(folder, spec):
         return folder
     NormFreeConfig(**spec.model)  # fields that contradict each other show before a corpus is prepared
-    # The others wait for the process that prepares the corpus, however long that takes.
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=1))
     check_machine(spec, _device())
     torch.set_num_threads(spec.train.threads or max(1, usable_cores() // state.num_processes))
-    with state.main_process_first():
+    with main_process_first(timedelta(days=1)):  # the others wait for the corpus, however long that takes
         corpus = prepare(spec.data, cache=Path(cache) if cache else None, progress=progress)
     steps = total_steps(spec, corpus)
     config = model_config(spec, corpus)
     with folder_lock(folder) if state.is_main_process else nullcontext():
         if is_done(folder, spec):  # another process finished it while this one waited for the corpus
             return folder
-        with state.main_process_first():
-            checkpoint = newest_sound(folder / "checkpoints", spec=spec)
+        checkpoint = agreed_checkpoint(folder / "checkpoints", spec=spec)
         if checkpoint is not None:
             compare_surroundings(checkpoint, _surroundings(corpus))
         writer = None
@@ -104,7 +103,8 @@ def train(
             writer = _open_writer(folder, spec, corpus, config, note=note, steps=steps, checkpoint=checkpoint)
         try:
             _Training(spec, folder, corpus, config, steps, writer).run(checkpoint)
-        except InterruptedRunError:
+        except InterruptedRunError as stopped:
+            pass_on(stopped.signal_number)
             raise
         except BaseException as error:
             if writer is not None:
@@ -170,7 +170,7 @@ class _Training:
         with products_for(self.spec.train.precision, _device()), watch.StopOnSignal() as stop:
             try:
                 self._train(checkpoint, stop)
-                stop.at_once = True  # no step boundary is left to wait for
+                stop.at_once = stop.received is None  # no step boundary is left to wait for
                 if stop.agree(_device()) is None:
                     self._finish()
                 else:
@@ -275,6 +275,7 @@ class _Training:
             steps_done=self.steps,
             tokens_seen=self.steps * self.tokens_per_step,
         )
+        PartialState().wait_for_everyone()  # whoever reads the run next finds it finished
 
     def _log(self, step: int, split: str, measurements: watch.Measurements) -> None:
         values = list(measurements)  # every process measures, only one writes

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import DistributedType
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -22,7 +23,7 @@ from normfree.config import RunSpec, TrainSpec
 from normfree.model.modeling import NormFreePreTrainedModel
 from normfree.training.checkpoints import CheckpointError, checkpoint_bytes, require_space
 from normfree.training.data_order import BlockOrder
-from normfree.training.guard import Divergence, NonFiniteError, locate, total_gradient_norm
+from normfree.training.guard import Divergence, NonFiniteError, earliest, locate, total_gradient_norm
 
 _WHOLE_GRADIENTS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 """Where every process holds all gradients, so that their norm is known without asking the others."""
@@ -124,7 +125,8 @@ class NormFreeTrainer(Trainer):
     def _skip_or_stop(self) -> None:
         """Leave this step out of weights, Adam and the logged mean loss, or raise NonFiniteError."""
         batches = [self._prepare_inputs(batch) for batch in self._batches_of_step]
-        found = locate(self.network, batches, step=self.state.global_step + 1)
+        mine = locate(self.network, batches, step=self.state.global_step + 1)
+        found = earliest(gather_object([mine]))  # each process has another part of the batch
         if len(self.skipped) >= self.spec.train.skips_allowed:
             raise NonFiniteError(found)
         if self.accelerator.scaler is None:
@@ -154,10 +156,13 @@ class NormFreeTrainer(Trainer):
             size = checkpoint_bytes(sum(parameter.numel() for parameter in self.network.parameters()))
             require_space(folder, size, "a checkpoint")
             super()._save_checkpoint(model, trial)
-            mean = self.accelerator.reduce(self._tr_loss, "mean")
-            unlogged = {"loss_sum": cast(Tensor, mean).item(), "since_step": self._globalstep_last_logged}
-            self.publish(self.state.global_step, unlogged)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch.save tells a full disk by a RuntimeError
+            raise CheckpointError(self.state.global_step, error) from error
+        mean = self.accelerator.reduce(self._tr_loss, "mean")
+        unlogged = {"loss_sum": cast(Tensor, mean).item(), "since_step": self._globalstep_last_logged}
+        try:
+            self.publish(self.state.global_step, unlogged)
+        except OSError as error:
             raise CheckpointError(self.state.global_step, error) from error
 
 
