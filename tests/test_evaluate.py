@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from normfree.evaluate import Evaluation, evaluate_blocks, perplexity
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
@@ -119,6 +119,14 @@ def test_bytes_are_the_same_where_a_tokenizer_leaves_blanks_out_of_its_offsets(
     trimmed = perplexity(model, tokenizer, text, context=8, stride=stride)
     assert (trimmed.nats, trimmed.tokens) == (plain.nats, plain.tokens)
     assert trimmed.bytes == plain.bytes
+
+
+def test_a_tokenizer_without_offsets_gives_a_perplexity_and_no_bytes() -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=384, n_positions=16, n_embd=32, n_layer=1, n_head=2))
+    result = perplexity(model, ByT5Tokenizer(), "abcdefghij", context=16)  # it begins no text with a BOS token
+    assert (result.tokens, result.bytes) == (9, 0)
+    assert math.isfinite(result.perplexity)
+    assert math.isnan(result.bits_per_byte)
 
 
 def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(model: GPT2LMHeadModel) -> None:

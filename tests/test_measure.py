@@ -21,6 +21,10 @@ from transformers import (
     MambaConfig,
     MambaForCausalLM,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForCausalLM,
+    XLNetConfig,
+    XLNetLMHeadModel,
 )
 
 from normfree.cli import main
@@ -215,7 +219,19 @@ def test_heads_without_a_finite_row_are_counted_and_never_a_number(
     assert facts["entropy_nats"][1][0] == "NaN"
     assert facts["rows"][1][0] == 0
     assert facts["nonfinite_rows"][1][0] > 0
-    assert "have no finite row" in capsys.readouterr().out
+    assert "Heads without a finite row: " in capsys.readouterr().out
+
+
+def test_the_default_context_fits_models_whose_positions_begin_behind_padding_or_never_end(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    sizes = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    roberta = RobertaForCausalLM(RobertaConfig(**sizes, max_position_embeddings=34, pad_token_id=1, is_decoder=True))
+    ids_NT = token_windows(roberta, tokenizer, TEXT, context=None, sequences=2)
+    assert ids_NT.shape[1] == 32
+    assert measure(roberta, ids_NT)["rows"] == [[64, 64]]
+    xlnet = XLNetLMHeadModel(XLNetConfig(vocab_size=256, d_model=32, n_layer=1, n_head=2, d_inner=32))
+    assert token_windows(xlnet, tokenizer, TEXT, context=40, sequences=1).shape == (1, 40)
 
 
 def test_a_family_that_does_not_route_says_how_to_measure_it(
@@ -230,14 +246,15 @@ def test_a_family_that_does_not_route_says_how_to_measure_it(
     assert main([*words, "method=eager"]) == 0, capsys.readouterr().err
 
 
+@pytest.mark.parametrize("method", ["auto", "eager"])
 def test_a_model_without_attention_is_refused(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
 ) -> None:
     config = MambaConfig(vocab_size=256, hidden_size=16, num_hidden_layers=1, state_size=4)
     MambaForCausalLM(config).save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
     (tmp_path / "text.py").write_text(TEXT)
     words = ["entropy", str(tmp_path / "m"), f"text={tmp_path / 'text.py'}", "context=16", f"output={tmp_path / 'h'}"]
-    assert main(words) == 1
+    assert main([*words, f"method={method}"]) == 1
     assert "mamba has no softmax attention" in capsys.readouterr().err
     assert not (tmp_path / "h").exists()

@@ -163,11 +163,15 @@ def evaluate(name: str, options: EvaluateOptions) -> None:
     after = f", every window begins with {''.join(leading)}" if leading else ""
     print(f"perplexity     {result.perplexity:.4f} (over {result.tokens} predicted tokens{after})")
     print(f"cross-entropy  {result.loss_nats:.4f} nats per token")
-    print(f"bits per byte  {result.bits_per_byte:.4f} (over {result.bytes} bytes of predicted tokens)")
+    if result.bytes:
+        print(f"bits per byte  {result.bits_per_byte:.4f} (over {result.bytes} bytes of predicted tokens)")
+    else:
+        print("bits per byte  not known: this tokenizer does not say which bytes a token stands for")
 
 
 def entropy(name: str, options: EntropyOptions) -> None:
     """Measure every head of a model on a text; print tables, write a page."""
+    from normfree.entropy import EntropyProbe
     from normfree.evaluate import leading_ids
     from normfree.measure import check_memory, measure, memory_estimate, token_windows
     from normfree.pretrained import load_pretrained
@@ -187,6 +191,7 @@ def entropy(name: str, options: EntropyOptions) -> None:
         trust_remote_code=options.trust_remote_code,
         attention="eager" if options.method == "eager" else None,
     )
+    EntropyProbe(model.base_model, options.method)  # refuses what cannot be measured
     windows_NT = token_windows(
         model, tokenizer, text, context=options.context, sequences=options.sequences, bos=options.bos
     )

@@ -113,7 +113,8 @@ def perplexity(
     of the text, and of each window where windows do not overlap, has nothing before it and is not predicted. A smaller
     stride gives each token more to look back on and costs context / stride times as much. `bos`: see `leading_ids`;
     the BOS token is one of the `context` tokens of a window and is not counted. bits_per_byte counts the UTF-8 bytes of
-    predicted tokens only.
+    predicted tokens only: a character that a window begins inside counts whole or not at all, and with a tokenizer that
+    gives no offsets (written in Python) no byte does.
 
     Raises ValueError when the text has fewer than two tokens, or context, stride or bos do not fit model and tokenizer.
     """
@@ -122,8 +123,9 @@ def perplexity(
     stride = room if stride is None else stride
     if not 1 <= stride <= room:
         raise ValueError(f"stride={stride} must be between 1 and the tokens of text in a window, {room}")
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True)
-    ids, spans = encoded["input_ids"], encoded["offset_mapping"]
+    offsets = {"return_offsets_mapping": True} if tokenizer.is_fast else {}
+    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True, **offsets)
+    ids, spans = encoded["input_ids"], encoded.get("offset_mapping")
     if len(ids) < 2:
         raise ValueError(f"the text has {len(ids)} token(s); at least 2 are needed to predict one")
     check_vocabulary(model, leading + ids)
@@ -136,8 +138,8 @@ def perplexity(
             labels_BT = ids_BT.clone()
             labels_BT[:, : len(leading) + first - start] = IGNORED
             # Counted from the end of the token before: offsets of some tokenizers leave out the blank before a word.
-            before = spans[first - 1][1] if first else 0
-            size = len(text[before : spans[end - 1][1]].encode())
+            before = spans[first - 1][1] if spans and first else 0
+            size = len(text[before : spans[end - 1][1]].encode()) if spans else 0
             total += Evaluation(*summed_nats(model, ids_BT, labels_BT), size)
     return total
 
@@ -174,12 +176,23 @@ def _windows(length: int, context: int, stride: int, *, seen_before: int) -> Ite
 
 def checked_context(model: nn.Module, context: int | None) -> int:
     """`context`, or the model's own; ValueError where it is below 2 or longer than the model allows."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = _position_limit(model)
     if context is None:
         return limit or 1024
     if context < 2 or (limit and context > limit):
         raise ValueError(f"context={context} must be between 2 and the model's {limit or 'own limit'}")
     return context
+
+
+def _position_limit(model: nn.Module) -> int | None:
+    """The most tokens that the model has positions for, or None. RoBERTa's first is the one after that of padding."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:  # XLNet says -1
+        return None
+    for name, part in model.named_modules():
+        if "position" in name and isinstance(part, nn.Embedding) and part.num_embeddings == limit:
+            return limit if part.padding_idx is None else limit - part.padding_idx - 1
+    return limit
 
 
 def check_vocabulary(model: PreTrainedModel, ids: Sequence[int]) -> None:

@@ -55,6 +55,7 @@ def memory_estimate(model: PreTrainedModel, *, batch: int, context: int, method:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     width, element = config.hidden_size, next(model.parameters()).element_size()
     inner = getattr(config, "intermediate_size", None) or 4 * width
+    inner = max(inner) if isinstance(inner, list) else inner  # gemma3n: one a layer
     activations = batch * context * (8 * width + 3 * inner) * element
     probe = 4 * batch * context * width * 4
     if method == "eager":

@@ -61,6 +61,7 @@ OWN: dict[str, dict[str, Any]] = {
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
     "deepseek_v32": _LATENT,
+    "glm_moe_dsa": _LATENT,
     "glm4_moe_lite": _LATENT,
     "youtu": _LATENT,
     "minicpm3": _LATENT,
@@ -68,8 +69,8 @@ OWN: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_config(model_type: str) -> PreTrainedConfig:
-    """The family's configuration, shrunk."""
+def tiny_config(model_type: str, **own: Any) -> PreTrainedConfig:
+    """The family's configuration, shrunk; `own`: other values for this one."""
     config_class = CONFIG_MAPPING[model_type]
     known = {name for base in config_class.__mro__ for name in getattr(base, "__annotations__", {})}
     attributes = set(config_class.attribute_map.values()) | known
@@ -77,13 +78,13 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
         name: value for name, value in TINY.items() if name in attributes and name not in config_class.attribute_map
     }
     asked |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "is_decoder": True}
-    return config_class(**asked | OWN.get(model_type, {}))
+    return config_class(**asked | OWN.get(model_type, {}) | own)
 
 
-def tiny_model(model_type: str) -> PreTrainedModel:
+def tiny_model(model_type: str, **own: Any) -> PreTrainedModel:
     """A random model in eval mode whose heads are neither uniform nor collapsed."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(model_type)).eval()
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type, **own)).eval()
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2 and "norm" not in name:
             torch.nn.init.normal_(parameter, std=0.2)

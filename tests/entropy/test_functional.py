@@ -208,6 +208,34 @@ def test_broken_numbers_spoil_only_the_rows_that_see_them():
     assert result.nats[~clean].isnan().all()
 
 
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+def test_a_scale_that_is_not_positive_is_as_good_as_any(scale):
+    q, k = heads()
+    found = attention_entropy(q, k, causal=True, scale=scale)
+    expected = attention_entropy(q, k, causal=True, scale=scale, method="reference")
+    torch.testing.assert_close(found.nats, expected.nats, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("asked", [{"causal": True}, {"causal": False, "mask": torch.arange(33).expand(2, -1) < 20}])
+def test_broken_numbers_that_no_row_sees_spoil_no_value_and_no_gradient(asked):
+    q, k = heads(query_heads=2, key_heads=2)
+    broken = k.clone()
+    broken[:, :, 20:] = torch.nan
+    gradients = []
+    for keys in (k, broken):
+        asked_q, asked_k = q.clone().requires_grad_(), keys.requires_grad_()
+        result = attention_entropy(asked_q, asked_k, differentiable=True, **asked)
+        rows = result.counted if not asked["causal"] else torch.arange(33).expand_as(result.counted) < 20
+        assert result.counted[rows].all()
+        plain = attention_entropy(q, keys.detach(), **asked)
+        assert torch.equal(result.nats[rows], plain.nats[rows])
+        gradients.append(torch.autograd.grad(result.nats[rows].sum(), (asked_q, asked_k)))
+    (clean_q, clean_k), (broken_q, broken_k) = gradients
+    torch.testing.assert_close(broken_q, clean_q, atol=1e-5, rtol=0)
+    torch.testing.assert_close(broken_k[:, :, :20], clean_k[:, :, :20], atol=1e-5, rtol=0)
+    assert broken_k.isfinite().all()
+
+
 def test_distance_sink_and_largest_logit_match_the_matrix():
     for size in (1.0, 60.0):
         q, k = heads(queries=40, size=size)

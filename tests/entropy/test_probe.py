@@ -351,8 +351,26 @@ def test_models_without_attention_are_refused_in_one_line():
     assert "\n" not in str(caught.value)
     with pytest.raises(UnsupportedModel, match="not a Hugging Face model"):
         EntropyProbe(torch.nn.Linear(2, 2))
+    with pytest.raises(UnsupportedModel, match="no softmax attention"):
+        EntropyProbe(mamba, method="eager")
     with pytest.raises(ValueError, match="allowed"):
         EntropyProbe(mamba, method=cast(Any, "flash"))
+
+
+def test_two_models_in_one_module_are_not_one():
+    pair = torch.nn.ModuleDict({"teacher": tiny_model("gpt2"), "student": tiny_model("gpt2")})
+    with pytest.raises(ValueError, match=r"several Hugging Face models \(teacher, student\)"):
+        EntropyProbe(pair)
+
+
+def test_a_copy_made_inside_a_probe_can_be_measured_after_it():
+    model = tiny_model("gpt2")
+    with EntropyProbe(model) as outer, torch.no_grad():
+        twin = copy.deepcopy(model)
+        model(input_ids=IDS)
+    found = measure(twin)
+    torch.testing.assert_close(found.mean_nats(), outer.statistics().mean_nats(), atol=0, rtol=0)
+    assert outer.statistics().rows.unique().tolist() == [40]
 
 
 def test_asking_before_a_forward_pass_says_what_to_do():

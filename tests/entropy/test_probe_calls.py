@@ -6,7 +6,7 @@ import pytest
 import torch
 from families import tiny_model
 from test_probe import IDS, LEFT_PADDED, by_eager_matrices, measure
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -22,6 +22,29 @@ def test_queries_of_right_padding_are_no_rows(family):
     assert found.rows.unique().tolist() == [34]
     left = measure(model, mask=LEFT_PADDED).ceiling_nats()
     torch.testing.assert_close(found.ceiling_nats(), left, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "keys"), [("deepseek_v32", "index_topk"), ("glm_moe_dsa", "index_topk"), ("doge", "keep_window_size")]
+)
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_token_that_no_row_picks_is_not_padding(family, keys, padded):
+    """Rows of these families see the few keys that an index picks, often not their own."""
+    model = tiny_model(family, **{keys: 4})
+    mask = LEFT_PADDED if padded else torch.ones_like(LEFT_PADDED)
+    found = measure(model, mask=mask)
+    assert found.rows.unique().tolist() == [int(mask.sum())]
+    assert (found.mean_nats() - by_eager_matrices(model, mask)).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "minicpm3"])
+def test_queries_of_another_dtype_than_keys_are_raised_to_it(family):
+    """Latent attention under autocast: a part of the queries or keys is rotated in fp32."""
+    model = tiny_model(family)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = measure(model, mask=LEFT_PADDED)
+    assert found.nonfinite_rows.sum() == 0
+    assert (found.mean_nats() - by_eager_matrices(model, LEFT_PADDED)).abs().max() < 0.05
 
 
 def test_generation_with_a_key_cache_counts_every_row():
@@ -72,22 +95,45 @@ def test_several_texts_in_one_row_are_refused(key):
         model(input_ids=IDS, **{key: torch.tensor([0, 10, 20])})
 
 
-def test_texts_that_flash_attention_tells_apart_by_position_are_refused():
-    """Real flash attention needs a GPU; what the registry hands it is the same here."""
+@pytest.fixture
+def toy_flash():
+    """Real flash attention needs a GPU; what the registry hands it is the same here, and its window is its own."""
 
-    def flash(module, query, key, value, attention_mask, **asked):
-        return query.transpose(1, 2), None
+    def flash(module, query, key, value, attention_mask, *, scaling, sliding_window=None, **asked):
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        query_T1 = torch.arange(key.shape[2] - query.shape[2], key.shape[2])[:, None]
+        behind_TS = query_T1 - torch.arange(key.shape[2])
+        seen_TS = (behind_TS >= 0) & (behind_TS < (sliding_window or key.shape[2]))
+        output = torch.nn.functional.scaled_dot_product_attention(query, key, value, seen_TS, scale=scaling)
+        return output.transpose(1, 2), None
 
     ALL_ATTENTION_FUNCTIONS["toy_flash"] = flash
     ALL_MASK_ATTENTION_FUNCTIONS["toy_flash"] = ALL_MASK_ATTENTION_FUNCTIONS["flash_attention_2"]
-    try:
-        model = tiny_model("llama")
-        model.config._attn_implementation = "toy_flash"
-        packed = torch.arange(10).repeat(2)[None].expand(2, -1)
-        with EntropyProbe(model) as probe, torch.no_grad():
-            model(input_ids=IDS)
-            with pytest.raises(UnsupportedModel, match="packed into one row"):
-                model(input_ids=IDS, position_ids=packed)
-        assert probe.statistics().rows.unique().tolist() == [40]
-    finally:
-        del ALL_ATTENTION_FUNCTIONS["toy_flash"], ALL_MASK_ATTENTION_FUNCTIONS["toy_flash"]
+    yield "toy_flash"
+    del ALL_ATTENTION_FUNCTIONS["toy_flash"], ALL_MASK_ATTENTION_FUNCTIONS["toy_flash"]
+
+
+def test_texts_that_flash_attention_tells_apart_by_position_are_refused(toy_flash):
+    model = tiny_model("llama")
+    model.config._attn_implementation = toy_flash
+    packed = torch.arange(10).repeat(2)[None].expand(2, -1)
+    with EntropyProbe(model) as probe, torch.no_grad():
+        model(input_ids=IDS)
+        with pytest.raises(UnsupportedModel, match="packed into one row"):
+            model(input_ids=IDS, position_ids=packed)
+    assert probe.statistics().rows.unique().tolist() == [40]
+
+
+def test_a_single_query_of_flash_attention_keeps_its_window_in_a_cache_that_forgets_nothing(toy_flash):
+    model = tiny_model("mistral")
+    whole = measure(model)
+    model.config._attn_implementation = toy_flash
+    with EntropyProbe(model) as probe, torch.no_grad():
+        cache = DynamicCache()
+        model(input_ids=IDS[:, :12], past_key_values=cache)
+        for position in range(12, 20):
+            model(input_ids=IDS[:, position : position + 1], past_key_values=cache)
+    found = probe.statistics()
+    torch.testing.assert_close(found.mean_nats(), whole.mean_nats(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.ceiling_nats(), whole.ceiling_nats(), atol=1e-9, rtol=0)

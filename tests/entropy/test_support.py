@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import model_type_to_module_nam
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from normfree.entropy import EntropyProbe, UnsupportedModel
-from normfree.entropy.support import EAGER_ONLY, HASHED, NO_SOFTMAX, ROUTED
+from normfree.entropy.support import EAGER_ONLY, HASHED, NO_SOFTMAX, NUMBERED_TWICE, ROUTED
 
 # Types without attention code of their own, and whose attention they use.
 BORROWED = {
@@ -30,10 +30,11 @@ BORROWED = {
 # Random, tiny, left-padded: each is built by one generic recipe (families.py).
 AGREE = """
     afmoe apertus arcee bart bert biogpt bitnet blenderbot camembert cohere cohere2 cwm deepseek_v2 deepseek_v3
-    diffllama electra ernie4_5 exaone4 flex_olmo gemma gemma2 gemma3_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neox
-    gpt_oss granite granitemoe helium hunyuan_v1_dense jais2 jetmoe lfm2 llama marian mbart minicpm3 ministral mistral
-    mixtral modernbert-decoder nanochat nemotron olmo olmo2 olmo3 olmoe opt pegasus persimmon phi phi3 phimoe qwen2
-    qwen2_moe qwen3 qwen3_moe roberta seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma whisper youtu
+    deepseek_v32 diffllama electra ernie4_5 exaone4 flex_olmo gemma gemma2 gemma3_text glm glm4 glm4_moe glm_moe_dsa
+    gpt2 gpt_bigcode gpt_neox gpt_oss granite granitemoe helium hunyuan_v1_dense jais2 jetmoe lfm2 llama marian
+    mbart minicpm3 ministral mistral mixtral modernbert-decoder nanochat nemotron olmo olmo2 olmo3 olmoe opt pegasus
+    persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe roberta seed_oss smollm3 solar_open stablelm
+    starcoder2 vaultgemma whisper youtu
 """
 
 
@@ -51,7 +52,7 @@ def modeling_source(model_type: str) -> str:
 
 
 def test_the_table_names_every_causal_lm_type_of_the_installed_transformers_once():
-    tables = [ROUTED, EAGER_ONLY, NO_SOFTMAX, HASHED]
+    tables = [ROUTED, EAGER_ONLY, NO_SOFTMAX, HASHED, NUMBERED_TWICE]
     listed = [name for table in tables for name in table]
     assert len(listed) == len(set(listed))
     assert set(listed) == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), "transformers changed: sort the types into support.py"
@@ -59,7 +60,7 @@ def test_the_table_names_every_causal_lm_type_of_the_installed_transformers_once
 
 @pytest.mark.parametrize("model_type", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 def test_the_table_says_what_the_installed_source_does(model_type):
-    assert ("ALL_ATTENTION_FUNCTIONS" in modeling_source(model_type)) == (model_type in ROUTED)
+    assert ("ALL_ATTENTION_FUNCTIONS" in modeling_source(model_type)) == (model_type in ROUTED | NUMBERED_TWICE)
 
 
 @pytest.mark.slow

@@ -156,7 +156,7 @@ def _(q, k, mask, sinks, scale, causal, window, softcap, patterns, max_logit, me
 
 def measure(request: Request, *, only_exact: bool = False) -> Measured:
     """Choose the path: fused where scores are a plain dot product of ordinary size, exact elsewhere."""
-    plain = request.softcap is None and request.sinks is None
+    plain = request.softcap is None and request.sinks is None and request.scale > 0  # kernels mask before they scale
     if only_exact or not plain or not fused.has_kernel(request.q):
         return _exact(request)
     if request.visibility.adds_bias(fused.ROWS):
@@ -200,9 +200,9 @@ def _with_gradient(
     visibility = Visibility(q.shape[2], k.shape[2], causal, window, mask, q.device)
     wide = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
-        q, k = q.to(wide), k.to(wide)
-        k_mean = k.detach().mean(-2, keepdim=True)
-        k = k - torch.where(k_mean.isfinite(), k_mean, 0.0)
+        # A broken number spoils rows that are not counted; in others it would arrive as 0 times NaN.
+        q, k = (torch.where(value.isfinite(), value, 0.0).to(wide) for value in (q, k))
+        k = k - k.detach().mean(-2, keepdim=True)
         plain = visibility.is_full or visibility.is_plain_causal
         output = torch.nn.functional.scaled_dot_product_attention(
             q,
@@ -217,7 +217,7 @@ def _with_gradient(
     counted = nats.isfinite()
     slope = torch.where(counted, slope, slope.detach())
     # Adding 0 keeps the gradient and the value; where() keeps NaN rows NaN without a NaN gradient.
-    return nats + torch.where(counted, slope - slope.detach(), 0.0)
+    return nats + torch.where(counted & slope.isfinite(), slope - slope.detach(), 0.0)
 
 
 def _request(q, k, mask, sinks, scale, causal, window, softcap, patterns) -> Request:

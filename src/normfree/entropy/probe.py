@@ -20,11 +20,12 @@ from normfree.entropy.eager import EagerHooks
 from normfree.entropy.recorder import SLOT, Recorder
 from normfree.entropy.routing import registry_of, routed_attention
 from normfree.entropy.statistics import HeadEntropy
-from normfree.entropy.support import UnsupportedModel, refusal
+from normfree.entropy.support import UnsupportedModel, refusal, without_rows
 from normfree.entropy.swap import RECORDERS, install
 
 ProbeMethod = Literal["auto", "eager"]
 _next_slot = itertools.count()
+_NO_SLOT = object()
 # A module keeps its number for life: code compiled inside one probe serves the next.
 _slots_of: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
@@ -52,6 +53,8 @@ class EntropyProbe:
         if method == "eager" and patterns:
             raise ValueError("patterns=True needs method='auto'")
         self._model = _pretrained(model)
+        if reason := without_rows(self._model.config.model_type):
+            raise UnsupportedModel(reason)
         self._patterns = patterns
         self._recorder = Recorder()
         self._hooks = EagerHooks(self._model, self._recorder) if method == "eager" else None
@@ -61,7 +64,7 @@ class EntropyProbe:
         self._undo: list[Callable[[], None]] = []
 
     def __enter__(self) -> EntropyProbe:
-        if any(hasattr(module, SLOT) for module in self._model.modules()):
+        if any(_is_measured(module) for module in self._model.modules()):
             raise ValueError("this model is being measured by another EntropyProbe; leave that one first")
         if self._hooks:
             self._hooks.attach()
@@ -108,10 +111,25 @@ class EntropyProbe:
                 RECORDERS.pop(_slots_of[module], None)
 
 
+def _is_measured(module: nn.Module) -> bool:
+    """Whether a probe is at work on this module; a copy that was made inside one bears its number, and is not."""
+    slot = getattr(module, SLOT, _NO_SLOT)
+    return slot is None or (slot is not _NO_SLOT and _slots_of.get(module) == slot)
+
+
 def _pretrained(model: nn.Module) -> PreTrainedModel:
-    found = next((part for part in model.modules() if isinstance(part, PreTrainedModel)), None)
-    if found is None:
+    found: dict[str, PreTrainedModel] = {}
+    for name, part in model.named_modules():
+        if isinstance(part, PreTrainedModel) and not any(f"{name}.".startswith(f"{outer}.") for outer in found):
+            found[name] = part
+        if "" in found:
+            break
+    if len(found) > 1:
+        raise ValueError(
+            f"{type(model).__name__} holds several Hugging Face models ({', '.join(found)}): give each a probe"
+        )
+    if not found:
         raise UnsupportedModel(
             f"{type(model).__name__} is not a Hugging Face model; load one with AutoModelForCausalLM"
         )
-    return found
+    return next(iter(found.values()))

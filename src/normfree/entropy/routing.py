@@ -67,7 +67,7 @@ def scores_asked(
     own_causal = asked.get("is_causal")
     own_causal = getattr(module, "is_causal", True) if own_causal is None else own_causal
     is_flash = "flash" in name
-    causal = bool(own_causal) and q.shape[2] > 1 and (is_flash or (mask is None and name != "eager"))
+    causal = bool(own_causal) and (is_flash or (q.shape[2] > 1 and mask is None and name != "eager"))
     if causal and mask is None and not is_flash and k.shape[2] > q.shape[2]:
         k = k[:, :, : q.shape[2]]  # sdpa's prefill into an empty static cache: the rest is not there yet
     scale = asked.get("scaling")

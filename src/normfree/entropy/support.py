@@ -21,7 +21,7 @@ ROUTED = _types("""
     gemma3n gemma3n_text gemma4 gemma4_assistant gemma4_text gemma4_unified gemma4_unified_assistant
     gemma4_unified_text git glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa got_ocr2 gpt-sw3 gpt2
     gpt_bigcode gpt_neox gpt_oss granite granite_swa granitemoe granitemoe_swa granitemoehybrid
-    granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4 hyperclovax
+    granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4 hyperclovax
     inkling2_text inkling_text internlm3 iquestcoder jais2 jamba jetmoe kimi_linear kolibri1 laguna
     lfm2 lfm2_moe lfm3 llama llama4 llama4_text longcat_flash marian mbart mellum mimo_v2_flash
     minicpm3 minimax minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral mllama
@@ -50,6 +50,11 @@ HASHED = _types("""
 """)
 """Attention over hashed buckets: a row's keys are not a matrix that the model can return."""
 
+NUMBERED_TWICE = _types("""
+    hrm_text
+""")
+"""Two stacks side by side that number their layers alike, in one part that cannot be probed by halves."""
+
 CROSS_ATTENTION_NAMES = frozenset(
     {"crossattention", "cross_attn", "cross_attention", "encoder_attn", "EncDecAttention"}
 )
@@ -60,10 +65,21 @@ class UnsupportedModel(ValueError):  # noqa: N818 - the message is the point, no
     """The model has no attention that a probe can measure this way; the message says what to do."""
 
 
-def refusal(model_type: str) -> str:
-    """Why the registry gives nothing to measure in a model of this type, and what to do: one line."""
+def without_rows(model_type: str) -> str | None:
+    """Why no probe measures this type, whatever the method: one line, or None."""
     if model_type in NO_SOFTMAX:
         return f"{model_type} has no softmax attention, so it has no entropy; choose another model"
     if model_type in HASHED:
         return f"{model_type} attends within hashed buckets, which is not measured; choose another model"
+    if model_type in NUMBERED_TWICE:
+        return (
+            f"{model_type} has two stacks that number their layers alike, which is not measured; choose another model"
+        )
+    return None
+
+
+def refusal(model_type: str) -> str:
+    """Why the registry gives nothing to measure in a model of this type, and what to do: one line."""
+    if model_type in ROUTED:
+        return f"this {model_type} has no attention layer (its config says which layers are), so it has no entropy"
     return f"{model_type} does not route through AttentionInterface; pass method='eager' (O(T^2) memory)"

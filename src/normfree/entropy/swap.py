@@ -119,10 +119,11 @@ def _record(
             "a static cache has room behind the newest token, so distances to it are unknown here; use a dynamic cache "
             "or whole sequences (use_cache=False), or leave out patterns=True"
         )
+    both = torch.promote_types(q.dtype, k.dtype)  # under autocast some models rotate queries alone in fp32
     with torch.no_grad():
         measured = attention_entropy(
-            q,
-            k,
+            q.to(both),
+            k.to(both),
             causal=causal,
             scale=scale,
             mask=mask,

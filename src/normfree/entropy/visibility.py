@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+_ROWS = 256
+
 
 @dataclass(frozen=True)
 class Block:
@@ -143,14 +145,29 @@ def last_key_is_hidden(mask: Tensor | None) -> bool:
 def padding_rows(mask: Tensor | None, queries: int, keys: int) -> Tensor | None:
     """(B or 1, H or 1, T): True for the queries of padding, known by a key of their own that no row sees.
 
-    None where the mask does not say: without one, and where keys of a cache shift the positions.
+    None where the mask does not say: without one, where keys of a cache shift the positions, and where rows pick single
+    keys (a top-k index), so that nobody may have picked a real one.
     """
     if mask is None or queries != keys or mask.shape[-1] != keys:
         return None
     if mask.dim() == 2:
         return (mask == 0)[:, None]
     visible = mask if mask.dtype == torch.bool else ~_hidden(mask)
-    return ~visible.any(-2)
+    seen = visible.any(-2)
+    return None if _picks_single_keys(visible, seen) else ~seen
+
+
+def _picks_single_keys(visible_BHTS: Tensor, seen_BHS: Tensor) -> bool:
+    """Whether a row leaves out a key between two that it sees: causality, windows, chunks and padding never do."""
+    place_BHS = seen_BHS.cumsum(-1, dtype=torch.int32)  # among the keys that any row sees
+    for rows_BHRS in visible_BHTS.split(_ROWS, dim=-2):
+        place_BHRS = torch.where(rows_BHRS, place_BHS[..., None, :], 0)
+        last_BHR = place_BHRS.amax(-1)
+        first_BHR = place_BHRS.masked_fill_(~rows_BHRS, place_BHS.shape[-1] + 1).amin(-1)
+        count_BHR = rows_BHRS.sum(-1)
+        if bool(((count_BHR > 0) & (last_BHR - first_BHR + 1 != count_BHR)).any()):
+            return True
+    return False
 
 
 def _hidden(additive: Tensor) -> Tensor:
