@@ -50,12 +50,11 @@ def claim_table(groups: Sequence[Group]) -> Table:
             low, high = 100 * found.low, 100 * found.high
             interval = f"{low:+.1f} to {high:+.1f} {unit}" if math.isfinite(low) else "-"
             mean = f"NaN ({found.nonfinite}/{found.n})" if found.nonfinite else f"{100 * found.mean:+.1f} {unit}"
-            names = (claim.text, f"{ours.name} against {theirs.name}", measured)
-            rows.append((*names, mean, interval, str(found.n), verdict(found, above=claim.above)))
+            names = (claim.text, verdict(found, above=claim.above), f"{ours.name} against {theirs.name}", measured)
+            rows.append((*names, mean, interval, str(found.n)))
     columns = (
-        *(Column(title, numeric=False) for title in ("Claim", "Compared", "Measured")),
+        *(Column(title, numeric=False) for title in ("Claim", "Verdict", "Compared", "Measured")),
         *(Column(title) for title in ("Difference", "95 % interval", "Pairs")),
-        Column("Verdict", numeric=False),
     )
     notes = (
         "Holds or does not hold: the 95 % Student-t interval over paired seeds lies wholly on one side of 0. "
