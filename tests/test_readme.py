@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import statistics
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,16 @@ def test_every_committed_run_that_did_not_diverge_learned_more_than_token_freque
     assert len(finished) > 50
     for run in finished:
         assert run.perplexity < 0.5 * run.facts["corpus"]["unigram_perplexity"], run.name
+
+
+def test_a_row_that_was_run_again_elsewhere_is_within_the_spread_of_its_seeds() -> None:
+    (again,) = find_runs([ROOT / "results" / "cpu-repeated"])
+    seeds = {run.seed: run for run in find_runs([ROOT / "results" / "cpu"]) if run.name.startswith("sm-r-seed")}
+    record = seeds[again.seed]
+    assert again.spec["train"] == record.spec["train"]
+    assert again.facts["environment"]["instruction_set"] != record.facts["environment"]["instruction_set"]
+    spread = statistics.stdev(run.perplexity for run in seeds.values())
+    assert 0 < abs(again.perplexity - record.perplexity) < spread
 
 
 TRAINING = (ROOT / "docs" / "training.md").read_text()
