@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import cast
 
 import torch.distributed
 from accelerate import PartialState
@@ -22,7 +23,7 @@ def main_process_first(timeout: timedelta) -> Iterator[None]:
     if state.num_processes == 1:
         yield
         return
-    waiting = torch.distributed.new_group(timeout=timeout, backend="gloo")
+    waiting = cast(torch.distributed.ProcessGroup, torch.distributed.new_group(timeout=timeout, backend="gloo"))
     if not state.is_main_process:
         torch.distributed.barrier(waiting)
     yield
