@@ -117,6 +117,7 @@ def test_runs_of_another_recipe_or_corpus_are_seen_before_anything_is_trained(
     assert run_study(file, [*words, *more, "study=alike-long"]).is_file()
 
 
+@pytest.mark.slow
 def test_a_damaged_record_does_not_keep_a_study_from_going_on(
     done: tuple[Path, list[str], Path], tmp_path: Path
 ) -> None:
@@ -161,6 +162,7 @@ def test_a_run_that_cannot_begin_is_named_at_the_end_and_the_others_are_trained(
     assert "Traceback" not in caplog.text
 
 
+@pytest.mark.slow
 def test_a_run_that_a_worker_saw_fail_is_not_tried_again_now_but_the_next_time(
     done: tuple[Path, list[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

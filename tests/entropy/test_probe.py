@@ -170,6 +170,7 @@ def measure_one_sequence(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_works_under_distributed_data_parallel_and_sums_over_ranks(tmp_path):
     torch.multiprocessing.spawn(measure_one_sequence, (str(tmp_path),), nprocs=2)
     whole = measure(tiny_model("llama"))

@@ -167,6 +167,7 @@ def test_many_variants_with_one_seed_are_counted(tmp_path: Path) -> None:
     assert any(text.startswith("One seed of 5 of the 6 variants: there is no error bar") for text in found)
 
 
+@pytest.mark.slow
 def test_a_table_without_a_row_is_not_on_the_page(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / "runs", label) for label in ("SM+G", "SM+R")]
     caption = "claims at this scale"
