@@ -86,6 +86,8 @@ def test_a_whole_number_is_the_same_model_as_its_float() -> None:
         for slope, base in ((1, 500), (1.0, 500.0))
     )
     assert (one.identity(), one.recipe()) == (other.identity(), other.recipe())
+    truth = compose_run(["variant=leaky-fixed", "model.negative_slope=true"]).spec
+    assert truth.model["negative_slope"] is True  # no number: NormFreeConfig refuses it
 
 
 def test_help_describes_every_key() -> None:

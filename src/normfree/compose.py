@@ -49,9 +49,7 @@ def from_hydra(composed: DictConfig) -> Composed:
     """Plain, checked values from what Hydra composed."""
     values: Any = OmegaConf.to_container(composed, resolve=True)
     places = {name: values.pop(name) for name in PLACES}
-    for name in _float_model_keys() & values["model"].keys():
-        if isinstance(values["model"][name], int):
-            values["model"][name] = float(values["model"][name])  # 1 and 1.0 are one model, so one identity
+    values["model"] = {name: _as_declared(name, value) for name, value in values["model"].items()}
     spec = RunSpec.from_dict(values)
     _refuse_another_variant(spec)
     return Composed(
@@ -59,6 +57,13 @@ def from_hydra(composed: DictConfig) -> Composed:
         runs_dir=Path(places["runs_dir"]),
         cache_dir=Path(places["cache_dir"]) if places["cache_dir"] else None,
     )
+
+
+def _as_declared(name: str, value: Any) -> Any:
+    """A whole number where the model has a float: 1 and 1.0 are one model, so one identity."""
+    from normfree.model import NormFreeConfig
+
+    return float(value) if type(value) is int and NormFreeConfig.__annotations__.get(name) is float else value
 
 
 def _refuse_another_variant(spec: RunSpec) -> None:
@@ -130,29 +135,16 @@ def members(group: str) -> list[str]:
 
 def describe_model_keys() -> list[tuple[str, str, str]]:
     """(key, default, meaning) of every field of NormFreeConfig, read off its source: importing it loads torch."""
+    source = (Path(__file__).parent / "model" / "configuration.py").read_text()
+    body = next(node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
     rows = []
-    for line, after in itertools.pairwise(_config_body()):
+    for line, after in itertools.pairwise(body):
         match line:
             case ast.AnnAssign(ast.Name(name), annotation, ast.expr() as default):
                 meaning = ast.literal_eval(after.value) if isinstance(after, ast.Expr) else ""
                 described = with_choices(meaning, _choices(annotation))
                 rows.append((f"model.{name}", str(ast.literal_eval(default)), described))
     return rows
-
-
-def _float_model_keys() -> set[str]:
-    return {
-        line.target.id
-        for line in _config_body()
-        if isinstance(line, ast.AnnAssign)
-        and isinstance(line.target, ast.Name)
-        and ast.unparse(line.annotation) == "float"
-    }
-
-
-def _config_body() -> list[ast.stmt]:
-    source = (Path(__file__).parent / "model" / "configuration.py").read_text()
-    return next(node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
 
 
 def _choices(annotation: ast.expr) -> list[str]:

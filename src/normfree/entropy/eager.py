@@ -64,17 +64,11 @@ class EagerHooks:
         attentions = getattr(output, "attentions", None)
         if not attentions:
             raise UnsupportedModel(
-                f"{type(self._model).__name__} returned no attention matrices; it cannot be measured "
-                "(big_bird: load it with attention_type='original_full')"
+                f"{type(self._model).__name__} returned no attention matrices; it cannot be measured"
             )
         given = inspect.signature(self._model.forward).bind_partial(*args, **asked).arguments
         padding = given.get("attention_mask")
         for layer, p_BHTS in enumerate(attentions):
-            if p_BHTS is not None and p_BHTS.dim() != 4:
-                raise UnsupportedModel(
-                    f"{type(self._model).__name__} returned attention of shape {tuple(p_BHTS.shape)}, no "
-                    "matrix for each head; it cannot be measured"
-                )
             if p_BHTS is not None and not is_recomputation():
                 self._recorder.add(layer, entropy_of_probabilities(p_BHTS, padding))
         if not (self._model.config.output_attentions if self._wanted is None else self._wanted):
