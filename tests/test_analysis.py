@@ -237,6 +237,25 @@ def test_mixed_recipes_of_one_variant_stay_apart_and_say_what_differs(tmp_path: 
     assert names == ["SM+G [peak_learning_rate=0.0005]", "SM+G [peak_learning_rate=0.001]"]
 
 
+def test_a_preset_stands_for_what_it_sets_in_the_names_of_its_runs(tmp_path: Path) -> None:
+    rotary = {"position": "rotary", "residual": "parallel"}
+    runs = [
+        write_run(tmp_path, "SM+G", preset="cpu"),
+        write_run(tmp_path, "SM+G", preset="cpu", study="fast", train={"peak_learning_rate": 1e-2}),
+        write_run(tmp_path, "SM+G", preset="cpu-pythia", model=rotary),
+    ]
+    rate = runs[0].spec["train"]["peak_learning_rate"]
+    names = {group.name for group in analysis.group_runs(runs, mix=True)}
+    assert names == {
+        f"SM+G [preset=cpu, peak_learning_rate={rate}]",
+        "SM+G [preset=cpu, peak_learning_rate=0.01]",
+        f"SM+G [preset=cpu-pythia, peak_learning_rate={rate}]",
+    }
+    settings = analysis.preset_settings(runs)
+    assert settings["cpu-pythia"] == {"model.position": "rotary", "model.residual": "parallel"}
+    assert analysis.preset_settings(runs[:2]) == {}
+
+
 def test_equal_values_of_different_keys_are_different_recipes(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / key, "SM+G", model={key: 0.1}) for key in ("attention_dropout", "embedding_dropout")]
     assert len(analysis.group_runs(runs, mix=True)) == 2

@@ -42,7 +42,7 @@ def test_perplexity_has_spread_change_floor_and_the_paper_beside(tmp_path: Path)
 def test_an_unfinished_run_is_left_out_and_named(tmp_path: Path) -> None:
     table = tables.perplexity_table(group_runs(study(tmp_path)))
     assert rows_of(table)["SM+LN+R"]["Seeds"] == "1"
-    assert "sm-ln-r-seed1 is left out: interrupted at step 100." in table.notes
+    assert "quick/sm-ln-r-seed1 is left out: interrupted at step 100." in table.notes
 
 
 def test_another_corpus_than_expected_is_said(tmp_path: Path) -> None:
@@ -182,17 +182,18 @@ def test_ranges_pool_seeds_and_count_broken_heads_apart(tmp_path: Path) -> None:
 
 def test_verdicts_name_layers_heads_and_steps(tmp_path: Path) -> None:
     rows = rows_of(tables.verdict_table(study(tmp_path)))
-    assert rows["sm-g-seed0"]["Overload"] == "yes: 100 % of the heads in layers 0-1, since step 0"
-    assert rows["sm-r-seed0"]["Overload"].startswith("no: ")
-    assert rows["sm-seed1"]["Collapse"] == "undecided"
-    assert rows["sm-leaky--per-layer-seed0"]["Slopes"].startswith("apart: from -0.090 (layer 3) to 0.210 (layer 0)")
+    assert rows["quick/sm-g-seed0"]["Overload"] == "yes: 100 % of the heads in layers 0-1, since step 0"
+    assert rows["quick/sm-r-seed0"]["Overload"].startswith("no: ")
+    assert rows["quick/sm-seed1"]["Collapse"] == "undecided"
+    slopes = rows["quick/sm-leaky--per-layer-seed0"]["Slopes"]
+    assert slopes.startswith("apart: from -0.090 (layer 3) to 0.210 (layer 0)")
 
 
 def test_runs_say_where_they_diverged_and_how_fast_they_were(tmp_path: Path) -> None:
     rows = rows_of(tables.run_table(study(tmp_path)))
-    assert rows["sm-seed1"]["Status"] == "diverged at step 100, layer 1 (activation)"
-    assert rows["sm-g-seed0"]["Time"] == "1 min 35 s"
-    assert rows["sm-g-seed0"]["Tokens per second"] == "21,105"
+    assert rows["quick/sm-seed1"]["Status"] == "diverged at step 100, layer 1 (activation)"
+    assert rows["quick/sm-g-seed0"]["Time"] == "1 min 35 s"
+    assert rows["quick/sm-g-seed0"]["Tokens per second"] == "21,105"
 
 
 def test_slopes_run_from_relu_to_identity_with_the_first_broken_step(tmp_path: Path) -> None:

@@ -239,7 +239,7 @@ def report(places: Sequence[str], options: ReportOptions) -> None:
     from normfree.records import find_runs
     from normfree.report import build_report
 
-    print(f"The page: {build_report(find_runs(places), options.output, mix=options.mix)}")
+    print(f"The page: {build_report(find_runs(places), options.output, mix=options.mix, progress=True)}")
 
 
 def _check_writable(output: Path) -> None:

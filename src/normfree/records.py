@@ -82,6 +82,11 @@ class Run:
         return self.folder.name
 
     @property
+    def place(self) -> str:
+        """`study/name`, which tells it from a run of another study."""
+        return f"{self.spec['study']}/{self.name}"
+
+    @property
     def label(self) -> str:
         """The variant in the paper's notation, with the tag that tells it from its siblings."""
         tag = self.spec.get("tag")

@@ -143,7 +143,7 @@ def run_study(name: str, overrides: Sequence[str] = (), *, workers: int = 1) -> 
     told = f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}"
     if not list(study_folder.glob(f"*/{RUN_FILE}")):
         raise RuntimeError(f"{told}; there is nothing to report")
-    page = build_report(find_runs([study_folder]), study_folder / "report", mix=study.mix)
+    page = build_report(find_runs([study_folder]), study_folder / "report", mix=study.mix, progress=True)
     if failed:
         raise RuntimeError(f"{told}; the report {page} has the rest")
     return page

@@ -167,6 +167,26 @@ def test_many_variants_with_one_seed_are_counted(tmp_path: Path) -> None:
     assert any(text.startswith("One seed of 5 of the 6 variants: there is no error bar") for text in found)
 
 
+def test_of_many_variants_the_lowest_and_the_highest_are_named(tmp_path: Path) -> None:
+    """A sentence with two dozen numbers is a table without columns."""
+    runs = [write_run(tmp_path, "SM", tag=f"t{number}", model={"norm": "none"}) for number in range(8)]
+    runs += [write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+R", status="diverged")]
+    found = next(text for text in sentences(group_runs(runs)) if text.startswith("Heads in the top quarter"))
+    assert found.count("%") == 2
+    assert found.endswith("10 variants in all; NaN in 1.")
+    few = next(text for text in sentences(group_runs(runs[-2:])) if text.startswith("Heads in the top quarter"))
+    assert "SM+R NaN (1/1)" in few
+
+
+def test_the_comparison_with_most_seeds_comes_first(tmp_path: Path) -> None:
+    fast = {"train": {"peak_learning_rate": 1e-2}}
+    runs = [write_run(tmp_path, label, tag="a") for label in ("SM+G", "SM+R")]
+    runs += [write_run(tmp_path, label, tag="b", seed=seed, **fast) for label in ("SM+G", "SM+R") for seed in (0, 1)]
+    first, second = (text for text in sentences(group_runs(runs, mix=True)) if "ReLU ends" in text)
+    assert first.startswith("Without LayerNorm (b)")
+    assert second.startswith("Without LayerNorm (a)")
+
+
 @pytest.mark.slow
 def test_a_table_without_a_row_is_not_on_the_page(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / "runs", label) for label in ("SM+G", "SM+R")]

@@ -109,14 +109,16 @@ def _rank(label: str) -> int:
 
 def _names(groups: list[list[Run]]) -> list[str]:
     """A name for each group: its label, what tells it from others of that label, and its recipe where its tag does not
-    say that."""
+    say that. A preset stands for what it sets."""
     firsts = [found[0] for found in groups]
+    set_by_preset = {key for settings in preset_settings(firsts).values() for key in settings}
     names = []
     for found in groups:
         namesakes = [other for other in firsts if other.label == found[0].label]
         of_its_tag = [other for other in firsts if other.spec.get("tag") == found[0].spec.get("tag")]
         flat = _flat(found[0])
         keys = sorted({*_differing(namesakes, variants_too=True), *_differing(of_its_tag)})
+        keys = [key for key in keys if key not in set_by_preset]
         extra = ", ".join(f"{key.split('.')[-1]}={flat.get(key, 'unset')}" for key in keys)
         names.append(f"{found[0].label} [{extra}]" if extra else found[0].label)
     return names
@@ -134,6 +136,18 @@ def _differing(runs: Iterable[Run], *, variants_too: bool = False) -> dict[str, 
     if "corpus" in found and _data_says_the_corpus(flats):
         del found["corpus"]
     return found
+
+
+def preset_settings(runs: Iterable[Run]) -> dict[str, dict[str, str]]:
+    """By preset, the recipe keys on which runs of different presets disagree and runs of one preset never do."""
+    of_preset: dict[str, list[dict[str, str]]] = {}
+    for run in runs:
+        of_preset.setdefault(str(run.spec.get("preset", "unset")), []).append(_flat(run))
+    if len(of_preset) < 2:
+        return {}
+    keys = [key for key in _differing(runs) if key not in ("preset", "corpus")]
+    settled = [key for key in keys if all(len({f.get(key) for f in flats}) == 1 for flats in of_preset.values())]
+    return {preset: {key: flats[0].get(key, "unset") for key in settled} for preset, flats in of_preset.items()}
 
 
 def _data_says_the_corpus(flats: Sequence[dict[str, str]]) -> bool:

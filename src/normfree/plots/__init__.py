@@ -1,6 +1,6 @@
 """Figures: pure functions, arrays and runs in, matplotlib Axes out. Nothing here writes a file."""
 
-from normfree.plots.bars import range_bars, slope_perplexity
+from normfree.plots.bars import range_bars, range_bars_size, slope_perplexity
 from normfree.plots.curves import (
     LAYER_COLOURS,
     layer_dynamics,
@@ -11,7 +11,7 @@ from normfree.plots.curves import (
 )
 from normfree.plots.heatmaps import HEATMAP_COLOURS, entropy_heatmap, heatmap_size
 from normfree.plots.style import Panel, colour_key, panel_figure, variant_styles
-from normfree.plots.tradeoff import trade_off
+from normfree.plots.tradeoff import trade_off, trade_off_size
 
 __all__ = [
     "HEATMAP_COLOURS",
@@ -26,8 +26,10 @@ __all__ = [
     "overload_curves",
     "panel_figure",
     "range_bars",
+    "range_bars_size",
     "slope_curves",
     "slope_perplexity",
     "trade_off",
+    "trade_off_size",
     "variant_styles",
 ]

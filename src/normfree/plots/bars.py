@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from matplotlib.ticker import NullLocator
+from matplotlib.transforms import offset_copy
 
 from normfree.analysis import RANGES, Group, RangeCounts, fixed_slope, summarise
-from normfree.plots.style import INK, MUTED, empty
+from normfree.plots.style import INK, MUTED, empty, wrapped
 
 _RANGE_COLOURS = [mpl.colormaps["viridis"](x) for x in (0.05, 0.37, 0.68, 0.98)]
 _RANGE_INKS = ("#ffffff", "#ffffff", "#000000", "#000000")
 _ROOM_FOR_TEXT = 0.09
+_BELOW_THE_AXIS_INCHES = 0.42
 
 
 def range_bars(counts: Mapping[str, RangeCounts], *, ax: Axes, title: str = "") -> Axes:
@@ -28,8 +30,8 @@ def range_bars(counts: Mapping[str, RangeCounts], *, ax: Axes, title: str = "") 
         for quarter, share in enumerate(pieces):
             _piece(ax, row, left, share, quarter)
             left += share
-    ax.set_yticks(range(len(counts)), list(counts))
-    ax.invert_yaxis()
+    ax.set_yticks(range(len(counts)), [wrapped(name) for name in counts])
+    ax.set_ylim(len(counts) - 0.5, -0.5)
     ax.set(title=title, xlabel="heads (%)", xlim=(0, 100))
     ax.grid(visible=False)
     ax.tick_params(length=0)
@@ -37,9 +39,16 @@ def range_bars(counts: Mapping[str, RangeCounts], *, ax: Axes, title: str = "") 
     handles = [Patch(color=colour, label=name) for colour, name in zip(_RANGE_COLOURS, RANGES, strict=True)]
     if any(found.nonfinite for found in counts.values()):
         handles.append(Patch(facecolor="none", edgecolor=MUTED, hatch="////", label="NaN"))
-    place = {"loc": "upper center", "bbox_to_anchor": (0.45, -0.2)}
+    below = offset_copy(ax.transAxes, ax.get_figure(root=True), y=-_BELOW_THE_AXIS_INCHES)
+    place = {"loc": "upper center", "bbox_to_anchor": (0.45, 0), "bbox_transform": below}
     ax.legend(handles=handles, ncols=5, columnspacing=0.9, handlelength=1, handletextpad=0.4, **place)
     return ax
+
+
+def range_bars_size(names: Collection[str]) -> tuple[float, float]:
+    """Inches that give every bar and the lines of its name room."""
+    lines = max(wrapped(name).count("\n") + 1 for name in names)
+    return 3.9, 1.3 + len(names) * max(0.27, 0.15 * lines)
 
 
 def slope_perplexity(groups: Sequence[Group], *, ax: Axes, title: str = "") -> Axes:

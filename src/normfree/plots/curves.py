@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 
 from normfree.analysis import Group, Heads, layer_means, probed_heads, top_quarter_share
-from normfree.plots.style import GRID, MUTED, empty
+from normfree.plots.style import GRID, MUTED, empty, wrapped
 from normfree.records import Run
 
 # Middle lightness throughout, so that every line shows on white and on black; hue alone says the depth.
@@ -38,7 +38,7 @@ def layer_dynamics(probes: Sequence[Heads], *, ax: Axes, title: str = "") -> Axe
     ceiling = float(max(probe.ceiling_L.max() for probe in probes))
     ax.axhline(ceiling, color=MUTED, linestyle="--", linewidth=1)
     _mark_nonfinite(ax, steps, mean_LN)
-    ax.set(title=title, xlabel="step", ylabel="mean entropy (nats)", ylim=(0, 1.08 * ceiling))
+    ax.set(title=wrapped(title), xlabel="step", ylabel="mean entropy (nats)", ylim=(0, 1.08 * ceiling))
     return ax
 
 
@@ -106,7 +106,7 @@ def slope_curves(run: Run, *, ax: Axes, title: str = "") -> Axes:
         _line(ax, steps, slope_N, color=MUTED if shared else _layer_colour(layer, len(slope_SN)))
     ax.axhline(0, color=GRID, linewidth=1.2, zorder=1)
     _mark_nonfinite(ax, steps, slope_SN)
-    ax.set(title=title, xlabel="step", ylabel="shared slope" if shared else "slope of the layer")
+    ax.set(title=wrapped(title), xlabel="step", ylabel="shared slope" if shared else "slope of the layer")
     return ax
 
 
@@ -115,7 +115,7 @@ def _line_a_seed(
 ) -> bool:
     """Draw `series` of every run, the first of a group with its name in the legend; False when none has a point."""
     for group in groups:
-        label = group.name
+        label = wrapped(group.name)
         for run in group.runs:
             steps, values = series(run)
             if steps:

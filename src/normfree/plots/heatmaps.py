@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
-from normfree.plots.style import colour_key, panel_figure
+from normfree.plots.style import colour_key, panel_figure, wrapped
 
 HEATMAP_COLOURS = mpl.colormaps["viridis"]
 _SMALLEST_POINTS = 4.5
@@ -64,7 +64,7 @@ def _draw(entropy_LH: np.ndarray, ax: Axes, highest: float, title: str) -> Axes:
         corner = (head - 0.5, layer - 0.5)
         ax.add_patch(Rectangle(corner, 1, 1, fill=False, hatch="////", edgecolor="#5b6470", linewidth=0))
     _write_values(entropy_LH, ax, lambda value: _text_colour(colours(scale(value))))
-    ax.set(title=title, xlabel="head", ylabel="layer")
+    ax.set(title=wrapped(title), xlabel="head", ylabel="layer")
     for axis, count in ((ax.xaxis, heads), (ax.yaxis, layers)):
         axis.set_major_locator(MaxNLocator(nbins=min(count, 12), integer=True, min_n_ticks=1))
     ax.tick_params(length=0)

@@ -6,6 +6,7 @@ Figures are built as objects, without pyplot, so that no state outlives a call.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -124,6 +125,11 @@ def colour_key(
         bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
 
     return draw
+
+
+def wrapped(name: str, characters: int = 30) -> str:
+    """A name of a variant over as many lines as it needs: what tells mixed recipes apart can be long."""
+    return textwrap.fill(name, characters, break_long_words=False, break_on_hyphens=False)
 
 
 def empty(ax: Axes, text: str) -> Axes:

@@ -59,6 +59,12 @@ def trade_off(
     return ax
 
 
+def trade_off_size(labels: Sequence[str]) -> tuple[float, float]:
+    """Inches that leave the points room beside the labels."""
+    longest = max(map(len, labels))
+    return 5.6 + 0.06 * max(0, longest - 25), max(2.9, 0.8 + 0.17 * len(labels))
+
+
 def apart(heights: Sequence[float]) -> list[float]:
     """Rising heights of the axes (0 to 1), moved as little as keeps a row between each two and the last one inside."""
     row = min(_ROW, 1 / max(1, len(heights)))

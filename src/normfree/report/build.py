@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from tqdm import tqdm
+
 from normfree import tables
 from normfree.analysis import group_runs
 from normfree.cost import trade_off, trade_off_table
 from normfree.manifest import write_atomically
 from normfree.records import Run
 from normfree.report.figures import FIGURES, PageFigure, main_figures, slope_figures
-from normfree.report.page import main_page, slopes_page
+from normfree.report.page import figure_values, main_page, slopes_page
 from normfree.report.render import to_pdf, to_png
 
 TABLES = (
@@ -21,11 +23,12 @@ TABLES = (
 _SPELLINGS = {"md": tables.to_markdown, "tex": tables.to_latex, "csv": tables.to_csv}
 
 
-def build_report(runs: Sequence[Run], output: Path, *, mix: bool = False) -> Path:
+def build_report(runs: Sequence[Run], output: Path, *, mix: bool = False, progress: bool = False) -> Path:
     """Write `output`/index.html, slopes.html if a run has a slope, figures/*.pdf|png and tables/*.md|tex|csv.
 
     The same runs give the same bytes. Every file is replaced as a whole and index.html comes last; what an
     earlier report of other runs wrote under these names is removed. Returns the path of index.html.
+    `progress` shows a bar over the figures, on a terminal.
 
     Raises ValueError when there is no run, or when runs differ in precision or recipe and `mix` is false.
     """
@@ -43,15 +46,19 @@ def build_report(runs: Sequence[Run], output: Path, *, mix: bool = False) -> Pat
         "runs": tables.run_table(ordered),
         "communication": trade_off_table(trade_off(groups)),
     }
-    drawn = main_figures(groups)
-    pages = {}
     if with_slopes:
         written["slopes"] = tables.slope_table(groups)
-        slopes_drawn = slope_figures(groups)
-        pages["slopes.html"] = slopes_page(groups, written["slopes"], slopes_drawn)
-        drawn = [*drawn, *slopes_drawn]
+    kept = write_tables(list(written.values()), output)
+    on_main, on_slopes = main_figures(groups), slope_figures(groups) if with_slopes else []
+    drawn = {}
+    for figure in tqdm([*on_main, *on_slopes], desc="figures", disable=None if progress else True, leave=False):
+        drawn[figure.name] = figure_values(figure)
+        kept |= write_figure(figure, output)
+    pages = {}
+    if with_slopes:
+        of_slopes = {figure.name: drawn.pop(figure.name) for figure in on_slopes}
+        pages["slopes.html"] = slopes_page(groups, written["slopes"], of_slopes)
     pages["index.html"] = main_page(groups, written, drawn, with_slopes=with_slopes)
-    kept = write_tables(list(written.values()), output) | write_figures(drawn, output)
     for name, text in pages.items():
         write_atomically(output / name, text)
     _remove_others(output, kept | {output / name for name in pages})
@@ -69,15 +76,14 @@ def write_tables(written: Sequence[tables.Table], output: Path) -> set[Path]:
     return kept
 
 
-def write_figures(drawn: Sequence[PageFigure], output: Path) -> set[Path]:
+def write_figure(figure: PageFigure, output: Path) -> set[Path]:
     """Write `output`/figures/NAME.pdf|png; returns the paths."""
     kept = set()
-    for figure in drawn:
-        whole = figure.whole()
-        for suffix, render in (("pdf", to_pdf), ("png", to_png)):
-            path = output / "figures" / f"{figure.name}.{suffix}"
-            write_atomically(path, render(whole))
-            kept.add(path)
+    whole = figure.whole()
+    for suffix, render in (("pdf", to_pdf), ("png", to_png)):
+        path = output / "figures" / f"{figure.name}.{suffix}"
+        write_atomically(path, render(whole))
+        kept.add(path)
     return kept
 
 

@@ -188,7 +188,7 @@ def _ranges(groups: Sequence[Group]) -> PageFigure | None:
         caption="Share of the heads of all seeds in each quarter of the maximum; a long bright piece is "
         "overload. " + " ".join(f"{name}: {meaning}." for name, meaning in NORMALISERS.items()) + note,
         panels=tuple(_range_bars(counts, normaliser) for normaliser, counts in bars.items()),
-        panel_inches=(3.9, 1.3 + 0.27 * len(bars["causal"])),
+        panel_inches=plots.range_bars_size(bars["causal"]),
         columns=3,
     )
 
@@ -253,7 +253,7 @@ def _private_inference(groups: Sequence[Group]) -> PageFigure | None:
         "alone (docs/private-inference.md). Circles are on the Pareto front: nothing on the same corpus is better in "
         "both. Read differences between variants, not totals. GELU is priced in the form the model computes.",
         panels=(lambda ax: plots.trade_off(labels, perplexity, gigabytes, front, corpora, ax=ax),),
-        panel_inches=(5.6, max(2.9, 0.8 + 0.17 * len(points))),
+        panel_inches=plots.trade_off_size(labels),
     )
 
 

@@ -13,7 +13,7 @@ from normfree import __version__, plots, tables
 from normfree.analysis import COLLAPSE_NATS, Heads, causal_ceiling, collapse, overload
 from normfree.manifest import write_atomically
 from normfree.records import encode
-from normfree.report.build import write_figures, write_tables
+from normfree.report.build import write_figure, write_tables
 from normfree.report.figures import Key, PageFigure
 from normfree.report.page import figure_values, template
 from normfree.tables import Table
@@ -30,7 +30,7 @@ def build_heads_report(facts: dict[str, Any], output: Path) -> Path:
     figure = heatmap(heads, context=facts["context"])
     write_atomically(output / "entropy.json", json.dumps(encode(facts), indent=1, allow_nan=False) + "\n")
     write_tables(written, output)
-    write_figures([figure], output)
+    write_figure(figure, output)
     page = template("heads.html.j2").render(
         title=f"normfree: heads of {facts['model']}",
         version=__version__,

@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template, select
 from markupsafe import Markup
 
 from normfree import __version__
-from normfree.analysis import Group
+from normfree.analysis import Group, preset_settings
 from normfree.records import Run
 from normfree.report.figures import PageFigure
 from normfree.report.render import to_svg
@@ -35,9 +35,9 @@ def template(name: str) -> Template:
 
 
 def main_page(
-    groups: Sequence[Group], tables: dict[str, Table], figures: Sequence[PageFigure], *, with_slopes: bool
+    groups: Sequence[Group], tables: dict[str, Table], figures: dict[str, dict[str, Any]], *, with_slopes: bool
 ) -> str:
-    """index.html: summary, tables, figures, facts."""
+    """index.html: summary, tables, figures (by name, their `figure_values`), facts."""
     runs = _all_runs(groups)
     studies = _distinct(runs, lambda run: run.spec["study"])
     return template("index.html.j2").render(
@@ -47,19 +47,19 @@ def main_page(
         study_notes=[note for note in _distinct(runs, lambda run: run.facts.get("study_note") or "") if note],
         facts=_facts(runs),
         tables={name: Markup(to_html(table) if table.rows else "") for name, table in tables.items()},
-        figures={figure.name: figure_values(figure) for figure in figures},
+        figures=figures,
         with_slopes=with_slopes,
     )
 
 
-def slopes_page(groups: Sequence[Group], table: Table, figures: Sequence[PageFigure]) -> str:
+def slopes_page(groups: Sequence[Group], table: Table, figures: dict[str, dict[str, Any]]) -> str:
     """slopes.html: slope against perplexity, and slopes over training."""
     studies = _distinct(_all_runs(groups), lambda run: run.spec["study"])
     return template("slopes.html.j2").render(
         title=f"normfree: slopes of {', '.join(studies)}",
         version=__version__,
         table=Markup(to_html(table)),
-        figures={figure.name: figure_values(figure) for figure in figures},
+        figures=figures,
     )
 
 
@@ -81,6 +81,10 @@ def figure_values(figure: PageFigure) -> dict[str, Any]:
 def _facts(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """What a reader needs to judge or repeat the runs: `(name, distinct values)`."""
     seconds = sum(run.facts.get("wall_seconds") or 0.0 for run in runs)
+    presets = [
+        f"{preset}: {', '.join(f'{key}={value}' for key, value in settings.items())}"
+        for preset, settings in preset_settings(runs).items()
+    ]
     environments = _distinct(runs, lambda run: _environment(run.facts.get("environment") or {}))
     return [
         ("Command", _distinct(runs, lambda run: run.facts.get("command") or "not recorded")),
@@ -92,6 +96,7 @@ def _facts(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
             [f"{tokens:,}" for tokens in sorted({run.facts.get("tokens_seen", 0) for run in runs})],
         ),
         ("Precision", _distinct(runs, lambda run: run.spec["train"]["precision"])),
+        *([("What presets set apart", presets)] if presets else []),
         ("Model", _distinct(runs, lambda run: _model(run.facts.get("model") or {}))),
         ("Corpus", _distinct(runs, lambda run: _corpus(run.facts["corpus"]))),
         ("Hardware", environments),

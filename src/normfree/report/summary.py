@@ -13,16 +13,24 @@ from normfree.tables.results import comparable_pairs, perplexity_difference
 _SETTING = {"SM+R": "Without LayerNorm", "SM+LN+R": "With LayerNorm"}
 _NAMED = 4
 """Variants with one seed that are named; more are counted."""
+_LISTED = 8
+"""Variants whose numbers one sentence holds; of more it has the lowest and the highest, and tables have all."""
 _AGAINST = {"SM+R": "SM+G", "SM+LN+R": "SM+LN+G"}
 
 
 def sentences(groups: Sequence[Group]) -> list[str]:
     """The findings, most important first; careful where there is one seed, plain where a run diverged."""
-    found = [_comparison(a, b) for a, b in comparable_pairs(groups) if _AGAINST.get(a.label) == b.label]
+    pairs = [(a, b) for a, b in comparable_pairs(groups) if _AGAINST.get(a.label) == b.label]
+    found = [_comparison(a, b) for a, b in sorted(pairs, key=_without_norm_then_most_seeds)]
     found += [text for text in (_top_quarter(groups), _overloaded(groups)) if text]
     found += [_diverged(group) for group in groups if _diverged_runs(group)]
     found += [text for text in (_floor(groups), _one_seed(groups), _unfinished(groups)) if text]
     return found
+
+
+def _without_norm_then_most_seeds(pair: tuple[Group, Group]) -> tuple[int, int]:
+    ours, theirs = pair
+    return tuple(_AGAINST).index(ours.label), -len(ours.perplexities.keys() & theirs.perplexities.keys())
 
 
 def _comparison(ours: Group, theirs: Group) -> str:
@@ -56,26 +64,41 @@ def _interval(difference: Difference) -> str:
 def _top_quarter(groups: Sequence[Group]) -> str:
     if not any(trained_heads(run) for group in groups for run in group.runs):
         return ""
-    parts = []
-    for group in groups:
-        shares = summarise([100 * top_quarter_share(trained_heads(run)) for run in group.runs])
-        if shares.n:
-            parts.append(f"{group.name} {shares.text() if shares.nonfinite else f'{shares.mean:.0f} %'}")
-    return f"Heads in the top quarter of the causal ceiling, mean over seeds: {', '.join(parts)}."
+    found = [
+        (group.name, summarise([100 * top_quarter_share(trained_heads(run)) for run in group.runs]))
+        for group in groups
+        if group.runs
+    ]
+    texts = [f"{name} {shares.text() if shares.nonfinite else f'{shares.mean:.0f} %'}" for name, shares in found]
+    start = "Heads in the top quarter of the causal ceiling, mean over seeds"
+    ranked = sorted((shares.mean, text) for text, (_, shares) in zip(texts, found, strict=True) if not shares.nonfinite)
+    if len(texts) <= _LISTED or not ranked:
+        return f"{start}: {', '.join(texts)}."
+    broken = len(texts) - len(ranked)
+    rest = f"; NaN in {broken}" if broken else ""
+    return f"{start}: from {ranked[0][1]} to {ranked[-1][1]}, {len(texts)} variants in all{rest}."
 
 
 def _overloaded(groups: Sequence[Group]) -> str:
     if not any(trained_heads(run) for group in groups for run in group.runs):
         return ""
-    names = []
+    held, unknown = {}, {}
     for group in groups:
         heads = [trained_heads(run) for run in group.runs]
         verdicts = [None if found is None else overload(found).holds for found in heads]
-        if held := verdicts.count(True):
-            names.append(f"{group.name} ({held} of {len(verdicts)})")
-        if unknown := verdicts.count(None):
-            names.append(f"{group.name} undecided ({unknown} of {len(verdicts)})")
-    return f"Entropic overload of the early layers at the end: {', '.join(names) or 'in no run'}."
+        held[group.name] = (verdicts.count(True), len(verdicts))
+        unknown[group.name] = (verdicts.count(None), len(verdicts))
+    parts = [part for part in (_counted(held, ""), _counted(unknown, "undecided ")) if part]
+    return f"Entropic overload of the early layers at the end: {', '.join(parts) or 'in no run'}."
+
+
+def _counted(counts: dict[str, tuple[int, int]], word: str) -> str:
+    """`SM+G (2 of 3)` of each variant with such a run, or of many variants their number."""
+    some = {name: pair for name, pair in counts.items() if pair[0]}
+    if len(some) <= _LISTED:
+        return ", ".join(f"{name} {word}({found} of {runs})" for name, (found, runs) in some.items())
+    runs = sum(found for found, _ in some.values())
+    return f"{word}in {runs} of {sum(runs for _, runs in counts.values())} runs, {len(some)} variants"
 
 
 def _diverged_runs(group: Group) -> list[Run]:
@@ -121,5 +144,5 @@ def _one_seed(groups: Sequence[Group]) -> str:
 
 
 def _unfinished(groups: Sequence[Group]) -> str:
-    names = [f"{run.name} ({run.status})" for group in groups for run in group.unfinished]
+    names = [f"{run.place} ({run.status})" for group in groups for run in group.unfinished]
     return f"Left out, because not finished: {', '.join(names)}." if names else ""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 from normfree.analysis import Difference, Group, paired_difference, top_quarter_share, trained_heads
-from normfree.tables.results import perplexity_difference
+from normfree.tables.results import comparison, perplexity_difference
 from normfree.tables.table import Column, Table
 
 
@@ -50,7 +50,7 @@ def claim_table(groups: Sequence[Group]) -> Table:
             low, high = 100 * found.low, 100 * found.high
             interval = f"{low:+.1f} to {high:+.1f} {unit}" if math.isfinite(low) else "-"
             mean = f"NaN ({found.nonfinite}/{found.n})" if found.nonfinite else f"{100 * found.mean:+.1f} {unit}"
-            names = (claim.text, verdict(found, above=claim.above), f"{ours.name} against {theirs.name}", measured)
+            names = (claim.text, verdict(found, above=claim.above), comparison(ours, theirs), measured)
             rows.append((*names, mean, interval, str(found.n)))
     columns = (
         *(Column(title, numeric=False) for title in ("Claim", "Verdict", "Compared", "Measured")),

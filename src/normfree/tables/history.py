@@ -20,7 +20,7 @@ from normfree.analysis import (
     trained_heads,
 )
 from normfree.records import Run
-from normfree.tables.results import comparable_pairs, percent
+from normfree.tables.results import comparable_pairs, comparison, percent
 from normfree.tables.table import Column, Table
 
 SHARES_OF_TRAINING = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -35,7 +35,7 @@ def gap_table(groups: Sequence[Group]) -> Table:
     for ours, theirs in comparable_pairs(groups):
         cells = [_gap(ours, theirs, share) for share in SHARES_OF_TRAINING]
         pairs = len(ours.perplexities.keys() & theirs.perplexities.keys())
-        rows.append((f"{ours.name} against {theirs.name}", *cells, str(pairs)))
+        rows.append((comparison(ours, theirs), *cells, str(pairs)))
         if _has_published_curves(ours) and _has_published_curves(theirs):
             published_pairs.append((ours.label, theirs.label))
     for label, other in dict.fromkeys(published_pairs):

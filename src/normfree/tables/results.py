@@ -49,7 +49,7 @@ def difference_table(groups: Sequence[Group]) -> Table:
         paper = published.relative_difference(model, ours.label, theirs.label)
         interval = "-" if found.n < 2 else f"{percent(found.low)} to {percent(found.high)}"
         cells = (_against(ours, theirs), "-" if found.nonfinite else interval)
-        rows.append((f"{ours.name} against {theirs.name}", *cells, str(found.n), percent(paper)))
+        rows.append((comparison(ours, theirs), *cells, str(found.n), percent(paper)))
     columns = (
         Column("Comparison", numeric=False),
         Column("Difference in perplexity"),
@@ -107,6 +107,12 @@ def comparable_pairs(groups: Sequence[Group]) -> list[tuple[Group, Group]]:
 def perplexity_difference(ours: Group, theirs: Group) -> Difference:
     """Paired relative difference of final perplexity, as a share of `theirs`."""
     return paired_difference(ours.perplexities, theirs.perplexities, relative=True)
+
+
+def comparison(ours: Group, theirs: Group) -> str:
+    """`SM+R against SM+G`; the recipe or tag that both have is said once."""
+    same = ours.name.removeprefix(ours.label) == theirs.name.removeprefix(theirs.label)
+    return f"{ours.label if same else ours.name} against {theirs.name}"
 
 
 def percent(share: float | None) -> str:
@@ -175,6 +181,8 @@ def _notes(groups: Sequence[Group]) -> tuple[str, ...]:
                 )
     notes += sorted(mismatches)
     for group in groups:
-        notes += [f"{r.name} is left out: {r.status} at step {r.facts.get('steps_done', 0)}." for r in group.unfinished]
+        notes += [
+            f"{r.place} is left out: {r.status} at step {r.facts.get('steps_done', 0)}." for r in group.unfinished
+        ]
         notes += [f"{run.folder} is left out: it repeats a seed of {group.name}." for run in group.repeated]
     return tuple(notes)

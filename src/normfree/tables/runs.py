@@ -130,7 +130,7 @@ def duration(seconds: float) -> str:
 
 def _verdict_row(run: Run) -> tuple[str, ...]:
     heads = final_heads(run)
-    return (run.name, "-" if heads is None else str(heads.step), *verdict_words(run))
+    return (run.place, "-" if heads is None else str(heads.step), *verdict_words(run))
 
 
 def _overload_words(verdict: Overload) -> str:
@@ -176,7 +176,7 @@ def _run_row(run: Run) -> tuple[str, ...]:
     if skipped := facts.get("skipped_steps"):
         status += f", {len(skipped)} non-finite steps skipped (first: {skipped[0]['step']})"
     return (
-        run.name,
+        run.place,
         run.label,
         status,
         f"{facts.get('steps_done', 0):,}",

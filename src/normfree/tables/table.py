@@ -108,7 +108,7 @@ def to_html(table: Table) -> str:
 
 
 def _html_row(columns: tuple[Column, ...], row: tuple[str, ...]) -> str:
-    first = f'<th scope="row">{escape(row[0])}</th>'
+    first = f'<th scope="row"><span>{escape(row[0])}</span></th>'
     rest = zip(columns[1:], row[1:], strict=True)
     return first + "".join(f"<td{_number(c)}>{escape(_typographic(cell))}</td>" for c, cell in rest)
 
