@@ -16,6 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     MambaConfig,
@@ -125,6 +127,22 @@ def test_the_estimate_grows_linearly_with_the_context_and_with_its_square_in_eag
     square = [memory_estimate(model, batch=1, context=t, method="eager") for t in (1000, 2000, 3000)]
     assert linear[2] - linear[1] == linear[1] - linear[0]
     assert square[2] - square[1] > 1.5 * (square[1] - square[0])
+
+
+def test_the_estimate_takes_the_widest_layer_of_a_model_that_lists_them() -> None:
+    """3 activations of 64 instead of 48 elements, 4 bytes each, for 32 tokens; and the weights of one such layer."""
+    sizes, weights = [], []
+    for widths in ([48, 48], [48, 64]):
+        config = Gemma3nTextConfig(
+            vocab_size=64, vocab_size_per_layer_input=64, hidden_size=32, intermediate_size=widths,
+            num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+            hidden_size_per_layer_input=8, num_kv_shared_layers=0, laurel_rank=4, altup_num_inputs=2,
+            layer_types=["full_attention"] * 2, activation_sparsity_pattern=[0.0, 0.0],
+        )  # fmt: skip
+        model = Gemma3nForCausalLM(config)
+        sizes.append(memory_estimate(model, batch=1, context=32, method="auto"))
+        weights.append(4 * model.num_parameters())
+    assert sizes[1] - sizes[0] == 32 * 3 * (64 - 48) * 4 + weights[1] - weights[0]
 
 
 def test_the_command_writes_a_page_and_numbers_that_agree(
