@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import GPT2Config
 
 from normfree.cli import VERBS, main
 from normfree.compose import allowed_keys, compose_run
@@ -239,6 +240,7 @@ def test_many_runs_with_hydra_leave_run_folders_and_nothing_else(
     [
         (["gpt2-t128", "variant=sm-g"], "| 29.37 |"),
         (["gpt2-t128", "activation=gelu_tanh"], "| 25.39 |"),  # within 0.3 % of the published 25.32
+        (["gpt2-t128", "activation=gelu_tanh", "context=256"], "| 58.57 |"),  # published: 58.51
         (["gpt2-t128", "protocol=semi2k", "network=lan"], "semi2k"),
         (["pythia70m-t256"], "T=256"),
     ],
@@ -247,6 +249,18 @@ def test_cost_of_a_preset(words: list[str], expected: str, capsys: pytest.Captur
     status, out, err = run("cost", *words, capsys=capsys)
     assert status == 0, err
     assert expected in out
+
+
+def test_a_preset_says_which_vocabulary_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "GPT-2's 50,257 pieces stand for" in run("cost", "gpt2-t128", capsys=capsys)[1]
+    assert "stand for" not in run("cost", "cpu", capsys=capsys)[1]
+
+
+def test_a_model_shorter_than_the_default_is_priced_at_its_own_length(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    GPT2Config(n_positions=64, n_embd=32, n_head=2, n_layer=2).save_pretrained(tmp_path)
+    assert "One sequence of 64 tokens" in run("cost", str(tmp_path), capsys=capsys)[1]
 
 
 def test_cost_of_a_run_and_of_its_saved_model_agree(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

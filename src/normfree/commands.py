@@ -21,15 +21,15 @@ class EvaluateOptions:
     __pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     text: Path | None = None
-    """UTF-8 text file; empty takes held-out Python code of this machine."""
+    """UTF-8 text file; unless given, held-out Python code of this machine."""
     context: int | None = None
-    """Tokens in a window; empty takes the model's own limit."""
+    """Tokens in a window; unless given, the model's own limit."""
     stride: int | None = None
     """Tokens by which windows advance; smaller gives each token more context and costs more."""
     bos: bool | None = None
     """Begin every window with the BOS token; empty does as the tokenizer with a text (our models: without)."""
     device: str | None = None
-    """cpu, cuda, ...; empty takes the GPU if there is one."""
+    """cpu, cuda, ...; unless given, the GPU if there is one."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the weights."""
     trust_remote_code: bool = False
@@ -43,9 +43,9 @@ class EntropyOptions:
     __pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     text: Path | None = None
-    """UTF-8 text file; empty takes held-out Python code of this machine."""
+    """UTF-8 text file; unless given, held-out Python code of this machine."""
     context: int | None = None
-    """Tokens in a window; empty takes the model's own limit, at most 1024."""
+    """Tokens in a window; unless given, the model's own limit, at most 1024."""
     sequences: int = 16
     """At most this many windows, spread evenly over the text."""
     batch: int = 1
@@ -57,7 +57,7 @@ class EntropyOptions:
     output: Path = Path("entropy")
     """Folder for the page, its heatmap, tables and entropy.json."""
     device: str | None = None
-    """cpu, cuda, ...; empty takes the GPU if there is one."""
+    """cpu, cuda, ...; unless given, the GPU if there is one."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the weights; entropies are computed in fp32."""
     trust_remote_code: bool = False
@@ -71,7 +71,7 @@ class VerifyOptions:
     __pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     cache_dir: Path | None = None
-    """Where corpora are kept; empty takes NORMFREE_CACHE, else ~/.cache/normfree."""
+    """Where corpora are kept; unless given, NORMFREE_CACHE, else ~/.cache/normfree."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +183,7 @@ def entropy(name: str, options: EntropyOptions) -> None:
 
     prepare_process()
     text = read_text(options.text)
-    _check_writable(options.output)  # before the work, not after it
+    check_writable(options.output)  # before the work, not after it
     model, tokenizer = load_pretrained(
         name,
         dtype=options.dtype,
@@ -242,7 +242,7 @@ def report(places: Sequence[str], options: ReportOptions) -> None:
     print(f"The page: {build_report(find_runs(places), options.output, mix=options.mix, progress=True)}")
 
 
-def _check_writable(output: Path) -> None:
+def check_writable(output: Path) -> None:
     """Raises ValueError for a folder that could not be made, or not be written in."""
     existing = next(place for place in (output.absolute(), *output.absolute().parents) if place.exists())
     if not existing.is_dir():

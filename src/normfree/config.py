@@ -144,7 +144,7 @@ class TrainSpec:
     checkpoint_every: int = 500
     checkpoints_kept: int = 2
     threads: int | None = None
-    """CPU threads; empty takes every core this process may use."""
+    """CPU threads; unless given, every core this process may use."""
     trackers: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ()
     """Also report there (an optional extra: docs/training.md)."""
 

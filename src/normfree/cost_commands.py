@@ -18,11 +18,11 @@ class CostOptions:
     __pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     variant: str | None = None
-    """MODEL=PRESET only: which variant of it; empty takes sm-ln-g."""
+    """MODEL=PRESET only: which variant of it; unless given, sm-ln-g."""
     activation: str | None = None
     """MODEL=PRESET only: in place of the variant's, e.g. gelu_tanh, the form behind the published totals of GPT-2."""
     context: int | None = None
-    """Tokens in the one sequence; empty takes a run's or preset's own, else 128."""
+    """Tokens in the one sequence; unless given, a run's or preset's own, else 128 or the model's longest."""
     protocol: str = "cheetah"
     """cheetah (the published totals' protocol) or semi2k."""
     network: str = "wan"
@@ -32,7 +32,7 @@ class CostOptions:
     delay_ms: float | None = None
     """Overrides the network's delay of one round."""
     constants: Path | None = None
-    """File of prices, from `normfree cost calibrate`; empty takes the package's own."""
+    """File of prices, from `normfree cost calibrate`; unless given, the package's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +42,11 @@ class CalibrateOptions:
     __pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     python: Path | None = None
-    """Python with SPU 0.9.5; empty takes NORMFREE_SPU_PYTHON, else spu/bin/python."""
+    """Python with SPU 0.9.5; unless given, NORMFREE_SPU_PYTHON, else spu/bin/python."""
     protocol: str = "semi2k"
     """semi2k (seconds) or cheetah (minutes): whose operations to measure."""
     constants: Path | None = None
-    """File whose other numbers are kept; empty takes the package's own."""
+    """File whose other numbers are kept; unless given, the package's own."""
     output: Path = Path("constants.json")
     """The file to write; it may be the file of constants= itself."""
 
@@ -58,7 +58,7 @@ class MeasureOptions:
     __pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     python: Path | None = None
-    """Python with SPU 0.9.5; empty takes NORMFREE_SPU_PYTHON, else spu/bin/python."""
+    """Python with SPU 0.9.5; unless given, NORMFREE_SPU_PYTHON, else spu/bin/python."""
     protocol: str = "semi2k"
     """semi2k (seconds) or cheetah (one to two minutes)."""
     layer: int = 0
@@ -66,9 +66,9 @@ class MeasureOptions:
     tokens: int = 32
     """Length of the sequence that runs through the block."""
     text: Path | None = None
-    """UTF-8 text file whose first tokens are taken; empty takes held-out Python code of this machine."""
+    """UTF-8 text file whose first tokens are taken; unless given, held-out Python code of this machine."""
     constants: Path | None = None
-    """File of prices to predict with; empty takes the package's own."""
+    """File of prices to predict with; unless given, the package's own."""
 
 
 def cost(name: str, options: CostOptions) -> None:
@@ -76,7 +76,7 @@ def cost(name: str, options: CostOptions) -> None:
     from normfree.cost import of_config
     from normfree.cost.constants import CONSTANTS_FILE
 
-    config, own_context = _config_of(name, options)
+    config, own_context, assumed = _config_of(name, options)
     found = of_config(
         config,
         context=own_context if options.context is None else options.context,
@@ -86,11 +86,12 @@ def cost(name: str, options: CostOptions) -> None:
         delay_ms=options.delay_ms,
         constants=options.constants or CONSTANTS_FILE,
     )
-    print(found.to_markdown())
+    print(found.to_markdown() + assumed)
 
 
 def calibrate(options: CalibrateOptions) -> None:
     """Measure the operations of a protocol again and write a file of constants."""
+    from normfree.commands import check_writable
     from normfree.cost.calibrate import calibrate as measure
     from normfree.cost.calibrate import calibration_table, recalibrated
     from normfree.cost.constants import CONSTANTS_FILE, load_constants
@@ -98,9 +99,10 @@ def calibrate(options: CalibrateOptions) -> None:
     from normfree.tables import to_markdown
 
     output = options.output
-    if output.exists() and output != options.constants:
+    if output.exists() and not (options.constants and output.samefile(options.constants)):
         raise ValueError(f"output={output} exists: add constants={output} to replace numbers in it, or name another")
     constants = options.constants or CONSTANTS_FILE
+    check_writable(output.parent)  # before the work, not after it
     found = measure(options.python, protocol=options.protocol, constants=constants)
     content = recalibrated(load_constants(constants), found, protocol=options.protocol, day=date.today())
     write_atomically(output, json.dumps(content, indent=1) + "\n")
@@ -132,24 +134,34 @@ def measure(name: str, options: MeasureOptions) -> None:
     )
 
 
-def _config_of(name: str, options: CostOptions) -> tuple[Any, int]:
-    """(config, context) of a preset with a variant, a run, a folder or a hub name."""
+def _config_of(name: str, options: CostOptions) -> tuple[Any, int, str]:
+    """(config, its own context, what is assumed) of a preset with a variant, a run, a folder or a hub name."""
     from normfree.compose import compose_run, members
+    from normfree.cost.families import NORMFREE_DEFAULTS, read_architecture
     from normfree.cost.totals import config_of_run
     from normfree.pretrained import load_config
     from normfree.records import RUN_FILE, read_run
 
     if name in members("preset"):
         spec = compose_run([f"preset={name}", f"variant={options.variant or 'sm-ln-g'}"]).spec
-        sizes: dict[str, Any] = {"max_position_embeddings": spec.data.context}
-        # The size of a tokenizer on the hub is not known here: GPT-2's 50,257 pieces stand for it.
-        sizes |= {} if spec.data.tokenizer else {"vocab_size": spec.data.vocab_size}
+        context = spec.data.context if options.context is None else options.context
+        longest = max(context, spec.data.context)  # learned positions cost nothing
+        sizes: dict[str, Any] = {"max_position_embeddings": longest, "vocab_size": spec.data.vocab_size}
+        assumed = ""
+        if spec.data.tokenizer:
+            sizes["vocab_size"] = NORMFREE_DEFAULTS["vocab_size"]
+            assumed = (
+                f"\nVocabulary: GPT-2's {sizes['vocab_size']:,} pieces stand for {spec.data.tokenizer}, whose size is "
+                "known only where it was loaded."
+            )
         chosen = {"activation": options.activation} if options.activation else {}
-        return {"model_type": "normfree", **sizes, **spec.model, **chosen}, spec.data.context
+        return {"model_type": "normfree", **sizes, **spec.model, **chosen}, context, assumed
     for key in ("variant", "activation"):
         if (value := getattr(options, key)) is not None:
             raise ValueError(f"{key}={value} is for a preset, and {name} is none of {', '.join(members('preset'))}")
     if (Path(name) / RUN_FILE).is_file():
         run = read_run(name)
-        return config_of_run(run), run.spec["data"]["context"]
-    return load_config(name), 128
+        return config_of_run(run), run.spec["data"]["context"], ""
+    config = load_config(name)
+    longest = read_architecture(config).max_tokens
+    return config, longest if config.model_type == "normfree" else min(128, longest), ""

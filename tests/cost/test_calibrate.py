@@ -121,6 +121,34 @@ def test_two_protocols_meet_in_one_file(fake: Path, monkeypatch: pytest.MonkeyPa
     assert all("; calibrated" in protocol["about"] for protocol in protocols.values())
 
 
+def test_an_operation_without_a_price_is_measured_for_the_first_time(
+    fake: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As docs/extending.md sends its readers here; a recorded price of 0 has no relative difference either."""
+    content = load_constants()
+    del content["protocols"]["semi2k"]["operations"]["silu"]
+    content["protocols"]["semi2k"]["operations"]["relu"] |= {"bytes_per_element": 0, "bytes_per_row": 0}
+    Path("mine.json").write_text(json.dumps(content))
+    assert (
+        main(["cost", "calibrate", f"python={fake}", "constants=mine.json", f"output={Path('mine.json').resolve()}"])
+        == 0
+    )
+    assert load_constants(Path("mine.json"))["protocols"]["semi2k"]["operations"]["silu"]["bytes_per_element"] > 0
+    rows = {line.split("|")[1].strip(): line.split("|") for line in capsys.readouterr().out.splitlines() if "|" in line}
+    assert [cell.strip() for cell in rows["silu"][4:6]] == ["-", "-"]
+    assert [cell.strip() for cell in rows["relu"][4:6]] == ["0.0", "-"]
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
+    fake: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.write_text('#!/bin/sh\n[ "$1" = -c ] || touch measured\n')
+    Path("text").write_text("a file")
+    assert main(["cost", "calibrate", f"python={fake}", "output=text/mine.json"]) == 1
+    assert "is a file; name a folder" in capsys.readouterr().err
+    assert not Path("measured").exists()
+
+
 def test_unknown_operation_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="unknown operation 'softmaxx'; did you mean softmax"):
         calibrate(Path(sys.executable), operations=["softmaxx"])

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from collections import Counter
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,15 @@ def test_llama_has_gates_rms_norms_and_fewer_keys() -> None:
     assert found["silu"] == found["product"] == 2 * 10 * 96
     assert found["rmsnorm"] == 5 * 10 * 64
     assert found["matmul"] == 2 * 10 * (64 + 2 * 32 + 64 + 2 * 96 + 64) + 10 * 32000
-    assert cost.of_config(config, context=10).gigabytes > 0
+    products = [item for item in count(read_architecture(config), 10) if isinstance(item, Matmul) and item.layer == 0]
+    assert [(item.batch, item.m, item.k, item.n) for item in products] == [
+        (1, 10, 64, 64 + 2 * 32),  # queries, and half as many keys and values
+        (4, 10, 16, 10),
+        (4, 10, 10, 16),
+        (1, 10, 64, 64),
+        (1, 10, 64, 2 * 96),
+        (1, 10, 96, 64),
+    ]
 
 
 def test_leaky_relu_is_a_relu_and_a_product() -> None:
@@ -150,6 +159,20 @@ def test_bound_of_time_charges_half_the_bytes_and_every_round() -> None:
     assert cost.of_config(small(), context=16).network.bandwidth_mbps == 100
 
 
+def test_matrix_products_are_listed_by_shape() -> None:
+    rows = {row[0]: row[1] for row in cost.of_config(GPT2Config()).matmuls().rows}
+    assert rows == {
+        "1 x (128 x 50257)(50257 x 768)": "1",
+        "1 x (128 x 768)(768 x 2304)": "12",
+        "12 x (128 x 64)(64 x 128)": "12",
+        "12 x (128 x 128)(128 x 64)": "12",
+        "1 x (128 x 768)(768 x 768)": "12",
+        "1 x (128 x 768)(768 x 3072)": "12",
+        "1 x (128 x 3072)(3072 x 768)": "12",
+        "1 x (128 x 768)(768 x 50257)": "1",
+    }
+
+
 def test_tables_add_up() -> None:
     found = cost.of_config(GPT2Config())
     for table in (found.by_operation(), found.by_layer()):
@@ -183,6 +206,10 @@ def test_a_run_costs_what_its_config_costs(tmp_path: Path) -> None:
         ({"model_type": "gpt2", "n_embd": 8}, {}, "has no field 'n_head'"),
         ({"model_type": "normfree", "activation": ["relu", "gelu"]}, {}, "lists 2 names, but num_hidden_layers is 12"),
         ({"model_type": "normfree", "hidden_size": 100}, {}, "hidden_size=100 must be a multiple"),
+        (GPT2Config().to_dict() | {"n_embd": 100}, {}, "n_embd=100 must be a multiple of n_head=12"),
+        (small(num_attention_heads=0), {}, "must be a multiple of num_attention_heads=0"),
+        (small(vocab_size=-1), {}, "gives vocab_size=-1"),
+        (small(position="rotary", rotary_share=3), {}, "48 of 16 dimensions of a head rotate"),
         ({"model_type": "normfree", "position": "rotatory"}, {}, "position='rotatory': allowed are"),
     ],
 )
@@ -202,8 +229,11 @@ def test_an_operation_without_a_price_is_never_free() -> None:
     [
         ({"bytes_per_element": -98.5}, r"cheetah.relu.bytes_per_element=-98.5 must be a number, 0 or more"),
         ({"bytes_per_element": "98.5"}, r"cheetah.relu.bytes_per_element='98.5' must be a number"),
-        ({"rounds": None}, r"cheetah.relu.rounds=None must be a number"),
-        ({"rounds": math.inf}, r"cheetah.relu.rounds=inf must be a number"),
+        ({"rounds": None}, r"cheetah.relu.rounds=None must be a whole number"),
+        ({"rounds": math.inf}, r"cheetah.relu.rounds=inf must be a whole number"),
+        ({"rounds": 2.5}, r"cheetah.relu.rounds=2.5 must be a whole number"),
+        ({"rounds": True}, r"cheetah.relu.rounds=True must be a whole number"),
+        ({"bytes_per_row": -1e9}, r"cheetah.relu would cost -[0-9,]* bytes"),
     ],
 )
 def test_a_wrong_price_in_a_file_is_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -211,7 +241,7 @@ def test_a_wrong_price_in_a_file_is_named(change: dict[str, Any], message: str, 
     content["protocols"]["cheetah"]["operations"]["relu"] |= change
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
-        cost.of_config(small(), context=16, constants=file)
+        cost.of_config(small(activation="relu"), context=16, constants=file)
 
 
 def test_a_file_that_lacks_a_price_or_a_part_is_named(tmp_path: Path) -> None:
@@ -219,12 +249,40 @@ def test_a_file_that_lacks_a_price_or_a_part_is_named(tmp_path: Path) -> None:
     del content["protocols"]["cheetah"]["operations"]["relu"]["bytes_per_row"]
     del content["protocols"]["semi2k"]["about"]
     file.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"cheetah.relu needs bytes_per_element, bytes_per_row, rounds or .*and has"):
+    with pytest.raises(ValueError, match=r"cheetah.relu needs bytes_per_element, bytes_per_row, rounds, and has"):
         cost.of_config(small(), context=16, constants=file)
-    with pytest.raises(ValueError, match="semi2k needs about, rounds_origin and operations, and has rounds_origin"):
+    with pytest.raises(ValueError, match="semi2k needs about, rounds_origin, operations, and has rounds_origin"):
         cost.of_config(small(), context=16, protocol="semi2k", constants=file)
     with pytest.raises(ValueError, match="cannot be read"):
         cost.of_config(small(), context=16, constants=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (
+            "networks.wan",
+            {"bandwidth_mbps": 100},
+            r"networks.wan needs bandwidth_mbps, delay_ms, and has bandwidth_mbps",
+        ),
+        ("networks.wan.bandwidth_mbps", "100", "bandwidth_mbps='100' must be a number above 0"),
+        ("protocols.cheetah", [], r"cheetah needs about, rounds_origin, operations, and has \[\]"),
+        ("protocols.cheetah.operations", None, "operations=None must hold a price by operation"),
+        ("protocols.cheetah.operations.relu", 98.5, "relu needs bytes_per_element, .* and has 98.5"),
+        (
+            "protocols.cheetah.operations.matmul",
+            {"rounds": 1},
+            "matmul needs bytes_per_left_element, .* and has rounds",
+        ),
+    ],
+)
+def test_a_part_of_another_kind_is_named(path: str, value: Any, message: str, tmp_path: Path) -> None:
+    content, file = load_constants(), tmp_path / "mine.json"
+    *outer, last = path.split(".")
+    reduce(dict.__getitem__, outer, content)[last] = value
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        cost.of_config(small(), context=16, constants=file)
 
 
 def test_the_room_needs_no_torch() -> None:

@@ -23,11 +23,6 @@ def test_published_gigabytes_that_the_fit_did_not_see_are_predicted(row: Row) ->
     assert predicted == pytest.approx(row.gigabytes, rel=0.10 if row.context == 512 else 0.015)
 
 
-def test_the_fit_saw_only_norm_and_relu_rows() -> None:
-    assert {row.label for row in FITTED} == {"SM+LN+R"}
-    assert {row.context for row in FITTED} == {128, 256}
-
-
 def test_prices_of_matrix_products_are_the_fit() -> None:
     per_entry, per_element = fit_matmul()
     prices = load_constants()["protocols"]["cheetah"]["operations"]

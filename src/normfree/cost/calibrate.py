@@ -39,10 +39,11 @@ class Measured:
     operation: str
     row_length: int
     bytes_per_element: float
-    recorded_bytes_per_element: float
+    recorded_bytes_per_element: float | None
+    """None for an operation that has no price yet."""
     rounds: int
     """Messages of one party in SEMI2K, whose simulator does not split them, whatever the protocol."""
-    recorded_rounds: int
+    recorded_rounds: int | None
     settings: dict[str, Any]
     """Versions and fraction bits, as the simulator reports them."""
 
@@ -71,14 +72,14 @@ def calibrate(
         for length in ROW_LENGTHS.get(operation, ELEMENTWISE_LENGTHS):
             logger.info("%s: %s, rows of %d", protocol, operation, length)
             one = Rows(layer=None, part="", operation=operation, rows=1, length=length)
-            recorded_bytes, recorded_rounds = prices.price(one)
+            recorded_bytes, recorded_rounds = prices.price(one) if operation in prices.operations else (None, None)
             transferred, rounds, settings = _measure(python, protocol, operation, length)
             found.append(
                 Measured(
                     operation=operation,
                     row_length=length,
                     bytes_per_element=transferred,
-                    recorded_bytes_per_element=recorded_bytes / length,
+                    recorded_bytes_per_element=None if recorded_bytes is None else recorded_bytes / length,
                     rounds=rounds,
                     recorded_rounds=recorded_rounds,
                     settings=settings,
@@ -96,15 +97,21 @@ def calibration_table(found: Sequence[Measured], *, protocol: str) -> Table:
             one.operation,
             f"{one.row_length}",
             f"{one.bytes_per_element:.1f}",
-            f"{one.recorded_bytes_per_element:.1f}",
-            f"{round(100 * (one.bytes_per_element / one.recorded_bytes_per_element - 1), 1) + 0:.1f}",  # no -0.0
+            "-" if one.recorded_bytes_per_element is None else f"{one.recorded_bytes_per_element:.1f}",
+            _difference(one),
             f"{one.rounds}",
-            f"{one.recorded_rounds}",
+            "-" if one.recorded_rounds is None else f"{one.recorded_rounds}",
         )
         for one in found
     )
     notes = tuple(dict.fromkeys(json.dumps(one.settings) for one in found))
     return Table("calibration", f"{protocol} in the SPU simulator, both directions", columns, rows, notes)
+
+
+def _difference(one: Measured) -> str:
+    if not one.recorded_bytes_per_element:  # none, or one of 0
+        return "-"
+    return f"{round(100 * (one.bytes_per_element / one.recorded_bytes_per_element - 1), 1) + 0:.1f}"  # no -0.0
 
 
 def recalibrated(

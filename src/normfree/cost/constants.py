@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from normfree.config import nearest
-from normfree.cost.counts import Count, Matmul, Rows
+from normfree.cost.counts import PRODUCTS, Count, Matmul, Rows
 from normfree.cost.families import NoPriceError
 
 CONSTANTS_FILE = Path(__file__).with_name("constants.json")
@@ -31,10 +31,10 @@ class Network:
     """From sending a message to its arrival."""
 
     def __post_init__(self) -> None:
-        if not self.bandwidth_mbps > 0:
-            raise ValueError(f"bandwidth_mbps={self.bandwidth_mbps} must be above 0")
-        if not self.delay_ms >= 0:
-            raise ValueError(f"delay_ms={self.delay_ms} must be at least 0")
+        if not (_is_number(self.bandwidth_mbps) and self.bandwidth_mbps > 0):
+            raise ValueError(f"bandwidth_mbps={self.bandwidth_mbps!r} must be a number above 0")
+        if not (_is_number(self.delay_ms) and self.delay_ms >= 0):
+            raise ValueError(f"delay_ms={self.delay_ms!r} must be a number, 0 or more")
 
     def seconds_at_least(self, transferred_bytes: float, rounds: int) -> float:
         """No run that sends so much and waits so often can be faster: the busier direction carries half of the bytes or
@@ -52,7 +52,8 @@ class Protocol:
     operations: Mapping[str, Mapping[str, Any]]
 
     def price(self, item: Count) -> tuple[float, int]:
-        """(bytes over both directions, rounds) of one call. Raises NoPriceError for an operation without one."""
+        """(bytes over both directions, rounds) of one call. Raises NoPriceError for an operation without one, and
+        ValueError where a price that begins below 0 makes the call cost less than nothing."""
         if item.operation not in self.operations:
             raise NoPriceError(
                 f"{self.name} has no price for {item.operation!r}, and nothing counts as free; "
@@ -64,6 +65,8 @@ class Protocol:
             transferred = sum(price[f"bytes_per_{side}_element"] * size for side, size in sizes.items())
         else:
             transferred = price["bytes_per_element"] * item.elements + price["bytes_per_row"] * item.rows
+        if transferred < 0:
+            raise ValueError(f"{self.name}.{item.operation} would cost {transferred:,.0f} bytes for {item}")
         return transferred, price["rounds"] + _tree_rounds(price, item)
 
 
@@ -100,27 +103,36 @@ def find_protocol(name: str, constants: Path = CONSTANTS_FILE) -> Protocol:
     return _checked(name, known[name], place=f"constants={constants}: {name}")
 
 
-_PRICES = (
-    {"bytes_per_element", "bytes_per_row", "rounds"},
-    {"bytes_per_left_element", "bytes_per_right_element", "bytes_per_result_element", "rounds"},
-)
-"""What an operation on rows needs, and a matrix product."""
+_PRICE_OF_ROWS = ("bytes_per_element", "bytes_per_row", "rounds")
+_PRICE_OF_PRODUCTS = ("bytes_per_left_element", "bytes_per_right_element", "bytes_per_result_element", "rounds")
 
 
-def _checked(name: str, stated: Mapping[str, Any], *, place: str) -> Protocol:
+def _checked(name: str, stated: Any, *, place: str) -> Protocol:
     """The file may have been edited by hand: a price that is missing, no number or below 0 is named."""
-    if stated.keys() != {"about", "rounds_origin", "operations"}:
-        raise ValueError(f"{place} needs about, rounds_origin and operations, and has {', '.join(stated)}")
+    _check_keys(stated, ("about", "rounds_origin", "operations"), place)
+    if not isinstance(stated["operations"], dict):
+        raise ValueError(f"{place}.operations={stated['operations']!r} must hold a price by operation")
     for operation, price in stated["operations"].items():
-        if not any(needed <= price.keys() for needed in _PRICES):
-            needed = " or ".join(", ".join(sorted(kind)) for kind in _PRICES)
-            raise ValueError(f"{place}.{operation} needs {needed}, and has {', '.join(price)}")
+        _check_keys(price, _PRICE_OF_PRODUCTS if operation in PRODUCTS else _PRICE_OF_ROWS, f"{place}.{operation}")
         for key, value in price.items():
-            a_number = isinstance(value, int | float) and math.isfinite(value)
+            if key == "origin":
+                continue
+            whole = key.startswith("rounds")
             # A line through two lengths of a row may begin below 0.
-            if key != "origin" and not (a_number and (value >= 0 or key == "bytes_per_row")):
-                raise ValueError(f"{place}.{operation}.{key}={value!r} must be a number, 0 or more")
-    return Protocol(name=name, **stated)
+            if not _is_number(value) or (value < 0 and key != "bytes_per_row") or (whole and value % 1):
+                kind = "a whole number" if whole else "a number"
+                raise ValueError(f"{place}.{operation}.{key}={value!r} must be {kind}, 0 or more")
+    return Protocol(name=name, **{key: stated[key] for key in ("about", "rounds_origin", "operations")})
+
+
+def _check_keys(stated: Any, needed: Sequence[str], place: str) -> None:
+    if not isinstance(stated, dict) or not set(needed) <= stated.keys():
+        found = ", ".join(stated) if isinstance(stated, dict) else repr(stated)
+        raise ValueError(f"{place} needs {', '.join(needed)}, and has {found}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def find_network(
@@ -135,6 +147,7 @@ def find_network(
     if name not in known:
         raise ValueError(f"unknown network {name!r}; {nearest(name, list(known))}")
     stated = known[name]
+    _check_keys(stated, ("bandwidth_mbps", "delay_ms"), f"constants={constants}: networks.{name}")
     return Network(
         name=name,
         bandwidth_mbps=stated["bandwidth_mbps"] if bandwidth_mbps is None else bandwidth_mbps,

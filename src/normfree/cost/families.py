@@ -45,6 +45,14 @@ class Architecture:
     """Operations of each layer's activation, per element."""
     max_tokens: int
 
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "width", "query_heads", "key_heads", "head_dim", "feed_forward", "max_tokens")
+        for name in sizes:
+            if not getattr(self, name) >= 1:
+                raise ValueError(f"the config of this {self.family} model gives {name}={getattr(self, name)}")
+        if not 0 <= self.rotary_dim <= self.head_dim:
+            raise ValueError(f"{self.rotary_dim} of {self.head_dim} dimensions of a head rotate: not a share of them")
+
     @property
     def layers(self) -> int:
         return len(self.activations)
@@ -111,8 +119,7 @@ def _normfree(values: Mapping[str, Any]) -> Architecture:
     names = values["activation"] if isinstance(values["activation"], list) else [values["activation"]] * layers
     if len(names) != layers:
         raise ValueError(f"activation lists {len(names)} names, but num_hidden_layers is {layers}")
-    if width % heads:
-        raise ValueError(f"hidden_size={width} must be a multiple of num_attention_heads={heads}")
+    head_dim = _head_dim(values, width="hidden_size", heads="num_attention_heads")
     if values["position"] not in ("learned", "rotary"):
         raise ValueError(f"position={values['position']!r}: allowed are learned and rotary")
     known = {
@@ -126,8 +133,8 @@ def _normfree(values: Mapping[str, Any]) -> Architecture:
         width=width,
         query_heads=heads,
         key_heads=heads,
-        head_dim=width // heads,
-        rotary_dim=round(width // heads * values["rotary_share"]) if rotary else 0,
+        head_dim=head_dim,
+        rotary_dim=round(head_dim * values["rotary_share"]) if rotary else 0,
         feed_forward=values["intermediate_size"] or 4 * width,
         gated=False,
         norm=_operations(NORMFREE_NORMS, "norm", values["norm"]),
@@ -150,7 +157,7 @@ def _gpt2(values: Mapping[str, Any]) -> Architecture:
         width=width,
         query_heads=heads,
         key_heads=heads,
-        head_dim=width // heads,
+        head_dim=_head_dim(values, width="n_embd", heads="n_head"),
         rotary_dim=0,
         feed_forward=values.get("n_inner") or 4 * width,
         gated=False,
@@ -163,7 +170,7 @@ def _gpt2(values: Mapping[str, Any]) -> Architecture:
 
 def _gpt_neox(values: Mapping[str, Any]) -> Architecture:
     width, heads = values["hidden_size"], values["num_attention_heads"]
-    head_dim = width // heads
+    head_dim = _head_dim(values, width="hidden_size", heads="num_attention_heads")
     # transformers 4 wrote rotary_pct, transformers 5 writes rope_parameters.
     share = (values.get("rope_parameters") or {}).get("partial_rotary_factor")
     share = values["rotary_pct"] if share is None else share
@@ -187,7 +194,7 @@ def _gpt_neox(values: Mapping[str, Any]) -> Architecture:
 
 def _llama(values: Mapping[str, Any]) -> Architecture:
     width, heads = values["hidden_size"], values["num_attention_heads"]
-    head_dim = values.get("head_dim") or width // heads
+    head_dim = values.get("head_dim") or _head_dim(values, width="hidden_size", heads="num_attention_heads")
     activation = _operations(TRANSFORMERS_ACTIVATIONS, "hidden_act", values["hidden_act"])
     return Architecture(
         family="llama",
@@ -204,6 +211,12 @@ def _llama(values: Mapping[str, Any]) -> Architecture:
         activations=(activation,) * values["num_hidden_layers"],
         max_tokens=values["max_position_embeddings"],
     )
+
+
+def _head_dim(values: Mapping[str, Any], *, width: str, heads: str) -> int:
+    if values[heads] < 1 or values[width] % values[heads]:
+        raise ValueError(f"{width}={values[width]} must be a multiple of {heads}={values[heads]}")
+    return values[width] // values[heads]
 
 
 def _operations(known: Mapping[str, tuple[str, ...]], field: str, name: str) -> tuple[str, ...]:

@@ -88,8 +88,8 @@ def trade_off_table(found: TradeOff) -> Table:
         for point in found.points
     )
     notes = [
-        "Pareto front: no other variant on the same corpus has both a lower or equal perplexity and fewer or as many "
-        "bytes.",
+        "Pareto front: no other variant on the same corpus is at least as low in both perplexity and bytes, and lower "
+        "in one.",
         "GELU is priced as the model computes it; its tanh form is cheaper than its erf form "
         "(docs/private-inference.md).",
     ]

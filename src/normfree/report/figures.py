@@ -250,8 +250,9 @@ def _private_inference(groups: Sequence[Group]) -> PageFigure | None:
         name="private-inference",
         title="Perplexity against communication in private inference",
         caption="Lower left is better: what one forward pass would send under CHEETAH, from its operations "
-        "alone (docs/private-inference.md). Circles are on the Pareto front: nothing on the same corpus is better in "
-        "both. Read differences between variants, not totals. GELU is priced in the form the model computes.",
+        "alone (docs/private-inference.md). Circles are on the Pareto front: nothing on the same corpus is as good in "
+        "both and better in one. Read differences between variants, not totals. GELU is priced in the form the model "
+        "computes.",
         panels=(lambda ax: plots.trade_off(labels, perplexity, gigabytes, front, corpora, ax=ax),),
         panel_inches=plots.trade_off_size(labels),
     )
