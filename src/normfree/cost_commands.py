@@ -99,7 +99,7 @@ def calibrate(options: CalibrateOptions) -> None:
     from normfree.tables import to_markdown
 
     output = options.output
-    if output.exists() and not (options.constants and output.samefile(options.constants)):
+    if output.exists() and (options.constants is None or output.resolve() != options.constants.resolve()):
         raise ValueError(f"output={output} exists: add constants={output} to replace numbers in it, or name another")
     constants = options.constants or CONSTANTS_FILE
     check_writable(output.parent)  # before the work, not after it

@@ -63,6 +63,7 @@ def test_without_an_environment_the_command_says_how_to_make_one_and_writes_noth
         (["constants=text.json"], "constants=text.json is not readable as JSON"),
         (["constants=other.json"], "other.json has version 7"),
         (["output=text.json"], "output=text.json exists: add constants=text.json"),
+        (["output=text.json", "constants=nowhere.json"], "output=text.json exists: add constants=text.json"),
         (["pyton=spu/bin/python"], "unknown key 'pyton' for normfree cost calibrate; did you mean python"),
         (["all"], "normfree cost calibrate takes key=value only, got 'all'"),
     ],

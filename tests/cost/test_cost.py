@@ -232,6 +232,7 @@ def test_an_operation_without_a_price_is_never_free() -> None:
         ({"rounds": None}, r"cheetah.relu.rounds=None must be a whole number"),
         ({"rounds": math.inf}, r"cheetah.relu.rounds=inf must be a whole number"),
         ({"rounds": 2.5}, r"cheetah.relu.rounds=2.5 must be a whole number"),
+        ({"rounds": 2.0}, r"cheetah.relu.rounds=2.0 must be a whole number"),
         ({"rounds": True}, r"cheetah.relu.rounds=True must be a whole number"),
         ({"bytes_per_row": -1e9}, r"cheetah.relu would cost -[0-9,]* bytes"),
     ],
