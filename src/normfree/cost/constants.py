@@ -119,7 +119,8 @@ def _checked(name: str, stated: Any, *, place: str) -> Protocol:
                 continue
             whole = key.startswith("rounds")
             # A line through two lengths of a row may begin below 0.
-            if not _is_number(value) or (value < 0 and key != "bytes_per_row") or (whole and not isinstance(value, int)):
+            sound = _is_number(value) and (value >= 0 or key == "bytes_per_row")
+            if not sound or (whole and not isinstance(value, int)):
                 kind = "a whole number" if whole else "a number"
                 raise ValueError(f"{place}.{operation}.{key}={value!r} must be {kind}, 0 or more")
     return Protocol(name=name, **{key: stated[key] for key in ("about", "rounds_origin", "operations")})
