@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from normfree.compose import compose_run
-from normfree.config import RunSpec, describe_keys, known_keys
+from normfree.config import DataSpec, RunSpec, describe_keys, known_keys
 
 MINIMAL: dict[str, Any] = {"preset": "cpu", "variant": "sm-r", "label": "SM+R", "train": {"steps": 10}}
 
@@ -20,6 +20,11 @@ def test_a_spec_survives_its_own_json() -> None:
     assert RunSpec.from_dict(original.to_dict()) == original
 
 
+def test_one_path_is_no_list_of_its_letters() -> None:
+    with pytest.raises(ValueError, match=r"data.paths='corpus' must be a list, e.g. \['corpus'\]"):
+        DataSpec(source="files", paths="corpus")  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -28,6 +33,8 @@ def test_a_spec_survives_its_own_json() -> None:
         ({"train": {}}, "train.steps and train.epochs"),
         ({"train": {"steps": 0}}, r"train.steps=0 must be above 0"),
         ({"train": {"steps": 1, "weight_decay": -1}}, r"train.weight_decay=-1.0 must be 0 or more"),
+        ({"train": {"steps": 1, "adam_beta1": 1.5}}, r"train.adam_beta1=1.5 must be at least 0 and below 1"),
+        ({"train": {"steps": 1, "warmup_share": 1}}, r"train.warmup_share=1.0 must be at least 0 and below 1"),
         ({"train": {"steps": 1, "final_learning_rate": 1.0}}, "must be below train.peak_learning_rate"),
         ({"probe": {"every_steps": 0}}, r"probe.every_steps=0 must be above 0"),
         ({"probe": {"final_sequences": 0}}, r"probe.final_sequences=0 must be above 0"),

@@ -261,6 +261,8 @@ def read_text(path: Path | None) -> str:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ValueError(f"text={path} does not exist") from None
+    except OSError as error:
+        raise ValueError(f"text={path} cannot be read ({error.strerror}); give a UTF-8 text file") from None
     except UnicodeDecodeError:
         raise ValueError(f"text={path} is not UTF-8 text") from None
     if not text.strip():

@@ -80,6 +80,9 @@ class DataSpec:
     """Fingerprint of the corpus behind the committed results; tables say so when yours differs."""
 
     def __post_init__(self) -> None:
+        for name in ("paths", "validation_paths"):
+            if isinstance(given := getattr(self, name), str):
+                raise ValueError(f"data.{name}={given!r} must be a list, e.g. [{given!r}]")
         if self.context < 2:
             raise ValueError(f"data.context={self.context}: a block needs at least 2 tokens to predict one")
         if self.source == "files" and not self.paths:
@@ -169,8 +172,9 @@ class TrainSpec:
                 f"train.final_learning_rate={self.final_learning_rate} must be below "
                 f"train.peak_learning_rate={self.peak_learning_rate}"
             )
-        if not 0 <= self.warmup_share < 1:
-            raise ValueError(f"train.warmup_share={self.warmup_share} must be at least 0 and below 1")
+        for name in ("warmup_share", "adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"train.{name}={getattr(self, name)} must be at least 0 and below 1")
         if not re.fullmatch(r"stop|skip:[1-9][0-9]*", self.on_nonfinite):
             raise ValueError(
                 f"train.on_nonfinite={self.on_nonfinite!r}; allowed: stop, or skip:N with N of at least 1, e.g. skip:3"
@@ -325,6 +329,8 @@ def _explain(problem: Any) -> str:
         return f"{key} is missing"
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
+    if problem["type"] == "tuple_type":
+        return f"{key}={problem['input']!r} must be a list, e.g. {key}=[{problem['input']}]"
     return f"{key}={problem['input']!r}: {problem['msg'].replace('Input should', 'it should')}"
 
 

@@ -34,6 +34,7 @@ def load_pretrained(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
+    target = usable_device(device)
     options: dict[str, Any] = _source(name) | {"trust_remote_code": trust_remote_code}
     loading = {"dtype": DTYPES[dtype], "attn_implementation": attention, "output_loading_info": True}
     try:
@@ -49,8 +50,15 @@ def load_pretrained(
         raise ValueError(
             f"{name} lacks {len(missing)} weights of its model, e.g. {missing[0]}: the files are incomplete"
         )
-    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(target).eval(), tokenizer
+
+
+def usable_device(device: str | None) -> torch.device:
+    """The device of that name; None takes the GPU if there is one. Raises ValueError where torch cannot use it."""
+    try:
+        return torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError) as error:  # an unknown name, or a build of torch without it
+        raise ValueError(f"device={device} cannot be used here ({_first_line(error)}); cpu always can") from None
 
 
 def load_config(name: str) -> Any:
