@@ -217,6 +217,13 @@ def test_files_that_make_no_whole_model_are_refused_in_one_line(
     assert re.search(message, last), last
 
 
+def test_a_model_without_its_tokenizer_is_refused_by_name(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in saved.glob("*token*"):
+        file.unlink()
+    assert main(["entropy", str(saved), f"text={saved.parent / 'text.py'}"]) == 1
+    assert f"{saved} has no tokenizer that makes tokens of text" in capsys.readouterr().err
+
+
 def test_more_memory_than_there_is_is_refused_before_the_work(
     saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -30,7 +30,7 @@ def load_pretrained(
     `attention` is transformers' attn_implementation; None lets the model choose.
 
     Raises ValueError, in one line, when there is no such model, it cannot be reached, it is no causal LM, or the files
-    lack some of its weights, which transformers would fill with random numbers.
+    lack its tokenizer, or some of its weights, which transformers would fill with random numbers.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
@@ -50,6 +50,8 @@ def load_pretrained(
         raise ValueError(
             f"{name} lacks {len(missing)} weights of its model, e.g. {missing[0]}: the files are incomplete"
         )
+    if not tokenizer("text", add_special_tokens=False)["input_ids"]:  # what transformers makes of no files at all
+        raise ValueError(f"{name} has no tokenizer that makes tokens of text; save the model's beside it")
     return model.to(target).eval(), tokenizer
 
 
