@@ -251,9 +251,19 @@ def test_a_preset_stands_for_what_it_sets_in_the_names_of_its_runs(tmp_path: Pat
         "SM+G [preset=cpu, peak_learning_rate=0.01]",
         f"SM+G [preset=cpu-pythia, peak_learning_rate={rate}]",
     }
-    settings = analysis.preset_settings(runs)
-    assert settings["cpu-pythia"] == {"model.position": "rotary", "model.residual": "parallel"}
-    assert analysis.preset_settings(runs[:2]) == {}
+
+
+def test_every_recipe_is_told_even_where_only_a_tag_names_it(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path, "SM+R", tag=tag, train={"peak_learning_rate": rate})
+        for tag, rate in (("a", 1e-2), ("b", 1e-3))
+    ]
+    runs += [write_run(tmp_path, "SM+G", tag="a", train={"peak_learning_rate": 1e-2})]
+    assert analysis.recipes(analysis.group_runs(runs, mix=True)) == {
+        "train.peak_learning_rate=0.01": ["SM+G (a)", "SM+R (a)"],
+        "train.peak_learning_rate=0.001": ["SM+R (b)"],
+    }
+    assert analysis.recipes(analysis.group_runs(runs[1:2])) == {"": ["SM+R (b)"]}
 
 
 def test_equal_values_of_different_keys_are_different_recipes(tmp_path: Path) -> None:

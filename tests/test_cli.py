@@ -100,6 +100,7 @@ def test_cfg_prints_the_composed_run_and_trains_nothing(
         (["train", "data=files", "data.paths=corpus"], "data.paths='corpus' must be a list, e.g. data.paths=[corpus]"),
         (["entropy", "m", "text=README.md", "output=README.md"], "README.md is a file; name a folder"),
         (["report", "nowhere"], "nowhere does not exist"),
+        (["report", "nowhere", "output=README.md"], "README.md is a file; name a folder"),
         (["cost", "gpt2-t128", "protocol=cheeta"], "did you mean cheetah"),
         (["cost", "gpt2-t128", "variant=sm-x"], "did you mean sm"),
         (["cost", "gpt2-t128", "context=0"], "must be 1 to 128"),
@@ -163,6 +164,7 @@ def test_evaluate_prints_perplexity_and_bits_per_byte(
     (tmp_path / "text.py").write_text("def f(x):\n    return x\n" * 5)
     status, out, err = run("evaluate", str(trained), f"text={tmp_path / 'text.py'}", "stride=4", capsys=capsys)
     assert status == 0, err
+    assert re.search(rf"text +{re.escape(str(tmp_path / 'text.py'))}\n", out)
     assert "perplexity" in out
     assert "bits per byte" in out
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from normfree.compose import compose_run
-from normfree.config import DataSpec, RunSpec, describe_keys, known_keys
+from normfree.config import RunSpec, describe_keys, known_keys
 
 MINIMAL: dict[str, Any] = {"preset": "cpu", "variant": "sm-r", "label": "SM+R", "train": {"steps": 10}}
 
@@ -18,11 +18,6 @@ def spec(**changes: Any) -> RunSpec:
 def test_a_spec_survives_its_own_json() -> None:
     original = spec(data={"source": "files", "paths": ["a", "b"]}, model={"norm": "none"})
     assert RunSpec.from_dict(original.to_dict()) == original
-
-
-def test_one_path_is_no_list_of_its_letters() -> None:
-    with pytest.raises(ValueError, match=r"data.paths='corpus' must be a list, e.g. \['corpus'\]"):
-        DataSpec(source="files", paths="corpus")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(

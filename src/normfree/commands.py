@@ -161,6 +161,7 @@ def evaluate(name: str, options: EvaluateOptions) -> None:
         )
     leading = tokenizer.convert_ids_to_tokens(leading_ids(model, tokenizer, options.bos))
     after = f", every window begins with {''.join(leading)}" if leading else ""
+    print(f"text           {options.text or 'held-out Python code of this machine (text=FILE takes another)'}")
     print(f"perplexity     {result.perplexity:.4f} (over {result.tokens} predicted tokens{after})")
     print(f"cross-entropy  {result.loss_nats:.4f} nats per token")
     if result.bytes:
@@ -239,6 +240,7 @@ def report(places: Sequence[str], options: ReportOptions) -> None:
     from normfree.records import find_runs
     from normfree.report import build_report
 
+    check_writable(options.output)
     print(f"The page: {build_report(find_runs(places), options.output, mix=options.mix, progress=True)}")
 
 

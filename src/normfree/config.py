@@ -1,4 +1,5 @@
-"""The truth about a run: frozen dataclasses, checked when they are built.
+"""The truth about a run: frozen dataclasses. Their values are checked when they are built, and their types when
+`RunSpec.from_dict` builds them, as every command does.
 
 Hydra's YAML only holds values for these fields. `RunSpec.model` stays a dict: an architecture field
 is declared once, in `normfree.model.configuration`, and checked by building a `NormFreeConfig`.
@@ -80,9 +81,6 @@ class DataSpec:
     """Fingerprint of the corpus behind the committed results; tables say so when yours differs."""
 
     def __post_init__(self) -> None:
-        for name in ("paths", "validation_paths"):
-            if isinstance(given := getattr(self, name), str):
-                raise ValueError(f"data.{name}={given!r} must be a list, e.g. [{given!r}]")
         if self.context < 2:
             raise ValueError(f"data.context={self.context}: a block needs at least 2 tokens to predict one")
         if self.source == "files" and not self.paths:

@@ -15,7 +15,7 @@ from normfree.analysis.entropy import (
     top_quarter_share,
     trained_heads,
 )
-from normfree.analysis.groups import BASELINE, Group, group_runs, is_over, preset_settings
+from normfree.analysis.groups import BASELINE, Group, group_runs, is_over, recipes
 from normfree.analysis.ranges import LAST_PROBE_NOTE, PooledRanges, pooled_ranges
 from normfree.analysis.seeds import Difference, Summary, paired_difference, student_t_95, summarise
 from normfree.analysis.verdicts import (
@@ -61,9 +61,9 @@ __all__ = [
     "overload",
     "paired_difference",
     "pooled_ranges",
-    "preset_settings",
     "probed_heads",
     "range_counts",
+    "recipes",
     "shares_of_ceiling",
     "slopes",
     "student_t_95",

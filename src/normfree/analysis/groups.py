@@ -83,6 +83,20 @@ def group_runs(runs: Sequence[Run], *, mix: bool = False) -> list[Group]:
     return sorted(groups, key=lambda group: (_rank(group.label), group.name))
 
 
+def recipes(groups: Sequence[Group]) -> dict[str, list[str]]:
+    """What recipes differ in, `train.steps=40, train.peak_learning_rate=0.001`, to the names of their groups.
+
+    Groups of one recipe give one empty text.
+    """
+    firsts = {group.name: (*group.runs, *group.unfinished)[0] for group in groups}
+    keys = _differing(list(firsts.values()))
+    found: dict[str, list[str]] = {}
+    for name, run in firsts.items():
+        flat = _flat(run)
+        found.setdefault(", ".join(f"{key}={flat.get(key, 'unset')}" for key in keys), []).append(name)
+    return found
+
+
 def _group(name: str, found: list[Run]) -> Group:
     chosen: dict[Hashable, Run] = {}
     over = [run for run in found if is_over(run)]
@@ -111,7 +125,7 @@ def _names(groups: list[list[Run]]) -> list[str]:
     """A name for each group: its label, what tells it from others of that label, and its recipe where its tag does not
     say that. A preset stands for what it sets."""
     firsts = [found[0] for found in groups]
-    set_by_preset = {key for settings in preset_settings(firsts).values() for key in settings}
+    set_by_preset = _set_by_preset(firsts)
     names = []
     for found in groups:
         namesakes = [other for other in firsts if other.label == found[0].label]
@@ -138,16 +152,13 @@ def _differing(runs: Iterable[Run], *, variants_too: bool = False) -> dict[str, 
     return found
 
 
-def preset_settings(runs: Iterable[Run]) -> dict[str, dict[str, str]]:
-    """By preset, the recipe keys on which runs of different presets disagree and runs of one preset never do."""
-    of_preset: dict[str, list[dict[str, str]]] = {}
+def _set_by_preset(runs: Sequence[Run]) -> set[str]:
+    """Recipe keys on which runs of different presets disagree and runs of one preset never do."""
+    of_preset: dict[Hashable, list[Run]] = {}
     for run in runs:
-        of_preset.setdefault(str(run.spec.get("preset", "unset")), []).append(_flat(run))
-    if len(of_preset) < 2:
-        return {}
-    keys = [key for key in _differing(runs) if key not in ("preset", "corpus")]
-    settled = [key for key in keys if all(len({f.get(key) for f in flats}) == 1 for flats in of_preset.values())]
-    return {preset: {key: flats[0].get(key, "unset") for key in settled} for preset, flats in of_preset.items()}
+        of_preset.setdefault(run.spec.get("preset"), []).append(run)
+    within = {key for found in of_preset.values() for key in _differing(found)}
+    return _differing(runs).keys() - within - {"preset", "corpus"}
 
 
 def _data_says_the_corpus(flats: Sequence[dict[str, str]]) -> bool:

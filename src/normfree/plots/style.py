@@ -34,6 +34,7 @@ _VARIANTS = {
 }
 _OTHERS = ("#a8428f", "#a87900", "#6d56c1", "#b23a48", "#4f7d1c", "#6b7280")
 _KEY_INCHES = 0.3
+_LETTERS_A_LINE = 30
 _OTHER_LINES = ("-", "--", "-.", ":")
 
 RC: dict[Any, Any] = {
@@ -127,9 +128,9 @@ def colour_key(
     return draw
 
 
-def wrapped(name: str, characters: int = 30) -> str:
+def wrapped(name: str) -> str:
     """A name of a variant over as many lines as it needs: what tells mixed recipes apart can be long."""
-    return textwrap.fill(name, characters, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(name, _LETTERS_A_LINE, break_long_words=False, break_on_hyphens=False)
 
 
 def empty(ax: Axes, text: str) -> Axes:

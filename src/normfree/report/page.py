@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template, select
 from markupsafe import Markup
 
 from normfree import __version__
-from normfree.analysis import Group, preset_settings
+from normfree.analysis import Group, recipes
 from normfree.records import Run
 from normfree.report.figures import PageFigure
 from normfree.report.render import to_svg
@@ -45,7 +45,7 @@ def main_page(
         version=__version__,
         sentences=sentences(groups),
         study_notes=[note for note in _distinct(runs, lambda run: run.facts.get("study_note") or "") if note],
-        facts=_facts(runs),
+        facts=_facts(groups),
         tables={name: Markup(to_html(table) if table.rows else "") for name, table in tables.items()},
         figures=figures,
         with_slopes=with_slopes,
@@ -78,13 +78,11 @@ def figure_values(figure: PageFigure) -> dict[str, Any]:
     }
 
 
-def _facts(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+def _facts(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
     """What a reader needs to judge or repeat the runs: `(name, distinct values)`."""
+    runs = _all_runs(groups)
     seconds = sum(run.facts.get("wall_seconds") or 0.0 for run in runs)
-    presets = [
-        f"{preset}: {', '.join(f'{key}={value}' for key, value in settings.items())}"
-        for preset, settings in preset_settings(runs).items()
-    ]
+    apart = [f"{', '.join(names)}: {recipe}" for recipe, names in recipes(groups).items() if recipe]
     environments = _distinct(runs, lambda run: _environment(run.facts.get("environment") or {}))
     return [
         ("Command", _distinct(runs, lambda run: run.facts.get("command") or "not recorded")),
@@ -96,7 +94,7 @@ def _facts(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
             [f"{tokens:,}" for tokens in sorted({run.facts.get("tokens_seen", 0) for run in runs})],
         ),
         ("Precision", _distinct(runs, lambda run: run.spec["train"]["precision"])),
-        *([("What presets set apart", presets)] if presets else []),
+        *([("Recipes", apart)] if apart else []),
         ("Model", _distinct(runs, lambda run: _model(run.facts.get("model") or {}))),
         ("Corpus", _distinct(runs, lambda run: _corpus(run.facts["corpus"]))),
         ("Hardware", environments),
