@@ -24,6 +24,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "SM+leaky, fixed": {"norm": "none", "activation": "leaky_relu", "negative_slope": 0.1},
     "SM+leaky, per layer": {"norm": "none", "activation": "leaky_relu", "learnable_slope": "per_layer"},
     "SM+leaky, shared": {"norm": "none", "activation": "leaky_relu", "learnable_slope": "shared"},
+    "SM+G/leaky": {
+        "norm": "none",
+        "activation": ["gelu", "leaky_relu", "gelu", "leaky_relu"],
+        "learnable_slope": "per_layer",
+    },
+    "SM+G/leaky, last": {
+        "norm": "none",
+        "activation": ["gelu", "gelu", "gelu", "leaky_relu"],
+        "learnable_slope": "per_layer",
+    },
 }
 PERPLEXITY = {"SM+LN+G": 34.2, "SM+LN+R": 34.9, "SM+G": 37.7, "SM+R": 36.1, "SM": 52.0}
 CONTEXT = 32
@@ -148,7 +158,7 @@ def _log_training(
         entropy_LH = _entropy(label, shape, step / steps, seed)
         if broken_probe and step + 20 > done:
             entropy_LH[1:] = math.nan
-        writer.log(step, "probe", [*_measured(entropy_LH, rows=64), *_slopes(label, shape[0], step / steps)])
+        writer.log(step, "probe", [*_measured(entropy_LH, rows=64), *_slopes(label, step / steps)])
 
 
 def _entropy(label: str, shape: tuple[int, int], progress: float, seed: int) -> np.ndarray:
@@ -171,7 +181,8 @@ def _measured(entropy_LH: np.ndarray, *, rows: int) -> list[tuple[str, Any]]:
     ]
 
 
-def _slopes(label: str, layers: int, progress: float) -> list[tuple[str, Any]]:
-    if label == "SM+leaky, per layer":
-        return [("negative_slope", 0.01 + progress * np.linspace(0.2, -0.1, layers))]
+def _slopes(label: str, progress: float) -> list[tuple[str, Any]]:
+    learned = {"SM+leaky, per layer": 4, "SM+G/leaky": 2, "SM+G/leaky, last": 1}.get(label)
+    if learned:
+        return [("negative_slope", 0.01 + progress * np.linspace(0.2, -0.1, learned))]
     return [("negative_slope", [0.01 + 0.1 * progress])] if label == "SM+leaky, shared" else []

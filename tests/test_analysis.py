@@ -118,8 +118,17 @@ def test_slopes_move_apart_per_layer_and_never_when_shared(tmp_path: Path) -> No
     assert shared is not None
     assert (per_layer.diverging, per_layer.layers, per_layer.first_step) == (True, (3, 0), 80)
     assert (per_layer.final_step, max(per_layer.final_S) - min(per_layer.final_S)) == (200, pytest.approx(0.3))
-    assert (shared.diverging, len(shared.final_S)) == (False, 1)
+    assert (shared.diverging, len(shared.final_S), shared.layers) == (False, 1, None)
     assert analysis.slopes(write_run(tmp_path, "SM+G")) is None
+
+
+def test_slopes_of_an_activation_list_are_named_by_their_layers(tmp_path: Path) -> None:
+    two = analysis.slopes(write_run(tmp_path, "SM+G/leaky"))
+    one = analysis.slopes(write_run(tmp_path, "SM+G/leaky, last"))
+    assert two is not None
+    assert one is not None
+    assert two.layers == (3, 1)
+    assert one.layers == (3, 3)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +197,9 @@ def test_one_pair_has_no_interval_and_a_diverged_pair_no_mean() -> None:
 
 def test_precisions_do_not_mix_unasked(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+R", train={"precision": "bf16"})]
-    with pytest.raises(ValueError, match=r"train\.precision: bf16, fp32.*mix=true") as caught:
+    with pytest.raises(
+        ValueError, match=r"train\.precision: bf16 in quick/sm-r-seed0, fp32 in quick/sm-g-seed0.*mix=true"
+    ) as caught:
         analysis.group_runs(runs)
     assert "\n" not in str(caught.value)
     names = [group.name for group in analysis.group_runs(runs, mix=True)]
@@ -198,7 +209,7 @@ def test_precisions_do_not_mix_unasked(tmp_path: Path) -> None:
 def test_runs_on_another_corpus_are_no_seeds_of_one_recipe(tmp_path: Path) -> None:
     other = {"corpus": {"fingerprint": "decaf" * 8, "unigram_perplexity": 300.0, "vocab_size": 2048}}
     runs = [write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+G", seed=1, facts=other)]
-    with pytest.raises(ValueError, match=r"corpus: c0ffeec0ffee, decafdecafde.*mix=true"):
+    with pytest.raises(ValueError, match=r"corpus: c0ffeec0ffee in .*, decafdecafde in .*mix=true"):
         analysis.group_runs(runs)
     runs += [write_run(tmp_path, "SM+R", facts=other), write_run(tmp_path, "SM+R", seed=1, facts=other)]
     groups = {group.name: group for group in analysis.group_runs(runs, mix=True)}
@@ -235,6 +246,18 @@ def test_mixed_recipes_of_one_variant_stay_apart_and_say_what_differs(tmp_path: 
     ]
     names = [group.name for group in analysis.group_runs(runs, mix=True)]
     assert names == ["SM+G [peak_learning_rate=0.0005]", "SM+G [peak_learning_rate=0.001]"]
+
+
+def test_differing_recipes_name_a_run_of_each_and_one_without_a_result_keeps_no_table_from_being_made(
+    tmp_path: Path,
+) -> None:
+    kept = write_run(tmp_path, "SM+G", train={"peak_learning_rate": 1e-3})
+    other = write_run(tmp_path, "SM+G", study="other", train={"peak_learning_rate": 5e-4})
+    with pytest.raises(ValueError, match=r"0.0005 in other/sm-g-seed0, 0.001 in quick/sm-g-seed0"):
+        analysis.group_runs([kept, other])
+    failed = write_run(tmp_path, "SM+G", study="failed", status="failed", train={"peak_learning_rate": 5e-4})
+    groups = {group.name: (len(group.runs), len(group.unfinished)) for group in analysis.group_runs([kept, failed])}
+    assert groups == {"SM+G [peak_learning_rate=0.001]": (1, 0), "SM+G [peak_learning_rate=0.0005]": (0, 1)}
 
 
 def test_a_preset_stands_for_what_it_sets_in_the_names_of_its_runs(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ ALLOWED = {
     "cost": {"config", "records", "analysis", "tables"},
     "report": {"manifest", "records", "analysis", "published", "tables", "plots", "cost"},
     "compose": {"config", "model"},
-    "pretrained": {"model", "records"},
+    "pretrained": {"config", "model", "records"},
     "measure": {"entropy", "evaluate"},
     "studies": {"compose", "config", "data", "records", "report", "training", "evaluate", "workers"},
     "sweep": {"compose", "records", "studies", "training"},

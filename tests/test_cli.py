@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,10 +16,11 @@ from transformers import GPT2Config
 
 from normfree.cli import VERBS, main
 from normfree.compose import allowed_keys, compose_run
-from normfree.config import RunSpec, known_keys
+from normfree.config import NOT_SET_ALONE, RunSpec, known_keys
 from normfree.model.activations import ACTIVATIONS
 from normfree.model.norms import NORMS
 from normfree.records import read_run
+from tests.synthetic import write_run
 
 
 def run(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
@@ -38,7 +41,7 @@ def test_help_explains_each_verb_and_its_keys(verb: str, capsys: pytest.CaptureF
     assert status == 0
     assert VERBS[verb].example in out
     options = VERBS[verb].options
-    keys = set(options.__dataclass_fields__ if options else known_keys()) - {"model", "preset", "label"}
+    keys = set(options.__dataclass_fields__ if options else known_keys()) - set(NOT_SET_ALONE)
     if verb == "data":
         keys = {key for key in keys if key.startswith("data.")}
         assert "train." not in out
@@ -87,6 +90,17 @@ def test_cfg_prints_the_composed_run_and_trains_nothing(
         (["train", "model.activation=gelu_tanh"], "would bear a wrong label: say variant=custom"),
         (["train", "variant=sm-r", "model.activation=leaky_relu"], "a wrong label: that is variant=leaky-fixed"),
         (["train", "model.norm=null"], "norm=None; did you mean none?"),
+        (["train", "--cfg", "model.num_attention_heads=5"], "num_attention_heads"),
+        (["train", "variant=custom", "tag=mine", "model.activation=relu"], "variant=custom does not say model.norm: "),
+        (["train", "data.source=files"], "say data=files"),
+        (["train", "data=files", "data.paths=[a b=c]"], "data.paths=['...','...']"),
+        (["train", "train.peak_learning_rate=nan"], "train.peak_learning_rate=nan must be above 0 and finite"),
+        (["train", "runs_dir=null"], "runs_dir=None: name a folder"),
+        (
+            ["train", "-m", "train.steps=10,20"],
+            "more than one run would be single/sm-ln-g-seed0: give each its own tag",
+        ),
+        (["train", "-m", "seed=0,1", "model.num_attention_heads=5"], "num_attention_heads"),
         (["train", "seed=0,1"], "'seed=0,1' is several values: `normfree train -m` trains one run for each"),
         (["train", "train.precision=fp8"], "'fp32', 'bf16' or 'fp16'"),
         (["data", "installed", "train.steps=3"], "normfree data takes data.* keys, preset= and cache_dir="),
@@ -119,6 +133,18 @@ def test_wrong_input_is_one_line_that_says_what_to_do(
     assert message in last
     assert "Traceback" not in err + out
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_mistyped_run_is_not_looked_up_on_the_hub(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run(Path("runs"), "SM+R")
+    (name,) = [path.name for path in Path("runs/quick").iterdir()]
+    for folder in ("runs/quick", "./runs/quick", "quick"):
+        monkeypatch.chdir(tmp_path / "runs" if folder == "quick" else tmp_path)
+        _, _, err = run("entropy", f"{folder}/{name}x", f"text={tmp_path}/runs/quick/{name}/run.json", capsys=capsys)
+        assert f"{folder}/{name}x does not exist; did you mean {name}?" in err
 
 
 def test_debug_shows_the_stack_trace() -> None:
@@ -237,6 +263,10 @@ def test_many_runs_with_hydra_leave_run_folders_and_nothing_else(
     assert done.returncode == 0, done.stderr
     runs = sorted(path.parent.name for path in tmp_path.glob("runs/single/*/run.json"))
     assert runs == ["sm-g-seed0", "sm-g-seed1", "sm-r-seed0", "sm-r-seed1"]
+    run_json = json.loads((tmp_path / "runs/single/sm-g-seed1/run.json").read_text())
+    verb, *keys = shlex.split(run_json["command"])[1:]
+    assert verb == "train"
+    assert compose_run(keys).spec == RunSpec.from_dict(run_json["spec"])
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 

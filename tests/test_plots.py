@@ -133,6 +133,15 @@ def test_slopes_have_a_line_a_layer_or_one(tmp_path: Path) -> None:
     assert (len(layers.lines), len(shared.lines)) == (5, 2)  # and the line at 0
 
 
+def test_a_slope_has_the_colour_of_its_layer(tmp_path: Path) -> None:
+    figure = Figure()
+    every, some = figure.subplots(2)
+    plots.slope_curves(write_run(tmp_path, "SM+leaky, per layer"), ax=every)
+    plots.slope_curves(write_run(tmp_path, "SM+G/leaky"), ax=some)
+    colours = [line.get_color() for line in every.lines]
+    assert [line.get_color() for line in some.lines[:2]] == [colours[1], colours[3]]
+
+
 def test_a_slope_with_a_diverged_seed_is_nan_and_no_point(tmp_path: Path) -> None:
     runs = [
         write_run(tmp_path, "SM+R"),

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from normfree.compose import compose_run, members
 from normfree.manifest import folder_lock
@@ -68,9 +69,10 @@ def test_a_second_time_nothing_is_trained_again(done: tuple[Path, list[str], Pat
         ("preset: cpu\ngroups: [{variants: []}]", "not a study: it has no runs"),
         ("preset: caf\u00e9", r"s.yaml is not a study: 'utf-8' codec"),
         ("preset: cpu\ngroups: [{variants: [sm], colour: red}]", "not a study"),
-        ("preset: cpu\ngroups: [{variants: [sm]}, {variants: [sm]}]", "more than one run named sm-seed0"),
+        ("preset: cpu\ngroups: [{variants: [sm]}, {variants: [sm]}]", "more than one run would be s/sm-seed0"),
         ("preset: cpu\ngroups: [{variants: [smm]}]", "did you mean sm"),
         ("[1, 2", "not a study"),
+        ("", "not a study: preset: "),
         (FILE.replace("mix: true\n", ""), "say mix: true"),
     ],
 )
@@ -89,10 +91,22 @@ def test_every_run_of_the_studies_that_come_along_is_a_run_of_its_own(name: str)
 
 
 def test_names_that_look_like_numbers_stay_names(tmp_path: Path) -> None:
-    (tmp_path / "2024_11.yaml").write_text("preset: cpu\ngroups: [{variants: [sm], tag: 1e-3}]\n")
-    (words,) = load_study(str(tmp_path / "2024_11.yaml")).overrides()
+    (tmp_path / "2024_11.yaml").write_text(
+        "preset: cpu\ngroups: [{variants: [sm], tag: 1e-3}, {variants: [sm], tag: 100}]\n"
+    )
+    specs = [compose_run(words).spec for words in load_study(str(tmp_path / "2024_11.yaml")).overrides()]
+    assert [(spec.study, spec.name) for spec in specs] == [("2024_11", "sm-1e-3-seed0"), ("2024_11", "sm-100-seed0")]
+
+
+def test_values_of_a_study_file_reach_the_run_whatever_characters_they_have(tmp_path: Path) -> None:
+    paths = ["my corpus/a=b, c.py", "it's \\ here/*.txt"]
+    values = {"data": "files", "data.paths": paths, "train.peak_learning_rate": "1e-3", "data.tokenizer": "true"}
+    file = {"preset": "cpu", "groups": [{"variants": ["sm"]}], "set": values}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(file))
+    (words,) = load_study(str(tmp_path / "s.yaml")).overrides()
     spec = compose_run(words).spec
-    assert (spec.study, spec.name) == ("2024_11", "sm-1e-3-seed0")
+    assert list(spec.data.paths) == paths
+    assert (spec.data.source, spec.data.tokenizer, spec.train.peak_learning_rate) == ("files", "true", 1e-3)
 
 
 def one_run(folder: Path, overrides: list[str]) -> tuple[str, list[str]]:

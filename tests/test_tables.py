@@ -206,6 +206,11 @@ def test_slopes_run_from_relu_to_identity_with_the_first_broken_step(tmp_path: P
     assert rows["SM+R"]["Gone to zero"] == "-"
 
 
+def test_a_single_slope_of_its_layer_is_not_a_shared_one(tmp_path: Path) -> None:
+    row = rows_of(tables.slope_table(group_runs([write_run(tmp_path, "SM+G/leaky, last")])))
+    assert row["SM+G/leaky, last"]["Slope at the end"] == "0.210 (layer 3), the only layer with one"
+
+
 def test_a_slope_of_a_diverged_run_ends_at_its_last_probe_and_went_nowhere(tmp_path: Path) -> None:
     row = rows_of(tables.slope_table(group_runs([write_run(tmp_path, "SM+leaky, shared", status="diverged")])))
     assert row["SM+leaky, shared"]["Gone to zero"] == "diverged"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import Any
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from normfree.config import RunSpec, known_keys, nearest, with_choices
+from normfree.config import NOT_SET_ALONE, RunSpec, known_keys, nearest, with_choices
 
 CONF = Path(__file__).parent / "conf"
 GROUPS = ("data", "preset", "variant")
@@ -49,9 +51,11 @@ def from_hydra(composed: DictConfig) -> Composed:
     """Plain, checked values from what Hydra composed."""
     values: Any = OmegaConf.to_container(composed, resolve=True)
     places = {name: values.pop(name) for name in PLACES}
+    if not places["runs_dir"]:
+        raise ValueError(f"runs_dir={places['runs_dir']}: name a folder, e.g. runs_dir=runs")
     values["model"] = {name: _as_declared(name, value) for name, value in values["model"].items()}
     spec = RunSpec.from_dict(values)
-    _refuse_another_variant(spec)
+    _check_model(spec)
     return Composed(
         spec=spec,
         runs_dir=Path(places["runs_dir"]),
@@ -66,15 +70,21 @@ def _as_declared(name: str, value: Any) -> Any:
     return float(value) if type(value) is int and NormFreeConfig.__annotations__.get(name) is float else value
 
 
-def _refuse_another_variant(spec: RunSpec) -> None:
-    """Folder, label and the published numbers beside a run go by its variant, so the model has to be that variant."""
+def _check_model(spec: RunSpec) -> None:
+    """Raises ValueError for a model that cannot be built, or that is not the variant's: folder, label and the published
+    numbers beside a run go by that."""
+    from normfree.model import NormFreeConfig
+
+    model = NormFreeConfig(**spec.model).to_dict()  # fields that contradict each other are the first thing to say
+    if spec.variant == "custom" and (unsaid := [key for key in ("norm", "activation") if key not in spec.model]):
+        raise ValueError(
+            f"variant=custom does not say model.{' and model.'.join(unsaid)}: give both, e.g. model.norm=none "
+            "model.activation=relu"
+        )
     declared = _declared_by(spec.variant)
     wrong = [f"{key}={spec.model[key]!r}" for key in declared if not _same(spec.model, declared, key)]
     if not wrong:
         return
-    from normfree.model import NormFreeConfig
-
-    model = NormFreeConfig(**spec.model).to_dict()  # a name that does not exist is the first thing to say
     others = {name: _declared_by(name) for name in members("variant") if name != "custom"}
     fitting = [name for name, keys in others.items() if all(_same(model, keys, key) for key in keys)]
     advice = f"that is variant={fitting[0]}" if fitting else "say variant=custom, with a tag that names it"
@@ -101,6 +111,8 @@ def checked(overrides: Sequence[str]) -> list[str]:
             raise ValueError(f"{text!r} is not of the form key=value")
         if key.startswith("hydra"):
             continue
+        if key == "data.source":
+            raise ValueError(f"{text!r} would leave how that text is cut at another source's setting; say data={value}")
         if key in GROUPS:
             for member in value.split(","):
                 if member not in members(key):
@@ -110,7 +122,8 @@ def checked(overrides: Sequence[str]) -> list[str]:
         try:
             OverridesParser.create().parse_override(text)
         except HydraException:
-            raise ValueError(f"cannot read {text!r}; quote values with special characters: \"{key}='...'\"") from None
+            quoted = "['...','...']" if value.startswith("[") else "'...'"
+            raise ValueError(f'cannot read {text!r}; quote what has special characters: "{key}={quoted}"') from None
     return list(overrides)
 
 
@@ -126,6 +139,31 @@ def forced(override: str) -> str:
     """Let an override of a nested key add what the YAML leaves at its default, e.g. `++model.bias=all`."""
     key = override.partition("=")[0]
     return f"++{override}" if "." in key and not key.startswith("hydra") else override
+
+
+def override(key: str, value: Any) -> str:
+    """The override that gives `key` this value, whatever characters it has. Inverse of Hydra's reading."""
+    return f"{key}={value}" if key in GROUPS else f"{key}={_as_hydra_reads(value)}"
+
+
+def _as_hydra_reads(value: Any) -> str:
+    match value:
+        case list():
+            return f"[{','.join(map(_as_hydra_reads, value))}]"
+        case str() if not _is_number(value):
+            return QuotedString(value, Quote.single).with_quotes()
+        case None:
+            return "null"
+        case _:
+            return str(value)
+
+
+def _is_number(text: str) -> bool:
+    """1e-3 is one, although PyYAML reads a name."""
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def members(group: str) -> list[str]:
@@ -158,5 +196,5 @@ def allowed_keys() -> list[str]:
     """Every key a user may set."""
     from normfree.model import NormFreeConfig  # loads torch, which --help and report do not need
 
-    spec_keys = [key for key in known_keys() if key not in ("model", "preset", "variant", "label")]
+    spec_keys = [key for key in known_keys() if key not in NOT_SET_ALONE]
     return [*GROUPS, *PLACES, *spec_keys, *(f"model.{name}" for name in NormFreeConfig.__annotations__)]

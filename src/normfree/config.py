@@ -7,6 +7,7 @@ is declared once, in `normfree.model.configuration`, and checked by building a `
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -30,6 +31,8 @@ WATCHING_TRAIN_FIELDS = ("trackers", "threads", "log_every", "checkpoint_every",
 # YAML reads tag=100 and study=2024 as numbers; they are names.
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True)
 
+# Keys of a run that a group of the configuration sets, with others (data=files), or that stand for many.
+NOT_SET_ALONE = ("model", "preset", "variant", "label", "data.source")
 
 _FIELDS_OF_SOURCES = (
     (("paths", "validation_paths"), ("files",)),
@@ -46,13 +49,13 @@ class DataSpec:
     source: Literal["installed", "codeparrot", "hub", "files"] = "installed"
     """Python code on this machine, the paper's data sets, any Hugging Face data set, or local files."""
     paths: tuple[str, ...] = ()
-    """source=files: training folders or globs of .py, .txt, .jsonl, .parquet."""
+    """data=files: training folders or globs of .py, .txt, .jsonl, .parquet."""
     validation_paths: tuple[str, ...] = ()
-    """source=files: validation folders or globs; empty holds out a twentieth of `paths` (docs/data.md)."""
+    """data=files: validation folders or globs; empty holds out a twentieth of `paths` (docs/data.md)."""
     dataset: str | None = None
-    """source=hub: name on the hub, or a local folder."""
+    """data=hub: name on the hub, or a local folder."""
     dataset_config: str | None = None
-    """source=hub: the configuration of that data set, if it has several."""
+    """data=hub: the configuration of that data set, if it has several."""
     validation_dataset: str | None = None
     """Where the validation split lies; empty means in `dataset`."""
     train_split: str = "train"
@@ -70,7 +73,7 @@ class DataSpec:
     max_bytes: int | None = None
     """At most this many bytes of training text, in a fixed order."""
     max_bytes_per_package: int | None = None
-    """source=installed: no package gives more than this, so that none dominates."""
+    """data=installed: no package gives more than this, so that none dominates."""
     train_documents: int | None = None
     """At most this many training documents after the shuffle."""
     validation_documents: int | None = None
@@ -84,13 +87,13 @@ class DataSpec:
         if self.context < 2:
             raise ValueError(f"data.context={self.context}: a block needs at least 2 tokens to predict one")
         if self.source == "files" and not self.paths:
-            raise ValueError("data.source=files needs data.paths, e.g. 'data.paths=[corpus/*.py]'")
+            raise ValueError("data=files needs data.paths, e.g. 'data.paths=[corpus/*.py]'")
         if self.source == "hub" and not self.dataset:
-            raise ValueError("data.source=hub needs data.dataset, e.g. data.dataset=roneneldan/TinyStories")
+            raise ValueError("data=hub needs data.dataset, e.g. data.dataset=roneneldan/TinyStories")
         for names, sources in _FIELDS_OF_SOURCES:
             if self.source not in sources and (given := [name for name in names if getattr(self, name)]):
                 raise ValueError(
-                    f"data.{given[0]} is not read from data.source={self.source}: give data={' or data='.join(sources)}"
+                    f"data.{given[0]} is not read with data={self.source}: give data={' or data='.join(sources)}"
                 )
         limits = ("max_bytes", "max_bytes_per_package", "train_documents", "validation_documents")
         _check_range("data", self, limits, above_zero=True)
@@ -203,8 +206,8 @@ class ProbeSpec:
 def _check_range(part: str, spec: object, names: Sequence[str], *, above_zero: bool = False) -> None:
     for name in names:
         value = getattr(spec, name)
-        if value is not None and (value < 0 or (above_zero and value == 0)):
-            raise ValueError(f"{part}.{name}={value} must be {'above 0' if above_zero else '0 or more'}")
+        if value is not None and not (0 < value < math.inf or (value == 0 and not above_zero)):
+            raise ValueError(f"{part}.{name}={value} must be {'above 0' if above_zero else '0 or more'} and finite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,11 +266,15 @@ class RunSpec:
 
     def identity(self) -> str:
         """Fingerprint of all that decides the run's numbers; a folder holds one identity only."""
+        return fingerprint(self.deciding())
+
+    def deciding(self) -> dict[str, Any]:
+        """Plain values of all that decides the run's numbers."""
         values = self.to_dict()
         for name in WATCHING_TRAIN_FIELDS:
             del values["train"][name]
         del values["data"]["expected_fingerprint"]
-        return fingerprint(values)
+        return values
 
 
 _ADAPTER = TypeAdapter(RunSpec)
@@ -305,7 +312,7 @@ def describe_keys() -> list[tuple[str, str, str]]:
             dotted = f"{name}.{key}" if nested else name
             choices = facts.get("enum") or facts.get("items", {}).get("enum", [])
             rows.append((dotted, str(facts.get("default", "")), with_choices(facts.get("description", ""), choices)))
-    return [row for row in rows if row[0] not in ("model", "preset", "variant", "label")]
+    return [row for row in rows if row[0] not in NOT_SET_ALONE]
 
 
 def with_choices(meaning: str, choices: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import normfree.model  # noqa: F401 - registers our architecture with the Auto classes
+from normfree.config import nearest
 from normfree.records import RUN_FILE, read_run
 
 _UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError)
@@ -78,6 +79,15 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def _means_a_folder(name: str) -> bool:
+    """Names on the hub have one slash at most, and no models lie beside them."""
+    return name.startswith((".", "/")) or name.count("/") > 1 or bool("/" in name and _models_in(Path(name).parent))
+
+
+def _models_in(folder: Path) -> list[str]:
+    return sorted({file.parent.name for kind in (RUN_FILE, "config.json") for file in folder.glob(f"*/{kind}")})
+
+
 def _source(name: str) -> dict[str, str]:
     path = Path(name)
     if path.suffix == ".gguf":
@@ -89,6 +99,9 @@ def _source(name: str) -> dict[str, str]:
         if not (path / "model").is_dir():
             raise ValueError(f"{name} has no saved model: the run is {run.status}; only finished runs save one")
         return {"pretrained_model_name_or_path": str(path / "model")}
+    if not path.exists() and _means_a_folder(name):
+        beside = _models_in(path.parent)
+        raise ValueError(f"{name} does not exist{'; ' + nearest(path.name, beside) if beside else ''}")
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(f"{name} is neither a run folder nor a saved model: it has no {RUN_FILE} and no config.json")
     return {"pretrained_model_name_or_path": name}

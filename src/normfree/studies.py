@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from normfree.compose import CONF, Composed, compose_run, members
+from normfree.compose import CONF, Composed, compose_run, members, override
 from normfree.config import RunSpec, nearest
 from normfree.data import prepare
 from normfree.records import RUN_FILE, DamagedRunError, find_runs, read_run
@@ -24,14 +24,14 @@ from normfree.training.environment import usable_cores
 from normfree.workers import run_side_by_side
 
 logger = logging.getLogger("normfree")
-EXAMPLE = "conf/studies/quick.yaml shows one"
+EXAMPLE = f"{CONF / 'studies' / 'quick.yaml'} shows one"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
     """Runs that differ in variant and seed only."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
 
     variants: list[str]
     seeds: list[int] = field(default_factory=lambda: [0])
@@ -62,7 +62,7 @@ class Study:
             common = [
                 f"study='{self.name}'",  # quoted: Hydra would read 2024_11 and 1e-3 as numbers
                 f"preset={self.preset}",
-                *(f"{key}={_text(value)}" for key, value in (self.set | group.set).items()),
+                *(override(key, value) for key, value in (self.set | group.set).items()),
                 *([f"tag='{group.tag}'"] if group.tag else []),
             ]
             for seed in group.seeds:
@@ -78,7 +78,7 @@ def load_study(name: str) -> Study:
             f"unknown study {name!r}; {nearest(name, members('studies'))} (or give a YAML file of your own)"
         )
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         study = TypeAdapter(Study).validate_python({"name": path.stem, **values})
     except ValidationError as error:
         problem = error.errors()[0]
@@ -106,7 +106,7 @@ def run_study(name: str, overrides: Sequence[str] = (), *, workers: int = 1) -> 
     began = datetime.now(UTC).replace(microsecond=0)
     study = load_study(name)
     runs = [compose_run([*of_run, *overrides]) for of_run in study.overrides()]
-    _refuse_twins(runs)
+    refuse_twins(runs)
     if not study.mix and len({run.spec.recipe() for run in runs}) > 1:
         raise ValueError(
             f"the runs of {study.name} differ in more than variant and seed, so no table may compare them unasked; "
@@ -202,14 +202,9 @@ def summary(folder: Path) -> str:
     return f"{run.label}, seed {run.seed}: {run.status}, perplexity {run.perplexity:.2f}, {minutes:.1f} min"
 
 
-def _refuse_twins(runs: Sequence[Composed]) -> None:
-    names = [run.spec.name for run in runs]
+def refuse_twins(runs: Sequence[Composed]) -> None:
+    """Raises ValueError where two runs would share a folder."""
+    names = [f"{run.spec.study}/{run.spec.name}" for run in runs]
     twins = sorted({name for name in names if names.count(name) > 1})
     if twins:
-        raise ValueError(f"the study has more than one run named {', '.join(twins)}: give each group its own tag")
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, list):
-        return f"[{','.join(_text(item) for item in value)}]"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        raise ValueError(f"more than one run would be {', '.join(twins)}: give each its own tag=NAME")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
-from normfree.compose import CONF, checked, forced, from_hydra
+from normfree.compose import CONF, checked, compose_run, forced, from_hydra
 from normfree.records import read_run
-from normfree.studies import summary
+from normfree.studies import refuse_twins, summary
 from normfree.training import InterruptedRunError, train
 from normfree.training.process import prepare_process
 
@@ -27,8 +31,11 @@ class _Stopped(BaseException):
 def sweep(overrides: Sequence[str]) -> None:
     """Run every combination of the overrides' comma-separated values, each as one `train`.
 
-    Raises InterruptedRunError on a signal, and what a job raised.
+    Raises ValueError, before the first job, for one that cannot be composed and for two of one name;
+    InterruptedRunError on a signal, and what a job raised.
     """
+    if not any(text.startswith("hydra/sweeper") for text in overrides):  # another sweeper chooses the values itself
+        refuse_twins([compose_run(job) for job in _jobs(checked(overrides))])
     arguments = [forced(text) for text in checked(overrides)]
     before = sys.argv
     sys.argv = [before[0], "--multirun", *arguments]
@@ -41,12 +48,26 @@ def sweep(overrides: Sequence[str]) -> None:
         sys.argv = before
 
 
+def _jobs(overrides: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """The overrides of each job, as Hydra's own sweeper combines them."""
+    choices = []
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key = override.get_key_element()
+        if override.is_discrete_sweep():
+            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        elif not key.startswith("hydra"):
+            choices.append([f"{key}={override.get_value_element_as_str()}"])
+    return itertools.product(*choices)
+
+
 def one_job(composed: DictConfig) -> float:
     """Train one run of a sweep; returns its perplexity, which Hydra's sweepers can minimise."""
     prepare_process()
     job = from_hydra(composed)
+    words = [text.removeprefix("++") for text in HydraConfig.get().overrides.task]
+    command = shlex.join(["normfree", "train", *words])
     try:
-        folder = train(job.spec, runs_dir=job.runs_dir, cache=job.cache_dir)
+        folder = train(job.spec, runs_dir=job.runs_dir, cache=job.cache_dir, command=command)
     except InterruptedRunError as error:
         raise _Stopped(error) from error
     print(f"{summary(folder)}\n{folder}")

@@ -138,6 +138,14 @@ def test_files_with_few_files_hold_out_documents(tmp_path: Path, texts: list[str
     assert facts["dropped"] == {"train": {"duplicate": 1}, "validation": {}}
 
 
+def test_files_of_other_types_are_counted_as_left_out(tmp_path: Path, texts: list[str]) -> None:
+    for name in ("a.py", "b.md", "c.txt", "d.rst"):
+        (tmp_path / name).write_text("\n".join(texts[:30] if name == "a.py" else texts[30:]))
+    corpus = make(DataSpec(source="files", paths=(str(tmp_path),), vocab_size=300, context=16), tmp_path / "cache")
+    assert corpus.facts()["dropped"]["train"] == {"of another type": 2}
+    assert "left out   2 of another type" in corpus.describe()
+
+
 def test_the_end_of_a_single_file_is_held_out(tmp_path: Path, texts: list[str]) -> None:
     whole = "\n".join(texts)
     (tmp_path / "all.txt").write_text(whole)
@@ -284,9 +292,7 @@ def test_what_a_killed_preparation_left_is_removed_and_a_running_one_stays(spec:
 
 def test_an_unreachable_hub_name_is_refused_in_one_line(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        ValueError, match=r"'nobody/nothing' cannot be loaded .* set HF_HOME, or use data.source=installed"
-    ):
+    with pytest.raises(ValueError, match=r"'nobody/nothing' cannot be loaded .* set HF_HOME, or use data=installed"):
         make(DataSpec(source="hub", dataset="nobody/nothing"), tmp_path)
 
 

@@ -29,6 +29,7 @@ from normfree.analysis.verdicts import (
     collapse,
     fixed_slope,
     overload,
+    slope_layers,
     slopes,
 )
 
@@ -65,6 +66,7 @@ __all__ = [
     "range_counts",
     "recipes",
     "shares_of_ceiling",
+    "slope_layers",
     "slopes",
     "student_t_95",
     "summarise",

@@ -62,14 +62,15 @@ def is_over(run: Run) -> bool:
 def group_runs(runs: Sequence[Run], *, mix: bool = False) -> list[Group]:
     """Runs of one variant, recipe and corpus together, in the paper's order, then by name.
 
-    Raises ValueError when the runs differ in corpus, precision or any other part of the recipe, unless `mix`:
-    then recipes stand in rows of their own, named by what tells them apart.
+    Raises ValueError when runs with a result differ in corpus, precision or any other part of the recipe, unless
+    `mix`: then recipes stand in rows of their own, named by what tells them apart.
     """
     if not runs:
         raise ValueError("no runs given: give a run folder or a folder of runs")
-    differing = _differing(runs)
+    over = [run for run in runs if is_over(run)]
+    differing = _differing(over)
     if differing and not mix:
-        named = "; ".join(f"{key}: {', '.join(values)}" for key, values in differing.items())
+        named = "; ".join(f"{key}: {_with_a_run_each(key, values, over)}" for key, values in differing.items())
         raise ValueError(
             f"these runs differ in their recipe ({named}): "
             "give runs of one recipe, or mix=true to show them side by side"
@@ -150,6 +151,11 @@ def _differing(runs: Iterable[Run], *, variants_too: bool = False) -> dict[str, 
     if "corpus" in found and _data_says_the_corpus(flats):
         del found["corpus"]
     return found
+
+
+def _with_a_run_each(key: str, values: Sequence[str], runs: Sequence[Run]) -> str:
+    of_value = {value: next(run.place for run in runs if _flat(run).get(key, "unset") == value) for value in values}
+    return ", ".join(f"{value} in {place}" for value, place in of_value.items())
 
 
 def _set_by_preset(runs: Sequence[Run]) -> set[str]:

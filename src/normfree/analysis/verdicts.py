@@ -65,8 +65,8 @@ class Slopes:
     final_S: tuple[float, ...]
     final_step: int
     """The last probe: after training, or before a run stopped or diverged."""
-    layers: tuple[int, int]
-    """Layers of the lowest and of the highest slope."""
+    layers: tuple[int, int] | None
+    """Layers of the lowest and of the highest slope; None for one slope that layers share."""
     diverging: bool
     """The spread is at least 0.1 at the end, or a slope is not finite."""
     first_step: int | None
@@ -114,14 +114,25 @@ def slopes(run: Run) -> Slopes | None:
         return None
     history = [(step, np.atleast_1d(np.array(value, dtype=float))) for step, value in series]
     final_step, final_S = history[-1]
+    layer_S = slope_layers(run)
     return Slopes(
         first_S=tuple(history[0][1].tolist()),
         final_S=tuple(final_S.tolist()),
         final_step=final_step,
-        layers=(int(np.argmin(final_S)), int(np.argmax(final_S))),
+        layers=(layer_S[np.argmin(final_S)], layer_S[np.argmax(final_S)]) if layer_S else None,
         diverging=_apart(final_S),
         first_step=_first([(step, _apart(slope_S)) for step, slope_S in history]),
     )
+
+
+def slope_layers(run: Run) -> tuple[int, ...]:
+    """The layer of every learnable slope, in the order of the record; empty when layers share one or learn none."""
+    model = run.spec["model"]
+    if model.get("learnable_slope") != "per_layer":
+        return ()
+    activation = model["activation"]
+    names = activation if isinstance(activation, list) else [activation] * run.facts["model"]["layers"]
+    return tuple(layer for layer, name in enumerate(names) if name == "leaky_relu")
 
 
 def fixed_slope(run: Run) -> float | None:

@@ -225,7 +225,7 @@ class _Preparation:
                 bar.update(size)
                 yield document
         if not self.kept[split]["documents"]:
-            raise ValueError(f"data.source={self.spec.source} gives no {split} text ({self._given()})")
+            raise ValueError(f"data={self.spec.source} gives no {split} text ({self._given()})")
 
     def _write_splits(self, tokenizer: PreTrainedTokenizerFast) -> dict[Split, BlockWriter]:
         """Both splits with tiktoken if its ids are those of tokenizers, else both again with tokenizers."""

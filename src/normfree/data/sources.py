@@ -93,10 +93,14 @@ class FilesSource:
 
     def __init__(self, spec: DataSpec) -> None:
         self._spec = spec
-        train = self._ordered(find_text_files(spec.paths, key="data.paths"))
+        files, others = find_text_files(spec.paths, key="data.paths")
+        train = self._ordered(files)
+        self._of_another_type = {"train": others, "validation": 0}
         self._held_out: Literal["files", "documents", "ends"] = "files"
         if spec.validation_paths:
-            validation = self._ordered(find_text_files(spec.validation_paths, key="data.validation_paths"))
+            files, others = find_text_files(spec.validation_paths, key="data.validation_paths")
+            validation = self._ordered(files)
+            self._of_another_type["validation"] = others
         elif len(train) >= HOLD_OUT_EVERY:
             validation = train[HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY]
             train = [file for file in train if file not in set(validation)]
@@ -117,6 +121,8 @@ class FilesSource:
     _validation_hashes = cached_property(hashes_of_validation)
 
     def documents(self, split: Split, dropped: Counter[str]) -> Iterator[Document]:
+        if others := self._of_another_type[split]:
+            dropped["of another type"] = others
         seen = set(self._validation_hashes) if split == "train" else set()
         for number, whole in enumerate(self._read(self._files[split]), start=1):
             if self._held_out == "documents" and (number % HOLD_OUT_EVERY == 0) != (split == "validation"):
@@ -148,9 +154,11 @@ def _is_blank(path: Path) -> bool:
         return not any(chunk.strip() for chunk in iter(lambda: file.read(2**16), b""))
 
 
-def find_text_files(patterns: Iterable[str], *, key: str) -> list[Path]:
-    """Files behind folders and globs. Raises ValueError for a pattern that matches none."""
+def find_text_files(patterns: Iterable[str], *, key: str) -> tuple[list[Path], int]:
+    """Files behind folders and globs, and how many of other types lie there. Raises ValueError for a pattern that
+    matches none that can be read."""
     found: set[Path] = set()
+    others: set[Path] = set()
     for pattern in patterns:
         # Path.glob takes no absolute pattern, which users do give.
         matches = [Path(match) for match in glob(str(Path(pattern).expanduser()), recursive=True)]  # noqa: PTH207
@@ -161,7 +169,8 @@ def find_text_files(patterns: Iterable[str], *, key: str) -> list[Path]:
                 f"{key}: {pattern!r} matches no file; allowed are folders or globs of {', '.join(SUFFIXES)}"
             )
         found |= chosen
-    return sorted(found)
+        others |= {file for file in files - chosen if file.is_file()}
+    return sorted(found), len(others)
 
 
 def read_texts(path: Path, column: str) -> Iterator[str]:
@@ -269,7 +278,7 @@ class HubSource:
             raise ValueError(
                 f"data set {name!r} cannot be loaded ({type(error).__name__}): it is no local folder, and "
                 "the hub cannot be reached or does not know it; download it elsewhere and set HF_HOME, or "
-                "use data.source=installed"
+                "use data=installed"
             ) from None
         except ValueError as error:
             reason = " ".join(str(error).split())

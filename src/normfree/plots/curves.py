@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 
-from normfree.analysis import Group, Heads, layer_means, probed_heads, top_quarter_share
+from normfree.analysis import Group, Heads, layer_means, probed_heads, slope_layers, top_quarter_share
 from normfree.plots.style import GRID, MUTED, empty, wrapped
 from normfree.records import Run
 
@@ -101,12 +101,13 @@ def slope_curves(run: Run, *, ax: Axes, title: str = "") -> Axes:
         return empty(ax, "no learnable slope in this run")
     steps = [step for step, _ in series]
     slope_SN = np.array([np.atleast_1d(np.array(value, dtype=float)) for _, value in series]).T
-    shared = len(slope_SN) == 1
-    for layer, slope_N in enumerate(slope_SN):
-        _line(ax, steps, slope_N, color=MUTED if shared else _layer_colour(layer, len(slope_SN)))
+    layer_S, layers = slope_layers(run), run.facts["model"]["layers"]
+    colours = [_layer_colour(layer, layers) for layer in layer_S] or [MUTED]
+    for slope_N, colour in zip(slope_SN, colours, strict=True):
+        _line(ax, steps, slope_N, color=colour)
     ax.axhline(0, color=GRID, linewidth=1.2, zorder=1)
     _mark_nonfinite(ax, steps, slope_SN)
-    ax.set(title=wrapped(title), xlabel="step", ylabel="shared slope" if shared else "slope of the layer")
+    ax.set(title=wrapped(title), xlabel="step", ylabel="slope of the layer" if layer_S else "shared slope")
     return ax
 
 

@@ -22,6 +22,7 @@ from normfree.analysis import (
     pooled_ranges,
     probed_heads,
     shares_of_ceiling,
+    slope_layers,
 )
 from normfree.cost import trade_off
 from normfree.tables import has_slope
@@ -228,7 +229,7 @@ def _trajectories(groups: Sequence[Group]) -> PageFigure | None:
     learning = [(g, run) for g in groups for run in g.runs if run.series("probe", "negative_slope")]
     if not learning:
         return None
-    layers = max(len(run.series("probe", "negative_slope")[0][1]) for _, run in learning)
+    layers = max((run.facts["model"]["layers"] for _, run in learning if slope_layers(run)), default=0)
     return PageFigure(
         name="slope-trajectories",
         title="Learnable slopes over training",

@@ -93,8 +93,9 @@ def has_slope(run: Run) -> bool:
 
 
 def is_leaky(run: Run) -> bool:
-    """Whether the run's activation is a leaky ReLU, with a fixed slope or a learnable one."""
-    return run.spec["model"].get("activation") == "leaky_relu"
+    """Whether every layer's activation is a leaky ReLU, or a layer learns its slope."""
+    model = run.spec["model"]
+    return model.get("activation") == "leaky_relu" or model.get("learnable_slope", "none") != "none"
 
 
 def first_nonfinite_step(run: Run) -> int | None:
@@ -157,9 +158,11 @@ def _slope_words(run: Run) -> str:
     if found is None:
         return "-"
     finished, then = run.status == "finished", f"at step {found.final_step}"
-    if len(found.final_S) == 1:
+    if found.layers is None:
         return f"one shared slope, {found.final_S[0]:.3f} {'at the end' if finished else then}"
     low, high = found.layers
+    if len(found.final_S) == 1:
+        return f"{found.final_S[0]:.3f} (layer {low}){'' if finished else ' ' + then}, the only layer with one"
     apart = "apart" if found.diverging else "together"
     first = "" if found.first_step is None else f", first at step {found.first_step}"
     ends = f"from {min(found.final_S):.3f} (layer {low}) to {max(found.final_S):.3f} (layer {high})"

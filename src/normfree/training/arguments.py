@@ -110,7 +110,7 @@ def is_done(folder: Path, spec: RunSpec) -> bool:
         ) from None
     if recorded.identity() != spec.identity():
         raise ValueError(
-            f"{folder} holds a run with another spec ({_differences(recorded.to_dict(), spec.to_dict())}); "
+            f"{folder} holds a run with another spec ({_differences(recorded.deciding(), spec.deciding())}); "
             "give tag=NAME or another runs_dir to keep both, or move that folder away"
         )
     return run.status in ("finished", "diverged")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -76,7 +77,7 @@ def git_commit() -> str | None:
 
 def command_line() -> str:
     """The command that was typed, as far as a process can know it."""
-    return " ".join(["normfree" if sys.argv[0].endswith(("normfree", "cli.py")) else sys.argv[0], *sys.argv[1:]])
+    return shlex.join(["normfree" if sys.argv[0].endswith(("normfree", "cli.py")) else sys.argv[0], *sys.argv[1:]])
 
 
 def software() -> str:

@@ -69,12 +69,14 @@ def train(
     runs_dir: Path | str = "runs",
     cache: Path | str | None = None,
     note: str = "",
+    command: str | None = None,
     progress: bool = True,
 ) -> Path:
     """Train one run and return its folder, RUNS_DIR/<study>/<name>.
 
     A finished or diverged run is left as it is; a broken one resumes from its newest sound checkpoint. A run that
-    goes non-finite is recorded as diverged and returned like any other. `note` is printed on the report page.
+    goes non-finite is recorded as diverged and returned like any other. `note` is printed on the report page, and so is
+    `command`, by default the command line of this process.
 
     Raises ValueError when the folder holds a run with another spec, or an unfinished one with another corpus, the
     corpus is too small, fields of the model contradict each other or this machine cannot train it; InterruptedRunError
@@ -100,7 +102,8 @@ def train(
         writer = None
         if state.is_main_process:
             make_room(folder, _model_facts(config)["parameters"], keep=spec.train.checkpoints_kept)
-            writer = _open_writer(folder, spec, corpus, config, note=note, steps=steps, checkpoint=checkpoint)
+            said = {"command": command or command_line(), "study_note": note}
+            writer = _open_writer(folder, spec, corpus, config, said=said, steps=steps, checkpoint=checkpoint)
         try:
             _Training(spec, folder, corpus, config, steps, writer).run(checkpoint)
         except InterruptedRunError as stopped:
@@ -296,7 +299,7 @@ def _open_writer(
     corpus: Corpus,
     config: NormFreeConfig,
     *,
-    note: str,
+    said: dict[str, str],
     steps: int,
     checkpoint: Path | None,
 ) -> RunWriter:
@@ -308,7 +311,7 @@ def _open_writer(
     session = {
         "from_step": step_of(checkpoint) if checkpoint else 0,
         "began": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command_line(),
+        "command": said["command"],
         "environment": environment(_device()),
     }
     facts = {
@@ -317,8 +320,7 @@ def _open_writer(
         "spec": spec.to_dict(),
         "recipe": spec.recipe(),
         "identity": spec.identity(),
-        "command": session["command"],
-        "study_note": note,
+        **said,
         "corpus": corpus.facts(),
         "environment": session["environment"],
         "sessions": [*(earlier.get("sessions", []) if checkpoint else []), session],
