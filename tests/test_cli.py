@@ -101,6 +101,7 @@ def test_cfg_prints_the_composed_run_and_trains_nothing(
             "more than one run would be single/sm-ln-g-seed0: give each its own tag",
         ),
         (["train", "-m", "seed=0,1", "model.num_attention_heads=5"], "num_attention_heads"),
+        (["train", "hydra/launcher=joblib"], "'hydra/launcher=joblib' is for many runs: `normfree train -m`"),
         (["train", "seed=0,1"], "'seed=0,1' is several values: `normfree train -m` trains one run for each"),
         (["train", "train.precision=fp8"], "'fp32', 'bf16' or 'fp16'"),
         (["data", "installed", "train.steps=3"], "normfree data takes data.* keys, preset= and cache_dir="),

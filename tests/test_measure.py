@@ -122,6 +122,11 @@ def test_what_cannot_be_measured_is_refused(
         token_windows(model, tokenizer, text, context=context, sequences=sequences)
 
 
+def test_a_batch_of_no_windows_is_refused(model: GPT2LMHeadModel) -> None:
+    with pytest.raises(ValueError, match="batch=0 must be at least 1"):
+        measure(model, torch.zeros(2, 8, dtype=torch.long), batch=0)
+
+
 def test_the_estimate_grows_linearly_with_the_context_and_with_its_square_in_eager(model: GPT2LMHeadModel) -> None:
     linear = [memory_estimate(model, batch=1, context=t, method="auto") for t in (1000, 2000, 3000)]
     square = [memory_estimate(model, batch=1, context=t, method="eager") for t in (1000, 2000, 3000)]

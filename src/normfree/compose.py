@@ -128,8 +128,10 @@ def checked(overrides: Sequence[str]) -> list[str]:
 
 
 def _single(overrides: list[str]) -> list[str]:
-    """The overrides, or ValueError for one with several values."""
+    """The overrides, or ValueError for one that is for several runs."""
     for text in overrides:
+        if text.startswith("hydra"):
+            raise ValueError(f"{text!r} is for many runs: `normfree train -m`")
         if OverridesParser.create().parse_override(text).is_sweep_override():
             raise ValueError(f"{text!r} is several values: `normfree train -m` trains one run for each")
     return overrides

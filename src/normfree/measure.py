@@ -87,7 +87,10 @@ def measure(
 
     Returns plain values: entropy_nats, rows and nonfinite_rows [L][H], ceiling_nats [L], layer_indices [L], with
     method='auto' also distance_tokens and first_token_mass [L][H], and the time and peak memory it took.
+    Raises ValueError for a batch below 1.
     """
+    if batch < 1:
+        raise ValueError(f"batch={batch} must be at least 1")
     body = model.base_model
     device = next(model.parameters()).device
     began = time.perf_counter()
