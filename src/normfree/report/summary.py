@@ -58,7 +58,7 @@ def _comparison(ours: Group, theirs: Group) -> str:
 
 
 def _interval(difference: Difference) -> str:
-    return f"{100 * difference.low:+.1f} % to {100 * difference.high:+.1f} %"
+    return f"{100 * difference.low:+z.1f} % to {100 * difference.high:+z.1f} %"
 
 
 def _top_quarter(groups: Sequence[Group]) -> str:

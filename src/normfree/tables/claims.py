@@ -48,8 +48,8 @@ def claim_table(groups: Sequence[Group]) -> Table:
                 ("perplexity", "%") if claim.measure is perplexity_difference else ("share of heads", "points")
             )
             low, high = 100 * found.low, 100 * found.high
-            interval = f"{low:+.1f} to {high:+.1f} {unit}" if math.isfinite(low) else "-"
-            mean = f"NaN ({found.nonfinite}/{found.n})" if found.nonfinite else f"{100 * found.mean:+.1f} {unit}"
+            interval = f"{low:+z.1f} to {high:+z.1f} {unit}" if math.isfinite(low) else "-"
+            mean = f"NaN ({found.nonfinite}/{found.n})" if found.nonfinite else f"{100 * found.mean:+z.1f} {unit}"
             names = (claim.text, verdict(found, above=claim.above), comparison(ours, theirs), measured)
             rows.append((*names, mean, interval, str(found.n)))
     columns = (

@@ -101,7 +101,7 @@ def _gap(ours: Group, theirs: Group, share: float) -> str:
     found = paired_difference(of_ours, of_theirs, relative=True)
     if found.nonfinite:
         return f"NaN ({found.nonfinite}/{found.n})"
-    interval = f" ({100 * found.low:+.1f} to {100 * found.high:+.1f})" if math.isfinite(found.low) else ""
+    interval = f" ({100 * found.low:+z.1f} to {100 * found.high:+z.1f})" if math.isfinite(found.low) else ""
     return percent(found.mean) + interval
 
 

@@ -117,7 +117,7 @@ def comparison(ours: Group, theirs: Group) -> str:
 
 def percent(share: float | None) -> str:
     """`+4.3 %`, or `-` for a share that does not exist."""
-    return "-" if share is None or math.isnan(share) else f"{100 * share:+.1f} %"
+    return "-" if share is None or math.isnan(share) else f"{100 * share:+z.1f} %"
 
 
 def _published_ranges(group: Group) -> str:
