@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -91,6 +92,20 @@ def part_of(path: Path) -> str:
 def test_parts_that_are_elsewhere_are_absent_not_damaged(root: Path) -> None:
     shutil.rmtree(root / "cache")
     assert findings(root)["corpus"].state == "absent"
+
+
+def test_a_record_of_another_corpus_is_found_and_what_lay_beside_its_text_is_no_difference(root: Path) -> None:
+    record = run_folder(root) / "run.json"
+    facts = json.loads(record.read_text())
+    facts["corpus"]["dropped"] = {"train": {"of another type": 3}, "validation": {}}
+    record.write_text(json.dumps(facts))
+    assert findings(root)["corpus"].state == "sound"
+    facts["corpus"]["train_tokens"] += 1
+    record.write_text(json.dumps(facts))
+    assert (findings(root)["corpus"].state, "differ in train_tokens" in findings(root)["corpus"].detail) == (
+        "damaged",
+        True,
+    )
 
 
 def test_a_finished_run_without_its_model_is_damaged(root: Path) -> None:
