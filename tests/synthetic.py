@@ -127,6 +127,7 @@ def _facts(spec: RunSpec, shape: tuple[int, int], done: int, more: dict[str, Any
             "heads": shape[1],
             "head_dim": 32,
             "hidden_size": 128,
+            **_slope_layers(spec),
         },
         "environment": {
             "normfree": "0.1.0",
@@ -144,6 +145,14 @@ def _facts(spec: RunSpec, shape: tuple[int, int], done: int, more: dict[str, Any
         "study_note": "This scale is a demonstration, not evidence.",
         **more,
     }
+
+
+def _slope_layers(spec: RunSpec) -> dict[str, list[int]]:
+    """As `train` records them; runs with one activation are as from before it did."""
+    names = spec.model.get("activation")
+    return (
+        {"slope_layers": [n for n, name in enumerate(names) if name == "leaky_relu"]} if isinstance(names, list) else {}
+    )
 
 
 def _log_training(

@@ -46,6 +46,7 @@ def test_per_layer_slopes_are_one_parameter_each(build, ids):
 def test_the_shared_slope_is_one_parameter_that_every_layer_uses(build, ids):
     model = build(activation="leaky_relu", learnable_slope="shared")
     assert list(model.negative_slopes()) == ["model.shared_negative_slope"]
+    assert model.slope_layers() == []
     separate = build(activation="leaky_relu", learnable_slope="per_layer")
     missing = separate.load_state_dict(model.state_dict(), strict=False).missing_keys
     assert len(missing) == 3
@@ -75,6 +76,7 @@ def test_each_layer_has_the_activation_it_is_given(build, ids):
 def test_only_leaky_layers_of_a_list_learn_a_slope(build):
     model = build(activation=["relu", "leaky_relu", "gelu"], learnable_slope="per_layer")
     assert list(model.negative_slopes()) == ["model.layers.1.feed_forward.activation.negative_slope"]
+    assert model.slope_layers() == [1]
 
 
 @pytest.mark.parametrize("learnable", LEARNABLE)

@@ -50,6 +50,7 @@ def test_a_run_says_what_it_was_and_how_it_ended(finished: Run) -> None:
         "heads": 2,
         "head_dim": 16,
         "hidden_size": 32,
+        "slope_layers": [0, 1],
     }
     assert 1 < facts["final"]["perplexity"] < 300
     assert facts["final"]["loss_nats"] == pytest.approx(math.log(facts["final"]["perplexity"]))

@@ -127,12 +127,11 @@ def slopes(run: Run) -> Slopes | None:
 
 def slope_layers(run: Run) -> tuple[int, ...]:
     """The layer of every learnable slope, in the order of the record; empty when layers share one or learn none."""
-    model = run.spec["model"]
-    if model.get("learnable_slope") != "per_layer":
-        return ()
-    activation = model["activation"]
-    names = activation if isinstance(activation, list) else [activation] * run.facts["model"]["layers"]
-    return tuple(layer for layer, name in enumerate(names) if name == "leaky_relu")
+    recorded = run.facts["model"].get("slope_layers")
+    if recorded is None:  # a record from before these were kept: every layer has a slope, or none has one of its own
+        every = run.spec["model"].get("learnable_slope") == "per_layer"
+        recorded = range(run.facts["model"]["layers"]) if every else ()
+    return tuple(recorded)
 
 
 def fixed_slope(run: Run) -> float | None:

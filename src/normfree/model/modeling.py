@@ -8,6 +8,7 @@ Modules are chosen from tables when the model is built; no forward asks which va
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -249,6 +250,11 @@ class NormFreePreTrainedModel(PreTrainedModel):
             for name, parameter in self.named_parameters()
             if name.endswith("slope")
         }
+
+    def slope_layers(self) -> list[int]:
+        """The layer of each of `negative_slopes`; none for a slope that layers share."""
+        found = (re.search(r"\blayers\.(\d+)\.", name) for name in self.negative_slopes())
+        return [int(match[1]) for match in found if match]
 
 
 class NormFreeModel(NormFreePreTrainedModel):

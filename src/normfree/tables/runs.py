@@ -93,9 +93,8 @@ def has_slope(run: Run) -> bool:
 
 
 def is_leaky(run: Run) -> bool:
-    """Whether every layer's activation is a leaky ReLU, or a layer learns its slope."""
-    model = run.spec["model"]
-    return model.get("activation") == "leaky_relu" or model.get("learnable_slope", "none") != "none"
+    """Whether every layer's activation is a leaky ReLU, or a layer learns a slope."""
+    return run.spec["model"].get("activation") == "leaky_relu" or bool(run.series("probe", "negative_slope"))
 
 
 def first_nonfinite_step(run: Run) -> int | None:

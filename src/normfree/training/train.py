@@ -353,15 +353,16 @@ def _earlier_facts(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _model_facts(config: NormFreeConfig) -> dict[str, int]:
+def _model_facts(config: NormFreeConfig) -> dict[str, Any]:
     with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in NormFreeForCausalLM(config).parameters())
+        model = NormFreeForCausalLM(config)
     return {
-        "parameters": parameters,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "layers": config.num_hidden_layers,
         "heads": config.num_attention_heads,
         "head_dim": config.hidden_size // config.num_attention_heads,
         "hidden_size": config.hidden_size,
+        "slope_layers": model.slope_layers(),
     }
 
 
