@@ -81,6 +81,7 @@ def test_cfg_prints_the_composed_run_and_trains_nothing(
         (["train", "quick"], "normfree train takes key=value only, got 'quick'"),
         (["study"], "normfree study needs STUDY, got nothing; example: normfree study quick"),
         (["study", "quik"], "unknown study 'quik'; did you mean quick"),
+        (["study", "mine.yaml"], "mine.yaml does not exist; "),
         (["train", "variant=sm_r"], "unknown variant 'sm_r'; did you mean sm-r"),
         (["train", "preset=gpt2"], "unknown preset 'gpt2'; did you mean gpt2-t128"),
         (["train", "trian.steps=3"], "unknown key 'trian.steps'; did you mean train.steps"),

@@ -72,7 +72,10 @@ class Study:
 
 def load_study(name: str) -> Study:
     """A study by name, or from a YAML file of the user's. Raises ValueError for an unknown name or a wrong file."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else CONF / "studies" / f"{name}.yaml"
+    of_the_user = name.endswith((".yaml", ".yml"))
+    path = Path(name) if of_the_user else CONF / "studies" / f"{name}.yaml"
+    if of_the_user and not path.is_file():
+        raise ValueError(f"{name} does not exist; {EXAMPLE}")
     if not path.is_file():
         raise ValueError(
             f"unknown study {name!r}; {nearest(name, members('studies'))} (or give a YAML file of your own)"
