@@ -197,6 +197,25 @@ def test_evaluate_prints_perplexity_and_bits_per_byte(
     assert "bits per byte" in out
 
 
+def test_a_saved_run_evaluated_again_gives_the_perplexity_in_its_record(
+    trained: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = run("evaluate", str(trained), f"cache_dir={cache}", capsys=capsys)
+    assert status == 0, err
+    recorded = read_run(trained).facts["final"]
+    assert (
+        f"perplexity     {recorded['perplexity']:.4f} (over {recorded['tokens']} predicted tokens; run.json, in fp32"
+        in out
+    )
+    assert f"bits per byte  {recorded['bits_per_byte']:.4f} (over {recorded['bytes']} bytes" in out
+    assert "context= cuts a text" in run("evaluate", str(trained), "context=8", capsys=capsys)[2]
+    other = shutil.copytree(trained, tmp_path / "other")
+    (other / "run.json").write_text((other / "run.json").read_text().replace(read_run(trained).corpus, "0" * 64))
+    assert (
+        "other has corpus 000000000000, and its" in run("evaluate", str(other), f"cache_dir={cache}", capsys=capsys)[2]
+    )
+
+
 @pytest.mark.parametrize("command", ["evaluate", "entropy"])
 def test_bf16_without_bf16_units_says_how_products_are_made(
     command: str,

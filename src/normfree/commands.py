@@ -7,9 +7,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import ConfigDict
+
+from normfree.records import RUN_FILE
+
+if TYPE_CHECKING:
+    from normfree.evaluate import Evaluation
 
 logger = logging.getLogger("normfree")
 
@@ -21,7 +26,7 @@ class EvaluateOptions:
     __pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     text: Path | None = None
-    """UTF-8 text file; unless given, held-out Python code of this machine."""
+    """UTF-8 text file; unless given, the held-out text of a run, and for other models Python code of this machine."""
     context: int | None = None
     """Tokens in a window; unless given, the model's own limit."""
     stride: int | None = None
@@ -34,6 +39,8 @@ class EvaluateOptions:
     """Precision of the weights."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+    cache_dir: Path | None = None
+    """Where corpora are kept; unless given, NORMFREE_CACHE, else ~/.cache/normfree."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +152,9 @@ def evaluate(name: str, options: EvaluateOptions) -> None:
     from normfree.training.bf16 import products_for
     from normfree.training.process import prepare_process
 
+    if options.text is None and (Path(name) / RUN_FILE).is_file():
+        evaluate_run(Path(name), options)
+        return
     prepare_process()
     text = read_text(options.text)
     model, tokenizer = load_pretrained(
@@ -162,6 +172,50 @@ def evaluate(name: str, options: EvaluateOptions) -> None:
     leading = tokenizer.convert_ids_to_tokens(leading_ids(model, tokenizer, options.bos))
     after = f", every window begins with {''.join(leading)}" if leading else ""
     print(f"text           {options.text or 'held-out Python code of this machine (text=FILE takes another)'}")
+    print_evaluation(result, after)
+
+
+def evaluate_run(folder: Path, options: EvaluateOptions) -> None:
+    """Print perplexity and bits per byte of a run on the blocks behind the numbers in its run.json.
+
+    Raises ValueError where this machine gives another corpus, and for keys that cut a text.
+    """
+    import torch
+
+    from normfree.config import RunSpec
+    from normfree.data import prepare
+    from normfree.evaluate import evaluate_blocks
+    from normfree.measure import check_memory, evaluation_estimate
+    from normfree.pretrained import load_pretrained
+    from normfree.records import read_run
+    from normfree.training.bf16 import products_for
+    from normfree.training.process import prepare_process
+
+    for key in ("context", "stride", "bos"):
+        if getattr(options, key) is not None:
+            raise ValueError(f"{key}= cuts a text, and a run's own is cut already: give text=FILE too")
+    prepare_process()
+    model, _ = load_pretrained(str(folder), dtype=options.dtype, device=options.device)
+    run = read_run(folder)
+    spec = RunSpec.from_dict(run.spec)
+    corpus = prepare(spec.data, cache=options.cache_dir)
+    if corpus.fingerprint != run.corpus:
+        raise ValueError(
+            f"{folder} has corpus {run.corpus[:12]}, and its settings of data give {corpus.fingerprint[:12]} here "
+            "(another Python, other packages or files): give text=FILE"
+        )
+    batch = spec.train.micro_batch_sequences
+    needed = evaluation_estimate(model, context=batch * spec.data.context)
+    logger.info("%d blocks of %d tokens: %s", len(corpus.validation), spec.data.context, check_memory(needed, model))
+    with products_for(options.dtype, model.device):
+        blocks_NT, size = torch.from_numpy(corpus.held_out_ids()), corpus.predicted_bytes()
+        result = evaluate_blocks(model, blocks_NT, predicted_bytes=size, batch_sequences=batch, progress=True)
+    print("text           the run's own held-out blocks (text=FILE takes another)")
+    print_evaluation(result, f"; run.json, in {spec.train.precision}, has {run.perplexity:.4f}")
+
+
+def print_evaluation(result: Evaluation, after: str) -> None:
+    """Print the lines that say how well a text was predicted; `after` follows the number of tokens."""
     print(f"perplexity     {result.perplexity:.4f} (over {result.tokens} predicted tokens{after})")
     print(f"cross-entropy  {result.loss_nats:.4f} nats per token")
     if result.bytes:

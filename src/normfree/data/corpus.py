@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
@@ -75,6 +76,14 @@ class Corpus:
     def validation(self) -> Dataset:
         """Held-out blocks, with the column `predicted_bytes`: UTF-8 bytes of the text of tokens 2..T."""
         return Dataset.from_file(str(self.folder / "validation.arrow"))
+
+    def held_out_ids(self) -> np.ndarray:
+        """(N, T) int64 token ids of the held-out blocks, read into memory."""
+        return np.stack(self.validation.with_format("numpy")["input_ids"][:]).astype(np.int64)
+
+    def predicted_bytes(self) -> int:
+        """UTF-8 bytes of all tokens that held-out blocks predict."""
+        return int(np.sum(self.validation["predicted_bytes"]))
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer behind the blocks."""

@@ -17,7 +17,6 @@ import torch
 import torch.distributed
 import transformers
 from accelerate import PartialState
-from datasets import Dataset
 from torch import Tensor
 from transformers import TrainerCallback, set_seed
 from transformers.integrations.integration_utils import TensorBoardCallback
@@ -161,7 +160,7 @@ class _Training:
         self.seconds_before = writer.facts["wall_seconds"] if writer else 0.0
         self.began = time.perf_counter()
         self.tokens_per_step = spec.train.batch_sequences * spec.data.context
-        self.held_out = _tensor(corpus.validation)
+        self.held_out = torch.from_numpy(corpus.held_out_ids())
         set_seed(spec.seed)
         self.model = NormFreeForCausalLM(config)
 
@@ -268,7 +267,7 @@ class _Training:
         size = self.spec.train.micro_batch_sequences
         final_NT = _spread(self.held_out, self.spec.probe.final_sequences)
         self._log(self.steps, "final", watch.probe_measurements(self.model, final_NT, batch_sequences=size))
-        total_bytes = int(np.sum(self.corpus.validation["predicted_bytes"]))
+        total_bytes = self.corpus.predicted_bytes()
         result = watch.validation(self.model, self.held_out, predicted_bytes=total_bytes, batch_sequences=size)
         if self.writer is not None:
             _save_model(self.model, self.corpus, self.folder / "model")
@@ -380,10 +379,6 @@ def _save_model(model: NormFreeForCausalLM, corpus: Corpus, folder: Path) -> Non
 def _collate(rows: list[dict[str, Tensor]]) -> dict[str, Any]:
     ids_BT = torch.stack([row["input_ids"] for row in rows]).long()
     return {"input_ids": ids_BT, "labels": ids_BT, "return_logits": False}
-
-
-def _tensor(blocks: Dataset) -> Tensor:
-    return torch.from_numpy(np.stack(blocks.with_format("numpy")["input_ids"][:]).astype(np.int64))
 
 
 def _spread(blocks_NT: Tensor, count: int) -> Tensor:
