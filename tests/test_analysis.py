@@ -131,6 +131,21 @@ def test_slopes_of_an_activation_list_are_named_by_their_layers(tmp_path: Path) 
     assert one.layers == (3, 3)
 
 
+def test_an_older_record_says_the_layers_of_its_slopes_by_its_activations(tmp_path: Path) -> None:
+    older = {"model": {"parameters": 1, "layers": 4, "heads": 4}}  # without slope_layers
+    mine = {"activation": "mine", "learnable_slope": "none"}  # an activation of the user's own, with a slope
+    own = write_run(tmp_path / "own", "SM+leaky, per layer", facts=older, model=mine)
+    assert analysis.slope_layers(own) == (0, 1, 2, 3)
+    expected = {"SM+G/leaky": (1, 3), "SM+leaky, per layer": (0, 1, 2, 3), "SM+leaky, shared": (), "SM+R": ()}
+    for label, layers in expected.items():
+        assert analysis.slope_layers(write_run(tmp_path, label, facts=older)) == layers
+
+
+def test_a_list_of_one_activation_is_that_activation(tmp_path: Path) -> None:
+    assert analysis.fixed_slope(write_run(tmp_path, "SM+R", model={"activation": ["relu"] * 4})) == 0
+    assert analysis.fixed_slope(write_run(tmp_path, "SM+G/leaky")) is None
+
+
 @pytest.mark.parametrize(
     ("first", "final", "expected"),
     [
@@ -257,7 +272,7 @@ def test_differing_recipes_name_a_run_of_each_and_one_without_a_result_keeps_no_
         analysis.group_runs([kept, other])
     failed = write_run(tmp_path, "SM+G", study="failed", status="failed", train={"peak_learning_rate": 5e-4})
     groups = {group.name: (len(group.runs), len(group.unfinished)) for group in analysis.group_runs([kept, failed])}
-    assert groups == {"SM+G [peak_learning_rate=0.001]": (1, 0), "SM+G [peak_learning_rate=0.0005]": (0, 1)}
+    assert groups == {"SM+G": (1, 0), "SM+G [peak_learning_rate=0.0005]": (0, 1)}
 
 
 def test_a_preset_stands_for_what_it_sets_in_the_names_of_its_runs(tmp_path: Path) -> None:

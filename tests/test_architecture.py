@@ -25,7 +25,7 @@ ALLOWED = {
     "compose": {"config", "model"},
     "pretrained": {"config", "model", "records"},
     "measure": {"entropy", "evaluate"},
-    "studies": {"compose", "config", "data", "records", "report", "training", "evaluate", "workers"},
+    "studies": {"analysis", "compose", "config", "data", "records", "report", "training", "evaluate", "workers"},
     "sweep": {"compose", "records", "studies", "training"},
     "verify": {"manifest", "config", "data", "records", "training"},
     "simulate": {"cost", "measure", "pretrained", "records"},

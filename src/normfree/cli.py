@@ -144,6 +144,7 @@ def dispatch(words: Sequence[str]) -> None:
         raise UsageError(f"unknown flag {flags[0]!r}; the flags are {', '.join(FLAGS)}; all else is key=value")
     objects, pairs = [w for w in rest if "=" not in w], [w for w in rest if "=" in w]
     if shown:  # before -m, which would train
+        pairs = [pair for pair in pairs if not (multirun and pair.startswith("hydra"))]
         verb = replace(verb, run=commands.show_run)
     elif multirun:
         from normfree.sweep import sweep

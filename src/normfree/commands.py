@@ -40,7 +40,7 @@ class EvaluateOptions:
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
     cache_dir: Path | None = None
-    """Where corpora are kept; unless given, NORMFREE_CACHE, else ~/.cache/normfree."""
+    """Of a run: where its corpus is kept; unless given, NORMFREE_CACHE, else ~/.cache/normfree."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +155,8 @@ def evaluate(name: str, options: EvaluateOptions) -> None:
     if options.text is None and (Path(name) / RUN_FILE).is_file():
         evaluate_run(Path(name), options)
         return
+    if options.cache_dir is not None:
+        raise ValueError("cache_dir= is read for the text of a run only: leave it out")
     prepare_process()
     text = read_text(options.text)
     model, tokenizer = load_pretrained(
@@ -162,9 +164,9 @@ def evaluate(name: str, options: EvaluateOptions) -> None:
     )
     context = checked_context(model, options.context)
     longest = min(context, len(text.encode()))  # tokens, of which no text has more than bytes
-    logger.info(
-        "windows of up to %d tokens: %s", longest, check_memory(evaluation_estimate(model, context=longest), model)
-    )
+    needed = evaluation_estimate(model, context=longest)
+    enough = check_memory(needed, model, advice="a smaller context= needs less")
+    logger.info("windows of up to %d tokens: %s", longest, enough)
     with products_for(options.dtype, model.device):
         result = perplexity(
             model, tokenizer, text, context=context, stride=options.stride, bos=options.bos, progress=True
@@ -198,15 +200,19 @@ def evaluate_run(folder: Path, options: EvaluateOptions) -> None:
     model, _ = load_pretrained(str(folder), dtype=options.dtype, device=options.device)
     run = read_run(folder)
     spec = RunSpec.from_dict(run.spec)
-    corpus = prepare(spec.data, cache=options.cache_dir)
+    try:
+        corpus = prepare(spec.data, cache=options.cache_dir)
+    except ValueError as error:
+        raise ValueError(f"the text of {folder} is not here ({error}); give text=FILE") from error
     if corpus.fingerprint != run.corpus:
         raise ValueError(
             f"{folder} has corpus {run.corpus[:12]}, and its settings of data give {corpus.fingerprint[:12]} here "
             "(another Python, other packages or files): give text=FILE"
         )
-    batch = spec.train.micro_batch_sequences
+    batch = max(1, 1024 // spec.data.context)
     needed = evaluation_estimate(model, context=batch * spec.data.context)
-    logger.info("%d blocks of %d tokens: %s", len(corpus.validation), spec.data.context, check_memory(needed, model))
+    enough = check_memory(needed, model, advice="a text= with a smaller context= needs less")
+    logger.info("%d blocks of %d tokens: %s", len(corpus.validation), spec.data.context, enough)
     with products_for(options.dtype, model.device):
         blocks_NT, size = torch.from_numpy(corpus.held_out_ids()), corpus.predicted_bytes()
         result = evaluate_blocks(model, blocks_NT, predicted_bytes=size, batch_sequences=batch, progress=True)
@@ -252,7 +258,8 @@ def entropy(name: str, options: EntropyOptions) -> None:
     )
     sequences, context = windows_NT.shape
     needed = memory_estimate(model, batch=options.batch, context=context, method=options.method)
-    logger.info("%d windows of %d tokens: %s", sequences, context, check_memory(needed, model))
+    enough = check_memory(needed, model, advice="a smaller context= or batch= needs less")
+    logger.info("%d windows of %d tokens: %s", sequences, context, enough)
     with products_for(options.dtype, model.device):
         measured = measure(model, windows_NT, batch=options.batch, method=options.method, progress=True)
     facts = {

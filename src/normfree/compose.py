@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import itertools
-import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,9 @@ from normfree.config import NOT_SET_ALONE, RunSpec, known_keys, nearest, with_ch
 CONF = Path(__file__).parent / "conf"
 GROUPS = ("data", "preset", "variant")
 PLACES = ("runs_dir", "cache_dir")
+NAMES = ("study", "tag")
+_EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
+"""1e-3, which PyYAML reads as text."""
 
 
 @dataclass(frozen=True)
@@ -144,28 +147,22 @@ def forced(override: str) -> str:
 
 
 def override(key: str, value: Any) -> str:
-    """The override that gives `key` this value, whatever characters it has. Inverse of Hydra's reading."""
-    return f"{key}={value}" if key in GROUPS else f"{key}={_as_hydra_reads(value)}"
+    """The override that gives `key` the value that a YAML file has, whatever characters it has."""
+    if key in GROUPS or (key not in NAMES and isinstance(value, str) and _EXPONENT.fullmatch(value)):
+        return f"{key}={value}"
+    return f"{key}={_as_hydra_reads(value)}"
 
 
 def _as_hydra_reads(value: Any) -> str:
     match value:
         case list():
             return f"[{','.join(map(_as_hydra_reads, value))}]"
-        case str() if not _is_number(value):
+        case str():
             return QuotedString(value, Quote.single).with_quotes()
         case None:
             return "null"
         case _:
             return str(value)
-
-
-def _is_number(text: str) -> bool:
-    """1e-3 is one, although PyYAML reads a name."""
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
 
 
 def members(group: str) -> list[str]:

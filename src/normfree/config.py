@@ -7,7 +7,6 @@ is declared once, in `normfree.model.configuration`, and checked by building a `
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -206,8 +205,8 @@ class ProbeSpec:
 def _check_range(part: str, spec: object, names: Sequence[str], *, above_zero: bool = False) -> None:
     for name in names:
         value = getattr(spec, name)
-        if value is not None and not (0 < value < math.inf or (value == 0 and not above_zero)):
-            raise ValueError(f"{part}.{name}={value} must be {'above 0' if above_zero else '0 or more'} and finite")
+        if value is not None and not (value > 0 if above_zero else value >= 0):  # so said, it refuses NaN
+            raise ValueError(f"{part}.{name}={value} must be {'above 0' if above_zero else '0 or more'}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -143,6 +143,8 @@ def _config_of(name: str, options: CostOptions) -> tuple[Any, int, str]:
     from normfree.records import RUN_FILE, read_run
 
     if name in members("preset"):
+        if options.variant == "custom":
+            raise ValueError("variant=custom says no norm: take another variant with activation=, or price a saved run")
         spec = compose_run([f"preset={name}", f"variant={options.variant or 'sm-ln-g'}"]).spec
         context = spec.data.context if options.context is None else options.context
         longest = max(context, spec.data.context)  # learned positions cost nothing

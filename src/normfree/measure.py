@@ -69,13 +69,13 @@ def evaluation_estimate(model: PreTrainedModel, *, context: int) -> int:
     return memory_estimate(model, batch=1, context=context, method="auto") + logits
 
 
-def check_memory(needed: int, model: PreTrainedModel) -> str:
-    """One line on what will be needed and what there is. Raises ValueError when it is more than there is."""
+def check_memory(needed: int, model: PreTrainedModel, *, advice: str) -> str:
+    """One line on what will be needed and what there is. Raises ValueError, with `advice`, when that is too little."""
     device = next(model.parameters()).device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     line = f"about {needed / 2**30:.2f} GiB needed, {free / 2**30:.1f} GiB free"
     if needed > free:
-        raise ValueError(f"not enough memory: {line}; a smaller context= (or batch=) needs less")
+        raise ValueError(f"not enough memory: {line}; {advice}")
     return line
 
 

@@ -80,8 +80,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _means_a_folder(name: str) -> bool:
-    """Names on the hub have one slash at most, and no models lie beside them."""
-    return name.startswith((".", "/")) or name.count("/") > 1 or bool("/" in name and _models_in(Path(name).parent))
+    """Names on the hub have one slash at most, and no runs lie beside them."""
+    beside_runs = "/" in name and any(Path(name).parent.glob(f"*/{RUN_FILE}"))
+    return name.startswith((".", "/")) or name.count("/") > 1 or beside_runs
 
 
 def _models_in(folder: Path) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from normfree.analysis import is_over
 from normfree.compose import CONF, Composed, compose_run, members, override
 from normfree.config import RunSpec, nearest
 from normfree.data import prepare
@@ -60,10 +62,10 @@ class Study:
         """One list of `key=value` per run."""
         for group in self.groups:
             common = [
-                f"study='{self.name}'",  # quoted: Hydra would read 2024_11 and 1e-3 as numbers
+                override("study", self.name),
                 f"preset={self.preset}",
                 *(override(key, value) for key, value in (self.set | group.set).items()),
-                *([f"tag='{group.tag}'"] if group.tag else []),
+                *([override("tag", group.tag)] if group.tag else []),
             ]
             for seed in group.seeds:
                 for variant in group.variants:
@@ -109,7 +111,7 @@ def run_study(name: str, overrides: Sequence[str] = (), *, workers: int = 1) -> 
     began = datetime.now(UTC).replace(microsecond=0)
     study = load_study(name)
     runs = [compose_run([*of_run, *overrides]) for of_run in study.overrides()]
-    refuse_twins(runs)
+    refuse_twins(runs, advice="give each group its own tag")
     if not study.mix and len({run.spec.recipe() for run in runs}) > 1:
         raise ValueError(
             f"the runs of {study.name} differ in more than variant and seed, so no table may compare them unasked; "
@@ -153,7 +155,7 @@ def run_study(name: str, overrides: Sequence[str] = (), *, workers: int = 1) -> 
 
 
 def _refuse_strangers(folder: Path, wanted: Composed) -> None:
-    """Runs that already lie in the study's folder come into its report, so they must be of its recipe and corpus.
+    """Results that already lie in the study's folder come into its report, so they must be of its recipe and corpus.
 
     Raises ValueError that names one that is not, before anything is trained. A damaged record is left to `train`,
     which mends it.
@@ -162,6 +164,7 @@ def _refuse_strangers(folder: Path, wanted: Composed) -> None:
     for file in sorted(folder.glob(f"*/{RUN_FILE}")):
         with suppress(DamagedRunError):
             present.append(read_run(file.parent))
+    present = [run for run in present if is_over(run)]
     corpus = prepare(wanted.spec.data, cache=wanted.cache_dir).fingerprint if present else ""
     for run in present:
         what = "recipe" if RunSpec.from_dict(run.spec).recipe() != wanted.spec.recipe() else "corpus"
@@ -205,9 +208,8 @@ def summary(folder: Path) -> str:
     return f"{run.label}, seed {run.seed}: {run.status}, perplexity {run.perplexity:.2f}, {minutes:.1f} min"
 
 
-def refuse_twins(runs: Sequence[Composed]) -> None:
-    """Raises ValueError where two runs would share a folder."""
-    names = [f"{run.spec.study}/{run.spec.name}" for run in runs]
-    twins = sorted({name for name in names if names.count(name) > 1})
-    if twins:
-        raise ValueError(f"more than one run would be {', '.join(twins)}: give each its own tag=NAME")
+def refuse_twins(runs: Sequence[Composed], *, advice: str) -> None:
+    """Raises ValueError, with `advice`, where two runs would share a folder."""
+    folders = Counter(str(run.runs_dir / run.spec.study / run.spec.name) for run in runs)
+    if twins := sorted(folder for folder, count in folders.items() if count > 1):
+        raise ValueError(f"more than one run would be {', '.join(twins)}: {advice}")

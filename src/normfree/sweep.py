@@ -35,7 +35,8 @@ def sweep(overrides: Sequence[str]) -> None:
     InterruptedRunError on a signal, and what a job raised.
     """
     if not any(text.startswith("hydra/sweeper") for text in overrides):  # another sweeper chooses the values itself
-        refuse_twins([compose_run(job) for job in _jobs(checked(overrides))])
+        jobs = [compose_run(job) for job in _jobs(checked(overrides))]
+        refuse_twins(jobs, advice="let the tag say what tells them apart, as in 'tag=lr${train.peak_learning_rate}'")
     arguments = [forced(text) for text in checked(overrides)]
     before = sys.argv
     sys.argv = [before[0], "--multirun", *arguments]
@@ -49,15 +50,19 @@ def sweep(overrides: Sequence[str]) -> None:
 
 
 def _jobs(overrides: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """The overrides of each job, as Hydra's own sweeper combines them."""
-    choices = []
+    """The overrides of each job, as Hydra's own sweeper combines them: of a key given twice the last is taken."""
+    choices = {}
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         key = override.get_key_element()
-        if override.is_discrete_sweep():
-            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-        elif not key.startswith("hydra"):
-            choices.append([f"{key}={override.get_value_element_as_str()}"])
-    return itertools.product(*choices)
+        if key.startswith("hydra"):
+            continue
+        if override.is_interval_sweep():
+            raise ValueError(f"{override.input_line!r} needs a sweeper that chooses from intervals: hydra/sweeper=NAME")
+        values = (
+            override.sweep_string_iterator() if override.is_sweep_override() else [override.get_value_element_as_str()]
+        )
+        choices[key] = [f"{key}={value}" for value in values]
+    return itertools.product(*choices.values())
 
 
 def one_job(composed: DictConfig) -> float:

@@ -79,8 +79,12 @@ def group_runs(runs: Sequence[Run], *, mix: bool = False) -> list[Group]:
     for run in runs:
         key = (run.label, *sorted(_flat(run).items()))
         members.setdefault(key, []).append(run)
-    names = _names(list(members.values()))
-    groups = [_group(name, found) for name, found in zip(names, members.values(), strict=True)]
+    # What has no result is named apart, so that it changes no name of what has one.
+    first, second = (
+        [found for found in members.values() if any(map(is_over, found)) is wanted] for wanted in (True, False)
+    )
+    names = _names(first) + _names(first + second)[len(first) :]
+    groups = [_group(name, found) for name, found in zip(names, first + second, strict=True)]
     return sorted(groups, key=lambda group: (_rank(group.label), group.name))
 
 

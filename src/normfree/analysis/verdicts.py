@@ -128,10 +128,22 @@ def slopes(run: Run) -> Slopes | None:
 def slope_layers(run: Run) -> tuple[int, ...]:
     """The layer of every learnable slope, in the order of the record; empty when layers share one or learn none."""
     recorded = run.facts["model"].get("slope_layers")
-    if recorded is None:  # a record from before these were kept: every layer has a slope, or none has one of its own
-        every = run.spec["model"].get("learnable_slope") == "per_layer"
-        recorded = range(run.facts["model"]["layers"]) if every else ()
-    return tuple(recorded)
+    if recorded is not None:
+        return tuple(recorded)
+    # A record from before these were kept.
+    activation = run.spec["model"].get("activation")
+    if isinstance(activation, list) and run.spec["model"].get("learnable_slope") == "per_layer":
+        return tuple(layer for layer, name in enumerate(activation) if name == "leaky_relu")
+    series = run.series("probe", "negative_slope")
+    slopes_S = series[0][1] if series else []
+    return tuple(range(len(slopes_S))) if len(slopes_S) > 1 else ()
+
+
+def only_activation(run: Run) -> str | None:
+    """The name of the activation that all layers have, or None where they differ."""
+    named = run.spec["model"].get("activation")
+    names = set(named) if isinstance(named, list) else {named}
+    return names.pop() if len(names) == 1 else None
 
 
 def fixed_slope(run: Run) -> float | None:
@@ -140,8 +152,7 @@ def fixed_slope(run: Run) -> float | None:
     if model.get("learnable_slope", "none") != "none":
         return None
     fixed = {"relu": 0.0, "identity": 1.0, "leaky_relu": model.get("negative_slope", DEFAULT_SLOPE)}
-    activation = model.get("activation")
-    return fixed.get(activation) if isinstance(activation, str) else None
+    return fixed.get(only_activation(run) or "")
 
 
 def _apart(slope_S: np.ndarray) -> bool:

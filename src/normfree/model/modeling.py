@@ -8,7 +8,6 @@ Modules are chosen from tables when the model is built; no forward asks which va
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -253,8 +252,8 @@ class NormFreePreTrainedModel(PreTrainedModel):
 
     def slope_layers(self) -> list[int]:
         """The layer of each of `negative_slopes`; none for a slope that layers share."""
-        found = (re.search(r"\blayers\.(\d+)\.", name) for name in self.negative_slopes())
-        return [int(match[1]) for match in found if match]
+        places = [name.split(".") for name in self.negative_slopes()]
+        return [int(place[place.index("layers") + 1]) for place in places if "layers" in place]
 
 
 class NormFreeModel(NormFreePreTrainedModel):

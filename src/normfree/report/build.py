@@ -34,7 +34,7 @@ def build_report(runs: Sequence[Run], output: Path, *, mix: bool = False, progre
     """
     groups = group_runs(runs, mix=mix)
     ordered = [run for group in groups for run in (*group.runs, *group.unfinished)]
-    with_slopes = any(tables.is_leaky(run) for run in ordered)
+    with_slopes = any(tables.has_negative_slope(run) for run in ordered)
     written = {
         "perplexity": tables.perplexity_table(groups),
         "differences": tables.difference_table(groups),

@@ -5,8 +5,8 @@ from normfree.tables.heads import extreme_head_table, head_range_table, layer_ta
 from normfree.tables.history import gap_table, overload_table
 from normfree.tables.results import difference_table, perplexity_table, range_table
 from normfree.tables.runs import (
+    has_negative_slope,
     has_slope,
-    is_leaky,
     run_table,
     slope_table,
     verdict_table,
@@ -20,9 +20,9 @@ __all__ = [
     "difference_table",
     "extreme_head_table",
     "gap_table",
+    "has_negative_slope",
     "has_slope",
     "head_range_table",
-    "is_leaky",
     "layer_table",
     "overload_table",
     "perplexity_table",

@@ -19,6 +19,7 @@ from normfree.analysis import (
     collapse,
     final_heads,
     fixed_slope,
+    only_activation,
     overload,
     probed_heads,
     slopes,
@@ -89,12 +90,12 @@ def slope_table(groups: Sequence[Group]) -> Table:
 
 def has_slope(run: Run) -> bool:
     """Whether a run belongs on the slopes page: leaky ReLU, or without norm its ends ReLU and identity."""
-    return is_leaky(run) or (run.spec["model"].get("norm") == "none" and fixed_slope(run) is not None)
+    return has_negative_slope(run) or (run.spec["model"].get("norm") == "none" and fixed_slope(run) is not None)
 
 
-def is_leaky(run: Run) -> bool:
-    """Whether every layer's activation is a leaky ReLU, or a layer learns a slope."""
-    return run.spec["model"].get("activation") == "leaky_relu" or bool(run.series("probe", "negative_slope"))
+def has_negative_slope(run: Run) -> bool:
+    """Whether every layer's activation is a leaky ReLU, or some layers learn a slope."""
+    return only_activation(run) == "leaky_relu" or bool(run.series("probe", "negative_slope"))
 
 
 def first_nonfinite_step(run: Run) -> int | None:
