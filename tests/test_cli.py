@@ -101,7 +101,7 @@ def test_cfg_prints_the_composed_run_and_trains_nothing(
         (["train", "-m", "seed=0,1", "model.num_attention_heads=5"], "must be a multiple of num_attention_heads=5"),
         (
             ["train", "-m", "train.peak_learning_rate=interval(1e-4,1e-3)"],
-            "needs a sweeper that chooses from intervals",
+            "does not support sweep type : INTERVAL_SWEEP; hydra/sweeper=NAME takes another",
         ),
         (["evaluate", "m", "text=README.md", "cache_dir=c"], "cache_dir= is read for the text of a run only"),
         (["cost", "gpt2-t128", "variant=custom"], "variant=custom says no norm: take another variant"),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 
 from normfree import tables
 from normfree.analysis import causal_ceiling, group_runs
-from normfree.records import read_run
+from normfree.records import RunWriter, read_run
 from normfree.tables import Column, Table
 from tests.synthetic import study, write_run
 
@@ -209,6 +210,15 @@ def test_slopes_run_from_relu_to_identity_with_the_first_broken_step(tmp_path: P
 def test_a_single_slope_of_its_layer_is_not_a_shared_one(tmp_path: Path) -> None:
     row = rows_of(tables.slope_table(group_runs([write_run(tmp_path, "SM+G/leaky, last")])))
     assert row["SM+G/leaky, last"]["Slope at the end"] == "0.210 (layer 3), the only layer with one"
+
+
+def test_a_slope_that_is_no_number_is_shown_as_such(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "SM+leaky, per layer", status="diverged")
+    writer = RunWriter(run.folder, run.facts)
+    writer.log(100, "probe", [("negative_slope", [0.1, math.nan, 0.2, 0.3])])
+    writer.update(status="diverged")
+    row = rows_of(tables.slope_table(group_runs([read_run(run.folder)])))["SM+leaky, per layer"]
+    assert row["Slope at the end"].startswith("apart at step 100: from nan (layer 1) to nan (layer 1)")
 
 
 def test_a_slope_of_a_diverged_run_ends_at_its_last_probe_and_went_nowhere(tmp_path: Path) -> None:

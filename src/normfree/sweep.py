@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from normfree.compose import CONF, checked, compose_run, forced, from_hydra
@@ -34,12 +35,12 @@ def sweep(overrides: Sequence[str]) -> None:
     Raises ValueError, before the first job, for one that cannot be composed and for two of one name;
     InterruptedRunError on a signal, and what a job raised.
     """
-    if not any(text.startswith("hydra/sweeper") for text in overrides):  # another sweeper chooses the values itself
-        jobs = [compose_run(job) for job in _jobs(checked(overrides))]
+    words = checked(overrides)
+    if not any(text.startswith("hydra/sweeper") for text in words):  # another sweeper chooses the values itself
+        jobs = [compose_run(job) for job in _jobs(words)]
         refuse_twins(jobs, advice="let the tag say what tells them apart, as in 'tag=lr${train.peak_learning_rate}'")
-    arguments = [forced(text) for text in checked(overrides)]
     before = sys.argv
-    sys.argv = [before[0], "--multirun", *arguments]
+    sys.argv = [before[0], "--multirun", *map(forced, words)]
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # a job's error reaches the caller instead of Hydra's stack trace
     try:
         hydra.main(config_path=str(CONF), config_name="config", version_base=None)(one_job)()
@@ -49,20 +50,14 @@ def sweep(overrides: Sequence[str]) -> None:
         sys.argv = before
 
 
-def _jobs(overrides: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """The overrides of each job, as Hydra's own sweeper combines them: of a key given twice the last is taken."""
-    choices = {}
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        key = override.get_key_element()
-        if key.startswith("hydra"):
-            continue
-        if override.is_interval_sweep():
-            raise ValueError(f"{override.input_line!r} needs a sweeper that chooses from intervals: hydra/sweeper=NAME")
-        values = (
-            override.sweep_string_iterator() if override.is_sweep_override() else [override.get_value_element_as_str()]
-        )
-        choices[key] = [f"{key}={value}" for value in values]
-    return itertools.product(*choices.values())
+def _jobs(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of each job, as Hydra's own sweeper combines them. Raises ValueError for what it cannot combine."""
+    of_runs = OverridesParser.create().parse_overrides([text for text in overrides if not text.startswith("hydra")])
+    try:
+        (jobs,) = BasicSweeper.split_arguments(of_runs, max_batch_size=None)
+    except HydraException as error:
+        raise ValueError(f"{error}; hydra/sweeper=NAME takes another") from None
+    return jobs
 
 
 def one_job(composed: DictConfig) -> float:

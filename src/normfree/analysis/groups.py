@@ -79,12 +79,11 @@ def group_runs(runs: Sequence[Run], *, mix: bool = False) -> list[Group]:
     for run in runs:
         key = (run.label, *sorted(_flat(run).items()))
         members.setdefault(key, []).append(run)
-    # What has no result is named apart, so that it changes no name of what has one.
-    first, second = (
-        [found for found in members.values() if any(map(is_over, found)) is wanted] for wanted in (True, False)
-    )
-    names = _names(first) + _names(first + second)[len(first) :]
-    groups = [_group(name, found) for name, found in zip(names, first + second, strict=True)]
+    with_result = [found for found in members.values() if any(map(is_over, found))]
+    without = [found for found in members.values() if not any(map(is_over, found))]
+    # Named apart, so that a run without a result changes no name of those that have one.
+    names = _names(with_result) + _names(with_result + without)[len(with_result) :]
+    groups = [_group(name, found) for name, found in zip(names, with_result + without, strict=True)]
     return sorted(groups, key=lambda group: (_rank(group.label), group.name))
 
 

@@ -151,8 +151,9 @@ def fixed_slope(run: Run) -> float | None:
     model = run.spec["model"]
     if model.get("learnable_slope", "none") != "none":
         return None
-    fixed = {"relu": 0.0, "identity": 1.0, "leaky_relu": model.get("negative_slope", DEFAULT_SLOPE)}
-    return fixed.get(only_activation(run) or "")
+    leaky = model.get("negative_slope", DEFAULT_SLOPE)
+    fixed: dict[str | None, float] = {"relu": 0.0, "identity": 1.0, "leaky_relu": leaky}
+    return fixed.get(only_activation(run))
 
 
 def _apart(slope_S: np.ndarray) -> bool:

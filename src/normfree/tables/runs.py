@@ -165,7 +165,8 @@ def _slope_words(run: Run) -> str:
         return f"{found.final_S[0]:.3f} (layer {low}){'' if finished else ' ' + then}, the only layer with one"
     apart = "apart" if found.diverging else "together"
     first = "" if found.first_step is None else f", first at step {found.first_step}"
-    ends = f"from {min(found.final_S):.3f} (layer {low}) to {max(found.final_S):.3f} (layer {high})"
+    lowest, highest = np.min(found.final_S), np.max(found.final_S)  # NaN where one is
+    ends = f"from {lowest:.3f} (layer {low}) to {highest:.3f} (layer {high})"
     return f"{apart}{'' if finished else ' ' + then}: {ends}{first}"
 
 

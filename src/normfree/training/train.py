@@ -101,8 +101,10 @@ def train(
         writer = None
         if state.is_main_process:
             make_room(folder, _model_facts(config)["parameters"], keep=spec.train.checkpoints_kept)
-            said = {"command": command or command_line(), "study_note": note}
-            writer = _open_writer(folder, spec, corpus, config, said=said, steps=steps, checkpoint=checkpoint)
+            command = command or command_line()
+            writer = _open_writer(
+                folder, spec, corpus, config, command=command, note=note, steps=steps, checkpoint=checkpoint
+            )
         try:
             _Training(spec, folder, corpus, config, steps, writer).run(checkpoint)
         except InterruptedRunError as stopped:
@@ -298,7 +300,8 @@ def _open_writer(
     corpus: Corpus,
     config: NormFreeConfig,
     *,
-    said: dict[str, str],
+    command: str,
+    note: str,
     steps: int,
     checkpoint: Path | None,
 ) -> RunWriter:
@@ -310,7 +313,7 @@ def _open_writer(
     session = {
         "from_step": step_of(checkpoint) if checkpoint else 0,
         "began": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": said["command"],
+        "command": command,
         "environment": environment(_device()),
     }
     facts = {
@@ -319,7 +322,8 @@ def _open_writer(
         "spec": spec.to_dict(),
         "recipe": spec.recipe(),
         "identity": spec.identity(),
-        **said,
+        "command": command,
+        "study_note": note,
         "corpus": corpus.facts(),
         "environment": session["environment"],
         "sessions": [*(earlier.get("sessions", []) if checkpoint else []), session],
