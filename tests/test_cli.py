@@ -61,6 +61,21 @@ def test_help_of_a_run_has_every_field_of_the_model_with_its_names_and_loads_no_
     assert all(name in done.stdout for name in NORMS)
 
 
+@pytest.mark.parametrize("verb", ["train", "data"])
+def test_help_shows_what_a_command_without_keys_has_and_says_what_every_key_means(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = run(verb, "--help", capsys=capsys)[1].splitlines()
+    spec = compose_run([]).spec.to_dict()
+    composed = {f"{part}.{key}": spec[part][key] for part in ("data", "train", "probe", "model") for key in spec[part]}
+    for line in lines:
+        match = re.match(r"  ((?:data|train|probe|model)\.\w+)=(\S*) +(\S.*)?$", line)
+        if match:
+            key, shown, meaning = match.groups()
+            assert meaning, f"{key} is not explained"
+            assert key not in composed or shown == str(composed[key] if composed[key] is not None else ""), key
+
+
 def test_cfg_prints_the_composed_run_and_trains_nothing(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,6 +85,9 @@ def test_cfg_prints_the_composed_run_and_trains_nothing(
     assert status == 0
     assert RunSpec.from_dict(yaml.safe_load(out)) == compose_run(words).spec
     assert run("train", "-m", "--cfg", "hydra/launcher=joblib", *words, capsys=capsys)[1] == out
+    status, out, _ = run("train", "-m", "--cfg", "job", "seed=3,5", *words, capsys=capsys)
+    assert status == 0
+    assert [RunSpec.from_dict(values).seed for values in yaml.safe_load_all(out)] == [3, 5]
     assert not list(tmp_path.iterdir())
 
 

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from normfree.compose import compose_run
-from normfree.config import RunSpec, describe_keys, known_keys
+from normfree.config import DataSpec, RunSpec, describe_keys, known_keys
 
 MINIMAL: dict[str, Any] = {"preset": "cpu", "variant": "sm-r", "label": "SM+R", "train": {"steps": 10}}
 
@@ -54,6 +55,12 @@ def test_a_spec_survives_its_own_json() -> None:
 def test_a_wrong_value_names_what_was_given_and_what_is_allowed(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         spec(**values)
+
+
+@pytest.mark.parametrize("paths", ["corpus", [Path("corpus")]])
+def test_types_are_checked_in_python_too(paths: Any) -> None:
+    with pytest.raises(ValueError, match="paths"):
+        DataSpec(source="files", paths=paths)
 
 
 def test_a_name_of_digits_is_a_name() -> None:

@@ -144,8 +144,7 @@ def dispatch(words: Sequence[str]) -> None:
         raise UsageError(f"unknown flag {flags[0]!r}; the flags are {', '.join(FLAGS)}; all else is key=value")
     objects, pairs = [w for w in rest if "=" not in w], [w for w in rest if "=" in w]
     if shown:  # before -m, which would train
-        pairs = [pair for pair in pairs if not (multirun and pair.startswith("hydra"))]
-        verb = replace(verb, run=commands.show_run)
+        verb = replace(verb, run=commands.show_sweep if multirun else commands.show_run)
     elif multirun:
         from normfree.sweep import sweep
 
@@ -206,18 +205,28 @@ def _key_help(verb: Verb) -> list[str]:
     if verb.options is not None:
         about = TypeAdapter(verb.options).json_schema()["properties"]
         return [_key_line(key, facts.get("default"), facts.get("description", "")) for key, facts in about.items()]
-    from normfree.compose import GROUPS, describe_model_keys, members
+    from normfree.compose import GROUPS, defaults, describe_model_keys, members
 
+    told = defaults()
+    of_run = [(key, told.get(key, default), meaning) for key, default, meaning in describe_keys()]
+    of_model = [(key, told.get(key, default), meaning) for key, default, meaning in describe_model_keys()]
     if verb.corpus_only:
         lines = [_key_line("preset", None, f"whose corpus: {', '.join(members('preset'))}")]
         lines += [_key_line("cache_dir", None, "where corpora are kept")]
-        return lines + [_key_line(*about) for about in describe_keys() if _decides_a_corpus(about[0])]
+        lines += [_key_line(*about) for about in of_run if _decides_a_corpus(about[0])]
+        return [*lines, "", "Values shown are those of preset=cpu with the source `installed`."]
     lines = [f"  {group + '=':<12}{', '.join(members(group))}" for group in GROUPS]
     lines.append(f"  {'studies':<12}{', '.join(members('studies'))}")
     lines += ["", "  workers=1       study only: processes that share its runs and this machine's cores"]
     lines += ["  runs_dir=runs   where runs are kept", "  cache_dir=      where corpora are kept", ""]
-    lines += [_key_line(*about) for about in (*describe_keys(), *describe_model_keys())]
-    return [*lines, "", "Values shown are the defaults; a preset sets many of them."]
+    lines += [_key_line(*about) for about in (*of_run, *of_model)]
+    return [
+        *lines,
+        "",
+        "Values shown are those of data=installed preset=cpu variant=sm-ln-g, which a command has unless it says "
+        "otherwise;",
+        "`normfree train KEY=VALUE ... --cfg job` prints those of any other.",
+    ]
 
 
 def _decides_a_corpus(key: str) -> bool:

@@ -129,6 +129,15 @@ def show_run(overrides: Sequence[str]) -> None:
     print(yaml.safe_dump(compose_run(overrides).spec.to_dict(), sort_keys=False), end="")
 
 
+def show_sweep(overrides: Sequence[str]) -> None:
+    """Print every run of a sweep as a YAML document, and train nothing."""
+    import yaml
+
+    from normfree.sweep import jobs_of
+
+    print(yaml.safe_dump_all([job.spec.to_dict() for job in jobs_of(overrides)], sort_keys=False), end="")
+
+
 def study(name: str, overrides: Sequence[str]) -> None:
     """Train the runs of a study and build its report; `workers=N` is ours, all other keys are the runs'."""
     from normfree.studies import run_study

@@ -170,6 +170,16 @@ def members(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
+def defaults() -> dict[str, Any]:
+    """The value of every dotted key that the configuration sets where a command gives none, e.g. `train.steps`."""
+    with initialize_config_dir(str(CONF), version_base=None):
+        values: Any = OmegaConf.to_container(compose("config"))
+    found = {}
+    for name, value in values.items():
+        found |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
+    return found
+
+
 def describe_model_keys() -> list[tuple[str, str, str]]:
     """(key, default, meaning) of every field of NormFreeConfig, read off its source: importing it loads torch."""
     source = (Path(__file__).parent / "model" / "configuration.py").read_text()

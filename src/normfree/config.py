@@ -1,5 +1,4 @@
-"""The truth about a run: frozen dataclasses. Their values are checked when they are built, and their types when
-`RunSpec.from_dict` builds them, as every command does.
+"""The truth about a run: frozen dataclasses whose types and values are checked when they are built.
 
 Hydra's YAML only holds values for these fields. `RunSpec.model` stays a dict: an architecture field
 is declared once, in `normfree.model.configuration`, and checked by building a `NormFreeConfig`.
@@ -9,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, field, fields
 from difflib import get_close_matches
 from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from normfree.manifest import fingerprint
 
@@ -39,11 +39,9 @@ _FIELDS_OF_SOURCES = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class DataSpec:
     """Which text, cut into which tokens. Everything here decides the corpus fingerprint."""
-
-    __pydantic_config__ = _STRICT
 
     source: Literal["installed", "codeparrot", "hub", "files"] = "installed"
     """Python code on this machine, the paper's data sets, any Hugging Face data set, or local files."""
@@ -58,7 +56,9 @@ class DataSpec:
     validation_dataset: str | None = None
     """Where the validation split lies; empty means in `dataset`."""
     train_split: str = "train"
+    """data=hub, codeparrot: the split to train on."""
     validation_split: str = "validation"
+    """data=hub, codeparrot: the held-out split."""
     column: str = "content"
     """The column that holds the text (.jsonl, .parquet and hub data sets)."""
     tokenizer: str | None = None
@@ -102,11 +102,9 @@ class DataSpec:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TrainSpec:
     """How the model is trained. Batches count sequences of `data.context` tokens."""
-
-    __pydantic_config__ = _STRICT
 
     steps: int | None = None
     """Optimiser steps; give this or `epochs`."""
@@ -117,7 +115,9 @@ class TrainSpec:
     micro_batch_sequences: int = 32
     """Sequences per forward pass of one process."""
     peak_learning_rate: float = 1e-3
+    """AdamW's, at the end of the warm-up."""
     final_learning_rate: float = 1e-7
+    """Where its linear fall ends, after the last step."""
     warmup_share: float = 0.05
     """Share of the steps in which the learning rate rises linearly; then it falls linearly."""
     weight_decay: float = 0.1
@@ -128,12 +128,17 @@ class TrainSpec:
     slope_learning_rate_factor: float = 1.0
     """Learning rate of the slopes as a multiple of everybody else's."""
     adam_beta1: float = 0.9
+    """Decay of AdamW's average of gradients, a step."""
     adam_beta2: float = 0.999
+    """Decay of AdamW's average of squared gradients, a step."""
     adam_epsilon: float = 1e-8
+    """What AdamW adds to the root of that average."""
     max_gradient_norm: float = 1.0
+    """A gradient whose L2 norm over all parameters is larger is scaled down to it."""
     precision: Precision = "fp32"
     """fp32, or autocast in bf16 or fp16 over fp32 weights (fp16 needs a GPU)."""
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, slower."""
     compile: bool = False
     """torch.compile the model."""
     on_nonfinite: str = "stop"
@@ -145,7 +150,9 @@ class TrainSpec:
     log_every: int = 10
     """Steps between lines of loss, learning rate, gradient norm and tokens per second."""
     checkpoint_every: int = 500
+    """Steps between checkpoints, from which a run goes on after a kill."""
     checkpoints_kept: int = 2
+    """The newest of them stay on disk."""
     threads: int | None = None
     """CPU threads; unless given, every core this process may use."""
     trackers: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ()
@@ -186,13 +193,12 @@ class TrainSpec:
         return int(self.on_nonfinite.partition(":")[2] or 0)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class ProbeSpec:
     """When and on how much held-out text the heads are measured."""
 
-    __pydantic_config__ = _STRICT
-
     every_steps: int = 100
+    """Steps between measurements."""
     sequences: int = 64
     """Size of the fixed held-out batch."""
     final_sequences: int = 1000
@@ -209,11 +215,9 @@ def _check_range(part: str, spec: object, names: Sequence[str], *, above_zero: b
             raise ValueError(f"{part}.{name}={value} must be {'above 0' if above_zero else '0 or more'}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class RunSpec:
     """One training run, completely."""
-
-    __pydantic_config__ = _STRICT
 
     study: str = "single"
     """Folder of runs that belong together; a name only, `normfree study NAME` is what takes a study's settings."""

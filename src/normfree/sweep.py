@@ -14,7 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from normfree.compose import CONF, checked, compose_run, forced, from_hydra
+from normfree.compose import CONF, Composed, checked, compose_run, forced, from_hydra
 from normfree.records import read_run
 from normfree.studies import refuse_twins, summary
 from normfree.training import InterruptedRunError, train
@@ -37,8 +37,7 @@ def sweep(overrides: Sequence[str]) -> None:
     """
     words = checked(overrides)
     if not any(text.startswith("hydra/sweeper") for text in words):  # another sweeper chooses the values itself
-        jobs = [compose_run(job) for job in _jobs(words)]
-        refuse_twins(jobs, advice="let the tag say what tells them apart, as in 'tag=lr${train.peak_learning_rate}'")
+        jobs_of(words)
     before = sys.argv
     sys.argv = [before[0], "--multirun", *map(forced, words)]
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # a job's error reaches the caller instead of Hydra's stack trace
@@ -50,14 +49,19 @@ def sweep(overrides: Sequence[str]) -> None:
         sys.argv = before
 
 
-def _jobs(overrides: Sequence[str]) -> list[list[str]]:
-    """The overrides of each job, as Hydra's own sweeper combines them. Raises ValueError for what it cannot combine."""
-    of_runs = OverridesParser.create().parse_overrides([text for text in overrides if not text.startswith("hydra")])
+def jobs_of(overrides: Sequence[str]) -> list[Composed]:
+    """The runs of a sweep, as Hydra's own sweeper combines the overrides.
+
+    Raises ValueError for what it cannot combine, for a run that cannot be composed and for two of one name.
+    """
+    of_runs = [text for text in checked(overrides) if not text.startswith("hydra")]
     try:
-        (jobs,) = BasicSweeper.split_arguments(of_runs, max_batch_size=None)
+        (jobs,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(of_runs), max_batch_size=None)
     except HydraException as error:
         raise ValueError(f"{error}; hydra/sweeper=NAME takes another") from None
-    return jobs
+    runs = [compose_run(job) for job in jobs]
+    refuse_twins(runs, advice="let the tag say what tells them apart, as in 'tag=lr${train.peak_learning_rate}'")
+    return runs
 
 
 def one_job(composed: DictConfig) -> float:

@@ -258,6 +258,10 @@ def bad_specs(folder: Path) -> dict[str, tuple[DataSpec, str]]:
         "surrogate": (at("half.jsonl"), "half.jsonl line 2: character 1 is no Unicode"),
         "row": (replace(at("rows.parquet"), column="body"), "rows.parquet row 1500: column 'body' holds NoneType"),
         "blank": (replace(base, validation_paths=(str(folder.parent / "blank.txt"),)), "gives no validation text"),
+        "held out alone": (
+            replace(base, validation_paths=base.paths),
+            "left out: 60 duplicate (duplicates are those of held-out text too)",
+        ),
         "long context": (replace(base, context=100_000), "fills no block of data.context=100000"),
         "vocabulary": (replace(base, vocab_size=50_000), "data.vocab_size=50000"),
         "little left": (replace(base, max_bytes=5), "the training text holds only 260 pieces"),
@@ -265,7 +269,7 @@ def bad_specs(folder: Path) -> dict[str, tuple[DataSpec, str]]:
 
 
 BAD_CASES = ["no match", "empty", "not UTF-8", "parquet", "json", "column", "blank", "long context"]
-BAD_CASES += ["surrogate", "row", "vocabulary", "little left"]
+BAD_CASES += ["held out alone", "surrogate", "row", "vocabulary", "little left"]
 
 
 @pytest.mark.parametrize("case", BAD_CASES)

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -39,6 +39,7 @@ SOURCES = {"installed": InstalledSource, "codeparrot": HubSource, "hub": HubSour
 CHUNK_CHARACTERS = 4_000_000
 """Text that is encoded together: large enough for all cores, small enough for any memory."""
 
+_HELD_OUT_TOO = " (duplicates are those of held-out text too)"
 _PREPARING = ".preparing-"
 A_MINUTE = 60.0
 
@@ -108,8 +109,7 @@ class Corpus:
                 f"{facts[f'{split}_bytes'] / 1e6:.2f} MB, "
                 f"{facts[f'{split}_blocks']:,} blocks, {facts[f'{split}_tokens']:,} tokens"
             )
-            dropped = facts["dropped"][split]
-            lines.append(f"  left out   {', '.join(f'{n:,} {reason}' for reason, n in dropped.items()) or 'nothing'}")
+            lines.append(f"  left out   {_counts(facts['dropped'][split])}")
         lines.append(f"to beat      unigram perplexity {facts['unigram_perplexity']:.1f}")
         return "\n".join(lines)
 
@@ -234,7 +234,10 @@ class _Preparation:
                 bar.update(size)
                 yield document
         if not self.kept[split]["documents"]:
-            raise ValueError(f"data={self.spec.source} gives no {split} text ({self._given()})")
+            raise ValueError(
+                f"data={self.spec.source} gives no {split} text ({self._given()}); left out: "
+                f"{_counts(self.dropped[split])}{_HELD_OUT_TOO if split == 'train' else ''}"
+            )
 
     def _write_splits(self, tokenizer: PreTrainedTokenizerFast) -> dict[Split, BlockWriter]:
         """Both splits with tiktoken if its ids are those of tokenizers, else both again with tokenizers."""
@@ -276,6 +279,10 @@ class _Preparation:
             "validation_documents",
         )
         return ", ".join(f"data.{name}={value}" for name in names if (value := getattr(self.spec, name)))
+
+
+def _counts(dropped: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()) or "nothing"
 
 
 def in_chunks(texts: Iterable[str], size: int = CHUNK_CHARACTERS) -> Iterator[list[str]]:

@@ -45,7 +45,9 @@ class NormFreeConfig(PreTrainedConfig):
     hidden_size: int = 768
     """Width of the residual stream."""
     num_hidden_layers: int = 12
+    """Blocks of attention and feed-forward."""
     num_attention_heads: int = 12
+    """Heads of a block, each hidden_size / num_attention_heads wide."""
     intermediate_size: int | None = None
     """Width of the feed-forward part; empty means 4 * hidden_size."""
     max_position_embeddings: int = 128
@@ -65,6 +67,7 @@ class NormFreeConfig(PreTrainedConfig):
     final_norm: str = "layernorm"
     """Normalization after the last block: layernorm or none. The paper keeps it in every model."""
     norm_epsilon: float = 1e-5
+    """What a norm adds to the variance before its root."""
     activation: str | list[str] = "gelu"
     """For all layers, or one per layer: gelu, gelu_tanh, relu, leaky_relu, identity (activations.py)."""
     negative_slope: float = 0.01
@@ -78,14 +81,19 @@ class NormFreeConfig(PreTrainedConfig):
     residual_init: Literal["flat", "scaled"] = "flat"
     """scaled: matrices that write to the residual stream start 1/sqrt(2 * num_hidden_layers) as large."""
     embedding_dropout: float = 0.0
+    """After the embeddings."""
     attention_dropout: float = 0.0
+    """Of attention weights."""
     residual_dropout: float = 0.0
     """After the attention and the feed-forward projection."""
     use_cache: bool = True
     """Return keys and values for generation (never while training, unless asked)."""
     bos_token_id: int | None = None
+    """Token that begins a text; left out of a run, its tokenizer's."""
     eos_token_id: int | list[int] | None = None
+    """Token that ends a text; left out of a run, its tokenizer's."""
     pad_token_id: int | None = None
+    """Token that fills a batch."""
 
     def __post_init__(self, **others: Any) -> None:
         for key in others:
