@@ -92,13 +92,28 @@ def test_identity_changes_with_everything_that_decides_the_numbers() -> None:
 
 
 def test_a_whole_number_is_the_same_model_as_its_float() -> None:
+    words = ["variant=leaky-fixed", "model.position=rotary"]
     one, other = (
-        compose_run(["variant=leaky-fixed", f"model.negative_slope={slope}", f"model.rotary_base={base}"]).spec
+        compose_run([*words, f"model.negative_slope={slope}", f"model.rotary_base={base}"]).spec
         for slope, base in ((1, 500), (1.0, 500.0))
     )
     assert (one.identity(), one.recipe()) == (other.identity(), other.recipe())
     with pytest.raises(ValueError, match="negative_slope=True; allowed: float"):
         compose_run(["variant=leaky-fixed", "model.negative_slope=true"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["variant=sm-r", "model.negative_slope=0.3"], "read with model.activation=leaky_relu only: leave it out"),
+        (["variant=sm-r", "train.decay_slopes=true"], "read with model.learnable_slope=per_layer or shared only"),
+        (["variant=leaky-fixed", "train.slope_learning_rate_factor=7"], "read with model.learnable_slope=per_layer"),
+        (["model.rotary_share=0.5"], "model.rotary_share=0.5 is read with model.position=rotary only"),
+    ],
+)
+def test_a_setting_that_nothing_reads_is_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compose_run(words)
 
 
 def test_help_describes_every_key() -> None:

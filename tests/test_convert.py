@@ -78,7 +78,7 @@ def test_gpt2_logits_are_equal(activation, attention):
     assert_parity(gpt2(activation_function=activation, attn_implementation=attention))
 
 
-@pytest.mark.parametrize("name", ["gelu_pytorch_tanh", "leaky_relu", "linear"])
+@pytest.mark.parametrize("name", ["gelu_pytorch_tanh", "gelu_fast", "leaky_relu", "linear"])
 def test_other_activations_are_equal(name):
     assert_parity(gpt2(activation_function=name))
 

@@ -144,6 +144,17 @@ def test_blocks_are_weighted_by_token_whatever_the_batch_size(model: GPT2LMHeadM
     assert one.tokens == three.tokens == 150
 
 
+def test_batches_are_smaller_where_their_logits_would_not_fit(
+    model: GPT2LMHeadModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = torch.randint(0, 256, (10, 16), generator=torch.Generator().manual_seed(1))
+    whole, sizes = evaluate_blocks(model, blocks, batch_sequences=10), []
+    monkeypatch.setattr("normfree.evaluate.LARGEST_LOGITS", 3 * 16 * 256)
+    model.register_forward_hook(lambda *given: sizes.append(len(given[-1].logits)))
+    assert evaluate_blocks(model, blocks, batch_sequences=10).nats == pytest.approx(whole.nats, rel=1e-6)
+    assert sizes == [3, 3, 3, 1]
+
+
 def test_evaluation_leaves_the_training_mode_as_found(model: GPT2LMHeadModel) -> None:
     model.transformer.h[0].eval()
     evaluate_blocks(model, torch.zeros(1, 4, dtype=torch.long))
@@ -161,7 +172,9 @@ def test_a_nan_stays_a_nan(model: GPT2LMHeadModel) -> None:
     assert math.isnan(result.perplexity)
 
 
-def test_what_cannot_be_evaluated_is_refused(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_what_cannot_be_evaluated_is_refused(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ValueError, match="at least 2"):
         perplexity(model, tokenizer, "a")
     with pytest.raises(ValueError, match="context=17"):
@@ -170,6 +183,11 @@ def test_what_cannot_be_evaluated_is_refused(model: GPT2LMHeadModel, tokenizer: 
         perplexity(model, tokenizer, "abc", context=8, stride=9)
     with pytest.raises(ValueError, match="no BOS token"):
         perplexity(model, tokenizer, "abc", bos=True)
+    leading = "normfree.evaluate.leading_ids"
+    monkeypatch.setattr(leading, lambda *_: [0, 0])
+    with pytest.raises(ValueError, match=r"context=2 leaves no room for text behind 2 leading tokens"):
+        perplexity(model, tokenizer, "abc", context=2)
+    monkeypatch.undo()
     model.resize_token_embeddings(20)
     with pytest.raises(ValueError, match="vocabulary has 20"):
         perplexity(model, tokenizer, "zzz")

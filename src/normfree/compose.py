@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from normfree.config import NOT_SET_ALONE, RunSpec, known_keys, nearest, with_choices
+from normfree.config import NOT_SET_ALONE, RunSpec, TrainSpec, known_keys, nearest, with_choices
 
 CONF = Path(__file__).parent / "conf"
 GROUPS = ("data", "preset", "variant")
@@ -84,6 +84,7 @@ def _check_model(spec: RunSpec) -> None:
             f"variant=custom does not say model.{' and model.'.join(unsaid)}: give both, e.g. model.norm=none "
             "model.activation=relu"
         )
+    _check_read(spec, model)
     declared = _declared_by(spec.variant)
     wrong = [f"{key}={spec.model[key]!r}" for key in declared if not _same(spec.model, declared, key)]
     if not wrong:
@@ -92,6 +93,31 @@ def _check_model(spec: RunSpec) -> None:
     fitting = [name for name, keys in others.items() if all(_same(model, keys, key) for key in keys)]
     advice = f"that is variant={fitting[0]}" if fitting else "say variant=custom, with a tag that names it"
     raise ValueError(f"variant={spec.variant} with model.{', model.'.join(wrong)} would bear a wrong label: {advice}")
+
+
+def _check_read(spec: RunSpec, model: Mapping[str, Any]) -> None:
+    """Raises ValueError for a setting other than the default that nothing in this model reads."""
+    from normfree.model import NormFreeConfig
+    from normfree.model.activations import WITHOUT_SLOPE
+
+    names = {model["activation"]} if isinstance(model["activation"], str) else set(model["activation"])
+    of_ones_own = names - {*WITHOUT_SLOPE, "leaky_relu"}  # such an activation may read and learn slopes
+    sloped = bool(of_ones_own) or "leaky_relu" in names
+    learned = bool(of_ones_own) or model["learnable_slope"] != "none"
+    rotary = model["position"] == "rotary"
+    needs = {
+        "model.rotary_share": (rotary, "model.position=rotary"),
+        "model.rotary_base": (rotary, "model.position=rotary"),
+        "model.negative_slope": (sloped, "model.activation=leaky_relu"),
+        "train.decay_slopes": (learned, "model.learnable_slope=per_layer or shared"),
+        "train.slope_learning_rate_factor": (learned, "model.learnable_slope=per_layer or shared"),
+    }
+    given = {"model": model, "train": spec.to_dict()["train"]}
+    default = {"model": NormFreeConfig().to_dict(), "train": TrainSpec(steps=1).__dict__}
+    for key, (is_read, reader) in needs.items():
+        part, _, name = key.partition(".")
+        if not is_read and given[part][name] != default[part][name]:
+            raise ValueError(f"{key}={given[part][name]} is read with {reader} only: leave it out")
 
 
 def _declared_by(variant: str) -> dict[str, Any]:

@@ -156,7 +156,7 @@ class TrainSpec:
     threads: int | None = None
     """CPU threads; unless given, every core this process may use."""
     trackers: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ()
-    """Also report there (an optional extra: docs/training.md)."""
+    """Also report losses, perplexity, learning rate and gradient norm there (an optional extra: docs/training.md)."""
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
@@ -164,16 +164,16 @@ class TrainSpec:
                 f"give exactly one of train.steps and train.epochs, got steps={self.steps} and epochs={self.epochs}; "
                 "train.steps=null or train.epochs=null frees what a preset sets"
             )
-        if self.batch_sequences % self.micro_batch_sequences:
-            raise ValueError(
-                f"train.batch_sequences={self.batch_sequences} must be a multiple of "
-                f"train.micro_batch_sequences={self.micro_batch_sequences}"
-            )
         positive = ("steps", "epochs", "batch_sequences", "micro_batch_sequences", "peak_learning_rate")
         positive += ("evaluate_every", "log_every", "checkpoint_every", "checkpoints_kept", "threads")
         positive += ("evaluation_sequences", "max_gradient_norm", "adam_epsilon")
         _check_range("train", self, positive, above_zero=True)
         _check_range("train", self, ("weight_decay", "slope_learning_rate_factor", "final_learning_rate"))
+        if self.batch_sequences % self.micro_batch_sequences:
+            raise ValueError(
+                f"train.batch_sequences={self.batch_sequences} must be a multiple of "
+                f"train.micro_batch_sequences={self.micro_batch_sequences}"
+            )
         if self.final_learning_rate >= self.peak_learning_rate:
             raise ValueError(
                 f"train.final_learning_rate={self.final_learning_rate} must be below "

@@ -19,6 +19,7 @@ from normfree.model import NormFreeConfig, NormFreeForCausalLM
 # transformers' names of activations -> ours.
 ACTIVATION_NAMES = {
     "gelu": "gelu",
+    "gelu_fast": "gelu_tanh",  # its constant has ten digits
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "leaky_relu": "leaky_relu",  # both with slope 0.01

@@ -19,6 +19,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 IGNORED = -100
+LARGEST_LOGITS = 2**26
+"""Elements of a batch's logits: 256 MiB in float32, of which an evaluation holds three."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def summed_nats(model: nn.Module, ids_BT: Tensor, labels_BT: Tensor) -> tuple[fl
 
 
 def evaluate_blocks(
-    model: nn.Module,
+    model: PreTrainedModel,
     blocks_NT: Tensor,
     *,
     predicted_bytes: int = 0,
@@ -86,10 +88,12 @@ def evaluate_blocks(
     """Evaluate on full blocks of token ids, each predicted from its own start.
 
     The model is put into evaluation mode for the time of the call. `predicted_bytes` is the sum over all blocks.
+    Batches are smaller than `batch_sequences` where their logits would not fit `LARGEST_LOGITS`.
     """
     total = Evaluation(0.0, 0, predicted_bytes)
     device = next(model.parameters()).device
-    batches = blocks_NT.split(batch_sequences)
+    fitting = LARGEST_LOGITS // (blocks_NT.shape[1] * model.config.vocab_size)
+    batches = blocks_NT.split(max(1, min(batch_sequences, fitting)))
     with in_evaluation_mode(model):
         for ids_BT in tqdm(batches, desc="evaluating", disable=None if progress else True, leave=False):
             ids_BT = ids_BT.to(device)
@@ -119,7 +123,7 @@ def perplexity(
     Raises ValueError when the text has fewer than two tokens, or context, stride or bos do not fit model and tokenizer.
     """
     leading = leading_ids(model, tokenizer, bos)
-    room = checked_context(model, context) - len(leading)
+    room = room_for_text(checked_context(model, context), leading)
     stride = room if stride is None else stride
     if not 1 <= stride <= room:
         raise ValueError(f"stride={stride} must be between 1 and the tokens of text in a window, {room}")
@@ -193,6 +197,13 @@ def _position_limit(model: nn.Module) -> int | None:
         if "position" in name and isinstance(part, nn.Embedding) and part.num_embeddings == limit:
             return limit if part.padding_idx is None else limit - part.padding_idx - 1
     return limit
+
+
+def room_for_text(context: int, leading: Sequence[int]) -> int:
+    """Tokens of text in a window behind the `leading` ones; ValueError where there is none."""
+    if context <= len(leading):
+        raise ValueError(f"context={context} leaves no room for text behind {len(leading)} leading tokens")
+    return context - len(leading)
 
 
 def check_vocabulary(model: PreTrainedModel, ids: Sequence[int]) -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from normfree.entropy import EntropyProbe
 from normfree.entropy.probe import ProbeMethod
-from normfree.evaluate import check_vocabulary, checked_context, in_evaluation_mode, leading_ids
+from normfree.evaluate import check_vocabulary, checked_context, in_evaluation_mode, leading_ids, room_for_text
 
 DEFAULT_CONTEXT = 1024
 
@@ -37,9 +37,7 @@ def token_windows(
         raise ValueError(f"the text has {len(ids)} token(s); at least 2 are needed")
     leading = leading_ids(model, tokenizer, bos)
     check_vocabulary(model, leading + ids)
-    if context <= len(leading):
-        raise ValueError(f"context={context} leaves no room for text behind {len(leading)} leading tokens")
-    room = min(context - len(leading), len(ids))
+    room = min(room_for_text(context, leading), len(ids))
     windows_NT = torch.tensor(ids[: len(ids) // room * room]).view(-1, room)
     chosen = torch.linspace(0, len(windows_NT) - 1, min(sequences, len(windows_NT))).round().long()
     leading_NT = torch.tensor(leading, dtype=torch.long).expand(len(chosen), -1)
@@ -108,10 +106,12 @@ def measure(
     if method == "auto":
         values["distance_tokens"] = found.mean_distance().tolist()
         values["first_token_mass"] = found.mean_first_mass().tolist()
-    return values | {"seconds": time.perf_counter() - began, "peak_memory_mib": peak_memory_mib()}
+    return values | {"seconds": time.perf_counter() - began, "peak_memory_mib": peak_memory_mib(device)}
 
 
-def peak_memory_mib() -> float:
-    """Most memory this process has held so far, in MiB."""
+def peak_memory_mib(device: torch.device) -> float:
+    """Most memory this process has held so far, in MiB: on a GPU of its own, else of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -41,19 +41,19 @@ def load_pretrained(
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(**options, **loading)
         tokenizer = AutoTokenizer.from_pretrained(**options)
+        model, info = loaded[0].to(target).eval(), loaded[1]
     except _UNREADABLE as error:
         raise ValueError(
             f"cannot load {name!r} as a causal language model ({_first_line(error)}); give a run folder, a folder "
             "written by save_pretrained, a .gguf file, or a hub name (needs the network, or HF_HOME with a copy)"
         ) from error
-    model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"{name} lacks {len(missing)} weights of its model, e.g. {missing[0]}: the files are incomplete"
         )
     if not tokenizer("text", add_special_tokens=False)["input_ids"]:  # what transformers makes of no files at all
         raise ValueError(f"{name} has no tokenizer that makes tokens of text; save the model's beside it")
-    return model.to(target).eval(), tokenizer
+    return model, tokenizer
 
 
 def usable_device(device: str | None) -> torch.device:

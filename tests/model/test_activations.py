@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
+
+from normfree.model.activations import ACTIVATIONS
 
 LEARNABLE = ["none", "per_layer", "shared"]
 
@@ -63,6 +66,21 @@ def test_negative_slopes_are_float_copies(build):
     slope.fill_(9.0)
     assert model.negative_slopes()["model.shared_negative_slope"].item() == 0.25
     assert build(activation="leaky_relu").negative_slopes() == {}
+
+
+def test_a_slope_for_every_feature_is_a_parameter_and_no_recorded_slope(build, monkeypatch):
+    class OfEveryFeature(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.negative_slope = nn.Parameter(torch.empty(config.intermediate_size))
+
+        def forward(self, features, shared_slope):
+            return features.where(features > 0, self.negative_slope * features)
+
+    monkeypatch.setitem(ACTIVATIONS, "of_every_feature", OfEveryFeature)
+    model = build(activation="of_every_feature", negative_slope=0.25)
+    assert model.negative_slopes() == {}
+    assert (model.model.layers[0].feed_forward.activation.negative_slope == 0.25).all()
 
 
 def test_each_layer_has_the_activation_it_is_given(build, ids):

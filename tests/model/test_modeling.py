@@ -83,6 +83,8 @@ def test_rotation_depends_on_distances_only(build, ids):
 def test_more_tokens_than_learned_positions_are_refused(build):
     with pytest.raises(ValueError, match="33 tokens, but max_position_embeddings=32"):
         build()(torch.zeros(1, 33, dtype=torch.long))
+    with pytest.raises(ValueError, match="33 tokens, but max_position_embeddings=32"):
+        build().generate(torch.zeros(1, 12, dtype=torch.long), max_new_tokens=40, do_sample=False, pad_token_id=0)
 
 
 def test_loss_is_the_mean_cross_entropy_of_the_next_token(build, ids):

@@ -21,7 +21,8 @@ from normfree.training.arguments import check_machine, training_arguments
         (512, 128, 8, "train.micro_batch_sequences=64"),
         (8, 8, 2, "train.micro_batch_sequences=4"),
         (24, 8, 2, "train.micro_batch_sequences=6"),
-        (8, 8, 3, "another number of processes or train.batch_sequences=6"),
+        (8, 8, 3, "another number of processes or train.batch_sequences=24"),
+        (512, 128, 3, "another number of processes or train.batch_sequences=384"),
         (2, 1, 4, "another number of processes or train.batch_sequences=4"),
     ],
 )
@@ -39,8 +40,8 @@ def test_a_batch_that_the_processes_cannot_share_is_refused_with_one_that_they_c
     own = [f"train.batch_sequences={batch}", f"train.micro_batch_sequences={micro}"]
     with pytest.raises(ValueError, match=f"times the {processes} processes; give {advice}$"):
         check_machine(tiny_spec(*own), torch.device("cpu"))
-    if "micro" in advice:
-        check_machine(tiny_spec(own[0], advice), torch.device("cpu"))
+    followed = advice.rpartition(" ")[2]
+    check_machine(tiny_spec(*(word for word in own if word[:9] != followed[:9]), followed), torch.device("cpu"))
 
 
 def test_warm_up_leaves_a_step_to_fall(tiny_spec: Callable[..., RunSpec], tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from normfree.records import Run, read_run
 
@@ -49,6 +51,37 @@ def test_two_processes_train_the_same_model_as_one_and_only_the_first_writes(
     assert (again.status, again.facts["sessions"][0]["from_step"], again.perplexity) == ("finished", 4, two.perplexity)
 
 
+NOTES_ITS_FIRST_MASK = """
+import os, sys, torch
+from normfree.compose import compose_run
+from normfree.training import train
+
+kept, forward = [], torch.nn.Dropout.forward
+
+def noting(self, values):
+    dropped = forward(self, values)
+    if self.training and self.p:
+        kept.append(dropped != 0)
+    return dropped
+
+torch.nn.Dropout.forward = noting
+run = compose_run(sys.argv[1:])
+train(run.spec, runs_dir=run.runs_dir, cache=run.cache_dir)
+torch.save(kept[0], f"mask{os.environ['RANK']}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_drop_different_features(tiny: list[str], cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "noting.py").write_text(NOTES_ITS_FIRST_MASK)
+    words = [*tiny, "variant=sm-r", "train.micro_batch_sequences=4", "model.embedding_dropout=0.5", "train.steps=1"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run_command([*torchrun, "noting.py", *words, f"cache_dir={cache}"], tmp_path)
+    first, second = (torch.load(tmp_path / f"mask{rank}.pt") for rank in (0, 1))
+    assert first.shape == second.shape
+    assert (first == second).float().mean().item() == pytest.approx(0.5, abs=0.1)  # as two masks that know no other
+
+
 @pytest.mark.slow
 def test_a_signal_that_one_of_two_processes_gets_stops_both_after_the_same_step(
     tiny: list[str], cache: Path, tmp_path: Path
@@ -79,7 +112,7 @@ def test_a_signal_that_one_of_two_processes_gets_stops_both_after_the_same_step(
 
 
 @pytest.mark.slow
-def test_trackers_get_the_loss_offline(
+def test_trackers_get_losses_and_perplexity_offline(
     tiny: list[str], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -87,7 +120,12 @@ def test_trackers_get_the_loss_offline(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     words = ["train", *tiny, "variant=sm-r", "train.trackers=[tensorboard,wandb,trackio]", f"cache_dir={cache}"]
     run_command(["-m", "normfree.cli", *words], tmp_path)
-    assert list((tmp_path / "runs/single/sm-r-seed0/tensorboard").rglob("events.out.tfevents.*"))
+    run = read_run(tmp_path / "runs" / "single" / "sm-r-seed0")
+    assert run.status == "finished"
     assert list(tmp_path.rglob("*.wandb"))
     assert list((tmp_path / "trackio").rglob("*.db"))
-    assert read_run(tmp_path / "runs" / "single" / "sm-r-seed0").status == "finished"
+    told = EventAccumulator(str(run.folder / "tensorboard")).Reload()
+    for name, recorded in (("eval/perplexity", ("validation", "perplexity")), ("train/loss", ("train", "loss"))):
+        events = [(event.step, event.value) for event in told.Scalars(name)]
+        assert [step for step, _ in events] == [step for step, _ in run.series(*recorded)]
+        assert [value for _, value in events] == pytest.approx([value for _, value in run.series(*recorded)])

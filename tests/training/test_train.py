@@ -264,6 +264,10 @@ def test_accumulated_micro_batches_are_one_batch(tmp_path: Path, cache: Path, ti
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (
+            ["train.steps=null", "train.epochs=0.001"],
+            r"epochs=0.001 of \d+ training blocks do not fill one batch",
+        ),
         (["train.steps=100000"], r"train.steps=100000 needs .* blocks, but the corpus has .*train.epochs="),
         (["model.max_position_embeddings=8"], "longer than model.max_position_embeddings=8"),
         (["model.vocab_size=10"], "model.vocab_size=10 is below the tokenizer's 300"),
@@ -314,7 +318,8 @@ def test_slopes_are_decayed_only_when_asked_and_biases_and_norms_never(tiny_spec
     )
     decays: dict[bool, dict[str, float]] = {}
     for asked in (False, True):
-        train_spec = tiny_spec(f"train.decay_slopes={str(asked).lower()}", "train.slope_learning_rate_factor=10").train
+        words = [f"train.decay_slopes={str(asked).lower()}", "train.slope_learning_rate_factor=10"]
+        train_spec = tiny_spec("variant=leaky-per-layer", *words).train
         groups = parameter_groups(model, train_spec)
         by_id = {id(p): group for group in groups for p in group["params"]}
         assert len(by_id) == len(list(model.parameters()))

@@ -57,7 +57,7 @@ class NormFreeConfig(PreTrainedConfig):
     rotary_share: float = 0.25
     """position=rotary: share of each head's dimensions that rotates, above 0 and at most 1."""
     rotary_base: float = 10000.0
-    """position=rotary: the longest wavelength is about 2 pi times this, in tokens."""
+    """position=rotary: pair i of R rotating dimensions turns once in 2 pi * rotary_base^(2i/R) tokens, i from 0."""
     residual: Literal["sequential", "parallel"] = "sequential"
     """parallel: attention and feed-forward read the same input (GPT-NeoX)."""
     tie_word_embeddings: bool = True

@@ -25,8 +25,8 @@ def next_token_loss(
     """Cross-entropy in nats of each label from the hidden state before it, summed and divided.
 
     `labels_BT` are shifted here, and -100 is left out. The divisor is `num_items_in_batch`, or the number of labels
-    that count; NaN where that is 0. Matmuls run in autocast's dtype where autocast is on; softmax, sums and the
-    gradient of the weight are float32. The same numbers as through all logits, up to rounding.
+    that count; NaN where that is 0. Matmuls run in autocast's dtype where autocast is on; softmax and sums are float32,
+    those of the weight's gradient over blocks too. The same numbers as through all logits, up to rounding.
     """
     hidden_NE, labels_N = hidden_BTE[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten()
     device = hidden_NE.device.type

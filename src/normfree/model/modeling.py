@@ -46,9 +46,9 @@ class LearnedPositions(nn.Module):
         super().__init__()
         self.vectors = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
-    def forward(self, tokens_BTE: Tensor, positions_BT: Tensor) -> tuple[Tensor, None]:
-        tokens, longest = tokens_BTE.shape[1], self.vectors.num_embeddings
-        if tokens > longest:
+    def forward(self, tokens_BTE: Tensor, positions_BT: Tensor, seen: int | Tensor) -> tuple[Tensor, None]:
+        tokens, longest = tokens_BTE.shape[1] + seen, self.vectors.num_embeddings
+        if isinstance(tokens, int) and tokens > longest:  # a static cache counts in a tensor, which a graph cannot ask
             raise ValueError(f"{tokens} tokens, but max_position_embeddings={longest}: shorten the text")
         return tokens_BTE + self.vectors(positions_BT), None
 
@@ -65,7 +65,7 @@ class RotaryPositions(nn.Module):
         self.rotary_dim = config.rotary_dim
         self.base = config.rotary_base
 
-    def forward(self, tokens_BTE: Tensor, positions_BT: Tensor) -> tuple[Tensor, Rotation]:
+    def forward(self, tokens_BTE: Tensor, positions_BT: Tensor, seen: int | Tensor) -> tuple[Tensor, Rotation]:
         device = tokens_BTE.device
         exponents = torch.arange(0, self.rotary_dim, 2, device=device, dtype=torch.float32) / self.rotary_dim
         angles = positions_BT[:, None, :, None].float() / self.base**exponents
@@ -240,14 +240,15 @@ class NormFreePreTrainedModel(PreTrainedModel):
                 init.constant_(parameter, self.config.negative_slope)
 
     def negative_slopes(self) -> dict[str, Tensor]:
-        """Every learnable slope, by parameter name, in layer order: float32 scalars, copied.
+        """Every learnable slope, by parameter name, in layer order: float32 scalars, copied. It is a parameter of one
+        element whose name ends in `slope`.
 
         One entry per leaky layer, a single entry for a shared slope, empty when slopes are fixed.
         """
         return {
             name: parameter.detach().float().reshape(()).clone()
             for name, parameter in self.named_parameters()
-            if name.endswith("slope")
+            if name.endswith("slope") and parameter.numel() == 1
         }
 
     def slope_layers(self) -> list[int]:
@@ -299,11 +300,11 @@ class NormFreeModel(NormFreePreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         positions_BT = position_ids
         if positions_BT is None:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             positions_BT = (torch.arange(tokens_BTE.shape[1], device=tokens_BTE.device) + seen)[None]
-        placed_BTE, rotation = self.positions(tokens_BTE, positions_BT)
+        placed_BTE, rotation = self.positions(tokens_BTE, positions_BT, seen)
         hidden_BTE = self.dropout(placed_BTE)
         for block in self.layers:
             hidden_BTE = block(

@@ -104,7 +104,8 @@ def _facts(facts: dict[str, Any]) -> list[tuple[str, list[str]]]:
     size = f"{facts['sequences']} windows of {facts['context']} tokens from {facts['text']}"
     if facts["leading_tokens"]:
         size += f", each with {''.join(facts['leading_tokens'])} first"
-    cost = f"{facts['seconds']:.1f} s, peak memory of the process {facts['peak_memory_mib']:.0f} MiB"
+    whose = "on the GPU" if facts["device"].startswith("cuda") else "of the process"
+    cost = f"{facts['seconds']:.1f} s, peak memory {whose} {facts['peak_memory_mib']:.0f} MiB"
     return [
         ("Command", [facts["command"]]),
         ("Model", [f"{facts['model']}, {facts['dtype']} on {facts['device']}"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +31,9 @@ def check_machine(spec: RunSpec, device: torch.device) -> None:
     share, rest = divmod(train.batch_sequences, processes)
     if rest or share % train.micro_batch_sequences:
         fitting = [size for size in range(1, min(share, train.micro_batch_sequences) + 1) if share % size == 0]
-        advice = f"another number of processes or train.batch_sequences={processes * max(share, 1)}"
+        unit = train.micro_batch_sequences * processes
+        nearest = max(1, round(train.batch_sequences / unit)) * unit
+        advice = f"another number of processes or train.batch_sequences={nearest}"
         raise ValueError(
             f"train.batch_sequences={train.batch_sequences} must be a multiple of train.micro_batch_sequences="
             f"{train.micro_batch_sequences} times the {processes} processes; give "
@@ -134,15 +137,17 @@ def total_steps(spec: RunSpec, corpus: Corpus) -> int:
         steps = int(spec.train.epochs * len(corpus.train) / spec.train.batch_sequences)
         if steps < 1:
             raise ValueError(
-                f"{len(corpus.train)} training blocks do not fill one batch of {spec.train.batch_sequences}"
+                f"train.epochs={spec.train.epochs} of {len(corpus.train)} training blocks do not fill one batch of "
+                f"{spec.train.batch_sequences}; give more epochs, more text or a smaller train.batch_sequences"
             )
         return steps
     steps = spec.train.steps or 0
     if steps > in_one_pass:
+        passes = math.ceil(100 * steps * spec.train.batch_sequences / len(corpus.train)) / 100
         raise ValueError(
             f"train.steps={steps} needs {steps * spec.train.batch_sequences} blocks, but the corpus has "
             f"{len(corpus.train)} ({in_one_pass} steps); ask for fewer steps, give more text (data.max_bytes), or "
-            f"say how often to repeat it: train.steps=null train.epochs={steps / max(in_one_pass, 1):.1f}"
+            f"say how often to repeat it: train.steps=null train.epochs={passes}"
         )
     return steps
 

@@ -40,7 +40,7 @@ class OwnIntervals(TrainerCallback):
 
 
 class TrainingLog(TrainerCallback):
-    """Writes Trainer's own log lines, with the speed of the steps alone (probes and saving not counted)."""
+    """Writes Trainer's own log lines, with the speed of the steps alone, without loading, probing, saving."""
 
     def __init__(self, log: Log, *, tokens_per_step: int) -> None:
         self.log = log
@@ -88,10 +88,10 @@ class Schedule:
 
 
 class Watch(TrainerCallback):
-    """Makes the scheduled measurements, each once a step."""
+    """Makes the scheduled measurements, each once a step. `tell` hands those that are one number to trackers."""
 
-    def __init__(self, log: Log, schedules: list[Schedule]) -> None:
-        self.log, self.schedules = log, schedules
+    def __init__(self, log: Log, schedules: list[Schedule], *, tell: Callable[[dict[str, float]], None]) -> None:
+        self.log, self.schedules, self.tell = log, schedules, tell
 
     def on_train_begin(
         self,
@@ -101,7 +101,7 @@ class Watch(TrainerCallback):
         **of_trainer: Any,
     ) -> None:
         if state.global_step == 0:
-            self._measure(state, self.schedules, of_trainer["model"])
+            self._measure(state, control, self.schedules, of_trainer["model"])
 
     def on_step_end(
         self,
@@ -111,13 +111,20 @@ class Watch(TrainerCallback):
         **of_trainer: Any,
     ) -> None:
         last = state.global_step == state.max_steps
-        self._measure(
-            state, [one for one in self.schedules if last or state.global_step % one.every == 0], of_trainer["model"]
-        )
+        due = [one for one in self.schedules if last or state.global_step % one.every == 0]
+        self._measure(state, control, due, of_trainer["model"])
 
-    def _measure(self, state: TrainerState, due: list[Schedule], model: NormFreePreTrainedModel) -> None:
+    def _measure(
+        self, state: TrainerState, control: TrainerControl, due: list[Schedule], model: NormFreePreTrainedModel
+    ) -> None:
         for schedule in due:
-            self.log(state.global_step, schedule.split, schedule.measure(model))
+            values = list(schedule.measure(model))
+            self.log(state.global_step, schedule.split, iter(values))
+            numbers = {f"eval_{name}": value for name, value in values if isinstance(value, float)}
+            if numbers:
+                training_loss_due = control.should_log
+                self.tell(numbers)
+                control.should_log = training_loss_due  # Trainer takes any log line for the one that was due
 
 
 class StopOnSignal(TrainerCallback):
@@ -146,7 +153,7 @@ class StopOnSignal(TrainerCallback):
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not installed by Python
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         now = time.monotonic()

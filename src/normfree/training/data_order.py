@@ -30,4 +30,4 @@ class BlockOrder(Sampler[int]):
         for number in range(first_pass, last_pass + 1):
             offset = number * self.blocks
             order = np.random.default_rng((self.seed, number)).permutation(self.blocks)
-            yield from order[max(self.start - offset, 0) : self.sequences - offset].tolist()
+            yield from map(int, order[max(self.start - offset, 0) : self.sequences - offset])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import signal
 import time
@@ -87,7 +88,8 @@ def train(
     NormFreeConfig(**spec.model)  # fields that contradict each other show before a corpus is prepared
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=1))
     check_machine(spec, _device())
-    torch.set_num_threads(spec.train.threads or max(1, usable_cores() // state.num_processes))
+    on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))  # torchrun's
+    torch.set_num_threads(spec.train.threads or max(1, usable_cores() // on_this_machine))
     with main_process_first(timedelta(days=1)):  # the others wait for the corpus, however long that takes
         corpus = prepare(spec.data, cache=Path(cache) if cache else None, progress=progress)
     steps = total_steps(spec, corpus)
@@ -191,8 +193,11 @@ class _Training:
 
     def _train(self, checkpoint: Path | None, stop: watch.StopOnSignal) -> None:
         bar = watch.Progress(self.spec.name)
+        trainer = self._trainer(checkpoint, [bar, stop])
+        if rank := PartialState().process_index:  # else all of them would draw the dropout masks of the first
+            torch.manual_seed(int(np.random.SeedSequence((self.spec.seed, rank)).generate_state(1)[0]))
         try:
-            self._trainer(checkpoint, [bar, stop]).train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             bar.close()
 
@@ -212,10 +217,10 @@ class _Training:
             callbacks=[
                 watch.OwnIntervals(),
                 watch.TrainingLog(self._log, tokens_per_step=self.tokens_per_step),
-                watch.Watch(self._log, self._schedules()),
                 *extra,
             ],
         )
+        trainer.add_callback(watch.Watch(self._log, self._schedules(), tell=trainer.log))
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
                 callback.logging_dir = str(self.folder / "tensorboard")  # Trainer's own choice is the staging folder
@@ -363,7 +368,7 @@ def _model_facts(config: NormFreeConfig) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "layers": config.num_hidden_layers,
         "heads": config.num_attention_heads,
-        "head_dim": config.hidden_size // config.num_attention_heads,
+        "head_dim": config.head_dim,
         "hidden_size": config.hidden_size,
         "slope_layers": model.slope_layers(),
     }
