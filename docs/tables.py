@@ -9,7 +9,7 @@ Tables: perplexity, differences, gap, claims, overload, ranges, verdicts, slopes
 with the shell's wildcards. `mixed` before `-->` shows runs of different recipes side by side, which is refused
 otherwise. A test fails when a page differs from what the records give.
 
-A figure of the report is drawn the same way, without a test, since another matplotlib gives other bytes:
+A figure of the report's main page is drawn the same way, without a test, since another matplotlib gives other bytes:
 
     <!-- figure: heatmaps of results/quick -->
     ![What it shows](docs/figures/NAME.png)
@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from normfree import tables
-from normfree.analysis import Group, group_runs
+from normfree.analysis import Group, all_runs, group_runs
 from normfree.manifest import write_atomically
 from normfree.records import find_runs
 from normfree.report.figures import main_figures
@@ -39,10 +39,6 @@ FIGURE = re.compile(
 )
 
 
-def _of_runs(make: Callable[..., Table]) -> Callable[[Sequence[Group]], Table]:
-    return lambda groups: make([run for group in groups for run in (*group.runs, *group.unfinished)])
-
-
 TABLES: dict[str, Callable[[Sequence[Group]], Table]] = {
     "perplexity": tables.perplexity_table,
     "differences": tables.difference_table,
@@ -51,8 +47,8 @@ TABLES: dict[str, Callable[[Sequence[Group]], Table]] = {
     "overload": tables.overload_table,
     "ranges": tables.range_table,
     "slopes": tables.slope_table,
-    "verdicts": _of_runs(tables.verdict_table),
-    "runs": _of_runs(tables.run_table),
+    "verdicts": lambda groups: tables.verdict_table(all_runs(groups)),
+    "runs": lambda groups: tables.run_table(all_runs(groups)),
 }
 
 

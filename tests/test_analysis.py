@@ -77,7 +77,7 @@ def test_overload_needs_half_of_the_heads_in_the_first_third_of_the_layers() -> 
     low, high = [1.0, 1.0], [3.9, 1.0]
     assert analysis.overload(heads([high, high, low, low])).holds is True  # ceil(4 / 3) = 2 early layers
     assert analysis.overload(heads([high, low, high, high])).holds is False
-    assert analysis.overload(heads([low, [3.0, 3.0], low, low])).layers == (1,)
+    assert analysis.overload(heads([low, [3.0, 3.0], low, low])).holds is True
 
 
 def test_overload_is_undecided_when_broken_heads_could_tip_it() -> None:
@@ -319,6 +319,12 @@ def test_a_repeated_seed_is_not_another_seed(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+G", study="copy")]
     (group,) = analysis.group_runs(runs)
     assert (len(group.runs), len(group.repeated)) == (1, 1)
+
+
+def test_seeds_are_in_their_order_and_not_in_that_of_their_names(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, "SM+G", seed=seed) for seed in (10, 2)]
+    (group,) = analysis.group_runs(runs)
+    assert [run.seed for run in group.runs] == [2, 10]
 
 
 def test_unfinished_runs_are_no_result_and_diverged_ones_are(tmp_path: Path) -> None:

@@ -19,8 +19,7 @@ from matplotlib.patches import Rectangle
 from normfree import plots
 from normfree.analysis import RangeCounts, final_heads, group_runs, probed_heads
 from normfree.plots.tradeoff import apart
-from normfree.records import read_run
-from tests.synthetic import write_run
+from tests.synthetic import rewritten, write_run
 
 
 def points(ax: Axes, line: int) -> tuple[np.ndarray, np.ndarray]:
@@ -100,10 +99,9 @@ def test_a_loss_that_breaks_is_crossed_and_not_smoothed_over(tmp_path: Path) -> 
     lines = (run.folder / "metrics.jsonl").read_text()
     broken = re.sub(r'("step": 30, "split": "train", "name": "loss", "value": )[0-9.]+', r'\1"NaN"', lines)
     assert broken != lines
-    (run.folder / "metrics.jsonl").write_text(broken)
     ax = Figure().subplots()
     styles = plots.variant_styles(["SM"])
-    plots.loss_curves(group_runs([read_run(run.folder)]), ax=ax, split="train", styles=styles)
+    plots.loss_curves(group_runs([rewritten(run, broken)]), ax=ax, split="train", styles=styles)
     steps, loss = points(ax, 0)
     assert [step for step, value in zip(steps, loss, strict=True) if math.isnan(value)] == [30]
     assert points(ax, 1)[0][0] == 30
@@ -115,6 +113,14 @@ def test_nonfinite_rows_are_a_share_of_all_rows(tmp_path: Path) -> None:
     plots.nonfinite_curves(groups, ax=ax, styles=plots.variant_styles(["SM"]))
     assert points(ax, 0)[1][-1] == 75.0
     assert points(ax, 0)[1][0] == 0.0
+    assert len(ax.lines) == 1
+
+
+def test_a_divergence_between_probes_is_crossed_where_rows_are_counted(tmp_path: Path) -> None:
+    ax = Figure().subplots()
+    groups = group_runs([write_run(tmp_path, "SM", status="diverged")])
+    plots.nonfinite_curves(groups, ax=ax, styles=plots.variant_styles(["SM"]))
+    assert (ax.lines[1].get_marker(), points(ax, 1)[0][0]) == ("x", 100)
 
 
 def test_range_bars_add_up_to_all_heads_with_the_broken_hatched() -> None:

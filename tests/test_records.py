@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from normfree.config import RunSpec
-from normfree.records import RunWriter, find_runs, load_runs, read_lines, read_run
+from normfree.records import DamagedRunError, RunWriter, find_runs, load_runs, read_lines, read_run
+from tests.synthetic import write_run
 
 
 def begin(folder: Path, **facts: object) -> RunWriter:
@@ -99,6 +100,30 @@ def test_a_record_that_lacks_what_readers_need_is_named_with_its_place(tmp_path:
     (tmp_path / "run.json").write_text(json.dumps(facts))
     with pytest.raises(ValueError, match=rf"{tmp_path}/run\.json lacks {re.escape(key)}: restore it"):
         find_runs([tmp_path])
+
+
+def test_metrics_that_are_not_those_of_the_end_of_the_run_are_refused(tmp_path: Path) -> None:
+    """A truncated copy would look like a run that nobody measured."""
+    writer = begin(tmp_path)
+    writer.log(1, "train", [("loss", 1.0), ("learning_rate", 0.1)])
+    writer.update(status="finished")
+    assert read_run(tmp_path).last("train", "loss") == 1.0
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().splitlines(keepends=True)[0])
+    with pytest.raises(DamagedRunError, match=r"not the file that run\.json recorded"):
+        _ = read_run(tmp_path).metrics
+    metrics.unlink()
+    with pytest.raises(DamagedRunError, match=r"not the file that run\.json recorded"):
+        _ = read_run(tmp_path).metrics
+
+
+def test_a_table_of_runs_has_what_tells_them_apart(tmp_path: Path) -> None:
+    write_run(tmp_path, "SM+R", seed=2, tag="high", data_seed=1, train={"peak_learning_rate": 0.1})
+    write_run(tmp_path, "SM+G", status="diverged")
+    rows = load_runs(tmp_path).set_index("label")
+    names = ["tag", "seed", "data_seed", "norm", "activation", "peak_learning_rate"]
+    assert rows.loc["SM+R (high)", names].tolist() == ["high", 2, 1, "none", "relu", 0.1]
+    assert rows.loc["SM+G", "diverged_at"] == 100
 
 
 def test_a_run_named_twice_is_found_once(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from normfree import tables
 from normfree.analysis import causal_ceiling, group_runs
 from normfree.records import RunWriter, read_run
 from normfree.tables import Column, Table
-from tests.synthetic import study, write_run
+from tests.synthetic import rewritten, study, write_run
 
 NASTY = "<script>alert(1)</script> & 50%_$#{x}~^\\ | `code` [a](b)"
 
@@ -100,16 +100,15 @@ def test_the_gap_over_training_pairs_seeds_and_stands_beside_the_paper(tmp_path:
 
 def test_the_gap_takes_the_evaluation_of_its_own_share(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, label, steps=500) for label in ("SM+G", "SM+R")]
-    changed = Path(runs[1].folder) / "metrics.jsonl"
     lines = [
         line.replace(line[line.index('"value"') :], '"value": 20.0}')
         if '"step": 200, "split": "validation", "name": "perplexity"' in line
         else line
-        for line in changed.read_text().splitlines()
+        for line in (runs[1].folder / "metrics.jsonl").read_text().splitlines()
     ]
-    changed.write_text("\n".join(lines) + "\n")
+    changed = rewritten(runs[1], "\n".join(lines) + "\n")
     theirs = dict(runs[0].series("validation", "perplexity"))[200]
-    row = rows_of(tables.gap_table(group_runs([runs[0], read_run(runs[1].folder)])))["SM+R against SM+G"]
+    row = rows_of(tables.gap_table(group_runs([runs[0], changed])))["SM+R against SM+G"]
     assert row["At 40 %"] == f"{100 * (20.0 / theirs - 1):+.1f} %"
     assert row["At 60 %"] == "+0.0 %"
 
@@ -173,7 +172,8 @@ def test_overload_is_told_by_depth_and_over_training(tmp_path: Path) -> None:
 
 
 def test_ranges_pool_seeds_and_count_broken_heads_apart(tmp_path: Path) -> None:
-    table = tables.range_table(group_runs(study(tmp_path)))
+    runs = [write_run(tmp_path, "SM", seed=seed, broken_probe=bool(seed)) for seed in (0, 1)]
+    table = tables.range_table(group_runs(runs))
     row = next(row for row in table.rows if row[:2] == ("SM", "causal"))
     values = dict(zip([column.title for column in table.columns], row, strict=True))
     assert (values["Seeds"], values["Heads"], values["NaN heads"]) == ("2", "32", "12")
@@ -193,6 +193,7 @@ def test_verdicts_name_layers_heads_and_steps(tmp_path: Path) -> None:
 def test_runs_say_where_they_diverged_and_how_fast_they_were(tmp_path: Path) -> None:
     rows = rows_of(tables.run_table(study(tmp_path)))
     assert rows["quick/sm-seed1"]["Status"] == "diverged at step 100, layer 1 (activation)"
+    assert (rows["quick/sm-seed1"]["Perplexity"], rows["quick/sm-g-seed0"]["Perplexity"]) == ("-", "37.70")
     assert rows["quick/sm-g-seed0"]["Time"] == "1 min 35 s"
     assert rows["quick/sm-g-seed0"]["Tokens per second"] == "21,105"
 

@@ -113,7 +113,16 @@ class Run:
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
-        """Columns step, split, name, value (a number or nested lists), in the order written."""
+        """Columns step, split, name, value (a number or nested lists), in the order written.
+
+        Raises DamagedRunError where a run that is over has other metrics than its run.json recorded.
+        """
+        path, recorded = self.folder / METRICS_FILE, self.facts.get("metrics_file")
+        if recorded and (not path.exists() or describe_files(self.folder, [path])[METRICS_FILE] != recorded):
+            raise DamagedRunError(
+                f"{path} is not the file that {RUN_FILE} recorded at the end of the run: restore it, or, if it was "
+                f"changed on purpose, take metrics_file out of {RUN_FILE}"
+            )
         rows = list(read_lines(self.folder / METRICS_FILE))
         return pd.DataFrame(rows, columns=["step", "split", "name", "value"])
 
@@ -186,15 +195,25 @@ def find_runs(places: Iterable[Path | str]) -> list[Run]:
 
 
 def load_runs(*places: Path | str) -> pd.DataFrame:
-    """One row a run: folder, study, variant, label, seed, status, perplexity, precision and fingerprints."""
+    """One row a run: where it lies, what was trained how, how it ended and how well, and fingerprints.
+
+    `diverged_at` is the step at which a run became non-finite, missing for all others.
+    """
     rows = [
         {
             "folder": str(run.folder),
             "study": run.spec["study"],
             "variant": run.spec["variant"],
             "label": run.label,
+            "tag": run.spec.get("tag", ""),
             "seed": run.seed,
+            "data_seed": run.spec.get("data_seed", 0),
+            "norm": run.spec["model"].get("norm", "layernorm"),
+            "activation": run.spec["model"].get("activation", "gelu"),
+            "peak_learning_rate": run.spec["train"].get("peak_learning_rate", math.nan),
+            "steps": run.facts["steps"],
             "status": run.status,
+            "diverged_at": (run.facts.get("divergence") or {}).get("step"),
             "perplexity": run.perplexity,
             "bits_per_byte": (run.facts.get("final") or {}).get("bits_per_byte", math.nan),
             "tokens_seen": run.facts.get("tokens_seen", 0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import sys
@@ -11,15 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from PIL import Image
 
 from normfree import published
-from normfree.analysis import LAST_PROBE_NOTE, Heads, causal_ceiling, group_runs
+from normfree.analysis import Heads, causal_ceiling, group_runs
 from normfree.report import build_report
 from normfree.report.figures import main_figures, slope_figures
 from normfree.report.heads import heatmap, verdict_sentences
+from normfree.report.render import to_png
 from normfree.report.summary import sentences
-from normfree.tables import range_table
-from tests.synthetic import write_run
+from normfree.tables import claim_table, perplexity_table, range_table
+from tests.synthetic import rewritten, write_run
 
 FOUR = ("SM+LN+G", "SM+LN+R", "SM+G", "SM+R")
 
@@ -156,7 +159,7 @@ def test_the_summary_has_no_mean_of_the_survivors(tmp_path: Path) -> None:
     runs += [write_run(tmp_path, "SM+G", seed=seed, status="diverged") for seed in (1, 2)]
     found = sentences(group_runs(runs))
     assert any("mean over seeds: SM+G NaN (2/3), SM+R " in text for text in found)
-    assert "Entropic overload of the early layers at the end: SM+G (1 of 3), SM+G undecided (2 of 3)." in found
+    assert "Entropic overload of the early layers at the end: SM+G (1 of 3), SM+G not measured (2 of 3)." in found
     assert "One seed of SM+R: there is no error bar, and a small difference may be chance." in found
 
 
@@ -200,6 +203,23 @@ def test_heads_that_are_not_finite_leave_overload_undecided(tmp_path: Path) -> N
     assert "Entropic overload of the early layers at the end: SM+R undecided (1 of 1)." in found
 
 
+def test_a_run_that_diverged_was_not_measured_and_is_not_undecided(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, "SM+R"), write_run(tmp_path, "SM+R", seed=1, status="diverged")]
+    assert "Entropic overload of the early layers at the end: SM+R not measured (1 of 2)." in sentences(
+        group_runs(runs)
+    )
+
+
+def test_layers_without_attention_have_no_row_and_keep_their_numbers() -> None:
+    heads = Heads(np.array([[3.0, 1.0], [2.0, 1.0], [1.0, 0.5]]), np.array([3.9, 2.5, 3.9]), step=0, split="final")
+    figure = heatmap(heads, context=128, layers=[4, 12, 20])
+    axes = figure.panels[0](Figure().subplots())
+    axes.figure.canvas.draw()
+    assert [label.get_text() for label in axes.get_yticklabels() if label.get_text()] == ["4", "12", "20"]
+    assert figure.caption.endswith("Layers that see less have a lower one, in the table below: 12.")
+    assert "the first third of the layers (4)" in verdict_sentences(heads, [4, 12, 20])[0]
+
+
 def test_a_finished_run_without_a_finite_perplexity_is_neither_diverged_nor_learned(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, "SM+G", perplexity=float("nan")), write_run(tmp_path, "SM+R")]
     found = sentences(group_runs(runs))
@@ -228,7 +248,7 @@ def test_no_finite_head_is_no_number() -> None:
 def test_a_layer_without_a_ceiling_leaves_the_colours_of_the_others(third: float, limit: float) -> None:
     """A layer without a finite row has nothing to take a ceiling from."""
     heads = Heads(np.array([[third, third], [np.nan, np.nan]]), np.array([3.1 * third / third, np.nan]), 0, "final")
-    figure = heatmap(heads, context=32)
+    figure = heatmap(heads, context=32, layers=[0, 1])
     assert figure.key is not None
     assert figure.key.limit == (0, pytest.approx(limit))
     assert f"causal ceiling, {limit:.2f} nats" in figure.caption
@@ -249,11 +269,69 @@ def test_the_paper_s_heads_stand_beside_its_own_shape_only(tmp_path: Path) -> No
     assert "published" not in [figure.name for figure in main_figures(group_runs([rotary]))]
 
 
-def test_the_ranges_say_when_a_last_probe_stands_for_a_run(tmp_path: Path) -> None:
-    groups = group_runs([write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+R", status="diverged")])
-    assert any(LAST_PROBE_NOTE in figure.caption for figure in main_figures(groups) if figure.name == "ranges")
-    assert LAST_PROBE_NOTE in range_table(groups).notes
-    assert LAST_PROBE_NOTE not in range_table(groups[:1]).notes
+def test_a_run_that_diverged_is_in_no_range_and_not_beside_the_paper(tmp_path: Path) -> None:
+    """Its last probe shows heads that are hardly trained, so nearly uniform."""
+    finished, diverged = write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+R", status="diverged")
+    alone, both = range_table(group_runs([finished])), range_table(group_runs([finished, diverged]))
+    assert both.rows == alone.rows
+    assert "Not measured after training, so not counted: quick/sm-r-seed0." in both.notes
+    (figure,) = (found for found in main_figures(group_runs([finished, diverged])) if found.name == "published")
+    titles = [panel(Figure().subplots()).get_title() for panel in figure.panels]
+    assert titles == ["SM+G, paper's GPT-2 125M", "SM+G, ours"]
+
+
+def test_a_bar_of_layers_holds_for_shallow_models_too(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, "SM+G", shape=(4, 2)), write_run(tmp_path, "SM+R", shape=(2, 2))]
+    (figure,) = (found for found in main_figures(group_runs(runs)) if found.name == "dynamics")
+    deep, shallow = (panel(Figure().subplots()).lines for panel in figure.panels)
+    assert [line.get_color() for line in shallow[:2]] == [line.get_color() for line in deep[:2]]
+
+
+def test_heads_of_blocks_of_other_lengths_are_drawn_as_shares_of_their_own_ceiling(tmp_path: Path) -> None:
+    run, longer = write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+R")
+    text = (longer.folder / "metrics.jsonl").read_text().replace(str(causal_ceiling(32)), str(causal_ceiling(64)))
+    longer = rewritten(longer, text)
+    for runs, limit in (([run], causal_ceiling(32)), ([run, longer], 1.0)):
+        (figure,) = (found for found in main_figures(group_runs(runs)) if found.name == "heatmaps")
+        assert figure.key is not None
+        assert figure.key.limit == (0, pytest.approx(limit))
+
+
+def test_no_label_is_cut_off_at_the_edge_of_a_figure(tmp_path: Path) -> None:
+    """With these losses the axis has one decimal or two, as the settings give its numbers room."""
+    runs = [write_run(tmp_path, "SM", seed=1), write_run(tmp_path, "SM+leaky, per layer")]
+    (figure,) = (found for found in main_figures(group_runs(runs)) if found.name == "losses")
+    for part in figure.parts():
+        seen = np.asarray(Image.open(io.BytesIO(to_png(part))).convert("L"))
+        edges = np.concatenate([seen[0], seen[-1], seen[:, 0], seen[:, -1]])
+        assert edges.min() == 255
+
+
+def test_a_tag_with_dollar_signs_is_a_tag(tmp_path: Path) -> None:
+    build_report([write_run(tmp_path / "runs", "SM+G", tag="lr$2^$")], tmp_path / "out")
+    assert "SM+G (lr$2^$)" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_runs_of_one_tag_are_compared_with_each_other(tmp_path: Path) -> None:
+    """The same recipe twice, on two machines say: a difference between tags would be one of machines."""
+    values = {"a": {"SM+LN+G": 34.0, "SM+G": 40.0, "SM+R": 36.0}, "b": {"SM+LN+G": 28.0, "SM+G": 30.0, "SM+R": 29.0}}
+    runs = [
+        write_run(tmp_path, label, tag=tag, perplexity=value)
+        for tag, of_tag in values.items()
+        for label, value in of_tag.items()
+    ]
+    groups = group_runs(runs)
+    against = {row[0]: row[3] for row in perplexity_table(groups).rows}
+    assert (against["SM+R (a)"], against["SM+R (b)"], against["SM+LN+G (b)"]) == ("+5.9 %", "+3.6 %", "baseline")
+    first, second = sentences(groups)[:2]
+    assert first.startswith("Without LayerNorm (a), ReLU ends 10.0 % below GELU in perplexity (36.0 against 40.0")
+    assert second.startswith("Without LayerNorm (b), ReLU ends 3.3 % below GELU in perplexity (29.0 against 30.0")
+    assert len([row for row in claim_table(groups).rows if row[0].startswith("(b)")]) == 2
+    lonely = group_runs([*runs, write_run(tmp_path, "SM+R", tag="c", perplexity=35.0)])
+    table = perplexity_table(lonely)
+    assert {row[0]: row[3] for row in table.rows}["SM+R (c)"] == "-"
+    assert "More than one SM+LN+G has the recipe and none the tag of SM+R (c)." in table.notes
+    assert any("Without LayerNorm (c), ReLU ends 16.7 % above GELU (b)" in text for text in sentences(lonely))
 
 
 def test_slopes_with_and_without_a_norm_are_panels_of_their_own(tmp_path: Path) -> None:
@@ -263,6 +341,10 @@ def test_slopes_with_and_without_a_norm_are_panels_of_their_own(tmp_path: Path) 
     with_norm, without = (panel(Figure().subplots()) for panel in figure.panels)
     assert (with_norm.get_title(), without.get_title()) == ("layernorm", "")
     assert [len(ax.lines[0].get_xdata()) for ax in (with_norm, without)] == [1, 2]
+    rates = [write_run(tmp_path / "rates", "SM+R", tag=f"{x}", train={"peak_learning_rate": x}) for x in (0.1, 0.2)]
+    (figure,) = (one for one in slope_figures(group_runs(rates, mix=True)) if one.name == "slope-perplexity")
+    titles = [panel(Figure().subplots()).get_title() for panel in figure.panels]
+    assert titles == ["train.peak_learning_rate=0.1", "train.peak_learning_rate=0.2"]
 
 
 def test_the_summary_names_the_recipe_of_each_comparison(tmp_path: Path) -> None:

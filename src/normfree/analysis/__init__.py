@@ -15,8 +15,8 @@ from normfree.analysis.entropy import (
     top_quarter_share,
     trained_heads,
 )
-from normfree.analysis.groups import BASELINE, Group, group_runs, is_over, recipes
-from normfree.analysis.ranges import LAST_PROBE_NOTE, PooledRanges, pooled_ranges
+from normfree.analysis.groups import BASELINE, Group, all_runs, counterparts, group_runs, is_over, recipes
+from normfree.analysis.ranges import PooledRanges, pooled_ranges
 from normfree.analysis.seeds import Difference, Summary, paired_difference, student_t_95, summarise
 from normfree.analysis.verdicts import (
     COLLAPSE_NATS,
@@ -37,7 +37,6 @@ from normfree.analysis.verdicts import (
 __all__ = [
     "BASELINE",
     "COLLAPSE_NATS",
-    "LAST_PROBE_NOTE",
     "NORMALISERS",
     "OVERLOAD_SHARE",
     "RANGES",
@@ -52,8 +51,10 @@ __all__ = [
     "RangeCounts",
     "Slopes",
     "Summary",
+    "all_runs",
     "causal_ceiling",
     "collapse",
+    "counterparts",
     "final_heads",
     "fixed_slope",
     "group_runs",

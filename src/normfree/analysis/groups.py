@@ -44,6 +44,11 @@ class Group:
     """Runs of a seed that `runs` already has; they would pretend to be another seed."""
 
     @property
+    def tag(self) -> str:
+        """The tag that all its runs have, or nothing."""
+        return (*self.runs, *self.unfinished)[0].spec.get("tag") or ""
+
+    @property
     def shown(self) -> Run | None:
         """The run whose heads are drawn: the first seed that finished, else the first that diverged."""
         return next((run for run in self.runs if run.status == "finished"), next(iter(self.runs), None))
@@ -87,6 +92,19 @@ def group_runs(runs: Sequence[Run], *, mix: bool = False) -> list[Group]:
     return sorted(groups, key=lambda group: (_rank(group.label), group.name))
 
 
+def all_runs(groups: Sequence[Group]) -> list[Run]:
+    """The runs of every group, those with a result first in each; repeated ones are left out."""
+    return [run for group in groups for run in (*group.runs, *group.unfinished)]
+
+
+def counterparts(group: Group, label: str, groups: Sequence[Group]) -> list[Group]:
+    """The groups of `label` that `group` is compared with: of its recipe, with a seed in common, and where some of them
+    have its tag, these alone."""
+    alike = [other for other in groups if (other.label, other.recipe) == (label, group.recipe)]
+    found = [other for other in alike if other.perplexities.keys() & group.perplexities.keys()]
+    return [other for other in found if other.tag == group.tag] or found
+
+
 def recipes(groups: Sequence[Group]) -> dict[str, list[str]]:
     """What recipes differ in, `train.steps=40, train.peak_learning_rate=0.001`, to the names of their groups.
 
@@ -103,7 +121,7 @@ def recipes(groups: Sequence[Group]) -> dict[str, list[str]]:
 
 def _group(name: str, found: list[Run]) -> Group:
     chosen: dict[Hashable, Run] = {}
-    over = [run for run in found if is_over(run)]
+    over = sorted(filter(is_over, found), key=_seed)
     for run in over:
         chosen.setdefault(_seed(run), run)
     kept = tuple(chosen.values())
@@ -117,7 +135,7 @@ def _group(name: str, found: list[Run]) -> Group:
     )
 
 
-def _seed(run: Run) -> Hashable:
+def _seed(run: Run) -> tuple[int, int]:
     return run.seed, run.spec.get("data_seed", 0)
 
 

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from functools import reduce
 from operator import add
 
-from normfree.analysis.entropy import NORMALISERS, RangeCounts, final_heads, normaliser_maxima, range_counts
+from normfree.analysis.entropy import NORMALISERS, RangeCounts, normaliser_maxima, range_counts, trained_heads
 from normfree.analysis.groups import Group
-
-LAST_PROBE_NOTE = "A run without a measurement after training, as one that diverged, counts with its last probe."
 
 
 @dataclass(frozen=True)
@@ -23,12 +21,13 @@ class PooledRanges:
     seeds: int
 
 
-def pooled_ranges(groups: Sequence[Group]) -> tuple[dict[str, dict[str, PooledRanges]], bool]:
-    """`{normaliser: {group: ranges}}` for all groups that were measured, and whether a last probe stands in for one.
+def pooled_ranges(groups: Sequence[Group]) -> dict[str, dict[str, PooledRanges]]:
+    """`{normaliser: {group: ranges}}` for all groups with a run that was measured after training.
 
+    The last probe of a run that diverged is left out: the less a model is trained, the nearer its heads are to uniform.
     Empty when nothing was measured. Under `observed` all groups share one maximum.
     """
-    measured = [(g, run, heads) for g in groups for run in g.runs if (heads := final_heads(run)) is not None]
+    measured = [(g, run, heads) for g in groups for run in g.runs if (heads := trained_heads(run)) is not None]
     contexts = [run.spec["data"]["context"] for _, run, _ in measured]
     pooled: dict[str, dict[str, PooledRanges]] = {}
     for normaliser in NORMALISERS if measured else ():
@@ -41,4 +40,4 @@ def pooled_ranges(groups: Sequence[Group]) -> tuple[dict[str, dict[str, PooledRa
             name: PooledRanges(reduce(add, (counts for counts, _ in seeds)), seeds[-1][1], len(seeds))
             for name, seeds in found.items()
         }
-    return pooled, any(heads.split != "final" for *_, heads in measured)
+    return pooled

@@ -37,8 +37,6 @@ class Overload:
     early_layers: int
     share: float
     """Share of the early heads that are known to be that high."""
-    layers: tuple[int, ...]
-    """Early layers in which half or more of the heads are that high."""
     first_step: int | None = None
     """First probe at which it held. Untrained heads are nearly uniform, so this is often step 0."""
     since_step: int | None = None
@@ -87,14 +85,13 @@ def overload(heads: Heads, probes: Sequence[Heads] = ()) -> Overload:
     unknown = int((~np.isfinite(share_LH)).sum())
     high, half = int(high_LH.sum()), high_LH.size / 2
     holds = True if high >= half else None if high + unknown >= half else False
-    layers = tuple(int(layer) for layer in np.flatnonzero(high_LH.mean(axis=1) >= 0.5))
     held = [(probe.step, overload(probe).holds) for probe in probes]
     since = None
     for step, held_then in reversed(held if holds else []):
         if not held_then:
             break
         since = step
-    return Overload(holds, early, high / high_LH.size, layers, _first(held), since)
+    return Overload(holds, early, high / high_LH.size, _first(held), since)
 
 
 def collapse(heads: Heads, probes: Sequence[Heads] = ()) -> Collapse:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.ticker import NullLocator
 
 from normfree.analysis import Group, Heads, layer_means, probed_heads, slope_layers, top_quarter_share
 from normfree.plots.style import GRID, MUTED, empty, wrapped
@@ -23,18 +24,18 @@ Series = tuple[list[int], np.ndarray]
 Styles = Mapping[str, Mapping[str, Any]]
 
 
-def layer_dynamics(probes: Sequence[Heads], *, ax: Axes, title: str = "") -> Axes:
+def layer_dynamics(probes: Sequence[Heads], *, ax: Axes, title: str = "", layers: int | None = None) -> Axes:
     """Mean entropy of every layer over the probes, from the first layer (blue) to the last (orange).
 
-    The dashed line is the causal ceiling. A layer with a non-finite head has no mean: its line ends, and a
-    vertical line marks the first such step.
+    `layers`: of the deepest model, where several share one colour bar. The dashed line is the causal ceiling. A layer
+    with a non-finite head has no mean: its line ends, and a vertical line marks the first such step.
     """
     if not probes:
         return empty(ax, "no probe in this run")
     steps = [probe.step for probe in probes]
     mean_LN = np.array([layer_means(probe.entropy_LH) for probe in probes]).T
     for layer, mean_N in enumerate(mean_LN):
-        _line(ax, steps, mean_N, color=_layer_colour(layer, len(mean_LN)))
+        _line(ax, steps, mean_N, color=_layer_colour(layer, layers or len(mean_LN)))
     ceiling = float(max(probe.ceiling_L.max() for probe in probes))
     ax.axhline(ceiling, color=MUTED, linestyle="--", linewidth=1)
     _mark_nonfinite(ax, steps, mean_LN)
@@ -65,7 +66,10 @@ def loss_curves(groups: Sequence[Group], *, ax: Axes, split: str, styles: Styles
 
 
 def nonfinite_curves(groups: Sequence[Group], *, ax: Axes, styles: Styles, title: str = "") -> Axes:
-    """Attention rows with NaN or infinity, in percent of the rows of each probe."""
+    """Attention rows with NaN or infinity, in percent of the rows of each probe; linear below 1 %, logarithmic above.
+
+    A cross marks the step of a divergence, or the first training loss that is not finite.
+    """
 
     def share(run: Run) -> Series:
         rows = dict(run.series("probe", "rows"))
@@ -74,7 +78,13 @@ def nonfinite_curves(groups: Sequence[Group], *, ax: Axes, styles: Styles, title
 
     if not _line_a_seed(groups, share, ax=ax, styles=styles, marker=".", markersize=4):
         return empty(ax, "no probe recorded")
-    ax.set(title=title, xlabel="step", ylabel="non-finite rows (%)", ylim=(-3, 103))
+    for group in groups:
+        for run in group.runs:
+            _cross(ax, run, "train", styles[group.name]["color"])
+    ax.set_yscale("symlog", linthresh=1)
+    ax.set_yticks([0, 1, 10, 100], ["0", "1", "10", "100"])
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.set(title=title, xlabel="step", ylabel="non-finite rows (%)", ylim=(-0.1, 150))
     return ax
 
 
@@ -94,15 +104,15 @@ def overload_curves(groups: Sequence[Group], *, ax: Axes, styles: Styles, title:
     return ax
 
 
-def slope_curves(run: Run, *, ax: Axes, title: str = "") -> Axes:
-    """Learnable slopes over training: one line a layer, or one line for a shared slope."""
+def slope_curves(run: Run, *, ax: Axes, title: str = "", layers: int | None = None) -> Axes:
+    """Learnable slopes over training: one line a layer, or one line for a shared slope. `layers`: as above."""
     series = run.series("probe", "negative_slope")
     if not series:
         return empty(ax, "no learnable slope in this run")
     steps = [step for step, _ in series]
     slope_SN = np.array([np.atleast_1d(np.array(value, dtype=float)) for _, value in series]).T
-    layer_S, layers = slope_layers(run), run.facts["model"]["layers"]
-    colours = [_layer_colour(layer, layers) for layer in layer_S] or [MUTED]
+    layer_S, deepest = slope_layers(run), layers or run.facts["model"]["layers"]
+    colours = [_layer_colour(layer, deepest) for layer in layer_S] or [MUTED]
     for slope_N, colour in zip(slope_SN, colours, strict=True):
         _line(ax, steps, slope_N, color=colour)
     ax.axhline(0, color=GRID, linewidth=1.2, zorder=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -27,11 +28,13 @@ def entropy_heatmap(
     ceiling: ArrayLike | None = None,
     title: str = "",
     unit: str = "nats",
+    layers: Sequence[int] | None = None,
 ) -> Axes:
     """Draw the entropy of every head, [layers, heads].
 
     `ceiling` is the value of the brightest colour (one number, or one a layer of which the highest counts);
     give several heatmaps the same one to make them comparable. Without it the highest finite entropy is used.
+    `layers` are the numbers of the rows where they are not 0, 1, ... as in models with attention in some layers only.
     Non-finite heads are hatched and say NaN. Values are written with two decimals where they fit.
     Without `ax` a figure with its own colour bar is made; it is `.figure` of what is returned.
     """
@@ -39,10 +42,11 @@ def entropy_heatmap(
     if entropy_LH.ndim != 2 or entropy_LH.size == 0:
         raise ValueError(f"entropy has shape {entropy_LH.shape}; give one row a layer and one column a head")
     highest = _highest(entropy_LH if ceiling is None else np.asarray(ceiling, dtype=float))
+    numbers = range(len(entropy_LH)) if layers is None else layers
     if ax is not None:
-        return _draw(entropy_LH, ax, highest, title)
+        return _draw(entropy_LH, ax, highest, title, numbers)
     figure = panel_figure(
-        [lambda new: _draw(entropy_LH, new, highest, title)],
+        [lambda new: _draw(entropy_LH, new, highest, title, numbers)],
         panel_inches=heatmap_size(*entropy_LH.shape),
         key=colour_key(HEATMAP_COLOURS, limit=(0, highest), label=f"entropy ({unit})"),
     )
@@ -54,7 +58,7 @@ def heatmap_size(layers: int, heads: int) -> tuple[float, float]:
     return min(max(0.9 + 0.3 * heads, 3.0), 9.0), min(max(0.9 + 0.24 * layers, 2.2), 9.0)
 
 
-def _draw(entropy_LH: np.ndarray, ax: Axes, highest: float, title: str) -> Axes:
+def _draw(entropy_LH: np.ndarray, ax: Axes, highest: float, title: str, numbers: Sequence[int]) -> Axes:
     layers, heads = entropy_LH.shape
     colours = HEATMAP_COLOURS.with_extremes(bad=_NOT_FINITE)
     scale = Normalize(0, highest)
@@ -67,6 +71,7 @@ def _draw(entropy_LH: np.ndarray, ax: Axes, highest: float, title: str) -> Axes:
     ax.set(title=wrapped(title), xlabel="head", ylabel="layer")
     for axis, count in ((ax.xaxis, heads), (ax.yaxis, layers)):
         axis.set_major_locator(MaxNLocator(nbins=min(count, 12), integer=True, min_n_ticks=1))
+    ax.yaxis.set_major_formatter(lambda row, _: str(numbers[round(row)]) if 0 <= round(row) < layers else "")
     ax.tick_params(length=0)
     for spine in ax.spines.values():
         spine.set_visible(False)

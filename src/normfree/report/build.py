@@ -8,7 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from normfree import tables
-from normfree.analysis import group_runs
+from normfree.analysis import all_runs, group_runs
 from normfree.cost import trade_off, trade_off_table
 from normfree.manifest import write_atomically
 from normfree.records import Run
@@ -33,7 +33,7 @@ def build_report(runs: Sequence[Run], output: Path, *, mix: bool = False, progre
     Raises ValueError when there is no run, or when runs differ in precision or recipe and `mix` is false.
     """
     groups = group_runs(runs, mix=mix)
-    ordered = [run for group in groups for run in (*group.runs, *group.unfinished)]
+    ordered = all_runs(groups)
     with_slopes = any(tables.has_negative_slope(run) for run in ordered)
     written = {
         "perplexity": tables.perplexity_table(groups),

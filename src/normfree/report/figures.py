@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 
 from normfree import plots, published
 from normfree.analysis import (
-    LAST_PROBE_NOTE,
     NORMALISERS,
     Group,
     Heads,
@@ -21,6 +20,7 @@ from normfree.analysis import (
     fixed_slope,
     pooled_ranges,
     probed_heads,
+    recipes,
     shares_of_ceiling,
     slope_layers,
 )
@@ -40,6 +40,8 @@ FIGURES = (
     "slope-perplexity",
 )
 _LINES_PER_PANEL = 6
+_SAME_NATS = 0.01
+"""Ceilings of blocks of one length: held-out blocks differ in nothing that moves them."""
 
 
 @dataclass(frozen=True)
@@ -109,18 +111,25 @@ def _heatmaps(groups: Sequence[Group]) -> PageFigure | None:
     measured = _measured(groups)
     if not measured:
         return None
-    ceiling = max(float(heads.ceiling_L.max()) for _, heads in measured)
+    ceilings = [float(heads.ceiling_L.max()) for _, heads in measured]
+    if max(ceilings) - min(ceilings) < _SAME_NATS:
+        ceiling, unit = max(ceilings), "nats"
+        shown, scale = [heads.entropy_LH for _, heads in measured], f"up to the causal ceiling of {ceiling:.2f} nats"
+    else:  # blocks of several lengths
+        ceiling, unit = 1.0, "share of the causal ceiling"
+        shown, scale = [shares_of_ceiling(heads) for _, heads in measured], "in shares of each one's causal ceiling"
     early = [f"{group.name} (step {heads.step})" for group, heads in measured if heads.split != "final"]
     note = f" Taken from the newest probe, not from a final measurement: {', '.join(early)}." if early else ""
     return PageFigure(
         name="heatmaps",
         title="Entropy of every head",
         caption="One cell a head, layers downwards: bright cells attend almost evenly to all they may "
-        f"see, dark cells to few tokens. One colour scale, up to the causal ceiling of {ceiling:.2f} nats; "
-        f"first finished seed of each variant.{note}",
-        panels=tuple(_heatmap(heads.entropy_LH, ceiling, group.name) for group, heads in measured),
-        panel_inches=_largest([heads.entropy_LH.shape for _, heads in measured]),
-        key=Key(plots.HEATMAP_COLOURS, (0, ceiling), "entropy (nats)"),
+        f"see, dark cells to few tokens. One colour scale, {scale}; first finished seed of each variant.{note}",
+        panels=tuple(
+            _heatmap(values_LH, ceiling, group.name) for values_LH, (group, _) in zip(shown, measured, strict=True)
+        ),
+        panel_inches=_largest([values_LH.shape for values_LH in shown]),
+        key=Key(plots.HEATMAP_COLOURS, (0, ceiling), f"entropy ({unit})"),
     )
 
 
@@ -129,7 +138,7 @@ def _published(groups: Sequence[Group]) -> PageFigure | None:
     panels, shapes = [], []
     for group, heads in _measured(groups):
         theirs = published.heatmaps().get(group.label)
-        if theirs is not None and published.is_gpt2(group.runs[0].spec):
+        if theirs is not None and heads.split == "final" and published.is_gpt2(group.runs[0].spec):
             panels.append(_heatmap(theirs / ceiling, 1.0, f"{group.label}, paper's GPT-2 125M"))
             panels.append(_heatmap(shares_of_ceiling(heads), 1.0, f"{group.name}, ours"))
             shapes += [theirs.shape, heads.entropy_LH.shape]
@@ -154,9 +163,10 @@ def _dynamics(groups: Sequence[Group]) -> PageFigure | None:
     return PageFigure(
         name="dynamics",
         title="Entropy of the layers over training",
-        caption="One line a layer, blue for the first and orange for the last; lines that stay at the dashed "
-        "causal ceiling are heads that never learned to look anywhere, lines near 0 have collapsed.",
-        panels=tuple(_layer_dynamics(probes, group.name) for group, probes in shown),
+        caption="One line a layer, coloured by its depth; lines that stay at the dashed causal ceiling are heads that "
+        "never learned to look anywhere, lines near 0 have collapsed. First finished seed of each variant, or of one "
+        "that has none the first that diverged.",
+        panels=tuple(_layer_dynamics(probes, group.name, layers) for group, probes in shown),
         key=Key(plots.LAYER_COLOURS, (0, max(layers - 1, 1)), "layer", whole=True),
     )
 
@@ -176,18 +186,17 @@ def _overload(groups: Sequence[Group]) -> PageFigure | None:
 
 
 def _ranges(groups: Sequence[Group]) -> PageFigure | None:
-    pooled, with_last_probes = pooled_ranges(groups)
+    pooled = pooled_ranges(groups)
     if not pooled:
         return None
     bars = {
         normaliser: {name: found.counts for name, found in by_group.items()} for normaliser, by_group in pooled.items()
     }
-    note = f" {LAST_PROBE_NOTE}" if with_last_probes else ""
     return PageFigure(
         name="ranges",
         title="Heads per range of entropy",
-        caption="Share of the heads of all seeds in each quarter of the maximum; a long bright piece is "
-        "overload. " + " ".join(f"{name}: {meaning}." for name, meaning in NORMALISERS.items()) + note,
+        caption="Share of the heads of all seeds that were measured after training in each quarter of the maximum; a "
+        "long bright piece is overload. " + " ".join(f"{name}: {meaning}." for name, meaning in NORMALISERS.items()),
         panels=tuple(_range_bars(counts, normaliser) for normaliser, counts in bars.items()),
         panel_inches=plots.range_bars_size(bars["causal"]),
         columns=3,
@@ -220,7 +229,8 @@ def _nonfinite(groups: Sequence[Group]) -> PageFigure | None:
         name="nonfinite",
         title="Non-finite attention rows",
         caption="Rows of attention with NaN or infinity, in percent of all rows of a probe. "
-        f"{plain}. Such rows are counted here and are in no entropy.",
+        f"{plain}; a cross at the top marks the step where a run diverged. Below 1 % the axis is stretched. Such rows "
+        "are counted here and are in no entropy.",
         panels=tuple(_nonfinite_curves(chunk, styles) for chunk in chunks),
     )
 
@@ -233,9 +243,9 @@ def _trajectories(groups: Sequence[Group]) -> PageFigure | None:
     return PageFigure(
         name="slope-trajectories",
         title="Learnable slopes over training",
-        caption="One line a layer, blue for the first and orange for the last, or one grey line for a slope "
-        "that all layers share. 0 is ReLU: lines that approach it rediscover ReLU.",
-        panels=tuple(_slope_curves(run, f"{group.name}, seed {run.seed}") for group, run in learning),
+        caption="One line a layer, coloured by its depth, or one grey line for a slope that all layers share. 0 is "
+        "ReLU: lines that approach it rediscover ReLU.",
+        panels=tuple(_slope_curves(run, f"{group.name}, seed {run.seed}", layers) for group, run in learning),
         key=Key(plots.LAYER_COLOURS, (0, layers - 1), "layer", whole=True) if layers > 1 else None,
     )
 
@@ -261,16 +271,20 @@ def _private_inference(groups: Sequence[Group]) -> PageFigure | None:
 
 def _slope_perplexity(groups: Sequence[Group]) -> PageFigure | None:
     fixed = [g for g in groups if g.runs and has_slope(g.runs[0]) and fixed_slope(g.runs[0]) is not None]
-    settings = {(group.recipe, _norm(group)) for group in fixed}
     if not fixed:
         return None
+    texts = {name: text for text, names in recipes(fixed).items() for name in names}
+    settings = {(texts[group.name], _norm(group)) for group in fixed}
     return PageFigure(
         name="slope-perplexity",
         title="Perplexity over fixed slopes",
         caption="0 is ReLU and 1 the identity; without LayerNorm, but where a panel is named by its norm. Bars are the "
         "sample deviation over seeds; NaN (k/n) means that k of n seeds have no finite perplexity.",
         panels=tuple(
-            _slope_points([g for g in fixed if (g.recipe, _norm(g)) == (recipe, norm)], "" if norm == "none" else norm)
+            _slope_points(
+                [group for group in fixed if (texts[group.name], _norm(group)) == (recipe, norm)],
+                ", ".join(filter(None, (recipe, norm.replace("none", "")))),
+            )
             for recipe, norm in sorted(settings)
         ),
     )
@@ -280,8 +294,8 @@ def _heatmap(entropy_LH: Any, ceiling: float, title: str) -> plots.Panel:
     return lambda ax: plots.entropy_heatmap(entropy_LH, ax=ax, ceiling=ceiling, title=title)
 
 
-def _layer_dynamics(probes: Sequence[Heads], title: str) -> plots.Panel:
-    return lambda ax: plots.layer_dynamics(probes, ax=ax, title=title)
+def _layer_dynamics(probes: Sequence[Heads], title: str, layers: int) -> plots.Panel:
+    return lambda ax: plots.layer_dynamics(probes, ax=ax, title=title, layers=layers)
 
 
 def _range_bars(counts: dict, title: str) -> plots.Panel:
@@ -300,8 +314,8 @@ def _overload_curves(groups: Sequence[Group], styles: Any) -> plots.Panel:
     return lambda ax: plots.overload_curves(groups, ax=ax, styles=styles)
 
 
-def _slope_curves(run: Any, title: str) -> plots.Panel:
-    return lambda ax: plots.slope_curves(run, ax=ax, title=title)
+def _slope_curves(run: Any, title: str, layers: int) -> plots.Panel:
+    return lambda ax: plots.slope_curves(run, ax=ax, title=title, layers=layers)
 
 
 def _slope_points(groups: Sequence[Group], title: str) -> plots.Panel:

@@ -18,6 +18,8 @@ from normfree.report.figures import Key, PageFigure
 from normfree.report.page import figure_values, template
 from normfree.tables import Table
 
+_LOWER_NATS = 0.01
+
 
 def build_heads_report(facts: dict[str, Any], output: Path) -> Path:
     """Write `output`/entropy.json, figures, tables and index.html, which comes last; returns its path.
@@ -27,7 +29,7 @@ def build_heads_report(facts: dict[str, Any], output: Path) -> Path:
     """
     heads = heads_of(facts)
     written = heads_tables(facts)
-    figure = heatmap(heads, context=facts["context"])
+    figure = heatmap(heads, context=facts["context"], layers=facts["layer_indices"])
     write_atomically(output / "entropy.json", json.dumps(encode(facts), indent=1, allow_nan=False) + "\n")
     write_tables(written, output)
     write_figure(figure, output)
@@ -64,8 +66,10 @@ def verdict_sentences(heads: Heads, layers: list[int]) -> list[str]:
     """Overload, collapse and non-finite heads, in words."""
     loaded, collapsed = overload(heads), collapse(heads)
     words = {True: "Entropic overload", False: "No entropic overload", None: "Overload undecided (NaN heads)"}
+    early = layers[: loaded.early_layers]
+    named = f"{early[0]}-{early[-1]}" if len(early) > 1 and early[-1] - early[0] == len(early) - 1 else str(early)[1:-1]
     found = [
-        f"{words[loaded.holds]}: {100 * loaded.share:.0f} % of the heads in the first {loaded.early_layers} layers "
+        f"{words[loaded.holds]}: {100 * loaded.share:.0f} % of the heads in the first third of the layers ({named}) "
         "are at or above three quarters of the causal ceiling."
     ]
     if collapsed.holds:
@@ -84,16 +88,18 @@ def verdict_sentences(heads: Heads, layers: list[int]) -> list[str]:
     return found
 
 
-def heatmap(heads: Heads, *, context: int) -> PageFigure:
+def heatmap(heads: Heads, *, context: int, layers: list[int]) -> PageFigure:
     """One cell a head, up to the highest causal ceiling of a layer, or that of `context` tokens if no layer has one."""
     ceiling = float(np.fmax.reduce(heads.ceiling_L))  # NaN in a layer without a finite row
     ceiling = causal_ceiling(context) if np.isnan(ceiling) else ceiling
+    lower = [str(layer) for layer, one in zip(layers, heads.ceiling_L, strict=True) if one < ceiling - _LOWER_NATS]
+    note = f" Layers that see less have a lower one, in the table below: {', '.join(lower)}." if lower else ""
     return PageFigure(
         name="heatmap",
         title="Entropy of every head",
         caption="One cell a head, layers downwards: bright cells attend almost evenly to all they may see, dark cells "
-        f"to few tokens. The brightest colour is the causal ceiling, {ceiling:.2f} nats.",
-        panels=(lambda ax: plots.entropy_heatmap(heads.entropy_LH, ax=ax, ceiling=ceiling),),
+        f"to few tokens. The brightest colour is the causal ceiling, {ceiling:.2f} nats.{note}",
+        panels=(lambda ax: plots.entropy_heatmap(heads.entropy_LH, ax=ax, ceiling=ceiling, layers=layers),),
         panel_inches=plots.heatmap_size(*heads.entropy_LH.shape),
         columns=1,
         key=Key(plots.HEATMAP_COLOURS, (0, ceiling), "entropy (nats)"),

@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template, select
 from markupsafe import Markup
 
 from normfree import __version__
-from normfree.analysis import Group, recipes
+from normfree.analysis import Group, all_runs, recipes
 from normfree.records import Run
 from normfree.report.figures import PageFigure
 from normfree.report.render import to_svg
@@ -38,7 +38,7 @@ def main_page(
     groups: Sequence[Group], tables: dict[str, Table], figures: dict[str, dict[str, Any]], *, with_slopes: bool
 ) -> str:
     """index.html: summary, tables, figures (by name, their `figure_values`), facts."""
-    runs = _all_runs(groups)
+    runs = all_runs(groups)
     studies = _distinct(runs, lambda run: run.spec["study"])
     return template("index.html.j2").render(
         title=f"normfree: {', '.join(studies)}",
@@ -54,7 +54,7 @@ def main_page(
 
 def slopes_page(groups: Sequence[Group], table: Table, figures: dict[str, dict[str, Any]]) -> str:
     """slopes.html: slope against perplexity, and slopes over training."""
-    studies = _distinct(_all_runs(groups), lambda run: run.spec["study"])
+    studies = _distinct(all_runs(groups), lambda run: run.spec["study"])
     return template("slopes.html.j2").render(
         title=f"normfree: slopes of {', '.join(studies)}",
         version=__version__,
@@ -80,7 +80,7 @@ def figure_values(figure: PageFigure) -> dict[str, Any]:
 
 def _facts(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
     """What a reader needs to judge or repeat the runs: `(name, distinct values)`."""
-    runs = _all_runs(groups)
+    runs = all_runs(groups)
     seconds = sum(run.facts.get("wall_seconds") or 0.0 for run in runs)
     apart = [f"{', '.join(names)}: {recipe}" for recipe, names in recipes(groups).items() if recipe]
     environments = _distinct(runs, lambda run: _environment(run.facts.get("environment") or {}))
@@ -141,10 +141,6 @@ def _corpus(facts: dict[str, Any]) -> str:
 def _unit(facts: dict[str, Any], name: str, unit: str) -> str | None:
     value = facts.get(name)
     return None if value is None else f"{value:g} {unit}"
-
-
-def _all_runs(groups: Sequence[Group]) -> list[Run]:
-    return [run for group in groups for run in (*group.runs, *group.unfinished)]
 
 
 def _distinct(runs: Sequence[Run], fact: Callable[[Run], str]) -> list[str]:

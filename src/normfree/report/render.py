@@ -1,4 +1,7 @@
-"""A matplotlib figure as bytes that are equal whenever the figure is: SVG for the page, PDF, PNG."""
+"""A matplotlib figure as bytes that are equal whenever the figure is: SVG for the page, PDF, PNG.
+
+Drawn under the settings that it was laid out under: how many ticks fit depends on them, and so how wide labels are.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ _USED = re.compile(r'(?:url\(#|href="#)([^")]+)')
 
 def to_svg(figure: Figure, prefix: str) -> str:
     """Inline SVG without prologue: text stays text, colours follow the page, ids begin with `prefix`."""
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "normfree", "svg.image_inline": True}):
+    with mpl.rc_context(RC | {"svg.fonttype": "none", "svg.hashsalt": "normfree", "svg.image_inline": True}):
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = _COMMENT.sub("", file.getvalue())
@@ -49,7 +52,7 @@ def to_svg(figure: Figure, prefix: str) -> str:
 def to_pdf(figure: Figure) -> bytes:
     """A vector file for papers, with TrueType text and no date."""
     file = io.BytesIO()
-    with mpl.rc_context({"pdf.fonttype": 42}):
+    with mpl.rc_context(RC | {"pdf.fonttype": 42}):
         figure.savefig(file, format="pdf", metadata={"CreationDate": None})
     return file.getvalue()
 
@@ -57,7 +60,7 @@ def to_pdf(figure: Figure) -> bytes:
 def to_png(figure: Figure) -> bytes:
     """A picture on white, 150 dots an inch."""
     file = io.BytesIO()
-    with mpl.rc_context({"text.hinting": RC["text.hinting"]}):
+    with mpl.rc_context(RC):
         figure.savefig(file, format="png", dpi=150, facecolor="white")
     return file.getvalue()
 

@@ -35,10 +35,12 @@ def _without_norm_then_most_seeds(pair: tuple[Group, Group]) -> tuple[int, int]:
 
 def _comparison(ours: Group, theirs: Group) -> str:
     difference = perplexity_difference(ours, theirs)
-    setting = f"{_SETTING[ours.label]}{ours.name.removeprefix(ours.label)}"  # a tag or recipe that tells it apart
+    # A tag or recipe that tells them apart: once where both have it.
+    of_ours, of_theirs = (group.name.removeprefix(group.label) for group in (ours, theirs))
+    setting, gelu = f"{_SETTING[ours.label]}{of_ours}", f"GELU{'' if of_ours == of_theirs else of_theirs}"
     if difference.nonfinite:
         return (
-            f"{setting}, ReLU and GELU cannot be compared: {difference.nonfinite} of {difference.n} pairs "
+            f"{setting}, ReLU and {gelu} cannot be compared: {difference.nonfinite} of {difference.n} pairs "
             "of runs diverged on one side or both."
         )
     common = ours.perplexities.keys() & theirs.perplexities.keys()
@@ -49,7 +51,7 @@ def _comparison(ours: Group, theirs: Group) -> str:
     beside = "" if paper is None else f"; the paper: {100 * abs(paper):.1f} % {'below' if paper < 0 else 'above'}"
     size = f"{100 * abs(difference.mean):.1f} %"
     numbers = f"{a:.1f} against {b:.1f}, {seeds}{beside}"
-    text = f"{setting}, ReLU ends {size} {verb} GELU in perplexity ({numbers})"
+    text = f"{setting}, ReLU ends {size} {verb} {gelu} in perplexity ({numbers})"
     if difference.n < 2:
         return f"{text}."
     if difference.low < 0 < difference.high:
@@ -82,13 +84,15 @@ def _top_quarter(groups: Sequence[Group]) -> str:
 def _overloaded(groups: Sequence[Group]) -> str:
     if not any(trained_heads(run) for group in groups for run in group.runs):
         return ""
-    held, unknown = {}, {}
+    held, unknown, unmeasured = {}, {}, {}
     for group in groups:
         heads = [trained_heads(run) for run in group.runs]
-        verdicts = [None if found is None else overload(found).holds for found in heads]
-        held[group.name] = (verdicts.count(True), len(verdicts))
-        unknown[group.name] = (verdicts.count(None), len(verdicts))
-    parts = [part for part in (_counted(held, ""), _counted(unknown, "undecided ")) if part]
+        verdicts = [overload(found).holds for found in heads if found is not None]
+        held[group.name] = (verdicts.count(True), len(heads))
+        unknown[group.name] = (verdicts.count(None), len(heads))
+        unmeasured[group.name] = (heads.count(None), len(heads))
+    words = ((held, ""), (unknown, "undecided "), (unmeasured, "not measured "))
+    parts = [part for counts, word in words if (part := _counted(counts, word))]
     return f"Entropic overload of the early layers at the end: {', '.join(parts) or 'in no run'}."
 
 

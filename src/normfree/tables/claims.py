@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
-from normfree.analysis import Difference, Group, paired_difference, top_quarter_share, trained_heads
+from normfree.analysis import Difference, Group, counterparts, paired_difference, top_quarter_share, trained_heads
 from normfree.tables.results import comparison, perplexity_difference
 from normfree.tables.table import Column, Table
 
@@ -74,14 +74,8 @@ def verdict(found: Difference, *, above: bool) -> str:
 
 
 def _pairs(claim: Claim, groups: Sequence[Group]) -> list[tuple[Group, Group]]:
-    return [
-        (ours, theirs)
-        for ours in groups
-        for theirs in groups
-        if (ours.label, theirs.label) == (claim.ours, claim.theirs)
-        and ours.recipe == theirs.recipe
-        and ours.perplexities.keys() & theirs.perplexities.keys()
-    ]
+    chosen = [group for group in groups if group.label == claim.ours]
+    return [(ours, theirs) for ours in chosen for theirs in counterparts(ours, claim.theirs, groups)]
 
 
 def _top_shares(group: Group) -> dict[Hashable, float]:

@@ -43,8 +43,9 @@ def gap_table(groups: Sequence[Group]) -> Table:
         rows.append((f"{label} against {other}, paper", *paper, "1"))
     columns = (Column("Comparison", numeric=False), *_share_columns(), Column("Pairs"))
     notes = [
-        "Validation while training, on a part of the held-out text, so the last column is not exactly the final "
-        "difference. In brackets: 95 % Student-t interval over paired seeds, in percent.",
+        "Validation while training, on a part of the held-out text where train.evaluation_sequences says so; then the "
+        "last column is not exactly the final difference. In brackets: 95 % Student-t interval over paired seeds, in "
+        "percent.",
         "Each column takes the nearest evaluation within a twentieth of the training; a run that was not "
         "evaluated then, as one that diverged before, makes its pair NaN.",
     ]
@@ -76,7 +77,7 @@ def overload_table(groups: Sequence[Group]) -> Table:
     notes = [
         "Percent of heads, mean and sample standard deviation over seeds. Thirds and all layers: the large sample "
         "after training; shares of the training: the nearest probe within a twentieth.",
-        "Untrained heads are nearly uniform, so every run begins at 100 %. NaN (1/3): 1 of 3 seeds has diverged by "
+        "Untrained heads are nearly uniform, so a run begins near 100 %. NaN (1/3): 1 of 3 seeds has diverged by "
         "then, was not measured, or has a head that is not finite.",
     ]
     if labels:

@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from normfree import published
 from normfree.analysis import (
     BASELINE,
-    LAST_PROBE_NOTE,
     NORMALISERS,
     RANGES,
     Difference,
     Group,
+    counterparts,
     paired_difference,
     pooled_ranges,
     summarise,
+    trained_heads,
 )
 from normfree.tables.table import Column, Table
 
@@ -66,8 +67,7 @@ def difference_table(groups: Sequence[Group]) -> Table:
 
 def range_table(groups: Sequence[Group]) -> Table:
     """Share of heads per quarter of the maximum under each normaliser, pooled over seeds."""
-    pooled, with_last_probes = pooled_ranges(groups)
-    rows = []
+    pooled, rows = pooled_ranges(groups), []
     for group in groups:
         for normaliser, by_group in pooled.items():
             if found := by_group.get(group.name):
@@ -86,22 +86,16 @@ def range_table(groups: Sequence[Group]) -> Table:
         Column("Paper, GPT-2 125M (%)"),
     )
     notes = tuple(f"{name}: {meaning}." for name, meaning in NORMALISERS.items())
-    if with_last_probes:
-        notes += (LAST_PROBE_NOTE,)
+    if missing := [run.place for group in groups for run in group.runs if trained_heads(run) is None]:
+        notes += (f"Not measured after training, so not counted: {', '.join(missing)}.",)
     caption = "Share of heads per quarter of the maximum entropy"
     return Table("ranges", caption, columns, tuple(rows), (*notes, "NaN heads are in no range."))
 
 
 def comparable_pairs(groups: Sequence[Group]) -> list[tuple[Group, Group]]:
-    """The groups behind each of `COMPARISONS`, under one recipe and with at least one common seed."""
-    found = []
-    for label, other in COMPARISONS:
-        for ours in groups:
-            for theirs in groups:
-                named = ours.label == label and theirs.label == other and ours.recipe == theirs.recipe
-                if named and ours.perplexities.keys() & theirs.perplexities.keys():
-                    found.append((ours, theirs))
-    return found
+    """The groups behind each of `COMPARISONS`: `counterparts` of each other."""
+    ours_first = [(ours, other) for label, other in COMPARISONS for ours in groups if ours.label == label]
+    return [(ours, theirs) for ours, other in ours_first for theirs in counterparts(ours, other, groups)]
 
 
 def perplexity_difference(ours: Group, theirs: Group) -> Difference:
@@ -127,7 +121,7 @@ def _published_ranges(group: Group) -> str:
 
 def _perplexity_row(group: Group, groups: Sequence[Group]) -> tuple[str, ...]:
     summary = summarise(list(group.perplexities.values()))
-    base = next((g for g in groups if g.label == BASELINE and g.recipe == group.recipe and g.runs), None)
+    bases = counterparts(group, BASELINE, groups)
     bits = summarise([(run.facts.get("final") or {}).get("bits_per_byte", math.nan) for run in group.runs])
     model = published.counterpart(group.runs[0].spec)
     paper = published.PERPLEXITY[model].get(group.label)
@@ -135,7 +129,7 @@ def _perplexity_row(group: Group, groups: Sequence[Group]) -> tuple[str, ...]:
         group.name,
         summary.text(),
         str(summary.n),
-        "baseline" if group is base else _against(group, base),
+        "baseline" if group.label == BASELINE else _against(group, bases[0]) if len(bases) == 1 else "-",
         bits.text(3),
         "-" if paper is None else f"{paper:.3f}",
         percent(published.relative_difference(model, group.label, BASELINE)),
@@ -143,9 +137,7 @@ def _perplexity_row(group: Group, groups: Sequence[Group]) -> tuple[str, ...]:
     )
 
 
-def _against(group: Group, base: Group | None) -> str:
-    if base is None:
-        return "-"
+def _against(group: Group, base: Group) -> str:
     found = perplexity_difference(group, base)
     return f"NaN ({found.nonfinite}/{found.n})" if found.nonfinite else percent(found.mean)
 
@@ -163,6 +155,8 @@ def _notes(groups: Sequence[Group]) -> tuple[str, ...]:
     notes = ["Unigram: the perplexity of token frequencies alone, the floor any model has to beat."]
     if any(group.label == BASELINE and group.runs for group in groups):
         notes.append(f"Against {BASELINE}: the mean of the differences within a seed, over the seeds that both have.")
+    if several := [group.name for group in groups if group.runs and len(counterparts(group, BASELINE, groups)) > 1]:
+        notes.append(f"More than one {BASELINE} has the recipe and none the tag of {', '.join(several)}.")
     if any(not math.isfinite(run.perplexity) for group in groups for run in group.runs):
         notes.append("NaN (k/n): k of n seeds diverged or have no finite perplexity. The others are not averaged.")
     if any(published.PERPLEXITY[published.counterpart(g.runs[0].spec)].get(g.label) for g in groups if g.runs):
@@ -184,5 +178,5 @@ def _notes(groups: Sequence[Group]) -> tuple[str, ...]:
         notes += [
             f"{r.place} is left out: {r.status} at step {r.facts.get('steps_done', 0)}." for r in group.unfinished
         ]
-        notes += [f"{run.folder} is left out: it repeats a seed of {group.name}." for run in group.repeated]
+        notes += [f"{r.folder} ({r.status}) is left out: it repeats a seed of {group.name}." for r in group.repeated]
     return tuple(notes)

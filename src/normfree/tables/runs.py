@@ -51,11 +51,12 @@ def verdict_table(runs: Sequence[Run]) -> Table:
 
 
 def run_table(runs: Sequence[Run]) -> Table:
-    """Status, steps, tokens, time and speed of every run."""
+    """Status, perplexity, steps, tokens, time and speed of every run."""
     columns = (
         Column("Run", numeric=False),
         Column("Variant", numeric=False),
         Column("Status", numeric=False),
+        Column("Perplexity"),
         Column("Steps"),
         Column("Tokens"),
         Column("Time"),
@@ -183,6 +184,7 @@ def _run_row(run: Run) -> tuple[str, ...]:
         run.place,
         run.label,
         status,
+        "-" if math.isnan(run.perplexity) else f"{run.perplexity:.2f}",
         f"{facts.get('steps_done', 0):,}",
         f"{facts.get('tokens_seen', 0):,}",
         duration(facts.get("wall_seconds") or math.nan),

@@ -238,7 +238,9 @@ def probe_measurements(model: NormFreePreTrainedModel, blocks_NT: Tensor, *, bat
         yield "negative_slope", torch.stack(list(slopes.values()))
 
 
-def validation(model: nn.Module, blocks_NT: Tensor, *, predicted_bytes: int, batch_sequences: int) -> Evaluation:
+def validation(
+    model: NormFreePreTrainedModel, blocks_NT: Tensor, *, predicted_bytes: int, batch_sequences: int
+) -> Evaluation:
     """Evaluation over full blocks, each process taking its share; in the precision of the run, summed in fp64."""
     mine_NT = _share_of_this_process(blocks_NT)
     mine = evaluate_blocks(model, mine_NT, batch_sequences=batch_sequences)
@@ -247,7 +249,7 @@ def validation(model: nn.Module, blocks_NT: Tensor, *, predicted_bytes: int, bat
     return Evaluation(sums[0].item(), int(sums[1].item()), predicted_bytes)
 
 
-def validation_measurements(model: nn.Module, blocks_NT: Tensor, *, batch_sequences: int) -> Measurements:
+def validation_measurements(model: NormFreePreTrainedModel, blocks_NT: Tensor, *, batch_sequences: int) -> Measurements:
     """Loss and perplexity on held-out blocks."""
     result = validation(model, blocks_NT, predicted_bytes=0, batch_sequences=batch_sequences)
     yield "loss", result.loss_nats
