@@ -35,7 +35,10 @@ _USED = re.compile(r'(?:url\(#|href="#)([^")]+)')
 
 def to_svg(figure: Figure, prefix: str) -> str:
     """Inline SVG without prologue: text stays text, colours follow the page, ids begin with `prefix`."""
-    with mpl.rc_context(RC | {"svg.fonttype": "none", "svg.hashsalt": "normfree", "svg.image_inline": True}):
+    with (
+        mpl.rc_context(RC),
+        mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "normfree", "svg.image_inline": True}),
+    ):
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = _COMMENT.sub("", file.getvalue())
@@ -52,7 +55,7 @@ def to_svg(figure: Figure, prefix: str) -> str:
 def to_pdf(figure: Figure) -> bytes:
     """A vector file for papers, with TrueType text and no date."""
     file = io.BytesIO()
-    with mpl.rc_context(RC | {"pdf.fonttype": 42}):
+    with mpl.rc_context(RC), mpl.rc_context({"pdf.fonttype": 42}):
         figure.savefig(file, format="pdf", metadata={"CreationDate": None})
     return file.getvalue()
 
