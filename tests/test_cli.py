@@ -66,14 +66,15 @@ def test_help_shows_what_a_command_without_keys_has_and_says_what_every_key_mean
     verb: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = run(verb, "--help", capsys=capsys)[1].splitlines()
+    found = [re.fullmatch(r"  (\w+\.\w+)=(\S*)(?: +(\S.*))?", line) for line in lines]
+    told = {match[1]: match.groups()[1:] for match in found if match}
+    parts = ("data",) if verb == "data" else ("data", "train", "probe", "model")
+    assert told.keys() == {key for key in allowed_keys() if key.partition(".")[0] in parts and "." in key}
+    assert [key for key, (_, meaning) in told.items() if not meaning] == []
     spec = compose_run([]).spec.to_dict()
-    composed = {f"{part}.{key}": spec[part][key] for part in ("data", "train", "probe", "model") for key in spec[part]}
-    for line in lines:
-        match = re.match(r"  ((?:data|train|probe|model)\.\w+)=(\S*) +(\S.*)?$", line)
-        if match:
-            key, shown, meaning = match.groups()
-            assert meaning, f"{key} is not explained"
-            assert key not in composed or shown == str(composed[key] if composed[key] is not None else ""), key
+    composed = {f"{part}.{key}": value for part in parts for key, value in spec[part].items() if key != "source"}
+    shown = {key: "" if value is None else str(value) for key, value in composed.items()}
+    assert shown.items() <= {key: value for key, (value, _) in told.items()}.items()
 
 
 def test_cfg_prints_the_composed_run_and_trains_nothing(

@@ -1,4 +1,5 @@
-"""The truth about a run: frozen dataclasses whose types and values are checked when they are built.
+"""The truth about a run: frozen dataclasses. Their values are checked when they are built, and their types when
+`RunSpec.from_dict` builds them, as every command does.
 
 Hydra's YAML only holds values for these fields. `RunSpec.model` stays a dict: an architecture field
 is declared once, in `normfree.model.configuration`, and checked by building a `NormFreeConfig`.
@@ -8,12 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
 
 from normfree.manifest import fingerprint
 
@@ -39,9 +39,11 @@ _FIELDS_OF_SOURCES = (
 )
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True)
 class DataSpec:
     """Which text, cut into which tokens. Everything here decides the corpus fingerprint."""
+
+    __pydantic_config__ = _STRICT
 
     source: Literal["installed", "codeparrot", "hub", "files"] = "installed"
     """Python code on this machine, the paper's data sets, any Hugging Face data set, or local files."""
@@ -85,6 +87,9 @@ class DataSpec:
     def __post_init__(self) -> None:
         if self.context < 2:
             raise ValueError(f"data.context={self.context}: a block needs at least 2 tokens to predict one")
+        for name in ("paths", "validation_paths"):
+            if isinstance(given := getattr(self, name), str):
+                raise ValueError(f"data.{name}={given!r} must be a list, e.g. data.{name}=[{given}]")
         if self.source == "files" and not self.paths:
             raise ValueError("data=files needs data.paths, e.g. 'data.paths=[corpus/*.py]'")
         if self.source == "hub" and not self.dataset:
@@ -102,9 +107,11 @@ class DataSpec:
             )
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True)
 class TrainSpec:
     """How the model is trained. Batches count sequences of `data.context` tokens."""
+
+    __pydantic_config__ = _STRICT
 
     steps: int | None = None
     """Optimiser steps; give this or `epochs`."""
@@ -193,9 +200,11 @@ class TrainSpec:
         return int(self.on_nonfinite.partition(":")[2] or 0)
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True)
 class ProbeSpec:
     """When and on how much held-out text the heads are measured."""
+
+    __pydantic_config__ = _STRICT
 
     every_steps: int = 100
     """Steps between measurements."""
@@ -215,9 +224,11 @@ def _check_range(part: str, spec: object, names: Sequence[str], *, above_zero: b
             raise ValueError(f"{part}.{name}={value} must be {'above 0' if above_zero else '0 or more'}")
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True)
 class RunSpec:
     """One training run, completely."""
+
+    __pydantic_config__ = _STRICT
 
     study: str = "single"
     """Folder of runs that belong together; a name only, `normfree study NAME` is what takes a study's settings."""

@@ -92,7 +92,7 @@ def evaluate_blocks(
     """
     total = Evaluation(0.0, 0, predicted_bytes)
     device = next(model.parameters()).device
-    fitting = LARGEST_LOGITS // (blocks_NT.shape[1] * model.config.vocab_size)
+    fitting = LARGEST_LOGITS // (blocks_NT.shape[1] * model.config.get_text_config().vocab_size)
     batches = blocks_NT.split(max(1, min(batch_sequences, fitting)))
     with in_evaluation_mode(model):
         for ids_BT in tqdm(batches, desc="evaluating", disable=None if progress else True, leave=False):

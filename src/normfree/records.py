@@ -62,7 +62,7 @@ def decode(value: Any) -> Any:
 
 
 class DamagedRunError(ValueError):
-    """run.json is there, but not as it was written."""
+    """run.json, or the metrics beside it, are there, but not as they were written."""
 
 
 @dataclass(frozen=True)

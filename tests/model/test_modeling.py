@@ -87,6 +87,15 @@ def test_more_tokens_than_learned_positions_are_refused(build):
         build().generate(torch.zeros(1, 12, dtype=torch.long), max_new_tokens=40, do_sample=False, pad_token_id=0)
 
 
+def test_padding_takes_no_learned_position(build):
+    """4 tokens behind 8 of padding: 24 more end at position 28 of 32, though the row is 36 long."""
+    model, text = build(), torch.randint(1, 61, (1, 4), generator=torch.Generator().manual_seed(3))
+    padded, mask = (torch.cat([torch.zeros(1, 8, dtype=torch.long), row], 1) for row in (text, torch.ones_like(text)))
+    options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    alone = model.generate(text, **options)
+    assert torch.equal(model.generate(padded, attention_mask=mask, **options)[:, 8:], alone)
+
+
 def test_loss_is_the_mean_cross_entropy_of_the_next_token(build, ids):
     model = build()
     output = model(ids, labels=ids)

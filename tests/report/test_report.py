@@ -22,7 +22,7 @@ from normfree.report.heads import heatmap, verdict_sentences
 from normfree.report.render import to_png
 from normfree.report.summary import sentences
 from normfree.tables import claim_table, perplexity_table, range_table
-from tests.synthetic import rewritten, write_run
+from tests.synthetic import write_run
 
 FOUR = ("SM+LN+G", "SM+LN+R", "SM+G", "SM+R")
 
@@ -200,14 +200,13 @@ def test_a_table_without_a_row_is_not_on_the_page(tmp_path: Path) -> None:
 
 def test_heads_that_are_not_finite_leave_overload_undecided(tmp_path: Path) -> None:
     found = sentences(group_runs([write_run(tmp_path, "SM+R", broken_probe=True)]))
-    assert "Entropic overload of the early layers at the end: SM+R undecided (1 of 1)." in found
+    assert "Entropic overload of the early layers at the end: in no run, SM+R undecided (1 of 1)." in found
 
 
 def test_a_run_that_diverged_was_not_measured_and_is_not_undecided(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, "SM+R"), write_run(tmp_path, "SM+R", seed=1, status="diverged")]
-    assert "Entropic overload of the early layers at the end: SM+R not measured (1 of 2)." in sentences(
-        group_runs(runs)
-    )
+    found = sentences(group_runs(runs))
+    assert "Entropic overload of the early layers at the end: in no run, SM+R not measured (1 of 2)." in found
 
 
 def test_layers_without_attention_have_no_row_and_keep_their_numbers() -> None:
@@ -288,11 +287,9 @@ def test_a_bar_of_layers_holds_for_shallow_models_too(tmp_path: Path) -> None:
 
 
 def test_heads_of_blocks_of_other_lengths_are_drawn_as_shares_of_their_own_ceiling(tmp_path: Path) -> None:
-    run, longer = write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+R")
-    text = (longer.folder / "metrics.jsonl").read_text().replace(str(causal_ceiling(32)), str(causal_ceiling(64)))
-    longer = rewritten(longer, text)
+    run, longer = write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+R", data={"context": 64})
     for runs, limit in (([run], causal_ceiling(32)), ([run, longer], 1.0)):
-        (figure,) = (found for found in main_figures(group_runs(runs)) if found.name == "heatmaps")
+        (figure,) = (found for found in main_figures(group_runs(runs, mix=True)) if found.name == "heatmaps")
         assert figure.key is not None
         assert figure.key.limit == (0, pytest.approx(limit))
 

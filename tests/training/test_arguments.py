@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.optim import SGD
 from transformers import get_scheduler
 
 from normfree.config import RunSpec
-from normfree.training.arguments import check_machine, training_arguments
+from normfree.training.arguments import check_machine, total_steps, training_arguments
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,18 @@ def test_a_batch_that_the_processes_cannot_share_is_refused_with_one_that_they_c
         check_machine(tiny_spec(*own), torch.device("cpu"))
     followed = advice.rpartition(" ")[2]
     check_machine(tiny_spec(*(word for word in own if word[:9] != followed[:9]), followed), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("steps", [50, 115, 229])
+def test_the_epochs_that_are_advised_give_the_steps_that_were_asked_for(
+    tiny_spec: Callable[..., RunSpec], steps: int
+) -> None:
+    corpus: Any = SimpleNamespace(train=range(100))
+    batch = ["train.batch_sequences=3", "train.micro_batch_sequences=3"]
+    with pytest.raises(ValueError, match=r"train\.steps=null train\.epochs=") as refused:
+        total_steps(tiny_spec(*batch, f"train.steps={steps}"), corpus)
+    advised = str(refused.value).rpartition("train.steps=null ")[2]
+    assert steps <= total_steps(tiny_spec(*batch, "train.steps=null", advised), corpus) <= steps + 1
 
 
 def test_warm_up_leaves_a_step_to_fall(tiny_spec: Callable[..., RunSpec], tmp_path: Path) -> None:

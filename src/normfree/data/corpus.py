@@ -236,7 +236,7 @@ class _Preparation:
         if not self.kept[split]["documents"]:
             raise ValueError(
                 f"data={self.spec.source} gives no {split} text ({self._given()}); left out: "
-                f"{_counts(self.dropped[split])}{_HELD_OUT_TOO if split == 'train' else ''}"
+                f"{_counts(self.dropped[split])}{_HELD_OUT_TOO if self.dropped['train']['duplicate'] else ''}"
             )
 
     def _write_splits(self, tokenizer: PreTrainedTokenizerFast) -> dict[Split, BlockWriter]:

@@ -46,9 +46,11 @@ class LearnedPositions(nn.Module):
         super().__init__()
         self.vectors = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
-    def forward(self, tokens_BTE: Tensor, positions_BT: Tensor, seen: int | Tensor) -> tuple[Tensor, None]:
-        tokens, longest = tokens_BTE.shape[1] + seen, self.vectors.num_embeddings
-        if isinstance(tokens, int) and tokens > longest:  # a static cache counts in a tensor, which a graph cannot ask
+    def forward(self, tokens_BTE: Tensor, positions_BT: Tensor) -> tuple[Tensor, None]:
+        tokens, longest = tokens_BTE.shape[1], self.vectors.num_embeddings
+        if not (self.training or torch.compiler.is_compiling()):  # behind a cache, or padding, tokens do not say it
+            tokens = int(positions_BT.max()) + 1
+        if tokens > longest:
             raise ValueError(f"{tokens} tokens, but max_position_embeddings={longest}: shorten the text")
         return tokens_BTE + self.vectors(positions_BT), None
 
@@ -65,7 +67,7 @@ class RotaryPositions(nn.Module):
         self.rotary_dim = config.rotary_dim
         self.base = config.rotary_base
 
-    def forward(self, tokens_BTE: Tensor, positions_BT: Tensor, seen: int | Tensor) -> tuple[Tensor, Rotation]:
+    def forward(self, tokens_BTE: Tensor, positions_BT: Tensor) -> tuple[Tensor, Rotation]:
         device = tokens_BTE.device
         exponents = torch.arange(0, self.rotary_dim, 2, device=device, dtype=torch.float32) / self.rotary_dim
         angles = positions_BT[:, None, :, None].float() / self.base**exponents
@@ -300,11 +302,11 @@ class NormFreeModel(NormFreePreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         positions_BT = position_ids
         if positions_BT is None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             positions_BT = (torch.arange(tokens_BTE.shape[1], device=tokens_BTE.device) + seen)[None]
-        placed_BTE, rotation = self.positions(tokens_BTE, positions_BT, seen)
+        placed_BTE, rotation = self.positions(tokens_BTE, positions_BT)
         hidden_BTE = self.dropout(placed_BTE)
         for block in self.layers:
             hidden_BTE = block(

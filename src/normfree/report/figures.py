@@ -40,8 +40,6 @@ FIGURES = (
     "slope-perplexity",
 )
 _LINES_PER_PANEL = 6
-_SAME_NATS = 0.01
-"""Ceilings of blocks of one length: held-out blocks differ in nothing that moves them."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +109,8 @@ def _heatmaps(groups: Sequence[Group]) -> PageFigure | None:
     measured = _measured(groups)
     if not measured:
         return None
-    ceilings = [float(heads.ceiling_L.max()) for _, heads in measured]
-    if max(ceilings) - min(ceilings) < _SAME_NATS:
-        ceiling, unit = max(ceilings), "nats"
+    if len({group.runs[0].spec["data"]["context"] for group, _ in measured}) == 1:
+        ceiling, unit = max(float(heads.ceiling_L.max()) for _, heads in measured), "nats"
         shown, scale = [heads.entropy_LH for _, heads in measured], f"up to the causal ceiling of {ceiling:.2f} nats"
     else:  # blocks of several lengths
         ceiling, unit = 1.0, "share of the causal ceiling"

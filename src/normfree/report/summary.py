@@ -91,9 +91,8 @@ def _overloaded(groups: Sequence[Group]) -> str:
         held[group.name] = (verdicts.count(True), len(heads))
         unknown[group.name] = (verdicts.count(None), len(heads))
         unmeasured[group.name] = (heads.count(None), len(heads))
-    words = ((held, ""), (unknown, "undecided "), (unmeasured, "not measured "))
-    parts = [part for counts, word in words if (part := _counted(counts, word))]
-    return f"Entropic overload of the early layers at the end: {', '.join(parts) or 'in no run'}."
+    parts = [_counted(held, "") or "in no run", _counted(unknown, "undecided "), _counted(unmeasured, "not measured ")]
+    return f"Entropic overload of the early layers at the end: {', '.join(filter(None, parts))}."
 
 
 def _counted(counts: dict[str, tuple[int, int]], word: str) -> str:

@@ -143,7 +143,7 @@ def total_steps(spec: RunSpec, corpus: Corpus) -> int:
         return steps
     steps = spec.train.steps or 0
     if steps > in_one_pass:
-        passes = math.ceil(100 * steps * spec.train.batch_sequences / len(corpus.train)) / 100
+        passes = math.ceil(100 * steps * spec.train.batch_sequences / len(corpus.train) + 1) / 100
         raise ValueError(
             f"train.steps={steps} needs {steps * spec.train.batch_sequences} blocks, but the corpus has "
             f"{len(corpus.train)} ({in_one_pass} steps); ask for fewer steps, give more text (data.max_bytes), or "

@@ -217,10 +217,10 @@ class _Training:
             callbacks=[
                 watch.OwnIntervals(),
                 watch.TrainingLog(self._log, tokens_per_step=self.tokens_per_step),
-                *extra,
             ],
         )
-        trainer.add_callback(watch.Watch(self._log, self._schedules(), tell=trainer.log))
+        for callback in (watch.Watch(self._log, self._schedules(), tell=trainer.log), *extra):
+            trainer.add_callback(callback)  # in this order: a signal during a measurement ends the same step
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
                 callback.logging_dir = str(self.folder / "tensorboard")  # Trainer's own choice is the staging folder
