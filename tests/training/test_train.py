@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from safetensors.torch import load_file
 from normfree.config import RunSpec
 from normfree.data import prepare
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
-from normfree.records import Run, read_run
+from normfree.records import Run, RunWriter, read_run
 from normfree.training import InterruptedRunError, train
 from normfree.training.trainer import parameter_groups
 
@@ -292,6 +294,24 @@ def test_epochs_repeat_the_corpus(tmp_path: Path, cache: Path, tiny_spec: Build)
     run = read_run(train(spec, runs_dir=tmp_path, cache=cache, progress=False))
     assert 2 * one_pass < run.facts["steps_done"] <= 3 * (one_pass + 1)
     assert run.facts["tokens_seen"] == run.facts["steps_done"] * 32 * 16
+
+
+def test_a_record_that_cannot_be_written_is_not_a_checkpoint_that_could_not(
+    tmp_path: Path, cache: Path, tiny_spec: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = RunWriter.update
+
+    def full(self: RunWriter, **facts: Any) -> None:
+        if facts.get("steps_done") == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written(self, **facts)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunWriter, "update", full)
+        with pytest.raises(RuntimeError, match="the checkpoint of step 4 is whole"):
+            train(tiny_spec(), runs_dir=tmp_path, cache=cache, progress=False)
+    run = read_run(train(tiny_spec(), runs_dir=tmp_path, cache=cache, progress=False))
+    assert (run.status, run.facts["sessions"][-1]["from_step"]) == ("finished", 4)
 
 
 def test_a_process_that_sees_several_gpus_is_refused(

@@ -226,8 +226,8 @@ def _nonfinite(groups: Sequence[Group]) -> PageFigure | None:
         name="nonfinite",
         title="Non-finite attention rows",
         caption="Rows of attention with NaN or infinity, in percent of all rows of a probe. "
-        f"{plain}; a cross at the top marks the step where a run diverged. Below 1 % the axis is stretched. Such rows "
-        "are counted here and are in no entropy.",
+        f"{plain}; a cross at the top marks the step where a run diverged. The axis is logarithmic above 1 %. "
+        "Such rows are counted here and are in no entropy.",
         panels=tuple(_nonfinite_curves(chunk, styles) for chunk in chunks),
     )
 

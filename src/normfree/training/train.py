@@ -254,7 +254,13 @@ class _Training:
         }
         self.writer.sync()  # a checkpoint never promises metrics that a power cut could take
         publish(self.checkpoints, step, facts, keep=self.spec.train.checkpoints_kept)
-        self._update(steps_done=step, tokens_seen=step * self.tokens_per_step)
+        try:
+            self._update(steps_done=step, tokens_seen=step * self.tokens_per_step)
+        except OSError as error:
+            raise RuntimeError(
+                f"{self.folder / RUN_FILE} cannot be written ({error}); the checkpoint of step {step} is whole, and "
+                "the same command goes on from it"
+            ) from error
 
     def _record_skip(self, found: Divergence) -> None:
         logger.warning("%s: %s; this step is left out", self.spec.name, found)
