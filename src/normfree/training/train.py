@@ -8,7 +8,7 @@ import shutil
 import signal
 import time
 from contextlib import nullcontext
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from normfree.config import RunSpec
 from normfree.data import Corpus, prepare
 from normfree.manifest import folder_lock, read_manifest, write_manifest
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
-from normfree.records import METRICS_FILE, RUN_FILE, DamagedRunError, RunWriter, read_run
+from normfree.records import RUN_FILE, RunWriter
 from normfree.signals import pass_on
 from normfree.training import callbacks as watch
 from normfree.training.arguments import check_machine, is_done, model_config, total_steps, training_arguments
@@ -40,8 +40,9 @@ from normfree.training.checkpoints import (
     publish,
     step_of,
 )
-from normfree.training.environment import command_line, device_name, environment, usable_cores
+from normfree.training.environment import command_line, device_name, usable_cores
 from normfree.training.guard import Divergence, NonFiniteError
+from normfree.training.opening import model_facts, open_writer
 from normfree.training.ranks import agreed_checkpoint, main_process_first
 from normfree.training.trainer import NormFreeTrainer
 
@@ -102,10 +103,18 @@ def train(
             compare_surroundings(checkpoint, _surroundings(corpus))
         writer = None
         if state.is_main_process:
-            make_room(folder, _model_facts(config)["parameters"], keep=spec.train.checkpoints_kept)
+            make_room(folder, model_facts(config)["parameters"], keep=spec.train.checkpoints_kept)
             command = command or command_line()
-            writer = _open_writer(
-                folder, spec, corpus, config, command=command, note=note, steps=steps, checkpoint=checkpoint
+            writer = open_writer(
+                folder,
+                spec,
+                corpus,
+                config,
+                command=command,
+                note=note,
+                steps=steps,
+                checkpoint=checkpoint,
+                device=_device(),
             )
         try:
             _Training(spec, folder, corpus, config, steps, writer).run(checkpoint)
@@ -303,81 +312,6 @@ class _Training:
 
     def _wall_seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.began
-
-
-def _open_writer(
-    folder: Path,
-    spec: RunSpec,
-    corpus: Corpus,
-    config: NormFreeConfig,
-    *,
-    command: str,
-    note: str,
-    steps: int,
-    checkpoint: Path | None,
-) -> RunWriter:
-    """Begin or continue the records of a run; metrics after the checkpoint are dropped, they will come again."""
-    earlier = _earlier_facts(folder)
-    kept = read_manifest(checkpoint) if checkpoint else {}
-    if checkpoint and not (folder / METRICS_FILE).exists():
-        logger.warning("%s is missing: the metrics up to step %d are lost", folder / METRICS_FILE, step_of(checkpoint))
-    session = {
-        "from_step": step_of(checkpoint) if checkpoint else 0,
-        "began": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command,
-        "environment": environment(_device()),
-    }
-    facts = {
-        "started": earlier.get("started", session["began"]),
-        "wall_seconds": earlier.get("wall_seconds", kept.get("wall_seconds", 0.0)) if checkpoint else 0.0,
-        "spec": spec.to_dict(),
-        "recipe": spec.recipe(),
-        "identity": spec.identity(),
-        "command": command,
-        "study_note": note,
-        "corpus": corpus.facts(),
-        "environment": session["environment"],
-        "sessions": [*(earlier.get("sessions", []) if checkpoint else []), session],
-        "model": _model_facts(config),
-        "steps": steps,
-        "steps_done": session["from_step"],
-        "tokens_seen": session["from_step"] * spec.train.batch_sequences * spec.data.context,
-        "resumed": earlier.get("resumed", 0) + bool(checkpoint),
-        "final": None,
-        "divergence": None,
-        "skipped_steps": kept.get("skipped_steps", []),
-    }
-    writer = RunWriter(folder, facts)
-    if damaged := writer.forget_after(step_of(checkpoint) if checkpoint else -1):
-        numbers = ", ".join(map(str, damaged))
-        logger.warning("dropped damaged line %s of %s; the file as found lies beside it", numbers, METRICS_FILE)
-    return writer
-
-
-def _earlier_facts(folder: Path) -> dict[str, Any]:
-    """What run.json says so far; a damaged one is set aside, since checkpoints hold all that a resume needs."""
-    if not (folder / RUN_FILE).exists():
-        return {}
-    try:
-        return read_run(folder).facts
-    except DamagedRunError as error:
-        place = folder / f"{RUN_FILE}.damaged"
-        (folder / RUN_FILE).replace(place)
-        logger.warning("%s; set aside as %s and written anew", error, place)
-        return {}
-
-
-def _model_facts(config: NormFreeConfig) -> dict[str, Any]:
-    with torch.device("meta"):
-        model = NormFreeForCausalLM(config)
-    return {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "layers": config.num_hidden_layers,
-        "heads": config.num_attention_heads,
-        "head_dim": config.head_dim,
-        "hidden_size": config.hidden_size,
-        "slope_layers": model.slope_layers(),
-    }
 
 
 def _save_model(model: NormFreeForCausalLM, corpus: Corpus, folder: Path) -> None:

@@ -1,0 +1,97 @@
+"""How the record of a run begins, or goes on from a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from normfree.config import RunSpec
+from normfree.data import Corpus
+from normfree.manifest import read_manifest
+from normfree.model import NormFreeConfig, NormFreeForCausalLM
+from normfree.records import METRICS_FILE, RUN_FILE, DamagedRunError, RunWriter, read_run
+from normfree.training.checkpoints import step_of
+from normfree.training.environment import environment
+
+logger = logging.getLogger("normfree")
+
+
+def open_writer(
+    folder: Path,
+    spec: RunSpec,
+    corpus: Corpus,
+    config: NormFreeConfig,
+    *,
+    command: str,
+    note: str,
+    steps: int,
+    checkpoint: Path | None,
+    device: torch.device,
+) -> RunWriter:
+    """Begin or continue the records of a run; metrics after the checkpoint are dropped, they will come again."""
+    earlier = _earlier_facts(folder)
+    kept = read_manifest(checkpoint) if checkpoint else {}
+    if checkpoint and not (folder / METRICS_FILE).exists():
+        logger.warning("%s is missing: the metrics up to step %d are lost", folder / METRICS_FILE, step_of(checkpoint))
+    session = {
+        "from_step": step_of(checkpoint) if checkpoint else 0,
+        "began": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "environment": environment(device),
+    }
+    facts = {
+        "started": earlier.get("started", session["began"]),
+        "wall_seconds": earlier.get("wall_seconds", kept.get("wall_seconds", 0.0)) if checkpoint else 0.0,
+        "spec": spec.to_dict(),
+        "recipe": spec.recipe(),
+        "identity": spec.identity(),
+        "command": command,
+        "study_note": note,
+        "corpus": corpus.facts(),
+        "environment": session["environment"],
+        "sessions": [*(earlier.get("sessions", []) if checkpoint else []), session],
+        "model": model_facts(config),
+        "steps": steps,
+        "steps_done": session["from_step"],
+        "tokens_seen": session["from_step"] * spec.train.batch_sequences * spec.data.context,
+        "resumed": earlier.get("resumed", 0) + bool(checkpoint),
+        "final": None,
+        "divergence": None,
+        "skipped_steps": kept.get("skipped_steps", []),
+    }
+    writer = RunWriter(folder, facts)
+    if damaged := writer.forget_after(step_of(checkpoint) if checkpoint else -1):
+        numbers = ", ".join(map(str, damaged))
+        logger.warning("dropped damaged line %s of %s; the file as found lies beside it", numbers, METRICS_FILE)
+    return writer
+
+
+def _earlier_facts(folder: Path) -> dict[str, Any]:
+    """What run.json says so far; a damaged one is set aside, since checkpoints hold all that a resume needs."""
+    if not (folder / RUN_FILE).exists():
+        return {}
+    try:
+        return read_run(folder).facts
+    except DamagedRunError as error:
+        place = folder / f"{RUN_FILE}.damaged"
+        (folder / RUN_FILE).replace(place)
+        logger.warning("%s; set aside as %s and written anew", error, place)
+        return {}
+
+
+def model_facts(config: NormFreeConfig) -> dict[str, Any]:
+    """What run.json says of the model; no weights are made."""
+    with torch.device("meta"):
+        model = NormFreeForCausalLM(config)
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "layers": config.num_hidden_layers,
+        "heads": config.num_attention_heads,
+        "head_dim": config.head_dim,
+        "hidden_size": config.hidden_size,
+        "slope_layers": model.slope_layers(),
+    }
