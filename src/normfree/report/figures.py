@@ -280,7 +280,7 @@ def _slope_perplexity(groups: Sequence[Group]) -> PageFigure | None:
         panels=tuple(
             _slope_points(
                 [group for group in fixed if (texts[group.name], _norm(group)) == (recipe, norm)],
-                ", ".join(filter(None, (recipe, norm.replace("none", "")))),
+                ", ".join(filter(None, (recipe, "" if norm == "none" else norm))),
             )
             for recipe, norm in sorted(settings)
         ),

@@ -184,7 +184,7 @@ def _run_row(run: Run) -> tuple[str, ...]:
         run.place,
         run.label,
         status,
-        "-" if math.isnan(run.perplexity) else f"{run.perplexity:.2f}",
+        f"{run.perplexity:.2f}" if run.status == "finished" else "-",
         f"{facts.get('steps_done', 0):,}",
         f"{facts.get('tokens_seen', 0):,}",
         duration(facts.get("wall_seconds") or math.nan),

@@ -1,0 +1,140 @@
+"""The sentences at the head of a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from normfree.analysis import group_runs
+from normfree.report.summary import sentences
+from normfree.tables import claim_table, perplexity_table
+from tests.synthetic import write_run
+
+
+def test_the_summary_counts_in_words(tmp_path: Path) -> None:
+    one = group_runs([write_run(tmp_path / "one", label) for label in ("SM+LN+G", "SM+LN+R", "SM+G", "SM+R")])
+    found = sentences(one)
+    assert found[0] == (
+        "Without LayerNorm, ReLU ends 4.2 % below GELU in perplexity "
+        "(36.1 against 37.7, 1 seed; the paper: 8.2 % below)."
+    )
+    assert found[1].startswith("With LayerNorm, ReLU ends 2.0 % above GELU")
+    assert "One seed a variant: there is no error bar, and a small difference may be chance." in found
+
+
+def test_the_share_of_heads_is_the_mean_over_seeds_as_in_the_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [write_run(tmp_path, "SM+G", seed=seed) for seed in range(3)]
+    shares = iter([0.5, 0.6, 0.1])
+    monkeypatch.setattr("normfree.report.summary.top_quarter_share", lambda heads: next(shares))
+    assert any("mean over seeds: SM+G 40 %" in sentence for sentence in sentences(group_runs(runs)))
+
+
+def test_the_summary_has_no_mean_of_the_survivors(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+R")]
+    runs += [write_run(tmp_path, "SM+G", seed=seed, status="diverged") for seed in (1, 2)]
+    found = sentences(group_runs(runs))
+    assert any("mean over seeds: SM+G NaN (2/3), SM+R " in text for text in found)
+    assert "Entropic overload of the early layers at the end: SM+G (1 of 3), SM+G not measured (2 of 3)." in found
+    assert "One seed of SM+R: there is no error bar, and a small difference may be chance." in found
+
+
+def test_many_variants_with_one_seed_are_counted(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, "SM", tag=f"t{number}", model={"norm": "none"}) for number in range(5)]
+    runs += [write_run(tmp_path, "SM+G", seed=seed) for seed in (0, 1)]
+    found = sentences(group_runs(runs))
+    assert any(text.startswith("One seed of 5 of the 6 variants: there is no error bar") for text in found)
+
+
+def test_of_many_variants_the_lowest_and_the_highest_are_named(tmp_path: Path) -> None:
+    """A sentence with two dozen numbers is a table without columns."""
+    runs = [write_run(tmp_path, "SM", tag=f"t{number}", model={"norm": "none"}) for number in range(8)]
+    runs += [write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+R", status="diverged")]
+    found = next(text for text in sentences(group_runs(runs)) if text.startswith("Heads in the top quarter"))
+    assert found.count("%") == 2
+    assert found.endswith("10 variants in all; NaN in 1.")
+    few = next(text for text in sentences(group_runs(runs[-2:])) if text.startswith("Heads in the top quarter"))
+    assert "SM+R NaN (1/1)" in few
+
+
+def test_the_comparison_with_most_seeds_comes_first(tmp_path: Path) -> None:
+    fast: dict[str, Any] = {"train": {"peak_learning_rate": 1e-2}}
+    runs = [write_run(tmp_path, label, tag="a") for label in ("SM+G", "SM+R")]
+    runs += [write_run(tmp_path, label, tag="b", seed=seed, **fast) for label in ("SM+G", "SM+R") for seed in (0, 1)]
+    first, second = (text for text in sentences(group_runs(runs, mix=True)) if "ReLU ends" in text)
+    assert first.startswith("Without LayerNorm (b)")
+    assert second.startswith("Without LayerNorm (a)")
+
+
+def test_heads_that_are_not_finite_leave_overload_undecided(tmp_path: Path) -> None:
+    found = sentences(group_runs([write_run(tmp_path, "SM+R", broken_probe=True)]))
+    assert "Entropic overload of the early layers at the end: in no run, SM+R undecided (1 of 1)." in found
+
+
+def test_a_run_that_diverged_was_not_measured_and_is_not_undecided(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, "SM+R"), write_run(tmp_path, "SM+R", seed=1, status="diverged")]
+    found = sentences(group_runs(runs))
+    assert "Entropic overload of the early layers at the end: in no run, SM+R not measured (1 of 2)." in found
+
+
+def test_a_finished_run_without_a_finite_perplexity_is_neither_diverged_nor_learned(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, "SM+G", perplexity=float("nan")), write_run(tmp_path, "SM+R")]
+    found = sentences(group_runs(runs))
+    assert "Finished without a finite perplexity: SM+G, seed 0." in found
+    assert not any("learned" in text or "became non-finite" in text for text in found)
+
+
+def test_runs_of_one_tag_are_compared_with_each_other(tmp_path: Path) -> None:
+    """The same recipe twice, on two machines say: a difference between tags would be one of machines."""
+    values = {"a": {"SM+LN+G": 34.0, "SM+G": 40.0, "SM+R": 36.0}, "b": {"SM+LN+G": 28.0, "SM+G": 30.0, "SM+R": 29.0}}
+    runs = [
+        write_run(tmp_path, label, tag=tag, perplexity=value)
+        for tag, of_tag in values.items()
+        for label, value in of_tag.items()
+    ]
+    groups = group_runs(runs)
+    against = {row[0]: row[3] for row in perplexity_table(groups).rows}
+    assert (against["SM+R (a)"], against["SM+R (b)"], against["SM+LN+G (b)"]) == ("+5.9 %", "+3.6 %", "baseline")
+    first, second = sentences(groups)[:2]
+    assert first.startswith("Without LayerNorm (a), ReLU ends 10.0 % below GELU in perplexity (36.0 against 40.0")
+    assert second.startswith("Without LayerNorm (b), ReLU ends 3.3 % below GELU in perplexity (29.0 against 30.0")
+    assert len([row for row in claim_table(groups).rows if row[0].startswith("(b)")]) == 2
+    lonely = group_runs([*runs, write_run(tmp_path, "SM+R", tag="c", perplexity=35.0)])
+    table = perplexity_table(lonely)
+    assert {row[0]: row[3] for row in table.rows}["SM+R (c)"] == "-"
+    assert "More than one SM+LN+G has the recipe and none the tag of SM+R (c)." in table.notes
+    assert any("Without LayerNorm (c), ReLU ends 16.7 % above GELU (b)" in text for text in sentences(lonely))
+
+
+def test_the_summary_names_the_recipe_of_each_comparison(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path, label, tag=tag, study=tag, train={"peak_learning_rate": rate})
+        for label in ("SM+G", "SM+R")
+        for tag, rate in (("low", 2.5e-4), ("high", 7.5e-4))
+    ]
+    found = [text for text in sentences(group_runs(runs, mix=True)) if "ReLU ends" in text]
+    assert [text.split(", ReLU")[0].split(" [")[0] for text in found] == [
+        "Without LayerNorm (high)",
+        "Without LayerNorm (low)",
+    ]
+
+
+def test_the_summary_says_when_an_interval_includes_zero(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, "SM+G", seed=seed, perplexity=40.0) for seed in (0, 1)]
+    runs += [write_run(tmp_path, "SM+R", seed=seed, perplexity=value) for seed, value in ((0, 36.0), (1, 39.0))]
+    assert "includes no difference at all" in sentences(group_runs(runs))[0]
+
+
+def test_the_summary_compares_nothing_with_a_diverged_run(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, "SM+G", status="diverged"), write_run(tmp_path, "SM+R")]
+    found = sentences(group_runs(runs))
+    assert "cannot be compared: 1 of 1 pairs" in found[0]
+    assert "SM+G became non-finite in 1 of 1 runs: seed 0 at step 100 in layer 1." in found
+
+
+def test_a_run_that_did_not_learn_is_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "SM+G", perplexity=500.0)
+    assert any(sentence.startswith("SM+G did not learn") for sentence in sentences(group_runs([run])))
