@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,19 @@ def test_a_loss_that_breaks_is_crossed_and_not_smoothed_over(tmp_path: Path) -> 
     steps, loss = points(ax, 0)
     assert [step for step, value in zip(steps, loss, strict=True) if math.isnan(value)] == [30]
     assert points(ax, 1)[0][0] == 30
+
+
+def test_an_open_circle_ends_the_line_of_a_run_that_is_not_over(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, "SM"), write_run(tmp_path, "SM", seed=1, status="running")]
+    (group,) = group_runs(runs)
+    styles = plots.variant_styles(["SM"])
+    for curves in (partial(plots.loss_curves, split="train"), plots.overload_curves, plots.nonfinite_curves):
+        ax = curves([group], ax=Figure().subplots(), styles=styles)
+        whole, running, circle = ax.lines
+        assert (circle.get_marker(), circle.get_fillstyle()) == ("o", "none")
+        assert np.array_equal(circle.get_xydata(), running.get_xydata()[-1:])
+        assert running.get_xdata()[-1] < whole.get_xdata()[-1]
+        assert [line.get_label() for line in (whole, running)].count("SM") == 1
 
 
 def test_nonfinite_rows_are_a_share_of_all_rows(tmp_path: Path) -> None:

@@ -195,6 +195,11 @@ def find_runs(places: Iterable[Path | str]) -> list[Run]:
 
 
 def load_runs(*places: Path | str) -> pd.DataFrame:
+    """`run_frame` of every run under the given folders."""
+    return run_frame(find_runs(places))
+
+
+def run_frame(runs: Iterable[Run]) -> pd.DataFrame:
     """One row a run: where it lies, what was trained how, how it ended and how well, and fingerprints.
 
     `diverged_at` is the step at which a run became non-finite, missing for all others.
@@ -222,7 +227,7 @@ def load_runs(*places: Path | str) -> pd.DataFrame:
             "recipe": recipe_of(run.spec),
             "corpus": run.corpus,
         }
-        for run in find_runs(places)
+        for run in runs
     ]
     return pd.DataFrame(rows)
 

@@ -10,12 +10,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
 from normfree import published
 from normfree.analysis import Heads, causal_ceiling, group_runs
+from normfree.records import find_runs
 from normfree.report import build_report
 from normfree.report.figures import main_figures, slope_figures
 from normfree.report.heads import heatmap, verdict_sentences
@@ -52,7 +54,22 @@ def test_every_figure_and_table_is_also_a_file(report: Path) -> None:
     names |= {"perplexity-communication"}
     expected = {f"figures/{name}.{suffix}" for name in figures for suffix in ("pdf", "png")}
     expected |= {f"tables/{name}.{suffix}" for name in names for suffix in ("md", "tex", "csv")}
+    expected |= {"numbers/runs.csv", "numbers/heads.csv"}
     assert set(contents(report)) == expected | {"index.html", "slopes.html"}
+
+
+def test_numbers_are_as_measured_and_readable_by_a_machine(report: Path) -> None:
+    runs, heads = (pd.read_csv(report / "numbers" / f"{name}.csv") for name in ("runs", "heads"))
+    sm_g = runs[runs.label == "SM+G"]
+    assert sm_g.perplexity.tolist() == [37.7, 37.7 * 1.01]
+    diverged = runs[runs.label == "SM"]
+    assert diverged.perplexity.isna().all()
+    assert diverged.diverged_at.tolist() == [100]
+    assert set(heads.label) == set(runs[runs.status == "finished"].label)
+    found = heads[(heads.run == "quick/sm-g-seed1") & (heads.layer == 2)]
+    recorded = find_runs([report.parent / "runs" / "quick" / "sm-g-seed1"])[0].last("final", "entropy_nats")
+    assert found.entropy_nats.tolist() == recorded[2]
+    assert np.allclose(found.share_of_ceiling, np.array(recorded[2]) / causal_ceiling(32))
 
 
 @pytest.mark.parametrize("name", ["index.html", "slopes.html"])
@@ -250,6 +267,24 @@ def test_slopes_with_and_without_a_norm_are_panels_of_their_own(tmp_path: Path) 
 def test_a_report_of_unfinished_runs_alone_still_builds(tmp_path: Path) -> None:
     page = build_report([write_run(tmp_path / "runs", "SM+G", status="failed")], tmp_path / "out")
     assert "No run finished." in page.read_text()
+
+
+def test_a_run_in_the_night_is_in_every_curve_and_in_no_table_of_results(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "runs", "SM+G"), write_run(tmp_path / "runs", "SM+leaky, shared", status="running")]
+    groups = group_runs(runs)
+    drawn = {figure.name: figure for figure in (*main_figures(groups), *slope_figures(groups))}
+    assert {len(drawn[name].panels) for name in ("heatmaps", "dynamics")} == {2}
+    assert "SM+leaky, shared (step 100)" in drawn["heatmaps"].caption
+    for name in ("losses", "overload", "nonfinite"):
+        assert "open circle" in drawn[name].caption
+        legend = drawn[name].panels[0](Figure().subplots()).get_legend()
+        assert legend
+        assert [text.get_text() for text in legend.get_texts()] == ["SM+G", "SM+leaky, shared"]
+    (trajectory,) = drawn["slope-trajectories"].panels
+    assert trajectory(Figure().subplots()).get_title() == "SM+leaky, shared, seed 0\n(running)"
+    page = build_report(runs, tmp_path / "out").read_text()
+    assert "In the curves only, because not finished: " in page
+    assert "leaky" not in (tmp_path / "out" / "tables" / "perplexity.csv").read_text()
 
 
 def test_an_activation_of_your_own_costs_a_note_and_not_the_report(tmp_path: Path) -> None:

@@ -46,12 +46,17 @@ class Group:
     @property
     def tag(self) -> str:
         """The tag that all its runs have, or nothing."""
-        return (*self.runs, *self.unfinished)[0].spec.get("tag") or ""
+        return self.drawn[0].spec.get("tag") or ""
 
     @property
     def shown(self) -> Run | None:
-        """The run whose heads are drawn: the first seed that finished, else the first that diverged."""
-        return next((run for run in self.runs if run.status == "finished"), next(iter(self.runs), None))
+        """The run whose heads are drawn: the first seed that finished, else the first that diverged, else any."""
+        return next((run for run in self.runs if run.status == "finished"), next(iter(self.drawn), None))
+
+    @property
+    def drawn(self) -> tuple[Run, ...]:
+        """The runs whose curves are drawn: those with a result, then those without."""
+        return (*self.runs, *self.unfinished)
 
     @property
     def perplexities(self) -> dict[Hashable, float]:
@@ -94,7 +99,7 @@ def group_runs(runs: Sequence[Run], *, mix: bool = False) -> list[Group]:
 
 def all_runs(groups: Sequence[Group]) -> list[Run]:
     """The runs of every group, those with a result first in each; repeated ones are left out."""
-    return [run for group in groups for run in (*group.runs, *group.unfinished)]
+    return [run for group in groups for run in group.drawn]
 
 
 def counterparts(group: Group, label: str, groups: Sequence[Group]) -> list[Group]:
@@ -110,7 +115,7 @@ def recipes(groups: Sequence[Group]) -> dict[str, list[str]]:
 
     Groups of one recipe give one empty text.
     """
-    firsts = {group.name: (*group.runs, *group.unfinished)[0] for group in groups}
+    firsts = {group.name: group.drawn[0] for group in groups}
     keys = _differing(list(firsts.values()))
     found: dict[str, list[str]] = {}
     for name, run in firsts.items():

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import NullLocator
 
-from normfree.analysis import Group, Heads, layer_means, probed_heads, slope_layers, top_quarter_share
+from normfree.analysis import Group, Heads, is_over, layer_means, probed_heads, slope_layers, top_quarter_share
 from normfree.plots.style import GRID, MUTED, empty, wrapped
 from normfree.records import Run
 
@@ -59,7 +59,7 @@ def loss_curves(groups: Sequence[Group], *, ax: Axes, split: str, styles: Styles
     if not _line_a_seed(groups, shown, ax=ax, styles=styles):
         return empty(ax, f"no {split} loss recorded")
     for group in groups:
-        for run in group.runs:
+        for run in group.drawn:
             _cross(ax, run, split, styles[group.name]["color"])
     ax.set(title=title, xlabel="step", ylabel="loss (nats per token)")
     return ax
@@ -79,7 +79,7 @@ def nonfinite_curves(groups: Sequence[Group], *, ax: Axes, styles: Styles, title
     if not _line_a_seed(groups, share, ax=ax, styles=styles, marker=".", markersize=4):
         return empty(ax, "no probe recorded")
     for group in groups:
-        for run in group.runs:
+        for run in group.drawn:
             _cross(ax, run, "train", styles[group.name]["color"])
     ax.set_yscale("symlog", linthresh=1)
     ax.set_yticks([0, 1, 10, 100], ["0", "1", "10", "100"])
@@ -124,14 +124,19 @@ def slope_curves(run: Run, *, ax: Axes, title: str = "", layers: int | None = No
 def _line_a_seed(
     groups: Sequence[Group], series: Callable[[Run], Series], *, ax: Axes, styles: Styles, **more: Any
 ) -> bool:
-    """Draw `series` of every run, the first of a group with its name in the legend; False when none has a point."""
+    """Draw `series` of every run, the first of a group with its name in the legend; False when none has a point.
+
+    An open circle ends the line of a run that is not over.
+    """
     for group in groups:
         label = wrapped(group.name)
-        for run in group.runs:
+        for run in group.drawn:
             steps, values = series(run)
             if steps:
                 ax.plot(steps, values, label=label, **styles[group.name], **more)
                 label = None
+            if steps and not is_over(run):
+                ax.plot(steps[-1:], values[-1:], "o", fillstyle="none", color=styles[group.name]["color"])
     if ax.lines:
         ax.legend()
     return bool(ax.lines)

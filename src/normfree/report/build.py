@@ -13,6 +13,7 @@ from normfree.cost import trade_off, trade_off_table
 from normfree.manifest import write_atomically
 from normfree.records import Run
 from normfree.report.figures import FIGURES, PageFigure, main_figures, slope_figures
+from normfree.report.numbers import write_numbers
 from normfree.report.page import figure_values, main_page, slopes_page
 from normfree.report.render import to_pdf, to_png
 
@@ -24,7 +25,8 @@ _SPELLINGS = {"md": tables.to_markdown, "tex": tables.to_latex, "csv": tables.to
 
 
 def build_report(runs: Sequence[Run], output: Path, *, mix: bool = False, progress: bool = False) -> Path:
-    """Write `output`/index.html, slopes.html if a run has a slope, figures/*.pdf|png and tables/*.md|tex|csv.
+    """Write `output`/index.html, slopes.html if a run has a slope, figures/*.pdf|png, tables/*.md|tex|csv and
+    numbers/*.csv.
 
     The same runs give the same bytes. Every file is replaced as a whole and index.html comes last; what an
     earlier report of other runs wrote under these names is removed. Returns the path of index.html.
@@ -48,7 +50,7 @@ def build_report(runs: Sequence[Run], output: Path, *, mix: bool = False, progre
     }
     if with_slopes:
         written["slopes"] = tables.slope_table(groups)
-    kept = write_tables(list(written.values()), output)
+    kept = write_tables(list(written.values()), output) | write_numbers(ordered, output)
     on_main, on_slopes = main_figures(groups), slope_figures(groups) if with_slopes else []
     drawn = {}
     for figure in tqdm([*on_main, *on_slopes], desc="figures", disable=None if progress else True, leave=False):

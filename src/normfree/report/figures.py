@@ -18,6 +18,7 @@ from normfree.analysis import (
     causal_ceiling,
     final_heads,
     fixed_slope,
+    is_over,
     pooled_ranges,
     probed_heads,
     recipes,
@@ -25,6 +26,7 @@ from normfree.analysis import (
     slope_layers,
 )
 from normfree.cost import trade_off
+from normfree.records import Run
 from normfree.tables import has_slope
 
 FIGURES = (
@@ -109,7 +111,7 @@ def _heatmaps(groups: Sequence[Group]) -> PageFigure | None:
     measured = _measured(groups)
     if not measured:
         return None
-    if len({group.runs[0].spec["data"]["context"] for group, _ in measured}) == 1:
+    if len({group.drawn[0].spec["data"]["context"] for group, _ in measured}) == 1:
         ceiling, unit = max(float(heads.ceiling_L.max()) for _, heads in measured), "nats"
         shown, scale = [heads.entropy_LH for _, heads in measured], f"up to the causal ceiling of {ceiling:.2f} nats"
     else:  # blocks of several lengths
@@ -121,7 +123,8 @@ def _heatmaps(groups: Sequence[Group]) -> PageFigure | None:
         name="heatmaps",
         title="Entropy of every head",
         caption="One cell a head, layers downwards: bright cells attend almost evenly to all they may "
-        f"see, dark cells to few tokens. One colour scale, {scale}; first finished seed of each variant.{note}",
+        f"see, dark cells to few tokens. One colour scale, {scale}; first seed of each variant, finished ones "
+        f"first.{note}",
         panels=tuple(
             _heatmap(values_LH, ceiling, group.name) for values_LH, (group, _) in zip(shown, measured, strict=True)
         ),
@@ -135,7 +138,7 @@ def _published(groups: Sequence[Group]) -> PageFigure | None:
     panels, shapes = [], []
     for group, heads in _measured(groups):
         theirs = published.heatmaps().get(group.label)
-        if theirs is not None and heads.split == "final" and published.is_gpt2(group.runs[0].spec):
+        if theirs is not None and heads.split == "final" and published.is_gpt2(group.drawn[0].spec):
             panels.append(_heatmap(theirs / ceiling, 1.0, f"{group.label}, paper's GPT-2 125M"))
             panels.append(_heatmap(shares_of_ceiling(heads), 1.0, f"{group.name}, ours"))
             shapes += [theirs.shape, heads.entropy_LH.shape]
@@ -162,14 +165,14 @@ def _dynamics(groups: Sequence[Group]) -> PageFigure | None:
         title="Entropy of the layers over training",
         caption="One line a layer, coloured by its depth; lines that stay at the dashed causal ceiling are heads that "
         "never learned to look anywhere, lines near 0 have collapsed. First finished seed of each variant, or of one "
-        "that has none the first that diverged.",
+        "that has none the first that diverged, else the first that is not finished.",
         panels=tuple(_layer_dynamics(probes, group.name, layers) for group, probes in shown),
         key=Key(plots.LAYER_COLOURS, (0, max(layers - 1, 1)), "layer", whole=True),
     )
 
 
 def _overload(groups: Sequence[Group]) -> PageFigure | None:
-    chunks = _chunks([group for group in groups if any(probed_heads(run) for run in group.runs)])
+    chunks = _chunks([group for group in groups if any(probed_heads(run) for run in group.drawn)])
     if not chunks:
         return None
     styles = plots.variant_styles([group.name for group in groups])
@@ -177,7 +180,8 @@ def _overload(groups: Sequence[Group]) -> PageFigure | None:
         name="overload",
         title="Heads near uniform",
         caption="Heads at or above 3/4 of the causal ceiling, in percent of all; one line a seed. Untrained heads "
-        "are nearly uniform, so lines begin at the top: overload is a line that comes down late or not at all.",
+        "are nearly uniform, so lines begin at the top: overload is a line that comes down late or not at all."
+        + _open_ends(groups),
         panels=tuple(_overload_curves(chunk, styles) for chunk in chunks),
     )
 
@@ -201,7 +205,9 @@ def _ranges(groups: Sequence[Group]) -> PageFigure | None:
 
 
 def _losses(groups: Sequence[Group]) -> PageFigure | None:
-    chunks = _chunks(groups)
+    chunks = _chunks(
+        [group for group in groups if group.runs or any(run.series("train", "loss") for run in group.drawn)]
+    )
     if not chunks:
         return None
     styles = plots.variant_styles([group.name for group in groups])
@@ -210,13 +216,13 @@ def _losses(groups: Sequence[Group]) -> PageFigure | None:
         name="losses",
         title="Loss",
         caption="Lower is better; one line a seed. The training loss is a running mean over about a "
-        "fiftieth of the points, and a cross at the top marks the step where a run diverged.",
+        "fiftieth of the points, and a cross at the top marks the step where a run diverged." + _open_ends(groups),
         panels=tuple(panels),
     )
 
 
 def _nonfinite(groups: Sequence[Group]) -> PageFigure | None:
-    chunks = _chunks([group for group in groups if any(run.series("probe", "nonfinite_rows") for run in group.runs)])
+    chunks = _chunks([group for group in groups if any(run.series("probe", "nonfinite_rows") for run in group.drawn)])
     if not chunks:
         return None
     styles = plots.variant_styles([group.name for group in groups])
@@ -227,13 +233,13 @@ def _nonfinite(groups: Sequence[Group]) -> PageFigure | None:
         title="Non-finite attention rows",
         caption="Rows of attention with NaN or infinity, in percent of all rows of a probe. "
         f"{plain}; a cross at the top marks the step where a run diverged. The axis is logarithmic above 1 %. "
-        "Such rows are counted here and are in no entropy.",
+        "Such rows are counted here and are in no entropy." + _open_ends(groups),
         panels=tuple(_nonfinite_curves(chunk, styles) for chunk in chunks),
     )
 
 
 def _trajectories(groups: Sequence[Group]) -> PageFigure | None:
-    learning = [(g, run) for g in groups for run in g.runs if run.series("probe", "negative_slope")]
+    learning = [(g, run) for g in groups for run in g.drawn if run.series("probe", "negative_slope")]
     if not learning:
         return None
     layers = max((run.facts["model"]["layers"] for _, run in learning if slope_layers(run)), default=0)
@@ -242,7 +248,7 @@ def _trajectories(groups: Sequence[Group]) -> PageFigure | None:
         title="Learnable slopes over training",
         caption="One line a layer, coloured by its depth, or one grey line for a slope that all layers share. 0 is "
         "ReLU: lines that approach it rediscover ReLU.",
-        panels=tuple(_slope_curves(run, f"{group.name}, seed {run.seed}", layers) for group, run in learning),
+        panels=tuple(_slope_curves(run, _named(group, run), layers) for group, run in learning),
         key=Key(plots.LAYER_COLOURS, (0, layers - 1), "layer", whole=True) if layers > 1 else None,
     )
 
@@ -311,7 +317,7 @@ def _overload_curves(groups: Sequence[Group], styles: Any) -> plots.Panel:
     return lambda ax: plots.overload_curves(groups, ax=ax, styles=styles)
 
 
-def _slope_curves(run: Any, title: str, layers: int) -> plots.Panel:
+def _slope_curves(run: Run, title: str, layers: int) -> plots.Panel:
     return lambda ax: plots.slope_curves(run, ax=ax, title=title, layers=layers)
 
 
@@ -330,8 +336,16 @@ def _largest(shapes: Sequence[tuple[int, ...]]) -> tuple[float, float]:
 
 def _chunks(groups: Sequence[Group]) -> list[list[Group]]:
     """Few enough lines for one pair of axes."""
-    shown = [group for group in groups if group.runs]
-    return [shown[i : i + _LINES_PER_PANEL] for i in range(0, len(shown), _LINES_PER_PANEL)]
+    return [list(groups[i : i + _LINES_PER_PANEL]) for i in range(0, len(groups), _LINES_PER_PANEL)]
+
+
+def _open_ends(groups: Sequence[Group]) -> str:
+    """A sentence for captions, where there is something to explain."""
+    return " An open circle ends the line of a run that is not finished." if any(g.unfinished for g in groups) else ""
+
+
+def _named(group: Group, run: Run) -> str:
+    return f"{group.name}, seed {run.seed}" + ("" if is_over(run) else f" ({run.status})")
 
 
 def _norm(group: Group) -> str:
@@ -339,5 +353,5 @@ def _norm(group: Group) -> str:
 
 
 def _bad_rows(group: Group) -> int:
-    counts = [value for run in group.runs for _, value in run.series("probe", "nonfinite_rows")]
+    counts = [value for run in group.drawn for _, value in run.series("probe", "nonfinite_rows")]
     return sum(sum(map(sum, rows_LH)) for rows_LH in counts)

@@ -148,4 +148,4 @@ def _one_seed(groups: Sequence[Group]) -> str:
 
 def _unfinished(groups: Sequence[Group]) -> str:
     names = [f"{run.place} ({run.status})" for group in groups for run in group.unfinished]
-    return f"Left out, because not finished: {', '.join(names)}." if names else ""
+    return f"In the curves only, because not finished: {', '.join(names)}." if names else ""
