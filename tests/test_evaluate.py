@@ -5,9 +5,17 @@ import math
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    ByT5Tokenizer,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
-from normfree.evaluate import Evaluation, evaluate_blocks, perplexity
+from normfree.evaluate import Evaluation, checked_context, evaluate_blocks, perplexity
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
 
 
@@ -191,6 +199,18 @@ def test_what_cannot_be_evaluated_is_refused(
     model.resize_token_embeddings(20)
     with pytest.raises(ValueError, match="vocabulary has 20"):
         perplexity(model, tokenizer, "zzz")
+
+
+def test_a_model_of_several_parts_has_the_limit_of_its_text() -> None:
+    text = Gemma3TextConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=64,
+    )  # fmt: skip
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision))
+    assert checked_context(model, None) == 64
+    with pytest.raises(ValueError, match="context=65 must be between 2 and the model's 64"):
+        checked_context(model, 65)
 
 
 def test_nothing_counted_is_not_a_number() -> None:

@@ -148,6 +148,48 @@ def test_a_damaged_record_does_not_keep_a_study_from_going_on(
     assert [run.status for run in find_runs([tmp_path / "alike"])] == ["finished"]
 
 
+def test_a_damaged_record_that_no_run_will_mend_is_named_before_anything_is_trained(
+    done: tuple[Path, list[str], Path], tmp_path: Path
+) -> None:
+    file, words = one_run(tmp_path, done[1])
+    record = tmp_path / "alike" / "older-seed0" / "run.json"
+    record.parent.mkdir(parents=True)
+    record.write_text("{")
+    with pytest.raises(ValueError, match=r"older-seed0/run\.json is not readable as JSON"):
+        run_study(file, words)
+    assert not (tmp_path / "alike" / "sm-seed0").exists()
+
+
+def test_a_report_that_cannot_be_made_hides_no_failure(
+    done: tuple[Path, list[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, words = one_run(tmp_path, done[1])
+    other = tmp_path / "alike" / "older-seed0"
+
+    def fail_and_damage(*_: object, **__: object) -> Path:
+        other.mkdir(parents=True)
+        (other / "run.json").write_text("{")
+        raise RuntimeError("no more memory")
+
+    monkeypatch.setattr("normfree.studies.train", fail_and_damage)
+    told = (
+        r"no report: .*older-seed0.*not readable as JSON.* 1 of 1 runs failed: sm-seed0 \(RuntimeError: no more memory"
+    )
+    with pytest.raises(RuntimeError, match=told):
+        run_study(file, words)
+
+
+def test_workers_take_threads_for_all_runs_or_for_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mixed.yaml").write_text(
+        "preset: cpu-quick\ngroups:\n"
+        "  - {variants: [sm-r], seeds: [0], set: {train.threads: 1}}\n"
+        "  - {variants: [sm-g], seeds: [0]}\n"
+    )
+    monkeypatch.setattr("normfree.studies.usable_cores", lambda: 2)
+    with pytest.raises(ValueError, match=r"workers=2: give train\.threads for all runs of mixed or for none"):
+        run_study(str(tmp_path / "mixed.yaml"), [f"runs_dir={tmp_path}"], workers=2)
+
+
 def test_a_study_of_which_no_run_can_begin_says_why(done: tuple[Path, list[str], Path], tmp_path: Path) -> None:
     words = [*done[1], f"runs_dir={tmp_path}", "train.precision=fp16"]
     with pytest.raises(RuntimeError, match=r"3 of 3 runs failed: .*fp16 needs a GPU.*; there is nothing to report"):

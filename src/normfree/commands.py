@@ -330,7 +330,7 @@ def read_text(path: Path | None) -> str:
 
         return held_out_text()
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode()  # as training reads it: line ends stay as they are
     except FileNotFoundError:
         raise ValueError(f"text={path} does not exist") from None
     except OSError as error:

@@ -103,8 +103,9 @@ def run_study(name: str, overrides: Sequence[str] = (), *, workers: int = 1) -> 
     per second that way than with all cores on one run (docs/performance.md). Runs that fail are named at the end,
     after the others were done.
 
-    Raises RuntimeError when a run failed, ValueError for a wrong study, override or number of workers and for runs of
-    another recipe or corpus in the study's folder, InterruptedRunError or StoppedError on a signal.
+    Raises RuntimeError when a run failed or the report cannot be made, ValueError for a wrong study, override or number
+    of workers and for records in the study's folder that are damaged or of another recipe or corpus,
+    InterruptedRunError or StoppedError on a signal.
     """
     if not 1 <= workers <= usable_cores():
         raise ValueError(f"workers={workers}: this machine has {usable_cores()} cores, so give 1 to {usable_cores()}")
@@ -118,10 +119,14 @@ def run_study(name: str, overrides: Sequence[str] = (), *, workers: int = 1) -> 
             "say mix: true in the study's file, or make it two studies"
         )
     study_folder = runs[0].runs_dir / runs[0].spec.study
+    _refuse_damaged(study_folder, {run.spec.name for run in runs})
     if not study.mix:
         _refuse_strangers(study_folder, runs[0])
     if workers > 1:
-        if all(run.spec.train.threads is None for run in runs):
+        threads = {run.spec.train.threads for run in runs}
+        if None in threads and len(threads) > 1:
+            raise ValueError(f"workers={workers}: give train.threads for all runs of {study.name} or for none")
+        if threads == {None}:
             overrides = [*overrides, f"train.threads={usable_cores() // workers}"]
             runs = [compose_run([*of_run, *overrides]) for of_run in study.overrides()]
         _share_among(workers, name, runs, overrides)
@@ -148,10 +153,21 @@ def run_study(name: str, overrides: Sequence[str] = (), *, workers: int = 1) -> 
     told = f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}"
     if not list(study_folder.glob(f"*/{RUN_FILE}")):
         raise RuntimeError(f"{told}; there is nothing to report")
-    page = build_report(find_runs([study_folder]), study_folder / "report", mix=study.mix, progress=True)
+    try:
+        page = build_report(find_runs([study_folder]), study_folder / "report", mix=study.mix, progress=True)
+    except ValueError as error:
+        raise RuntimeError(f"no report: {error}" + (f". {told}" if failed else "")) from error
     if failed:
         raise RuntimeError(f"{told}; the report {page} has the rest")
     return page
+
+
+def _refuse_damaged(folder: Path, names: set[str]) -> None:
+    """Raises DamagedRunError (a ValueError) for a damaged record that no run of the study will mend: the report would
+    stop at it, after all the training."""
+    for file in sorted(folder.glob(f"*/{RUN_FILE}")):
+        if file.parent.name not in names:
+            read_run(file.parent)
 
 
 def _refuse_strangers(folder: Path, wanted: Composed) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from normfree.config import DataSpec
 from normfree.data import Corpus, default_cache, prepare
-from normfree.data.sources import Document, limited
+from normfree.data.sources import Document, find_text_files, limited
 from normfree.manifest import damages, folder_lock
 
 
@@ -144,6 +144,27 @@ def test_files_of_other_types_are_counted_as_left_out(tmp_path: Path, texts: lis
     corpus = make(DataSpec(source="files", paths=(str(tmp_path),), vocab_size=300, context=16), tmp_path / "cache")
     assert corpus.facts()["dropped"]["train"] == {"of another type": 2}
     assert "left out   2 of another type" in corpus.describe()
+
+
+def test_hidden_folders_below_a_given_one_are_left_out_and_counted(tmp_path: Path, texts: list[str]) -> None:
+    for name in ("project/a.py", "project/.venv/b.py", "project/.git/c"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text("\n".join(texts if name.endswith("b.py") else texts[:30]))
+    files, left_out = find_text_files([str(tmp_path / "project")], key="data.paths")
+    assert files == [tmp_path / "project" / "a.py"]
+    assert left_out == {"hidden": 2}
+    asked_for, _ = find_text_files([str(tmp_path / "project" / ".venv")], key="data.paths")
+    assert asked_for == [tmp_path / "project" / ".venv" / "b.py"]
+
+
+def test_a_file_of_another_type_is_another_corpus(tmp_path: Path, texts: list[str]) -> None:
+    place = tmp_path / "posts.txt"
+    place.write_text("\n".join(json.dumps({"content": text}) for text in texts))
+    spec = DataSpec(source="files", paths=(str(tmp_path),), vocab_size=300, context=16)
+    as_text = make(spec, tmp_path / "cache").facts()
+    place.rename(tmp_path / "posts.jsonl")
+    as_rows = make(spec, tmp_path / "cache").facts()
+    assert (as_text["train_documents"], as_rows["train_documents"]) == (1, 57)
 
 
 def test_the_end_of_a_single_file_is_held_out(tmp_path: Path, texts: list[str]) -> None:

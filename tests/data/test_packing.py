@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from normfree.data.packing import concatenated, unigram_perplexity, windows
+from normfree.data.packing import BlockWriter, concatenated, unigram_perplexity, windows
 
 END = 7
 LENGTHS = st.lists(st.integers(min_value=0, max_value=40), max_size=12)
@@ -52,6 +57,14 @@ def test_concatenation_keeps_every_token_in_order_with_ends_between(lengths: lis
 def test_concatenation_gives_the_end_token_no_bytes(lengths: list[int], context: int) -> None:
     for block in concatenated(numbered(lengths), context, end=END):
         assert (block[block[:, :, 0] == END][:, 1] == 0).all()
+
+
+@pytest.mark.parametrize("cut", [windows, partial(concatenated, end=END)])
+def test_time_is_linear_in_documents_that_fill_no_block(cut: Callable, tmp_path: Path) -> None:
+    documents = [np.full((3, 1), 1, dtype=np.int32)] * 40_000
+    began = time.process_time()
+    BlockWriter(tmp_path / "blocks.arrow", vocab_size=10).write_all(cut(documents, 128))
+    assert time.process_time() - began < 5  # a minute and more where it is quadratic
 
 
 def test_unigram_perplexity_of_unseen_uniform_tokens_is_the_vocabulary() -> None:

@@ -7,10 +7,17 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from normfree.data.tokenizer import END_TOKEN, Encoder, load_tokenizer, tokenizer_hash, train_tokenizer
+from normfree.data.tokenizer import (
+    END_TOKEN,
+    Encoder,
+    load_tokenizer,
+    tokenizer_hash,
+    train_tokenizer,
+    vocabulary_size,
+)
 
 TEXTS = [f"for index_{number} in range({number}):\n    print('naive caf\u00e9 {number}')\n" for number in range(200)]
 TOKENIZER = train_tokenizer(TEXTS, 320)
@@ -46,6 +53,23 @@ def test_bytes_of_a_word_tokenizer_come_from_offsets() -> None:
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     [document_SC] = Encoder(PreTrainedTokenizerFast(tokenizer_object=inner)).encode_with_bytes(["caf\u00e9  noir x"])
     assert document_SC.tolist() == [[1, 5], [2, 6], [0, 2]]
+
+
+def test_bytes_add_up_with_added_words_that_text_does_give() -> None:
+    """As runs of blanks in tokenizers for code; the last one takes the blanks before it along."""
+    tokenizer = train_tokenizer(TEXTS, 320)
+    tokenizer.add_tokens([" " * count for count in range(2, 9)])
+    tokenizer.add_tokens([AddedToken("indeed", lstrip=True, normalized=False)])
+    text = "def f(x):\n        return x   indeed\n"
+    [document_SC] = Encoder(tokenizer).encode_with_bytes([text])
+    assert document_SC[:, 1].sum() == len(text.encode())
+    assert {token: size for token, size in document_SC.tolist() if token >= 320} == {326: 8, 327: 9}
+
+
+def test_the_vocabulary_reaches_to_the_highest_id() -> None:
+    inner = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 7}, unk_token="[UNK]"))
+    assert vocabulary_size(PreTrainedTokenizerFast(tokenizer_object=inner)) == 8
+    assert vocabulary_size(TOKENIZER) == len(TOKENIZER) == 320
 
 
 def test_a_folder_without_a_tokenizer_is_refused_in_one_line(tmp_path: Path) -> None:

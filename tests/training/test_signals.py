@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import signal
@@ -204,6 +205,25 @@ def test_a_signal_while_processes_ask_each_other_is_heard_after_the_next_step(
     monkeypatch.undo()
     assert read_run(stopped.value.folder).facts["steps_done"] == 4
     check_resume(stopped.value.folder, cache, tiny_spec(), expected)
+
+
+def test_a_run_that_diverges_in_the_step_of_a_signal_is_not_said_to_go_on(
+    tmp_path: Path, cache: Path, tiny_spec: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = NormFreeTrainer.training_step
+
+    def broken(trainer: NormFreeTrainer, *rest: Any, **named: Any) -> Any:
+        if trainer.state.global_step == 3:
+            send(signal.SIGTERM)
+            next(trainer.network.parameters()).data.fill_(math.nan)
+        return original(trainer, *rest, **named)
+
+    monkeypatch.setattr(NormFreeTrainer, "training_step", broken)
+    with pytest.raises(
+        InterruptedRunError, match=r"diverged in the step in which signal 15 came: it is over"
+    ) as stopped:
+        train(tiny_spec(), runs_dir=tmp_path, cache=cache, progress=False)
+    assert read_run(stopped.value.folder).facts["divergence"]["step"] == 4
 
 
 def test_a_resumed_run_logs_and_saves_at_the_intervals_of_its_new_start(

@@ -31,7 +31,14 @@ from normfree.data.fast import FastEncoder, NotReproducibleError
 from normfree.data.installed import InstalledSource
 from normfree.data.packing import BlockWriter, concatenated, unigram_perplexity, windows
 from normfree.data.sources import Document, FilesSource, HubSource, Source, Split, limited
-from normfree.data.tokenizer import Encoder, load_tokenizer, read_tokenizer, tokenizer_hash, train_tokenizer
+from normfree.data.tokenizer import (
+    Encoder,
+    load_tokenizer,
+    read_tokenizer,
+    tokenizer_hash,
+    train_tokenizer,
+    vocabulary_size,
+)
 from normfree.manifest import damages, describe_files, fingerprint, folder_lock, read_manifest, write_manifest
 
 FORMAT = 1
@@ -191,7 +198,7 @@ class _Preparation:
             "source": self.spec.source,
             "context": self.spec.context,
             "packing": self.spec.packing,
-            "vocab_size": len(tokenizer),
+            "vocab_size": vocabulary_size(tokenizer),
             "tokenizer_sha256": sha256,
             "bytes_per_token": validation.predicted_bytes / predicted_tokens,
             "unigram_perplexity": unigram_perplexity(train.counts_V, validation.predicted_counts_V),
@@ -257,7 +264,7 @@ class _Preparation:
             blocks = windows(documents, self.spec.context)
         else:
             blocks = concatenated(documents, self.spec.context, end=cast(int, tokenizer.eos_token_id))
-        writer = BlockWriter(self.folder / f"{split}.arrow", vocab_size=len(tokenizer))
+        writer = BlockWriter(self.folder / f"{split}.arrow", vocab_size=vocabulary_size(tokenizer))
         writer.write_all(blocks)
         if not writer.blocks:
             kept = self.kept[split]

@@ -104,12 +104,17 @@ def _features(context: int, columns: int) -> Features:
 def _gathered(blocks: Iterable[np.ndarray], least: int = 4096) -> Iterator[np.ndarray]:
     """The same blocks in arrays of at least `least`, since each array costs a count over the vocabulary."""
     waiting: list[np.ndarray] = []
+    count = 0
     for blocks_NTC in blocks:
+        if not len(blocks_NTC):  # most documents, where they are short
+            continue
         waiting.append(blocks_NTC)
-        if sum(map(len, waiting)) >= least:
+        count += len(blocks_NTC)
+        if count >= least:
             yield np.concatenate(waiting)
             waiting.clear()
-    if sum(map(len, waiting)):
+            count = 0
+    if waiting:
         yield np.concatenate(waiting)
 
 

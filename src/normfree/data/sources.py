@@ -95,15 +95,15 @@ class FilesSource:
         self._spec = spec
         files, others = find_text_files(spec.paths, key="data.paths")
         train = self._ordered(files)
-        self._of_another_type = {"train": others, "validation": 0}
+        self._left_out = {"train": others, "validation": Counter[str]()}
         self._held_out: Literal["files", "documents", "ends"] = "files"
         if spec.validation_paths:
             files, others = find_text_files(spec.validation_paths, key="data.validation_paths")
             validation = self._ordered(files)
-            self._of_another_type["validation"] = others
+            self._left_out["validation"] = others
         elif len(train) >= HOLD_OUT_EVERY:
             validation = train[HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY]
-            train = [file for file in train if file not in set(validation)]
+            del train[HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY]
         else:
             validation = train
             documents = len(list(islice(self._read(train), HOLD_OUT_EVERY)))
@@ -116,13 +116,12 @@ class FilesSource:
 
     @property
     def versions(self) -> dict[str, Any]:
-        return {split: fingerprint([sha256 for _, sha256 in files]) for split, files in self._files.items()}
+        return {split: fingerprint([_version(*file) for file in files]) for split, files in self._files.items()}
 
     _validation_hashes = cached_property(hashes_of_validation)
 
     def documents(self, split: Split, dropped: Counter[str]) -> Iterator[Document]:
-        if others := self._of_another_type[split]:
-            dropped["of another type"] = others
+        dropped.update(self._left_out[split])
         seen = set(self._validation_hashes) if split == "train" else set()
         for number, whole in enumerate(self._read(self._files[split]), start=1):
             if self._held_out == "documents" and (number % HOLD_OUT_EVERY == 0) != (split == "validation"):
@@ -148,29 +147,44 @@ def _part(document: Document, split: Split) -> Document:
     return replace(document, text=document.text[:end] if split == "train" else document.text[end:])
 
 
+def _version(path: Path, sha256: str) -> str | list[str]:
+    """What a file is: its content, and for tables of rows its type, which says how they are read."""
+    return [path.suffix, sha256] if path.suffix in (".jsonl", ".parquet") else sha256
+
+
 def _is_blank(path: Path) -> bool:
     """True for a file of white space, such as an empty __init__.py."""
     with path.open("rb") as file:
         return not any(chunk.strip() for chunk in iter(lambda: file.read(2**16), b""))
 
 
-def find_text_files(patterns: Iterable[str], *, key: str) -> tuple[list[Path], int]:
-    """Files behind folders and globs, and how many of other types lie there. Raises ValueError for a pattern that
-    matches none that can be read."""
+def find_text_files(patterns: Iterable[str], *, key: str) -> tuple[list[Path], Counter[str]]:
+    """Files behind folders and globs, and how many were left out why. What lies in hidden folders below a given one,
+    such as .git and .venv, is left out, as globs leave it out.
+
+    Raises ValueError for a pattern that matches none that can be read.
+    """
     found: set[Path] = set()
     others: set[Path] = set()
+    hidden: set[Path] = set()
     for pattern in patterns:
         # Path.glob takes no absolute pattern, which users do give.
         matches = [Path(match) for match in glob(str(Path(pattern).expanduser()), recursive=True)]  # noqa: PTH207
-        files = {file for match in matches for file in (match.rglob("*") if match.is_dir() else [match])}
-        chosen = {file for file in files if file.suffix in SUFFIXES and file.is_file()}
+        files = {match for match in matches if match.is_file()}
+        for folder in filter(Path.is_dir, matches):
+            below = {file for file in folder.rglob("*") if file.is_file()}
+            shown = {file for file in below if not any(part[0] == "." for part in file.relative_to(folder).parts)}
+            files |= shown
+            hidden |= below - shown
+        chosen = {file for file in files if file.suffix in SUFFIXES}
         if not chosen:
             raise ValueError(
                 f"{key}: {pattern!r} matches no file; allowed are folders or globs of {', '.join(SUFFIXES)}"
             )
         found |= chosen
-        others |= {file for file in files - chosen if file.is_file()}
-    return sorted(found), len(others)
+        others |= files - chosen
+    left_out = {"of another type": len(others), "hidden": len(hidden - found)}
+    return sorted(found), Counter({reason: count for reason, count in left_out.items() if count})
 
 
 def read_texts(path: Path, column: str) -> Iterator[str]:

@@ -54,6 +54,11 @@ def load_tokenizer(place: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """How many embeddings its ids ask for; more than it has pieces where ids have gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     """sha256 of the canonical content of tokenizer.json."""
     return fingerprint(json.loads(tokenizer.backend_tokenizer.to_str()))
@@ -90,14 +95,20 @@ class Encoder:
 
 
 def _bytes_of_pieces(tokenizer: Tokenizer) -> np.ndarray | None:
-    """Bytes of every piece of a byte-level tokenizer, in which one character is one byte; else None."""
+    """Bytes of every piece of a byte-level tokenizer, in which one character is one byte; else None.
+
+    Text never gives a special token. Another added one, such as a run of blanks, is plain text and may take the blanks
+    around it along, so only offsets say how much text it stands for.
+    """
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     if not isinstance(tokenizer.decoder, decoders.ByteLevel) or tokenizer.normalizer is not None:
         return None
-    special = tokenizer.get_added_tokens_decoder()
+    added = tokenizer.get_added_tokens_decoder()
+    if not all(token.special for token in added.values()):
+        return None
     sizes_V = np.zeros(max(tokenizer.get_vocab().values()) + 1, dtype=np.int32)
     for piece, number in tokenizer.get_vocab().items():
-        if number not in special:
+        if number not in added:
             if not alphabet.issuperset(piece):
                 return None
             sizes_V[number] = len(piece)

@@ -31,6 +31,12 @@ def main_process_first(timeout: timedelta) -> Iterator[None]:
         torch.distributed.barrier(waiting)
 
 
+def of_the_first(found: bool) -> bool:
+    """What the first process has found, in all of them: each looks at a disk that another command may be writing."""
+    (agreed,) = broadcast_object_list([found])
+    return agreed
+
+
 def agreed_checkpoint(folder: Path, *, spec: RunSpec) -> Path | None:
     """The newest sound checkpoint that the first process finds, the same for all.
 

@@ -43,22 +43,25 @@ from normfree.training.checkpoints import (
 from normfree.training.environment import command_line, device_name, usable_cores
 from normfree.training.guard import Divergence, NonFiniteError
 from normfree.training.opening import model_facts, open_writer
-from normfree.training.ranks import agreed_checkpoint, main_process_first
+from normfree.training.ranks import agreed_checkpoint, main_process_first, of_the_first
 from normfree.training.trainer import NormFreeTrainer
 
 logger = logging.getLogger("normfree")
 
 
 class InterruptedRunError(Exception):
-    """A signal ended the run: after a checkpoint at a step boundary, or at once on the second signal."""
+    """A signal ended the run: after a checkpoint at a step boundary, at once on the second one, or as it diverged."""
 
-    def __init__(self, folder: Path, signal_number: int, saved: bool) -> None:
-        super().__init__(folder, signal_number, saved)  # all of them, so that it can travel between processes
+    def __init__(self, folder: Path, signal_number: int, saved: bool, diverged: bool = False) -> None:
+        super().__init__(folder, signal_number, saved, diverged)  # all of them: it travels between processes
         self.folder = folder
         self.signal_number = signal_number
         self.saved = saved
+        self.diverged = diverged
 
     def __str__(self) -> str:
+        if self.diverged:
+            return f"{self.folder} diverged in the step in which signal {self.signal_number} came: it is over"
         how = "was stopped by signal {} and saved" if self.saved else "was left at once on signal {}"
         how = how.format(self.signal_number)
         return f"{self.folder} {how}; the same command goes on from its newest checkpoint"
@@ -84,10 +87,10 @@ def train(
     after SIGTERM, SIGINT or SIGHUP; BlockingIOError when another process trains there; OSError when the disk is full.
     """
     folder = Path(runs_dir) / spec.study / spec.name
-    if is_done(folder, spec):
-        return folder
     NormFreeConfig(**spec.model)  # fields that contradict each other show before a corpus is prepared
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=1))
+    if of_the_first(is_done(folder, spec)):
+        return folder
     check_machine(spec, _device())
     on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))  # torchrun's
     torch.set_num_threads(spec.train.threads or max(1, usable_cores() // on_this_machine))
@@ -96,7 +99,7 @@ def train(
     steps = total_steps(spec, corpus)
     config = model_config(spec, corpus)
     with folder_lock(folder) if state.is_main_process else nullcontext():
-        if is_done(folder, spec):  # another process finished it while this one waited for the corpus
+        if of_the_first(is_done(folder, spec)):  # another command finished it while this one waited for the corpus
             return folder
         checkpoint = agreed_checkpoint(folder / "checkpoints", spec=spec)
         if checkpoint is not None:
@@ -182,6 +185,7 @@ class _Training:
             kept = read_manifest(checkpoint)
             self.skipped = [Divergence(**one) for one in kept["skipped_steps"]]
             self.unlogged = kept.get("unlogged")  # older checkpoints have none
+        diverged = False
         with products_for(self.spec.train.precision, _device()), watch.StopOnSignal() as stop:
             try:
                 self._train(checkpoint, stop)
@@ -192,13 +196,14 @@ class _Training:
                     self._update(status="interrupted")
             except NonFiniteError as error:
                 self._record_divergence(error.divergence)
+                diverged = True
             except KeyboardInterrupt:
                 self._update(status="interrupted")
                 raise InterruptedRunError(self.folder, stop.received or signal.SIGINT, saved=False) from None
             finally:
                 drop_staged(self.checkpoints)
         if stop.received is not None:
-            raise InterruptedRunError(self.folder, stop.received, saved=True)
+            raise InterruptedRunError(self.folder, stop.received, saved=True, diverged=diverged)
 
     def _train(self, checkpoint: Path | None, stop: watch.StopOnSignal) -> None:
         bar = watch.Progress(self.spec.name)
