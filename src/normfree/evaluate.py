@@ -190,7 +190,8 @@ def checked_context(model: nn.Module, context: int | None) -> int:
 
 def _position_limit(model: nn.Module) -> int | None:
     """The most tokens that the model has positions for, or None. RoBERTa's first is the one after that of padding."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config: Any = model.config
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(limit, int) or limit < 1:  # XLNet says -1
         return None
     for name, part in model.named_modules():
