@@ -132,6 +132,10 @@ def test_the_estimate_grows_linearly_with_the_context_and_with_its_square_in_eag
     square = [memory_estimate(model, batch=1, context=t, method="eager") for t in (1000, 2000, 3000)]
     assert linear[2] - linear[1] == linear[1] - linear[0]
     assert square[2] - square[1] > 1.5 * (square[1] - square[0])
+    model.set_attn_implementation("eager")  # as gemma2 and gpt_oss are loaded: it makes T x T matrices of its own
+    own = [memory_estimate(model, batch=1, context=t, method="auto") for t in (1000, 2000, 3000)]
+    assert own[0] - linear[0] == 3 * model.config.n_head * 1000**2 * 4
+    assert own[2] - own[1] > 1.5 * (own[1] - own[0])
 
 
 def test_the_estimate_takes_the_widest_layer_of_a_model_that_lists_them() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 import sys
 import time
@@ -15,8 +16,10 @@ from transformers import PreTrainedModel
 
 from normfree.entropy import EntropyProbe
 from normfree.entropy.probe import ProbeMethod
+from normfree.entropy.routing import compresses_keys
 from normfree.evaluate import check_vocabulary, checked_context, in_evaluation_mode, leading_ids, room_for_text
 
+logger = logging.getLogger("normfree")
 DEFAULT_CONTEXT = 1024
 
 
@@ -47,7 +50,8 @@ def token_windows(
 def memory_estimate(model: PreTrainedModel, *, batch: int, context: int, method: ProbeMethod) -> int:
     """Bytes that weights and one forward pass will need, roughly: activations of one layer, and the probe's copies.
 
-    The probe adds queries, keys and outputs in fp32, linear in T; method='eager' keeps every T x T matrix.
+    The probe adds queries, keys and outputs in fp32, linear in T. A model in eager attention (gemma2, gpt_oss) makes
+    T x T matrices of its own, one layer at a time; method='eager' keeps those of every layer.
     """
     config = model.config.get_text_config()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -56,8 +60,11 @@ def memory_estimate(model: PreTrainedModel, *, batch: int, context: int, method:
     inner = max(inner) if isinstance(inner, list) else inner  # gemma3n: one a layer
     activations = batch * context * (8 * width + 3 * inner) * element
     probe = 4 * batch * context * width * 4
+    matrices = batch * config.num_attention_heads * context**2 * 4
     if method == "eager":
-        probe = config.num_hidden_layers * batch * config.num_attention_heads * context**2 * 4
+        probe = config.num_hidden_layers * matrices
+    elif model.config._attn_implementation == "eager":
+        probe += 3 * matrices  # scores, with the mask, and their softmax
     return weights + activations + probe
 
 
@@ -84,7 +91,8 @@ def measure(
     """Entropy of every head over the windows; only the model's body runs, so no logits are computed.
 
     Returns plain values: entropy_nats, rows and nonfinite_rows [L][H], ceiling_nats [L], layer_indices [L], with
-    method='auto' also distance_tokens and first_token_mass [L][H], and the time and peak memory it took.
+    method='auto', and no layer that compresses keys, also distance_tokens and first_token_mass [L][H], and the time and
+    peak memory it took.
     Raises ValueError for a batch below 1.
     """
     if batch < 1:
@@ -92,7 +100,11 @@ def measure(
     body = model.base_model
     device = next(model.parameters()).device
     began = time.perf_counter()
-    with in_evaluation_mode(model), EntropyProbe(body, method, patterns=method == "auto") as probe:
+    patterns = method == "auto"
+    if patterns and any(compresses_keys(module) for module in body.modules()):
+        logger.warning("compressed keys have no place: mean distance and first-token mass are left out")
+        patterns = False
+    with in_evaluation_mode(model), EntropyProbe(body, method, patterns=patterns) as probe:
         for ids_BT in tqdm(windows_NT.split(batch), desc="measuring", disable=None if progress else True, leave=False):
             body(input_ids=ids_BT.to(device), use_cache=False)
     found = probe.statistics()
@@ -103,7 +115,7 @@ def measure(
         "nonfinite_rows": found.nonfinite_rows.tolist(),
         "ceiling_nats": found.ceiling_nats().tolist(),
     }
-    if method == "auto":
+    if patterns:
         values["distance_tokens"] = found.mean_distance().tolist()
         values["first_token_mass"] = found.mean_first_mass().tolist()
     return values | {"seconds": time.perf_counter() - began, "peak_memory_mib": peak_memory_mib(device)}

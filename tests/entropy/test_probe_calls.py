@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from families import tiny_model
@@ -11,6 +13,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from normfree.entropy import EntropyProbe, UnsupportedModel
+from normfree.measure import measure as measure_windows
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "mistral"])  # gemma2 runs in eager attention
@@ -137,3 +140,42 @@ def test_a_single_query_of_flash_attention_keeps_its_window_in_a_cache_that_forg
     found = probe.statistics()
     torch.testing.assert_close(found.mean_nats(), whole.mean_nats(), atol=1e-6, rtol=0)
     torch.testing.assert_close(found.ceiling_nats(), whole.ceiling_nats(), atol=1e-9, rtol=0)
+
+
+def test_first_token_mass_is_refused_where_a_mask_packs_texts_into_a_row():
+    model = tiny_model("llama")
+    packed = torch.arange(10).repeat(2)[None].expand(2, -1)
+    with EntropyProbe(model) as probe, torch.no_grad():
+        model(input_ids=IDS, position_ids=packed, use_cache=False)
+    assert probe.statistics().ceiling_nats()[0] == pytest.approx(math.lgamma(11) / 10)
+    with EntropyProbe(model, patterns=True), torch.no_grad(), pytest.raises(ValueError, match="packed into one"):
+        model(input_ids=IDS, position_ids=packed, use_cache=False)
+
+
+def test_compressed_keys_hide_no_padding_and_have_no_distance():
+    """deepseek_v4 puts one key for several tokens behind those of the tokens."""
+    model = tiny_model("deepseek_v4", num_hidden_layers=4)
+    assert measure(model, mask=LEFT_PADDED).rows.unique().tolist() == [34]
+    with EntropyProbe(model, patterns=True), torch.no_grad(), pytest.raises(ValueError, match="compressed keys"):
+        model(input_ids=IDS, use_cache=False)
+    found = measure_windows(model, IDS)
+    assert "distance_tokens" not in found
+    assert torch.tensor(found["rows"]).unique().tolist() == [40]
+
+
+def test_calls_in_and_out_of_inference_mode_add_up():
+    model = tiny_model("gpt2")
+    with EntropyProbe(model) as probe:
+        for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode, torch.enable_grad):
+            with mode():
+                model(input_ids=IDS)
+    assert probe.statistics().rows.unique().tolist() == [160]
+
+
+def test_another_attention_implementation_inside_a_probe_is_not_passed_over():
+    model = tiny_model("gpt2")
+    with pytest.raises(ValueError, match="was changed inside the probe"), EntropyProbe(model):
+        model.set_attn_implementation("eager")
+    with EntropyProbe(model) as probe, torch.no_grad():
+        model(input_ids=IDS)
+    assert probe.statistics().rows.unique().tolist() == [40]

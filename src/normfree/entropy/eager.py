@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,10 @@ from transformers import PreTrainedModel
 
 from normfree.entropy.functional import AttentionEntropy
 from normfree.entropy.recorder import SLOT, Recorder, is_recomputation
-from normfree.entropy.support import UnsupportedModel
+from normfree.entropy.support import ROUTED, UnsupportedModel
+
+_LARGEST_ERROR_OF_A_SUM = 0.01
+"""Of a row of probabilities in bf16; the largest seen was 0.0025."""
 
 
 class EagerHooks:
@@ -29,6 +33,11 @@ class EagerHooks:
             raise UnsupportedModel(
                 f"method='eager' needs the model in eager attention, it is in {chosen!r}; load it with "
                 f"attn_implementation='eager'"
+            )
+        if model.config.model_type == "big_bird" and model.config.attention_type != "original_full":
+            raise UnsupportedModel(
+                f"big_bird returns no whole matrices under attention_type={model.config.attention_type!r}; load it "
+                "with attention_type='original_full'"
             )
         self._model = model
         self._recorder = recorder
@@ -68,12 +77,45 @@ class EagerHooks:
             )
         given = inspect.signature(self._model.forward).bind_partial(*args, **asked).arguments
         padding = given.get("attention_mask")
-        for layer, p_BHTS in enumerate(attentions):
+        layers = _attention_layers(self._model.config, len(attentions))
+        for layer, p_BHTS in zip(layers, attentions, strict=True):
             if p_BHTS is not None and not is_recomputation():
-                self._recorder.add(layer, entropy_of_probabilities(p_BHTS, padding))
+                self._recorder.add(layer, self._measured(layer, p_BHTS, padding))
         if not (self._model.config.output_attentions if self._wanted is None else self._wanted):
             output.attentions = None
         return output.to_tuple() if self._as_tuple else output
+
+    def _measured(self, layer: int, p_BHTS: Tensor, padding: Tensor | None) -> AttentionEntropy:
+        if p_BHTS.dtype == torch.float16:
+            raise UnsupportedModel(
+                "method='eager' reads matrices as the model rounds them, and fp16 rounds small shares to 0, as if "
+                "their keys were hidden; load the model in float32 or bfloat16"
+            )
+        known = (len(p_BHTS), p_BHTS.shape[-1])
+        if padding is not None and padding.shape != known:
+            raise UnsupportedModel(
+                f"method='eager' knows padding by an attention_mask of (batch, keys), here {known}, and got "
+                f"{tuple(padding.shape)}; give that one, and no static cache"
+            )
+        found = entropy_of_probabilities(p_BHTS, padding)
+        # Families that route are served better by method='auto', and some of them report weights without their sink.
+        if self._model.config.model_type not in ROUTED:
+            total_BHT = p_BHTS.sum(-1, dtype=torch.float32)
+            off_BHT = found.counted & ((total_BHT - 1).abs() > _LARGEST_ERROR_OF_A_SUM)
+            if bool(off_BHT.any()):
+                raise UnsupportedModel(
+                    f"{type(self._model).__name__} returns matrices whose rows are no whole distributions (layer "
+                    f"{layer}: one sums to {float(total_BHT[off_BHT].min()):.3f}); it cannot be measured"
+                )
+        return found
+
+
+def _attention_layers(config: Any, count: int) -> Sequence[int]:
+    """The layers that `count` matrices are of: hybrid models return those of their attention layers alone."""
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+    attend = [layer for layer, kind in enumerate(kinds) if kind == "hybrid" or kind.endswith("attention")]
+    attend = [layer for layer in attend if kinds[layer] != "linear_attention"]
+    return attend if len(attend) == count else range(count)
 
 
 def _drops_attention(config: dict[str, Any]) -> bool:
@@ -95,7 +137,7 @@ def entropy_of_probabilities(p_BHTS: Tensor, padding: Tensor | None = None) -> A
     # Where a head is NaN the others tell what may be seen; where all are, nobody does.
     untold_B1T1 = p_BHTS.isnan().any(-1, keepdim=True).all(1, keepdim=True)
     visible_B1T = (seen_B1TS | (untold_B1T1 & p_BHTS.isnan().any(1, keepdim=True))).sum(-1)
-    if padding is not None and padding.dim() == 2:
+    if padding is not None:
         visible_B1T = visible_B1T * (padding[:, None, -p_BHTS.shape[2] :] != 0)
     visible_BHT = visible_B1T.expand_as(nats_BHT).to(torch.int32)
     exact_BH = torch.ones(p_BHTS.shape[:2], dtype=torch.bool, device=p_BHTS.device)

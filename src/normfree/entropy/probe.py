@@ -62,6 +62,7 @@ class EntropyProbe:
         if not self._hooks and not self._modules:
             raise UnsupportedModel(refusal(self._model.config.model_type))
         self._undo: list[Callable[[], None]] = []
+        self._names: dict[str, str] = {}
 
     def __enter__(self) -> EntropyProbe:
         if any(_is_measured(module) for module in self._model.modules()):
@@ -81,26 +82,39 @@ class EntropyProbe:
     ) -> None:
         if self._hooks:
             self._hooks.detach()
-        else:
-            self._detach()
+            return
+        changed = any(self._implementation(self._modules[name]) != used for name, used in self._names.items())
+        self._detach()
+        if changed and error is None:
+            raise ValueError(
+                "the attention implementation was changed inside the probe, and what ran after that was not measured; "
+                "change it before"
+            )
 
     def statistics(self) -> HeadEntropy:
         """Sums and counts over all forward passes so far. Raises ValueError if there was none."""
         if not self._recorder.sums:
-            raise ValueError("nothing was measured: call the model inside `with EntropyProbe(model) as probe:`")
+            raise ValueError(
+                "nothing was measured: call the model inside `with EntropyProbe(model) as probe:`; if you did, its "
+                "attention passes the registry by (gpt2 with reorder_and_upcast_attn in eager attention): load it with "
+                "attn_implementation='sdpa'"
+            )
         return self._recorder.statistics()
 
     def _attach(self) -> None:
         entries = {}
-        for module in self._modules.values():
+        for key, module in self._modules.items():
             slot = _slots_of.setdefault(module, next(_next_slot))
             RECORDERS[slot] = (self._recorder, cast(int, module.layer_idx), self._patterns)
             setattr(module, SLOT, slot)
             registry = registry_of(module)
-            name = getattr(module, "config", self._model.config)._attn_implementation
+            name = self._names[key] = self._implementation(module)
             entries[id(registry), name] = (registry, name)
         for registry, name in entries.values():
             self._undo.append(install(registry, name))
+
+    def _implementation(self, module: nn.Module) -> str:
+        return cast(str, getattr(module, "config", self._model.config)._attn_implementation)
 
     def _detach(self) -> None:
         while self._undo:

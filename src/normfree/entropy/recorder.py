@@ -38,8 +38,8 @@ class Recorder:
         has the same layer index: its heads are other heads."""
         if self._slots.setdefault(layer, slot) != slot:
             raise ValueError(
-                f"two attention modules call themselves layer {layer} (encoder and decoder?); probe one part alone,"
-                " e.g. EntropyProbe(model.get_decoder())"
+                f"two attention modules call themselves layer {layer} (an encoder and a decoder, or parts side by "
+                "side); probe one part alone, of an encoder and a decoder EntropyProbe(model.get_decoder())"
             )
         new = _sums(measured)
         old = self.sums.get(layer)
@@ -47,7 +47,7 @@ class Recorder:
             self.sums[layer] = new
             return
         for name, value in new.items():
-            old[name] += value.to(old[name].device)
+            old[name] = old[name] + value.to(old[name].device)  # not in place: one call may be in inference mode
 
     def statistics(self) -> HeadEntropy:
         """Everything so far, on the CPU."""
@@ -70,15 +70,13 @@ def _sums(measured: AttentionEntropy) -> dict[str, Tensor]:
     def over_rows(value_BHT: Tensor) -> Tensor:
         return torch.where(counted_BHT, value_BHT, 0.0).to(wide).sum((0, 2))
 
-    # The ceiling is that of the rows in the means; a call without one keeps that of the rows it should have had.
-    of_ceiling_BHT = counted_BHT | (seen_BHT & ~counted_BHT.any())
     log_visible_BHT = measured.visible.clamp(min=1).to(wide).log()
     sums = {
         "sum_nats": over_rows(measured.nats),
         "rows": counted_BHT.sum((0, 2)),
         "nonfinite_rows": (seen_BHT & ~counted_BHT).sum((0, 2)),
-        "sum_ceiling_nats": torch.where(of_ceiling_BHT, log_visible_BHT, 0.0).sum(),
-        "ceiling_rows": of_ceiling_BHT.sum(),
+        "sum_ceiling_nats": torch.where(counted_BHT, log_visible_BHT, 0.0).sum(),
+        "ceiling_rows": counted_BHT.sum(),
     }
     if measured.distance is not None and measured.first_mass is not None:
         sums["sum_distance"] = over_rows(measured.distance)

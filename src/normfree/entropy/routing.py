@@ -39,7 +39,8 @@ def routed_attention(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(getattr(module, "layer_idx", None), int)
+        if isinstance(layer := getattr(module, "layer_idx", None), int)
+        and layer >= 0  # zamba2 calls all of them -1
         and CROSS_ATTENTION_NAMES.isdisjoint(name.split("."))
         and registry_of(module) is not None
     }
@@ -82,8 +83,23 @@ def scores_asked(
         "window": asked.get("sliding_window") if is_flash and causal else None,
         "softcap": asked.get("softcap"),
         "forgets_first": asked.get("sliding_window") is not None or _is_chunked(module),
+        "chunked": _is_chunked(module),
+        "own_keys": _own_keys(module, q.shape[2], k.shape[2]),
         "positions": asked.get("position_ids") if is_flash and mask is None and q.shape[2] > 1 else None,
     }
+
+
+def compresses_keys(module: nn.Module) -> bool:
+    """Whether the layer puts compressed keys behind those of the tokens (deepseek_v4)."""
+    return getattr(module, "compressor", None) is not None
+
+
+def _own_keys(module: nn.Module, queries: int, keys: int) -> int:
+    """How many keys, the first ones, are tokens of their own; 0 where a cache hides that."""
+    if not compresses_keys(module):
+        return keys
+    compressor: Any = module.compressor
+    return queries if keys == queries + queries // compressor.compress_rate else 0
 
 
 def _is_chunked(module: nn.Module) -> bool:

@@ -45,7 +45,8 @@ class HeadEntropy:
 
     def ceiling_nats(self) -> Tensor:
         """(L,) float64: mean of ln(visible keys), the entropy of uniform attention on the same rows, all heads of the
-        layer together: where single heads have non-finite rows, it lies between theirs and the others'."""
+        layer together: where single heads have non-finite rows, it lies between theirs and the others'. NaN for a layer
+        without a finite row."""
         return self.sum_ceiling_nats / self.ceiling_rows
 
     def mean_distance(self) -> Tensor:

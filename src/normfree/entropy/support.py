@@ -14,12 +14,12 @@ def _types(names: str) -> frozenset[str]:
 
 ROUTED = _types("""
     afmoe apertus arcee aria_text axk1 axk2 bailing_hybrid bamba bart beam bert bert-generation
-    bigbird_pegasus biogpt bitnet blenderbot blenderbot-small blt camembert cohere cohere2
+    bigbird_pegasus biogpt bitnet blenderbot blenderbot-small camembert cohere cohere2
     cohere2_moe cohere_compass_text ctrl cwm data2vec-text dbrx deepseek_v2 deepseek_v3 deepseek_v32
     deepseek_v4 diffllama doge dots1 dots3_note dots3_note_text electra emu3 ernie ernie4_5
     ernie4_5_moe exaone4 exaone_moe falcon_h1 flex_olmo flint fuyu gemma gemma2 gemma3 gemma3_text
     gemma3n gemma3n_text gemma4 gemma4_assistant gemma4_text gemma4_unified gemma4_unified_assistant
-    gemma4_unified_text git glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa got_ocr2 gpt-sw3 gpt2
+    gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa got_ocr2 gpt-sw3 gpt2
     gpt_bigcode gpt_neox gpt_oss granite granite_swa granitemoe granitemoe_swa granitemoehybrid
     granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4 hyperclovax
     inkling2_text inkling_text internlm3 iquestcoder jais2 jamba jetmoe kimi_linear kolibri1 laguna
@@ -30,33 +30,32 @@ ROUTED = _types("""
     phimoe plbart qwen2 qwen2_moe qwen3 qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_moe
     qwen3_next qwen4_exp qwen4_exp_text recurrent_gemma roberta roberta-prelayernorm roc_bert
     seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma whisper xlm-roberta xlm-roberta-xl
-    xmod youtu zamba zamba2 zaya
+    xmod youtu zaya
 """)
 """Attention looks its function up in the registry: method='auto'."""
 
 EAGER_ONLY = _types("""
-    big_bird bloom codegen cpmant falcon gpt_neo gpt_neox_japanese gptj megatron-bert mpt mvp
-    openai-gpt prophetnet rembert roformer trocr xglm xlm xlnet
+    big_bird bloom codegen falcon git gpt_neo gpt_neox_japanese gptj megatron-bert mpt mvp
+    openai-gpt prophetnet rembert roformer trocr xglm xlm xlnet zamba zamba2
 """)
-"""Softmax attention with code of its own: method='eager', O(T^2) memory."""
+"""Softmax attention that the registry does not serve, or whose modules do not say their layer: method='eager', O(T^2)
+memory."""
 
 NO_SOFTMAX = _types("""
     falcon_mamba mamba mamba2 rwkv xlstm
 """)
 """Recurrent: there is no attention row to have an entropy."""
 
-HASHED = _types("""
-    reformer
-""")
-"""Attention over hashed buckets: a row's keys are not a matrix that the model can return."""
-
-NUMBERED_TWICE = _types("""
-    hrm_text
-""")
-"""Two stacks side by side that number their layers alike, in one part that cannot be probed by halves."""
+NOT_MEASURED = {
+    "blt": "has parts side by side that number their layers alike",
+    "cpmant": "cuts the columns of its prompt off the matrices that it returns",
+    "hrm_text": "has two stacks that number their layers alike",
+    "reformer": "attends within hashed buckets",
+}
+"""Softmax attention that neither way reads, and why."""
 
 CROSS_ATTENTION_NAMES = frozenset(
-    {"crossattention", "cross_attn", "cross_attention", "encoder_attn", "EncDecAttention"}
+    {"crossattention", "cross_attn", "cross_attn_layers", "cross_attention", "encoder_attn", "EncDecAttention"}
 )
 """Submodule names of attention over another sequence; a causal LM's heads are its self-attention."""
 
@@ -69,17 +68,16 @@ def without_rows(model_type: str) -> str | None:
     """Why no probe measures this type, whatever the method: one line, or None."""
     if model_type in NO_SOFTMAX:
         return f"{model_type} has no softmax attention, so it has no entropy; choose another model"
-    if model_type in HASHED:
-        return f"{model_type} attends within hashed buckets, which is not measured; choose another model"
-    if model_type in NUMBERED_TWICE:
-        return (
-            f"{model_type} has two stacks that number their layers alike, which is not measured; choose another model"
-        )
+    if model_type in NOT_MEASURED:
+        return f"{model_type} {NOT_MEASURED[model_type]}, which is not measured; choose another model"
     return None
 
 
 def refusal(model_type: str) -> str:
     """Why the registry gives nothing to measure in a model of this type, and what to do: one line."""
     if model_type in ROUTED:
-        return f"this {model_type} has no attention layer (its config says which layers are), so it has no entropy"
+        return (
+            f"this {model_type} has no attention module that says its layer (its config says which layers attend), so "
+            "there is nothing to measure"
+        )
     return f"{model_type} does not route through AttentionInterface; pass method='eager' (O(T^2) memory)"

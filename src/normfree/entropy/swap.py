@@ -77,7 +77,7 @@ def _measuring(name: str, original: Callable[..., Any] | None) -> Callable[..., 
             torch.ops.normfree.record_entropy(
                 _ticket, query.detach(), key_seen, None if mask is None else mask.detach(), sinks,
                 scores["scale"], scores["causal"], scores["window"], scores["softcap"], slot,
-                scores["forgets_first"], scores["positions"],
+                scores["forgets_first"], scores["chunked"], scores["own_keys"], scores["positions"],
             )  # fmt: skip
         attend = original if original is not None else eager_function(type(module))
         return attend(module, query, key, value, attention_mask, *args, **asked)
@@ -98,6 +98,8 @@ def _record(
     softcap: float | None,
     slot: int,
     forgets_first: bool,
+    chunked: bool,
+    own_keys: int,
     positions: Tensor | None,
 ) -> None:
     if slot not in RECORDERS or is_recomputation():
@@ -108,6 +110,11 @@ def _record(
         raise UnsupportedModel(
             "flash attention was called on texts packed into one row, which only position_ids tell apart: not read "
             "here; load the model with attn_implementation='sdpa'"
+        )
+    if patterns and own_keys != keys:
+        raise ValueError(
+            f"layer {layer} puts compressed keys behind those of the tokens, so distances and the mass on the first "
+            "token are unknown here; leave out patterns=True"
         )
     if patterns and forgets_first and queries < keys:
         raise ValueError(
@@ -132,12 +139,17 @@ def _record(
             sinks=sinks,
             patterns=patterns,
         )
-        padded = padding_rows(mask, queries, keys)
+        padded = padding_rows(None if mask is None else mask[..., :own_keys], queries, own_keys)
         if padded is not None:
             measured = replace(measured, visible=measured.visible.masked_fill(padded, 0))
+        if patterns and not chunked and bool(((measured.visible == 1).sum(-1) > 1).any()):
+            raise ValueError(
+                "several rows see nothing but themselves, as where texts are packed into one: the mass on the first "
+                "token of each is unknown here; call the model on a padded batch, or leave out patterns=True"
+            )
         recorder.add(layer, measured, slot=slot)
 
 
 @_record.register_fake
-def _(ticket, q, k, mask, sinks, scale, causal, window, softcap, slot, forgets_first, positions) -> None:
+def _(ticket, q, k, mask, sinks, scale, causal, window, softcap, slot, forgets_first, chunked, own_keys, positions):
     return None

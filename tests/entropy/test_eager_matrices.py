@@ -1,0 +1,88 @@
+"""What method='eager' takes for attention, of which layer, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import tiny_model
+from test_probe import IDS, LEFT_PADDED, MASK, by_eager_matrices, measure
+
+from normfree.entropy import EntropyProbe, UnsupportedModel
+
+HYBRID = {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "num_hidden_layers": 4}
+ZAMBA = {"num_key_value_heads": 4, "n_mamba_heads": 4}
+WITHOUT_LAYER_NUMBERS = {
+    "git": {
+        "vision_config": {
+            "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48,
+            "image_size": 16, "patch_size": 8,
+        },
+    },
+    "zamba": HYBRID | ZAMBA | {"attention_hidden_size": 64, "attention_head_dim": 16, "n_mamba_heads": 2},
+    "zamba2": HYBRID | ZAMBA,
+}  # fmt: skip
+
+
+def eager(family: str, **own):
+    return tiny_model(family, attn_implementation="eager", **own)
+
+
+@pytest.mark.parametrize("family", WITHOUT_LAYER_NUMBERS)
+def test_families_whose_modules_do_not_say_their_layer_are_served_by_their_matrices(family):
+    model = eager(family, **WITHOUT_LAYER_NUMBERS[family])
+    with pytest.raises(UnsupportedModel, match="pass method='eager'"):
+        EntropyProbe(model)
+    found = measure(model, mask=LEFT_PADDED, method="eager")
+    assert found.layers == ([0, 1] if family == "git" else [1, 3])
+    assert (found.mean_nats() - by_eager_matrices(model, LEFT_PADDED)).abs().max() < 2e-5
+
+
+def test_layers_of_a_hybrid_model_have_the_numbers_that_its_modules_have():
+    model = eager("jamba", num_hidden_layers=4, attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False)
+    assert measure(model).layers == measure(model, method="eager").layers == [1, 3]
+
+
+def test_rows_that_are_no_whole_distribution_are_refused():
+    model = eager("bloom")
+
+    def cut(_model, _args, output):
+        output.attentions = tuple(p_BHTS[..., :-1] for p_BHTS in output.attentions)
+
+    model.register_forward_hook(cut)
+    with pytest.raises(UnsupportedModel, match=r"no whole distributions \(layer 0: one sums to 0\."):
+        measure(model, mask=None, method="eager")
+
+
+@pytest.mark.parametrize("family", ["blt", "cpmant", "hrm_text", "reformer"])
+@pytest.mark.parametrize("method", ["auto", "eager"])
+def test_what_neither_way_reads_is_refused_with_the_reason(family, method):
+    model = tiny_model("bloom")
+    model.config.model_type = family
+    with pytest.raises(UnsupportedModel, match=rf"{family} .*, which is not measured; choose another model"):
+        EntropyProbe(model, method=method)
+
+
+def test_big_bird_is_measured_in_whole_matrices_only():
+    found = measure(eager("big_bird", attention_type="original_full"), method="eager")
+    assert found.mean_nats().isfinite().all()
+    with pytest.raises(UnsupportedModel, match="load it with attention_type='original_full'"):
+        EntropyProbe(eager("big_bird", attention_type="block_sparse"), method="eager")
+
+
+def test_matrices_in_half_precision_are_refused():
+    with pytest.raises(UnsupportedModel, match="fp16 rounds small shares to 0"):
+        measure(eager("bloom").half(), method="eager")
+
+
+def test_padding_is_read_from_a_mask_of_batch_by_keys_alone():
+    model = eager("falcon")
+    assert measure(model, mask=LEFT_PADDED, method="eager").rows.unique().tolist() == [34]
+    causal_B1TT = MASK.bool()[:, None, None] & torch.ones(20, 20, dtype=torch.bool).tril()
+    with pytest.raises(
+        UnsupportedModel, match=r"attention_mask of \(batch, keys\), here \(2, 20\), and got \(2, 1, 20"
+    ):
+        measure(model, mask=causal_B1TT, method="eager")
+    with pytest.raises(UnsupportedModel, match="no static cache"), EntropyProbe(model, "eager"), torch.no_grad():
+        model.generate(
+            IDS, attention_mask=LEFT_PADDED, max_new_tokens=3, do_sample=False, cache_implementation="static"
+        )
