@@ -292,6 +292,17 @@ def test_a_variant_may_be_spelled_for_another_depth_and_custom_may_be_anything(v
     assert compose_run(words).spec.variant == variant
 
 
+@pytest.mark.parametrize(
+    ("depth", "names"), [(12, ["relu"] * 6 + ["gelu"] * 6), (5, ["relu"] * 3 + ["gelu"] * 2), (2, ["relu", "gelu"])]
+)
+def test_a_half_and_half_variant_fits_any_depth(depth: int, names: list[str]) -> None:
+    spec = compose_run(["variant=sm-rg", f"model.num_hidden_layers={depth}"]).spec
+    assert spec.model["activation"] == names
+    assert (
+        compose_run(["preset=pythia70m-t128", "variant=sm-gr"]).spec.model["activation"] == ["gelu"] * 3 + ["relu"] * 3
+    )
+
+
 def test_a_job_of_a_sweep_that_cannot_run_says_why_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -331,6 +342,10 @@ def test_many_runs_with_hydra_leave_run_folders_and_nothing_else(
         (["gpt2-t128", "activation=gelu_tanh"], "| 25.39 |"),  # within 0.3 % of the published 25.32
         (["gpt2-t128", "activation=gelu_tanh", "context=256"], "| 58.57 |"),  # published: 58.51
         (["gpt2-t128", "protocol=semi2k", "network=lan"], "semi2k"),
+        (["gpt2-t128", "network=lan"], "on lan ("),
+        (["gpt2-t128", "bandwidth_mbps=8", "delay_ms=5"], "(8 Mbps each way, 5 ms one way"),
+        (["cpu-quick", "variant=sm-rg"], "relu"),
+        (["cpu-quick", "variant=sm-g", "activation=[relu,gelu,gelu,gelu]"], "relu"),
         (["pythia70m-t256"], "T=256"),
     ],
 )
@@ -338,6 +353,23 @@ def test_cost_of_a_preset(words: list[str], expected: str, capsys: pytest.Captur
     status, out, err = run("cost", *words, capsys=capsys)
     assert status == 0, err
     assert expected in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["cpu", "variant="], "unknown variant ''"),
+        (["cpu", "variant=sm-r", "activation="], "activation='' has no known cost"),
+        (["gpt2-t18"], "presets: did you mean gpt2-t128"),
+        (["cpu", "activation=[relu]"], "activation lists 1 names, but num_hidden_layers is 12"),
+    ],
+)
+def test_what_no_preset_is_or_has_is_refused(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = run("cost", *words, capsys=capsys)
+    assert status == 1
+    assert message in err
 
 
 def test_a_preset_says_which_vocabulary_it_takes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -180,6 +180,19 @@ def test_a_front_joins_the_points_of_one_corpus_only() -> None:
     assert [points(ax, line)[1].tolist() for line in (0, 1)] == [[4, 3], [40, 30]]
 
 
+def test_a_trade_off_names_what_diverged_below_the_axes_and_draws_nothing_without_a_number() -> None:
+    nan, names = math.nan, [f"SM+leaky, per layer (start{number})" for number in range(6)]
+    ax = Figure().subplots()
+    plots.trade_off(["SM+R", *names], [4.0, *[nan] * 6], [1.0] * 7, [True] * 7, ["x"] * 7, ax=ax)
+    (told,) = (text for text in ax.texts if text.get_text().startswith("NaN"))
+    assert told.get_position()[1] < 0
+    assert all(len(line) <= 70 for line in told.get_text().splitlines())
+    assert " ".join(told.get_text().split()) == "NaN: " + ", ".join(names)
+    ax = Figure().subplots()
+    plots.trade_off(names, [nan] * 6, [1.0] * 6, [False] * 6, ["x"] * 6, ax=ax)
+    assert texts(ax) == ["no variant has a finite perplexity"]
+
+
 @pytest.mark.parametrize("heights", [[], [0.2, 0.9], [0.5] * 3, [0.98, 0.99, 1.0], [0.1 * i / 3 for i in range(30)]])
 def test_names_beside_points_do_not_cover_each_other(heights: list[float]) -> None:
     moved = apart(heights)

@@ -57,6 +57,7 @@ def from_hydra(composed: DictConfig) -> Composed:
     if not places["runs_dir"]:
         raise ValueError(f"runs_dir={places['runs_dir']}: name a folder, e.g. runs_dir=runs")
     values["model"] = {name: _as_declared(name, value) for name, value in values["model"].items()}
+    _stretch(values["model"], _declared_by(values["variant"]))
     spec = RunSpec.from_dict(values)
     _check_model(spec)
     return Composed(
@@ -71,6 +72,16 @@ def _as_declared(name: str, value: Any) -> Any:
     from normfree.model import NormFreeConfig
 
     return float(value) if type(value) is int and NormFreeConfig.__annotations__.get(name) is float else value
+
+
+def _stretch(model: dict[str, Any], declared: Mapping[str, Any]) -> None:
+    """Give each name of a variant's list of activations an equal part of the layers, the first ones one more."""
+    from normfree.model import NormFreeConfig
+
+    names = declared.get("activation")
+    if isinstance(names, list) and model.get("activation") == names:
+        layers = model.get("num_hidden_layers", NormFreeConfig().num_hidden_layers)
+        model["activation"] = [names[layer * len(names) // layers] for layer in range(layers)]
 
 
 def _check_model(spec: RunSpec) -> None:

@@ -20,7 +20,8 @@ class CostOptions:
     variant: str | None = None
     """MODEL=PRESET only: which variant of it; unless given, sm-ln-g."""
     activation: str | None = None
-    """MODEL=PRESET only: in place of the variant's, e.g. gelu_tanh, the form behind the published totals of GPT-2."""
+    """MODEL=PRESET only: in place of the variant's, e.g. gelu_tanh, the form behind the published totals of GPT-2; or
+    one a layer, [relu,gelu,...]."""
     context: int | None = None
     """Tokens in the one sequence; unless given, a run's or preset's own, else 128 or the model's longest."""
     protocol: str = "cheetah"
@@ -28,9 +29,9 @@ class CostOptions:
     network: str = "wan"
     """lan or wan: bandwidth and delay for the lower bound of the time."""
     bandwidth_mbps: float | None = None
-    """Overrides the network's bandwidth."""
+    """Overrides the network's bandwidth, in each direction."""
     delay_ms: float | None = None
-    """Overrides the network's delay of one round."""
+    """Overrides the network's delay, one way (half of a ping), charged once a round."""
     constants: Path | None = None
     """File of prices, from `normfree cost calibrate`; unless given, the package's own."""
 
@@ -99,6 +100,8 @@ def calibrate(options: CalibrateOptions) -> None:
     from normfree.tables import to_markdown
 
     output = options.output
+    if output.is_dir() or not output.name:
+        raise ValueError(f"output={output} is a folder: name a file, e.g. output={output / 'constants.json'}")
     if output.exists() and (options.constants is None or output.resolve() != options.constants.resolve()):
         raise ValueError(f"output={output} exists: add constants={output} to replace numbers in it, or name another")
     constants = options.constants or CONSTANTS_FILE
@@ -137,6 +140,7 @@ def measure(name: str, options: MeasureOptions) -> None:
 def _config_of(name: str, options: CostOptions) -> tuple[Any, int, str]:
     """(config, its own context, what is assumed) of a preset with a variant, a run, a folder or a hub name."""
     from normfree.compose import compose_run, members
+    from normfree.config import nearest
     from normfree.cost.families import NORMFREE_DEFAULTS, read_architecture
     from normfree.cost.totals import config_of_run
     from normfree.pretrained import load_config
@@ -145,7 +149,8 @@ def _config_of(name: str, options: CostOptions) -> tuple[Any, int, str]:
     if name in members("preset"):
         if options.variant == "custom":
             raise ValueError("variant=custom says no norm: take another variant with activation=, or price a saved run")
-        spec = compose_run([f"preset={name}", f"variant={options.variant or 'sm-ln-g'}"]).spec
+        variant = "sm-ln-g" if options.variant is None else options.variant
+        spec = compose_run([f"preset={name}", f"variant={variant}"]).spec
         context = spec.data.context if options.context is None else options.context
         longest = max(context, spec.data.context)  # learned positions cost nothing
         sizes: dict[str, Any] = {"max_position_embeddings": longest, "vocab_size": spec.data.vocab_size}
@@ -156,7 +161,7 @@ def _config_of(name: str, options: CostOptions) -> tuple[Any, int, str]:
                 f"\nVocabulary: GPT-2's {sizes['vocab_size']:,} pieces stand for {spec.data.tokenizer}, whose size is "
                 "known only where it was loaded."
             )
-        chosen = {"activation": options.activation} if options.activation else {}
+        chosen = {} if options.activation is None else {"activation": _activation(options.activation)}
         return {"model_type": "normfree", **sizes, **spec.model, **chosen}, context, assumed
     for key in ("variant", "activation"):
         if (value := getattr(options, key)) is not None:
@@ -164,6 +169,16 @@ def _config_of(name: str, options: CostOptions) -> tuple[Any, int, str]:
     if (Path(name) / RUN_FILE).is_file():
         run = read_run(name)
         return config_of_run(run), run.spec["data"]["context"], ""
-    config = load_config(name)
+    try:
+        config = load_config(name)
+    except ValueError as error:
+        if Path(name).exists() or "/" in name:
+            raise
+        raise ValueError(f"{error}; presets: {nearest(name, members('preset'))}") from None
     longest = read_architecture(config).max_tokens
     return config, longest if config.model_type == "normfree" else min(128, longest), ""
+
+
+def _activation(given: str) -> str | list[str]:
+    """A name, or the names in brackets, one a layer."""
+    return [name.strip() for name in given.strip()[1:-1].split(",")] if given.strip().startswith("[") else given

@@ -98,7 +98,8 @@ def _source(name: str) -> dict[str, str]:
     if (path / RUN_FILE).is_file():
         run = read_run(path)
         if not (path / "model").is_dir():
-            raise ValueError(f"{name} has no saved model: the run is {run.status}; only finished runs save one")
+            why = "its folder model/ is not here" if run.status == "finished" else f"the run is {run.status}"
+            raise ValueError(f"{name} has no saved model: {why}; only finished runs save one")
         return {"pretrained_model_name_or_path": str(path / "model")}
     if not path.exists() and _means_a_folder(name):
         beside = _models_in(path.parent)

@@ -59,7 +59,11 @@ def test_without_an_environment_the_command_says_how_to_make_one_and_writes_noth
     ("words", "message"),
     [
         (["protocol=semi2"], "unknown protocol 'semi2'; did you mean semi2k"),
-        (["constants=nowhere.json"], "constants=nowhere.json does not exist; `normfree cost calibrate"),
+        (
+            ["constants=nowhere.json"],
+            "constants=nowhere.json does not exist; name a file that `normfree cost calibrate",
+        ),
+        (["output=."], "output=. is a folder: name a file, e.g. output=constants.json"),
         (["constants=text.json"], "constants=text.json is not readable as JSON"),
         (["constants=other.json"], "other.json has version 7"),
         (["output=text.json"], "output=text.json exists: add constants=text.json"),
@@ -107,7 +111,7 @@ def test_a_model_is_priced_with_the_constants_given(fake: Path, capsys: pytest.C
     assert main(["cost", "gpt2-t128", "protocol=semi2k", "constants=mine.json"]) == 0
     assert "; calibrated 2" in capsys.readouterr().out
     config = {"model_type": "normfree", "activation": "relu"}
-    items = of_config(config, protocol="semi2k", constants=Path("mine.json")).items
+    items = of_config(config, protocol="semi2k", constants="mine.json").items
     found = {item.count.operation: item.bytes for item in items}
     assert found["layernorm"] == pytest.approx(7 * 128 * 768 + 11 * 128)
     in_rows_of_128 = 7 + 11 / 128  # what a row costs is in the price of an element

@@ -67,6 +67,8 @@ def test_llama_has_gates_rms_norms_and_fewer_keys() -> None:
     found = elements(config, 10)
     assert found["silu"] == found["product"] == 2 * 10 * 96
     assert found["rmsnorm"] == 5 * 10 * 64
+    assert found["softmax"] == 2 * 4 * 10 * 10  # one a query head
+    assert found["public_product"] == 2 * 2 * (4 + 2) * 16 * 10  # layers, cos and sin, heads that rotate, width, tokens
     assert found["matmul"] == 2 * 10 * (64 + 2 * 32 + 64 + 2 * 96 + 64) + 10 * 32000
     products = [item for item in count(read_architecture(config), 10) if isinstance(item, Matmul) and item.layer == 0]
     assert [(item.batch, item.m, item.k, item.n) for item in products] == [
@@ -102,6 +104,16 @@ def test_identity_and_no_norm_are_the_only_free_choices() -> None:
 def test_activations_may_differ_by_layer() -> None:
     found = elements(small(activation=["relu", "gelu", "relu"]), 16)
     assert (found["relu"], found["gelu_erf"]) == (2 * 16 * 256, 16 * 256)
+
+
+def test_a_tuple_of_activations_is_a_list_and_a_model_without_layers_is_none() -> None:
+    base = {"model_type": "normfree", "num_hidden_layers": 2}
+    mixed = [cost.of_config({**base, "activation": kind(["relu", "gelu"])}).bytes for kind in (list, tuple)]
+    assert mixed[0] == mixed[1]
+    with pytest.raises(ValueError, match="layers=0"):
+        cost.of_config({**base, "num_hidden_layers": 0})
+    with pytest.raises(ValueError, match="layers=0"):
+        cost.of_config(GPT2Config(n_layer=0))
 
 
 def test_defaults_are_those_of_the_config() -> None:
@@ -179,6 +191,7 @@ def test_tables_add_up() -> None:
         *rows, total = table.rows
         assert sum(int(row[-1]) for row in rows) == int(total[-1]) == found.rounds
         assert sum(float(row[-3]) for row in rows) == pytest.approx(found.gigabytes, rel=0.002)
+        assert sum(float(row[-2]) for row in rows) == pytest.approx(100, abs=0.05 * len(rows))
     text = found.to_markdown()
     assert "s for these bytes and rounds; no prediction" in text
     assert found.assumptions in text

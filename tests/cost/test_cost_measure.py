@@ -134,7 +134,11 @@ def test_the_block_is_left_without_hooks() -> None:
         (["constants=nowhere.json"], "constants=nowhere.json does not exist"),
         ([], "no SPU simulator: cannot run spu/bin/python (No such file or directory); make the environment"),
         (["python=/no/such/python"], "no SPU simulator: cannot run /no/such/python"),
-        ([f"python={sys.executable}"], "cannot import spu and jax; make the environment (about 1 GB) with: python3.11"),
+        (
+            [f"python={sys.executable}"],
+            "cannot import spu and jax (ModuleNotFoundError: No module named 'spu'); make the environment (about 1 GB) "
+            "with: python3.11",
+        ),
     ],
 )
 def test_wrong_input_is_one_line_that_says_what_to_do(

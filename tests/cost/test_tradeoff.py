@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from normfree.analysis import group_runs
-from normfree.cost import pareto_front, trade_off, trade_off_table
+from normfree.cost import of_run, pareto_front, trade_off, trade_off_table
 from tests.synthetic import study, write_run
 
 POINTS = st.lists(st.tuples(st.integers(0, 5).map(float), st.integers(0, 5).map(float)), max_size=12)
@@ -59,6 +59,12 @@ def test_equal_operations_in_another_order_cost_the_same_to_the_last_bit(tmp_pat
     better, worse = sorted(trade_off(group_runs(runs)).points, key=lambda point: point.perplexity)
     assert better.bytes == worse.bytes
     assert (better.on_front, worse.on_front) == (True, False)
+
+
+def test_a_point_costs_what_its_runs_cost(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "SM+R")
+    (point,) = trade_off(group_runs([run])).points
+    assert (point.bytes, point.rounds) == (of_run(run).bytes, of_run(run).rounds)
 
 
 def test_recipes_shown_side_by_side_are_points_of_their_own(tmp_path: Path) -> None:

@@ -76,9 +76,9 @@ def _tree_rounds(price: Mapping[str, Any], item: Count) -> int:
     return each * (item.length - 1).bit_length() if isinstance(item, Rows) else 0
 
 
-def load_constants(path: Path = CONSTANTS_FILE) -> dict[str, Any]:
+def load_constants(path: Path | str = CONSTANTS_FILE) -> dict[str, Any]:
     """The content of a file of constants. Raises ValueError for a file that is none, and for another version."""
-    advice = f"`normfree cost calibrate output={path.name or 'constants.json'}` writes one"
+    path, advice = Path(path), "name a file that `normfree cost calibrate output=FILE` has written"
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
@@ -95,7 +95,7 @@ def load_constants(path: Path = CONSTANTS_FILE) -> dict[str, Any]:
     return content
 
 
-def find_protocol(name: str, constants: Path = CONSTANTS_FILE) -> Protocol:
+def find_protocol(name: str, constants: Path | str = CONSTANTS_FILE) -> Protocol:
     """Prices of a protocol. Raises ValueError with the nearest valid name."""
     known = load_constants(constants)["protocols"]
     if name not in known:
@@ -141,7 +141,7 @@ def find_network(
     *,
     bandwidth_mbps: float | None = None,
     delay_ms: float | None = None,
-    constants: Path = CONSTANTS_FILE,
+    constants: Path | str = CONSTANTS_FILE,
 ) -> Network:
     """A network of the file, with its bandwidth or delay replaced. Raises ValueError with the nearest valid name."""
     known = load_constants(constants)["networks"]

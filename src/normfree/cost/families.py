@@ -46,7 +46,7 @@ class Architecture:
     max_tokens: int
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "width", "query_heads", "key_heads", "head_dim", "feed_forward", "max_tokens")
+        sizes = ("vocab_size", "layers", "width", "query_heads", "key_heads", "head_dim", "feed_forward", "max_tokens")
         for name in sizes:
             if not getattr(self, name) >= 1:
                 raise ValueError(f"the config of this {self.family} model gives {name}={getattr(self, name)}")
@@ -116,7 +116,8 @@ def read_architecture(config: HasToDict | Mapping[str, Any]) -> Architecture:
 def _normfree(values: Mapping[str, Any]) -> Architecture:
     values = {**NORMFREE_DEFAULTS, **values}
     layers, width, heads = values["num_hidden_layers"], values["hidden_size"], values["num_attention_heads"]
-    names = values["activation"] if isinstance(values["activation"], list) else [values["activation"]] * layers
+    several = isinstance(values["activation"], (list, tuple))
+    names = values["activation"] if several else [values["activation"]] * layers
     if len(names) != layers:
         raise ValueError(f"activation lists {len(names)} names, but num_hidden_layers is {layers}")
     head_dim = _head_dim(values, width="hidden_size", heads="num_attention_heads")

@@ -122,7 +122,7 @@ def of_config(
     network: str = "wan",
     bandwidth_mbps: float | None = None,
     delay_ms: float | None = None,
-    constants: Path = CONSTANTS_FILE,
+    constants: Path | str = CONSTANTS_FILE,
 ) -> Cost:
     """The cost of a model from its config: an object of transformers, or the content of a config.json.
     `constants` is a file that `normfree cost calibrate` wrote; the default is the package's own.
@@ -143,7 +143,7 @@ def of_run(
     context: int | None = None,
     protocol: str = "cheetah",
     network: str = "wan",
-    constants: Path = CONSTANTS_FILE,
+    constants: Path | str = CONSTANTS_FILE,
 ) -> Cost:
     """The cost of a run's model on its own context (or a shorter one) and vocabulary, from run.json alone."""
     tokens = run.spec["data"]["context"] if context is None else context

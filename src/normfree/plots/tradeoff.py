@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
-from normfree.plots.style import GRID, INK, MUTED
+from normfree.plots.style import GRID, INK, MUTED, empty
 
 _ROW = 0.05
 """Height of a label and the space above it, as a share of the axes."""
+_LETTERS_BELOW = 70
 
 
 def trade_off(
@@ -30,6 +32,8 @@ def trade_off(
     cost the same lie above each other, and their names would too.
     """
     finite = [i for i, value in enumerate(perplexity) if math.isfinite(value)]
+    if not finite:
+        return empty(ax, "no variant has a finite perplexity")
     for corpus in dict.fromkeys(corpora):
         front = sorted((gigabytes[i], perplexity[i]) for i in finite if on_front[i] and corpora[i] == corpus)
         ax.plot([x for x, _ in front], [y for _, y in front], color="#00896a", linewidth=1, zorder=1)
@@ -38,7 +42,8 @@ def trade_off(
         ax.plot(gigabytes[i], perplexity[i], marker="o" if on_front[i] else "x", color=colour, linestyle="none")
     missing = [labels[i] for i in range(len(labels)) if i not in finite]
     if missing:
-        ax.text(0.98, 0.97, f"NaN: {', '.join(missing)}", transform=ax.transAxes, ha="right", va="top", color="#b23a48")
+        text = textwrap.fill(f"NaN: {', '.join(missing)}", _LETTERS_BELOW, break_on_hyphens=False)
+        ax.text(0, -0.2, text, transform=ax.transAxes, va="top", fontsize=7.5, color="#b23a48")
     ax.margins(x=0.08, y=0.1)
     low, high = ax.get_ylim()
     lowest_first = sorted(finite, key=lambda i: perplexity[i])
