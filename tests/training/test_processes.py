@@ -13,7 +13,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from normfree.records import Run, read_run
+from normfree.records import Run, RunWriter, read_run
 
 
 def run_command(words: list[str], folder: Path) -> None:
@@ -109,6 +109,25 @@ def test_a_signal_that_one_of_two_processes_gets_stops_both_after_the_same_step(
     run = read_run(folder)
     assert run.status == "interrupted"
     assert (folder / "checkpoints" / f"checkpoint-{run.facts['steps_done']}" / "manifest.json").exists()
+
+
+@pytest.mark.slow
+def test_each_run_of_a_sweep_is_one_of_wandb_and_a_resume_goes_on_with_it(
+    tiny: list[str], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    words = ["-m", "normfree.cli", "train", *tiny, "variant=sm-r", "train.trackers=[wandb]", f"cache_dir={cache}"]
+    run_command([*words, "-m", "seed=0,1"], tmp_path)
+
+    def ids() -> list[str]:
+        return [path.name.rpartition("-")[2] for path in sorted((tmp_path / "wandb").glob("offline-run-*"))]
+
+    first, second = ids()
+    assert first != second
+    run = read_run(tmp_path / "runs" / "single" / "sm-r-seed0")
+    RunWriter(run.folder, run.facts).update(status="interrupted")  # as a signal in its last evaluation leaves it
+    run_command(words, tmp_path)
+    assert ids() == [first, second, first]
 
 
 @pytest.mark.slow

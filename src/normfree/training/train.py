@@ -44,6 +44,7 @@ from normfree.training.environment import command_line, device_name, usable_core
 from normfree.training.guard import Divergence, NonFiniteError
 from normfree.training.opening import model_facts, open_writer
 from normfree.training.ranks import agreed_checkpoint, main_process_first, of_the_first
+from normfree.training.tracking import wandb_run
 from normfree.training.trainer import NormFreeTrainer
 
 logger = logging.getLogger("normfree")
@@ -210,8 +211,10 @@ class _Training:
         trainer = self._trainer(checkpoint, [bar, stop])
         if rank := PartialState().process_index:  # else all of them would draw the dropout masks of the first
             torch.manual_seed(int(np.random.SeedSequence((self.spec.seed, rank)).generate_state(1)[0]))
+        tracked = wandb_run(self.spec, started=self.writer.facts["started"]) if self.writer else nullcontext()
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with tracked:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             bar.close()
 

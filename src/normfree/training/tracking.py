@@ -1,0 +1,40 @@
+"""Which run of a tracker a run of ours is. What Trainer's callbacks do not see to themselves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from normfree.config import RunSpec
+from normfree.manifest import fingerprint
+
+
+@contextmanager
+def wandb_run(spec: RunSpec, *, started: str) -> Iterator[None]:
+    """A run of wandb that a resume goes on with, and that ends here: Trainer would put whatever a process trains next,
+    in a study or a sweep, into the run of the first.
+
+    `started` tells it from one that was begun anew. WANDB_RUN_ID, WANDB_RESUME and WANDB_PROJECT say otherwise, and a
+    run that the caller has opened is used and left open. Without wandb among the trackers nothing happens.
+    """
+    if "wandb" not in spec.train.trackers:
+        yield
+        return
+    import wandb
+
+    if wandb.run is not None:
+        yield
+        return
+    opened = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "huggingface"),
+        name=f"{spec.study}/{spec.name}",
+        id=os.environ.get("WANDB_RUN_ID") or fingerprint([spec.identity(), started])[:16],
+        resume=os.environ.get("WANDB_RESUME") or "allow",  # pyright: ignore[reportArgumentType]
+    )
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        opened.finish(exit_code=int(failed))
