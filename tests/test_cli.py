@@ -301,6 +301,8 @@ def test_a_half_and_half_variant_fits_any_depth(depth: int, names: list[str]) ->
     assert (
         compose_run(["preset=pythia70m-t128", "variant=sm-gr"]).spec.model["activation"] == ["gelu"] * 3 + ["relu"] * 3
     )
+    with pytest.raises(ValueError, match="num_hidden_layers='x'"):
+        compose_run(["variant=sm-rg", "model.num_hidden_layers=x"])
 
 
 def test_a_job_of_a_sweep_that_cannot_run_says_why_in_one_line(

@@ -81,6 +81,8 @@ def _stretch(model: dict[str, Any], declared: Mapping[str, Any]) -> None:
     names = declared.get("activation")
     if isinstance(names, list) and model.get("activation") == names:
         layers = model.get("num_hidden_layers", NormFreeConfig().num_hidden_layers)
+        if type(layers) is not int:  # the check of the model says so
+            return
         model["activation"] = [names[layer * len(names) // layers] for layer in range(layers)]
 
 

@@ -74,15 +74,31 @@ def test_matrices_in_half_precision_are_refused():
         measure(eager("bloom").half(), method="eager")
 
 
-def test_padding_is_read_from_a_mask_of_batch_by_keys_alone():
+def test_padding_is_read_from_a_mask_of_batch_by_tokens_alone():
     model = eager("falcon")
     assert measure(model, mask=LEFT_PADDED, method="eager").rows.unique().tolist() == [34]
     causal_B1TT = MASK.bool()[:, None, None] & torch.ones(20, 20, dtype=torch.bool).tril()
-    with pytest.raises(
-        UnsupportedModel, match=r"attention_mask of \(batch, keys\), here \(2, 20\), and got \(2, 1, 20"
-    ):
+    with pytest.raises(UnsupportedModel, match=r"attention_mask of \(batch, tokens\), and got one of \(2, 1, 20, 20"):
         measure(model, mask=causal_B1TT, method="eager")
-    with pytest.raises(UnsupportedModel, match="no static cache"), EntropyProbe(model, "eager"), torch.no_grad():
-        model.generate(
-            IDS, attention_mask=LEFT_PADDED, max_new_tokens=3, do_sample=False, cache_implementation="static"
-        )
+    for family in ("falcon", "bloom"):
+        with pytest.raises(UnsupportedModel, match="static cache"), EntropyProbe(eager(family), "eager") as probe:
+            probe._model.generate(IDS, attention_mask=LEFT_PADDED, max_new_tokens=3, cache_implementation="static")
+
+
+@pytest.mark.parametrize("family", ["falcon", "mistral"])
+def test_generation_counts_the_rows_that_are_no_padding(family):
+    """mistral's window of 6 forgets: the mask that generate makes is then longer than the keys."""
+    model = eager(family)
+    with EntropyProbe(model, "eager") as probe, torch.no_grad():
+        model.generate(IDS, attention_mask=LEFT_PADDED, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert probe.statistics().rows.unique().tolist() == [34 + 2 * 3]
+
+
+def test_an_image_before_the_text_is_no_padding():
+    model = eager("git", **WITHOUT_LAYER_NUMBERS["git"])
+    pixels = torch.rand(2, 3, 16, 16)
+    with EntropyProbe(model, "eager") as probe, torch.no_grad():
+        seen = model(input_ids=IDS, attention_mask=LEFT_PADDED, pixel_values=pixels, output_attentions=True)
+    queries = seen.attentions[0].shape[2]
+    assert queries > 20
+    assert probe.statistics().rows.unique().tolist() == [2 * queries - 6]

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from families import tiny_model
-from test_probe import IDS, LEFT_PADDED, by_eager_matrices, measure
+from test_probe import IDS, LEFT_PADDED, MASK, by_eager_matrices, measure
 from transformers import DynamicCache, StaticCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -150,6 +150,15 @@ def test_first_token_mass_is_refused_where_a_mask_packs_texts_into_a_row():
     assert probe.statistics().ceiling_nats()[0] == pytest.approx(math.lgamma(11) / 10)
     with EntropyProbe(model, patterns=True), torch.no_grad(), pytest.raises(ValueError, match="packed into one"):
         model(input_ids=IDS, position_ids=packed, use_cache=False)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_padding_between_two_turns_is_not_taken_for_packing(family):
+    gap = MASK.clone()
+    gap[0, 6:14] = 0
+    with EntropyProbe(tiny_model(family), patterns=True) as probe, torch.no_grad():
+        probe._model(input_ids=IDS, attention_mask=gap)
+    assert probe.statistics().rows.unique().tolist() == [32]
 
 
 def test_compressed_keys_hide_no_padding_and_have_no_distance():

@@ -22,6 +22,7 @@ from normfree.report import build_report
 from normfree.report.figures import main_figures, slope_figures
 from normfree.report.heads import heatmap, verdict_sentences
 from normfree.report.render import to_png
+from normfree.report.summary import sentences
 from normfree.tables import range_table
 from tests.synthetic import write_run
 
@@ -60,6 +61,8 @@ def test_every_figure_and_table_is_also_a_file(report: Path) -> None:
 
 def test_numbers_are_as_measured_and_readable_by_a_machine(report: Path) -> None:
     runs, heads = (pd.read_csv(report / "numbers" / f"{name}.csv") for name in ("runs", "heads"))
+    assert set(heads.run) < set(runs.run)
+    assert str(report.parent) not in (report / "numbers" / "runs.csv").read_text()
     sm_g = runs[runs.label == "SM+G"]
     assert sm_g.perplexity.tolist() == [37.7, 37.7 * 1.01]
     diverged = runs[runs.label == "SM"]
@@ -285,6 +288,17 @@ def test_a_run_in_the_night_is_in_every_curve_and_in_no_table_of_results(tmp_pat
     page = build_report(runs, tmp_path / "out").read_text()
     assert "In the curves only, because not finished: " in page
     assert "leaky" not in (tmp_path / "out" / "tables" / "perplexity.csv").read_text()
+
+
+def test_an_unfinished_run_of_another_recipe_is_in_no_figure_unless_mixed(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+R", status="failed", data={"context": 64})]
+    figures = {figure.name: figure for figure in main_figures(group_runs(runs))}
+    assert len(figures["heatmaps"].panels) == 1
+    assert "shares" not in figures["heatmaps"].caption
+    assert "open circle" not in figures["losses"].caption
+    assert "not finished and of another recipe: quick/sm-r-seed0 (failed)." in " ".join(sentences(group_runs(runs)))
+    mixed = {figure.name: figure for figure in main_figures(group_runs(runs, mix=True))}
+    assert len(mixed["heatmaps"].panels) == 2
 
 
 def test_an_activation_of_your_own_costs_a_note_and_not_the_report(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from normfree.config import (
@@ -42,11 +42,13 @@ class Group:
     """Running, interrupted or failed: they have no result."""
     repeated: tuple[Run, ...]
     """Runs of a seed that `runs` already has; they would pretend to be another seed."""
+    drawn: tuple[Run, ...]
+    """Runs whose curves are drawn: those with a result, then those without, if some result has their recipe."""
 
     @property
     def tag(self) -> str:
         """The tag that all its runs have, or nothing."""
-        return self.drawn[0].spec.get("tag") or ""
+        return self.members[0].spec.get("tag") or ""
 
     @property
     def shown(self) -> Run | None:
@@ -54,8 +56,8 @@ class Group:
         return next((run for run in self.runs if run.status == "finished"), next(iter(self.drawn), None))
 
     @property
-    def drawn(self) -> tuple[Run, ...]:
-        """The runs whose curves are drawn: those with a result, then those without."""
+    def members(self) -> tuple[Run, ...]:
+        """Its runs, those with a result first; repeated ones are left out."""
         return (*self.runs, *self.unfinished)
 
     @property
@@ -94,12 +96,15 @@ def group_runs(runs: Sequence[Run], *, mix: bool = False) -> list[Group]:
     # Named apart, so that a run without a result changes no name of those that have one.
     names = _names(with_result) + _names(with_result + without)[len(with_result) :]
     groups = [_group(name, found) for name, found in zip(names, with_result + without, strict=True)]
+    shown = {group.recipe for group in groups if group.runs}
+    if shown and not mix:  # what is not finished was let in without a look at its recipe
+        groups = [group if group.recipe in shown else replace(group, drawn=()) for group in groups]
     return sorted(groups, key=lambda group: (_rank(group.label), group.name))
 
 
 def all_runs(groups: Sequence[Group]) -> list[Run]:
     """The runs of every group, those with a result first in each; repeated ones are left out."""
-    return [run for group in groups for run in group.drawn]
+    return [run for group in groups for run in group.members]
 
 
 def counterparts(group: Group, label: str, groups: Sequence[Group]) -> list[Group]:
@@ -115,7 +120,7 @@ def recipes(groups: Sequence[Group]) -> dict[str, list[str]]:
 
     Groups of one recipe give one empty text.
     """
-    firsts = {group.name: group.drawn[0] for group in groups}
+    firsts = {group.name: group.members[0] for group in groups}
     keys = _differing(list(firsts.values()))
     found: dict[str, list[str]] = {}
     for name, run in firsts.items():
@@ -129,14 +134,15 @@ def _group(name: str, found: list[Run]) -> Group:
     over = sorted(filter(is_over, found), key=_seed)
     for run in over:
         chosen.setdefault(_seed(run), run)
-    kept = tuple(chosen.values())
+    kept, unfinished = tuple(chosen.values()), tuple(run for run in found if not is_over(run))
     return Group(
         name=name,
         label=found[0].spec["label"],
         recipe=f"{recipe_of(found[0].spec)}-{found[0].corpus}",
         runs=kept,
-        unfinished=tuple(run for run in found if not is_over(run)),
+        unfinished=unfinished,
         repeated=tuple(run for run in over if run not in kept),
+        drawn=kept + unfinished,
     )
 
 

@@ -159,7 +159,8 @@ def corpus_key(spec: DataSpec, source: Source) -> str:
     del fields["expected_fingerprint"]
     place = Path(spec.tokenizer) if spec.tokenizer else None
     tokenizer = describe_files(place) if place and place.is_dir() else spec.tokenizer
-    return fingerprint([FORMAT, fields, source.versions, tokenizer, version("tokenizers")])
+    counted = ["added words have bytes"] if spec.tokenizer else []  # they had none in older corpora
+    return fingerprint([FORMAT, fields, source.versions, tokenizer, version("tokenizers"), *counted])
 
 
 def _install(built: Path, folder: Path) -> None:

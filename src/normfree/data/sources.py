@@ -178,8 +178,9 @@ def find_text_files(patterns: Iterable[str], *, key: str) -> tuple[list[Path], C
             hidden |= below - shown
         chosen = {file for file in files if file.suffix in SUFFIXES}
         if not chosen:
+            rest = f"; {len(hidden)} hidden ones are left out unless their folder is given" if hidden else ""
             raise ValueError(
-                f"{key}: {pattern!r} matches no file; allowed are folders or globs of {', '.join(SUFFIXES)}"
+                f"{key}: {pattern!r} matches no file; allowed are folders or globs of {', '.join(SUFFIXES)}{rest}"
             )
         found |= chosen
         others |= files - chosen

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from normfree.entropy.functional import AttentionEntropy
 from normfree.entropy.recorder import SLOT, Recorder, is_recomputation
-from normfree.entropy.support import ROUTED, UnsupportedModel
+from normfree.entropy.routing import routed_attention
+from normfree.entropy.support import UnsupportedModel
 
 _LARGEST_ERROR_OF_A_SUM = 0.01
 """Of a row of probabilities in bf16; the largest seen was 0.0025."""
@@ -42,6 +43,7 @@ class EagerHooks:
         self._model = model
         self._recorder = recorder
         self._handles: list[RemovableHandle] = []
+        self._routed = bool(routed_attention(model))
         self._wanted: bool | None = None
         self._as_tuple = False
 
@@ -76,6 +78,8 @@ class EagerHooks:
                 f"{type(self._model).__name__} returned no attention matrices; it cannot be measured"
             )
         given = inspect.signature(self._model.forward).bind_partial(*args, **asked).arguments
+        if getattr(given.get("past_key_values"), "is_compileable", False):
+            raise UnsupportedModel("method='eager' does not read a static cache; use a dynamic one, or none")
         padding = given.get("attention_mask")
         layers = _attention_layers(self._model.config, len(attentions))
         for layer, p_BHTS in zip(layers, attentions, strict=True):
@@ -91,15 +95,14 @@ class EagerHooks:
                 "method='eager' reads matrices as the model rounds them, and fp16 rounds small shares to 0, as if "
                 "their keys were hidden; load the model in float32 or bfloat16"
             )
-        known = (len(p_BHTS), p_BHTS.shape[-1])
-        if padding is not None and padding.shape != known:
+        if padding is not None and padding.dim() != 2:
             raise UnsupportedModel(
-                f"method='eager' knows padding by an attention_mask of (batch, keys), here {known}, and got "
-                f"{tuple(padding.shape)}; give that one, and no static cache"
+                "method='eager' knows padding by an attention_mask of (batch, tokens), and got one of "
+                f"{tuple(padding.shape)}; give no mask of rows, and in generation no static cache"
             )
         found = entropy_of_probabilities(p_BHTS, padding)
-        # Families that route are served better by method='auto', and some of them report weights without their sink.
-        if self._model.config.model_type not in ROUTED:
+        # What routes is served better by method='auto', and some of it reports weights without their sink.
+        if not self._routed:
             total_BHT = p_BHTS.sum(-1, dtype=torch.float32)
             off_BHT = found.counted & ((total_BHT - 1).abs() > _LARGEST_ERROR_OF_A_SUM)
             if bool(off_BHT.any()):
@@ -112,6 +115,7 @@ class EagerHooks:
 
 def _attention_layers(config: Any, count: int) -> Sequence[int]:
     """The layers that `count` matrices are of: hybrid models return those of their attention layers alone."""
+    config = config.get_text_config()
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
     attend = [layer for layer, kind in enumerate(kinds) if kind == "hybrid" or kind.endswith("attention")]
     attend = [layer for layer in attend if kinds[layer] != "linear_attention"]
@@ -129,7 +133,8 @@ def _drops_attention(config: dict[str, Any]) -> bool:
 def entropy_of_probabilities(p_BHTS: Tensor, padding: Tensor | None = None) -> AttentionEntropy:
     """Entropy of given attention matrices (B, H, T, S); a key counts as visible if any head puts mass on it.
 
-    `padding` (B, S), 0 for padding, leaves out the rows of padded queries.
+    `padding` (B, up to and with the queries), 0 for padding, leaves out the rows of padded queries. Where it is shorter
+    than T, what the model itself put before the tokens (the image of git) is no padding.
     """
     p_BHTS = p_BHTS.to(torch.promote_types(p_BHTS.dtype, torch.float32))
     nats_BHT = torch.special.entr(p_BHTS).sum(-1)
@@ -138,7 +143,9 @@ def entropy_of_probabilities(p_BHTS: Tensor, padding: Tensor | None = None) -> A
     untold_B1T1 = p_BHTS.isnan().any(-1, keepdim=True).all(1, keepdim=True)
     visible_B1T = (seen_B1TS | (untold_B1T1 & p_BHTS.isnan().any(1, keepdim=True))).sum(-1)
     if padding is not None:
-        visible_B1T = visible_B1T * (padding[:, None, -p_BHTS.shape[2] :] != 0)
+        queries = p_BHTS.shape[2]
+        own_BT = torch.nn.functional.pad(padding[:, -queries:], (max(0, queries - padding.shape[1]), 0), value=1)
+        visible_B1T = visible_B1T * (own_BT[:, None] != 0)
     visible_BHT = visible_B1T.expand_as(nats_BHT).to(torch.int32)
     exact_BH = torch.ones(p_BHTS.shape[:2], dtype=torch.bool, device=p_BHTS.device)
     return AttentionEntropy(nats_BHT.masked_fill(visible_BHT == 0, torch.nan), visible_BHT, exact_BH)

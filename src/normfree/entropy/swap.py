@@ -77,7 +77,7 @@ def _measuring(name: str, original: Callable[..., Any] | None) -> Callable[..., 
             torch.ops.normfree.record_entropy(
                 _ticket, query.detach(), key_seen, None if mask is None else mask.detach(), sinks,
                 scores["scale"], scores["causal"], scores["window"], scores["softcap"], slot,
-                scores["forgets_first"], scores["chunked"], scores["own_keys"], scores["positions"],
+                scores["forgets_first"], scores["own_keys"], scores["positions"],
             )  # fmt: skip
         attend = original if original is not None else eager_function(type(module))
         return attend(module, query, key, value, attention_mask, *args, **asked)
@@ -98,7 +98,6 @@ def _record(
     softcap: float | None,
     slot: int,
     forgets_first: bool,
-    chunked: bool,
     own_keys: int,
     positions: Tensor | None,
 ) -> None:
@@ -142,7 +141,7 @@ def _record(
         padded = padding_rows(None if mask is None else mask[..., :own_keys], queries, own_keys)
         if padded is not None:
             measured = replace(measured, visible=measured.visible.masked_fill(padded, 0))
-        if patterns and not chunked and bool(((measured.visible == 1).sum(-1) > 1).any()):
+        if patterns and not forgets_first and bool(((measured.visible == 1).sum(-1) > 1).any()):
             raise ValueError(
                 "several rows see nothing but themselves, as where texts are packed into one: the mass on the first "
                 "token of each is unknown here; call the model on a padded batch, or leave out patterns=True"
@@ -151,5 +150,5 @@ def _record(
 
 
 @_record.register_fake
-def _(ticket, q, k, mask, sinks, scale, causal, window, softcap, slot, forgets_first, chunked, own_keys, positions):
+def _(ticket, q, k, mask, sinks, scale, causal, window, softcap, slot, forgets_first, own_keys, positions):
     return None

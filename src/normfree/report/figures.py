@@ -111,7 +111,7 @@ def _heatmaps(groups: Sequence[Group]) -> PageFigure | None:
     measured = _measured(groups)
     if not measured:
         return None
-    if len({group.drawn[0].spec["data"]["context"] for group, _ in measured}) == 1:
+    if len({group.members[0].spec["data"]["context"] for group, _ in measured}) == 1:
         ceiling, unit = max(float(heads.ceiling_L.max()) for _, heads in measured), "nats"
         shown, scale = [heads.entropy_LH for _, heads in measured], f"up to the causal ceiling of {ceiling:.2f} nats"
     else:  # blocks of several lengths
@@ -138,7 +138,7 @@ def _published(groups: Sequence[Group]) -> PageFigure | None:
     panels, shapes = [], []
     for group, heads in _measured(groups):
         theirs = published.heatmaps().get(group.label)
-        if theirs is not None and heads.split == "final" and published.is_gpt2(group.drawn[0].spec):
+        if theirs is not None and heads.split == "final" and published.is_gpt2(group.members[0].spec):
             panels.append(_heatmap(theirs / ceiling, 1.0, f"{group.label}, paper's GPT-2 125M"))
             panels.append(_heatmap(shares_of_ceiling(heads), 1.0, f"{group.name}, ours"))
             shapes += [theirs.shape, heads.entropy_LH.shape]
@@ -341,7 +341,8 @@ def _chunks(groups: Sequence[Group]) -> list[list[Group]]:
 
 def _open_ends(groups: Sequence[Group]) -> str:
     """A sentence for captions, where there is something to explain."""
-    return " An open circle ends the line of a run that is not finished." if any(g.unfinished for g in groups) else ""
+    some = any(not is_over(run) for group in groups for run in group.drawn)
+    return " An open circle ends the line of a run that is not finished." if some else ""
 
 
 def _named(group: Group, run: Run) -> str:

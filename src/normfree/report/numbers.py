@@ -17,7 +17,10 @@ NUMBERS = ("runs", "heads")
 def write_numbers(runs: Sequence[Run], output: Path) -> set[Path]:
     """Write `output`/numbers/runs.csv, one row a run, and heads.csv, one row a head; returns the paths."""
     kept = set()
-    for name, frame in zip(NUMBERS, (run_frame(runs), head_frame(runs)), strict=True):
+    of_runs = run_frame(runs)
+    of_runs.insert(0, "run", [run.place for run in runs])
+    of_runs = of_runs.drop(columns="folder")  # says where a machine keeps it
+    for name, frame in zip(NUMBERS, (of_runs, head_frame(runs)), strict=True):
         path = output / "numbers" / f"{name}.csv"
         write_atomically(path, frame.to_csv(index=False, na_rep="NaN", lineterminator="\n"))
         kept.add(path)

@@ -147,5 +147,8 @@ def _one_seed(groups: Sequence[Group]) -> str:
 
 
 def _unfinished(groups: Sequence[Group]) -> str:
-    names = [f"{run.place} ({run.status})" for group in groups for run in group.unfinished]
-    return f"In the curves only, because not finished: {', '.join(names)}." if names else ""
+    told = {"In the curves only, because not finished": [], "Left out, because not finished and of another recipe": []}
+    drawn, left_out = told.values()
+    for group in groups:
+        (drawn if group.drawn else left_out).extend(f"{run.place} ({run.status})" for run in group.unfinished)
+    return " ".join(f"{what}: {', '.join(names)}." for what, names in told.items() if names)
