@@ -31,6 +31,7 @@ ALLOWED = {
     "simulate": {"cost", "measure", "pretrained", "records"},
     "commands": None,
     "cost_commands": None,
+    "model_commands": None,
     "cli": None,
 }
 WITHOUT_TORCH = ("manifest", "config", "records", "analysis", "published", "tables", "plots", "report", "cost")
@@ -66,8 +67,10 @@ def test_a_room_imports_only_rooms_before_it_in_the_flow(path: Path) -> None:
 
 
 def test_only_the_command_line_knows_the_commands() -> None:
-    importers = {room_of(path) for path in FILES if {"commands", "cost_commands", "cli"} & imported_rooms(path)}
-    assert importers <= {"cli", "cost_commands"}
+    importers = {
+        room_of(path) for path in FILES if {"commands", "cost_commands", "model_commands", "cli"} & imported_rooms(path)
+    }
+    assert importers <= {"cli", "cost_commands", "model_commands"}
 
 
 @pytest.mark.parametrize("room", WITHOUT_TORCH)

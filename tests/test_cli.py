@@ -10,10 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from transformers import GPT2Config
 
+import normfree
 from normfree.cli import VERBS, main
 from normfree.compose import allowed_keys, compose_run
 from normfree.config import RunSpec, known_keys
@@ -96,7 +98,12 @@ def test_cfg_prints_the_composed_run_and_trains_nothing(
     ("words", "message"),
     [
         (["trian"], "unknown verb 'trian'; did you mean train"),
-        (["train", "--fast"], "unknown flag '--fast'; the flags are --help, --debug"),
+        (["train", "--fast"], "unknown flag '--fast'; the flags are --help, --version, --debug, of train -m and --cfg"),
+        (["train", "train.lr=1e-3"], "unknown key 'train.lr'; did you mean train.peak_learning_rate?"),
+        (["train", "steps=3"], "unknown key 'steps'; did you mean train.steps?"),
+        (["train", "workers=2"], "unknown key 'workers'; it is a key of `normfree study`"),
+        (["train", "zzzzzz=2"], "unknown key 'zzzzzz'; `normfree train --help` has all of them"),
+        (["train", "-m", "data_seed=0,1"], "the study: 'study=order${data_seed}'"),
         (["train", "quick"], "normfree train takes key=value only, got 'quick'"),
         (["study"], "normfree study needs STUDY, got nothing; example: normfree study quick"),
         (["study", "quik"], "unknown study 'quik'; did you mean quick"),
@@ -409,3 +416,49 @@ def test_verify_says_what_is_sound_and_fails_on_damage(
     assert status == 1
     assert "model.safetensors" in out
     assert "is damaged: model" in err
+
+
+def test_usual_flags_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version", capsys=capsys)[1].strip() == normfree.__version__
+    assert run("-h", capsys=capsys)[1] == run("--help", capsys=capsys)[1] == run(capsys=capsys)[1]
+    assert run("verify", "-h", capsys=capsys)[1] == run("help", "verify", capsys=capsys)[1]
+    shown = [run("train", "variant=sm-g", *flags, capsys=capsys)[1] for flags in (["--cfg", "job"], ["--cfg=job"])]
+    assert shown[0] == shown[1]
+    assert yaml.safe_load(shown[0])["variant"] == "sm-g"
+
+
+def test_a_study_is_shown_run_by_run_and_not_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run("study", "quick", "train.steps=3", "workers=2", "--cfg", "job", capsys=capsys)
+    assert status == 0, err
+    shown = list(yaml.safe_load_all(out))
+    assert [(one["variant"], one["train"]["steps"]) for one in shown] == [
+        (variant, 3) for variant in ("sm-ln-g", "sm-ln-r", "sm-g", "sm-r")
+    ]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [["study", "quick"], ["train", "-m", "seed=0,1"]])
+def test_torchrun_is_for_one_run(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    status, _, err = run(*words, capsys=capsys)
+    assert status == 2
+    assert "torchrun starts one run; a" in err
+
+
+def test_entropy_of_a_run_is_that_of_its_own_held_out_blocks(
+    trained: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["entropy", str(trained), f"output={tmp_path / 'heads'}", f"cache_dir={cache}"]
+    recorded = read_run(trained)
+    status, _, err = run(*words, f"sequences={recorded.spec['probe']['final_sequences']}", capsys=capsys)
+    assert status == 0, err
+    facts = json.loads((tmp_path / "heads" / "entropy.json").read_text())
+    assert facts["text"] == "the run's own held-out blocks"
+    assert np.allclose(facts["entropy_nats"], recorded.last("final", "entropy_nats"), atol=1e-5)
+    assert "context= cuts a text" in run(*words, "context=8", capsys=capsys)[2]
+    assert "sequences=0 must be at least 1" in run(*words, "sequences=0", capsys=capsys)[2]

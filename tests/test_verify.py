@@ -108,9 +108,9 @@ def test_a_record_of_another_corpus_is_found_and_what_lay_beside_its_text_is_no_
     )
 
 
-def test_a_finished_run_without_its_model_is_damaged(root: Path) -> None:
+def test_a_finished_run_without_its_model_is_said_and_is_no_damage(root: Path) -> None:
     shutil.rmtree(run_folder(root) / "model")
-    assert findings(root)["model"].state == "damaged"
+    assert findings(root)["model"].state == "absent"
 
 
 def test_a_checkpoint_of_another_run_and_one_set_aside_are_told_apart(root: Path) -> None:

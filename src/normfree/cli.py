@@ -1,8 +1,9 @@
-"""The command line: `normfree VERB OBJECT... key=value`. Flags: --help, --debug, and train's -m and --cfg."""
+"""The command line: `normfree VERB OBJECT... key=value`. Flags: --help, --version, --debug, train's -m, and --cfg."""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,10 +11,15 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from normfree import __version__, commands, cost_commands
+from normfree import __version__, commands, cost_commands, model_commands
 from normfree.config import describe_keys, nearest
 
-FLAGS = ("--help", "--debug")
+FLAGS = "--help, --version, --debug, of train -m and --cfg job, and of study --cfg job"
+OF_THE_CORPUS = tuple(
+    f"model.{name}" for name in ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id")
+)
+"""Keys that a run has from its corpus where none is given."""
+HELP, MANY, SHOW = ("-h", "--help"), ("-m", "--multirun"), ("--cfg", "--cfg=job", "job")
 
 
 @dataclass(frozen=True)
@@ -43,20 +49,25 @@ VERBS = {
         "train one run; many with -m; print it and train nothing with --cfg",
         "normfree train preset=cpu-quick variant=sm-r seed=1",
     ),
-    "study": Verb(commands.study, "STUDY", "train all runs of a study, then report", "normfree study quick"),
+    "study": Verb(
+        commands.study,
+        "STUDY",
+        "train all runs of a study, then report; print them and train nothing with --cfg",
+        "normfree study quick",
+    ),
     "evaluate": Verb(
-        commands.evaluate,
+        model_commands.evaluate,
         "MODEL",
         "perplexity and bits per byte of any causal language model",
         "normfree evaluate runs/quick/sm-r-seed0 text=README.md",
-        commands.EvaluateOptions,
+        model_commands.EvaluateOptions,
     ),
     "entropy": Verb(
-        commands.entropy,
+        model_commands.entropy,
         "MODEL",
         "entropy of every attention head of any causal language model",
         "normfree entropy runs/quick/sm-g-seed0 output=heads",
-        commands.EntropyOptions,
+        model_commands.EntropyOptions,
     ),
     "cost": Verb(
         cost_commands.cost,
@@ -124,27 +135,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def dispatch(words: Sequence[str]) -> None:
     """Find the verb and call it with its objects and keys. Raises UsageError for words it cannot place."""
-    if not words or words[0] in ("--help", "help"):
+    if not words or (words[0] in (*HELP, "help") and words[1:2] not in [[name] for name in VERBS]):
         print(overview())
         return
+    if words[0] == "--version":
+        print(__version__)
+        return
+    if words[0] == "help":
+        words = [*words[1:], "--help"]
     name, *rest = words
     if name not in VERBS:
         raise UsageError(f"unknown verb {name!r}; {nearest(name, list(VERBS))}")
     verb = VERBS[name]
     if rest and rest[0] in verb.forms:
         name, verb, rest = f"{name} {rest[0]}", verb.forms[rest[0]], rest[1:]
-    if "--help" in rest:
+    if any(word in HELP for word in rest):
         print(help_for(name, verb))
         return
-    multirun = name == "train" and any(word in ("-m", "--multirun") for word in rest)
-    rest = [word for word in rest if not (multirun and word in ("-m", "--multirun"))]
-    shown = name == "train" and "--cfg" in rest
-    rest = [word for word in rest if not (shown and word in ("--cfg", "job"))]
+    multirun = name == "train" and any(word in MANY for word in rest)
+    rest = [word for word in rest if not (multirun and word in MANY)]
+    shown = name in ("train", "study") and any(word in SHOW[:2] for word in rest)
+    rest = [word for word in rest if not (shown and word in SHOW)]
     if flags := [word for word in rest if word.startswith("-")]:
-        raise UsageError(f"unknown flag {flags[0]!r}; the flags are {', '.join(FLAGS)}; all else is key=value")
+        raise UsageError(f"unknown flag {flags[0]!r}; the flags are {FLAGS}; all else is key=value")
     objects, pairs = [w for w in rest if "=" not in w], [w for w in rest if "=" in w]
+    if (multirun or name == "study") and not shown and "TORCHELASTIC_RUN_ID" in os.environ:
+        raise UsageError(f"torchrun starts one run; a {'sweep' if multirun else 'study'} is started without it")
     if shown:  # before -m, which would train
-        verb = replace(verb, run=commands.show_sweep if multirun else commands.show_run)
+        shows = {"study": commands.show_study, "train": commands.show_sweep if multirun else commands.show_run}
+        verb = replace(verb, run=shows[name])
     elif multirun:
         from normfree.sweep import sweep
 
@@ -210,6 +229,7 @@ def _key_help(verb: Verb) -> list[str]:
     told = defaults()
     of_run = [(key, told.get(key, default), meaning) for key, default, meaning in describe_keys()]
     of_model = [(key, told.get(key, default), meaning) for key, default, meaning in describe_model_keys()]
+    of_model = [(key, None if key in OF_THE_CORPUS else default, meaning) for key, default, meaning in of_model]
     if verb.corpus_only:
         lines = [_key_line("preset", None, f"whose corpus: {', '.join(members('preset'))}")]
         lines += [_key_line("cache_dir", None, "where corpora are kept")]
@@ -225,7 +245,8 @@ def _key_help(verb: Verb) -> list[str]:
         "",
         "Values shown are those of data=installed preset=cpu variant=sm-ln-g, which a command has unless it says "
         "otherwise;",
-        "`normfree train KEY=VALUE ... --cfg job` prints those of any other.",
+        "`normfree train KEY=VALUE ... --cfg job` prints those of any other. An empty model.vocab_size,",
+        "max_position_embeddings, bos_token_id or eos_token_id is that of the corpus.",
     ]
 
 

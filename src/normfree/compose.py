@@ -160,13 +160,36 @@ def checked(overrides: Sequence[str]) -> list[str]:
                 if member not in members(key):
                     raise ValueError(f"unknown {key} {member!r}; {nearest(member, members(key))}")
         elif key not in allowed_keys():
-            raise ValueError(f"unknown key {key!r}; {nearest(key, allowed_keys())}")
+            raise ValueError(f"unknown key {key!r}; {_meant(key)}")
         try:
             OverridesParser.create().parse_override(text)
         except HydraException:
             quoted = "['...','...']" if value.startswith("[") else "'...'"
             raise ValueError(f'cannot read {text!r}; quote what has special characters: "{key}={quoted}"') from None
     return list(overrides)
+
+
+_OTHER_NAMES = {
+    "batch_size": "train.batch_sequences",
+    "gradient_accumulation_steps": "train.micro_batch_sequences",
+    "learning_rate": "train.peak_learning_rate",
+    "lr": "train.peak_learning_rate",
+    "max_steps": "train.steps",
+}
+"""What other programs call some keys."""
+
+
+def _meant(key: str) -> str:
+    """The end of an error line on a key that does not exist."""
+    if key == "workers":
+        return "it is a key of `normfree study`"
+    last = key.rpartition(".")[2]
+    named = [known for known in allowed_keys() if known.rpartition(".")[2] == _OTHER_NAMES.get(last, last)]
+    named += [known for known in allowed_keys() if known == _OTHER_NAMES.get(last)]
+    if named:
+        return f"did you mean {' or '.join(dict.fromkeys(named))}?"
+    found = nearest(key, allowed_keys())
+    return found if found.startswith("did you mean") else "`normfree train --help` has all of them"
 
 
 def _single(overrides: list[str]) -> list[str]:

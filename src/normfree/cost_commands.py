@@ -115,8 +115,8 @@ def calibrate(options: CalibrateOptions) -> None:
 
 def measure(name: str, options: MeasureOptions) -> None:
     """Run one block of a run in the simulator; print bytes, rounds and error beside the prediction."""
-    from normfree.commands import read_text
     from normfree.cost.constants import CONSTANTS_FILE
+    from normfree.model_commands import read_text
     from normfree.simulate import measure_block
     from normfree.tables import to_markdown
     from normfree.training.process import prepare_process

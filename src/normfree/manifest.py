@@ -167,6 +167,11 @@ def folder_lock(folder: Path) -> Iterator[None]:
             file.seek(0)
             owner = file.read().strip() or "another process"
             raise BlockingIOError(f"{folder} is in use by {owner}; wait for it to end or stop it") from None
+        except OSError as error:
+            raise OSError(
+                f"{folder} cannot be locked ({error.strerror}): its file system has no flock; mount it with locks "
+                "(Lustre: -o flock), or choose another disk"
+            ) from error
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

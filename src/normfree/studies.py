@@ -71,6 +71,10 @@ class Study:
                 for variant in group.variants:
                     yield [*common, f"variant={variant}", f"seed={seed}"]
 
+    def runs_with(self, overrides: Sequence[str]) -> list[Composed]:
+        """Its runs, each with `overrides` on top. Raises ValueError for one that cannot be composed."""
+        return [compose_run([*of_run, *overrides]) for of_run in self.overrides()]
+
 
 def load_study(name: str) -> Study:
     """A study by name, or from a YAML file of the user's. Raises ValueError for an unknown name or a wrong file."""
@@ -111,7 +115,7 @@ def run_study(name: str, overrides: Sequence[str] = (), *, workers: int = 1) -> 
         raise ValueError(f"workers={workers}: this machine has {usable_cores()} cores, so give 1 to {usable_cores()}")
     began = datetime.now(UTC).replace(microsecond=0)
     study = load_study(name)
-    runs = [compose_run([*of_run, *overrides]) for of_run in study.overrides()]
+    runs = study.runs_with(overrides)
     refuse_twins(runs, advice="give each group its own tag")
     if not study.mix and len({run.spec.recipe() for run in runs}) > 1:
         raise ValueError(
@@ -128,7 +132,7 @@ def run_study(name: str, overrides: Sequence[str] = (), *, workers: int = 1) -> 
             raise ValueError(f"workers={workers}: give train.threads for all runs of {study.name} or for none")
         if threads == {None}:
             overrides = [*overrides, f"train.threads={usable_cores() // workers}"]
-            runs = [compose_run([*of_run, *overrides]) for of_run in study.overrides()]
+            runs = study.runs_with(overrides)
         _share_among(workers, name, runs, overrides)
     failed = []
     for number, run in enumerate(runs, start=1):

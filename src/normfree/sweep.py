@@ -60,7 +60,11 @@ def jobs_of(overrides: Sequence[str]) -> list[Composed]:
     except HydraException as error:
         raise ValueError(f"{error}; hydra/sweeper=NAME takes another") from None
     runs = [compose_run(job) for job in jobs]
-    refuse_twins(runs, advice="let the tag say what tells them apart, as in 'tag=lr${train.peak_learning_rate}'")
+    refuse_twins(
+        runs,
+        advice="let the tag say what tells them apart, as in 'tag=lr${train.peak_learning_rate}', or, of runs that "
+        "differ in data_seed alone and are seeds of one thing, the study: 'study=order${data_seed}'",
+    )
     return runs
 
 

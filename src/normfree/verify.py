@@ -87,7 +87,7 @@ def _model(run: Run) -> Finding:
     folder = run.folder / "model"
     if not folder.is_dir():
         if run.status == "finished":
-            return Finding("model", "damaged", "the run is finished, but its model folder is missing")
+            return Finding("model", "absent", "the run is finished, and its folder model/ is not here")
         return Finding("model", "absent", "only a finished run saves one")
     problems = damages(folder)
     if not problems and read_manifest(folder).get("corpus") != run.corpus:

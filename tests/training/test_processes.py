@@ -48,6 +48,8 @@ def test_two_processes_train_the_same_model_as_one_and_only_the_first_writes(
     shutil.rmtree(two.folder / "checkpoints" / "checkpoint-6")
     run_command([*torchrun, *words, "runs_dir=two"], tmp_path)
     again = read_run(two.folder)
+    assert again.facts["command"].startswith("torchrun --nproc_per_node 2 -m normfree.cli train ")
+    assert (one.facts["environment"]["processes"], again.facts["environment"]["processes"]) == (1, 2)
     assert (again.status, again.facts["sessions"][0]["from_step"], again.perplexity) == ("finished", 4, two.perplexity)
 
 

@@ -104,6 +104,7 @@ def _facts(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
 
 def _environment(facts: dict[str, Any]) -> str:
     parts = [facts.get("processor"), _unit(facts, "cores", "cores"), _unit(facts, "threads", "threads")]
+    parts += [_unit(facts, "processes", "processes")] if facts.get("processes", 1) > 1 else []
     parts += [_unit(facts, "memory_gib", "GiB"), facts.get("device"), facts.get("platform")]
     return ", ".join(str(part) for part in parts if part) or "not recorded"
 

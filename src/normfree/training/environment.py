@@ -32,6 +32,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "bf16_units": has_bf16_units(),
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "device": device_name(device),
         "git_commit": git_commit(),
@@ -77,7 +78,12 @@ def git_commit() -> str | None:
 
 def command_line() -> str:
     """The command that was typed, as far as a process can know it."""
-    return shlex.join(["normfree" if sys.argv[0].endswith(("normfree", "cli.py")) else sys.argv[0], *sys.argv[1:]])
+    program, *words = sys.argv
+    start = ["normfree"] if program.endswith(("normfree", "cli.py")) else [program]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        script = ["-m", "normfree.cli"] if start == ["normfree"] else start
+        start = ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"], *script]
+    return shlex.join([*start, *words])
 
 
 def software() -> str:

@@ -1,0 +1,263 @@
+"""What `normfree evaluate` and `normfree entropy` do with a model. Imports are local, as in commands.py."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import ConfigDict
+
+from normfree.commands import check_writable
+from normfree.records import RUN_FILE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from normfree.data import Corpus
+    from normfree.evaluate import Evaluation
+    from normfree.records import Run
+
+logger = logging.getLogger("normfree")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """Keys of `normfree evaluate`."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    text: Path | None = None
+    """UTF-8 text file; unless given, the held-out text of a run, and for other models Python code of this machine."""
+    context: int | None = None
+    """Tokens in a window; unless given, the model's own limit."""
+    stride: int | None = None
+    """Tokens by which windows advance; smaller gives each token more context and costs more."""
+    bos: bool | None = None
+    """Begin every window with the BOS token; empty does as the tokenizer with a text (our models: without)."""
+    device: str | None = None
+    """cpu, cuda, ...; unless given, the GPU if there is one."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the weights."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+    cache_dir: Path | None = None
+    """Of a run: where its corpus is kept; unless given, NORMFREE_CACHE, else ~/.cache/normfree."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropyOptions:
+    """Keys of `normfree entropy`."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    text: Path | None = None
+    """UTF-8 text file; unless given, the held-out text of a run, and for other models Python code of this machine."""
+    context: int | None = None
+    """Tokens in a window; unless given, the model's own limit, at most 1024."""
+    sequences: int = 16
+    """At most this many windows, spread evenly over the text."""
+    batch: int = 1
+    """Windows per forward pass."""
+    bos: bool | None = None
+    """Begin every window with the BOS token; empty does as the tokenizer with a text (our models: without)."""
+    method: Literal["auto", "eager"] = "auto"
+    """eager asks the model for its attention matrices (O(T^2) memory): for families that do not route."""
+    output: Path = Path("entropy")
+    """Folder for the page, its heatmap, tables and entropy.json."""
+    device: str | None = None
+    """cpu, cuda, ...; unless given, the GPU if there is one."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the weights; entropies are computed in fp32."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+    cache_dir: Path | None = None
+    """Of a run: where its corpus is kept; unless given, NORMFREE_CACHE, else ~/.cache/normfree."""
+
+
+def evaluate(name: str, options: EvaluateOptions) -> None:
+    """Print token-weighted perplexity and bits per byte."""
+    from normfree.evaluate import checked_context, leading_ids, perplexity
+    from normfree.measure import check_memory, evaluation_estimate
+    from normfree.pretrained import load_pretrained
+    from normfree.training.bf16 import products_for
+    from normfree.training.process import prepare_process
+
+    if options.text is None and (Path(name) / RUN_FILE).is_file():
+        evaluate_run(Path(name), options)
+        return
+    if options.cache_dir is not None:
+        raise ValueError("cache_dir= is read for the text of a run only: leave it out")
+    prepare_process()
+    text = read_text(options.text)
+    model, tokenizer = load_pretrained(
+        name, dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code
+    )
+    context = checked_context(model, options.context)
+    longest = min(context, len(text.encode()))  # tokens, of which no text has more than bytes
+    needed = evaluation_estimate(model, context=longest)
+    enough = check_memory(needed, model, advice="a smaller context= needs less")
+    logger.info("windows of up to %d tokens: %s", longest, enough)
+    with products_for(options.dtype, model.device):
+        result = perplexity(
+            model, tokenizer, text, context=context, stride=options.stride, bos=options.bos, progress=True
+        )
+    leading = tokenizer.convert_ids_to_tokens(leading_ids(model, tokenizer, options.bos))
+    after = f", every window begins with {''.join(leading)}" if leading else ""
+    print(f"text           {options.text or 'held-out Python code of this machine (text=FILE takes another)'}")
+    print_evaluation(result, after)
+
+
+def evaluate_run(folder: Path, options: EvaluateOptions) -> None:
+    """Print perplexity and bits per byte of a run on the blocks behind the numbers in its run.json.
+
+    Raises ValueError where this machine gives another corpus, and for keys that cut a text.
+    """
+    import torch
+
+    from normfree.evaluate import evaluate_blocks
+    from normfree.measure import check_memory, evaluation_estimate
+    from normfree.pretrained import load_pretrained
+    from normfree.records import read_run
+    from normfree.training.bf16 import products_for
+    from normfree.training.process import prepare_process
+
+    _refuse_cutting(options, "context", "stride", "bos")
+    prepare_process()
+    model, _ = load_pretrained(str(folder), dtype=options.dtype, device=options.device)
+    run = read_run(folder)
+    corpus, context = own_corpus(run, options.cache_dir), run.spec["data"]["context"]
+    batch = max(1, 1024 // context)
+    needed = evaluation_estimate(model, context=batch * context)
+    enough = check_memory(needed, model, advice="a text= with a smaller context= needs less")
+    logger.info("%d blocks of %d tokens: %s", len(corpus.validation), context, enough)
+    with products_for(options.dtype, model.device):
+        blocks_NT, size = torch.from_numpy(corpus.held_out_ids()), corpus.predicted_bytes()
+        result = evaluate_blocks(model, blocks_NT, predicted_bytes=size, batch_sequences=batch, progress=True)
+    print("text           the run's own held-out blocks (text=FILE takes another)")
+    print_evaluation(result, f"; run.json, in {run.spec['train']['precision']}, has {run.perplexity:.4f}")
+
+
+def own_corpus(run: Run, cache: Path | None) -> Corpus:
+    """The corpus behind a run's numbers. Raises ValueError where this machine has none, or gives another."""
+    from normfree.config import RunSpec
+    from normfree.data import prepare
+
+    try:
+        corpus = prepare(RunSpec.from_dict(run.spec).data, cache=cache)
+    except ValueError as error:
+        raise ValueError(f"the text of {run.folder} is not here ({error}); give text=FILE") from error
+    if corpus.fingerprint != run.corpus:
+        raise ValueError(
+            f"{run.folder} has corpus {run.corpus[:12]}, and its settings of data give {corpus.fingerprint[:12]} here "
+            "(another Python, other packages or files): give text=FILE"
+        )
+    return corpus
+
+
+def _refuse_cutting(options: EvaluateOptions | EntropyOptions, *keys: str) -> None:
+    for key in keys:
+        if getattr(options, key) is not None:
+            raise ValueError(f"{key}= cuts a text, and a run's own is cut already: give text=FILE too")
+
+
+def print_evaluation(result: Evaluation, after: str) -> None:
+    """Print the lines that say how well a text was predicted; `after` follows the number of tokens."""
+    print(f"perplexity     {result.perplexity:.4f} (over {result.tokens} predicted tokens{after})")
+    print(f"cross-entropy  {result.loss_nats:.4f} nats per token")
+    if result.bytes:
+        print(f"bits per byte  {result.bits_per_byte:.4f} (over {result.bytes} bytes of predicted tokens)")
+    else:
+        print("bits per byte  not known: this tokenizer does not say which bytes a token stands for")
+
+
+def entropy(name: str, options: EntropyOptions) -> None:
+    """Measure every head of a model on a text; print tables, write a page."""
+    from normfree.entropy import EntropyProbe
+    from normfree.measure import check_memory, measure, memory_estimate
+    from normfree.pretrained import load_pretrained
+    from normfree.report import build_heads_report, heads_of, heads_tables, verdict_sentences
+    from normfree.tables import to_markdown
+    from normfree.training.bf16 import products_for
+    from normfree.training.environment import command_line, software
+    from normfree.training.process import prepare_process
+
+    if options.sequences < 1:
+        raise ValueError(f"sequences={options.sequences} must be at least 1")
+    prepare_process()
+    check_writable(options.output)  # before the work, not after it
+    model, tokenizer = load_pretrained(
+        name,
+        dtype=options.dtype,
+        device=options.device,
+        trust_remote_code=options.trust_remote_code,
+        attention="eager" if options.method == "eager" else None,
+    )
+    EntropyProbe(model.base_model, options.method)  # refuses what cannot be measured
+    windows_NT, text, leading = _windows_of(name, model, tokenizer, options)
+    sequences, context = windows_NT.shape
+    needed = memory_estimate(model, batch=options.batch, context=context, method=options.method)
+    enough = check_memory(needed, model, advice="a smaller context= or batch= needs less")
+    logger.info("%d windows of %d tokens: %s", sequences, context, enough)
+    with products_for(options.dtype, model.device):
+        measured = measure(model, windows_NT, batch=options.batch, method=options.method, progress=True)
+    facts = {
+        "model": name,
+        "text": text,
+        "context": context,
+        "sequences": sequences,
+        "leading_tokens": leading,
+        "method": options.method,
+        "dtype": options.dtype,
+        "device": str(model.device),
+        "command": command_line(),
+        "software": software(),
+        **measured,
+    }
+    page = build_heads_report(facts, options.output)
+    print("\n".join(to_markdown(table) for table in heads_tables(facts)))
+    print("\n".join(verdict_sentences(heads_of(facts), facts["layer_indices"])))
+    print(f"{facts['seconds']:.1f} s, peak memory {facts['peak_memory_mib']:.0f} MiB")
+    print(f"The page: {page}")
+
+
+def _windows_of(name: str, model: Any, tokenizer: Any, options: EntropyOptions) -> tuple[Tensor, str, list[str]]:
+    """(N, T) token ids, what text they are of, and the tokens that every window begins with."""
+    import torch
+
+    from normfree.evaluate import leading_ids
+    from normfree.measure import token_windows
+    from normfree.records import read_run
+
+    if options.text is None and (Path(name) / RUN_FILE).is_file():
+        _refuse_cutting(options, "context", "bos")
+        ids_NT = torch.from_numpy(own_corpus(read_run(name), options.cache_dir).held_out_ids())
+        chosen = torch.linspace(0, len(ids_NT) - 1, min(options.sequences, len(ids_NT))).round().long()
+        return ids_NT[chosen], "the run's own held-out blocks", []
+    if options.cache_dir is not None:
+        raise ValueError("cache_dir= is read for the text of a run only: leave it out")
+    windows_NT = token_windows(
+        model, tokenizer, read_text(options.text), context=options.context, sequences=options.sequences, bos=options.bos
+    )
+    leading = tokenizer.convert_ids_to_tokens(leading_ids(model, tokenizer, options.bos))
+    return windows_NT, str(options.text or "held-out Python code of this machine"), leading
+
+
+def read_text(path: Path | None) -> str:
+    """The content of text=, or held-out Python code of this machine. Raises ValueError for what cannot be read."""
+    if path is None:
+        from normfree.data import held_out_text
+
+        return held_out_text()
+    try:
+        text = path.read_bytes().decode()  # as training reads it: line ends stay as they are
+    except FileNotFoundError:
+        raise ValueError(f"text={path} does not exist") from None
+    except OSError as error:
+        raise ValueError(f"text={path} cannot be read ({error.strerror}); give a UTF-8 text file") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"text={path} is not UTF-8 text") from None
+    if not text.strip():
+        raise ValueError(f"text={path} is empty")
+    return text
