@@ -418,6 +418,12 @@ def test_verify_says_what_is_sound_and_fails_on_damage(
     assert "is damaged: model" in err
 
 
+def test_a_reader_that_has_read_enough_is_no_error() -> None:
+    shell = f"{shlex.quote(sys.executable)} -m normfree.cli train --help | head -1"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("normfree train [key=value ...]\n", "")
+
+
 def test_usual_flags_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--version", capsys=capsys)[1].strip() == normfree.__version__
     assert run("-h", capsys=capsys)[1] == run("--help", capsys=capsys)[1] == run(capsys=capsys)[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -122,9 +123,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("normfree").setLevel(logging.INFO)
     try:
         dispatch(words)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("normfree: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `normfree ... | head` has read enough; what is left in the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except Exception as error:
         if debug:
             raise
