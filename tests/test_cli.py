@@ -427,7 +427,9 @@ def test_a_reader_that_has_read_enough_is_no_error() -> None:
 def test_usual_flags_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--version", capsys=capsys)[1].strip() == normfree.__version__
     assert run("-h", capsys=capsys)[1] == run("--help", capsys=capsys)[1] == run(capsys=capsys)[1]
-    assert run("verify", "-h", capsys=capsys)[1] == run("help", "verify", capsys=capsys)[1]
+    shown = [run(*words, capsys=capsys) for words in (["verify", "-h"], ["-h", "verify"], ["help", "verify"])]
+    assert shown[0] == shown[1] == shown[2]
+    assert (shown[0][0], shown[0][1].split()[:2]) == (0, ["normfree", "verify"])
     shown = [run("train", "variant=sm-g", *flags, capsys=capsys)[1] for flags in (["--cfg", "job"], ["--cfg=job"])]
     assert shown[0] == shown[1]
     assert yaml.safe_load(shown[0])["variant"] == "sm-g"

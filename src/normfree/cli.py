@@ -127,10 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("normfree: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `normfree ... | head` has read enough; what is left in the buffer goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 128 + signal.SIGPIPE
         if debug:
             raise
         print(f"normfree: {_one_line(error)}", file=sys.stderr)
@@ -138,16 +137,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _nobody_reads() -> bool:
+    """Whether standard output goes to somebody who has read enough, as `| head`; then what is left goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
 def dispatch(words: Sequence[str]) -> None:
     """Find the verb and call it with its objects and keys. Raises UsageError for words it cannot place."""
-    if not words or (words[0] in (*HELP, "help") and words[1:2] not in [[name] for name in VERBS]):
-        print(overview())
-        return
-    if words[0] == "--version":
+    if "--version" in words:
         print(__version__)
         return
-    if words[0] == "help":
-        words = [*words[1:], "--help"]
+    if words and words[0] in (*HELP, "help"):
+        words = [*words[1:2], "--help"]
+    if not words or words[0] == "--help":
+        print(overview())
+        return
     name, *rest = words
     if name not in VERBS:
         raise UsageError(f"unknown verb {name!r}; {nearest(name, list(VERBS))}")

@@ -75,11 +75,12 @@ def _as_declared(name: str, value: Any) -> Any:
 
 
 def _stretch(model: dict[str, Any], declared: Mapping[str, Any]) -> None:
-    """Give each name of a variant's list of activations an equal part of the layers, the first ones one more."""
+    """Give each name of a variant's list of activations an equal part of the layers, the first ones one more. A list
+    that names one twice is a pattern of its own, and is taken as it is."""
     from normfree.model import NormFreeConfig
 
     names = declared.get("activation")
-    if isinstance(names, list) and model.get("activation") == names:
+    if isinstance(names, list) and len(set(names)) == len(names) and model.get("activation") == names:
         layers = model.get("num_hidden_layers", NormFreeConfig().num_hidden_layers)
         if type(layers) is not int:  # the check of the model says so
             return

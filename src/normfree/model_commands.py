@@ -55,7 +55,7 @@ class EntropyOptions:
     text: Path | None = None
     """UTF-8 text file; unless given, the held-out text of a run, and for other models Python code of this machine."""
     context: int | None = None
-    """Tokens in a window; unless given, the model's own limit, at most 1024."""
+    """Tokens in a window of a text; unless given, the model's own limit, at most 1024. A run's own is cut already."""
     sequences: int = 16
     """At most this many windows, spread evenly over the text."""
     batch: int = 1
@@ -144,8 +144,9 @@ def own_corpus(run: Run, cache: Path | None) -> Corpus:
     from normfree.config import RunSpec
     from normfree.data import prepare
 
+    spec = RunSpec.from_dict(run.spec)
     try:
-        corpus = prepare(RunSpec.from_dict(run.spec).data, cache=cache)
+        corpus = prepare(spec.data, cache=cache)
     except ValueError as error:
         raise ValueError(f"the text of {run.folder} is not here ({error}); give text=FILE") from error
     if corpus.fingerprint != run.corpus:
@@ -183,6 +184,10 @@ def entropy(name: str, options: EntropyOptions) -> None:
     from normfree.training.environment import command_line, software
     from normfree.training.process import prepare_process
 
+    if own := options.text is None and (Path(name) / RUN_FILE).is_file():
+        _refuse_cutting(options, "context", "bos")
+    elif options.cache_dir is not None:
+        raise ValueError("cache_dir= is read for the text of a run only: leave it out")
     if options.sequences < 1:
         raise ValueError(f"sequences={options.sequences} must be at least 1")
     prepare_process()
@@ -195,7 +200,7 @@ def entropy(name: str, options: EntropyOptions) -> None:
         attention="eager" if options.method == "eager" else None,
     )
     EntropyProbe(model.base_model, options.method)  # refuses what cannot be measured
-    windows_NT, text, leading = _windows_of(name, model, tokenizer, options)
+    windows_NT, text, leading = _windows_of(name, model, tokenizer, options, own=own)
     sequences, context = windows_NT.shape
     needed = memory_estimate(model, batch=options.batch, context=context, method=options.method)
     enough = check_memory(needed, model, advice="a smaller context= or batch= needs less")
@@ -222,21 +227,20 @@ def entropy(name: str, options: EntropyOptions) -> None:
     print(f"The page: {page}")
 
 
-def _windows_of(name: str, model: Any, tokenizer: Any, options: EntropyOptions) -> tuple[Tensor, str, list[str]]:
-    """(N, T) token ids, what text they are of, and the tokens that every window begins with."""
+def _windows_of(
+    name: str, model: Any, tokenizer: Any, options: EntropyOptions, *, own: bool
+) -> tuple[Tensor, str, list[str]]:
+    """(N, T) token ids, what text they are of, and the tokens that every window begins with. `own`: a run's blocks."""
     import torch
 
     from normfree.evaluate import leading_ids
     from normfree.measure import token_windows
     from normfree.records import read_run
 
-    if options.text is None and (Path(name) / RUN_FILE).is_file():
-        _refuse_cutting(options, "context", "bos")
+    if own:
         ids_NT = torch.from_numpy(own_corpus(read_run(name), options.cache_dir).held_out_ids())
         chosen = torch.linspace(0, len(ids_NT) - 1, min(options.sequences, len(ids_NT))).round().long()
         return ids_NT[chosen], "the run's own held-out blocks", []
-    if options.cache_dir is not None:
-        raise ValueError("cache_dir= is read for the text of a run only: leave it out")
     windows_NT = token_windows(
         model, tokenizer, read_text(options.text), context=options.context, sequences=options.sequences, bos=options.bos
     )

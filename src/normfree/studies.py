@@ -72,8 +72,18 @@ class Study:
                     yield [*common, f"variant={variant}", f"seed={seed}"]
 
     def runs_with(self, overrides: Sequence[str]) -> list[Composed]:
-        """Its runs, each with `overrides` on top. Raises ValueError for one that cannot be composed."""
-        return [compose_run([*of_run, *overrides]) for of_run in self.overrides()]
+        """Its runs, each with `overrides` on top.
+
+        Raises ValueError for one that cannot be composed, for two of one name, and for different recipes unless `mix`.
+        """
+        runs = [compose_run([*of_run, *overrides]) for of_run in self.overrides()]
+        refuse_twins(runs, advice="give each group its own tag")
+        if not self.mix and len({run.spec.recipe() for run in runs}) > 1:
+            raise ValueError(
+                f"the runs of {self.name} differ in more than variant and seed, so no table may compare them unasked; "
+                "say mix: true in the study's file, or make it two studies"
+            )
+        return runs
 
 
 def load_study(name: str) -> Study:
@@ -116,12 +126,6 @@ def run_study(name: str, overrides: Sequence[str] = (), *, workers: int = 1) -> 
     began = datetime.now(UTC).replace(microsecond=0)
     study = load_study(name)
     runs = study.runs_with(overrides)
-    refuse_twins(runs, advice="give each group its own tag")
-    if not study.mix and len({run.spec.recipe() for run in runs}) > 1:
-        raise ValueError(
-            f"the runs of {study.name} differ in more than variant and seed, so no table may compare them unasked; "
-            "say mix: true in the study's file, or make it two studies"
-        )
     study_folder = runs[0].runs_dir / runs[0].spec.study
     _refuse_damaged(study_folder, {run.spec.name for run in runs})
     if not study.mix:

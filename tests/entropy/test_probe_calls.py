@@ -142,8 +142,9 @@ def test_a_single_query_of_flash_attention_keeps_its_window_in_a_cache_that_forg
     torch.testing.assert_close(found.ceiling_nats(), whole.ceiling_nats(), atol=1e-9, rtol=0)
 
 
-def test_first_token_mass_is_refused_where_a_mask_packs_texts_into_a_row():
-    model = tiny_model("llama")
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_first_token_mass_is_refused_where_a_mask_packs_texts_into_a_row(family):
+    model = tiny_model(family, sliding_window=16) if family == "mistral" else tiny_model(family)
     packed = torch.arange(10).repeat(2)[None].expand(2, -1)
     with EntropyProbe(model) as probe, torch.no_grad():
         model(input_ids=IDS, position_ids=packed, use_cache=False)

@@ -296,7 +296,9 @@ def test_an_unfinished_run_of_another_recipe_is_in_no_figure_unless_mixed(tmp_pa
     assert len(figures["heatmaps"].panels) == 1
     assert "shares" not in figures["heatmaps"].caption
     assert "open circle" not in figures["losses"].caption
-    assert "not finished and of another recipe: quick/sm-r-seed0 (failed)." in " ".join(sentences(group_runs(runs)))
+    assert "not finished and of another recipe or corpus: quick/sm-r-seed0 (failed)." in " ".join(
+        sentences(group_runs(runs))
+    )
     mixed = {figure.name: figure for figure in main_figures(group_runs(runs, mix=True))}
     assert len(mixed["heatmaps"].panels) == 2
 

@@ -83,6 +83,7 @@ def scores_asked(
         "window": asked.get("sliding_window") if is_flash and causal else None,
         "softcap": asked.get("softcap"),
         "forgets_first": asked.get("sliding_window") is not None or _is_chunked(module),
+        "chunked": _is_chunked(module),
         "own_keys": _own_keys(module, q.shape[2], k.shape[2]),
         "positions": asked.get("position_ids") if is_flash and mask is None and q.shape[2] > 1 else None,
     }

@@ -77,12 +77,17 @@ def _measuring(name: str, original: Callable[..., Any] | None) -> Callable[..., 
             torch.ops.normfree.record_entropy(
                 _ticket, query.detach(), key_seen, None if mask is None else mask.detach(), sinks,
                 scores["scale"], scores["causal"], scores["window"], scores["softcap"], slot,
-                scores["forgets_first"], scores["own_keys"], scores["positions"],
+                scores["forgets_first"], scores["chunked"], scores["own_keys"], scores["positions"],
             )  # fmt: skip
         attend = original if original is not None else eager_function(type(module))
         return attend(module, query, key, value, attention_mask, *args, **asked)
 
     return measured_attention
+
+
+def _begins_anew(visible_BHT: Tensor) -> bool:
+    """Whether a row sees one key and the row before it is no padding, so that a text begins in the middle."""
+    return bool(((visible_BHT[..., 1:] == 1) & (visible_BHT[..., :-1] > 0)).any())
 
 
 @torch.library.custom_op("normfree::record_entropy", mutates_args={"ticket"})
@@ -98,6 +103,7 @@ def _record(
     softcap: float | None,
     slot: int,
     forgets_first: bool,
+    chunked: bool,
     own_keys: int,
     positions: Tensor | None,
 ) -> None:
@@ -141,14 +147,14 @@ def _record(
         padded = padding_rows(None if mask is None else mask[..., :own_keys], queries, own_keys)
         if padded is not None:
             measured = replace(measured, visible=measured.visible.masked_fill(padded, 0))
-        if patterns and not forgets_first and bool(((measured.visible == 1).sum(-1) > 1).any()):
+        if patterns and not chunked and _begins_anew(measured.visible):
             raise ValueError(
-                "several rows see nothing but themselves, as where texts are packed into one: the mass on the first "
-                "token of each is unknown here; call the model on a padded batch, or leave out patterns=True"
+                "a row behind another sees nothing but itself, as where texts are packed into one: the mass on the "
+                "first token of each is unknown here; call the model on a padded batch, or leave out patterns=True"
             )
         recorder.add(layer, measured, slot=slot)
 
 
 @_record.register_fake
-def _(ticket, q, k, mask, sinks, scale, causal, window, softcap, slot, forgets_first, own_keys, positions):
+def _(ticket, q, k, mask, sinks, scale, causal, window, softcap, slot, forgets_first, chunked, own_keys, positions):
     return None

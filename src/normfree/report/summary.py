@@ -147,7 +147,10 @@ def _one_seed(groups: Sequence[Group]) -> str:
 
 
 def _unfinished(groups: Sequence[Group]) -> str:
-    told = {"In the curves only, because not finished": [], "Left out, because not finished and of another recipe": []}
+    told = {
+        "In the curves only, because not finished": [],
+        "Left out, because not finished and of another recipe or corpus": [],
+    }
     drawn, left_out = told.values()
     for group in groups:
         (drawn if group.drawn else left_out).extend(f"{run.place} ({run.status})" for run in group.unfinished)

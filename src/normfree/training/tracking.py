@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,14 +10,17 @@ from contextlib import contextmanager
 from normfree.config import RunSpec
 from normfree.manifest import fingerprint
 
+logger = logging.getLogger("normfree")
+
 
 @contextmanager
-def wandb_run(spec: RunSpec, *, started: str) -> Iterator[None]:
+def wandb_run(spec: RunSpec, *, began: str) -> Iterator[None]:
     """A run of wandb that a resume goes on with, and that ends here: Trainer would put whatever a process trains next,
     in a study or a sweep, into the run of the first.
 
-    `started` tells it from one that was begun anew. WANDB_RUN_ID, WANDB_RESUME and WANDB_PROJECT say otherwise, and a
-    run that the caller has opened is used and left open. Without wandb among the trackers nothing happens.
+    `began`: when its first process did, which tells it from one that was begun anew. WANDB_RUN_ID, WANDB_RESUME and
+    WANDB_PROJECT say otherwise, and a run that the caller has opened is used and left open. Without wandb among the
+    trackers nothing happens.
     """
     if "wandb" not in spec.train.trackers:
         yield
@@ -29,7 +33,7 @@ def wandb_run(spec: RunSpec, *, started: str) -> Iterator[None]:
     opened = wandb.init(
         project=os.environ.get("WANDB_PROJECT", "huggingface"),
         name=f"{spec.study}/{spec.name}",
-        id=os.environ.get("WANDB_RUN_ID") or fingerprint([spec.identity(), started])[:16],
+        id=os.environ.get("WANDB_RUN_ID") or fingerprint([spec.identity(), began])[:16],
         resume=os.environ.get("WANDB_RESUME") or "allow",  # pyright: ignore[reportArgumentType]
     )
     failed = True
@@ -37,4 +41,7 @@ def wandb_run(spec: RunSpec, *, started: str) -> Iterator[None]:
         yield
         failed = False
     finally:
-        opened.finish(exit_code=int(failed))
+        try:
+            opened.finish(exit_code=int(failed))
+        except Exception as error:  # whatever became of the upload, the run is what its records say
+            logger.warning("wandb did not end its run: %s", error)

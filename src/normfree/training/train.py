@@ -120,8 +120,10 @@ def train(
                 checkpoint=checkpoint,
                 device=_device(),
             )
+        tracked = wandb_run(spec, began=writer.facts["sessions"][0]["began"]) if writer else nullcontext()
         try:
-            _Training(spec, folder, corpus, config, steps, writer).run(checkpoint)
+            with tracked:
+                _Training(spec, folder, corpus, config, steps, writer).run(checkpoint)
         except InterruptedRunError as stopped:
             pass_on(stopped.signal_number)
             raise
@@ -211,10 +213,8 @@ class _Training:
         trainer = self._trainer(checkpoint, [bar, stop])
         if rank := PartialState().process_index:  # else all of them would draw the dropout masks of the first
             torch.manual_seed(int(np.random.SeedSequence((self.spec.seed, rank)).generate_state(1)[0]))
-        tracked = wandb_run(self.spec, started=self.writer.facts["started"]) if self.writer else nullcontext()
         try:
-            with tracked:
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             bar.close()
 
