@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from normfree.cli import main
 from normfree.compose import compose_run
 from normfree.config import RunSpec
 
@@ -56,3 +57,11 @@ def tiny_spec(tiny: list[str]) -> Callable[..., RunSpec]:
         return compose_run([*tiny, "variant=sm-r", *overrides]).spec
 
     return build
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny: list[str], cache: Path) -> Path:
+    """A run folder made by the command; nobody writes into it."""
+    runs = tmp_path_factory.mktemp("runs")
+    assert main(["train", *tiny, "variant=sm-r", f"runs_dir={runs}", f"cache_dir={cache}"]) == 0
+    return runs / "single" / "sm-r-seed0"

@@ -10,10 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
-from transformers import GPT2Config
 
 import normfree
 from normfree.cli import VERBS, main
@@ -22,13 +20,8 @@ from normfree.config import RunSpec, known_keys
 from normfree.model.activations import ACTIVATIONS
 from normfree.model.norms import NORMS
 from normfree.records import read_run
+from tests.commands import run
 from tests.synthetic import write_run
-
-
-def run(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    status = main(words)
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 def test_alone_it_lists_every_verb_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,14 +194,6 @@ def test_a_hub_name_without_a_network_says_so(
     assert "HF_HOME" in err
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, tiny: list[str], cache: Path) -> Path:
-    """A run folder made by the command."""
-    runs = tmp_path_factory.mktemp("runs")
-    assert main(["train", *tiny, "variant=sm-r", f"runs_dir={runs}", f"cache_dir={cache}"]) == 0
-    return runs / "single" / "sm-r-seed0"
-
-
 def test_train_makes_a_run_folder_and_says_where(
     trained: Path, tiny: list[str], cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -219,57 +204,6 @@ def test_train_makes_a_run_folder_and_says_where(
     assert status == 0
     assert "SM+R, seed 0: finished, perplexity" in out
     assert str(trained) in out
-
-
-def test_evaluate_prints_perplexity_and_bits_per_byte(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "text.py").write_text("def f(x):\n    return x\n" * 5)
-    status, out, err = run("evaluate", str(trained), f"text={tmp_path / 'text.py'}", "stride=4", capsys=capsys)
-    assert status == 0, err
-    assert re.search(rf"text +{re.escape(str(tmp_path / 'text.py'))}\n", out)
-    assert "perplexity" in out
-    assert "bits per byte" in out
-
-
-def test_a_saved_run_evaluated_again_gives_the_perplexity_in_its_record(
-    trained: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    status, out, err = run("evaluate", str(trained), f"cache_dir={cache}", capsys=capsys)
-    assert status == 0, err
-    recorded = read_run(trained).facts["final"]
-    assert (
-        f"perplexity     {recorded['perplexity']:.4f} (over {recorded['tokens']} predicted tokens; run.json, in fp32"
-        in out
-    )
-    assert f"bits per byte  {recorded['bits_per_byte']:.4f} (over {recorded['bytes']} bytes" in out
-    assert "context= cuts a text" in run("evaluate", str(trained), "context=8", capsys=capsys)[2]
-    moved = shutil.copytree(trained, tmp_path / "moved")
-    (moved / "run.json").write_text((moved / "run.json").read_text().replace("/held_out", "/nowhere"))
-    assert re.search(r"/nowhere' matches no file.*; give text=FILE", run("evaluate", str(moved), capsys=capsys)[2])
-    other = shutil.copytree(trained, tmp_path / "other")
-    (other / "run.json").write_text((other / "run.json").read_text().replace(read_run(trained).corpus, "0" * 64))
-    assert (
-        "other has corpus 000000000000, and its" in run("evaluate", str(other), f"cache_dir={cache}", capsys=capsys)[2]
-    )
-
-
-@pytest.mark.parametrize("command", ["evaluate", "entropy"])
-def test_bf16_without_bf16_units_says_how_products_are_made(
-    command: str,
-    trained: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("normfree.training.bf16.has_bf16_units", lambda: False)
-    (tmp_path / "text.py").write_text("def f(x):\n    return x\n" * 5)
-    words = [command, str(trained), f"text={tmp_path / 'text.py'}", "dtype=bf16", "device=cpu"]
-    words += [f"output={tmp_path / 'page'}"] if command == "entropy" else []
-    status, _, err = run(*words, capsys=capsys)
-    assert status == 0, err
-    assert "no bf16 units" in caplog.text
 
 
 def test_report_rebuilds_the_page_from_a_run_folder(
@@ -344,64 +278,6 @@ def test_many_runs_with_hydra_leave_run_folders_and_nothing_else(
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["gpt2-t128", "variant=sm-g"], "| 29.37 |"),
-        (["gpt2-t128", "activation=gelu_tanh"], "| 25.39 |"),  # within 0.3 % of the published 25.32
-        (["gpt2-t128", "activation=gelu_tanh", "context=256"], "| 58.57 |"),  # published: 58.51
-        (["gpt2-t128", "protocol=semi2k", "network=lan"], "semi2k"),
-        (["gpt2-t128", "network=lan"], "on lan ("),
-        (["gpt2-t128", "bandwidth_mbps=8", "delay_ms=5"], "(8 Mbps each way, 5 ms one way"),
-        (["cpu-quick", "variant=sm-rg"], "relu"),
-        (["cpu-quick", "variant=sm-g", "activation=[relu,gelu,gelu,gelu]"], "relu"),
-        (["pythia70m-t256"], "T=256"),
-    ],
-)
-def test_cost_of_a_preset(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, err = run("cost", *words, capsys=capsys)
-    assert status == 0, err
-    assert expected in out
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["cpu", "variant="], "unknown variant ''"),
-        (["cpu", "variant=sm-r", "activation="], "activation='' has no known cost"),
-        (["gpt2-t18"], "presets: did you mean gpt2-t128"),
-        (["cpu", "activation=[relu]"], "activation lists 1 names, but num_hidden_layers is 12"),
-    ],
-)
-def test_what_no_preset_is_or_has_is_refused(
-    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    status, _, err = run("cost", *words, capsys=capsys)
-    assert status == 1
-    assert message in err
-
-
-def test_a_preset_says_which_vocabulary_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "GPT-2's 50,257 pieces stand for" in run("cost", "gpt2-t128", capsys=capsys)[1]
-    assert "stand for" not in run("cost", "cpu", capsys=capsys)[1]
-
-
-def test_a_model_shorter_than_the_default_is_priced_at_its_own_length(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    GPT2Config(n_positions=64, n_embd=32, n_head=2, n_layer=2).save_pretrained(tmp_path)
-    assert "One sequence of 64 tokens" in run("cost", str(tmp_path), capsys=capsys)[1]
-
-
-def test_cost_of_a_run_and_of_its_saved_model_agree(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    costs = []
-    for name in (trained, trained / "model"):
-        status, out, err = run("cost", str(name), "context=16", capsys=capsys)
-        assert status == 0, err
-        costs.append(out)
-    assert costs[0] == costs[1]
-
-
 def test_verify_says_what_is_sound_and_fails_on_damage(
     trained: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -456,17 +332,3 @@ def test_torchrun_is_for_one_run(
     status, _, err = run(*words, capsys=capsys)
     assert status == 2
     assert "torchrun starts one run; a" in err
-
-
-def test_entropy_of_a_run_is_that_of_its_own_held_out_blocks(
-    trained: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["entropy", str(trained), f"output={tmp_path / 'heads'}", f"cache_dir={cache}"]
-    recorded = read_run(trained)
-    status, _, err = run(*words, f"sequences={recorded.spec['probe']['final_sequences']}", capsys=capsys)
-    assert status == 0, err
-    facts = json.loads((tmp_path / "heads" / "entropy.json").read_text())
-    assert facts["text"] == "the run's own held-out blocks"
-    assert np.allclose(facts["entropy_nats"], recorded.last("final", "entropy_nats"), atol=1e-5)
-    assert "context= cuts a text" in run(*words, "context=8", capsys=capsys)[2]
-    assert "sequences=0 must be at least 1" in run(*words, "sequences=0", capsys=capsys)[2]

@@ -184,12 +184,11 @@ def _meant(key: str) -> str:
     """The end of an error line on a key that does not exist."""
     if key == "workers":
         return "it is a key of `normfree study`"
-    last = key.rpartition(".")[2]
-    named = [known for known in allowed_keys() if known.rpartition(".")[2] == _OTHER_NAMES.get(last, last)]
-    named += [known for known in allowed_keys() if known == _OTHER_NAMES.get(last)]
-    if named:
-        return f"did you mean {' or '.join(dict.fromkeys(named))}?"
-    found = nearest(key, allowed_keys())
+    last, allowed = key.rpartition(".")[2], allowed_keys()
+    same = [known for known in allowed if known.rpartition(".")[2] == last]
+    if named := [_OTHER_NAMES[last]] if last in _OTHER_NAMES else same:
+        return f"did you mean {' or '.join(named)}?"
+    found = nearest(key, allowed)
     return found if found.startswith("did you mean") else "`normfree train --help` has all of them"
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -198,6 +199,12 @@ def _position_limit(model: nn.Module) -> int | None:
         if "position" in name and isinstance(part, nn.Embedding) and part.num_embeddings == limit:
             return limit if part.padding_idx is None else limit - part.padding_idx - 1
     return limit
+
+
+def spread(blocks_NT: Tensor, count: int) -> Tensor:
+    """At most `count` blocks, evenly spread over all, so that a small sample sees every document group."""
+    chosen = np.linspace(0, len(blocks_NT) - 1, min(count, len(blocks_NT))).round().astype(int)
+    return blocks_NT[torch.from_numpy(chosen)]
 
 
 def room_for_text(context: int, leading: Sequence[int]) -> int:

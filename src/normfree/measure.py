@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from normfree.entropy import EntropyProbe
 from normfree.entropy.probe import ProbeMethod
 from normfree.entropy.routing import compresses_keys
-from normfree.evaluate import check_vocabulary, checked_context, in_evaluation_mode, leading_ids, room_for_text
+from normfree.evaluate import check_vocabulary, checked_context, in_evaluation_mode, leading_ids, room_for_text, spread
 
 logger = logging.getLogger("normfree")
 DEFAULT_CONTEXT = 1024
@@ -42,9 +42,9 @@ def token_windows(
     check_vocabulary(model, leading + ids)
     room = min(room_for_text(context, leading), len(ids))
     windows_NT = torch.tensor(ids[: len(ids) // room * room]).view(-1, room)
-    chosen = torch.linspace(0, len(windows_NT) - 1, min(sequences, len(windows_NT))).round().long()
-    leading_NT = torch.tensor(leading, dtype=torch.long).expand(len(chosen), -1)
-    return torch.cat([leading_NT, windows_NT[chosen]], dim=1)
+    chosen_NT = spread(windows_NT, sequences)
+    leading_NT = torch.tensor(leading, dtype=torch.long).expand(len(chosen_NT), -1)
+    return torch.cat([leading_NT, chosen_NT], dim=1)
 
 
 def memory_estimate(model: PreTrainedModel, *, batch: int, context: int, method: ProbeMethod) -> int:

@@ -84,11 +84,9 @@ def evaluate(name: str, options: EvaluateOptions) -> None:
     from normfree.training.bf16 import products_for
     from normfree.training.process import prepare_process
 
-    if options.text is None and (Path(name) / RUN_FILE).is_file():
+    if _takes_own_text(name, options, "context", "stride", "bos"):
         evaluate_run(Path(name), options)
         return
-    if options.cache_dir is not None:
-        raise ValueError("cache_dir= is read for the text of a run only: leave it out")
     prepare_process()
     text = read_text(options.text)
     model, tokenizer = load_pretrained(
@@ -112,7 +110,7 @@ def evaluate(name: str, options: EvaluateOptions) -> None:
 def evaluate_run(folder: Path, options: EvaluateOptions) -> None:
     """Print perplexity and bits per byte of a run on the blocks behind the numbers in its run.json.
 
-    Raises ValueError where this machine gives another corpus, and for keys that cut a text.
+    Raises ValueError where this machine gives another corpus.
     """
     import torch
 
@@ -123,7 +121,6 @@ def evaluate_run(folder: Path, options: EvaluateOptions) -> None:
     from normfree.training.bf16 import products_for
     from normfree.training.process import prepare_process
 
-    _refuse_cutting(options, "context", "stride", "bos")
     prepare_process()
     model, _ = load_pretrained(str(folder), dtype=options.dtype, device=options.device)
     run = read_run(folder)
@@ -157,10 +154,14 @@ def own_corpus(run: Run, cache: Path | None) -> Corpus:
     return corpus
 
 
-def _refuse_cutting(options: EvaluateOptions | EntropyOptions, *keys: str) -> None:
-    for key in keys:
-        if getattr(options, key) is not None:
-            raise ValueError(f"{key}= cuts a text, and a run's own is cut already: give text=FILE too")
+def _takes_own_text(name: str, options: EvaluateOptions | EntropyOptions, *cutting: str) -> bool:
+    """Whether MODEL is a run and no text is given. Raises ValueError for keys that are not read then, or only then."""
+    own = options.text is None and (Path(name) / RUN_FILE).is_file()
+    if not own and options.cache_dir is not None:
+        raise ValueError("cache_dir= is read for the text of a run only: leave it out")
+    if given := [key for key in cutting if own and getattr(options, key) is not None]:
+        raise ValueError(f"{given[0]}= cuts a text, and a run's own is cut already: give text=FILE too")
+    return own
 
 
 def print_evaluation(result: Evaluation, after: str) -> None:
@@ -184,10 +185,7 @@ def entropy(name: str, options: EntropyOptions) -> None:
     from normfree.training.environment import command_line, software
     from normfree.training.process import prepare_process
 
-    if own := options.text is None and (Path(name) / RUN_FILE).is_file():
-        _refuse_cutting(options, "context", "bos")
-    elif options.cache_dir is not None:
-        raise ValueError("cache_dir= is read for the text of a run only: leave it out")
+    own = _takes_own_text(name, options, "context", "bos")
     if options.sequences < 1:
         raise ValueError(f"sequences={options.sequences} must be at least 1")
     prepare_process()
@@ -233,14 +231,13 @@ def _windows_of(
     """(N, T) token ids, what text they are of, and the tokens that every window begins with. `own`: a run's blocks."""
     import torch
 
-    from normfree.evaluate import leading_ids
+    from normfree.evaluate import leading_ids, spread
     from normfree.measure import token_windows
     from normfree.records import read_run
 
     if own:
-        ids_NT = torch.from_numpy(own_corpus(read_run(name), options.cache_dir).held_out_ids())
-        chosen = torch.linspace(0, len(ids_NT) - 1, min(options.sequences, len(ids_NT))).round().long()
-        return ids_NT[chosen], "the run's own held-out blocks", []
+        blocks_NT = torch.from_numpy(own_corpus(read_run(name), options.cache_dir).held_out_ids())
+        return spread(blocks_NT, options.sequences), "the run's own held-out blocks", []
     windows_NT = token_windows(
         model, tokenizer, read_text(options.text), context=options.context, sequences=options.sequences, bos=options.bos
     )

@@ -117,8 +117,8 @@ def _attention_layers(config: Any, count: int) -> Sequence[int]:
     """The layers that `count` matrices are of: hybrid models return those of their attention layers alone."""
     config = config.get_text_config()
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
-    attend = [layer for layer, kind in enumerate(kinds) if kind == "hybrid" or kind.endswith("attention")]
-    attend = [layer for layer in attend if kinds[layer] != "linear_attention"]
+    softmax = [kind == "hybrid" or (kind.endswith("attention") and kind != "linear_attention") for kind in kinds]
+    attend = [layer for layer, is_one in enumerate(softmax) if is_one]
     return attend if len(attend) == count else range(count)
 
 

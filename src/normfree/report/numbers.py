@@ -11,8 +11,6 @@ from normfree.analysis import shares_of_ceiling, trained_heads
 from normfree.manifest import write_atomically
 from normfree.records import Run, run_frame
 
-NUMBERS = ("runs", "heads")
-
 
 def write_numbers(runs: Sequence[Run], output: Path) -> set[Path]:
     """Write `output`/numbers/runs.csv, one row a run, and heads.csv, one row a head; returns the paths."""
@@ -20,7 +18,7 @@ def write_numbers(runs: Sequence[Run], output: Path) -> set[Path]:
     of_runs = run_frame(runs)
     of_runs.insert(0, "run", [run.place for run in runs])
     of_runs = of_runs.drop(columns="folder")  # says where a machine keeps it
-    for name, frame in zip(NUMBERS, (of_runs, head_frame(runs)), strict=True):
+    for name, frame in {"runs": of_runs, "heads": head_frame(runs)}.items():
         path = output / "numbers" / f"{name}.csv"
         write_atomically(path, frame.to_csv(index=False, na_rep="NaN", lineterminator="\n"))
         kept.add(path)

@@ -25,6 +25,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from normfree.config import RunSpec
 from normfree.data import Corpus, prepare
+from normfree.evaluate import spread
 from normfree.manifest import folder_lock, read_manifest, write_manifest
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
 from normfree.records import RUN_FILE, RunWriter
@@ -247,8 +248,8 @@ class _Training:
 
     def _schedules(self) -> list[watch.Schedule]:
         spec, size = self.spec, self.spec.train.micro_batch_sequences
-        probe_NT = _spread(self.held_out, spec.probe.sequences)
-        validation_NT = _spread(self.held_out, spec.train.evaluation_sequences or len(self.held_out))
+        probe_NT = spread(self.held_out, spec.probe.sequences)
+        validation_NT = spread(self.held_out, spec.train.evaluation_sequences or len(self.held_out))
         probe = partial(watch.probe_measurements, blocks_NT=probe_NT, batch_sequences=size)
         validate = partial(watch.validation_measurements, blocks_NT=validation_NT, batch_sequences=size)
         return [
@@ -295,7 +296,7 @@ class _Training:
 
     def _finish(self) -> None:
         size = self.spec.train.micro_batch_sequences
-        final_NT = _spread(self.held_out, self.spec.probe.final_sequences)
+        final_NT = spread(self.held_out, self.spec.probe.final_sequences)
         self._log(self.steps, "final", watch.probe_measurements(self.model, final_NT, batch_sequences=size))
         total_bytes = self.corpus.predicted_bytes()
         result = watch.validation(self.model, self.held_out, predicted_bytes=total_bytes, batch_sequences=size)
@@ -336,9 +337,3 @@ def _save_model(model: NormFreeForCausalLM, corpus: Corpus, folder: Path) -> Non
 def _collate(rows: list[dict[str, Tensor]]) -> dict[str, Any]:
     ids_BT = torch.stack([row["input_ids"] for row in rows]).long()
     return {"input_ids": ids_BT, "labels": ids_BT, "return_logits": False}
-
-
-def _spread(blocks_NT: Tensor, count: int) -> Tensor:
-    """At most `count` blocks, evenly spread over all, so that a small sample sees every document group."""
-    chosen = np.linspace(0, len(blocks_NT) - 1, min(count, len(blocks_NT))).round().astype(int)
-    return blocks_NT[torch.from_numpy(chosen)]
