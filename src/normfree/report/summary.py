@@ -147,11 +147,9 @@ def _one_seed(groups: Sequence[Group]) -> str:
 
 
 def _unfinished(groups: Sequence[Group]) -> str:
-    told = {
-        "In the curves only, because not finished": [],
-        "Left out, because not finished and of another recipe or corpus": [],
-    }
-    drawn, left_out = told.values()
-    for group in groups:
-        (drawn if group.drawn else left_out).extend(f"{run.place} ({run.status})" for run in group.unfinished)
-    return " ".join(f"{what}: {', '.join(names)}." for what, names in told.items() if names)
+    drawn = [f"{run.place} ({run.status})" for group in groups if group.drawn for run in group.unfinished]
+    left_out = [f"{run.place} ({run.status})" for group in groups if not group.drawn for run in group.unfinished]
+    told = [f"In the curves only, because not finished: {', '.join(drawn)}."] if drawn else []
+    if left_out:
+        told.append(f"Left out, because not finished and of another recipe or corpus: {', '.join(left_out)}.")
+    return " ".join(told)

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import torch
+from accelerate import PartialState
 
 import normfree
 from normfree.training.bf16 import has_bf16_units
@@ -32,7 +33,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "bf16_units": has_bf16_units(),
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": PartialState().num_processes,
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "device": device_name(device),
         "git_commit": git_commit(),
