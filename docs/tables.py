@@ -5,8 +5,8 @@ A page holds a marker, and all between it and `<!-- end -->` is made from runs:
     <!-- table: perplexity of results/quick -->
     <!-- end -->
 
-Tables: perplexity, differences, gap, claims, overload, ranges, verdicts, slopes, runs. Several folders may be given,
-with the shell's wildcards. `mixed` before `-->` shows runs of different recipes side by side, which is refused
+Tables: perplexity, rates, differences, gap, claims, overload, ranges, verdicts, slopes, runs. Several folders may be
+given, with the shell's wildcards. `mixed` before `-->` shows runs of different recipes side by side, which is refused
 otherwise. A test fails when a page differs from what the records give.
 
 A figure of the report's main page is drawn the same way, without a test, since another matplotlib gives other bytes:
@@ -22,12 +22,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from normfree import tables
-from normfree.analysis import Group, all_runs, group_runs
+from normfree.analysis import Group, all_runs, group_runs, summarise
 from normfree.manifest import write_atomically
 from normfree.records import find_runs
 from normfree.report.figures import main_figures
 from normfree.report.render import to_png
-from normfree.tables import Table, to_markdown
+from normfree.tables import Column, Table, to_markdown
 
 ROOT = Path(__file__).parents[1]
 END = "<!-- end -->"
@@ -39,8 +39,27 @@ FIGURE = re.compile(
 )
 
 
+def rate_table(groups: Sequence[Group]) -> Table:
+    """Final validation perplexity: a row a variant, a column a peak learning rate. Tags are not looked at."""
+    found: dict[str, dict[float, dict[int, float]]] = {}
+    for group in groups:
+        for run in group.runs:
+            at_rate = found.setdefault(group.label, {}).setdefault(run.spec["train"]["peak_learning_rate"], {})
+            if run.seed in at_rate:
+                raise ValueError(f"{run.place} repeats a seed of {group.label} at its learning rate")
+            at_rate[run.seed] = run.perplexity
+    rates = sorted({rate for of_label in found.values() for rate in of_label})
+    rows = [
+        (label, *(summarise(list(of_label.get(rate, {}).values())).text() for rate in rates))
+        for label, of_label in found.items()
+    ]
+    columns = (Column("Variant", numeric=False), *(Column(f"{rate:g}") for rate in rates))
+    return Table("rates", "Validation perplexity after training, at each peak learning rate", columns, tuple(rows))
+
+
 TABLES: dict[str, Callable[[Sequence[Group]], Table]] = {
     "perplexity": tables.perplexity_table,
+    "rates": rate_table,
     "differences": tables.difference_table,
     "gap": tables.gap_table,
     "claims": tables.claim_table,

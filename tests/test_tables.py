@@ -34,10 +34,20 @@ def test_perplexity_has_spread_change_floor_and_the_paper_beside(tmp_path: Path)
     assert rows["SM+LN+G"]["Against SM+LN+G"] == "baseline"
     assert rows["SM+G"]["Perplexity"] == "38.08 +- 0.38"
     assert rows["SM+G"]["Seeds"] == "3"
-    assert rows["SM+G"]["Against SM+LN+G"] == "+10.2 %"  # 37.7 / 34.2 in each of the two common seeds
+    assert rows["SM+G"]["Against SM+LN+G"] == "+10.2 % (n = 2)"  # 37.7 / 34.2 in each of the two common seeds
     assert (rows["SM+G"]["Paper"], rows["SM+G"]["Paper, against SM+LN+G"]) == ("3.197", "+18.9 %")
     assert rows["SM"]["Perplexity"] == "NaN (1/2)"
     assert rows["Unigram"]["Perplexity"] == "402.50"
+
+
+def test_the_paper_stands_beside_one_row_a_variant_and_not_beside_a_sweep(tmp_path: Path) -> None:
+    sweep = [write_run(tmp_path, "SM+G", tag=tag) for tag in ("lr1", "lr2")]
+    table = tables.perplexity_table(group_runs([*sweep, write_run(tmp_path, "SM+R", tag="lr1")]))
+    assert [column.title for column in table.columns][-1] == "Bits per byte"
+    assert {len(row) for row in table.rows} == {len(table.columns)}
+    assert not [note for note in table.notes if note.startswith("Paper")]
+    alone = tables.perplexity_table(group_runs(sweep[:1]))
+    assert rows_of(alone)["SM+G (lr1)"]["Paper's model"] == "GPT-2 125M, T=128"
 
 
 def test_an_unfinished_run_is_left_out_and_named(tmp_path: Path) -> None:

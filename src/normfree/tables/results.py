@@ -25,20 +25,24 @@ COMPARISONS = (("SM+R", "SM+G"), ("SM+LN+R", "SM+LN+G"), ("SM+G", "SM+LN+G"), ("
 
 
 def perplexity_table(groups: Sequence[Group]) -> Table:
-    """Final validation perplexity a variant: mean, sample deviation, n, change, the floor, the paper's."""
-    rows = [_perplexity_row(group, groups) for group in groups if group.runs]
-    columns = (
+    """Final validation perplexity a variant: mean, sample deviation, n, change, the bar of token frequencies.
+
+    The paper's numbers stand beside, unless a variant is there more than once, as in a sweep.
+    """
+    columns = [
         Column("Variant", numeric=False),
         Column("Perplexity"),
         Column("Seeds"),
         Column(f"Against {BASELINE}"),
         Column("Bits per byte"),
-        Column("Paper"),
-        Column(f"Paper, against {BASELINE}"),
-        Column("Paper's model", numeric=False),
-    )
+    ]
+    rows = [_perplexity_row(group, groups) for group in groups if group.runs] + _unigram_rows(groups)
+    if _has_paper(groups):
+        columns += [Column("Paper"), Column(f"Paper, against {BASELINE}"), Column("Paper's model", numeric=False)]
+        beside = {group.name: _paper_cells(group) for group in groups if group.runs}
+        rows = [(*row, *beside.get(row[0], ("-", "-", "-"))) for row in rows]
     caption = "Validation perplexity after training: mean and sample standard deviation over seeds, lower is better"
-    return Table("perplexity", caption, columns, (*rows, *_floor_rows(groups)), _notes(groups))
+    return Table("perplexity", caption, tuple(columns), tuple(rows), _notes(groups))
 
 
 def difference_table(groups: Sequence[Group]) -> Table:
@@ -49,7 +53,7 @@ def difference_table(groups: Sequence[Group]) -> Table:
         model = published.counterpart(ours.runs[0].spec)
         paper = published.relative_difference(model, ours.label, theirs.label)
         interval = "-" if found.n < 2 else f"{percent(found.low)} to {percent(found.high)}"
-        cells = (_against(ours, theirs), "-" if found.nonfinite else interval)
+        cells = (_mean(found), "-" if found.nonfinite else interval)
         rows.append((comparison(ours, theirs), *cells, str(found.n), percent(paper)))
     columns = (
         Column("Comparison", numeric=False),
@@ -121,45 +125,70 @@ def _published_ranges(group: Group) -> str:
 
 def _perplexity_row(group: Group, groups: Sequence[Group]) -> tuple[str, ...]:
     summary = summarise(list(group.perplexities.values()))
-    bases = counterparts(group, BASELINE, groups)
     bits = summarise([(run.facts.get("final") or {}).get("bits_per_byte", math.nan) for run in group.runs])
-    model = published.counterpart(group.runs[0].spec)
-    paper = published.PERPLEXITY[model].get(group.label)
     return (
         group.name,
         summary.text(),
         str(summary.n),
-        "baseline" if group.label == BASELINE else _against(group, bases[0]) if len(bases) == 1 else "-",
+        _against_baseline(group, groups),
         bits.text(3),
-        "-" if paper is None else f"{paper:.3f}",
-        percent(published.relative_difference(model, group.label, BASELINE)),
-        "-" if paper is None else model,
     )
 
 
-def _against(group: Group, base: Group) -> str:
-    found = perplexity_difference(group, base)
+def _has_paper(groups: Sequence[Group]) -> bool:
+    """Whether the paper has one of these variants, and each stands for one row of its tables."""
+    theirs = [
+        (model, group.label)
+        for group in groups
+        if group.runs and group.label in published.PERPLEXITY[model := published.counterpart(group.runs[0].spec)]
+    ]
+    return 0 < len(theirs) == len(set(theirs))
+
+
+def _paper_cells(group: Group) -> tuple[str, str, str]:
+    model = published.counterpart(group.runs[0].spec)
+    if (paper := published.PERPLEXITY[model].get(group.label)) is None:
+        return "-", "-", "-"
+    return f"{paper:.3f}", percent(published.relative_difference(model, group.label, BASELINE)), model
+
+
+def _mean(found: Difference) -> str:
     return f"NaN ({found.nonfinite}/{found.n})" if found.nonfinite else percent(found.mean)
 
 
-def _floor_rows(groups: Sequence[Group]) -> list[tuple[str, ...]]:
+def _against_baseline(group: Group, groups: Sequence[Group]) -> str:
+    """The mean over the pairs, and their number where not every seed of the group has a partner."""
+    if group.label == BASELINE:
+        return "baseline"
+    bases = counterparts(group, BASELINE, groups)
+    if len(bases) != 1:
+        return "-"
+    found = perplexity_difference(group, bases[0])
+    some = not found.nonfinite and 0 < found.n < len(group.perplexities)
+    return _mean(found) + (f" (n = {found.n})" if some else "")
+
+
+def _unigram_rows(groups: Sequence[Group]) -> list[tuple[str, ...]]:
     corpora = {run.corpus: run.facts["corpus"] for g in groups for run in g.runs}
     rows = []
     for fingerprint, corpus in sorted(corpora.items()):
         name = "Unigram" if len(corpora) == 1 else f"Unigram (corpus {fingerprint[:12]})"
-        rows.append((name, f"{corpus['unigram_perplexity']:.2f}", *["-"] * 6))
+        rows.append((name, f"{corpus['unigram_perplexity']:.2f}", "-", "-", "-"))
     return rows
 
 
 def _notes(groups: Sequence[Group]) -> tuple[str, ...]:
-    notes = ["Unigram: the perplexity of token frequencies alone, the floor any model has to beat."]
+    notes = ["Unigram: the perplexity of token frequencies alone, which any model has to beat."]
     if any(group.label == BASELINE and group.runs for group in groups):
-        notes.append(f"Against {BASELINE}: the mean of the differences within a seed, over the seeds that both have.")
+        notes.append(
+            f"Against {BASELINE}: the mean of the differences within a seed, over the seeds that both have; their "
+            "number n is given where it is not that of the row."
+        )
     if several := [group.name for group in groups if group.runs and len(counterparts(group, BASELINE, groups)) > 1]:
         notes.append(f"More than one {BASELINE} has the recipe and none the tag of {', '.join(several)}.")
     if any(not math.isfinite(run.perplexity) for group in groups for run in group.runs):
         notes.append("NaN (k/n): k of n seeds diverged or have no finite perplexity. The others are not averaged.")
-    if any(published.PERPLEXITY[published.counterpart(g.runs[0].spec)].get(g.label) for g in groups if g.runs):
+    if _has_paper(groups):
         notes.append(
             f"Paper: {published.SOURCE}; another corpus and size, so compare changes "
             "(computed from its perplexities), not values."
