@@ -108,6 +108,10 @@ def test_cfg_prints_the_composed_run_and_trains_nothing(
         (["train", "model.norm=batchnorm"], "norm='batchnorm'"),
         (["train", "model.norm=none", "model.activation=relu"], "would bear a wrong label: that is variant=sm-r"),
         (["train", "model.activation=gelu_tanh"], "would bear a wrong label: say variant=custom"),
+        (
+            ["train", "variant=sm-rg", "model.activation=[relu,gelu,gelu,gelu]", "model.num_hidden_layers=4"],
+            "wrong label",
+        ),
         (["train", "variant=sm-r", "model.activation=leaky_relu"], "a wrong label: that is variant=leaky-fixed"),
         (["train", "model.norm=null"], "norm=None; did you mean none?"),
         (["train", "--cfg", "model.num_attention_heads=5"], "must be a multiple of num_attention_heads=5"),
@@ -226,9 +230,9 @@ def test_data_describes_a_corpus(
 
 @pytest.mark.parametrize(
     ("variant", "activation"),
-    [("sm-rg", "[relu,gelu,gelu,gelu]"), ("sm-g", "[gelu,gelu,gelu,gelu]"), ("custom", "gelu_tanh")],
+    [("sm-rg", "[relu,relu,gelu,gelu]"), ("sm-g", "[gelu,gelu,gelu,gelu]"), ("custom", "[relu,gelu,gelu,gelu]")],
 )
-def test_a_variant_may_be_spelled_for_another_depth_and_custom_may_be_anything(variant: str, activation: str) -> None:
+def test_a_variant_may_be_spelled_out_and_custom_may_be_anything(variant: str, activation: str) -> None:
     words = ["preset=cpu-quick", f"variant={variant}", f"model.activation={activation}", "model.norm=none"]
     assert compose_run(words).spec.variant == variant
 

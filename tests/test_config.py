@@ -30,6 +30,7 @@ def test_a_spec_survives_its_own_json() -> None:
         ({"train": {"steps": 0}}, r"train.steps=0 must be above 0"),
         ({"train": {"steps": 1, "weight_decay": -1}}, r"train.weight_decay=-1.0 must be 0 or more"),
         ({"train": {"steps": 1, "peak_learning_rate": math.nan}}, r"train.peak_learning_rate=nan must be above 0"),
+        ({"train": {"steps": 1, "max_gradient_norm": math.inf}}, r"train.max_gradient_norm=inf must be finite"),
         ({"train": {"steps": 1, "adam_beta1": 1.5}}, r"train.adam_beta1=1.5 must be at least 0 and below 1"),
         ({"train": {"steps": 1, "warmup_share": 1}}, r"train.warmup_share=1.0 must be at least 0 and below 1"),
         ({"train": {"steps": 1, "final_learning_rate": 1.0}}, "must be below train.peak_learning_rate"),
@@ -107,6 +108,7 @@ def test_a_whole_number_is_the_same_model_as_its_float() -> None:
         (["variant=sm-r", "model.negative_slope=0.3"], "read with model.activation=leaky_relu only: leave it out"),
         (["variant=sm-r", "train.decay_slopes=true"], "read with model.learnable_slope=per_layer or shared only"),
         (["variant=leaky-fixed", "train.slope_learning_rate_factor=7"], "read with model.learnable_slope=per_layer"),
+        (["variant=sm-r", "model.final_norm=none", "model.norm_epsilon=0.1"], "is read with a norm only"),
         (["model.rotary_share=0.5"], "model.rotary_share=0.5 is read with model.position=rotary only"),
     ],
 )

@@ -112,7 +112,9 @@ def test_converted_model_is_a_copy_that_saves_and_loads(tmp_path):
     ids = torch.randint(0, 61, (2, 9))
     before = ours(ids).logits
     torch.nn.init.zeros_(theirs.transformer.wte.weight)
+    theirs.generation_config.max_new_tokens = 3
     assert torch.equal(ours(ids).logits, before)
+    assert ours.generation_config.max_new_tokens is None
     ours.save_pretrained(tmp_path)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, before)
 
@@ -136,6 +138,25 @@ def test_dtype_and_mode_are_kept():
 def test_unsupported_features_are_refused_by_name(build, words):
     with pytest.raises(ValueError, match=words):
         from_transformers(build())
+
+
+def with_another_head(model, head):
+    model.lm_head = head
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (with_another_head(gpt2(), torch.nn.Linear(32, 61, bias=False)), "tie_word_embeddings=True"),
+        (with_another_head(gpt2(tie_word_embeddings=False), torch.nn.Linear(32, 61)), "cannot convert lm_head.bias:"),
+        (with_another_head(neox(), torch.nn.Linear(32, 61)), "cannot convert lm_head.bias:"),
+        (with_another_head(neox(), torch.nn.Linear(32, 61, bias=False).half()), "float16, torch.float32"),
+    ],
+)
+def test_weights_that_have_no_place_are_refused_by_name(model, words):
+    with pytest.raises(ValueError, match=words):
+        from_transformers(model)
 
 
 def test_other_families_are_refused_by_name():

@@ -124,6 +124,22 @@ def test_a_checkpoint_of_another_run_and_one_set_aside_are_told_apart(root: Path
     assert (found.state, found.detail) == ("damaged", "it belongs to a run with another spec than run.json")
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('"peak_learning_rate": 0.', '"peak_learning_rate": 7.', "not the one whose fingerprint"),
+        ('"final": {', '"not_final": {', "finished and has no result"),
+    ],
+)
+def test_a_record_at_odds_with_itself_is_damaged(root: Path, old: str, new: str, said: str) -> None:
+    record = run_folder(root) / "run.json"
+    text = record.read_text()
+    assert old in text
+    record.write_text(text.replace(old, new))
+    found = findings(root)["run.json"]
+    assert (found.state, said in found.detail) == ("damaged", True)
+
+
 def test_a_measurement_written_twice_is_found(root: Path) -> None:
     folder = run_folder(root)
     text = (folder / "run.json").read_text()

@@ -100,7 +100,7 @@ def _check_model(spec: RunSpec) -> None:
         )
     _check_read(spec, model)
     declared = _declared_by(spec.variant)
-    wrong = [f"{key}={spec.model[key]!r}" for key in declared if not _same(spec.model, declared, key)]
+    wrong = [f"{key}={model[key]!r}" for key in declared if not _same(model, declared, key)]
     if not wrong:
         return
     others = {name: _declared_by(name) for name in members("variant") if name != "custom"}
@@ -122,6 +122,7 @@ def _check_read(spec: RunSpec, model: Mapping[str, Any]) -> None:
     needs = {
         "model.rotary_share": (rotary, "model.position=rotary"),
         "model.rotary_base": (rotary, "model.position=rotary"),
+        "model.norm_epsilon": ({model["norm"], model["final_norm"]} != {"none"}, "a norm"),
         "model.negative_slope": (sloped, "model.activation=leaky_relu"),
         "train.decay_slopes": (learned, "model.learnable_slope=per_layer or shared"),
         "train.slope_learning_rate_factor": (learned, "model.learnable_slope=per_layer or shared"),
@@ -141,9 +142,15 @@ def _declared_by(variant: str) -> dict[str, Any]:
 
 
 def _same(model: Mapping[str, Any], declared: Mapping[str, Any], key: str) -> bool:
-    """Equal, or the same order of activations over another number of layers."""
-    one, other = (value if isinstance(value, list) else [value] for value in (model.get(key), declared[key]))
-    return [name for name, _ in itertools.groupby(one)] == [name for name, _ in itertools.groupby(other)]
+    """Equal in every layer; `model` has every field of a NormFreeConfig."""
+    asked = {**model, key: declared[key]}
+    _stretch(asked, declared)
+    if key != "activation":
+        return model[key] == asked[key]
+    one, other = (
+        value if isinstance(value, list) else [value] * model["num_hidden_layers"] for value in (model[key], asked[key])
+    )
+    return one == other
 
 
 def checked(overrides: Sequence[str]) -> list[str]:

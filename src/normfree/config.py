@@ -7,6 +7,7 @@ is declared once, in `normfree.model.configuration`, and checked by building a `
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -141,7 +142,7 @@ class TrainSpec:
     adam_epsilon: float = 1e-8
     """What AdamW adds to the root of that average."""
     max_gradient_norm: float = 1.0
-    """A gradient whose L2 norm over all parameters is larger is scaled down to it."""
+    """A gradient whose L2 norm over all parameters is larger is scaled down to it; 1e9 leaves all as they are."""
     precision: Precision = "fp32"
     """fp32, or autocast in bf16 or fp16 over fp32 weights (fp16 needs a GPU)."""
     gradient_checkpointing: bool = False
@@ -222,6 +223,8 @@ def _check_range(part: str, spec: object, names: Sequence[str], *, above_zero: b
         value = getattr(spec, name)
         if value is not None and not (value > 0 if above_zero else value >= 0):  # so said, it refuses NaN
             raise ValueError(f"{part}.{name}={value} must be {'above 0' if above_zero else '0 or more'}")
+        if value == math.inf:
+            raise ValueError(f"{part}.{name}={value} must be finite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,14 +287,22 @@ class RunSpec:
 
     def deciding(self) -> dict[str, Any]:
         """Plain values of all that decides the run's numbers."""
-        values = self.to_dict()
-        for name in WATCHING_TRAIN_FIELDS:
-            del values["train"][name]
-        del values["data"]["expected_fingerprint"]
-        return values
+        return _deciding(self.to_dict())
 
 
 _ADAPTER = TypeAdapter(RunSpec)
+
+
+def identity_of(spec: Mapping[str, Any]) -> str:
+    """The identity of a spec as run.json has it, whatever fields have come since."""
+    return fingerprint(_deciding(spec))
+
+
+def _deciding(spec: Mapping[str, Any]) -> dict[str, Any]:
+    values = dict(spec)
+    values["train"] = {k: v for k, v in spec["train"].items() if k not in WATCHING_TRAIN_FIELDS}
+    values["data"] = {k: v for k, v in spec["data"].items() if k != "expected_fingerprint"}
+    return values
 
 
 def recipe_of(spec: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ What our architecture cannot express is refused by name; nothing is dropped in s
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -31,16 +32,25 @@ ACTIVATION_NAMES = {
 def from_transformers(model: PreTrainedModel) -> NormFreeForCausalLM:
     """The same function as a NormFreeForCausalLM: copied weights, same dtype, device and mode.
 
-    Raises ValueError for a model that is neither GPT2LMHeadModel nor GPTNeoXForCausalLM, and for
-    features of theirs that NormFreeConfig has no field for.
+    Raises ValueError for a model that is neither GPT2LMHeadModel nor GPTNeoXForCausalLM, for features and weights of
+    theirs that NormFreeConfig has no field for, and for weights of several dtypes.
     """
     for kind, (read_config, read_weights) in _READERS.items():
         if isinstance(model, kind):
-            fields, weights = read_config(model.config), read_weights(model)
+            left = model.state_dict()
+            fields, weights = read_config(model.config), read_weights(model, left)
             break
     else:
         allowed = " and ".join(kind.__name__ for kind in _READERS)
         raise ValueError(f"cannot convert {type(model).__name__}; {allowed} can be converted")
+    if left:
+        raise ValueError(f"cannot convert {', '.join(left)}: a NormFreeForCausalLM has no place for them")
+    if len(dtypes := {weight.dtype for weight in weights.values()}) > 1:
+        raise ValueError(f"cannot convert weights of several dtypes ({', '.join(sorted(map(str, dtypes)))}): cast them")
+    if model.config.tie_word_embeddings and not torch.equal(
+        weights["model.embed_tokens.weight"], weights["lm_head.weight"]
+    ):
+        raise ValueError("cannot convert tie_word_embeddings=True with an lm_head of other weights: set it to False")
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "initializer_range")
     names += (
         "max_position_embeddings",
@@ -56,7 +66,7 @@ def from_transformers(model: PreTrainedModel) -> NormFreeForCausalLM:
             config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
         )
     ours.load_state_dict(weights)
-    ours.generation_config = model.generation_config
+    ours.generation_config = copy.deepcopy(model.generation_config)
     return ours.train(model.training)
 
 
@@ -76,12 +86,12 @@ def _read_gpt2_config(config: GPT2Config) -> dict[str, Any]:
     }
 
 
-def _read_gpt2_weights(model: GPT2LMHeadModel) -> dict[str, Tensor]:
-    source = model.state_dict()
+def _read_gpt2_weights(model: GPT2LMHeadModel, source: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Takes what it reads out of `source`."""
     weights = {
-        "model.embed_tokens.weight": source["transformer.wte.weight"],
-        "model.positions.vectors.weight": source["transformer.wpe.weight"],
-        "lm_head.weight": source["lm_head.weight"],
+        "model.embed_tokens.weight": source.pop("transformer.wte.weight"),
+        "model.positions.vectors.weight": source.pop("transformer.wpe.weight"),
+        "lm_head.weight": source.pop("lm_head.weight"),
         **_both("model.final_norm", source, "transformer.ln_f"),
     }
     for layer in range(model.config.n_layer):
@@ -120,8 +130,8 @@ def _read_neox_config(config: GPTNeoXConfig) -> dict[str, Any]:
     }
 
 
-def _read_neox_weights(model: GPTNeoXForCausalLM) -> dict[str, Tensor]:
-    source = model.state_dict()
+def _read_neox_weights(model: GPTNeoXForCausalLM, source: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Takes what it reads out of `source`."""
     heads = model.config.num_attention_heads
 
     def by_kind(tensor: Tensor) -> Tensor:
@@ -129,8 +139,8 @@ def _read_neox_weights(model: GPTNeoXForCausalLM) -> dict[str, Tensor]:
         return tensor.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
 
     weights = {
-        "model.embed_tokens.weight": source["gpt_neox.embed_in.weight"],
-        "lm_head.weight": source["lm_head.weight"],
+        "model.embed_tokens.weight": source.pop("gpt_neox.embed_in.weight"),
+        "lm_head.weight": source.pop("lm_head.weight"),
         **_both("model.final_norm", source, "gpt_neox.final_layer_norm"),
     }
     for layer in range(model.config.num_hidden_layers):
@@ -147,7 +157,7 @@ def _read_neox_weights(model: GPTNeoXForCausalLM) -> dict[str, Tensor]:
     return weights
 
 
-_READERS: dict[type[PreTrainedModel], tuple[Callable[[Any], dict[str, Any]], Callable[[Any], dict[str, Tensor]]]] = {
+_READERS: dict[type[PreTrainedModel], tuple[Callable[[Any], dict[str, Any]], Callable[..., dict[str, Tensor]]]] = {
     GPT2LMHeadModel: (_read_gpt2_config, _read_gpt2_weights),
     GPTNeoXForCausalLM: (_read_neox_config, _read_neox_weights),
 }
@@ -157,7 +167,7 @@ def _both(
     ours: str, source: dict[str, Tensor], theirs: str, *, transform: Callable[[Tensor], Tensor] | None = None
 ) -> dict[str, Tensor]:
     """Weight and bias of one module under our name; `transform` applies to both."""
-    tensors = {f"{ours}.{part}": source[f"{theirs}.{part}"] for part in ("weight", "bias")}
+    tensors = {f"{ours}.{part}": source.pop(f"{theirs}.{part}") for part in ("weight", "bias")}
     return {name: transform(tensor) for name, tensor in tensors.items()} if transform else tensors
 
 

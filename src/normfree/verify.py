@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from normfree.config import RunSpec
+from normfree.config import RunSpec, identity_of
 from normfree.data.corpus import SOURCES, corpus_key, default_cache
 from normfree.manifest import MANIFEST_NAME, damages, describe_files, read_manifest
 from normfree.records import METRICS_FILE, RUN_FILE, DamagedRunError, Run, read_lines, read_run
@@ -44,13 +44,24 @@ def verify(folder: Path | str, *, cache: Path | None = None) -> list[Finding]:
         spec = RunSpec.from_dict(run.spec)
     except ValueError as error:
         return [Finding(RUN_FILE, "damaged", f"its spec is refused: {error}"), *_checkpoints(folder, None)]
+    told = f"{run.label}, seed {run.seed}: {run.status}, {run.facts.get('steps_done')} steps"
     return [
-        Finding(RUN_FILE, "sound", f"{run.label}, seed {run.seed}: {run.status}, {run.facts.get('steps_done')} steps"),
+        _finding(RUN_FILE, _contradictions(run), told),
         _metrics(run),
         *_checkpoints(folder, spec),
         _model(run),
         _corpus(run, spec, cache or default_cache()),
     ]
+
+
+def _contradictions(run: Run) -> list[str]:
+    """Where run.json is at odds with itself."""
+    found = []
+    if run.facts.get("identity") not in (None, identity_of(run.spec)):
+        found.append("its spec is not the one whose fingerprint it has")
+    if run.status == "finished" and not run.facts.get("final"):
+        found.append("it is finished and has no result")
+    return found
 
 
 def _metrics(run: Run) -> Finding:

@@ -91,6 +91,18 @@ def test_a_static_cache_is_measured_but_for_distances():
         torch.testing.assert_close(probe.statistics().mean_nats(), measure(model).mean_nats(), atol=1e-6, rtol=0)
 
 
+def test_a_boolean_mask_is_refused_where_eager_attention_would_add_it():
+    """Added to the scores, True is 1: nothing is hidden, and the mask does not say what the model did."""
+    model = tiny_model("gpt2")
+    mask = torch.ones(20, 20, dtype=torch.bool).tril().expand(2, 1, 20, 20)
+    with EntropyProbe(model) as fused, torch.no_grad():
+        model(input_ids=IDS, attention_mask=mask)
+    torch.testing.assert_close(fused.statistics().mean_nats(), measure(model).mean_nats(), atol=1e-6, rtol=0)
+    model.set_attn_implementation("eager")
+    with EntropyProbe(model), torch.no_grad(), pytest.raises(UnsupportedModel, match="give a float mask"):
+        model(input_ids=IDS, attention_mask=mask)
+
+
 @pytest.mark.parametrize("key", ["cache", "cu_seq_lens_q"])
 def test_several_texts_in_one_row_are_refused(key):
     model = tiny_model("llama")

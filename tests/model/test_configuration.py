@@ -42,6 +42,8 @@ def test_defaults_are_the_gpt2_baseline_of_the_paper():
         ({"use_cache": 1}, "use_cache=1; allowed: bool"),
         ({"residual_dropout": 1.0}, "residual_dropout=1.0 must be at least 0 and below 1"),
         ({"initializer_range": float("nan")}, "initializer_range=nan must be above 0"),
+        ({"initializer_range": float("inf")}, "initializer_range=inf must be finite"),
+        ({"negative_slope": float("nan")}, "negative_slope=nan must be finite"),
         ({"position": "rotary", "rotary_share": 0}, "position='rotary' needs rotary_share above 0"),
         ({"position": "rotary", "rotary_share": 1.5}, "position='rotary' needs rotary_share above 0"),
         ({"position": "rotary", "rotary_share": 3 / 64}, "rotary_share=0.046875 .*hidden_size=768 .* is 3:"),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload
 
 from normfree.model import loss as loss_module
 from normfree.model.loss import next_token_loss
@@ -72,6 +73,49 @@ def test_a_model_learns_the_same_without_logits(build, ids, tied):
     torch.testing.assert_close(without.loss, with_logits.loss)
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, msg=name)
+
+
+def with_bias(model, ids):
+    model.lm_head = torch.nn.Linear(32, 61)
+    return {"labels": ids}
+
+
+def with_hook(model, ids):
+    model.lm_head.register_forward_hook(lambda module, inputs, output: output / 2)
+    return {"labels": ids}
+
+
+def with_offloaded_head(model, ids):
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    return {"labels": ids}
+
+
+def with_other_labels(model, ids):
+    return {"labels": ids, "shift_labels": ids.flip(1)}
+
+
+def with_another_ignored_label(model, ids):
+    return {"labels": ids, "ignore_index": int(ids[0, 3])}
+
+
+@pytest.mark.parametrize(
+    "case", [with_bias, with_hook, with_offloaded_head, with_other_labels, with_another_ignored_label]
+)
+def test_what_a_weight_alone_does_not_say_goes_through_the_head(build, ids, case):
+    model = build(tie_word_embeddings=False)
+    asked = case(model, ids)
+    with torch.no_grad():
+        expected, without = model(ids, **asked), model(ids, **asked, return_logits=False)
+    assert without.logits is None
+    torch.testing.assert_close(without.loss, expected.loss)
+
+
+def test_a_second_derivative_without_logits_is_refused(build, ids):
+    model = build()
+    weight = model.model.embed_tokens.weight
+    loss = model(ids, labels=ids, return_logits=False).loss
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(loss, weight, create_graph=True)
 
 
 def test_a_loss_without_logits_needs_labels(build, ids):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
 
@@ -32,6 +33,38 @@ def test_no_gradient_flows_from_a_position_to_later_tokens(build, ids, form, att
 @pytest.mark.parametrize("form", FORMS)
 def test_sdpa_and_eager_attention_agree(build, ids, form):
     torch.testing.assert_close(build(**form)(ids).logits, build(attention="eager", **form)(ids).logits)
+
+
+def test_a_boolean_mask_of_ones_own_hides_keys_in_both(build, ids):
+    near = torch.ones(12, 12, dtype=torch.bool).tril().triu(-2).expand(2, 1, 12, 12)
+    fused = build(norm="none")(ids, attention_mask=near)
+    written = build(norm="none", attention="eager")(ids, attention_mask=near, output_attentions=True)
+    torch.testing.assert_close(written.logits, fused.logits)
+    assert not any(weights[~near.expand_as(weights)].any() for weights in written.attentions)
+
+
+def test_eager_attention_of_a_float64_model_is_exact(build, ids):
+    exact = build(norm="none").double()(ids).logits
+    written = build(norm="none", attention="eager").double()(ids).logits
+    torch.testing.assert_close(written, exact, atol=1e-11, rtol=0)
+
+
+def test_texts_in_one_row_are_kept_apart_in_training_and_in_evaluation(build, ids):
+    model = build()
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None].expand(2, -1)
+    alone = torch.cat([model(ids[:, :5]).logits, model(ids[:, 5:]).logits], dim=1)
+    for training in (True, False):
+        torch.testing.assert_close(model.train(training)(ids, position_ids=positions).logits, alone)
+
+
+@pytest.mark.parametrize("position", ["learned", "rotary"])
+def test_a_model_of_shapes_only_runs(build, ids, position):
+    """As estimates of memory and operations run it."""
+    model = build(position=position)
+    assert model.to("meta")(ids.to("meta")).logits.shape == (2, 12, 61)
+    with FakeTensorMode():
+        fake = NormFreeForCausalLM(model.config).eval()(torch.zeros(2, 12, dtype=torch.long))
+    assert fake.logits.shape == (2, 12, 61)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -159,6 +192,8 @@ def test_training_builds_no_cache_unless_asked(build, ids):
     assert model(ids).past_key_values is None
     assert model(ids, use_cache=True).past_key_values is not None
     assert model.eval()(ids).past_key_values is not None
+    model.train().activation_checkpointing_enable()
+    assert model(ids, use_cache=True).past_key_values is None
 
 
 def test_dropout_acts_in_training_only(build, ids):

@@ -24,9 +24,12 @@ def eager_attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """Attention written out, for `attn_implementation="eager"`: (B, T, H, D) and the weights (B, H, T, S)."""
     scores_BHTS = query_BHTD @ key_BHSD.mT * scaling
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores_BHTS = scores_BHTS.masked_fill(~attention_mask, torch.finfo(scores_BHTS.dtype).min)
+    elif attention_mask is not None:
         scores_BHTS = scores_BHTS + attention_mask
-    weights_BHTS = F.softmax(scores_BHTS, dim=-1, dtype=torch.float32).to(value_BHSD.dtype)
+    exact = torch.promote_types(scores_BHTS.dtype, torch.float32)
+    weights_BHTS = F.softmax(scores_BHTS, dim=-1, dtype=exact).to(value_BHSD.dtype)
     weights_BHTS = F.dropout(weights_BHTS, p=dropout, training=module.training)
     return (weights_BHTS @ value_BHSD).transpose(1, 2), weights_BHTS
 

@@ -3,6 +3,7 @@
 No `from __future__ import annotations` here: the fields' types are checked when a config is built.
 """
 
+import math
 from dataclasses import Field, fields
 from difflib import get_close_matches
 from types import UnionType
@@ -153,6 +154,9 @@ class NormFreeConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value} must be above 0")
+        for name in ("norm_epsilon", "initializer_range", "rotary_base", "negative_slope"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)} must be finite")
         for name in ("embedding_dropout", "attention_dropout", "residual_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")

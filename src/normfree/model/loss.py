@@ -65,6 +65,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        if torch.is_grad_enabled():  # create_graph=True; the gradients kept in forward would pass for constants
+            raise RuntimeError("this loss has first derivatives only; without return_logits=False it has all of them")
         (of_total,) = gradients
         hidden_gradient_NE, weight_gradient_VE = ctx.saved_tensors
         return of_total * hidden_gradient_NE, (of_total * weight_gradient_VE).to(ctx.weight_dtype), None, None

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -48,11 +49,16 @@ class LearnedPositions(nn.Module):
 
     def forward(self, tokens_BTE: Tensor, positions_BT: Tensor) -> tuple[Tensor, None]:
         tokens, longest = tokens_BTE.shape[1], self.vectors.num_embeddings
-        if not (self.training or torch.compiler.is_compiling()):  # behind a cache, or padding, tokens do not say it
-            tokens = int(positions_BT.max()) + 1
+        if not (self.training or torch.compiler.is_compiling() or _without_values(positions_BT)):
+            tokens = int(positions_BT.max()) + 1  # behind a cache, or padding, their number does not say it
         if tokens > longest:
             raise ValueError(f"{tokens} tokens, but max_position_embeddings={longest}: shorten the text")
         return tokens_BTE + self.vectors(positions_BT), None
+
+
+def _without_values(tensor: Tensor) -> bool:
+    """Whether it is a tensor of shapes only, as estimates of memory and operations run a model on."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 class RotaryPositions(nn.Module):
@@ -292,16 +298,15 @@ class NormFreeModel(NormFreePreTrainedModel):
         tokens_BTE = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-
-        mask = create_causal_mask(
+        mask = create_causal_mask(  # before an empty cache is made: behind one, texts in one row are not told apart
             config=self.config,
             inputs_embeds=tokens_BTE,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+        if use_cache and past_key_values is None and not (self.gradient_checkpointing and self.training):
+            past_key_values = DynamicCache(config=self.config)
         positions_BT = position_ids
         if positions_BT is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -351,6 +356,8 @@ class NormFreeForCausalLM(NormFreePreTrainedModel, GenerationMixin):
         `labels` are shifted here: pass `input_ids` itself. `logits_to_keep`: only the last so many
         positions, or the positions of an index tensor; 0 keeps all. `return_logits=False` (needs `labels`): the
         loss alone, from blocks of tokens, so that the logits of a batch never lie in memory; training does this.
+        Through another head than the model's own plain one, with hooks on it, or with `shift_labels` or
+        `ignore_index`, the logits are made after all, and the same loss comes back. It has first derivatives only.
         """
         if not return_logits and labels is None:
             raise ValueError("return_logits=False leaves nothing to return without labels: pass labels=input_ids")
@@ -364,7 +371,9 @@ class NormFreeForCausalLM(NormFreePreTrainedModel, GenerationMixin):
             **kwargs,
         )
         logits_BTV, loss = None, None
-        if return_logits:
+        asked_otherwise = {"shift_labels", "ignore_index"} & kwargs.keys()
+        in_blocks = not return_logits and not asked_otherwise and _is_plain(self.lm_head)
+        if not in_blocks:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits_BTV = self.lm_head(outputs.last_hidden_state[:, kept])
             if labels is not None:
@@ -376,8 +385,20 @@ class NormFreeForCausalLM(NormFreePreTrainedModel, GenerationMixin):
             )
         return CausalLMOutputWithPast(
             loss=loss,
-            logits=logits_BTV,
+            logits=logits_BTV if return_logits else None,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """Whether the weight of a head says all that it does: no bias, adapter or hook, and no weight kept elsewhere."""
+    return (
+        type(head) is nn.Linear
+        and head.bias is None
+        and not head.weight.is_meta
+        and "forward" not in vars(head)  # accelerate puts one there that moves weights
+        and not head._forward_hooks
+        and not head._forward_pre_hooks
+    )
