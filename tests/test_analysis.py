@@ -182,6 +182,7 @@ def test_no_mean_of_survivors() -> None:
     assert analysis.summarise([30.0, 32.0]).text() == "31.00 +- 1.41"
     assert analysis.summarise([30.0]).text() == "30.00"
     assert analysis.summarise([]).text() == "-"
+    assert analysis.summarise([1.07446e77]).text() == "1.1e+77"
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 7, 30])

@@ -33,7 +33,7 @@ def test_a_spec_survives_its_own_json() -> None:
         ({"train": {"steps": 1, "max_gradient_norm": math.inf}}, r"train.max_gradient_norm=inf must be finite"),
         ({"train": {"steps": 1, "adam_beta1": 1.5}}, r"train.adam_beta1=1.5 must be at least 0 and below 1"),
         ({"train": {"steps": 1, "warmup_share": 1}}, r"train.warmup_share=1.0 must be at least 0 and below 1"),
-        ({"train": {"steps": 1, "final_learning_rate": 1.0}}, "must be below train.peak_learning_rate"),
+        ({"train": {"steps": 1, "final_learning_rate": 1.0}}, "must be at most train.peak_learning_rate"),
         ({"probe": {"every_steps": 0}}, r"probe.every_steps=0 must be above 0"),
         ({"probe": {"final_sequences": 0}}, r"probe.final_sequences=0 must be above 0"),
         ({"train": {"steps": 1, "evaluation_sequences": 0}}, r"train.evaluation_sequences=0 must be above 0"),
@@ -86,7 +86,12 @@ def test_variant_seed_and_watching_share_a_recipe_but_a_learning_rate_does_not()
 
 def test_identity_changes_with_everything_that_decides_the_numbers() -> None:
     base = spec()
-    assert replace(base, train=replace(base.train, log_every=99)).identity() == base.identity()
+    passes = {"micro_batch_sequences": 2, "gradient_checkpointing": True}
+    watched = {"log_every": 99, "evaluate_every": 7, "threads": 1, **passes}
+    alike = replace(base, train=replace(base.train, **watched), probe=replace(base.probe, every_steps=7))
+    assert (alike.identity(), alike.recipe()) == (base.identity(), base.recipe())
+    here, there = (replace(base, data=DataSpec(source="files", paths=(path,))) for path in ("a.txt", "/b/a.txt"))
+    assert (here.identity(), here.recipe()) == (there.identity(), there.recipe())
     for changed in (replace(base, seed=1), replace(base, tag="b"), replace(base, model={"norm": "none"})):
         assert changed.identity() != base.identity()
 

@@ -39,6 +39,10 @@ def test_a_saved_run_evaluated_again_gives_the_perplexity_in_its_record(
     assert "context= cuts a text" in run("evaluate", str(trained), "context=8", capsys=capsys)[2]
     moved = shutil.copytree(trained, tmp_path / "moved")
     (moved / "run.json").write_text((moved / "run.json").read_text().replace("/held_out", "/nowhere"))
+    assert (
+        f"perplexity     {recorded['perplexity']:.4f}"
+        in run("evaluate", str(moved), f"cache_dir={cache}", capsys=capsys)[1]
+    )
     assert re.search(r"/nowhere' matches no file.*; give text=FILE", run("evaluate", str(moved), capsys=capsys)[2])
     other = shutil.copytree(trained, tmp_path / "other")
     (other / "run.json").write_text((other / "run.json").read_text().replace(read_run(trained).corpus, "0" * 64))

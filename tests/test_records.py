@@ -124,6 +124,8 @@ def test_a_table_of_runs_has_what_tells_them_apart(tmp_path: Path) -> None:
     names = ["tag", "seed", "data_seed", "norm", "activation", "peak_learning_rate"]
     assert rows.loc["SM+R (high)", names].tolist() == ["high", 2, 1, "none", "relu", 0.1]
     assert rows.loc["SM+G", "diverged_at"] == 100
+    assert rows.loc["SM+R (high)", "train.peak_learning_rate"] == 0.1
+    assert rows.loc["SM+R (high)", "data.context"] > 1
 
 
 def test_a_run_named_twice_is_found_once(tmp_path: Path) -> None:

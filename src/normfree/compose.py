@@ -187,10 +187,23 @@ _OTHER_NAMES = {
 """What other programs call some keys."""
 
 
+_FIXED = {
+    ("optimizer", "optim"): "the optimiser is AdamW (train.adam_beta1, adam_beta2, adam_epsilon, weight_decay)",
+    ("lr_scheduler", "lr_scheduler_type", "scheduler", "schedule"): (
+        "the learning rate warms up and falls linearly (train.warmup_share, final_learning_rate; with that at the peak "
+        "it is constant)"
+    ),
+}
+"""What other programs let choose."""
+
+
 def _meant(key: str) -> str:
     """The end of an error line on a key that does not exist."""
     if key == "workers":
         return "it is a key of `normfree study`"
+    for names, what in _FIXED.items():
+        if key.rpartition(".")[2] in names:
+            return what
     last, allowed = key.rpartition(".")[2], allowed_keys()
     same = [known for known in allowed if known.rpartition(".")[2] == last]
     if named := [_OTHER_NAMES[last]] if last in _OTHER_NAMES else same:

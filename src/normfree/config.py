@@ -21,12 +21,22 @@ from normfree.manifest import fingerprint
 Precision = Literal["fp32", "bf16", "fp16"]
 
 # What tells one variant from another under one recipe: tables compare over these and nothing else.
-VARIANT_MODEL_FIELDS = ("norm", "activation", "negative_slope", "learnable_slope")
-VARIANT_TRAIN_FIELDS = ("decay_slopes", "slope_learning_rate_factor")
+VARIANT_FIELDS = (
+    *(f"model.{name}" for name in ("norm", "activation", "negative_slope", "learnable_slope")),
+    *(f"train.{name}" for name in ("decay_slopes", "slope_learning_rate_factor")),
+)
 # Names, and the seeds: other weights and another order of the data are replicates of one recipe.
 NOT_RECIPE_FIELDS = ("study", "variant", "label", "tag", "seed", "data_seed")
-# How a run is watched or placed; its numbers do not depend on these.
-WATCHING_TRAIN_FIELDS = ("trackers", "threads", "log_every", "checkpoint_every", "checkpoints_kept")
+# Where the text lies: what it is, the fingerprint of its corpus says.
+PLACES_OF_TEXT = ("data.paths", "data.validation_paths")
+# How a run is watched, placed and cut into passes: its numbers depend on these by rounding and dropout masks only.
+NOT_DECIDING = (
+    *(f"train.{name}" for name in ("trackers", "threads", "log_every", "evaluate_every", "checkpoint_every")),
+    *(f"train.{name}" for name in ("checkpoints_kept", "micro_batch_sequences", "gradient_checkpointing")),
+    "probe.every_steps",
+    "data.expected_fingerprint",
+    *PLACES_OF_TEXT,
+)
 
 # YAML reads tag=100 and study=2024 as numbers; they are names.
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True)
@@ -182,9 +192,9 @@ class TrainSpec:
                 f"train.batch_sequences={self.batch_sequences} must be a multiple of "
                 f"train.micro_batch_sequences={self.micro_batch_sequences}"
             )
-        if self.final_learning_rate >= self.peak_learning_rate:
+        if self.final_learning_rate > self.peak_learning_rate:
             raise ValueError(
-                f"train.final_learning_rate={self.final_learning_rate} must be below "
+                f"train.final_learning_rate={self.final_learning_rate} must be at most "
                 f"train.peak_learning_rate={self.peak_learning_rate}"
             )
         for name in ("warmup_share", "adam_beta1", "adam_beta2"):
@@ -282,37 +292,29 @@ class RunSpec:
         return recipe_of(self.to_dict())
 
     def identity(self) -> str:
-        """Fingerprint of all that decides the run's numbers; a folder holds one identity only."""
+        """Fingerprint of all but the text that decides the run's numbers; a folder holds one identity only."""
         return fingerprint(self.deciding())
 
     def deciding(self) -> dict[str, Any]:
-        """Plain values of all that decides the run's numbers."""
-        return _deciding(self.to_dict())
+        """Plain values of all but the text that decides the run's numbers."""
+        return _without(self.to_dict(), NOT_DECIDING)
 
 
 _ADAPTER = TypeAdapter(RunSpec)
 
 
-def identity_of(spec: Mapping[str, Any]) -> str:
-    """The identity of a spec as run.json has it, whatever fields have come since."""
-    return fingerprint(_deciding(spec))
-
-
-def _deciding(spec: Mapping[str, Any]) -> dict[str, Any]:
-    values = dict(spec)
-    values["train"] = {k: v for k, v in spec["train"].items() if k not in WATCHING_TRAIN_FIELDS}
-    values["data"] = {k: v for k, v in spec["data"].items() if k != "expected_fingerprint"}
-    return values
-
-
 def recipe_of(spec: Mapping[str, Any]) -> str:
-    """Fingerprint of a spec (as run.json has it) without variant, seeds and what only watches a run."""
-    values = {key: value for key, value in spec.items() if key not in NOT_RECIPE_FIELDS}
-    values["model"] = {k: v for k, v in spec["model"].items() if k not in VARIANT_MODEL_FIELDS}
-    train_fields = VARIANT_TRAIN_FIELDS + WATCHING_TRAIN_FIELDS
-    values["train"] = {k: v for k, v in spec["train"].items() if k not in train_fields}
-    values["data"] = {k: v for k, v in spec["data"].items() if k != "expected_fingerprint"}
-    return fingerprint(values)
+    """Fingerprint of a spec (as run.json has it) without variant, seeds, text and what does not decide the numbers."""
+    return fingerprint(_without(spec, (*NOT_RECIPE_FIELDS, *VARIANT_FIELDS, *NOT_DECIDING)))
+
+
+def _without(spec: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """A spec without these dotted keys."""
+    return {
+        name: {k: v for k, v in value.items() if f"{name}.{k}" not in keys} if isinstance(value, Mapping) else value
+        for name, value in spec.items()
+        if name not in keys
+    }
 
 
 def known_keys() -> list[str]:

@@ -139,8 +139,10 @@ def evaluate_run(folder: Path, options: EvaluateOptions) -> None:
 def own_corpus(run: Run, cache: Path | None) -> Corpus:
     """The corpus behind a run's numbers. Raises ValueError where this machine has none, or gives another."""
     from normfree.config import RunSpec
-    from normfree.data import prepare
+    from normfree.data import prepare, prepared
 
+    if found := prepared(run.corpus, cache=cache):
+        return found
     spec = RunSpec.from_dict(run.spec)
     try:
         corpus = prepare(spec.data, cache=cache)

@@ -200,7 +200,8 @@ def load_runs(*places: Path | str) -> pd.DataFrame:
 
 
 def run_frame(runs: Iterable[Run]) -> pd.DataFrame:
-    """One row a run: where it lies, what was trained how, how it ended and how well, and fingerprints.
+    """One row a run: where it lies, what was trained how, how it ended and how well, and fingerprints; then every
+    setting of its spec under its key, as `train.batch_sequences`.
 
     `diverged_at` is the step at which a run became non-finite, missing for all others.
     """
@@ -226,6 +227,12 @@ def run_frame(runs: Iterable[Run]) -> pd.DataFrame:
             "precision": run.spec["train"]["precision"],
             "recipe": recipe_of(run.spec),
             "corpus": run.corpus,
+            "parameters": (run.facts.get("model") or {}).get("parameters"),
+            **{
+                f"{part}.{key}": value
+                for part in ("model", "data", "train", "probe")
+                for key, value in run.spec.get(part, {}).items()
+            },
         }
         for run in runs
     ]

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from normfree.analysis import is_over
+from normfree.analysis import decimals, is_over
 from normfree.compose import CONF, Composed, compose_run, members, override
 from normfree.config import RunSpec, nearest
 from normfree.data import prepare
@@ -229,7 +229,7 @@ def summary(folder: Path) -> str:
         place = f"layer {found['layer']}" if found["layer"] is not None else found["module"]
         return f"{run.label}, seed {run.seed}: non-finite {found['kind']} at step {found['step']}, {place}"
     minutes = run.facts["wall_seconds"] / 60
-    return f"{run.label}, seed {run.seed}: {run.status}, perplexity {run.perplexity:.2f}, {minutes:.1f} min"
+    return f"{run.label}, seed {run.seed}: {run.status}, perplexity {decimals(run.perplexity)}, {minutes:.1f} min"
 
 
 def refuse_twins(runs: Sequence[Composed], *, advice: str) -> None:

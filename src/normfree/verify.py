@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from normfree.config import RunSpec, identity_of
-from normfree.data.corpus import SOURCES, corpus_key, default_cache
-from normfree.manifest import MANIFEST_NAME, damages, describe_files, read_manifest
+from normfree.config import RunSpec
+from normfree.data.corpus import SOURCES, corpus_key, default_cache, prepared
+from normfree.manifest import MANIFEST_NAME, damages, describe_files, fingerprint, read_manifest
 from normfree.records import METRICS_FILE, RUN_FILE, DamagedRunError, Run, read_lines, read_run
 from normfree.training.checkpoints import SET_ASIDE, belongs_to, checkpoints_in, flaws
 
@@ -57,7 +57,7 @@ def verify(folder: Path | str, *, cache: Path | None = None) -> list[Finding]:
 def _contradictions(run: Run) -> list[str]:
     """Where run.json is at odds with itself."""
     found = []
-    if run.facts.get("identity") not in (None, identity_of(run.spec)):
+    if run.facts.get("spec_fingerprint") not in (None, fingerprint(run.spec)):  # records of before have none
         found.append("its spec is not the one whose fingerprint it has")
     if run.status == "finished" and not run.facts.get("final"):
         found.append("it is finished and has no result")
@@ -110,6 +110,8 @@ def _corpus(run: Run, spec: RunSpec, cache: Path) -> Finding:
     try:
         folder = cache / "corpora" / corpus_key(spec.data, SOURCES[spec.data.source](spec.data))
     except (ValueError, OSError) as error:
+        if found := prepared(run.corpus, cache=cache):
+            return Finding("corpus", "sound", f"every file of {found.folder} matches its sha256; its text is not here")
         return Finding("corpus", "absent", f"its text is not on this machine ({error})")
     if not folder.is_dir():
         return Finding("corpus", "absent", f"not in {cache}: it would be prepared again")

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from normfree.config import DataSpec
-from normfree.data import Corpus, default_cache, prepare
+from normfree.data import Corpus, default_cache, prepare, prepared
 from normfree.data.sources import Document, find_text_files, limited
 from normfree.manifest import damages, folder_lock
 
@@ -118,6 +118,22 @@ def test_fingerprint_does_not_depend_on_the_place(spec: DataSpec, tmp_path: Path
     for path in moved.iterdir():
         (text_folder / path.name).write_bytes(path.read_bytes())
     assert make(spec, tmp_path / "here").fingerprint == there.fingerprint
+
+
+def test_a_text_that_moved_is_not_prepared_again_and_is_found_by_its_fingerprint(
+    spec: DataSpec, tmp_path: Path, text_folder: Path
+) -> None:
+    first = make(spec, tmp_path / "cache")
+    moved = text_folder.rename(tmp_path / "moved")
+    assert make(replace(spec, paths=(str(moved),)), tmp_path / "cache").folder == first.folder
+    held_out = str(next(moved.iterdir()))
+    apart = make(replace(spec, paths=(str(moved),), validation_paths=(held_out,)), tmp_path / "cache")
+    assert apart.folder != first.folder
+    found = prepared(first.fingerprint, cache=tmp_path / "cache")
+    assert found is not None
+    assert found.folder == first.folder
+    (first.folder / "train.arrow").write_bytes(b"damaged")
+    assert prepared(first.fingerprint, cache=tmp_path / "cache") is None
 
 
 @pytest.mark.slow

@@ -323,6 +323,17 @@ def test_other_surroundings_are_warned_of(whole: Path, caplog: pytest.LogCapture
     assert "numbers may differ: threads was 1 and is 2" in caplog.text
 
 
+def test_a_run_goes_on_in_smaller_passes_and_under_changed_code_with_a_warning(
+    broken: Path, cache: Path, tiny_spec: Build, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("normfree.training.environment.model_code", lambda: "another")
+    spec = tiny_spec("train.micro_batch_sequences=2", "train.gradient_checkpointing=true", "train.evaluate_every=1")
+    resume(broken, cache, spec)
+    assert read_run(broken).status == "finished"
+    assert "micro_batch_sequences was 8 and is 2, gradient_checkpointing was False and is True" in caplog.text
+    assert "and is another" in caplog.text
+
+
 def test_a_checkpoint_needs_no_trust(whole: Path) -> None:
     """Every torch file loads with weights_only=True, and Trainer's pickle of its arguments is not kept."""
     checkpoint = whole / "checkpoints" / "checkpoint-6"

@@ -146,6 +146,7 @@ def test_trackers_get_losses_and_perplexity_offline(
     assert list(tmp_path.rglob("*.wandb"))
     assert list((tmp_path / "trackio").rglob("*.db"))
     told = EventAccumulator(str(run.folder / "tensorboard")).Reload()
+    assert [event.value for event in told.Scalars("eval/final_perplexity")] == pytest.approx([run.perplexity])
     for name, recorded in (("eval/perplexity", ("validation", "perplexity")), ("train/loss", ("train", "loss"))):
         events = [(event.step, event.value) for event in told.Scalars(name)]
         assert [step for step, _ in events] == [step for step, _ in run.series(*recorded)]

@@ -5,11 +5,13 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from safetensors.torch import load_file
 from normfree.config import RunSpec
 from normfree.data import prepare
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
+from normfree.model.activations import ACTIVATIONS
 from normfree.records import Run, RunWriter, read_run
 from normfree.training import InterruptedRunError, train
 from normfree.training.trainer import parameter_groups
@@ -108,6 +111,53 @@ def test_a_folder_holds_one_spec_only(finished: Run, tiny: list[str], cache: Pat
     with pytest.raises(ValueError, match=r"train.peak_learning_rate is 0.001 there and 0.5 here.*tag="):
         train(other, runs_dir=finished.folder.parents[1], cache=cache)
     assert read_run(finished.folder).status == "finished"
+
+
+def test_a_second_order_of_the_data_is_sent_to_a_study_of_its_own(finished: Run, cache: Path) -> None:
+    other = replace(RunSpec.from_dict(finished.spec), data_seed=1)
+    with pytest.raises(ValueError, match=r"data_seed is 0 there and 1 here.*give study=NAME"):
+        train(other, runs_dir=finished.folder.parents[1], cache=cache)
+
+
+def test_the_same_text_elsewhere_is_the_same_run_and_another_text_is_not(
+    finished: Run, cache: Path, tmp_path: Path
+) -> None:
+    spec = RunSpec.from_dict(finished.spec)
+    shutil.copytree(Path(spec.data.paths[0]).parent, tmp_path / "text")
+    data = replace(spec.data, paths=(f"{tmp_path}/text/*.py",), validation_paths=(f"{tmp_path}/text/held_out",))
+    before = (finished.folder / "run.json").stat().st_mtime_ns
+    assert train(replace(spec, data=data), runs_dir=finished.folder.parents[1], cache=cache) == finished.folder
+    (tmp_path / "text" / "0.py").write_text("another = 'text'\n" * 500)
+    with pytest.raises(ValueError, match=r"another text \(data.paths is .*; corpus .*give tag=NAME"):
+        train(replace(spec, data=data), runs_dir=finished.folder.parents[1], cache=cache)
+    assert (finished.folder / "run.json").stat().st_mtime_ns == before
+
+
+def test_the_rate_stays_at_its_peak_where_that_is_the_last_one(tmp_path: Path, cache: Path, tiny_spec: Build) -> None:
+    spec = tiny_spec("train.final_learning_rate=1e-3", "train.warmup_share=0.5")
+    rates = [rate for _, rate in read_run(train(spec, runs_dir=tmp_path, cache=cache)).series("train", "learning_rate")]
+    assert rates == pytest.approx([0, 1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3, 1e-3])
+
+
+def test_a_log_file_sees_how_far_a_run_is(
+    tmp_path: Path, cache: Path, tiny_spec: Build, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "normfree"):
+        run = read_run(train(tiny_spec(), runs_dir=tmp_path, cache=cache))
+    (line,) = (record.message for record in caplog.records if "step 3 of 6" in record.message)
+    perplexity = dict(run.series("validation", "perplexity"))[3]
+    assert re.fullmatch(
+        rf"sm-r-seed0: step 3 of 6, loss \d\.\d+ nats, validation perplexity {perplexity:.2f}, about \d+ min left", line
+    )
+
+
+def test_an_activation_that_does_not_travel_with_the_model_is_named(
+    tmp_path: Path, cache: Path, tiny_spec: Build, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ACTIVATIONS, "mine", ACTIVATIONS["relu"])
+    spec = tiny_spec("variant=custom", "tag=mine", "model.norm=none", "model.activation=mine")
+    train(spec, runs_dir=tmp_path, cache=cache)
+    assert "mine is not in normfree.model.activations, which goes with the saved model" in caplog.text
 
 
 def signal_at_step(folder: Path, step: int) -> threading.Thread:

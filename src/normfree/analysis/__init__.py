@@ -17,7 +17,7 @@ from normfree.analysis.entropy import (
 )
 from normfree.analysis.groups import BASELINE, Group, all_runs, counterparts, group_runs, is_over, recipes
 from normfree.analysis.ranges import PooledRanges, pooled_ranges
-from normfree.analysis.seeds import Difference, Summary, paired_difference, student_t_95, summarise
+from normfree.analysis.seeds import Difference, Summary, decimals, paired_difference, student_t_95, summarise
 from normfree.analysis.verdicts import (
     COLLAPSE_NATS,
     OVERLOAD_SHARE,
@@ -55,6 +55,7 @@ __all__ = [
     "causal_ceiling",
     "collapse",
     "counterparts",
+    "decimals",
     "final_heads",
     "fixed_slope",
     "group_runs",

@@ -6,25 +6,11 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from normfree.config import (
-    NOT_RECIPE_FIELDS,
-    VARIANT_MODEL_FIELDS,
-    VARIANT_TRAIN_FIELDS,
-    WATCHING_TRAIN_FIELDS,
-    recipe_of,
-)
+from normfree.config import NOT_DECIDING, NOT_RECIPE_FIELDS, PLACES_OF_TEXT, VARIANT_FIELDS, recipe_of
 from normfree.records import Run
 
 BASELINE = "SM+LN+G"
 _PAPER_ORDER = (BASELINE, "SM+LN+R", "SM+G", "SM+R", "SM+LN", "SM")
-_VARIANT_KEYS = tuple(f"model.{name}" for name in VARIANT_MODEL_FIELDS) + tuple(
-    f"train.{name}" for name in VARIANT_TRAIN_FIELDS
-)
-_NOT_RECIPE = (
-    *NOT_RECIPE_FIELDS,
-    "data.expected_fingerprint",
-    *(f"train.{name}" for name in WATCHING_TRAIN_FIELDS),
-)
 
 
 @dataclass(frozen=True)
@@ -124,7 +110,7 @@ def recipes(groups: Sequence[Group]) -> dict[str, list[str]]:
     keys = _differing(list(firsts.values()))
     found: dict[str, list[str]] = {}
     for name, run in firsts.items():
-        flat = _flat(run)
+        flat = _flat(run, places=True)
         found.setdefault(", ".join(f"{key}={flat.get(key, 'unset')}" for key in keys), []).append(name)
     return found
 
@@ -163,7 +149,7 @@ def _names(groups: list[list[Run]]) -> list[str]:
     for found in groups:
         namesakes = [other for other in firsts if other.label == found[0].label]
         of_its_tag = [other for other in firsts if other.spec.get("tag") == found[0].spec.get("tag")]
-        flat = _flat(found[0])
+        flat = _flat(found[0], places=True)
         keys = sorted({*_differing(namesakes, variants_too=True), *_differing(of_its_tag)})
         keys = [key for key in keys if key not in set_by_preset]
         extra = ", ".join(f"{key.split('.')[-1]}={flat.get(key, 'unset')}" for key in keys)
@@ -173,12 +159,14 @@ def _names(groups: list[list[Run]]) -> list[str]:
 
 def _differing(runs: Iterable[Run], *, variants_too: bool = False) -> dict[str, list[str]]:
     """Recipe keys on which runs disagree, with the values met."""
-    flats = [_flat(run) for run in runs]
+    runs = list(runs)
+    several = len({run.corpus for run in runs}) > 1
+    flats = [_flat(run, places=several) for run in runs]
     keys = sorted({key for flat in flats for key in flat})
     found = {}
     for key in keys:
         values = sorted({flat.get(key, "unset") for flat in flats})
-        if len(values) > 1 and (variants_too or key not in _VARIANT_KEYS):
+        if len(values) > 1 and (variants_too or key not in VARIANT_FIELDS):
             found[key] = values
     if "corpus" in found and _data_says_the_corpus(flats):
         del found["corpus"]
@@ -186,7 +174,9 @@ def _differing(runs: Iterable[Run], *, variants_too: bool = False) -> dict[str, 
 
 
 def _with_a_run_each(key: str, values: Sequence[str], runs: Sequence[Run]) -> str:
-    of_value = {value: next(run.place for run in runs if _flat(run).get(key, "unset") == value) for value in values}
+    of_value = {
+        value: next(r.place for r in runs if _flat(r, places=True).get(key, "unset") == value) for value in values
+    }
     return ", ".join(f"{value} in {place}" for value, place in of_value.items())
 
 
@@ -205,15 +195,19 @@ def _data_says_the_corpus(flats: Sequence[dict[str, str]]) -> bool:
     return len(set(settings)) == len({(of_data, flat["corpus"]) for of_data, flat in zip(settings, flats, strict=True)})
 
 
-def _flat(run: Run) -> dict[str, str]:
-    """The spec as `train.precision -> bf16`, without what names, places or watches a run, and the corpus it met."""
+def _flat(run: Run, *, places: bool = False) -> dict[str, str]:
+    """The spec as `train.precision -> bf16`, without what names, places or watches a run, and the corpus it met.
+
+    `places`: with the paths of its text, which say to a reader what a corpus is.
+    """
     flat = {"corpus": run.corpus[:12]}
+    left_out = {*NOT_RECIPE_FIELDS, *NOT_DECIDING} - (set(PLACES_OF_TEXT) if places else set())
 
     def visit(prefix: str, value: Any) -> None:
         if isinstance(value, dict):
             for key, item in value.items():
                 visit(f"{prefix}.{key}" if prefix else key, item)
-        elif prefix not in _NOT_RECIPE:
+        elif prefix not in left_out:
             flat[prefix] = str(value)
 
     visit("", run.spec)

@@ -33,8 +33,13 @@ class Summary:
             return "-"
         if self.nonfinite:
             return f"NaN ({self.nonfinite}/{self.n})"
-        spread = "" if self.n < 2 else f" +- {self.standard_deviation:.{digits}f}"
-        return f"{self.mean:.{digits}f}{spread}"
+        spread = "" if self.n < 2 else f" +- {decimals(self.standard_deviation, digits)}"
+        return f"{decimals(self.mean, digits)}{spread}"
+
+
+def decimals(value: float, digits: int = 2) -> str:
+    """`36.12`, or `1.1e+77` from a million on, where decimals say nothing."""
+    return f"{value:.1e}" if 1e6 <= abs(value) < math.inf else f"{value:.{digits}f}"
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,15 @@ from normfree.data.tokenizer import (
     train_tokenizer,
     vocabulary_size,
 )
-from normfree.manifest import damages, describe_files, fingerprint, folder_lock, read_manifest, write_manifest
+from normfree.manifest import (
+    MANIFEST_NAME,
+    damages,
+    describe_files,
+    fingerprint,
+    folder_lock,
+    read_manifest,
+    write_manifest,
+)
 
 FORMAT = 1
 SOURCES = {"installed": InstalledSource, "codeparrot": HubSource, "hub": HubSource, "files": FilesSource}
@@ -144,6 +152,15 @@ def prepare(spec: DataSpec, *, cache: Path | None = None, progress: bool = True)
     return Corpus(folder, read_manifest(folder))
 
 
+def prepared(fingerprint: str, *, cache: Path | None = None) -> Corpus | None:
+    """A sound corpus of this fingerprint in the cache, wherever its text came from and whether or not it is there."""
+    for manifest in sorted(((cache or default_cache()) / "corpora").glob(f"*/{MANIFEST_NAME}")):
+        with suppress(ValueError, KeyError, OSError):
+            if read_manifest(manifest.parent)["corpus"]["fingerprint"] == fingerprint and not damages(manifest.parent):
+                return Corpus(manifest.parent, read_manifest(manifest.parent))
+    return None
+
+
 def _drop_abandoned(corpora: Path) -> None:
     """Remove what processes that were killed while preparing left: folders that nobody locks any more."""
     for scratch in corpora.glob(f"{_PREPARING}*"):
@@ -157,6 +174,8 @@ def corpus_key(spec: DataSpec, source: Source) -> str:
     """Name of the folder that may be reused: one for each spec and each version of its inputs."""
     fields = asdict(spec)
     del fields["expected_fingerprint"]
+    if spec.source == "files":  # `versions` says what the files hold, wherever they lie
+        fields |= {"paths": (), "validation_paths": bool(spec.validation_paths)}
     place = Path(spec.tokenizer) if spec.tokenizer else None
     tokenizer = describe_files(place) if place and place.is_dir() else spec.tokenizer
     counted = ["added words have bytes"] if spec.tokenizer else []  # they had none in older corpora

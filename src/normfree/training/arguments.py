@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 import math
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,11 +15,13 @@ import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
 
-from normfree.config import RunSpec
+from normfree.config import PLACES_OF_TEXT, RunSpec
 from normfree.data import Corpus
-from normfree.model import NormFreeConfig
+from normfree.model import NormFreeConfig, activations, norms
 from normfree.records import RUN_FILE, DamagedRunError, read_run
 from normfree.training.bf16 import needs_fp32_units
+
+logger = logging.getLogger("normfree")
 
 
 def check_machine(spec: RunSpec, device: torch.device) -> None:
@@ -58,6 +63,7 @@ def training_arguments(spec: RunSpec, *, steps: int, output: Path) -> TrainingAr
     train = spec.train
     on_cpu = not torch.cuda.is_available()
     per_pass = train.micro_batch_sequences * PartialState().num_processes
+    falls = train.final_learning_rate < train.peak_learning_rate
     return TrainingArguments(
         output_dir=str(output),
         run_name=f"{spec.study}/{spec.name}",
@@ -67,8 +73,8 @@ def training_arguments(spec: RunSpec, *, steps: int, output: Path) -> TrainingAr
         activation_checkpointing=train.gradient_checkpointing,
         torch_compile=train.compile,
         learning_rate=train.peak_learning_rate,
-        lr_scheduler_type="polynomial",
-        lr_scheduler_kwargs={"power": 1.0, "lr_end": train.final_learning_rate},
+        lr_scheduler_type="polynomial" if falls else "constant_with_warmup",
+        lr_scheduler_kwargs={"power": 1.0, "lr_end": train.final_learning_rate} if falls else {},
         warmup_steps=min(round(train.warmup_share * steps), steps - 1),  # the schedule divides by what is left
         adam_beta1=train.adam_beta1,
         adam_beta2=train.adam_beta2,
@@ -91,8 +97,9 @@ def training_arguments(spec: RunSpec, *, steps: int, output: Path) -> TrainingAr
     )
 
 
-def is_done(folder: Path, spec: RunSpec) -> bool:
-    """True for a run that needs no work; one whose run.json is damaged does need it.
+def is_done(folder: Path, spec: RunSpec, corpus: Corpus | None = None) -> bool:
+    """True for a run that needs no work; one whose run.json is damaged does need it, and so does one whose text has
+    another path, until its `corpus` is there.
 
     Raises ValueError where the folder holds another run.
     """
@@ -102,21 +109,41 @@ def is_done(folder: Path, spec: RunSpec) -> bool:
         run = read_run(folder)
     except DamagedRunError:
         return False
-    if run.facts.get("identity") == spec.identity():  # whatever became of the copy of its spec
-        return run.status in ("finished", "diverged")
+    if run.facts.get("identity") != spec.identity():  # else it is that run, whatever became of the copy of its spec
+        _refuse_another(folder, run.spec, spec)
+    places = {key: (run.spec.get("data", {}).get(key), spec.to_dict()["data"][key]) for key in _PLACES}
+    if any(list(there or ()) != list(here) for there, here in places.values()):
+        if corpus is None:
+            return False
+        if run.corpus != corpus.fingerprint:
+            told = ", ".join(f"data.{key} is {there} there and {here} here" for key, (there, here) in places.items())
+            raise ValueError(
+                f"{folder} holds a run on another text ({told}; corpus {run.corpus[:12]} and "
+                f"{corpus.fingerprint[:12]}); give tag=NAME or another runs_dir to keep both, or move that folder away"
+            )
+    return run.status in ("finished", "diverged")
+
+
+_PLACES = tuple(key.removeprefix("data.") for key in PLACES_OF_TEXT)
+
+
+def _refuse_another(folder: Path, there: dict[str, Any], spec: RunSpec) -> None:
+    """Raises ValueError unless the recorded spec is the same run."""
     try:
-        recorded = RunSpec.from_dict(run.spec)
+        recorded = RunSpec.from_dict(there)
     except ValueError as error:
         raise ValueError(
             f"{folder / RUN_FILE} holds a spec that this version cannot read ({error}): if it is damaged, move the "
             "file away to go on from the checkpoints; if another version wrote it, use that one or give tag=NAME"
         ) from None
-    if recorded.identity() != spec.identity():
-        raise ValueError(
-            f"{folder} holds a run with another spec ({_differences(recorded.deciding(), spec.deciding())}); "
-            "give tag=NAME or another runs_dir to keep both, or move that folder away"
-        )
-    return run.status in ("finished", "diverged")
+    if recorded.identity() == spec.identity():
+        return
+    replicate = replace(recorded, data_seed=spec.data_seed).identity() == spec.identity()
+    name = "study=NAME (a tag would make it another row, not another replicate)" if replicate else "tag=NAME"
+    raise ValueError(
+        f"{folder} holds a run with another spec ({_differences(recorded.deciding(), spec.deciding())}); "
+        f"give {name} or another runs_dir to keep both, or move that folder away"
+    )
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
@@ -171,4 +198,19 @@ def model_config(spec: RunSpec, corpus: Corpus) -> NormFreeConfig:
             f"data.context={spec.data.context} is longer than model.max_position_embeddings="
             f"{fields['max_position_embeddings']} allows"
         )
-    return NormFreeConfig(**fields)
+    config = NormFreeConfig(**fields)
+    _warn_of_code_left_behind(config)
+    return config
+
+
+def _warn_of_code_left_behind(config: NormFreeConfig) -> None:
+    """A saved model takes the files of `normfree.model` along, not what another file puts into their tables."""
+    for module, names in ((activations, set(config.layer_activations)), (norms, {config.norm, config.final_norm})):
+        source = inspect.getsource(module)
+        if left := sorted(name for name in names if f'"{name}"' not in source):
+            logger.warning(
+                "%s is not in %s, which goes with the saved model: RUN/model will load only where the same code adds "
+                "it first (docs/extending.md)",
+                ", ".join(left),
+                module.__name__,
+            )

@@ -5,6 +5,8 @@ Values are computed on every process and reduced; only rank 0 has a writer.
 
 from __future__ import annotations
 
+import logging
+import math
 import signal
 import threading
 import time
@@ -24,6 +26,8 @@ from normfree.entropy.statistics import sum_over_processes
 from normfree.evaluate import Evaluation, evaluate_blocks, in_evaluation_mode
 from normfree.model.modeling import NormFreePreTrainedModel
 from normfree.signals import stopping_signals, warning_signals
+
+logger = logging.getLogger("normfree")
 
 TOGETHER_SECONDS = 3.0
 """Signals this close are one request that came twice: to the process, and through a parent that hands it on."""
@@ -178,13 +182,15 @@ class StopOnSignal(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """One bar with the loss; silent where standard error is no terminal."""
+    """One bar with the loss; where standard error is no terminal, a line at each evaluation."""
 
     def __init__(self, title: str) -> None:
         self.title = title
         self.bar: tqdm | None = None
+        self._began, self._first_step, self._loss = 0.0, 0, math.nan
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._began, self._first_step = time.perf_counter(), state.global_step
         if state.is_world_process_zero:
             self.bar = tqdm(
                 total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", disable=None
@@ -202,8 +208,21 @@ class Progress(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        if self.bar is not None and logs and "loss" in logs:
-            self.bar.set_postfix_str(f"loss {logs['loss']:.3f} nats")
+        if self.bar is None or not logs:
+            return
+        if "loss" in logs:
+            self._loss = logs["loss"]
+            self.bar.set_postfix_str(f"loss {self._loss:.3f} nats")
+        if self.bar.disable and "eval_perplexity" in logs and state.global_step > self._first_step:
+            logger.info("%s", self._line(state, logs["eval_perplexity"]))
+
+    def _line(self, state: TrainerState, perplexity: float) -> str:
+        done, left = state.global_step - self._first_step, state.max_steps - state.global_step
+        minutes = (time.perf_counter() - self._began) / done * left / 60
+        return (
+            f"{self.title}: step {state.global_step} of {state.max_steps}, loss {self._loss:.3f} nats, "
+            f"validation perplexity {perplexity:.2f}, about {minutes:.0f} min left"
+        )
 
     def close(self) -> None:
         """End the bar; also called when training raised."""

@@ -1,4 +1,4 @@
-"""Facts about where a run happened, for run.json."""
+"""Facts about where a run happens, for run.json and for what a resume has to compare."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ import torch
 from accelerate import PartialState
 
 import normfree
+from normfree.config import RunSpec
+from normfree.data import Corpus
+from normfree.manifest import describe_files, fingerprint
+from normfree.model import modeling
 from normfree.training.bf16 import has_bf16_units
 
 _LIBRARIES = ("torch", "transformers", "datasets", "tokenizers", "accelerate", "numpy")
@@ -38,6 +42,28 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": device_name(device),
         "git_commit": git_commit(),
     }
+
+
+def surroundings(spec: RunSpec, corpus: Corpus, device: torch.device) -> dict[str, Any]:
+    """What numbers depend on beside a run's identity; a checkpoint's manifest holds it."""
+    return {
+        "corpus": corpus.fingerprint,
+        "model_code": model_code(),
+        "micro_batch_sequences": spec.train.micro_batch_sequences,
+        "gradient_checkpointing": spec.train.gradient_checkpointing,
+        "threads": torch.get_num_threads(),
+        "processes": PartialState().num_processes,
+        "device": device_name(device),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "bf16_units": has_bf16_units(),
+        **{name: _version(name) for name in ("torch", "transformers", "numpy")},
+    }
+
+
+def model_code() -> str:
+    """A short fingerprint of the code that is saved with a model."""
+    folder = Path(modeling.__file__).parent
+    return fingerprint(describe_files(folder, sorted(folder.glob("*.py"))))[:12]
 
 
 def usable_cores() -> int:

@@ -11,7 +11,7 @@ import torch
 
 from normfree.config import RunSpec
 from normfree.data import Corpus
-from normfree.manifest import read_manifest
+from normfree.manifest import fingerprint, read_manifest
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
 from normfree.records import METRICS_FILE, RUN_FILE, DamagedRunError, RunWriter, read_run
 from normfree.training.checkpoints import step_of
@@ -49,6 +49,7 @@ def open_writer(
         "spec": spec.to_dict(),
         "recipe": spec.recipe(),
         "identity": spec.identity(),
+        "spec_fingerprint": fingerprint(spec.to_dict()),
         "command": command,
         "study_note": note,
         "corpus": corpus.facts(),

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
@@ -16,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed
-import transformers
 from accelerate import PartialState
 from torch import Tensor
 from transformers import TrainerCallback, set_seed
@@ -32,7 +32,7 @@ from normfree.records import RUN_FILE, RunWriter
 from normfree.signals import pass_on
 from normfree.training import callbacks as watch
 from normfree.training.arguments import check_machine, is_done, model_config, total_steps, training_arguments
-from normfree.training.bf16 import has_bf16_units, products_for
+from normfree.training.bf16 import products_for
 from normfree.training.checkpoints import (
     STAGING,
     compare_surroundings,
@@ -41,7 +41,7 @@ from normfree.training.checkpoints import (
     publish,
     step_of,
 )
-from normfree.training.environment import command_line, device_name, usable_cores
+from normfree.training.environment import command_line, surroundings, usable_cores
 from normfree.training.guard import Divergence, NonFiniteError
 from normfree.training.opening import model_facts, open_writer
 from normfree.training.ranks import agreed_checkpoint, main_process_first, of_the_first
@@ -101,11 +101,13 @@ def train(
     steps = total_steps(spec, corpus)
     config = model_config(spec, corpus)
     with folder_lock(folder) if state.is_main_process else nullcontext():
-        if of_the_first(is_done(folder, spec)):  # another command finished it while this one waited for the corpus
+        if of_the_first(
+            is_done(folder, spec, corpus)
+        ):  # another command finished it while this one waited for the corpus
             return folder
         checkpoint = agreed_checkpoint(folder / "checkpoints", spec=spec)
         if checkpoint is not None:
-            compare_surroundings(checkpoint, _surroundings(corpus))
+            compare_surroundings(checkpoint, surroundings(spec, corpus, _device()))
         writer = None
         if state.is_main_process:
             make_room(folder, model_facts(config)["parameters"], keep=spec.train.checkpoints_kept)
@@ -142,21 +144,6 @@ def _record_failure(writer: RunWriter, error: BaseException) -> None:
         logger.warning("%s could not be updated: %s", writer.folder / RUN_FILE, second)
 
 
-def _surroundings(corpus: Corpus) -> dict[str, Any]:
-    """What numbers depend on beside the spec; a checkpoint's manifest holds it."""
-    return {
-        "corpus": corpus.fingerprint,
-        "threads": torch.get_num_threads(),
-        "processes": PartialState().num_processes,
-        "device": device_name(_device()),
-        "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "bf16_units": has_bf16_units(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "numpy": np.__version__,
-    }
-
-
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -183,6 +170,7 @@ class _Training:
         self.held_out = torch.from_numpy(corpus.held_out_ids())
         set_seed(spec.seed)
         self.model = NormFreeForCausalLM(config)
+        self.tell: Callable[[dict[str, float]], None]  # trackers
 
     def run(self, checkpoint: Path | None) -> None:
         if checkpoint:
@@ -212,6 +200,7 @@ class _Training:
     def _train(self, checkpoint: Path | None, stop: watch.StopOnSignal) -> None:
         bar = watch.Progress(self.spec.name)
         trainer = self._trainer(checkpoint, [bar, stop])
+        self.tell = trainer.log
         if rank := PartialState().process_index:  # else all of them would draw the dropout masks of the first
             torch.manual_seed(int(np.random.SeedSequence((self.spec.seed, rank)).generate_state(1)[0]))
         try:
@@ -265,7 +254,7 @@ class _Training:
         facts = {
             "identity": self.spec.identity(),
             "spec": self.spec.to_dict(),
-            **_surroundings(self.corpus),
+            **surroundings(self.spec, self.corpus, _device()),
             "skipped_steps": [found.to_dict() for found in self.skipped],
             "unlogged": unlogged,
             "wall_seconds": self._wall_seconds(),
@@ -300,6 +289,7 @@ class _Training:
         self._log(self.steps, "final", watch.probe_measurements(self.model, final_NT, batch_sequences=size))
         total_bytes = self.corpus.predicted_bytes()
         result = watch.validation(self.model, self.held_out, predicted_bytes=total_bytes, batch_sequences=size)
+        self.tell({"eval_final_loss": result.loss_nats, "eval_final_perplexity": result.perplexity})
         if self.writer is not None:
             _save_model(self.model, self.corpus, self.folder / "model")
         self._update(
