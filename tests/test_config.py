@@ -87,9 +87,10 @@ def test_variant_seed_and_watching_share_a_recipe_but_a_learning_rate_does_not()
 def test_identity_changes_with_everything_that_decides_the_numbers() -> None:
     base = spec()
     passes = {"micro_batch_sequences": 2, "gradient_checkpointing": True}
-    watched = {"log_every": 99, "evaluate_every": 7, "threads": 1, **passes}
-    alike = replace(base, train=replace(base.train, **watched), probe=replace(base.probe, every_steps=7))
+    alike = replace(base, train=replace(base.train, log_every=99, threads=1, **passes))
     assert (alike.identity(), alike.recipe()) == (base.identity(), base.recipe())
+    rarely = replace(base, train=replace(base.train, evaluate_every=7), probe=replace(base.probe, every_steps=7))
+    assert (rarely.identity(), rarely.recipe() == base.recipe()) == (base.identity(), False)
     here, there = (replace(base, data=DataSpec(source="files", paths=(path,))) for path in ("a.txt", "/b/a.txt"))
     assert (here.identity(), here.recipe()) == (there.identity(), there.recipe())
     for changed in (replace(base, seed=1), replace(base, tag="b"), replace(base, model={"norm": "none"})):

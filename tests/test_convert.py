@@ -159,6 +159,13 @@ def test_weights_that_have_no_place_are_refused_by_name(model, words):
         from_transformers(model)
 
 
+def test_a_tied_weight_that_is_nan_is_no_other_weight():
+    broken = gpt2()
+    with torch.no_grad():
+        broken.transformer.wte.weight[0, 0] = torch.nan
+    assert from_transformers(broken).lm_head.weight[0, 0].isnan()
+
+
 def test_other_families_are_refused_by_name():
     llama = LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=32))
     with pytest.raises(ValueError, match="LlamaForCausalLM; GPT2LMHeadModel and GPTNeoXForCausalLM"):

@@ -77,6 +77,11 @@ def test_a_second_time_nothing_is_trained_again(done: tuple[Path, list[str], Pat
         ("[1, 2", "not a study"),
         ("", "not a study: preset: "),
         (FILE.replace("mix: true\n", ""), "say mix: true"),
+        (
+            "preset: cpu\nset: {data: files, data.paths: [a]}\ngroups:\n  - variants: [sm]\n"
+            "  - {variants: [sm-r], set: {data.paths: [b]}}",
+            "say mix: true",
+        ),
     ],
 )
 def test_a_wrong_study_file_is_refused_before_anything_runs(text: str, message: str, tmp_path: Path) -> None:

@@ -31,12 +31,13 @@ NOT_RECIPE_FIELDS = ("study", "variant", "label", "tag", "seed", "data_seed")
 PLACES_OF_TEXT = ("data.paths", "data.validation_paths")
 # How a run is watched, placed and cut into passes: its numbers depend on these by rounding and dropout masks only.
 NOT_DECIDING = (
-    *(f"train.{name}" for name in ("trackers", "threads", "log_every", "evaluate_every", "checkpoint_every")),
-    *(f"train.{name}" for name in ("checkpoints_kept", "micro_batch_sequences", "gradient_checkpointing")),
-    "probe.every_steps",
+    *(f"train.{name}" for name in ("trackers", "threads", "log_every", "checkpoint_every", "checkpoints_kept")),
+    *(f"train.{name}" for name in ("micro_batch_sequences", "gradient_checkpointing")),
     "data.expected_fingerprint",
     *PLACES_OF_TEXT,
 )
+# They may change within a run; tables over training compare runs that were measured at the same steps.
+WHEN_MEASURED = ("train.evaluate_every", "probe.every_steps")
 
 # YAML reads tag=100 and study=2024 as numbers; they are names.
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True)
@@ -297,7 +298,7 @@ class RunSpec:
 
     def deciding(self) -> dict[str, Any]:
         """Plain values of all but the text that decides the run's numbers."""
-        return _without(self.to_dict(), NOT_DECIDING)
+        return _without(self.to_dict(), (*NOT_DECIDING, *WHEN_MEASURED))
 
 
 _ADAPTER = TypeAdapter(RunSpec)

@@ -47,9 +47,9 @@ def from_transformers(model: PreTrainedModel) -> NormFreeForCausalLM:
         raise ValueError(f"cannot convert {', '.join(left)}: a NormFreeForCausalLM has no place for them")
     if len(dtypes := {weight.dtype for weight in weights.values()}) > 1:
         raise ValueError(f"cannot convert weights of several dtypes ({', '.join(sorted(map(str, dtypes)))}): cast them")
-    if model.config.tie_word_embeddings and not torch.equal(
-        weights["model.embed_tokens.weight"], weights["lm_head.weight"]
-    ):
+    embedding, head = weights["model.embed_tokens.weight"], weights["lm_head.weight"]
+    apart = embedding.data_ptr() != head.data_ptr() and not torch.equal(embedding, head)
+    if model.config.tie_word_embeddings and apart:
         raise ValueError("cannot convert tie_word_embeddings=True with an lm_head of other weights: set it to False")
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "initializer_range")
     names += (

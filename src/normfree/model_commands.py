@@ -141,7 +141,7 @@ def own_corpus(run: Run, cache: Path | None) -> Corpus:
     from normfree.config import RunSpec
     from normfree.data import prepare, prepared
 
-    if found := prepared(run.corpus, cache=cache):
+    if found := prepared(run.facts["corpus"], cache=cache):
         return found
     spec = RunSpec.from_dict(run.spec)
     try:

@@ -78,7 +78,8 @@ class Study:
         """
         runs = [compose_run([*of_run, *overrides]) for of_run in self.overrides()]
         refuse_twins(runs, advice="give each group its own tag")
-        if not self.mix and len({run.spec.recipe() for run in runs}) > 1:
+        kinds = {(run.spec.recipe(), run.spec.data.paths, run.spec.data.validation_paths) for run in runs}
+        if not self.mix and len(kinds) > 1:
             raise ValueError(
                 f"the runs of {self.name} differ in more than variant and seed, so no table may compare them unasked; "
                 "say mix: true in the study's file, or make it two studies"

@@ -110,11 +110,9 @@ def _corpus(run: Run, spec: RunSpec, cache: Path) -> Finding:
     try:
         folder = cache / "corpora" / corpus_key(spec.data, SOURCES[spec.data.source](spec.data))
     except (ValueError, OSError) as error:
-        if found := prepared(run.corpus, cache=cache):
-            return Finding("corpus", "sound", f"every file of {found.folder} matches its sha256; its text is not here")
-        return Finding("corpus", "absent", f"its text is not on this machine ({error})")
+        return _kept(run, cache) or Finding("corpus", "absent", f"its text is not on this machine ({error})")
     if not folder.is_dir():
-        return Finding("corpus", "absent", f"not in {cache}: it would be prepared again")
+        return _kept(run, cache) or Finding("corpus", "absent", f"not in {cache}: it would be prepared again")
     problems = damages(folder)
     if not problems:
         facts: dict[str, Any] = read_manifest(folder).get("corpus", {})
@@ -124,6 +122,11 @@ def _corpus(run: Run, spec: RunSpec, cache: Path) -> Finding:
         if changed:
             problems = [f"its {MANIFEST_NAME} and {RUN_FILE} differ in {', '.join(changed)}"]
     return _finding("corpus", problems, f"every file of {folder} matches its sha256")
+
+
+def _kept(run: Run, cache: Path) -> Finding | None:
+    found = prepared(run.facts["corpus"], cache=cache)
+    return Finding("corpus", "sound", f"every file of {found.folder} matches its sha256") if found else None
 
 
 def _finding(part: str, problems: list[str], praise: str) -> Finding:

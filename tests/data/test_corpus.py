@@ -129,11 +129,12 @@ def test_a_text_that_moved_is_not_prepared_again_and_is_found_by_its_fingerprint
     held_out = str(next(moved.iterdir()))
     apart = make(replace(spec, paths=(str(moved),), validation_paths=(held_out,)), tmp_path / "cache")
     assert apart.folder != first.folder
-    found = prepared(first.fingerprint, cache=tmp_path / "cache")
+    found = prepared(first.facts(), cache=tmp_path / "cache")
     assert found is not None
     assert found.folder == first.folder
+    assert prepared(first.facts() | {"bytes_per_token": 1.0}, cache=tmp_path / "cache") is None
     (first.folder / "train.arrow").write_bytes(b"damaged")
-    assert prepared(first.fingerprint, cache=tmp_path / "cache") is None
+    assert prepared(first.facts(), cache=tmp_path / "cache") is None
 
 
 @pytest.mark.slow

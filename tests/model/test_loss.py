@@ -85,6 +85,11 @@ def with_hook(model, ids):
     return {"labels": ids}
 
 
+def with_backward_hook(model, ids):
+    model.lm_head.register_full_backward_hook(lambda module, *gradients: None)
+    return {"labels": ids}
+
+
 def with_offloaded_head(model, ids):
     cpu_offload(model, execution_device=torch.device("cpu"))
     return {"labels": ids}
@@ -99,7 +104,8 @@ def with_another_ignored_label(model, ids):
 
 
 @pytest.mark.parametrize(
-    "case", [with_bias, with_hook, with_offloaded_head, with_other_labels, with_another_ignored_label]
+    "case",
+    [with_bias, with_hook, with_backward_hook, with_offloaded_head, with_other_labels, with_another_ignored_label],
 )
 def test_what_a_weight_alone_does_not_say_goes_through_the_head(build, ids, case):
     model = build(tie_word_embeddings=False)

@@ -62,6 +62,8 @@ def test_a_model_of_shapes_only_runs(build, ids, position):
     """As estimates of memory and operations run it."""
     model = build(position=position)
     assert model.to("meta")(ids.to("meta")).logits.shape == (2, 12, 61)
+    positions = torch.arange(12, device="meta")[None]
+    assert model(ids.to("meta"), position_ids=positions).logits.shape == (2, 12, 61)
     with FakeTensorMode():
         fake = NormFreeForCausalLM(model.config).eval()(torch.zeros(2, 12, dtype=torch.long))
     assert fake.logits.shape == (2, 12, 61)

@@ -324,12 +324,20 @@ def test_other_surroundings_are_warned_of(whole: Path, caplog: pytest.LogCapture
 
 
 def test_a_run_goes_on_in_smaller_passes_and_under_changed_code_with_a_warning(
-    broken: Path, cache: Path, tiny_spec: Build, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    broken: Path,
+    whole: Path,
+    cache: Path,
+    tiny_spec: Build,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("normfree.training.environment.model_code", lambda: "another")
     spec = tiny_spec("train.micro_batch_sequences=2", "train.gradient_checkpointing=true", "train.evaluate_every=1")
     resume(broken, cache, spec)
-    assert read_run(broken).status == "finished"
+    resumed, uninterrupted = read_run(broken), read_run(whole)
+    assert resumed.perplexity == pytest.approx(uninterrupted.perplexity, rel=1e-5)
+    losses = [[loss for _, loss in run.series("train", "loss")] for run in (resumed, uninterrupted)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert "micro_batch_sequences was 8 and is 2, gradient_checkpointing was False and is True" in caplog.text
     assert "and is another" in caplog.text
 

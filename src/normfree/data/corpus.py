@@ -152,12 +152,15 @@ def prepare(spec: DataSpec, *, cache: Path | None = None, progress: bool = True)
     return Corpus(folder, read_manifest(folder))
 
 
-def prepared(fingerprint: str, *, cache: Path | None = None) -> Corpus | None:
-    """A sound corpus of this fingerprint in the cache, wherever its text came from and whether or not it is there."""
+def prepared(recorded: Mapping[str, Any], *, cache: Path | None = None) -> Corpus | None:
+    """A sound corpus of the cache that has the recorded fingerprint and bytes, wherever its text came from and whether
+    or not it is there."""
     for manifest in sorted(((cache or default_cache()) / "corpora").glob(f"*/{MANIFEST_NAME}")):
         with suppress(ValueError, KeyError, OSError):
-            if read_manifest(manifest.parent)["corpus"]["fingerprint"] == fingerprint and not damages(manifest.parent):
-                return Corpus(manifest.parent, read_manifest(manifest.parent))
+            found = read_manifest(manifest.parent)
+            same = all(found["corpus"][key] == recorded[key] for key in ("fingerprint", "bytes_per_token"))
+            if same and not damages(manifest.parent):
+                return Corpus(manifest.parent, found)
     return None
 
 

@@ -61,8 +61,8 @@ def scores_asked(
         )
     if name == "eager" and mask is not None and mask.dtype == torch.bool:
         raise UnsupportedModel(
-            "eager attention adds its mask to the scores, and a boolean one added hides nothing: give a float mask "
-            "(0 and -inf), or load the model with attn_implementation='sdpa'"
+            "most families' eager attention adds its mask to the scores, and a boolean one added hides nothing: give a "
+            "float mask (0 and -inf), or load the model with attn_implementation='sdpa'"
         )
     for key in ("cache", "cu_seq_lens_q"):  # a paged cache; texts packed for flash attention
         if asked.get(key) is not None:

@@ -78,3 +78,5 @@ ACTIVATIONS: dict[str, Callable[[NormFreeConfig], nn.Module]] = {
     "leaky_relu": lambda config: LEAKY_RELUS[config.learnable_slope](config),
     "identity": _elementwise(_identity),
 }
+IN_THIS_FILE = dict(ACTIVATIONS)
+"""The table as it goes with a saved model."""

@@ -303,7 +303,7 @@ class NormFreeModel(NormFreePreTrainedModel):
             inputs_embeds=tokens_BTE,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            position_ids=position_ids,
+            position_ids=None if _without_values(tokens_BTE) else position_ids,
         )
         if use_cache and past_key_values is None and not (self.gradient_checkpointing and self.training):
             past_key_values = DynamicCache(config=self.config)
@@ -399,6 +399,5 @@ def _is_plain(head: nn.Module) -> bool:
         and head.bias is None
         and not head.weight.is_meta
         and "forward" not in vars(head)  # accelerate puts one there that moves weights
-        and not head._forward_hooks
-        and not head._forward_pre_hooks
+        and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
     )

@@ -26,3 +26,5 @@ NORMS: dict[str, Callable[[NormFreeConfig], nn.Module]] = {
     "layernorm": _layernorm,
     "none": _none,
 }
+IN_THIS_FILE = dict(NORMS)
+"""The table as it goes with a saved model."""

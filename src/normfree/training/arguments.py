@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 import os
@@ -205,12 +204,15 @@ def model_config(spec: RunSpec, corpus: Corpus) -> NormFreeConfig:
 
 def _warn_of_code_left_behind(config: NormFreeConfig) -> None:
     """A saved model takes the files of `normfree.model` along, not what another file puts into their tables."""
-    for module, names in ((activations, set(config.layer_activations)), (norms, {config.norm, config.final_norm})):
-        source = inspect.getsource(module)
-        if left := sorted(name for name in names if f'"{name}"' not in source):
+    used = (
+        (activations, activations.ACTIVATIONS, set(config.layer_activations)),
+        (norms, norms.NORMS, {config.norm, config.final_norm}),
+    )
+    for module, table, names in used:
+        if left := sorted(name for name in names if table[name] is not module.IN_THIS_FILE.get(name)):
             logger.warning(
-                "%s is not in %s, which goes with the saved model: RUN/model will load only where the same code adds "
-                "it first (docs/extending.md)",
+                "%s is not what %s has under that name, which goes with the saved model: RUN/model is this model only "
+                "where the same code runs first (docs/extending.md)",
                 ", ".join(left),
                 module.__name__,
             )

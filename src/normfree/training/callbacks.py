@@ -6,7 +6,6 @@ Values are computed on every process and reduced; only rank 0 has a writer.
 from __future__ import annotations
 
 import logging
-import math
 import signal
 import threading
 import time
@@ -187,7 +186,7 @@ class Progress(TrainerCallback):
     def __init__(self, title: str) -> None:
         self.title = title
         self.bar: tqdm | None = None
-        self._began, self._first_step, self._loss = 0.0, 0, math.nan
+        self._began, self._first_step = 0.0, 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._began, self._first_step = time.perf_counter(), state.global_step
@@ -211,8 +210,7 @@ class Progress(TrainerCallback):
         if self.bar is None or not logs:
             return
         if "loss" in logs:
-            self._loss = logs["loss"]
-            self.bar.set_postfix_str(f"loss {self._loss:.3f} nats")
+            self.bar.set_postfix_str(f"loss {logs['loss']:.3f} nats")
         if self.bar.disable and "eval_perplexity" in logs and state.global_step > self._first_step:
             logger.info("%s", self._line(state, logs["eval_perplexity"]))
 
@@ -220,8 +218,8 @@ class Progress(TrainerCallback):
         done, left = state.global_step - self._first_step, state.max_steps - state.global_step
         minutes = (time.perf_counter() - self._began) / done * left / 60
         return (
-            f"{self.title}: step {state.global_step} of {state.max_steps}, loss {self._loss:.3f} nats, "
-            f"validation perplexity {perplexity:.2f}, about {minutes:.0f} min left"
+            f"{self.title}: step {state.global_step} of {state.max_steps}, validation perplexity {perplexity:.2f}, "
+            f"about {minutes:.0f} min left"
         )
 
     def close(self) -> None:

@@ -14,13 +14,13 @@ logger = logging.getLogger("normfree")
 
 
 @contextmanager
-def wandb_run(spec: RunSpec, *, began: str) -> Iterator[None]:
+def wandb_run(spec: RunSpec, corpus: str, *, began: str) -> Iterator[None]:
     """A run of wandb that a resume goes on with, and that ends here: Trainer would put whatever a process trains next,
     in a study or a sweep, into the run of the first.
 
-    `began`: when its first process did, which tells it from one that was begun anew. WANDB_RUN_ID, WANDB_RESUME and
-    WANDB_PROJECT say otherwise, and a run that the caller has opened is used and left open. Without wandb among the
-    trackers nothing happens.
+    `corpus` is the fingerprint of its text; `began`, when its first process did, tells it from one that was begun anew.
+    WANDB_RUN_ID, WANDB_RESUME and WANDB_PROJECT say otherwise, and a run that the caller has opened is used and left
+    open. Without wandb among the trackers nothing happens.
     """
     if "wandb" not in spec.train.trackers:
         yield
@@ -33,7 +33,7 @@ def wandb_run(spec: RunSpec, *, began: str) -> Iterator[None]:
     opened = wandb.init(
         project=os.environ.get("WANDB_PROJECT", "huggingface"),
         name=f"{spec.study}/{spec.name}",
-        id=os.environ.get("WANDB_RUN_ID") or fingerprint([spec.identity(), began])[:16],
+        id=os.environ.get("WANDB_RUN_ID") or fingerprint([spec.identity(), corpus, began])[:16],
         resume=os.environ.get("WANDB_RESUME") or "allow",  # pyright: ignore[reportArgumentType]
     )
     failed = True

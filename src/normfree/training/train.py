@@ -123,7 +123,9 @@ def train(
                 checkpoint=checkpoint,
                 device=_device(),
             )
-        tracked = wandb_run(spec, began=writer.facts["sessions"][0]["began"]) if writer else nullcontext()
+        tracked = (
+            wandb_run(spec, corpus.fingerprint, began=writer.facts["sessions"][0]["began"]) if writer else nullcontext()
+        )
         try:
             with tracked:
                 _Training(spec, folder, corpus, config, steps, writer).run(checkpoint)
@@ -289,7 +291,6 @@ class _Training:
         self._log(self.steps, "final", watch.probe_measurements(self.model, final_NT, batch_sequences=size))
         total_bytes = self.corpus.predicted_bytes()
         result = watch.validation(self.model, self.held_out, predicted_bytes=total_bytes, batch_sequences=size)
-        self.tell({"eval_final_loss": result.loss_nats, "eval_final_perplexity": result.perplexity})
         if self.writer is not None:
             _save_model(self.model, self.corpus, self.folder / "model")
         self._update(
@@ -298,6 +299,10 @@ class _Training:
             steps_done=self.steps,
             tokens_seen=self.steps * self.tokens_per_step,
         )
+        try:
+            self.tell({"eval_final_loss": result.loss_nats, "eval_final_perplexity": result.perplexity})
+        except Exception as error:  # whatever a tracker makes of it, the run is what its records say
+            logger.warning("the trackers did not get the final perplexity: %s", error)
         PartialState().wait_for_everyone()  # whoever reads the run next finds it finished
 
     def _log(self, step: int, split: str, measurements: watch.Measurements) -> None:
