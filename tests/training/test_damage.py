@@ -37,6 +37,7 @@ CHECKPOINT_FILES = (
     "modeling.py",
     "norms.py",
     "optimizer.pt",
+    "positions.py",
     "rng_state.pth",
     "scheduler.pt",
     "tokenizer.json",
