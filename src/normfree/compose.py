@@ -143,10 +143,10 @@ def _declared_by(variant: str) -> dict[str, Any]:
 
 def _same(model: Mapping[str, Any], declared: Mapping[str, Any], key: str) -> bool:
     """Equal in every layer; `model` has every field of a NormFreeConfig."""
+    if key != "activation":
+        return model[key] == declared[key]
     asked = {**model, key: declared[key]}
     _stretch(asked, declared)
-    if key != "activation":
-        return model[key] == asked[key]
     one, other = (
         value if isinstance(value, list) else [value] * model["num_hidden_layers"] for value in (model[key], asked[key])
     )

@@ -69,6 +69,15 @@ def test_a_model_of_shapes_only_runs(build, ids, position):
     assert fake.logits.shape == (2, 12, 61)
 
 
+@pytest.mark.parametrize("form", FORMS[:2])
+def test_an_exported_model_keeps_texts_in_one_row_apart(build, ids, form):
+    model = build(**form)
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None].expand(2, -1)
+    asked = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+    exported = torch.export.export(model, (), asked, strict=False).module()
+    torch.testing.assert_close(exported(**asked).logits, model(**asked).logits)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_padding_does_not_change_real_tokens(build, ids, form):
     model = build(**form)

@@ -34,7 +34,7 @@ from .attention import (
 from .configuration import NormFreeConfig
 from .loss import next_token_loss
 from .norms import NORMS
-from .positions import POSITIONS, Rotation, rotate, without_values
+from .positions import POSITIONS, Rotation, rotate
 
 
 class QueryKeyBiasLinear(nn.Linear):
@@ -246,7 +246,7 @@ class NormFreeModel(NormFreePreTrainedModel):
             inputs_embeds=tokens_BTE,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            position_ids=None if without_values(tokens_BTE) else position_ids,
+            position_ids=None if tokens_BTE.is_meta else position_ids,
         )
         if use_cache and past_key_values is None and not (self.gradient_checkpointing and self.training):
             past_key_values = DynamicCache(config=self.config)

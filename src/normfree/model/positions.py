@@ -23,14 +23,14 @@ class LearnedPositions(nn.Module):
 
     def forward(self, tokens_BTE: Tensor, positions_BT: Tensor) -> tuple[Tensor, None]:
         tokens, longest = tokens_BTE.shape[1], self.vectors.num_embeddings
-        if not (self.training or torch.compiler.is_compiling() or without_values(positions_BT)):
+        if not (self.training or torch.compiler.is_compiling() or _without_values(positions_BT)):
             tokens = int(positions_BT.max()) + 1  # behind a cache, or padding, their number does not say it
         if tokens > longest:
             raise ValueError(f"{tokens} tokens, but max_position_embeddings={longest}: shorten the text")
         return tokens_BTE + self.vectors(positions_BT), None
 
 
-def without_values(tensor: Tensor) -> bool:
+def _without_values(tensor: Tensor) -> bool:
     """Whether it is a tensor of shapes only, as estimates of memory and operations run a model on."""
     return tensor.is_meta or isinstance(tensor, FakeTensor)
 

@@ -110,20 +110,22 @@ def is_done(folder: Path, spec: RunSpec, corpus: Corpus | None = None) -> bool:
         return False
     if run.facts.get("identity") != spec.identity():  # else it is that run, whatever became of the copy of its spec
         _refuse_another(folder, run.spec, spec)
-    places = {key: (run.spec.get("data", {}).get(key), spec.to_dict()["data"][key]) for key in _PLACES}
-    if any(list(there or ()) != list(here) for there, here in places.values()):
+    there, here = _places(run.spec), _places(spec.to_dict())
+    if there != here:
         if corpus is None:
             return False
         if run.corpus != corpus.fingerprint:
-            told = ", ".join(f"data.{key} is {there} there and {here} here" for key, (there, here) in places.items())
             raise ValueError(
-                f"{folder} holds a run on another text ({told}; corpus {run.corpus[:12]} and "
+                f"{folder} holds a run on another text ({_differences(there, here)}; corpus {run.corpus[:12]} and "
                 f"{corpus.fingerprint[:12]}); give tag=NAME or another runs_dir to keep both, or move that folder away"
             )
     return run.status in ("finished", "diverged")
 
 
-_PLACES = tuple(key.removeprefix("data.") for key in PLACES_OF_TEXT)
+def _places(spec: dict[str, Any]) -> dict[str, list[str]]:
+    """Where the text of a spec lies, by key."""
+    data = spec.get("data", {})
+    return {key: list(data.get(key.removeprefix("data."), ())) for key in PLACES_OF_TEXT}
 
 
 def _refuse_another(folder: Path, there: dict[str, Any], spec: RunSpec) -> None:
