@@ -101,9 +101,10 @@ def train(
     steps = total_steps(spec, corpus)
     config = model_config(spec, corpus)
     with folder_lock(folder) if state.is_main_process else nullcontext():
-        if of_the_first(
-            is_done(folder, spec, corpus)
-        ):  # another command finished it while this one waited for the corpus
+        done = is_done(
+            folder, spec, corpus
+        )  # another command may have finished it while this one waited for the corpus
+        if of_the_first(done):
             return folder
         checkpoint = agreed_checkpoint(folder / "checkpoints", spec=spec)
         if checkpoint is not None:
@@ -123,9 +124,9 @@ def train(
                 checkpoint=checkpoint,
                 device=_device(),
             )
-        tracked = (
-            wandb_run(spec, corpus.fingerprint, began=writer.facts["sessions"][0]["began"]) if writer else nullcontext()
-        )
+        tracked = nullcontext()
+        if writer is not None:
+            tracked = wandb_run(spec, corpus.fingerprint, began=writer.facts["sessions"][0]["began"])
         try:
             with tracked:
                 _Training(spec, folder, corpus, config, steps, writer).run(checkpoint)
