@@ -101,10 +101,7 @@ def train(
     steps = total_steps(spec, corpus)
     config = model_config(spec, corpus)
     with folder_lock(folder) if state.is_main_process else nullcontext():
-        done = is_done(
-            folder, spec, corpus
-        )  # another command may have finished it while this one waited for the corpus
-        if of_the_first(done):
+        if of_the_first(is_done(folder, spec, corpus)):  # now with its text, or finished by another command meanwhile
             return folder
         checkpoint = agreed_checkpoint(folder / "checkpoints", spec=spec)
         if checkpoint is not None:
