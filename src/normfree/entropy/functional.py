@@ -118,7 +118,8 @@ def attention_entropy(
     return AttentionEntropy(nats, result.visible, result.exact, result.distance, result.first_mass, result.max_logit)
 
 
-@torch.library.custom_op("normfree::attention_entropy", mutates_args=())
+# Unsafe in CUDA graphs: the host waits for numbers to choose a path.
+@torch.library.custom_op("normfree::attention_entropy", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _attention_entropy(
     q: Tensor,
     k: Tensor,
@@ -203,21 +204,26 @@ def _with_gradient(
         # A broken number spoils rows that are not counted; in others it would arrive as 0 times NaN.
         q, k = (torch.where(value.isfinite(), value, 0.0).to(wide) for value in (q, k))
         k = k - k.detach().mean(-2, keepdim=True)
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # CUDA's float32 kernel serves no grouped queries
         plain = visibility.is_full or visibility.is_plain_causal
         output = torch.nn.functional.scaled_dot_product_attention(
             q,
             k,
             k.detach(),
-            attn_mask=None if plain else visibility.whole(),
+            attn_mask=None if plain else _with_a_key(visibility.whole()),
             is_causal=visibility.is_plain_causal,
             scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
         )
         slope = -scale * (q.detach() * output).sum(-1)
     counted = nats.isfinite()
     slope = torch.where(counted, slope, slope.detach())
     # Adding 0 keeps the gradient and the value; where() keeps NaN rows NaN without a NaN gradient.
     return nats + torch.where(counted & slope.isfinite(), slope - slope.detach(), 0.0)
+
+
+def _with_a_key(visible: Tensor) -> Tensor:
+    """A row that sees nothing sees all: it is not counted, and no kernel divides by an empty sum."""
+    return visible | ~visible.any(-1, keepdim=True)
 
 
 def _request(q, k, mask, sinks, scale, causal, window, softcap, patterns) -> Request:

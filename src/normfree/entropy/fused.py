@@ -100,8 +100,9 @@ def kernel(
     """Attention with V = K and its log-sum-exp: the only lines that touch private operators of torch.
 
     A test checks that they exist and agree with the definition. The CPU kernel answers 0 for a row that
-    sees no key; callers put NaN there.
+    sees no key; callers put NaN there. It reads rows as if their numbers lay side by side, so they do here.
     """
+    q_BHRE, k_BGCE = (value if value.stride(-1) == 1 else value.contiguous() for value in (q_BHRE, k_BGCE))
     if q_BHRE.device.type == "cpu":
         attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return attend(q_BHRE, k_BGCE, k_BGCE, 0.0, causal, attn_mask=additive_mask, scale=scale)

@@ -40,6 +40,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "processes": PartialState().num_processes,
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "device": device_name(device),
+        "cuda": torch.version.cuda,
         "git_commit": git_commit(),
     }
 
