@@ -5,9 +5,9 @@ A page holds a marker, and all between it and `<!-- end -->` is made from runs:
     <!-- table: perplexity of results/quick -->
     <!-- end -->
 
-Tables: perplexity, rates, differences, gap, claims, overload, ranges, verdicts, slopes, runs. Several folders may be
-given, with the shell's wildcards. `mixed` before `-->` shows runs of different recipes side by side, which is refused
-otherwise. A test fails when a page differs from what the records give.
+Tables: perplexity, rates, unfinished, differences, gap, claims, overload, ranges, verdicts, slopes, runs. Several
+folders may be given, with the shell's wildcards. `mixed` before `-->` shows runs of different recipes side by side,
+which is refused otherwise. A test fails when a page differs from what the records give.
 
 A figure of the report's main page is drawn the same way, without a test, since another matplotlib gives other bytes:
 
@@ -22,7 +22,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from normfree import tables
-from normfree.analysis import Group, all_runs, group_runs, summarise
+from normfree.analysis import (
+    Group,
+    all_runs,
+    group_runs,
+    paired_difference,
+    probed_heads,
+    summarise,
+    top_quarter_share,
+)
 from normfree.manifest import write_atomically
 from normfree.records import find_runs
 from normfree.report.figures import main_figures
@@ -57,9 +65,35 @@ def rate_table(groups: Sequence[Group]) -> Table:
     return Table("rates", "Validation perplexity after training, at each peak learning rate", columns, tuple(rows))
 
 
+def unfinished_table(groups: Sequence[Group]) -> Table:
+    """Runs that never ended, at the last step at which all of them were evaluated; their heads at the newest probe by
+    then."""
+    curves = {
+        group.label: {run.seed: dict(run.series("validation", "perplexity")) for run in group.members}
+        for group in groups
+    }
+    step = max(set.intersection(*(set(curve) for of_seed in curves.values() for curve in of_seed.values())))
+    reached = {label: {seed: curve[step] for seed, curve in of_seed.items()} for label, of_seed in curves.items()}
+    rows = []
+    for group in groups:
+        newest = ([heads for heads in probed_heads(run) if heads.step <= step][-1] for run in group.members)
+        near_uniform = summarise([100 * top_quarter_share(heads) for heads in newest])
+        perplexity, against = summarise(list(reached[group.label].values())), "baseline"
+        if group.label != "SM+G":
+            found = paired_difference(reached[group.label], reached["SM+G"], relative=True)
+            interval = f" ({100 * found.low:+.1f} to {100 * found.high:+.1f})" if found.n > 1 else ""
+            against = f"{100 * found.mean:+.1f} %{interval}"
+        rows.append((group.label, perplexity.text(), against, near_uniform.text(1), str(len(group.members))))
+    steps = max(run.facts["steps"] for run in all_runs(groups))
+    titles = ("Perplexity", "Against SM+G", "Heads near uniform (%)", "Seeds")
+    caption = f"Validation perplexity at step {step:,} of {steps:,}, the last at which all of these runs were evaluated"
+    return Table("unfinished", caption, (Column("Variant", numeric=False), *map(Column, titles)), tuple(rows))
+
+
 TABLES: dict[str, Callable[[Sequence[Group]], Table]] = {
     "perplexity": tables.perplexity_table,
     "rates": rate_table,
+    "unfinished": unfinished_table,
     "differences": tables.difference_table,
     "gap": tables.gap_table,
     "claims": tables.claim_table,

@@ -13,6 +13,7 @@ import pytest
 from docs.tables import MARKER, filled, pages
 from normfree.cli import VERBS, main
 from normfree.compose import checked, compose_run
+from normfree.config import recipe_of
 from normfree.records import find_runs
 from normfree.studies import load_study
 
@@ -65,12 +66,19 @@ def test_every_committed_run_that_did_not_diverge_learned_more_than_token_freque
         assert run.perplexity < 0.5 * run.facts["corpus"]["unigram_perplexity"], run.name
 
 
-def test_a_row_that_was_run_again_elsewhere_is_within_the_spread_of_its_seeds() -> None:
-    (again,) = find_runs([ROOT / "results" / "cpu-repeated"])
-    seeds = {run.seed: run for run in find_runs([ROOT / "results" / "cpu"]) if run.name.startswith("sm-r-seed")}
+@pytest.mark.parametrize(
+    ("name", "folder", "original"),
+    [("sm-r", "cpu-repeated", "cpu"), ("sm-r", "gpu-repeated", "cpu-lr1e-3"), ("sm-g", "gpu-repeated", "cpu-lr1e-3")],
+)
+def test_a_row_that_was_run_again_elsewhere_is_within_the_spread_of_its_seeds(
+    name: str, folder: str, original: str
+) -> None:
+    (again,) = find_runs([ROOT / "results" / folder / f"{name}-seed0"])
+    seeds = {run.seed: run for run in find_runs(sorted((ROOT / "results" / original).glob(f"{name}-seed*")))}
     record = seeds[again.seed]
-    assert again.spec["train"] == record.spec["train"]
-    assert again.facts["environment"]["instruction_set"] != record.facts["environment"]["instruction_set"]
+    assert recipe_of(again.spec) == recipe_of(record.spec)
+    where = [[run.facts["environment"][key] for key in ("device", "instruction_set")] for run in (again, record)]
+    assert where[0] != where[1]
     spread = statistics.stdev(run.perplexity for run in seeds.values())
     assert 0 < abs(again.perplexity - record.perplexity) < spread
 
