@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: study test check test-all bench tables
+.PHONY: study test check test-all test-gpu bench tables
 
 study: .venv/runtime
 	$(BIN)/normfree study quick
@@ -13,6 +13,9 @@ test: .venv/development
 
 test-all: .venv/development
 	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: .venv/development
+	$(BIN)/python -m pytest -m gpu tests/gpu -n 4 --dist loadfile
 
 check: .venv/development
 	$(BIN)/ruff check .

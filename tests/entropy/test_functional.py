@@ -338,6 +338,20 @@ def test_wrong_shapes_and_dtypes_are_refused():
             attention_entropy(bad_q, bad_k, causal=True)
 
 
+@pytest.mark.parametrize("which", ["q", "k", "both"])
+@pytest.mark.parametrize("layout", ["tokens first", "width first"])
+def test_any_layout_in_memory_gives_the_same_entropy(which, layout):
+    """torch's private kernel reads the numbers of a row as neighbours, wherever they lie."""
+    q, k = heads(key_heads=4, queries=70)
+    laid = {
+        "tokens first": lambda value: value.transpose(1, 2).contiguous().transpose(1, 2),
+        "width first": lambda value: value.mT.contiguous().mT,
+    }[layout]
+    found = attention_entropy(q if which == "k" else laid(q), k if which == "q" else laid(k), causal=True)
+    assert found.path == "fused"
+    assert largest_error(found.nats, truth(q, k, causal_by_numpy(70, 70))) < 1e-5
+
+
 @pytest.mark.parametrize("width", [1, 3, 4, 66])
 def test_rows_padded_for_cuda_begin_at_whole_vectors_and_keep_their_numbers(width):
     value = torch.randn(2, 3, 5, width)

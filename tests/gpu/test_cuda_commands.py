@@ -1,0 +1,79 @@
+"""`evaluate`, `entropy` and `verify` on runs that were trained on CUDA, without a word about the device."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from normfree.records import read_run
+from tests.commands import run
+
+DEVICE = "cuda"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("default"),
+]
+
+
+def said(output: str, name: str) -> float:
+    found = re.search(rf"^{name} +([0-9.]+) ", output, re.MULTILINE)
+    assert found, output
+    return float(found[1])
+
+
+def test_evaluate_repeats_the_recorded_perplexity(
+    trained: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = run("evaluate", str(trained), f"cache_dir={cache}", capsys=capsys)
+    assert status == 0, err
+    recorded = read_run(trained).facts["final"]
+    assert said(out, "perplexity") == pytest.approx(recorded["perplexity"], rel=1e-5, abs=1e-4)
+    assert said(out, "bits per byte") == pytest.approx(recorded["bits_per_byte"], rel=1e-5, abs=1e-4)
+    for dtype, tolerance in (("bf16", 0.02), ("fp16", 0.005)):
+        status, out, err = run("evaluate", str(trained), f"cache_dir={cache}", f"dtype={dtype}", capsys=capsys)
+        assert status == 0, err
+        assert said(out, "perplexity") == pytest.approx(recorded["perplexity"], rel=tolerance)
+
+
+def test_evaluate_of_a_text_is_the_same_on_both_devices(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.py").write_text("def f(x):\n    return x\n" * 20)
+    found = []
+    for device in (DEVICE, "cpu"):
+        words = [f"text={tmp_path / 'text.py'}", "stride=4", f"device={device}"]
+        status, out, err = run("evaluate", str(trained), *words, capsys=capsys)
+        assert status == 0, err
+        found.append(said(out, "perplexity"))
+    assert found[0] == pytest.approx(found[1], rel=1e-5, abs=2e-4)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-4), ("bf16", 0.02), ("fp16", 0.005)])
+def test_entropy_repeats_the_final_entropies_and_names_the_device(
+    dtype: str, tolerance: float, trained: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "heads"
+    words = [f"cache_dir={cache}", "sequences=16", "batch=4", f"dtype={dtype}", f"output={output}"]
+    status, out, err = run("entropy", str(trained), *words, capsys=capsys)
+    assert status == 0, err
+    found = json.loads((output / "entropy.json").read_text())
+    assert found["device"].startswith(DEVICE)
+    assert found["peak_memory_mib"] > 0
+    recorded = torch.tensor(read_run(trained).last("final", "entropy_nats"))
+    torch.testing.assert_close(torch.tensor(found["entropy_nats"]), recorded, atol=tolerance, rtol=0)
+    assert "peak memory" in out
+    assert not torch.tensor(found["nonfinite_rows"]).any()
+
+
+def test_verify_finds_every_part_sound(trained: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run("verify", str(trained), f"cache_dir={cache}", capsys=capsys)
+    assert status == 0, out + err
+    assert "damaged" not in out
+    assert out.count("sound") >= 5
+    name = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
+    assert read_run(trained).facts["environment"]["device"] == name

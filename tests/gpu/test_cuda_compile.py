@@ -1,0 +1,100 @@
+"""What compiles on CUDA: a run with train.compile, a probed model, attention_entropy, FlexAttention."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from normfree.config import RunSpec
+from normfree.entropy import EntropyProbe, attention_entropy
+from normfree.records import read_run
+from normfree.training import train
+
+DEVICE = "cuda"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(shutil.which("cc") is None and shutil.which("gcc") is None, reason="triton needs a C compiler"),
+    pytest.mark.filterwarnings("default"),
+]
+IDS = torch.randint(0, 61, (2, 40), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_compiled_run_has_the_losses_of_the_plain_one_and_leaves_products_in_fp32(
+    precision: str, tiny_spec: Callable[..., RunSpec], tmp_path: Path, cache: Path
+) -> None:
+    """transformers turns TF32 on for all of the process where a compiled run does not say what it wants."""
+    curves = []
+    for compiled in ("false", "true"):
+        spec = tiny_spec(
+            f"train.precision={precision}",
+            f"train.compile={compiled}",
+            "model.num_hidden_layers=1",
+            "train.evaluate_every=100",
+            "train.evaluation_sequences=8",
+            "probe.every_steps=100",
+            "probe.final_sequences=8",
+        )
+        run = read_run(train(spec, runs_dir=tmp_path / compiled, cache=cache, progress=False))
+        assert run.status == "finished", run.facts.get("error") or run.facts["divergence"]
+        assert torch.backends.fp32_precision != "tf32", "TF32 is on for the rest of this process"
+        curves.append([*(value for _, value in run.series("train", "loss")), run.facts["final"]["loss_nats"]])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4 if precision == "fp32" else 2e-3)
+
+
+def test_a_compiled_model_is_measured_as_the_plain_one(build: Callable[..., Any]) -> None:
+    model = build(norm="none").to(DEVICE)
+    ids = IDS.to(DEVICE)
+
+    def measured(called: Any) -> Any:
+        with EntropyProbe(called) as probe, torch.no_grad():
+            logits = called(input_ids=ids, use_cache=False).logits
+        return logits, probe.statistics()
+
+    logits, plain = measured(model)
+    compiled_logits, found = measured(torch.compile(model))
+    torch.testing.assert_close(compiled_logits, logits, atol=1e-4, rtol=1e-4)
+    assert found.rows.unique().tolist() == [80]
+    torch.testing.assert_close(found.mean_nats(), plain.mean_nats(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiled_entropy_and_its_gradient_are_the_plain_ones(mode: str) -> None:
+    """reduce-overhead captures CUDA graphs, in which nothing may wait for the GPU."""
+    random = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, heads, 50, 32, generator=random).to(DEVICE).requires_grad_() for heads in (4, 2))
+
+    def loss(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return attention_entropy(q, k, causal=True, differentiable=True).nats.square().mean()
+
+    compiled = torch.compile(loss, fullgraph=True, mode=mode)
+    expected = loss(q, k)
+    gradients = torch.autograd.grad(expected, (q, k))
+    for _ in range(3):
+        found = compiled(q, k)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        for mine, theirs in zip(torch.autograd.grad(found, (q, k)), gradients, strict=True):
+            torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-4)
+
+
+def test_flex_attention_has_the_logits_of_sdpa_and_is_refused_by_a_probe(build: Callable[..., Any]) -> None:
+    model = build(norm="none").to(DEVICE)
+    ids = IDS.to(DEVICE)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        model.set_attn_implementation("flex_attention")
+        found = model(ids, use_cache=False).logits
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+        with EntropyProbe(model), pytest.raises(ValueError, match="attn_implementation='sdpa'"):
+            model(ids, use_cache=False)

@@ -1,0 +1,161 @@
+"""Our model on CUDA: the CPU's numbers, the loss without logits, caches, checkpointing, and NaN that stays NaN."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from normfree.model.loss import next_token_loss
+
+DEVICE = "cuda"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("default"),
+]
+IDS = torch.randint(0, 61, (3, 40), generator=torch.Generator().manual_seed(3))
+PADDED = torch.ones(3, 40, dtype=torch.long)
+PADDED[0, :13] = 0
+FORMS: dict[str, dict[str, Any]] = {
+    "gpt2 without norms": {"norm": "none", "activation": "relu"},
+    "gpt2": {"norm": "layernorm", "activation": "gelu"},
+    "pythia": {"norm": "none", "residual": "parallel", "position": "rotary", "bias": "all"},
+    "shared slope": {"norm": "none", "activation": "leaky_relu", "learnable_slope": "shared"},
+}
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert all(gradient is not None for gradient in found.values())
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+@pytest.mark.parametrize("mask", [None, PADDED], ids=["whole", "left padded"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_float32_logits_are_those_of_the_cpu(form, mask, attention, build):
+    model = build(attention=attention, **FORMS[form])
+    with torch.no_grad():
+        expected = model(IDS, attention_mask=mask).logits
+        given = None if mask is None else mask.to(DEVICE)
+        found = model.to(DEVICE)(IDS.to(DEVICE), attention_mask=given).logits.cpu()
+    real = PADDED.bool() if mask is not None else torch.ones_like(IDS).bool()
+    torch.testing.assert_close(found[real], expected[real], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+@pytest.mark.parametrize("mask", [None, PADDED], ids=["whole", "left padded"])
+def test_eager_and_sdpa_attention_have_the_same_loss_and_gradients(form, mask, build):
+    ids, found = IDS.to(DEVICE), []
+    labels = ids.clone()
+    if mask is not None:
+        labels[0, :14] = -100  # 13 of padding, and the first token, which padding would predict
+    for attention in ("sdpa", "eager"):
+        model = build(attention=attention, **FORMS[form]).to(DEVICE).train()
+        loss = model(ids, attention_mask=None if mask is None else mask.to(DEVICE), labels=labels).loss
+        loss.backward()
+        found.append((loss.detach(), gradients(model)))
+    (by_sdpa, mine), (by_eager, theirs) = found
+    torch.testing.assert_close(by_sdpa, by_eager, atol=1e-5, rtol=1e-5)
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(mine[name], gradient, atol=2e-5, rtol=1e-3, msg=lambda said, n=name: f"{n}: {said}")
+
+
+def test_the_loss_in_blocks_is_that_of_all_logits_in_float64():
+    random = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(4, 700, 64, generator=random), torch.randn(5000, 64, generator=random) * 0.1
+    labels = torch.randint(0, 5000, (4, 700), generator=random)
+    labels[0, 3:70] = labels[1, -1] = -100
+    exact = [value.double().requires_grad_() for value in (hidden, weight)]
+    truth = F.cross_entropy((exact[0][:, :-1] @ exact[1].mT).flatten(0, 1), labels[:, 1:].flatten())
+    (3 * truth).backward()
+    for dtype, of_loss, of_gradient in ((None, 1e-6, 1e-5), (torch.bfloat16, 1e-3, 0.01), (torch.float16, 2e-4, 2e-3)):
+        ours = [value.clone().to(DEVICE).requires_grad_() for value in (hidden, weight)]
+        with torch.autocast(DEVICE, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            loss = next_token_loss(*ours, labels.to(DEVICE))
+        (3 * loss).backward()
+        assert loss.item() == pytest.approx(truth.item(), rel=of_loss), dtype
+        for mine, theirs in zip(ours, exact, strict=True):
+            error = (mine.grad.cpu().double() - theirs.grad).norm() / theirs.grad.norm()
+            assert error < of_gradient, f"{dtype}: gradients are {float(error):.1e} off"
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+@pytest.mark.parametrize(("dtype", "tolerance"), [(None, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 0.005)])
+def test_a_model_learns_the_same_without_logits(form, dtype, tolerance, build):
+    ids, found = IDS.to(DEVICE), []
+    for return_logits in (True, False):
+        model = build(**FORMS[form]).to(DEVICE).train()
+        with torch.autocast(DEVICE, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            loss = model(ids, labels=ids, return_logits=return_logits).loss
+        loss.backward()
+        found.append((loss.item(), gradients(model)))
+    (expected, theirs), (loss, mine) = found
+    assert loss == pytest.approx(expected, rel=tolerance)
+    for name, gradient in theirs.items():
+        error = (mine[name] - gradient).norm() / gradient.norm()
+        assert error < 5 * tolerance, f"{name}: {float(error):.1e}"
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+def test_greedy_generation_with_a_cache_is_the_one_without(form, build):
+    model = build(**FORMS[form]).to(DEVICE)
+    model.generation_config.eos_token_id = None
+    ids, mask = IDS[:2, :20].to(DEVICE), PADDED[:2, :20].to(DEVICE)
+    words = [
+        model.generate(
+            ids, attention_mask=mask, max_new_tokens=20, do_sample=False, use_cache=cached, pad_token_id=0
+        ).tolist()
+        for cached in (True, False)
+    ]
+    assert words[0] == words[1]
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_has_the_same_gradients(form, reentrant, build):
+    ids, found = IDS.to(DEVICE), []
+    for repeated in (False, True):
+        model = build(**FORMS[form]).to(DEVICE).train()
+        if repeated:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            loss = model(ids, labels=ids, return_logits=False).loss
+        loss.backward()
+        found.append((loss.item(), gradients(model)))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-4)
+    for name, gradient in found[0][1].items():
+        error = (found[1][1][name] - gradient).norm() / gradient.norm()
+        assert error < 1e-3, f"{name}: {float(error):.1e}"
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("row", [3, 67, 131], ids=["query", "key", "value"])
+@pytest.mark.parametrize("mask", [None, PADDED], ids=["whole", "left padded"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_nan_weight_gives_a_nan_loss_and_no_number(dtype, row, mask, attention, build):
+    """Fused attention may answer 0 where all scores of a row are NaN: on the CPU some kernels do."""
+    model = build(attention=attention, norm="none")
+    with torch.no_grad():
+        model.model.layers[0].attention.qkv.weight[row] = torch.nan
+    model.to(DEVICE)
+    given = None if mask is None else mask.to(DEVICE)
+    with torch.no_grad(), torch.autocast(DEVICE, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        output = model(IDS.to(DEVICE), attention_mask=given, labels=IDS.to(DEVICE))
+    real = torch.ones_like(IDS).bool() if mask is None else mask.bool()
+    assert output.loss.isnan(), f"loss {output.loss.item()}"
+    assert output.logits.isnan().all(-1).cpu()[real].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_is_near_the_float32_one(dtype, build):
+    model = build(norm="none").to(DEVICE)
+    with torch.no_grad():
+        exact = model(IDS.to(DEVICE), labels=IDS.to(DEVICE)).loss.item()
+        half = model.to(dtype)(IDS.to(DEVICE), labels=IDS.to(DEVICE)).loss
+    assert half.item() == pytest.approx(exact, rel=0.02)

@@ -1,0 +1,173 @@
+"""EntropyProbe on CUDA around our model and around those of transformers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from normfree.entropy import EntropyProbe, HeadEntropy
+from tests.entropy.families import tiny_model
+
+DEVICE = "cuda"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("default"),
+]
+IDS = torch.arange(3, 59).view(2, 28)
+MASK = torch.ones(2, 28, dtype=torch.long)
+LEFT_PADDED = MASK.clone()
+LEFT_PADDED[0, :9] = 0
+FAMILIES = ("normfree", "gpt2", "llama")
+MIB = 2**20
+
+
+def livened(model: Any) -> Any:
+    """Queries and keys large enough for heads that differ."""
+    random = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.add_(torch.randn(parameter.shape, generator=random), alpha=0.15)
+    return model
+
+
+@pytest.fixture
+def family(build: Callable[..., Any]) -> Callable[[str], Any]:
+    """`family(name)`: a small model on the CPU in evaluation mode."""
+    return lambda name: livened(build(norm="none") if name == "normfree" else tiny_model(name)).eval()
+
+
+def measure(model: Any, mask: Tensor = MASK, *, dtype: torch.dtype | None = None, **asked: Any) -> HeadEntropy:
+    device = next(model.parameters()).device
+    with (
+        EntropyProbe(model, **asked) as probe,
+        torch.no_grad(),
+        torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None),
+    ):
+        model(input_ids=IDS.to(device), attention_mask=mask.to(device), use_cache=False)
+    return probe.statistics()
+
+
+def differ(one: HeadEntropy, other: HeadEntropy) -> float:
+    assert torch.equal(one.rows, other.rows)
+    assert int(one.nonfinite_rows.sum()) == int(other.nonfinite_rows.sum()) == 0
+    return float((one.mean_nats() - other.mean_nats()).abs().max())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("mask", [MASK, LEFT_PADDED], ids=["whole", "left padded"])
+def test_a_probe_measures_on_cuda_what_it_measures_on_the_cpu(name, mask, family):
+    model = family(name)
+    on_cpu = measure(model, mask, patterns=True)
+    found = measure(model.to(DEVICE), mask, patterns=True)
+    assert differ(found, on_cpu) < 2e-5
+    assert int(found.rows[0, 0]) == int(mask.sum())
+    torch.testing.assert_close(found.ceiling_nats(), on_cpu.ceiling_nats(), atol=1e-9, rtol=0)
+    torch.testing.assert_close(found.mean_distance(), on_cpu.mean_distance(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(found.mean_first_mass(), on_cpu.mean_first_mass(), atol=2e-5, rtol=0)
+    assert on_cpu.mean_nats().std() > 1e-3, "heads that are all alike would hide a mixed-up order"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("mask", [MASK, LEFT_PADDED], ids=["whole", "left padded"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(None, 3e-5), (torch.bfloat16, 0.03), (torch.float16, 0.01)])
+def test_a_probe_agrees_with_eager_matrices_in_the_same_precision(name, mask, dtype, tolerance, family):
+    model = family(name).to(DEVICE)
+    twin = copy.deepcopy(model)
+    twin.set_attn_implementation("eager")
+    if dtype is None:
+        assert differ(measure(model, mask), measure(twin, mask, method="eager")) < tolerance
+    with torch.no_grad(), torch.autocast(DEVICE, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        attentions = twin(
+            input_ids=IDS.to(DEVICE), attention_mask=mask.to(DEVICE), output_attentions=True, use_cache=False
+        ).attentions
+    nats_LBHT = torch.stack([torch.special.entr(p.double()).sum(-1) for p in attentions]).cpu()
+    real_LBHT = mask.bool()[None, :, None].expand_as(nats_LBHT)
+    expected = (nats_LBHT * real_LBHT).sum((1, 3)) / real_LBHT.sum((1, 3))
+    found = measure(model, mask, dtype=dtype)
+    assert int(found.nonfinite_rows.sum()) == 0
+    error = (found.mean_nats() - expected).abs().max()
+    assert error < tolerance, f"largest difference {float(error):.2e} nats"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_inside_a_probe_are_bit_equal(name, dtype, family):
+    model = family(name).to(DEVICE, dtype)
+    ids = IDS.to(DEVICE)
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        with EntropyProbe(model):
+            inside = model(input_ids=ids).logits
+        after = model(input_ids=ids).logits
+    assert torch.equal(plain, inside)
+    assert torch.equal(plain, after)
+
+
+def test_a_broken_head_is_counted_apart_with_its_layer(family):
+    model = family("gpt2")
+    with torch.no_grad():
+        model.get_parameter("transformer.h.1.attn.c_attn.bias")[8] = torch.nan  # head 1 of 4, a query coordinate
+    found = measure(model.to(DEVICE))
+    assert found.nonfinite_rows.nonzero().tolist() == [[1, 1]]
+    assert found.rows[1].tolist() == [56, 0, 56, 56]
+    assert found.mean_nats().isnan().nonzero().tolist() == [[1, 1]]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_counts_once(reentrant, family):
+    """CUDA's backward pass runs in a thread of its own."""
+    model = family("llama").to(DEVICE).train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    ids = IDS.to(DEVICE)
+    with EntropyProbe(model) as probe:
+        model(inputs_embeds=model.get_input_embeddings()(ids)).logits.square().mean().backward()
+    assert probe.statistics().rows.unique().tolist() == [56]
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["normfree", "llama"])
+def test_generation_with_a_cache_is_measured_as_on_the_cpu(name, family):
+    def generated(model: Any) -> tuple[list[list[int]], HeadEntropy]:
+        with EntropyProbe(model) as probe, torch.no_grad():
+            ids = IDS[:1, :9].to(next(model.parameters()).device)
+            words = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+        return words.tolist(), probe.statistics()
+
+    model = family(name)
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
+    words, on_cpu = generated(model)
+    again, found = generated(model.to(DEVICE))
+    assert again == words
+    assert found.rows.unique().tolist() == [14]
+    assert differ(found, on_cpu) < 2e-5
+
+
+def test_a_probe_adds_little_memory_to_a_long_context(build):
+    model = build(hidden_size=512, num_attention_heads=8, max_position_embeddings=4096, norm="none").to(DEVICE)
+    ids = torch.randint(0, 61, (1, 4096), device=DEVICE)
+
+    def peak_mib(*, probed: bool) -> float:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.no_grad():
+            if probed:
+                with EntropyProbe(model, patterns=True):
+                    model(input_ids=ids, use_cache=False, logits_to_keep=1)
+            else:
+                model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / MIB
+
+    for probed in (False, True):  # workspaces of libraries
+        peak_mib(probed=probed)
+    plain, probed = peak_mib(probed=False), peak_mib(probed=True)
+    matrices = 8 * 4096**2 * 4 / MIB
+    assert probed - plain < matrices / 3, f"{plain:.0f} MiB without, {probed:.0f} with; matrices: {matrices:.0f}"

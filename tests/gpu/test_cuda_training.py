@@ -1,0 +1,218 @@
+"""Runs on CUDA: three precisions, the CPU's first losses, accumulation, and what counts as divergence."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from normfree.config import RunSpec
+from normfree.records import Run, read_run
+from normfree.training import train
+from normfree.training.trainer import NormFreeTrainer
+
+DEVICE = "cuda"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("default"),
+]
+Build = Callable[..., RunSpec]
+STEPS = 20
+LONGER = [f"train.steps={STEPS}", "train.checkpoint_every=100", "train.evaluate_every=10", "probe.every_steps=10"]
+TRAINING_STEP = NormFreeTrainer.training_step
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_the_cpu(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Iterator[tuple[Any, Path]]:
+    """The fp32 run in a process that sees no GPU, beside the tests: (process, its run folder)."""
+    place = tmp_path_factory.mktemp("cpu")
+    words = ["train", *tiny, *LONGER, "variant=leaky-per-layer", f"runs_dir={place}", f"cache_dir={place / 'cache'}"]
+    with (place / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", "import sys; from normfree.cli import main; sys.exit(main(sys.argv[1:]))", *words],
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    yield process, place
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture
+def run(tiny_spec: Build, tmp_path: Path, cache: Path) -> Callable[..., Run]:
+    """`run(*overrides)` trains and reads the folder back."""
+    count = 0
+
+    def trained(*overrides: str) -> Run:
+        nonlocal count
+        count += 1
+        spec = tiny_spec(*LONGER, *overrides)
+        return read_run(train(spec, runs_dir=tmp_path / str(count), cache=cache, progress=False))
+
+    return trained
+
+
+def losses(run: Run) -> list[float]:
+    assert run.status == "finished", f"{run.status}: {run.facts.get('error') or run.facts.get('divergence')}"
+    return [value for _, value in run.series("train", "loss")]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_run_finishes_and_says_where_and_what_it_measured(precision: str, run: Callable[..., Run]) -> None:
+    found = run(f"train.precision={precision}", "variant=leaky-per-layer")
+    curve = losses(found)
+    assert (len(curve), found.facts["steps_done"]) == (STEPS, STEPS)
+    assert all(math.isfinite(loss) for loss in curve)
+    assert curve[-1] < curve[0]
+    name = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
+    assert found.facts["environment"]["device"] == name
+    ceiling = math.lgamma(17) / 16
+    for split, steps in (("probe", [0, 10, 20]), ("final", [20])):
+        series = found.series(split, "entropy_nats")
+        assert [step for step, _ in series] == steps
+        entropy = torch.tensor([value for _, value in series])
+        assert entropy.shape[1:] == (2, 2)
+        assert ((entropy > 0) & (entropy <= ceiling + 1e-5)).all()
+    assert found.last("probe", "ceiling_nats") == pytest.approx([ceiling] * 2)
+    assert not torch.tensor(found.last("probe", "nonfinite_rows")).any()
+    slopes = found.series("probe", "negative_slope")
+    assert slopes[0][1] == pytest.approx([0.01, 0.01])
+    assert slopes[-1][1] != pytest.approx([0.01, 0.01], abs=1e-5)
+    assert 1 < found.perplexity < 300
+
+
+def test_the_first_losses_in_half_precision_are_near_those_of_fp32(run: Callable[..., Run]) -> None:
+    exact = losses(run("train.precision=fp32"))
+    for precision, tolerance in (("bf16", 2e-3), ("fp16", 1e-3)):
+        assert losses(run(f"train.precision={precision}"))[:10] == pytest.approx(exact[:10], rel=tolerance), precision
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_micro_batches_and_repeated_activations_change_no_loss(precision: str, run: Callable[..., Run]) -> None:
+    tolerance = 1e-4 if precision == "fp32" else 2e-3
+    whole = run(f"train.precision={precision}")
+    for override in ("train.micro_batch_sequences=2", "train.gradient_checkpointing=true"):
+        other = run(f"train.precision={precision}", override)
+        assert losses(other) == pytest.approx(losses(whole), rel=tolerance), override
+        assert other.perplexity == pytest.approx(whole.perplexity, rel=5 * tolerance)
+        norms = [[value for _, value in one.series("train", "gradient_norm")] for one in (whole, other)]
+        assert norms[1][:5] == pytest.approx(norms[0][:5], rel=50 * tolerance)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32", "fp16"])
+def test_a_learning_rate_that_breaks_the_model_is_recorded_as_divergence(
+    precision: str, run: Callable[..., Run]
+) -> None:
+    found = run(
+        f"train.precision={precision}",
+        "variant=sm-g",
+        "train.peak_learning_rate=1e18",
+        "train.final_learning_rate=0",
+        "train.max_gradient_norm=1e9",
+    )
+    assert found.status == "diverged", f"{found.status}, losses {[v for _, v in found.series('train', 'loss')]}"
+    divergence = found.facts["divergence"]
+    assert found.facts["steps_done"] == divergence["step"] - 1 < STEPS
+    assert all(math.isfinite(value) for _, value in found.series("train", "loss"))
+    assert math.isnan(found.perplexity)
+
+
+def injecting(monkeypatch: pytest.MonkeyPatch, act: Callable[[NormFreeTrainer, int], Any]) -> None:
+    """Call `act(trainer, step)` before each step."""
+
+    def training_step(trainer: NormFreeTrainer, model: Any, inputs: Any, items: Any = None) -> Tensor:
+        act(trainer, trainer.state.global_step + 1)
+        return TRAINING_STEP(trainer, model, inputs, items)
+
+    monkeypatch.setattr(NormFreeTrainer, "training_step", training_step)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_nan_weight_is_a_divergence_of_that_step_and_layer(
+    precision: str, run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaking(trainer: NormFreeTrainer, step: int) -> None:
+        if step == 4:
+            with torch.no_grad():
+                trainer.network.model.layers[1].attention.qkv.weight[0, 0] = math.nan
+
+    injecting(monkeypatch, breaking)
+    found = run(f"train.precision={precision}")
+    assert found.status == "diverged"
+    divergence = found.facts["divergence"]
+    assert (divergence["step"], divergence["layer"], divergence["kind"]) == (4, 1, "weight")
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="fp16 needs a GPU")
+def test_steps_that_fp16s_scaler_leaves_out_are_no_divergence(
+    run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a first scale of 2^30 gradients overflow until it has been halved often enough."""
+    scales: dict[int, float] = {}
+
+    def watching(trainer: NormFreeTrainer, step: int) -> None:
+        scaler = trainer.accelerator.scaler
+        assert scaler is not None
+        if step == 1:
+            scaler._init_scale = 2.0**30
+        else:
+            scales[step] = scaler.get_scale()
+
+    injecting(monkeypatch, watching)
+    found = run("train.precision=fp16", "train.steps=40")
+    assert found.status == "finished", found.facts["divergence"]
+    assert scales[2] == 2.0**29, f"the first step was not left out: scales {scales}"
+    assert scales[40] == scales[30], f"the scale never settled: {scales}"
+    curve = losses(found)
+    assert len(curve) == 40
+    assert all(math.isfinite(loss) for loss in curve)
+    assert curve[-1] < curve[0]
+    assert found.facts["skipped_steps"] == []
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_step_that_is_left_out_by_policy_touches_no_weight(
+    precision: str, run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights: dict[int, list[Tensor]] = {}
+    handles: list[Any] = []
+
+    def breaking(trainer: NormFreeTrainer, step: int) -> None:
+        weights[step] = [parameter.detach().clone() for parameter in trainer.network.parameters()]
+        if step == 6:
+            embedding: Any = trainer.network.get_input_embeddings()
+            handle = embedding.register_forward_hook(lambda _module, _inputs, output: output * math.nan)
+            handles.append(handle)
+        elif handles:
+            handles.pop().remove()
+
+    injecting(monkeypatch, breaking)
+    found = run(f"train.precision={precision}", "train.on_nonfinite=skip:2")
+    assert found.status == "finished", found.facts["divergence"]
+    assert [(one["step"], one["kind"]) for one in found.facts["skipped_steps"]] == [(6, "activation")]
+    assert all(torch.equal(a, b) for a, b in zip(weights[6], weights[7], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(weights[7], weights[8], strict=True))
+
+
+def test_the_first_losses_in_fp32_are_those_of_the_cpu(run: Callable[..., Run], on_the_cpu: tuple[Any, Path]) -> None:
+    found = run("train.precision=fp32", "variant=leaky-per-layer")
+    process, place = on_the_cpu
+    status = process.wait(timeout=60)
+    assert status == 0, (place / "log").read_text()[-2000:]
+    reference = read_run(next(place.glob("single/*/run.json")).parent)
+    assert reference.facts["environment"]["device"] == "cpu"
+    assert reference.corpus == found.corpus
+    assert losses(found) == pytest.approx(losses(reference), rel=1e-3)
+    assert found.perplexity == pytest.approx(reference.perplexity, rel=1e-3)
+    entropy, expected = (torch.tensor(one.last("final", "entropy_nats")) for one in (found, reference))
+    torch.testing.assert_close(entropy, expected, atol=1e-3, rtol=0)
