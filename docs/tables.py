@@ -36,6 +36,7 @@ from normfree.records import find_runs
 from normfree.report.figures import main_figures
 from normfree.report.render import to_png
 from normfree.tables import Column, Table, to_markdown
+from normfree.tables.results import percent_with_interval
 
 ROOT = Path(__file__).parents[1]
 END = "<!-- end -->"
@@ -81,8 +82,7 @@ def unfinished_table(groups: Sequence[Group]) -> Table:
         perplexity, against = summarise(list(reached[group.label].values())), "baseline"
         if group.label != "SM+G":
             found = paired_difference(reached[group.label], reached["SM+G"], relative=True)
-            interval = f" ({100 * found.low:+.1f} to {100 * found.high:+.1f})" if found.n > 1 else ""
-            against = f"{100 * found.mean:+.1f} %{interval}"
+            against = percent_with_interval(found)
         rows.append((group.label, perplexity.text(), against, near_uniform.text(1), str(len(group.members))))
     steps = max(run.facts["steps"] for run in all_runs(groups))
     titles = ("Perplexity", "Against SM+G", "Heads near uniform (%)", "Seeds")

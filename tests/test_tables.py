@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from docs.tables import unfinished_table
 from normfree import tables
 from normfree.analysis import causal_ceiling, group_runs
 from normfree.records import RunWriter, read_run
@@ -106,6 +107,26 @@ def test_the_gap_over_training_pairs_seeds_and_stands_beside_the_paper(tmp_path:
     assert row["Pairs"] == "2"
     paper = rows["SM+R against SM+G, paper"]
     assert paper["At 40 %"] == "-6.8 %"  # exp(1.45 - 1.52) - 1
+
+
+def test_unfinished_runs_are_compared_at_the_last_step_that_all_reached(tmp_path: Path) -> None:
+    """By hand: synthetic losses at step 100 of 200, against a perplexity of 20 there."""
+    runs = [write_run(tmp_path, "SM+G", seed=0), write_run(tmp_path, "SM+G", seed=1, status="interrupted")]
+    for seed in (0, 1):
+        run = write_run(tmp_path, "SM+R", seed=seed, status="interrupted")
+        lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+        for line in lines:
+            if (line["split"], line["name"], line["step"]) == ("validation", "perplexity", 100):
+                line["value"] = 20.0
+        runs.append(rewritten(run, "".join(json.dumps(line) + "\n" for line in lines)))
+    table = unfinished_table(group_runs(runs))
+    losses = [3.5 + 3.5 * math.exp(-100 / 60) + 0.05 * math.sin(100 + seed) for seed in (0, 1)]
+    change = np.mean([20 / math.exp(loss) - 1 for loss in losses])
+    row = rows_of(table)["SM+R"]
+    assert (row["Perplexity"], row["Seeds"]) == ("20.00 +- 0.00", "2")
+    assert row["Against SM+G"].startswith(f"{100 * change:+.1f} % (")
+    assert rows_of(table)["SM+G"]["Against SM+G"] == "baseline"
+    assert "step 100 of 200" in table.caption
 
 
 def test_the_gap_takes_the_evaluation_of_its_own_share(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from truths import causal_by_numpy, entropy_by_numpy, scores_by_numpy
 
 from normfree.entropy import attention_entropy
-from normfree.entropy.fused import padded
 from normfree.entropy.recorder import Recorder
 
 
@@ -338,29 +337,6 @@ def test_wrong_shapes_and_dtypes_are_refused():
             attention_entropy(bad_q, bad_k, causal=True)
 
 
-@pytest.mark.parametrize("which", ["q", "k", "both"])
-@pytest.mark.parametrize("layout", ["tokens first", "width first"])
-def test_any_layout_in_memory_gives_the_same_entropy(which, layout):
-    """torch's private kernel reads the numbers of a row as neighbours, wherever they lie."""
-    q, k = heads(key_heads=4, queries=70)
-    laid = {
-        "tokens first": lambda value: value.transpose(1, 2).contiguous().transpose(1, 2),
-        "width first": lambda value: value.mT.contiguous().mT,
-    }[layout]
-    found = attention_entropy(q if which == "k" else laid(q), k if which == "q" else laid(k), causal=True)
-    assert found.path == "fused"
-    assert largest_error(found.nats, truth(q, k, causal_by_numpy(70, 70))) < 1e-5
-
-
-@pytest.mark.parametrize("width", [1, 3, 4, 66])
-def test_rows_padded_for_cuda_begin_at_whole_vectors_and_keep_their_numbers(width):
-    value = torch.randn(2, 3, 5, width)
-    found = padded(value)
-    assert found.stride(-2) % 4 == 0
-    assert torch.equal(found[..., :width], value)
-    assert not found[..., width:].any()
-
-
 def test_the_first_token_stays_the_first_behind_a_window():
     """A row that no longer reaches it has no mass there, alone or among all rows."""
     q, k = torch.randn(1, 2, 20, 8), torch.randn(1, 2, 20, 8)
@@ -380,17 +356,6 @@ def test_a_padding_mask_has_two_values():
     assert attention_entropy(q, q, causal=True, mask=ones).visible[0, 0].tolist() == [0, 0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="1 \\(or True\\) for real tokens and 0 for padding"):
         attention_entropy(q, q, causal=True, mask=torch.where(ones == 0, -torch.inf, 0.0))
-
-
-def test_private_kernel_exists_and_agrees_with_the_definition():
-    from normfree.entropy.fused import has_kernel, kernel
-
-    q, k = heads(query_heads=2, key_heads=1, queries=9)
-    assert has_kernel(q)
-    output, lse = kernel(q, k, scale=0.3, causal=True)
-    scores = (q @ k.mT * 0.3).masked_fill(~torch.ones(9, 9, dtype=torch.bool).tril(), -torch.inf)
-    torch.testing.assert_close(lse, scores.logsumexp(-1), atol=1e-5, rtol=0)
-    torch.testing.assert_close(output, scores.softmax(-1) @ k, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("broken_from", "rows"), [(8, 8), (0, 0)])

@@ -15,7 +15,6 @@ from normfree.entropy.request import Request
 from normfree.entropy.visibility import Visibility
 
 DEVICE = "cuda"
-HAS_64_BIT_KERNEL = DEVICE == "cpu"
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -184,7 +183,7 @@ def test_half_precision_inputs_are_raised_before_any_sum(dtype, size, path, widt
 def test_float64_inputs_stay_float64():
     q, k = (value.double() for value in heads(width=33))
     result = measured(q, k, causal=True)
-    assert (result.nats.dtype, result.path) == (torch.float64, "fused" if HAS_64_BIT_KERNEL else "exact")
+    assert (result.nats.dtype, result.path) == (torch.float64, "exact")
     check(result.nats, truth(q, k, causal(70, 70))["nats"], 1e-11)
 
 

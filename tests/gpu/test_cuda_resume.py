@@ -14,7 +14,6 @@ from normfree.records import Run, read_run
 from normfree.training import train
 from normfree.training.trainer import NormFreeTrainer
 
-DEVICE = "cuda"
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),

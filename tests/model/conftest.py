@@ -3,32 +3,13 @@
 import pytest
 import torch
 
-from normfree.model import NormFreeConfig, NormFreeForCausalLM
-
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 32,
-}
+from tests.small_model import small_model
 
 
 @pytest.fixture
 def build():
     """`build(**fields)`: a small model in eval mode whose weights are far from their start."""
-
-    def make(*, seed=0, attention="sdpa", **fields):
-        torch.manual_seed(seed)
-        config = NormFreeConfig(**(SIZES | fields))
-        model = NormFreeForCausalLM._from_config(config, attn_implementation=attention).eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if not name.endswith("slope"):
-                    parameter.add_(torch.randn_like(parameter), alpha=0.2)
-        return model
-
-    return make
+    return small_model
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from normfree.entropy import blocked, fused, reference
 from normfree.entropy.request import Measured, Request
@@ -119,7 +119,7 @@ def attention_entropy(
 
 
 # Unsafe in CUDA graphs: the host waits for numbers to choose a path.
-@torch.library.custom_op("normfree::attention_entropy", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+@library.custom_op("normfree::attention_entropy", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _attention_entropy(
     q: Tensor,
     k: Tensor,

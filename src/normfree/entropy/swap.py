@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from transformers.modeling_utils import AttentionInterface
 
 from normfree.entropy.functional import attention_entropy
@@ -90,7 +90,7 @@ def _begins_anew(visible_BHT: Tensor) -> bool:
     return bool(((visible_BHT[..., 1:] == 1) & (visible_BHT[..., :-1] > 0)).any())
 
 
-@torch.library.custom_op("normfree::record_entropy", mutates_args={"ticket"}, tags=(torch.Tag.cudagraph_unsafe,))
+@library.custom_op("normfree::record_entropy", mutates_args={"ticket"}, tags=(torch.Tag.cudagraph_unsafe,))
 def _record(
     ticket: Tensor,
     q: Tensor,

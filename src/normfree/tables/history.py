@@ -20,7 +20,7 @@ from normfree.analysis import (
     trained_heads,
 )
 from normfree.records import Run
-from normfree.tables.results import comparable_pairs, comparison, percent
+from normfree.tables.results import comparable_pairs, comparison, percent, percent_with_interval
 from normfree.tables.table import Column, Table
 
 SHARES_OF_TRAINING = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -102,8 +102,7 @@ def _gap(ours: Group, theirs: Group, share: float) -> str:
     found = paired_difference(of_ours, of_theirs, relative=True)
     if found.nonfinite:
         return f"NaN ({found.nonfinite}/{found.n})"
-    interval = f" ({100 * found.low:+z.1f} to {100 * found.high:+z.1f})" if math.isfinite(found.low) else ""
-    return percent(found.mean) + interval
+    return percent_with_interval(found)
 
 
 def _validation(run: Run, step: int, share: float) -> float:

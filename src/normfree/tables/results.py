@@ -113,6 +113,12 @@ def comparison(ours: Group, theirs: Group) -> str:
     return f"{ours.label if same else ours.name} against {theirs.name}"
 
 
+def percent_with_interval(found: Difference) -> str:
+    """`-5.1 % (-8.6 to -1.6)`: a relative difference, and its 95 % interval where it has one."""
+    interval = f" ({100 * found.low:+z.1f} to {100 * found.high:+z.1f})" if math.isfinite(found.low) else ""
+    return percent(found.mean) + interval
+
+
 def percent(share: float | None) -> str:
     """`+4.3 %`, or `-` for a share that does not exist."""
     return "-" if share is None or math.isnan(share) else f"{100 * share:+z.1f} %"
