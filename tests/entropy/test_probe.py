@@ -157,22 +157,31 @@ def test_compiled_model_stays_whole_and_compiles_once_for_all_probes():
     assert counter.frame_count == 2
 
 
-def measure_one_sequence(rank: int, folder: str) -> None:
-    """One of two processes: its own sequence through the wrapped model, then the sums of both."""
-    store = f"file://{folder}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+def measured_of_both(rank: int) -> HeadEntropy:
     wrapped = torch.nn.parallel.DistributedDataParallel(tiny_model("llama").train())
     with EntropyProbe(wrapped) as probe:
         wrapped(input_ids=IDS[rank : rank + 1]).logits.sum().backward()
     found = probe.statistics()
     found.all_reduce()
-    Path(folder, f"{rank}.json").write_text(json.dumps(found.to_dict()))
+    return found
+
+
+def measure_one_sequence(rank: int, folder: str) -> None:
+    """One of two processes: its own sequence through the wrapped model, then the sums of both.
+
+    The wrapped model is gone before the process group is: a model that is freed last frees the group too, and
+    PyTorch then waits for gloo's thread with the interpreter's lock held, now and then for ever.
+    """
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    found = measured_of_both(rank)
     torch.distributed.destroy_process_group()
+    Path(folder, f"{rank}.json").write_text(json.dumps(found.to_dict()))
 
 
 @pytest.mark.slow
 def test_works_under_distributed_data_parallel_and_sums_over_ranks(tmp_path):
-    torch.multiprocessing.spawn(measure_one_sequence, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.spawn(measure_one_sequence, (str(tmp_path),), nprocs=2, daemon=True)
     whole = measure(tiny_model("llama"))
     for rank in (0, 1):
         found = HeadEntropy.from_dict(json.loads((tmp_path / f"{rank}.json").read_text()))
