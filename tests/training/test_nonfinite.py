@@ -193,3 +193,21 @@ def test_a_diverged_run_can_be_read_back(tmp_path: Path, cache: Path, tiny_spec:
     run: Run = read_run(train(tiny_spec(), runs_dir=tmp_path, cache=cache, progress=False))
     assert math.isnan(run.perplexity)
     assert [step for step, _ in run.series("train", "loss")] == [1]
+
+
+def test_gradients_that_overflow_at_any_scale_end_a_run_in_fp16(
+    tmp_path: Path, cache: Path, tiny_spec: Build, inject: Callable[..., Watched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scaler leaves each such step out, so the run would come to its end untrained. PyTorch's scaler runs on the
+    CPU too; fp16 itself does not."""
+    create = NormFreeTrainer.create_accelerator_and_postprocess
+
+    def with_scaler(trainer: NormFreeTrainer) -> None:
+        create(trainer)
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-12)
+
+    monkeypatch.setattr(NormFreeTrainer, "create_accelerator_and_postprocess", with_scaler)
+    inject(nan_gradient, 2, 3, 4, 5, 6)
+    run = read_run(train(tiny_spec(), runs_dir=tmp_path, cache=cache, progress=False))
+    found = run.facts["divergence"]
+    assert (run.status, found["step"], found["kind"], found["layer"]) == ("diverged", 4, "gradient", 1)

@@ -28,11 +28,15 @@ from normfree.training.guard import Divergence, NonFiniteError, earliest, locate
 _WHOLE_GRADIENTS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 """Where every process holds all gradients, so that their norm is known without asking the others."""
 
+MINIMUM_SCALE = 1e-4
+"""Of fp16's gradient scaler, which starts at 65,536 and halves with each step whose gradients overflow."""
+
 
 class NormFreeTrainer(Trainer):
     """Trainer for one RunSpec.
 
-    A step whose loss or gradient is not finite never reaches the optimiser: it is left out where
+    A step whose loss or gradient is not finite, or whose gradients overflow fp16 at any scale, never reaches the
+    optimiser: it is left out where
     `train.on_nonfinite` still allows that (appended to `skipped`, then `on_skip` is called), else NonFiniteError is
     raised. `publish` is called with the step of each checkpoint that lies complete in the output folder and with the
     losses that no log line has told yet; `unlogged` brings those back on a resume. CheckpointError says that a
@@ -102,7 +106,7 @@ class NormFreeTrainer(Trainer):
         self._batches_of_step.append(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            if not self._is_finite(loss):
+            if not self._is_finite(loss) or self._overflows_at_any_scale():
                 self._skip_or_stop()
                 loss = torch.zeros_like(loss)
             self._batches_of_step.clear()
@@ -115,6 +119,10 @@ class NormFreeTrainer(Trainer):
             looked_at = looked_at + self._gradient_norm
         over_processes = cast(Tensor, self.accelerator.reduce(looked_at))  # every process must take the same branch
         return bool(torch.isfinite(over_processes))
+
+    def _overflows_at_any_scale(self) -> bool:
+        scaler = self.accelerator.scaler
+        return scaler is not None and scaler.get_scale() < MINIMUM_SCALE
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         if self._gradient_norm is None or self.accelerator.distributed_type not in _WHOLE_GRADIENTS:
