@@ -41,6 +41,11 @@ def test_a_value_that_rounding_puts_above_the_maximum_is_in_the_last_range() -> 
     assert analysis.range_counts([[4.0000001]], 4.0).finite_R == (0, 0, 0, 1)
 
 
+def test_heads_of_zero_nats_are_in_the_first_range_even_where_all_are() -> None:
+    (maximum_L,) = analysis.normaliser_maxima("observed", [heads([[0.0, 0.0]], ceiling=3.0)], [32])
+    assert analysis.range_counts([[0.0, 0.0]], maximum_L).finite_R == (2, 0, 0, 0)
+
+
 def test_heads_without_finite_entropy_are_in_no_range() -> None:
     counts = analysis.range_counts([[math.nan, 0.0, math.inf, 3.9]], 4.0)
     assert (counts.finite_R, counts.nonfinite, counts.heads) == ((1, 0, 0, 1), 2, 4)

@@ -163,6 +163,13 @@ def test_wrong_input_is_one_line_that_says_what_to_do(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_path_may_hold_an_equals_sign(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = write_run(tmp_path / "lr=1e-3", "SM+R", tag="a=b")
+    status, out, err = run("verify", str(found.folder), capsys=capsys)
+    assert (status, err) == (0, "")
+    assert out.startswith("sound   run.json          SM+R (a=b), seed 0: finished, 200 steps")
+
+
 def test_a_mistyped_run_is_not_looked_up_on_the_hub(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

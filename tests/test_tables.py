@@ -212,6 +212,22 @@ def test_ranges_pool_seeds_and_count_broken_heads_apart(tmp_path: Path) -> None:
     assert abs(sum(shares) - 100 * 20 / 32) < 0.2
 
 
+def test_ranges_say_of_how_many_seeds_they_are(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, "SM+G", seed=seed, status="diverged" if seed == 2 else "finished") for seed in range(3)]
+    table = tables.range_table(group_runs(runs))
+    seeds = [column.title for column in table.columns].index("Seeds")
+    assert {row[seeds] for row in table.rows} == {"2 of 3"}
+    assert any("quick/sm-g-seed2" in note for note in table.notes)
+
+
+def test_a_run_that_was_killed_is_as_far_as_its_metrics(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+R", status="running", facts={"steps_done": 20})]
+    rows = rows_of(tables.run_table(runs))
+    batch = runs[1].spec["train"]["batch_sequences"]
+    assert (rows["quick/sm-r-seed0"]["Steps"], rows["quick/sm-r-seed0"]["Tokens"]) == ("100", f"{100 * batch * 32:,}")
+    assert "quick/sm-r-seed0 is left out: running at step 100." in tables.perplexity_table(group_runs(runs)).notes
+
+
 def test_verdicts_name_layers_heads_and_steps(tmp_path: Path) -> None:
     rows = rows_of(tables.verdict_table(study(tmp_path)))
     assert rows["quick/sm-g-seed0"]["Overload"] == "yes: 100 % of the heads in layers 0-1, since step 0"

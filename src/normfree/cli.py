@@ -173,7 +173,7 @@ def dispatch(words: Sequence[str]) -> None:
     rest = [word for word in rest if not (shown and word in SHOW)]
     if flags := [word for word in rest if word.startswith("-")]:
         raise UsageError(f"unknown flag {flags[0]!r}; the flags are {FLAGS}; all else is key=value")
-    objects, pairs = [w for w in rest if "=" not in w], [w for w in rest if "=" in w]
+    objects, pairs = [w for w in rest if not _is_pair(w)], [w for w in rest if _is_pair(w)]
     if (multirun or name == "study") and not shown and "TORCHELASTIC_RUN_ID" in os.environ:
         raise UsageError(f"torchrun starts one run; a {'sweep' if multirun else 'study'} is started without it")
     if shown:  # before -m, which would train
@@ -185,6 +185,12 @@ def dispatch(words: Sequence[str]) -> None:
         sweep([*objects, *pairs])
         return
     verb.run(*_objects(name, verb, objects), *_keys(name, verb, pairs))
+
+
+def _is_pair(word: str) -> bool:
+    """Whether a word is key=value; a path may hold an equals sign too, and only Hydra's own keys a slash."""
+    key, equals, _ = word.partition("=")
+    return bool(equals) and ("/" not in key or key.startswith("hydra/"))
 
 
 def _objects(name: str, verb: Verb, given: list[str]) -> list[Any]:

@@ -106,6 +106,19 @@ class Run:
         return self.facts["corpus"]["fingerprint"]
 
     @property
+    def steps_done(self) -> int:
+        """Optimiser steps on record: run.json is written with each checkpoint, metrics between them too."""
+        recorded = self.facts.get("steps_done", 0)
+        if self.status in ("finished", "diverged"):
+            return recorded
+        return max([recorded, *self.metrics["step"].tolist()])
+
+    @property
+    def tokens_seen(self) -> int:
+        """Training tokens of those steps."""
+        return self.steps_done * self.spec["train"]["batch_sequences"] * self.spec["data"]["context"]
+
+    @property
     def perplexity(self) -> float:
         """Final validation perplexity; NaN for a run that did not finish with a finite loss."""
         final = self.facts.get("final")
@@ -222,7 +235,7 @@ def run_frame(runs: Iterable[Run]) -> pd.DataFrame:
             "diverged_at": (run.facts.get("divergence") or {}).get("step"),
             "perplexity": run.perplexity,
             "bits_per_byte": (run.facts.get("final") or {}).get("bits_per_byte", math.nan),
-            "tokens_seen": run.facts.get("tokens_seen", 0),
+            "tokens_seen": run.tokens_seen,
             "wall_seconds": run.facts.get("wall_seconds", math.nan),
             "precision": run.spec["train"]["precision"],
             "recipe": recipe_of(run.spec),

@@ -36,10 +36,22 @@ def test_a_study_becomes_points_cheapest_first(tmp_path: Path) -> None:
     points = {point.name: point for point in trade_off(group_runs(study(tmp_path))).points}
     assert next(iter(points)) == "SM"
     assert points["SM+R"].bytes < points["SM+LN+R"].bytes < points["SM+G"].bytes < points["SM+LN+G"].bytes
-    assert points["SM+R"].seeds == 3
+    assert points["SM+R"].seeds == 1
     assert points["SM+R"].on_front
     assert math.isnan(points["SM"].perplexity)  # one of its seeds diverged
     assert not points["SM"].on_front
+
+
+def test_variants_are_compared_on_the_seeds_that_all_of_them_have(tmp_path: Path) -> None:
+    """Fewer and luckier seeds put no variant onto the front."""
+    runs = [write_run(tmp_path, "SM+R", seed=seed, perplexity=ppl) for seed, ppl in enumerate((34.0, 33.0, 32.0))]
+    runs += [write_run(tmp_path, "SM+G", seed=0, perplexity=33.5)]
+    points = {point.name: point for point in trade_off(group_runs(runs)).points}
+    assert {name: (point.perplexity, point.seeds) for name, point in points.items()} == {
+        "SM+R": (34.0, 1),
+        "SM+G": (33.5, 1),
+    }
+    assert points["SM+G"].on_front
 
 
 def test_table_marks_the_front_in_words(tmp_path: Path) -> None:

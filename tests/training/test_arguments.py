@@ -45,6 +45,17 @@ def test_a_batch_that_the_processes_cannot_share_is_refused_with_one_that_they_c
     check_machine(tiny_spec(*(word for word in own if word[:9] != followed[:9]), followed), torch.device("cpu"))
 
 
+@pytest.mark.parametrize("key", ["probe.sequences", "probe.final_sequences", "train.evaluation_sequences"])
+def test_each_process_has_a_sequence_to_measure(
+    key: str, tiny_spec: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("normfree.training.arguments.PartialState", lambda: SimpleNamespace(num_processes=2))
+    words = ["train.batch_sequences=4", "train.micro_batch_sequences=2"]
+    with pytest.raises(ValueError, match=f"{key}=1 leaves some of the 2 processes without one; give 2"):
+        check_machine(tiny_spec(*words, f"{key}=1"), torch.device("cpu"))
+    check_machine(tiny_spec(*words, f"{key}=2"), torch.device("cpu"))
+
+
 @pytest.mark.parametrize("steps", [50, 115, 229])
 def test_the_epochs_that_are_advised_give_the_steps_that_were_asked_for(
     tiny_spec: Callable[..., RunSpec], steps: int

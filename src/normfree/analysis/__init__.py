@@ -15,7 +15,16 @@ from normfree.analysis.entropy import (
     top_quarter_share,
     trained_heads,
 )
-from normfree.analysis.groups import BASELINE, Group, all_runs, counterparts, group_runs, is_over, recipes
+from normfree.analysis.groups import (
+    BASELINE,
+    Group,
+    all_runs,
+    counterparts,
+    group_runs,
+    is_over,
+    perplexities_on_common_seeds,
+    recipes,
+)
 from normfree.analysis.ranges import PooledRanges, pooled_ranges
 from normfree.analysis.seeds import Difference, Summary, decimals, paired_difference, student_t_95, summarise
 from normfree.analysis.verdicts import (
@@ -65,6 +74,7 @@ __all__ = [
     "only_activation",
     "overload",
     "paired_difference",
+    "perplexities_on_common_seeds",
     "pooled_ranges",
     "probed_heads",
     "range_counts",

@@ -68,12 +68,14 @@ def causal_ceiling(context: int) -> float:
 def range_counts(entropy_LH: ArrayLike, maximum: ArrayLike) -> RangeCounts:
     """Count heads per quarter of `maximum` (nats; one number, or one a layer).
 
-    A quarter holds its lower edge; the last one holds its upper edge too, and what rounding puts above it.
+    A quarter holds its lower edge; the last one holds its upper edge too, and what rounding puts above it. A head of 0
+    nats is in the first one, whatever the maximum.
     """
     entropy_LH = np.asarray(entropy_LH, dtype=float)
     maximum_L1 = np.broadcast_to(np.asarray(maximum, dtype=float), entropy_LH.shape[:1])[:, None]
     finite_LH = np.isfinite(entropy_LH)
-    quarter = np.floor(4 * (entropy_LH / maximum_L1)[finite_LH]).clip(0, 3).astype(int)
+    share_LH = np.divide(entropy_LH, maximum_L1, out=np.zeros_like(entropy_LH), where=entropy_LH != 0)
+    quarter = np.floor(4 * share_LH[finite_LH]).clip(0, 3).astype(int)
     first, second, third, fourth = np.bincount(quarter, minlength=4).tolist()
     return RangeCounts((first, second, third, fourth), int((~finite_LH).sum()))
 

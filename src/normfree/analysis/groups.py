@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from normfree.analysis.seeds import Summary, summarise
 from normfree.config import NOT_DECIDING, NOT_RECIPE_FIELDS, PLACES_OF_TEXT, VARIANT_FIELDS, recipe_of
 from normfree.records import Run
 
@@ -99,6 +101,20 @@ def counterparts(group: Group, label: str, groups: Sequence[Group]) -> list[Grou
     alike = [other for other in groups if (other.label, other.recipe) == (label, group.recipe)]
     found = [other for other in alike if other.perplexities.keys() & group.perplexities.keys()]
     return [other for other in found if other.tag == group.tag] or found
+
+
+def perplexities_on_common_seeds(groups: Sequence[Group]) -> dict[str, Summary]:
+    """Final perplexity of each group with a result, by name, over the seeds that all of them have; over its own seeds
+    where none is common.
+
+    So no group is ahead by its draw of seeds. NaN where any seed of a group is.
+    """
+    of_group = {group.name: group.perplexities for group in groups if group.runs}
+    common = set.intersection(*(set(found) for found in of_group.values())) if of_group else set()
+    return {
+        name: summarise([value for seed, value in found.items() if seed in common or not common or math.isnan(value)])
+        for name, found in of_group.items()
+    }
 
 
 def recipes(groups: Sequence[Group]) -> dict[str, list[str]]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from normfree.analysis import Group, summarise
+from normfree.analysis import Group, perplexities_on_common_seeds
 from normfree.cost.families import NoPriceError
 from normfree.cost.totals import gigabytes, of_run
 from normfree.tables import Column, Table
@@ -21,7 +21,7 @@ class Point:
     corpus: str
     """Fingerprint of its text."""
     perplexity: float
-    """Mean over seeds; NaN when any run has none."""
+    """Mean over the seeds that all rivals have (over its own where none is common); NaN when any run has none."""
     seeds: int
     bytes: float
     rounds: int
@@ -64,11 +64,11 @@ def trade_off(groups: Iterable[Group], *, protocol: str = "cheetah") -> TradeOff
     points = []
     for corpus in dict.fromkeys(group.runs[0].corpus for group, _ in priced):
         rivals = [(group, cost) for group, cost in priced if group.runs[0].corpus == corpus]
-        means = [summarise(list(group.perplexities.values())).mean for group, _ in rivals]
-        front = pareto_front([(mean, cost.bytes) for mean, (_, cost) in zip(means, rivals, strict=True)])
+        found = perplexities_on_common_seeds([group for group, _ in rivals])
+        front = pareto_front([(found[group.name].mean, cost.bytes) for group, cost in rivals])
         points += [
-            Point(group.name, corpus, mean, len(group.runs), cost.bytes, cost.rounds, best)
-            for (group, cost), mean, best in zip(rivals, means, front, strict=True)
+            Point(group.name, corpus, found[group.name].mean, found[group.name].n, cost.bytes, cost.rounds, best)
+            for (group, cost), best in zip(rivals, front, strict=True)
         ]
     return TradeOff(protocol, tuple(sorted(points, key=lambda point: (point.bytes, point.name))), tuple(unpriced))
 
@@ -88,6 +88,7 @@ def trade_off_table(found: TradeOff) -> Table:
         for point in found.points
     )
     notes = [
+        "Perplexity: mean over the n seeds that all variants on the corpus have; over its own where none is common.",
         "Pareto front: no other variant on the same corpus is at least as low in both perplexity and bytes, and lower "
         "in one.",
         "GELU is priced as the model computes it; its tanh form is cheaper than its erf form "

@@ -76,7 +76,8 @@ def range_table(groups: Sequence[Group]) -> Table:
         for normaliser, by_group in pooled.items():
             if found := by_group.get(group.name):
                 shares = (f"{100 * share:.1f} %" for share in found.counts.shares)
-                counted = (str(found.seeds), str(found.counts.heads), str(found.counts.nonfinite))
+                of_all = "" if found.seeds == len(group.runs) else f" of {len(group.runs)}"
+                counted = (f"{found.seeds}{of_all}", str(found.counts.heads), str(found.counts.nonfinite))
                 beside = _published_ranges(group) if normaliser == "observed" else "-"
                 rows.append((group.name, normaliser, f"{found.maximum_nats:.3f}", *shares, *counted, beside))
     columns = (
@@ -211,8 +212,6 @@ def _notes(groups: Sequence[Group]) -> tuple[str, ...]:
                 )
     notes += sorted(mismatches)
     for group in groups:
-        notes += [
-            f"{r.place} is left out: {r.status} at step {r.facts.get('steps_done', 0)}." for r in group.unfinished
-        ]
+        notes += [f"{run.place} is left out: {run.status} at step {run.steps_done}." for run in group.unfinished]
         notes += [f"{r.folder} ({r.status}) is left out: it repeats a seed of {group.name}." for r in group.repeated]
     return tuple(notes)

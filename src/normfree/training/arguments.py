@@ -43,6 +43,10 @@ def check_machine(spec: RunSpec, device: torch.device) -> None:
             f"{train.micro_batch_sequences} times the {processes} processes; give "
             f"{advice if rest else f'train.micro_batch_sequences={fitting[-1]}'}"
         )
+    shared = ("train.evaluation_sequences", train.evaluation_sequences), ("probe.sequences", spec.probe.sequences)
+    for key, count in (*shared, ("probe.final_sequences", spec.probe.final_sequences)):
+        if count is not None and count < processes:
+            raise ValueError(f"{key}={count} leaves some of the {processes} processes without one; give {processes}")
     if missing := [name for name in train.trackers if find_spec(name) is None]:
         raise ValueError(
             f"train.trackers={list(train.trackers)} needs {', '.join(missing)}, which is not installed: "
