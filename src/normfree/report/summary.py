@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from normfree import published
 from normfree.analysis import Difference, Group, overload, summarise, top_quarter_share, trained_heads
 from normfree.records import Run
+from normfree.tables.claims import top_quarter_difference
 from normfree.tables.results import comparable_pairs, perplexity_difference
 
 _SETTING = {"SM+R": "Without LayerNorm", "SM+LN+R": "With LayerNorm"}
@@ -22,6 +23,7 @@ def sentences(groups: Sequence[Group]) -> list[str]:
     """The findings, most important first; careful where there is one seed, plain where a run diverged."""
     pairs = [(a, b) for a, b in comparable_pairs(groups) if _AGAINST.get(a.label) == b.label]
     found = [_comparison(a, b) for a, b in sorted(pairs, key=_without_norm_then_most_seeds)]
+    found += [_more_uniform(gelu, relu) for relu, gelu in pairs if relu.label == "SM+R"]
     found += [text for text in (_top_quarter(groups), _overloaded(groups)) if text]
     found += [_diverged(group) for group in groups if _diverged_runs(group)]
     found += [text for text in (_floor(groups), _one_seed(groups), _unfinished(groups)) if text]
@@ -61,6 +63,22 @@ def _comparison(ours: Group, theirs: Group) -> str:
 
 def _interval(difference: Difference) -> str:
     return f"{100 * difference.low:+z.1f} % to {100 * difference.high:+z.1f} %"
+
+
+def _more_uniform(gelu: Group, relu: Group) -> str:
+    """The paper's claim about heads, seed by seed."""
+    found = top_quarter_difference(gelu, relu)
+    if found.nonfinite:
+        return (
+            f"Heads of {gelu.name} and {relu.name} in the top quarter of the causal ceiling cannot be compared: not "
+            f"measured after training, or not finite, in {found.nonfinite} of {found.n} pairs of runs."
+        )
+    seeds = "1 seed" if found.n == 1 else f"{found.n} seeds"
+    interval = f"; 95 % interval {100 * found.low:+z.1f} to {100 * found.high:+z.1f}" if found.n > 1 else ""
+    return (
+        f"Heads in the top quarter of the causal ceiling, {gelu.name} less {relu.name}: "
+        f"{100 * found.mean:+z.1f} points ({seeds}{interval})."
+    )
 
 
 def _top_quarter(groups: Sequence[Group]) -> str:

@@ -6,6 +6,7 @@ import numpy as np
 
 from normfree.analysis import (
     NORMALISERS,
+    OVERLOAD_SHARE,
     RANGES,
     Heads,
     layer_means,
@@ -29,7 +30,7 @@ def layer_table(heads: Heads, *, layers: list[int], nonfinite_rows: list[list[in
             f"{entropy_H.min():.3f}",
             f"{entropy_H.max():.3f}",
             f"{ceiling:.3f}",
-            f"{int((share_H >= 0.75).sum())} of {len(share_H)}",
+            f"{int((share_H >= OVERLOAD_SHARE).sum())} of {len(share_H)}",
             str(sum(broken_H)),
         )
         for layer, mean, entropy_H, ceiling, share_H, broken_H in zip(
