@@ -63,7 +63,7 @@ LOSS_NATS: dict[str, dict[float, float]] = {
 
 
 def is_gpt2(spec: Mapping[str, Any]) -> bool:
-    """Whether a run has the shape of GPT-2 125M, the only one with published heatmaps, ranges and curves."""
+    """Whether a run stands beside GPT-2 125M, the only one with published heatmaps, ranges and curves."""
     return counterpart(spec).startswith("GPT-2")
 
 
