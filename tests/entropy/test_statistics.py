@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
@@ -40,20 +38,13 @@ def test_merging_weighs_by_rows_and_not_by_batches():
     assert small.rows[0, 0] == 4
 
 
-def test_ranks_merge_by_adding_tensors_in_place():
-    ranks = [some(), some(scale=3.0)]
-    expected = ranks[0] + ranks[1]
-    for mine, other in zip(ranks[0].tensors(), ranks[1].tensors(), strict=True):
-        mine += other  # what torch.distributed.all_reduce does
-    assert ranks[0].to_dict() == expected.to_dict()
-
-
 @pytest.mark.parametrize("patterns", [False, True])
-def test_json_round_trip_keeps_every_number_and_type(patterns):
-    before = some(patterns=patterns)
-    after = HeadEntropy.from_dict(json.loads(json.dumps(before.to_dict())))
-    assert after.to_dict() == before.to_dict()
-    assert [t.dtype for t in after.tensors()] == [t.dtype for t in (before + before).tensors()]
+def test_all_reduce_adds_up_in_place_what_two_processes_found(monkeypatch, patterns):
+    found, expected = some(patterns=patterns), some(patterns=patterns) + some(patterns=patterns)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(2))
+    found.all_reduce()
+    torch.testing.assert_close(vars(found), vars(expected), atol=0, rtol=0)
 
 
 def test_patterns_divide_by_the_counted_rows():
@@ -68,5 +59,3 @@ def test_different_architectures_are_not_merged():
         _ = some() + some(layers=(0, 1))
     with pytest.raises(ValueError, match="patterns=True and one without"):
         _ = some() + some(patterns=True)
-    with pytest.raises(ValueError, match="has the fields"):
-        HeadEntropy.from_dict({"layers": [0]})

@@ -4,8 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -69,34 +68,11 @@ class HeadEntropy:
             raise ValueError("cannot merge a measurement with patterns=True and one without")
         return HeadEntropy(self.layers, self.heads, **{name: value + others[name] for name, value in names.items()})
 
-    def tensors(self) -> list[Tensor]:
-        """Every sum and count, the tensors themselves."""
-        return list(self._tensors().values())
-
     def all_reduce(self, device: torch.device | str = "cpu") -> None:
         """Add up over the processes of torch.distributed, in place. `device` is where their backend adds: under NCCL
         the process's own GPU. Without processes nothing happens."""
-        for tensor in self.tensors():
+        for tensor in self._tensors().values():
             sum_over_processes(tensor, device)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists and numbers, for JSON."""
-        values = {name: value.tolist() for name, value in self._tensors().items()}
-        return {"layers": list(self.layers), "heads": list(self.heads), **values}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> HeadEntropy:
-        """The inverse of `to_dict`. Raises ValueError for missing or unknown fields."""
-        known = {item.name for item in fields(cls)}
-        required = known - {"sum_distance", "sum_first_mass"}
-        if not required <= values.keys() <= known:
-            raise ValueError(f"HeadEntropy has the fields {sorted(known)}, got {sorted(values)}")
-        whole = {"layers", "heads"}
-        counts = {"rows", "nonfinite_rows", "ceiling_rows"}
-        built: dict[str, Any] = {name: list(values[name]) for name in whole}
-        for name in values.keys() - whole:
-            built[name] = torch.tensor(values[name], dtype=torch.int64 if name in counts else torch.float64)
-        return cls(**built)
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
