@@ -235,7 +235,7 @@ def test_broken_numbers_that_no_row_sees_spoil_no_value_and_no_gradient(asked):
     assert broken_k.isfinite().all()
 
 
-def test_distance_sink_and_largest_logit_match_the_matrix():
+def test_distance_and_sink_match_the_matrix():
     for size in (1.0, 60.0):
         q, k = heads(queries=40, size=size)
         real = torch.ones(2, 40, dtype=torch.long)
@@ -246,16 +246,14 @@ def test_distance_sink_and_largest_logit_match_the_matrix():
             p = np.exp(scores[:, :, row] - scores[:, :, row].max(-1, keepdims=True))
             p /= p.sum(-1, keepdims=True)
             result = attention_entropy(q, k, causal=True, mask=real, patterns=True)
-            deep = attention_entropy(q, k, causal=True, mask=real, patterns=True, max_logit=True)
+            deep = attention_entropy(q, k, causal=True, mask=real, patterns=True, method="blocked")
             for found in (result, deep):
                 assert found.distance is not None
                 assert found.first_mass is not None
                 np.testing.assert_allclose(found.distance[:, :, row], row - p @ np.arange(40), atol=1e-4)
                 np.testing.assert_allclose(found.first_mass[0, :, row], p[0, :, 6], atol=1e-5)
                 np.testing.assert_allclose(found.first_mass[1, :, row], p[1, :, 0], atol=1e-5)
-            assert deep.max_logit is not None
-            np.testing.assert_allclose(deep.max_logit[:, :, row], scores[:, :, row].max(-1), rtol=1e-5)
-            assert (result.max_logit, deep.path) == (None, "exact")
+            assert deep.path == "exact"
 
 
 @pytest.mark.parametrize(

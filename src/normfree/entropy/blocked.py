@@ -56,18 +56,17 @@ def _measure_block(request: Request, block: Block, pairs: _Pairs, first_key: Ten
     counts_NR = visible_NRC.sum(-1)
     if block.first == block.last:
         nothing = torch.full(counts_NR.shape, torch.nan, dtype=request.q.dtype, device=request.q.device)
-        names = ("nats", "max_logit", "distance", "first_mass") if request.patterns else ("nats", "max_logit")
+        names = ("nats", "distance", "first_mass") if request.patterns else ("nats",)
         return {"visible": counts_NR} | dict.fromkeys(names, nothing)
     scores_NRC = _scores(request, block, pairs).masked_fill_(~visible_NRC, -torch.inf)
     sinks_NR1 = _sinks(request, block, pairs, scores_NRC)
-    top_NR1 = scores_NRC.amax(-1, keepdim=True)
-    shift_NR1 = torch.maximum(top_NR1, sinks_NR1)
+    shift_NR1 = torch.maximum(scores_NRC.amax(-1, keepdim=True), sinks_NR1)
     gap_NRC = (shift_NR1 - scores_NRC).to(request.q.dtype).clamp_(max=LARGEST_GAP)
     mass_NRC = torch.exp(-gap_NRC).masked_fill_(~visible_NRC, 0.0)
     keys_NR = mass_NRC.sum(-1)
     total_NR = keys_NR + torch.exp(sinks_NR1 - shift_NR1).squeeze(-1).to(keys_NR.dtype)
     nats_NR = total_NR.log() * (keys_NR / total_NR) + (mass_NRC * gap_NRC).sum(-1) / total_NR
-    found = {"nats": nats_NR.clamp_min(0.0), "max_logit": top_NR1.squeeze(-1).to(request.q.dtype)}
+    found = {"nats": nats_NR.clamp_min(0.0)}
     if first_key is not None:
         found |= _patterns(block, mass_NRC / total_NR[..., None], request.visibility, pairs.of(first_key))
     empty_NR = counts_NR == 0

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -39,8 +39,6 @@ class AttentionEntropy:
     """(B, H, T) mean distance in tokens from the query to where it attends (with patterns=True)."""
     first_mass: Tensor | None = None
     """(B, H, T) probability on the first real token, the attention sink (with patterns=True)."""
-    max_logit: Tensor | None = None
-    """(B, H, T) largest visible score of the row (with max_logit=True)."""
 
     @property
     def counted(self) -> Tensor:
@@ -65,7 +63,6 @@ def attention_entropy(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     patterns: bool = False,
-    max_logit: bool = False,
     differentiable: bool = False,
     method: Method = "auto",
 ) -> AttentionEntropy:
@@ -80,6 +77,7 @@ def attention_entropy(
     window: a query sees itself and the window - 1 keys before it; needs causal=True.
     softcap: scores become softcap * tanh(scores / softcap).
     sinks: (H,) or (B, H, T, 1) extra logits whose mass is dropped: the keys' p then sum below 1.
+    patterns: also find `distance` and `first_mass`.
     differentiable: let gradients reach q and k (values are the same); for plain dot-product scores.
     method: 'auto' chooses between the fused and the exact path, 'blocked' takes the exact path for all
         heads, 'reference' writes the definition out (T x S memory, differentiable by itself).
@@ -98,13 +96,13 @@ def attention_entropy(
         request = _request(q, k, mask, sinks, factor, causal, window, softcap, patterns)
         with torch.autocast(q.device.type, enabled=False):
             found = reference.measure(request)
-        return _result(*_fields(found, patterns=patterns, max_logit=max_logit))
+        return _result(*_fields(found, patterns))
     detached_mask = None if mask is None else mask.detach()
     detached_sinks = None if sinks is None else sinks.detach()
     result = _result(
         *torch.ops.normfree.attention_entropy(
             q.detach(), k.detach(), detached_mask, detached_sinks, factor, causal, window, softcap,
-            patterns, max_logit, method,
+            patterns, method,
         )
     )  # fmt: skip
     if not differentiable:
@@ -115,7 +113,7 @@ def attention_entropy(
             "additive mask; pass method='reference' there (T x S memory)"
         )
     nats = _with_gradient(result.nats, q, k, mask, factor, causal, window)
-    return AttentionEntropy(nats, result.visible, result.exact, result.distance, result.first_mass, result.max_logit)
+    return replace(result, nats=nats)
 
 
 # Unsafe in CUDA graphs: the host waits for numbers to choose a path.
@@ -130,18 +128,17 @@ def _attention_entropy(
     window: int | None,
     softcap: float | None,
     patterns: bool,
-    max_logit: bool,
     method: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     # One operator, so that torch.compile keeps it whole: the choice of paths depends on the numbers.
     request = _request(q, k, mask, sinks, scale, causal, window, softcap, patterns)
     with torch.autocast(q.device.type, enabled=False):
-        found = measure(request, only_exact=max_logit or method == "blocked")
-    return _fields(found, patterns=patterns, max_logit=max_logit)
+        found = measure(request, only_exact=method == "blocked")
+    return _fields(found, patterns)
 
 
 @_attention_entropy.register_fake
-def _(q, k, mask, sinks, scale, causal, window, softcap, patterns, max_logit, method):
+def _(q, k, mask, sinks, scale, causal, window, softcap, patterns, method):
     rows = q.shape[:3]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     pattern_shape = rows if patterns else NOTHING
@@ -151,7 +148,6 @@ def _(q, k, mask, sinks, scale, causal, window, softcap, patterns, max_logit, me
         q.new_empty(rows[:2], dtype=torch.bool),
         q.new_empty(pattern_shape, dtype=dtype),
         q.new_empty(pattern_shape, dtype=dtype),
-        q.new_empty(rows if max_logit else NOTHING, dtype=dtype),
     )
 
 
@@ -232,20 +228,11 @@ def _request(q, k, mask, sinks, scale, causal, window, softcap, patterns) -> Req
     return Request(q.to(wide), k.to(wide), scale, visibility, softcap, sinks, patterns)
 
 
-def _fields(
-    found: Measured, *, patterns: bool, max_logit: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def asked(value: Tensor | None, wanted: bool) -> Tensor:
-        return value if wanted and value is not None else found.nats.new_empty(NOTHING)
+def _fields(found: Measured, patterns: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def asked(value: Tensor | None) -> Tensor:
+        return value if patterns and value is not None else found.nats.new_empty(NOTHING)
 
-    return (
-        found.nats,
-        found.visible.to(torch.int32),
-        found.exact,
-        asked(found.distance, patterns),
-        asked(found.first_mass, patterns),
-        asked(found.max_logit, max_logit),
-    )
+    return found.nats, found.visible.to(torch.int32), found.exact, asked(found.distance), asked(found.first_mass)
 
 
 def _result(nats: Tensor, visible: Tensor, exact: Tensor, *optional: Tensor) -> AttentionEntropy:

@@ -43,5 +43,4 @@ def measure(request: Request) -> Measured:
         exact=torch.ones(q_BHTD.shape[:2], dtype=torch.bool, device=q_BHTD.device),
         distance=(own_T * p_BHTS.sum(-1) - p_BHTS @ position_S).masked_fill(empty_BHT, torch.nan),
         first_mass=p_BHTS.gather(-1, first_BHT1).squeeze(-1).masked_fill(empty_BHT, torch.nan),
-        max_logit=scores_BHTS.amax(-1).masked_fill(empty_BHT, torch.nan),
     )

@@ -40,4 +40,3 @@ class Measured:
     exact: Tensor
     distance: Tensor | None = None
     first_mass: Tensor | None = None
-    max_logit: Tensor | None = None
