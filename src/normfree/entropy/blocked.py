@@ -28,7 +28,7 @@ LARGEST_GAP = 80.0
 def measure(request: Request, pairs: Tensor) -> Measured:
     """Measure the (batch, head) `pairs`, int64 (N, 2); the fields of the answer have shape (N, T)."""
     rows = max(16, min(256, 2**17 // request.visibility.keys))
-    first_key = request.visibility.first_key(rows) if request.patterns else None
+    first_key = request.visibility.first_key() if request.patterns else None
     parts: list[dict[str, Tensor]] = []
     for block in request.visibility.blocks(rows):
         area = max(1, (block.stop - block.start) * (block.last - block.first))

@@ -156,18 +156,18 @@ def measure(request: Request, *, only_exact: bool = False) -> Measured:
     plain = request.softcap is None and request.sinks is None and request.scale > 0  # kernels mask before they scale
     if only_exact or not plain or not fused.has_kernel(request.q):
         return _exact(request)
-    if request.visibility.adds_bias(fused.ROWS):
+    if request.visibility.adds_bias():
         return _exact(request)
     bound_BH = fused.score_bound(request)
     # float64 stays float64 in the fused path, where rounding is no concern; broken heads always leave it.
     limit = SCORE_LIMIT if request.q.dtype == torch.float32 else torch.finfo(torch.float64).max
-    chosen = (~(bound_BH <= limit)).nonzero()
-    if len(chosen) == bound_BH.numel():
+    beyond = (~(bound_BH <= limit)).nonzero()
+    if len(beyond) == bound_BH.numel():
         return _exact(request)
     found = fused.measure(request)
-    if len(chosen) == 0:
+    if len(beyond) == 0:
         return found
-    return _replace(found, blocked.measure(request, chosen), chosen)
+    return _replace(found, blocked.measure(request, beyond), beyond)
 
 
 def _exact(request: Request) -> Measured:
@@ -206,7 +206,7 @@ def _with_gradient(
             q,
             k,
             k.detach(),
-            attn_mask=None if plain else _with_a_key(visibility.whole()),
+            attn_mask=None if plain else _with_a_key(visibility.whole()[0]),
             is_causal=visibility.is_plain_causal,
             scale=scale,
         )

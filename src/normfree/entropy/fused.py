@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from normfree.entropy.request import Measured, Request
+from normfree.entropy.visibility import ROWS
 
-ROWS = 256
-"""Rows per kernel call where a mask has to be spelled out."""
 ALIGNED = 4
 """float32 numbers between two rows of what CUDA's kernel reads must be a multiple of this (16 bytes)."""
 
@@ -48,7 +47,7 @@ def measure(request: Request) -> Measured:
         q_BHTD = torch.nn.functional.pad(q_BHTD, (0, 2))
         values_BGSE = torch.cat([k_BGSD, _features(request)], dim=-1)
     output_BHTE, lse_BHT = _attend(q_BHTD, values_BGSE, request)
-    counts_BHT = visibility.counts(ROWS).expand(request.q.shape[:3])
+    counts_BHT = visibility.counts().expand(request.q.shape[:3])
     empty_BHT = counts_BHT == 0
     width = request.q.shape[-1]
     nats_BHT = lse_BHT - request.scale * (request.q * output_BHTE[..., :width]).sum(-1)
@@ -68,7 +67,7 @@ def _features(request: Request) -> Tensor:
     """Position / S and a one on the first token, for every key: (B, G, S, 2)."""
     position_S = torch.arange(request.visibility.keys, device=request.k.device)
     # A mask that differs between heads still has one first token per sequence.
-    first_B = request.visibility.first_key(ROWS).amin(-1).expand(len(request.k))
+    first_B = request.visibility.first_key().amin(-1).expand(len(request.k))
     on_first_BS = position_S == first_B[:, None]
     features_BS2 = torch.stack([(position_S / len(position_S)).expand_as(on_first_BS), on_first_BS], dim=-1)
     return features_BS2.to(request.k.dtype)[:, None].expand(*request.k.shape[:3], 2)

@@ -13,14 +13,13 @@ def measure(request: Request) -> Measured:
     """-sum_j p_j ln p_j in the dtype of `request.q` (pass float64 for the truth)."""
     q_BHTD, visibility = request.q, request.visibility
     k_BHSD = request.k.repeat_interleave(request.groups, dim=1)
-    block = next(visibility.blocks(visibility.queries))
-    visible = torch.nn.functional.pad(block.visible, (block.first, visibility.keys - block.last))
+    visible, bias = visibility.whole()
 
     scores_BHTS = q_BHTD @ k_BHSD.mT * request.scale
     if request.softcap is not None:
         scores_BHTS = request.softcap * torch.tanh(scores_BHTS / request.softcap)
-    if block.bias is not None:
-        scores_BHTS = scores_BHTS + torch.nn.functional.pad(block.bias, (block.first, visibility.keys - block.last))
+    if bias is not None:
+        scores_BHTS = scores_BHTS + bias
     visible_BHTS = visible.expand_as(scores_BHTS)
     counts_BHT = visible_BHTS.sum(-1)
     # A finite stand-in for -inf: rows without a key would otherwise poison the gradient of every row.
@@ -35,7 +34,7 @@ def measure(request: Request) -> Measured:
     empty_BHT = counts_BHT == 0
     position_S = torch.arange(visibility.keys, device=q_BHTD.device, dtype=q_BHTD.dtype)
     own_T = torch.arange(visibility.keys - visibility.queries, visibility.keys, device=q_BHTD.device)
-    first_BH = visibility.first_key(visibility.queries).expand(q_BHTD.shape[:2]).clamp(max=visibility.keys - 1)
+    first_BH = visibility.first_key().expand(q_BHTD.shape[:2]).clamp(max=visibility.keys - 1)
     first_BHT1 = first_BH[..., None, None].expand(*counts_BHT.shape, 1)
     return Measured(
         nats=(-(p_BHTS * log_p_BHTS).sum(-1)).masked_fill(empty_BHT, torch.nan),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
 from normfree.entropy.support import CROSS_ATTENTION_NAMES, UnsupportedModel
+from normfree.entropy.visibility import hidden
 
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 EAGER = "eager_attention_forward"
@@ -122,7 +123,7 @@ def _with_bias(mask: Tensor | None, bias: Tensor | None, q: Tensor, k: Tensor, c
     if mask is None:
         return bias
     if mask.dtype != torch.bool:
-        mask = mask > torch.finfo(mask.dtype).min / 2
+        mask = ~hidden(mask)
     return torch.where(mask, bias, -torch.inf)
 
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-_ROWS = 256
+ROWS = 256
+"""Rows looked at together where a mask has to be spelled out."""
 
 
 @dataclass(frozen=True)
@@ -58,44 +59,50 @@ class Visibility:
         """True where every row sees every key; a single causal query does."""
         return self.mask is None and self.window is None and (not self.causal or self.queries == 1)
 
-    def adds_bias(self, rows: int) -> bool:
+    def adds_bias(self) -> bool:
         """Whether the mask adds anything but 0 to a score that stays visible."""
         if self.mask is None or self.mask.dtype == torch.bool:
             return False
-        return any(bool((part[~_hidden(part)] != 0).any()) for part in self.mask.split(rows, dim=-2))
+        return any(bool((part[~hidden(part)] != 0).any()) for part in self.mask.split(ROWS, dim=-2))
 
     def blocks(self, rows: int) -> Iterator[Block]:
         """Blocks of at most `rows` query rows, narrowed to the columns that they need."""
         for start in range(0, self.queries, rows):
             yield self._block(start, min(start + rows, self.queries))
 
-    def counts(self, rows: int) -> Tensor:
+    def counts(self) -> Tensor:
         """Visible keys of every row, int64, shape (B or 1, H or 1, T)."""
         if self.is_full:
             return torch.full((1, 1, self.queries), self.keys, device=self.device)
         if self.is_plain_causal:
             return torch.arange(1, self.keys + 1, device=self.device).view(1, 1, -1)
-        return torch.cat([block.visible.sum(-1) for block in self.blocks(rows)], dim=-1)
+        return torch.cat([block.visible.sum(-1) for block in self.blocks(ROWS)], dim=-1)
 
-    def first_key(self, rows: int) -> Tensor:
+    def first_key(self) -> Tensor:
         """The first key that the mask lets any row see (the first real token under left padding), (B or 1, H or 1).
 
         A window plays no part: the first token stays the first where no row of this call reaches it any more.
         """
         first = torch.full((1, 1), self.keys, device=self.device)
-        for block in replace(self, window=None).blocks(rows):
+        # Causality shows the last row everything, so one row tells where a mask has no more.
+        queries = 1 if self.mask is None or self.mask.shape[-2] == 1 else self.queries
+        for block in replace(self, window=None, queries=queries).blocks(ROWS):
             if block.first < block.last:
                 seen = block.visible.any(-2)
                 index = seen.to(torch.int8).argmax(-1) + block.first
                 first = torch.minimum(first, torch.where(seen.any(-1), index, self.keys))
         return first
 
-    def whole(self) -> Tensor:
-        """The full bool matrix, (B or 1, H or 1, T, S): only for callers that need it spelled out."""
+    def whole(self) -> tuple[Tensor, Tensor | None]:
+        """What is visible and the bias, as a `Block` has them, of all rows and keys: (B or 1, H or 1, T, S).
+
+        Only for callers that need them spelled out.
+        """
         query_T1 = torch.arange(self.keys - self.queries, self.keys, device=self.device)[:, None]
         key_S = torch.arange(self.keys, device=self.device)
+        part, bias = self._mask_part(0, self.queries, 0, self.keys)
         visible = self._by_position(query_T1, key_S)
-        return visible if self.mask is None else visible & self.mask
+        return visible if part is None else visible & part, bias
 
     def _block(self, start: int, stop: int) -> Block:
         offset = self.keys - self.queries
@@ -130,8 +137,8 @@ class Visibility:
         part = part.expand(*part.shape[:-1], last - first)
         if part.dtype == torch.bool:
             return part, None
-        hidden = _hidden(part)
-        return ~hidden, part.masked_fill(hidden, 0.0)
+        is_hidden = hidden(part)
+        return ~is_hidden, part.masked_fill(is_hidden, 0.0)
 
 
 def last_key_is_hidden(mask: Tensor | None) -> bool:
@@ -139,7 +146,7 @@ def last_key_is_hidden(mask: Tensor | None) -> bool:
     if mask is None:
         return False
     last = mask[..., -1]
-    return not bool((last if last.dtype == torch.bool else ~_hidden(last)).any())
+    return not bool((last if last.dtype == torch.bool else ~hidden(last)).any())
 
 
 def padding_rows(mask: Tensor | None, queries: int, keys: int) -> Tensor | None:
@@ -152,7 +159,7 @@ def padding_rows(mask: Tensor | None, queries: int, keys: int) -> Tensor | None:
         return None
     if mask.dim() == 2:
         return (mask == 0)[:, None]
-    visible = mask if mask.dtype == torch.bool else ~_hidden(mask)
+    visible = mask if mask.dtype == torch.bool else ~hidden(mask)
     seen = visible.any(-2)
     return None if _picks_single_keys(visible, seen) else ~seen
 
@@ -160,7 +167,7 @@ def padding_rows(mask: Tensor | None, queries: int, keys: int) -> Tensor | None:
 def _picks_single_keys(visible_BHTS: Tensor, seen_BHS: Tensor) -> bool:
     """Whether a row leaves out a key between two that it sees: causality, windows, chunks and padding never do."""
     place_BHS = seen_BHS.cumsum(-1, dtype=torch.int32)  # among the keys that any row sees
-    for rows_BHRS in visible_BHTS.split(_ROWS, dim=-2):
+    for rows_BHRS in visible_BHTS.split(ROWS, dim=-2):
         place_BHRS = torch.where(rows_BHRS, place_BHS[..., None, :], 0)
         last_BHR = place_BHRS.amax(-1)
         first_BHR = place_BHRS.masked_fill_(~rows_BHRS, place_BHS.shape[-1] + 1).amin(-1)
@@ -170,6 +177,7 @@ def _picks_single_keys(visible_BHTS: Tensor, seen_BHS: Tensor) -> bool:
     return False
 
 
-def _hidden(additive: Tensor) -> Tensor:
-    # Half of the minimum, because models add a bias to a mask that already holds the minimum.
+def hidden(additive: Tensor) -> Tensor:
+    """Where an additive mask hides its key: half of the minimum, because models add a bias to a mask that already holds
+    the minimum."""
     return additive <= torch.finfo(additive.dtype).min / 2
