@@ -129,7 +129,7 @@ def read(spec: Any) -> list[str]:
     from normfree.data.sources import limited
 
     documents = InstalledSource(spec).documents("train", Counter())
-    return [document.text for document in limited(documents, most_documents=None, most_bytes=spec.max_bytes)]
+    return list(limited(documents, most_documents=None, most_bytes=spec.max_bytes))
 
 
 def timed_megabytes(work: Callable[[], object], megabytes: float) -> float:

@@ -16,7 +16,7 @@ import pytest
 
 from normfree.config import DataSpec
 from normfree.data import Corpus, default_cache, prepare, prepared
-from normfree.data.sources import Document, find_text_files, limited
+from normfree.data.sources import find_text_files, limited
 from normfree.manifest import damages, folder_lock
 
 
@@ -202,8 +202,8 @@ def test_a_document_larger_than_the_limit_is_cut_to_what_is_left(tmp_path: Path,
     assert make(spec, tmp_path).facts()["train_bytes"] == 2000
 
     def taken(sizes: list[int], most_bytes: int) -> list[int]:
-        documents = [Document(text="x" * size, group="") for size in sizes]
-        return [len(document.text) for document in limited(documents, most_documents=None, most_bytes=most_bytes)]
+        documents = ["x" * size for size in sizes]
+        return [len(document) for document in limited(documents, most_documents=None, most_bytes=most_bytes)]
 
     assert taken([3, 4, 30, 1], 20) == [3, 4, 13]
     assert taken([20, 30], 20) == [20]

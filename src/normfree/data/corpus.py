@@ -30,7 +30,7 @@ from normfree.config import DataSpec
 from normfree.data.fast import FastEncoder, NotReproducibleError
 from normfree.data.installed import InstalledSource
 from normfree.data.packing import BlockWriter, concatenated, unigram_perplexity, windows
-from normfree.data.sources import Document, FilesSource, HubSource, Source, Split, limited
+from normfree.data.sources import FilesSource, HubSource, Source, Split, limited
 from normfree.data.tokenizer import (
     Encoder,
     load_tokenizer,
@@ -241,8 +241,7 @@ class _Preparation:
         if self.spec.tokenizer:
             tokenizer = load_tokenizer(self.spec.tokenizer)
         else:
-            texts = (document.text for document in self._documents("train", "training the tokenizer"))
-            tokenizer = train_tokenizer(texts, self.spec.vocab_size)
+            tokenizer = train_tokenizer(self._documents("train", "training the tokenizer"), self.spec.vocab_size)
         if self.spec.packing == "concatenate" and tokenizer.eos_token_id is None:
             raise ValueError(
                 "data.packing=concatenate puts an end token between documents, and "
@@ -250,7 +249,7 @@ class _Preparation:
             )
         return tokenizer
 
-    def _documents(self, split: Split, task: str) -> Iterator[Document]:
+    def _documents(self, split: Split, task: str) -> Iterator[str]:
         """The documents of a split within the limits of the spec, counted and shown."""
         self.kept[split].clear()
         self.dropped[split].clear()
@@ -259,7 +258,7 @@ class _Preparation:
         documents = self.source.documents(split, self.dropped[split])
         with tqdm(desc=task, unit="B", unit_scale=True, disable=None if self.progress else True) as bar:
             for document in limited(documents, most_documents=most, most_bytes=most_bytes):
-                size = len(document.text.encode())
+                size = len(document.encode())
                 self.kept[split].update(documents=1, bytes=size)
                 bar.update(size)
                 yield document
@@ -281,7 +280,7 @@ class _Preparation:
 
     def _write(self, split: Split, tokenizer: PreTrainedTokenizerFast, encoder: Encoder | FastEncoder) -> BlockWriter:
         encode = encoder.encode if split == "train" else encoder.encode_with_bytes
-        texts = (document.text for document in self._documents(split, f"encoding {split} text"))
+        texts = self._documents(split, f"encoding {split} text")
         documents = (document_SC for chunk in in_chunks(texts) for document_SC in encode(chunk))
         if self.spec.packing == "windows":
             blocks = windows(documents, self.spec.context)

@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from normfree.config import DataSpec
-from normfree.data.sources import Document, Split, hashes_of_validation, limited, normalised_hash
+from normfree.data.sources import Split, hashes_of_validation, limited, normalised_hash
 from normfree.manifest import sha256_bytes
 
 # Filters as CodeParrot describes them (https://huggingface.co/datasets/codeparrot/codeparrot-clean).
@@ -60,7 +60,7 @@ def installed_facts() -> dict[str, list[str]]:
 def held_out_text(max_bytes: int = 1_000_000) -> str:
     """At most about `max_bytes` of Python code from the validation packages, documents joined by blank lines."""
     documents = InstalledSource(DataSpec(source="installed")).documents("validation", Counter())
-    return "\n\n".join(document.text for document in limited(documents, most_documents=None, most_bytes=max_bytes))
+    return "\n\n".join(limited(documents, most_documents=None, most_bytes=max_bytes))
 
 
 def excluded_path(name: str) -> str | None:
@@ -137,7 +137,7 @@ class InstalledSource:
 
     _validation_hashes = cached_property(hashes_of_validation)
 
-    def documents(self, split: Split, dropped: Counter[str]) -> Iterator[Document]:
+    def documents(self, split: Split, dropped: Counter[str]) -> Iterator[str]:
         seen = set(self._validation_hashes) if split == "train" else set()
         room = self._spec.max_bytes_per_package
         taken_bytes: Counter[str] = Counter()
@@ -160,7 +160,7 @@ class InstalledSource:
                 continue
             seen.add(digest)
             taken_bytes[package] += size
-            yield Document(text=text, group=package)
+            yield text
 
 
 def _python_files(installed: Distribution) -> dict[str, str]:

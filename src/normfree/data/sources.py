@@ -1,4 +1,4 @@
-"""Where text comes from: each source is a generator of documents for training and for validation.
+"""Where text comes from: each source is a generator of documents, as text, for training and for validation.
 
 A source also states its `versions`, which decide together with the spec whether a prepared corpus may
 be reused, and counts under a reason every document that it looked at and left out.
@@ -10,7 +10,6 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
 from functools import cached_property
 from glob import glob
 from itertools import chain, islice
@@ -32,15 +31,6 @@ SUFFIXES = (".py", ".txt", ".jsonl", ".parquet")
 HOLD_OUT_EVERY = 20
 
 
-@dataclass(frozen=True)
-class Document:
-    """One text that no window crosses."""
-
-    text: str
-    group: str
-    """What is split as a whole: a package, a file, a data set."""
-
-
 class Source(Protocol):
     """A way to get documents. `dropped` counts by reason what was looked at and left out."""
 
@@ -49,7 +39,7 @@ class Source(Protocol):
         """What the text depends on besides the spec: package versions, revisions, hashes of files."""
         ...
 
-    def documents(self, split: Split, dropped: Counter[str]) -> Iterator[Document]:
+    def documents(self, split: Split, dropped: Counter[str]) -> Iterator[str]:
         """The documents of a split, in an order that is the same on every machine."""
         ...
 
@@ -60,7 +50,7 @@ def normalised_hash(text: str) -> bytes:
     return bytes.fromhex(sha256_bytes(lines.encode("utf-8", "surrogatepass")))
 
 
-def limited(documents: Iterable[Document], *, most_documents: int | None, most_bytes: int | None) -> Iterator[Document]:
+def limited(documents: Iterable[str], *, most_documents: int | None, most_bytes: int | None) -> Iterator[str]:
     """Documents until the first one that would pass a limit (UTF-8 bytes); None is no limit.
 
     One that alone is larger than `most_bytes` is cut, so that it fills what is left.
@@ -69,9 +59,9 @@ def limited(documents: Iterable[Document], *, most_documents: int | None, most_b
     for number, document in enumerate(documents):
         if number == most_documents:
             return
-        encoded = document.text.encode()
+        encoded = document.encode()
         if left and len(encoded) > most:
-            yield replace(document, text=encoded[:left].decode(errors="ignore"))
+            yield encoded[:left].decode(errors="ignore")
         if len(encoded) > left:
             return
         left -= len(encoded)
@@ -80,7 +70,7 @@ def limited(documents: Iterable[Document], *, most_documents: int | None, most_b
 
 def hashes_of_validation(source: Source) -> frozenset[bytes]:
     """What no training document may be."""
-    return frozenset(normalised_hash(document.text) for document in source.documents("validation", Counter()))
+    return frozenset(map(normalised_hash, source.documents("validation", Counter())))
 
 
 class FilesSource:
@@ -120,31 +110,31 @@ class FilesSource:
 
     _validation_hashes = cached_property(hashes_of_validation)
 
-    def documents(self, split: Split, dropped: Counter[str]) -> Iterator[Document]:
+    def documents(self, split: Split, dropped: Counter[str]) -> Iterator[str]:
         dropped.update(self._left_out[split])
         seen = set(self._validation_hashes) if split == "train" else set()
         for number, whole in enumerate(self._read(self._files[split]), start=1):
             if self._held_out == "documents" and (number % HOLD_OUT_EVERY == 0) != (split == "validation"):
                 continue
             document = _part(whole, split) if self._held_out == "ends" else whole
-            digest = normalised_hash(document.text)
+            digest = normalised_hash(document)
             if digest in seen:
                 dropped["duplicate"] += 1
                 continue
             seen.add(digest)
             yield document
 
-    def _read(self, files: Iterable[tuple[Path, str]]) -> Iterator[Document]:
+    def _read(self, files: Iterable[tuple[Path, str]]) -> Iterator[str]:
         for path, _ in files:
             for text in read_texts(path, self._spec.column):
                 if text.strip():
-                    yield Document(text=text, group=path.name)
+                    yield text
 
 
-def _part(document: Document, split: Split) -> Document:
+def _part(document: str, split: Split) -> str:
     """All but the last twentieth of a document, or that twentieth (in characters)."""
-    end = len(document.text) - len(document.text) // HOLD_OUT_EVERY
-    return replace(document, text=document.text[:end] if split == "train" else document.text[end:])
+    end = len(document) - len(document) // HOLD_OUT_EVERY
+    return document[:end] if split == "train" else document[end:]
 
 
 def _version(path: Path, sha256: str) -> str | list[str]:
@@ -266,7 +256,7 @@ class HubSource:
         loaded = {"train": self._load("train"), "validation": self._load("validation")}
         return {split: Path(rows.cache_files[0]["filename"]).parent.name for split, rows in loaded.items()}
 
-    def documents(self, split: Split, dropped: Counter[str]) -> Iterator[Document]:
+    def documents(self, split: Split, dropped: Counter[str]) -> Iterator[str]:
         rows = self._load(split)
         name, part = self._places[split]
         check_column(self._spec.column, rows.column_names, where=f"{name} [{part}]")
@@ -281,7 +271,7 @@ class HubSource:
             elif normalised_hash(text) in held_out:
                 dropped["duplicate"] += 1
             else:
-                yield Document(text=text, group=name)
+                yield text
 
     _validation_hashes = cached_property(hashes_of_validation)
 
