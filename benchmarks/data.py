@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 from unittest.mock import patch
 
-from records import write_record
+from records import read_options, write_record
 
 DEFAULTS = {
     "megabytes": "20",
@@ -48,12 +48,7 @@ DEFAULTS = {
 
 def main(arguments: list[str]) -> None:
     """Run every stage, print the table, and write it as JSON if asked."""
-    pairs: dict[str, str] = {}
-    for argument in arguments:
-        key, _, pairs[key] = argument.partition("=")
-    if unknown := pairs.keys() - DEFAULTS.keys():
-        raise SystemExit(f"unknown key {', '.join(sorted(unknown))}; allowed: {', '.join(sorted(DEFAULTS))}")
-    options = DEFAULTS | pairs
+    options = read_options(arguments, DEFAULTS)
     if options["quick"] == "true":
         options |= {"megabytes": "5"}
     conditions = machine_now()

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from records import write_record
+from records import read_options, refuse_unknown, write_record
 
 SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": {"type": "gpt2", "n_layer": 12, "n_embd": 768, "n_head": 12},
@@ -64,7 +64,8 @@ TOKENS = 2048
 
 def main(arguments: list[str]) -> None:
     """Run every row, print the table, and write it as JSON if asked."""
-    options = read_options(arguments)
+    options = read_options(arguments, DEFAULTS)
+    refuse_unknown("model", options["models"].split(","), allowed=SHAPES)
     if options["job"]:
         print(json.dumps(run_job(json.loads(options["job"]))))
         return
@@ -76,21 +77,6 @@ def main(arguments: list[str]) -> None:
             rows.append(measure_row(model, context, options))
             print_row(rows[-1], header=len(rows) == 1)
     write_record(options["output"], options, {"rows": rows})
-
-
-def read_options(arguments: list[str]) -> dict[str, str]:
-    """key=value pairs over the defaults; refuses unknown keys and models."""
-    pairs: dict[str, str] = {}
-    for argument in arguments:
-        key, _, pairs[key] = argument.partition("=")
-    unknown = pairs.keys() - DEFAULTS.keys()
-    if unknown:
-        raise SystemExit(f"unknown key {', '.join(sorted(unknown))}; allowed: {', '.join(sorted(DEFAULTS))}")
-    options = DEFAULTS | pairs
-    wrong = set(options["models"].split(",")) - SHAPES.keys()
-    if wrong:
-        raise SystemExit(f"unknown model {', '.join(sorted(wrong))}; allowed: {', '.join(SHAPES)}")
-    return options
 
 
 def measure_row(model: str, context: int, options: dict[str, str]) -> dict[str, Any]:

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import json
-import platform
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 NOT_RECORDED = {"output", "worker", "job"}
 """Options that say where a record goes or what a helper process does, and nothing about the numbers."""
+
+
+def read_options(arguments: list[str], defaults: dict[str, str]) -> dict[str, str]:
+    """key=value pairs over the defaults; refuses unknown keys."""
+    pairs = dict(argument.partition("=")[::2] for argument in arguments)
+    refuse_unknown("key", pairs, allowed=sorted(defaults))
+    return defaults | pairs
+
+
+def refuse_unknown(kind: str, names: Iterable[str], *, allowed: Iterable[str]) -> None:
+    """End with the unknown names and those that are allowed, if any is unknown."""
+    if unknown := set(names) - set(allowed):
+        raise SystemExit(f"unknown {kind} {', '.join(sorted(unknown))}; allowed: {', '.join(allowed)}")
 
 
 def write_record(
@@ -28,9 +41,6 @@ def describe_machine() -> dict[str, str]:
     import torch
     import transformers
 
-    processor = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            processor = line.partition(":")[2].strip()
-            break
-    return {"processor": processor, "torch": torch.__version__, "transformers": transformers.__version__}
+    from normfree.training.environment import processor_name
+
+    return {"processor": processor_name(), "torch": torch.__version__, "transformers": transformers.__version__}

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from entropy import peak_memory, start_memory_watch
-from records import write_record
+from records import read_options, refuse_unknown, write_record
 
 LAYERS = 12
 QUICK_SIZES = "128x4096,256x8192"
@@ -55,7 +55,7 @@ SQUARE = 4096
 
 def main(arguments: list[str]) -> None:
     """Measure, print one table a size, and write JSON if asked."""
-    options = read_options(arguments)
+    options = completed(read_options(arguments, DEFAULTS))
     if options["worker"]:
         work(json.loads(options["worker"]))
         return
@@ -74,18 +74,13 @@ def main(arguments: list[str]) -> None:
     write_record(options["output"], options, record)
 
 
-def read_options(arguments: list[str]) -> dict[str, str]:
-    """key=value pairs over the defaults; refuses unknown keys and contenders."""
+def completed(options: dict[str, str]) -> dict[str, str]:
+    """Sizes and contenders for those that were left open; refuses unknown contenders."""
     from contenders import NAMES
 
-    pairs = dict(argument.partition("=")[::2] for argument in arguments)
-    if unknown := pairs.keys() - DEFAULTS.keys():
-        raise SystemExit(f"unknown key {', '.join(sorted(unknown))}; allowed: {', '.join(sorted(DEFAULTS))}")
-    options = DEFAULTS | pairs
     options["sizes"] = options["sizes"] or (FULL_SIZES if options["full"] == "true" else QUICK_SIZES)
     options["contenders"] = options["contenders"] or ",".join(name for name in NAMES if name != options["reference"])
-    if wrong := {options["reference"], *options["contenders"].split(",")} - set(NAMES):
-        raise SystemExit(f"unknown contender {', '.join(sorted(wrong))}; allowed: {', '.join(NAMES)}")
+    refuse_unknown("contender", [options["reference"], *options["contenders"].split(",")], allowed=NAMES)
     return options
 
 
