@@ -1,19 +1,12 @@
 """What a model costs in private inference: counts from a config, prices from measured constants. No torch needed."""
 
-from normfree.cost.constants import Network, Protocol, find_network, find_protocol
+from normfree.cost.constants import find_protocol
 from normfree.cost.families import NoPriceError
-from normfree.cost.totals import Cost, Item, of_config, of_run
-from normfree.cost.tradeoff import Point, TradeOff, pareto_front, trade_off, trade_off_table
+from normfree.cost.totals import of_config, of_run
+from normfree.cost.tradeoff import pareto_front, trade_off, trade_off_table
 
 __all__ = [
-    "Cost",
-    "Item",
-    "Network",
     "NoPriceError",
-    "Point",
-    "Protocol",
-    "TradeOff",
-    "find_network",
     "find_protocol",
     "of_config",
     "of_run",

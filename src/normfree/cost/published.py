@@ -7,7 +7,6 @@ activation=identity. SM+ScFuFFN fuses that part into one matrix, which NormFreeC
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,14 +59,14 @@ def config_of(row: Row) -> dict[str, Any]:
     }
 
 
-def fit_matmul(rows: Iterable[Row] = FITTED) -> tuple[float, float]:
+def fit_matmul() -> tuple[float, float]:
     """(bytes per entry of the token table, bytes per element that enters or leaves a matrix product), CHEETAH.
 
-    Least squares over what the published totals leave once norms, activations and softmax are paid.
+    Least squares over what the totals `FITTED` leave once norms, activations and softmax are paid.
     """
     prices = find_protocol("cheetah")
     sizes, rests = [], []
-    for row in rows:
+    for row in FITTED:
         rest, entries, elements = row.gigabytes * 1e9, 0, 0
         for item in count(read_architecture(config_of(row)), row.context):
             if not isinstance(item, Matmul):

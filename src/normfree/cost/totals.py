@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,8 +66,8 @@ class Cost:
 
     def by_operation(self) -> Table:
         """One row per operation and place in the model, summed over layers."""
-        groups = _grouped(self.items, lambda item: f"{item.count.operation}: {item.count.part}")
-        rows = [(*name.split(": "), *self._cells(group)) for name, group in groups.items()]
+        groups = _grouped(self.items, lambda item: (item.count.operation, item.count.part))
+        rows = [(*names, *self._cells(group)) for names, group in groups.items()]
         titles = (Column("Operation", numeric=False), Column("Where", numeric=False), *_COLUMNS)
         return self._table("cost-operations", "by operation", titles, [*rows, ("all", "", *self._cells(self.items))])
 
@@ -142,12 +142,11 @@ def of_run(
     *,
     context: int | None = None,
     protocol: str = "cheetah",
-    network: str = "wan",
     constants: Path | str = CONSTANTS_FILE,
 ) -> Cost:
     """The cost of a run's model on its own context (or a shorter one) and vocabulary, from run.json alone."""
     tokens = run.spec["data"]["context"] if context is None else context
-    return of_config(config_of_run(run), context=tokens, protocol=protocol, network=network, constants=constants)
+    return of_config(config_of_run(run), context=tokens, protocol=protocol, constants=constants)
 
 
 def config_of_run(run: Run) -> dict[str, Any]:
@@ -162,8 +161,8 @@ def gigabytes(transferred: float) -> str:
     return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
 
 
-def _grouped(items: Iterable[Item], key: Any) -> dict[str, list[Item]]:
-    groups: dict[str, list[Item]] = {}
+def _grouped(items: Iterable[Item], key: Callable[[Item], Any]) -> dict[Any, list[Item]]:
+    groups: dict[Any, list[Item]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
     return groups

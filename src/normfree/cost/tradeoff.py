@@ -30,9 +30,8 @@ class Point:
 
 @dataclass(frozen=True)
 class TradeOff:
-    """The groups of a report in the plane of perplexity and bytes."""
+    """The groups of a report in the plane of perplexity and bytes of CHEETAH."""
 
-    protocol: str
     points: tuple[Point, ...]
     """Cheapest first."""
     unpriced: tuple[str, ...]
@@ -48,7 +47,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
     return [not any(map(math.isnan, p)) and not any(beats(other, p) for other in points) for p in points]
 
 
-def trade_off(groups: Iterable[Group], *, protocol: str = "cheetah") -> TradeOff:
+def trade_off(groups: Iterable[Group]) -> TradeOff:
     """One point per group that has a result; groups without a price are named and cost nothing else.
 
     Each corpus has a Pareto front of its own: perplexities on other text, tokens or lengths are no rivals.
@@ -58,7 +57,7 @@ def trade_off(groups: Iterable[Group], *, protocol: str = "cheetah") -> TradeOff
         if not group.runs:
             continue
         try:
-            priced.append((group, of_run(group.runs[0], protocol=protocol)))
+            priced.append((group, of_run(group.runs[0])))
         except NoPriceError:
             unpriced.append(group.name)
     points = []
@@ -70,7 +69,7 @@ def trade_off(groups: Iterable[Group], *, protocol: str = "cheetah") -> TradeOff
             Point(group.name, corpus, found[group.name].mean, found[group.name].n, cost.bytes, cost.rounds, best)
             for (group, cost), best in zip(rivals, front, strict=True)
         ]
-    return TradeOff(protocol, tuple(sorted(points, key=lambda point: (point.bytes, point.name))), tuple(unpriced))
+    return TradeOff(tuple(sorted(points, key=lambda point: (point.bytes, point.name))), tuple(unpriced))
 
 
 def trade_off_table(found: TradeOff) -> Table:
@@ -95,6 +94,6 @@ def trade_off_table(found: TradeOff) -> Table:
         "(docs/private-inference.md).",
     ]
     notes += [f"{name} is left out: an operation of it has no price." for name in found.unpriced]
-    caption = f"Perplexity against communication in private inference ({found.protocol})"
+    caption = "Perplexity against communication in private inference (cheetah)"
     columns = (*columns, Column("Pareto front", numeric=False))
     return Table("perplexity-communication", caption, columns, rows, tuple(notes))

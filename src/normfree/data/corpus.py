@@ -314,13 +314,13 @@ def _counts(dropped: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()) or "nothing"
 
 
-def in_chunks(texts: Iterable[str], size: int = CHUNK_CHARACTERS) -> Iterator[list[str]]:
-    """Texts in lists of about `size` characters."""
+def in_chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Texts in lists of about `CHUNK_CHARACTERS` characters."""
     chunk, filled = [], 0
     for text in texts:
         chunk.append(text)
         filled += len(text)
-        if filled >= size:
+        if filled >= CHUNK_CHARACTERS:
             yield chunk
             chunk, filled = [], 0
     if chunk:

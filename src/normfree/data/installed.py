@@ -57,10 +57,10 @@ def installed_facts() -> dict[str, list[str]]:
     return json.loads(files("normfree.data").joinpath("installed.json").read_text())
 
 
-def held_out_text(max_bytes: int = 1_000_000) -> str:
-    """At most about `max_bytes` of Python code from the validation packages, documents joined by blank lines."""
+def held_out_text() -> str:
+    """At most about 1 MB of Python code from the validation packages, documents joined by blank lines."""
     documents = InstalledSource(DataSpec(source="installed")).documents("validation", Counter())
-    return "\n\n".join(limited(documents, most_documents=None, most_bytes=max_bytes))
+    return "\n\n".join(limited(documents, most_documents=None, most_bytes=1_000_000))
 
 
 def excluded_path(name: str) -> str | None:

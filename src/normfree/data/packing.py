@@ -15,6 +15,8 @@ import pyarrow
 from datasets import Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 
+BLOCKS_AT_ONCE = 4096
+
 
 def windows(documents: Iterable[np.ndarray], context: int) -> Iterator[np.ndarray]:
     """Each (S, C) document cut into (N, T, C) blocks without overlap; its tail shorter than T is dropped.
@@ -101,8 +103,8 @@ def _features(context: int, columns: int) -> Features:
     return Features(features)
 
 
-def _gathered(blocks: Iterable[np.ndarray], least: int = 4096) -> Iterator[np.ndarray]:
-    """The same blocks in arrays of at least `least`, since each array costs a count over the vocabulary."""
+def _gathered(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The same blocks in arrays of at least `BLOCKS_AT_ONCE`, since each array costs a count over the vocabulary."""
     waiting: list[np.ndarray] = []
     count = 0
     for blocks_NTC in blocks:
@@ -110,7 +112,7 @@ def _gathered(blocks: Iterable[np.ndarray], least: int = 4096) -> Iterator[np.nd
             continue
         waiting.append(blocks_NTC)
         count += len(blocks_NTC)
-        if count >= least:
+        if count >= BLOCKS_AT_ONCE:
             yield np.concatenate(waiting)
             waiting.clear()
             count = 0
