@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from normfree.config import DataSpec
@@ -99,6 +99,7 @@ def with_merges(*pairs: str) -> PreTrainedTokenizerFast:
     pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
     inner = Tokenizer(models.BPE({piece: number for number, piece in enumerate(pieces)}, merges))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=inner)
 
 
@@ -151,6 +152,7 @@ OTHERS = {
     "added word": (with_added_word, "not special, such as 'abab'"),
     "prefix": (lambda: changed(lambda d: d["pre_tokenizer"].update(add_prefix_space=True)), "does not cut words"),
     "no words": (lambda: changed(lambda d: d["pre_tokenizer"].update(use_regex=False)), "does not cut words"),
+    "decoder": (lambda: changed(lambda d: d.update(decoder=None)), "only offsets say how much text"),
     "dropout": (lambda: changed(lambda d: d["model"].update(dropout=0.1)), "not a BPE without options"),
     "two merges": (lambda: with_merges("a b", "b c", "ab c", "a bc"), "two merges of the tokenizer give one piece"),
     "unreachable": (lambda: with_merges("a b", "b c", "a bc"), "never give its piece 'abc'"),

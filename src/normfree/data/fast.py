@@ -64,9 +64,9 @@ class FastEncoder:
         self._encoding, self._ids_R = _tiktoken(description["model"])
         self._threads = len(os.sched_getaffinity(0))
         _refuse_unreachable_pieces(backend, description["model"]["merges"])
-        sizes_R = np.array([len(self._encoding.decode_single_token_bytes(r)) for r in range(len(self._ids_R))])
-        self._bytes_V = np.zeros(max(description["model"]["vocab"].values()) + 1, dtype=np.int32)
-        self._bytes_V[self._ids_R] = sizes_R
+        if self._library.bytes_V is None:
+            raise NotReproducibleError("only offsets say how much text the tokens of the tokenizer stand for")
+        self._bytes_V = self._library.bytes_V
         self._characters = _SameCuts()
         specials = [token["content"] for token in description["added_tokens"]]
         self._compare([*ADVERSARIAL, *specials, *(f"a {special}{special}\n" for special in specials)])

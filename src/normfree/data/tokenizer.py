@@ -72,7 +72,8 @@ class Encoder:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
-        self._bytes_V = _bytes_of_pieces(self._tokenizer)
+        self.bytes_V = _bytes_of_pieces(self._tokenizer)
+        """UTF-8 bytes of each piece; None where only offsets say how much text a token stands for."""
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One (S, 1) int32 array of token ids a text."""
@@ -89,7 +90,7 @@ class Encoder:
         arrays = []
         for text, encoding in zip(texts, encodings, strict=True):
             ids = np.array(encoding.ids, dtype=np.int32)
-            sizes = _bytes_by_offsets(text, encoding) if self._bytes_V is None else self._bytes_V[ids]
+            sizes = _bytes_by_offsets(text, encoding) if self.bytes_V is None else self.bytes_V[ids]
             arrays.append(np.stack([ids, sizes], axis=1))
         return arrays
 
