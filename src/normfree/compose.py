@@ -112,10 +112,10 @@ def _check_model(spec: RunSpec) -> None:
 def _check_read(spec: RunSpec, model: Mapping[str, Any]) -> None:
     """Raises ValueError for a setting other than the default that nothing in this model reads."""
     from normfree.model import NormFreeConfig
-    from normfree.model.activations import WITHOUT_SLOPE
+    from normfree.model.activations import IN_THIS_FILE
 
     names = {model["activation"]} if isinstance(model["activation"], str) else set(model["activation"])
-    of_ones_own = names - {*WITHOUT_SLOPE, "leaky_relu"}  # such an activation may read and learn slopes
+    of_ones_own = names - IN_THIS_FILE.keys()  # such an activation may read and learn slopes
     sloped = bool(of_ones_own) or "leaky_relu" in names
     learned = bool(of_ones_own) or model["learnable_slope"] != "none"
     rotary = model["position"] == "rotary"

@@ -68,9 +68,6 @@ LEAKY_RELUS: dict[str, Callable[[NormFreeConfig], nn.Module]] = {
 }
 """A name of `NormFreeConfig.learnable_slope` to a builder of leaky ReLU."""
 
-WITHOUT_SLOPE = ("gelu", "gelu_tanh", "relu", "identity")
-"""Activations that read no `negative_slope`."""
-
 ACTIVATIONS: dict[str, Callable[[NormFreeConfig], nn.Module]] = {
     "gelu": _elementwise(F.gelu),
     "gelu_tanh": _elementwise(partial(F.gelu, approximate="tanh")),
