@@ -53,7 +53,10 @@ _FIELDS_OF_SOURCES = (
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
-    """Which text, cut into which tokens. Everything here decides the corpus fingerprint."""
+    """Which text, cut into which tokens: what decides the corpus fingerprint, and which one is expected.
+
+    `paths` and `validation_paths` decide by what their files hold, wherever these lie.
+    """
 
     __pydantic_config__ = _STRICT
 

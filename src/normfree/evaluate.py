@@ -112,14 +112,15 @@ def perplexity(
     bos: bool | None = None,
     progress: bool = False,
 ) -> Evaluation:
-    """Evaluate one text with windows of `context` tokens that advance by `stride` (default: as far as they reach).
+    """The `Evaluation` of one text, with perplexity and bits per byte, in windows of `context` tokens.
 
-    Every token is predicted exactly once, from as much of its window as lies before it. Without a BOS token the first
-    of the text, and of each window where windows do not overlap, has nothing before it and is not predicted. A smaller
-    stride gives each token more to look back on and costs context / stride times as much. `bos`: see `leading_ids`;
-    the BOS token is one of the `context` tokens of a window and is not counted. bits_per_byte counts the UTF-8 bytes of
-    predicted tokens only: a character that a window begins inside counts whole or not at all, and with a tokenizer that
-    gives no offsets (written in Python) no byte does.
+    Windows advance by `stride` (default: as far as they reach). Every token is predicted exactly once, from as much of
+    its window as lies before it. Without a BOS token the first of the text, and of each window where windows do not
+    overlap, has nothing before it and is not predicted. A smaller stride gives each token more to look back on and
+    costs context / stride times as much. `bos`: see `leading_ids`; the BOS token is one of the `context` tokens of a
+    window and is not counted. bits_per_byte counts the UTF-8 bytes of predicted tokens only: a character that a window
+    begins inside counts whole or not at all, and with a tokenizer that gives no offsets (written in Python) no byte
+    does.
 
     Raises ValueError when the text has fewer than two tokens, or context, stride or bos do not fit model and tokenizer.
     """

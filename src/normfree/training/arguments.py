@@ -164,7 +164,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
 
 
 def total_steps(spec: RunSpec, corpus: Corpus) -> int:
-    """Optimiser steps of the run. Raises ValueError when `train.steps` asks for more than one pass."""
+    """Optimiser steps of the run. Raises ValueError for `train.steps` of more than one pass, and for too few epochs."""
     in_one_pass = len(corpus.train) // spec.train.batch_sequences
     if spec.train.epochs is not None:
         steps = int(spec.train.epochs * len(corpus.train) / spec.train.batch_sequences)
