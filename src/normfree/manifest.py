@@ -11,10 +11,10 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TextIO
 
 MANIFEST_NAME = "manifest.json"
 LOCK_NAME = ".lock"
@@ -154,19 +154,18 @@ def _damage(path: Path, name: str, expected: Mapping[str, Any]) -> list[str]:
 
 
 @contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path, *, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold `folder` for this process; the system lets go of it when the process dies, however it dies.
 
-    Raises BlockingIOError that names the process and host that hold it.
+    Raises BlockingIOError that names the process and host that hold it; with `on_wait`, calls it with their names and
+    waits. Raises OSError where the file system has no locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK_NAME).open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(file, folder, on_wait)
         except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip() or "another process"
-            raise BlockingIOError(f"{folder} is in use by {owner}; wait for it to end or stop it") from None
+            raise
         except OSError as error:
             raise OSError(
                 f"{folder} cannot be locked ({error.strerror}): its file system has no flock; mount it with locks "
@@ -176,3 +175,24 @@ def folder_lock(folder: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
+
+
+def _take(file: TextIO, folder: Path, on_wait: Callable[[str], None] | None) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        if on_wait is None:
+            raise BlockingIOError(f"{folder} is in use by {owner}; wait for it to end or stop it") from None
+        on_wait(owner)
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def host_of_lock(folder: Path) -> str | None:
+    """The machine of the process that holds the lock of `folder` or held it last; None where no file says so."""
+    try:
+        owner = (folder / LOCK_NAME).read_text()
+    except FileNotFoundError:
+        return None
+    return owner.partition(" on ")[2] or None

@@ -8,6 +8,8 @@ import datasets.config
 import pandas as pd
 import pytest
 
+from normfree.config import DataSpec
+
 
 @pytest.fixture
 def texts() -> list[str]:
@@ -25,6 +27,11 @@ def text_folder(tmp_path: Path, texts: list[str]) -> Path:
     for number, text in enumerate(texts):
         (folder / f"file_{number}.py").write_text(text)
     return folder
+
+
+@pytest.fixture
+def spec(text_folder: Path) -> DataSpec:
+    return DataSpec(source="files", paths=(str(text_folder),), vocab_size=300, context=16)
 
 
 @pytest.fixture

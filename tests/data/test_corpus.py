@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,16 +15,11 @@ import pytest
 from normfree.config import DataSpec
 from normfree.data import Corpus, default_cache, prepare, prepared
 from normfree.data.sources import find_text_files, limited
-from normfree.manifest import damages, folder_lock
+from normfree.manifest import damages, write_manifest
 
 
 def make(spec: DataSpec, cache: Path) -> Corpus:
     return prepare(spec, cache=cache, progress=False)
-
-
-@pytest.fixture
-def spec(text_folder: Path) -> DataSpec:
-    return DataSpec(source="files", paths=(str(text_folder),), vocab_size=300, context=16)
 
 
 def token_ids(corpus: Corpus, split: str) -> np.ndarray:
@@ -135,14 +128,6 @@ def test_a_text_that_moved_is_not_prepared_again_and_is_found_by_its_fingerprint
     assert prepared(first.facts() | {"bytes_per_token": 1.0}, cache=tmp_path / "cache") is None
     (first.folder / "train.arrow").write_bytes(b"damaged")
     assert prepared(first.facts(), cache=tmp_path / "cache") is None
-
-
-@pytest.mark.slow
-def test_two_processes_preparing_at_once_both_end_with_a_sound_corpus(spec: DataSpec, tmp_path: Path) -> None:
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        corpora = pool.starmap(make, [(spec, tmp_path)] * 2)
-    assert corpora[0] == corpora[1]
-    assert damages(corpora[0].folder) == []
 
 
 def test_files_with_few_files_hold_out_documents(tmp_path: Path, texts: list[str]) -> None:
@@ -320,16 +305,20 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(text_folder: Path, 
     assert list((tmp_path / "cache").glob("corpora/*")) == []
 
 
-def test_what_a_killed_preparation_left_is_removed_and_a_running_one_stays(spec: DataSpec, tmp_path: Path) -> None:
-    corpora = tmp_path / "corpora"
-    for name in (".preparing-dead", ".preparing-alive"):
-        (corpora / name / "corpus").mkdir(parents=True)
-        (corpora / name / "corpus" / "train.arrow").write_bytes(b"half")
-        os.utime(corpora / name, (0, 0))
-    with folder_lock(corpora / ".preparing-alive"):
-        os.utime(corpora / ".preparing-alive", (0, 0))
-        corpus = make(spec, tmp_path)
-    assert sorted(path.name for path in corpora.iterdir()) == [".preparing-alive", corpus.folder.name]
+@pytest.mark.parametrize("name", ["train.arrow", "validation.arrow", "tokenizer.json", "tokenizer_config.json"])
+def test_a_corpus_whose_manifest_lacks_a_file_is_damaged_and_prepared_again(
+    spec: DataSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    first = make(spec, tmp_path)
+    (first.folder / name).unlink()
+    facts = {key: value for key, value in first.manifest.items() if key not in ("files", "seal")}
+    write_manifest(first.folder, facts)
+    assert damages(first.folder) == []
+    assert prepared(first.facts(), cache=tmp_path) is None
+    with caplog.at_level(logging.WARNING, logger="normfree"):
+        assert make(spec, tmp_path) == first
+    assert f"does not list {name}" in caplog.text
+    assert len(make(spec, tmp_path).train) == first.facts()["train_blocks"]
 
 
 def test_an_unreachable_hub_name_is_refused_in_one_line(tmp_path: Path, monkeypatch) -> None:
@@ -344,6 +333,14 @@ def test_a_wrong_split_or_column_names_what_there_is(hub_folder: Path, tmp_path:
         make(replace(spec, tokenizer=None, validation_split="dev"), tmp_path)
     with pytest.raises(ValueError, match=r"no column 'text'; set data.column to one of: content, path, repo_name"):
         make(replace(spec, column="text"), tmp_path)
+
+
+def test_a_broken_file_of_a_data_set_is_refused_with_its_reason(hub_folder: Path, tmp_path: Path) -> None:
+    for file in hub_folder.iterdir():
+        file.unlink()
+    (hub_folder / "train.jsonl").write_text('{"content": "a"}\n{"content": \n')
+    with pytest.raises(ValueError, match=r"cannot be prepared \(ArrowInvalid: JSON parse error: .* in row 1\)"):
+        make(DataSpec(source="hub", dataset=str(hub_folder)), tmp_path)
 
 
 def test_the_cache_lies_where_the_environment_says(tmp_path: Path, monkeypatch) -> None:

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -23,13 +20,14 @@ from typing import Any, cast
 
 import numpy as np
 from datasets import Dataset
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from normfree.config import DataSpec
 from normfree.data.fast import FastEncoder, NotReproducibleError
 from normfree.data.installed import InstalledSource
 from normfree.data.packing import BlockWriter, concatenated, unigram_perplexity, windows
+from normfree.data.progress import TextProgress
+from normfree.data.scratch import NO_ROOM, free_room, scratch_folder
 from normfree.data.sources import FilesSource, HubSource, Source, Split, limited
 from normfree.data.tokenizer import (
     Encoder,
@@ -53,10 +51,10 @@ FORMAT = 1
 SOURCES = {"installed": InstalledSource, "codeparrot": HubSource, "hub": HubSource, "files": FilesSource}
 CHUNK_CHARACTERS = 4_000_000
 """Text that is encoded together: large enough for all cores, small enough for any memory."""
+NEEDED = ("tokenizer.json", "tokenizer_config.json", "train.arrow", "validation.arrow")
+"""What no corpus folder may lack."""
 
 _HELD_OUT_TOO = " (duplicates are those of held-out text too)"
-_PREPARING = ".preparing-"
-A_MINUTE = 60.0
 
 log = logging.getLogger("normfree")
 
@@ -132,24 +130,64 @@ class Corpus:
 def prepare(spec: DataSpec, *, cache: Path | None = None, progress: bool = True) -> Corpus:
     """The corpus of `spec`, from the cache or prepared now.
 
-    Every file is checked against its sha256 before reuse; a damaged corpus is prepared again, with a
-    warning. Raises ValueError for a source that cannot be read or gives too little text.
+    Every file is checked against its sha256 before reuse; a damaged corpus is prepared again, with a warning. Of
+    several processes one prepares, and the others wait for it.
+
+    Raises ValueError for a source that cannot be read or gives too little text; OSError for a disk that is full or has
+    no locks, and where another process deleted what was made.
     """
     source: Source = SOURCES[spec.source](spec)
-    folder = (cache or default_cache()) / "corpora" / corpus_key(spec, source)
-    if folder.exists():
-        found = damages(folder)
-        if not found:
-            return Corpus(folder, read_manifest(folder))
-        log.warning("corpus %s is damaged and prepared again: %s", folder, "; ".join(found))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _drop_abandoned(folder.parent)
-    with tempfile.TemporaryDirectory(prefix=_PREPARING, dir=folder.parent) as scratch, folder_lock(Path(scratch)):
-        built = Path(scratch) / "corpus"
-        built.mkdir()
-        write_manifest(built, {"format": FORMAT, "corpus": _Preparation(spec, source, built, progress).run()})
-        _install(built, folder)
+    cache = cache or default_cache()
+    folder = cache / "corpora" / corpus_key(spec, source)
+    if folder.exists() and not corpus_damages(folder):
+        return Corpus(folder, read_manifest(folder))
+
+    def say(owner: str) -> None:
+        log.info("waiting for %s, which prepares the same corpus, %s", owner, folder)
+
+    with folder_lock(cache / "locks" / folder.name, on_wait=say):
+        if folder.exists():
+            found = corpus_damages(folder)
+            if not found:
+                return Corpus(folder, read_manifest(folder))  # prepared by another process meanwhile
+            log.warning("corpus %s is damaged and prepared again: %s", folder, "; ".join(found))
+        _make(spec, source, folder, progress)
     return Corpus(folder, read_manifest(folder))
+
+
+def _make(spec: DataSpec, source: Source, folder: Path, progress: bool) -> None:
+    with scratch_folder(folder.parent) as scratch:
+        built = scratch / "corpus"
+        built.mkdir()
+        try:
+            facts = _Preparation(spec, source, built, progress).run()
+            lost = [name for name in NEEDED if not (built / name).is_file()]
+        except FileNotFoundError:
+            if built.is_dir():
+                raise
+            facts, lost = {}, list(NEEDED)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            raise OSError(
+                f"no room for the corpus in {folder.parent} ({error}), where {free_room(folder.parent)}; "
+                "cache_dir=FOLDER or NORMFREE_CACHE choose another place"
+            ) from None
+        if lost:
+            raise OSError(
+                f"{built} lost {', '.join(lost)} while it was prepared: another process deleted it, as one on another "
+                "machine may that does not see the locks of this one; start again (docs/data.md: clusters)"
+            )
+        write_manifest(built, {"format": FORMAT, "corpus": facts})
+        _install(built, folder)
+
+
+def corpus_damages(folder: Path) -> list[str]:
+    """What is wrong with a corpus folder, one sentence each; empty when it has every file, as it was written."""
+    if found := damages(folder):
+        return found
+    listed = read_manifest(folder)["files"]
+    return [f"its {MANIFEST_NAME} does not list {name}" for name in NEEDED if name not in listed]
 
 
 def prepared(recorded: Mapping[str, Any], *, cache: Path | None = None) -> Corpus | None:
@@ -159,18 +197,9 @@ def prepared(recorded: Mapping[str, Any], *, cache: Path | None = None) -> Corpu
         with suppress(ValueError, KeyError, OSError):
             found = read_manifest(manifest.parent)
             same = all(found["corpus"][key] == recorded[key] for key in ("fingerprint", "bytes_per_token"))
-            if same and not damages(manifest.parent):
+            if same and not corpus_damages(manifest.parent):
                 return Corpus(manifest.parent, found)
     return None
-
-
-def _drop_abandoned(corpora: Path) -> None:
-    """Remove what processes that were killed while preparing left: folders that nobody locks any more."""
-    for scratch in corpora.glob(f"{_PREPARING}*"):
-        with suppress(BlockingIOError, FileNotFoundError):
-            if time.time() - scratch.stat().st_mtime > A_MINUTE:  # one that begins may not have its lock yet
-                with folder_lock(scratch):
-                    shutil.rmtree(scratch, ignore_errors=True)  # NFS keeps the open lock file until it is let go
 
 
 def corpus_key(spec: DataSpec, source: Source) -> str:
@@ -187,12 +216,12 @@ def corpus_key(spec: DataSpec, source: Source) -> str:
 
 def _install(built: Path, folder: Path) -> None:
     """Move a finished corpus to its place; a sound one that another process put there first stays."""
-    if folder.exists() and damages(folder):
+    if folder.exists() and corpus_damages(folder):
         folder.rename(built.with_name("damaged"))
     try:
         built.rename(folder)
     except OSError:
-        if damages(folder):
+        if corpus_damages(folder):
             raise
 
 
@@ -256,11 +285,11 @@ class _Preparation:
         most = {"train": self.spec.train_documents, "validation": self.spec.validation_documents}[split]
         most_bytes = self.spec.max_bytes if split == "train" else None
         documents = self.source.documents(split, self.dropped[split])
-        with tqdm(desc=task, unit="B", unit_scale=True, disable=None if self.progress else True) as bar:
+        with TextProgress(task, shown=self.progress, most_documents=most) as progress:
             for document in limited(documents, most_documents=most, most_bytes=most_bytes):
                 size = len(document.encode())
                 self.kept[split].update(documents=1, bytes=size)
-                bar.update(size)
+                progress.update(size)
                 yield document
         if not self.kept[split]["documents"]:
             raise ValueError(

@@ -6,7 +6,9 @@ be reused, and counts under a reason every document that it looked at and left o
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -17,10 +19,13 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 import datasets
+import datasets.config
+import datasets.exceptions
 import pyarrow
 import pyarrow.parquet
 
 from normfree.config import DataSpec
+from normfree.data.scratch import NO_ROOM, free_room
 from normfree.manifest import describe_files, fingerprint, sha256_bytes, sha256_file
 
 Split = Literal["train", "validation"]
@@ -29,6 +34,9 @@ CODEPARROT_TRAIN = "huggingface-course/codeparrot-ds-train"
 CODEPARROT_VALIDATION = "huggingface-course/codeparrot-ds-valid"
 SUFFIXES = (".py", ".txt", ".jsonl", ".parquet")
 HOLD_OUT_EVERY = 20
+DISK_ERRORS = (*NO_ROOM, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+log = logging.getLogger("normfree")
 
 
 class Source(Protocol):
@@ -245,6 +253,7 @@ class HubSource:
         self._spec = spec
         self._places = {"train": (train, spec.train_split), "validation": (validation, spec.validation_split)}
         self._most = {"train": spec.train_documents, "validation": spec.validation_documents}
+        self._loaded: dict[Split, datasets.Dataset] = {}
 
     @property
     def versions(self) -> dict[str, Any]:
@@ -276,10 +285,23 @@ class HubSource:
     _validation_hashes = cached_property(hashes_of_validation)
 
     def _load(self, split: Split) -> datasets.Dataset:
+        if split not in self._loaded:
+            self._loaded[split] = self._load_anew(split)
+        return self._loaded[split]
+
+    def _load_anew(self, split: Split) -> datasets.Dataset:
         name, part = self._places[split]
+        log.info(
+            "loading data set %s, split %s: what %s lacks is downloaded and converted first, without a bar",
+            name,
+            part,
+            datasets.config.HF_DATASETS_CACHE,
+        )
         try:
             loaded = datasets.load_dataset(name, self._spec.dataset_config, split=part)
-        except OSError as error:
+        except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            if reason := _reason_on_this_machine(error):
+                raise ValueError(f"data set {name!r} cannot be prepared ({reason}); {_place_of_data_sets()}") from None
             raise ValueError(
                 f"data set {name!r} cannot be loaded ({type(error).__name__}): it is no local folder, and "
                 "the hub cannot be reached or does not know it; download it elsewhere and set HF_HOME, or "
@@ -292,6 +314,22 @@ class HubSource:
                 "data.validation_split and data.validation_dataset"
             ) from None
         return cast(datasets.Dataset, loaded)
+
+
+def _reason_on_this_machine(error: Exception) -> str | None:
+    """The deepest cause in one line; None where the data set was not found or the hub not reached."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    of_the_disk = isinstance(cause, OSError) and (cause.errno in DISK_ERRORS or "disk space" in str(cause))
+    if isinstance(error, OSError) and not of_the_disk:
+        return None
+    return " ".join(f"{type(cause).__name__}: {cause}".split())
+
+
+def _place_of_data_sets() -> str:
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    return f"it is kept in {cache}, where {free_room(cache)}; HF_HOME or HF_DATASETS_CACHE choose another place"
 
 
 def _content(folder: Path) -> str | None:
