@@ -10,10 +10,11 @@ from normfree.plots.curves import (
     slope_curves,
 )
 from normfree.plots.heatmaps import HEATMAP_COLOURS, entropy_heatmap, heatmap_size
-from normfree.plots.style import Panel, colour_key, panel_figure, variant_styles
+from normfree.plots.style import COLOURS, Panel, colour_key, panel_figure, variant_styles
 from normfree.plots.tradeoff import trade_off, trade_off_size
 
 __all__ = [
+    "COLOURS",
     "HEATMAP_COLOURS",
     "LAYER_COLOURS",
     "Panel",

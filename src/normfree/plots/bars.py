@@ -12,7 +12,7 @@ from matplotlib.ticker import NullLocator
 from matplotlib.transforms import offset_copy
 
 from normfree.analysis import RANGES, Group, RangeCounts, fixed_slope, summarise
-from normfree.plots.style import INK, MUTED, empty, wrapped
+from normfree.plots.style import GREEN, INK, MUTED, RED, empty, wrapped
 
 _RANGE_COLOURS = [mpl.colormaps["viridis"](x) for x in (0.05, 0.37, 0.68, 0.98)]
 _RANGE_INKS = ("#ffffff", "#ffffff", "#000000", "#000000")
@@ -67,7 +67,7 @@ def slope_perplexity(groups: Sequence[Group], *, ax: Axes, title: str = "") -> A
     whole = [(slope, cell) for slope, cell in found if not cell.nonfinite]
     deviations = [0.0 if math.isnan(cell.standard_deviation) else cell.standard_deviation for _, cell in whole]
     means = [cell.mean for _, cell in whole]
-    ax.errorbar([slope for slope, _ in whole], means, yerr=deviations, color="#00896a", marker="o", capsize=3)
+    ax.errorbar([slope for slope, _ in whole], means, yerr=deviations, color=GREEN, marker="o", capsize=3)
     for slope, cell in found:
         if cell.nonfinite:
             ax.text(
@@ -77,7 +77,7 @@ def slope_perplexity(groups: Sequence[Group], *, ax: Axes, title: str = "") -> A
                 transform=ax.get_xaxis_transform(),
                 ha="center",
                 va="top",
-                color="#b23a48",
+                color=RED,
             )
     # The paper's slopes span two decades and include 0.
     ax.set_xscale("symlog", linthresh=0.01, linscale=0.5)

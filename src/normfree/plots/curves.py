@@ -11,11 +11,13 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import NullLocator
 
 from normfree.analysis import Group, Heads, is_over, layer_means, probed_heads, slope_layers, top_quarter_share
-from normfree.plots.style import GRID, MUTED, empty, wrapped
+from normfree.plots.style import GRID, MUTED, RED, empty, wrapped
 from normfree.records import Run
 
-# Middle lightness throughout, so that every line shows on white and on black; hue alone says the depth.
-LAYER_COLOURS = LinearSegmentedColormap.from_list("layers", ["#2f6fde", "#8a63c9", "#c2528f", "#d9603b", "#cf8418"])
+# Lightness rises with depth, from 39 to 68, as far as a line shows on white and on the page's dark ground alike.
+LAYER_COLOURS = LinearSegmentedColormap.from_list(
+    "layers", ["#005cab", "#5e5bb2", "#9e55ad", "#d34e89", "#e95c67", "#ea7945", "#d49c2a"]
+)
 _MOST_POINTS = 200
 _TRAIN_WINDOWS = 50
 
@@ -165,8 +167,8 @@ def _mark_nonfinite(ax: Axes, steps: Sequence[int], values_LN: np.ndarray) -> No
     bad = np.flatnonzero(~np.isfinite(values_LN).all(axis=0))
     if bad.size:
         step = steps[bad[0]]
-        ax.axvline(step, color="#b23a48", linestyle=":", linewidth=1.2)
-        ax.text(step, 0.04, f" NaN from step {step} ", color="#b23a48", transform=ax.get_xaxis_transform(),
+        ax.axvline(step, color=RED, linestyle=":", linewidth=1.2)
+        ax.text(step, 0.04, f" NaN from step {step} ", color=RED, transform=ax.get_xaxis_transform(),
                 ha="right" if step > steps[-1] / 2 else "left", fontsize=7.5)  # fmt: skip
 
 

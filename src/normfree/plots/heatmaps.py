@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
-from normfree.plots.style import colour_key, panel_figure, wrapped
+from normfree.plots.style import MUTED, colour_key, panel_figure, wrapped
 
 HEATMAP_COLOURS = mpl.colormaps["viridis"]
 _SMALLEST_POINTS = 4.5
@@ -66,7 +66,7 @@ def _draw(entropy_LH: np.ndarray, ax: Axes, highest: float, title: str, numbers:
     ax.grid(visible=False)
     for layer, head in np.argwhere(~np.isfinite(entropy_LH)):
         corner = (head - 0.5, layer - 0.5)
-        ax.add_patch(Rectangle(corner, 1, 1, fill=False, hatch="////", edgecolor="#5b6470", linewidth=0))
+        ax.add_patch(Rectangle(corner, 1, 1, fill=False, hatch="////", edgecolor=MUTED, linewidth=0))
     _write_values(entropy_LH, ax, lambda value: _text_colour(colours(scale(value))))
     ax.set(title=wrapped(title), xlabel="head", ylabel="layer")
     for axis, count in ((ax.xaxis, heads), (ax.yaxis, layers)):

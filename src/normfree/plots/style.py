@@ -1,4 +1,5 @@
-"""How every figure looks: colours that colour-blind readers can tell apart, sizes that a phone can show.
+"""How every figure looks: colours that colour-blind readers can tell apart (a test holds them to it), sizes that a
+phone can show.
 
 Figures are built as objects, without pyplot, so that no state outlives a call.
 """
@@ -22,17 +23,32 @@ from matplotlib.ticker import MaxNLocator
 Panel = Callable[[Axes], Any]
 """Draws itself into the Axes it is given."""
 
-INK = "#1b2027"
-MUTED = "#5b6470"
-GRID = "#d5dae1"
-# Blues have LayerNorm, warm and green have none; each differs from its neighbour in lightness and dash too.
-_VARIANTS = {
-    "SM+LN+G": {"color": "#0b5cad", "linestyle": "--"},
-    "SM+LN+R": {"color": "#4d9fd6", "linestyle": "-."},
-    "SM+G": {"color": "#cf5a00", "linestyle": "-"},
-    "SM+R": {"color": "#00896a", "linestyle": "-"},
+COLOURS = {
+    "ink": ("#1b2027", "#e6e9ee"),
+    "muted": ("#5b6470", "#a2acb9"),
+    "grid": ("#d5dae1", "#343d49"),
+    "blue": ("#2d82fa", "#4990fd"),
+    "sky": ("#1f9cc6", "#63defe"),
+    "orange": ("#ea7006", "#e87025"),
+    "green": ("#328665", "#37cb90"),
+    "purple": ("#820da0", "#ca77a1"),
+    "gold": ("#624805", "#ffab01"),
+    "violet": ("#6110e9", "#9588ce"),
+    "olive": ("#839b57", "#cbdf72"),
+    "grey": ("#454955", "#dcdddc"),
+    "red": ("#b23a48", "#ff8794"),
 }
-_OTHERS = ("#a8428f", "#a87900", "#6d56c1", "#b23a48", "#4f7d1c", "#6b7280")
+"""Each colour on white, as files have it, and on the dark ground of the page. Red is for what is not finite."""
+_ON_WHITE = {name: on_white for name, (on_white, _) in COLOURS.items()}
+INK, MUTED, GRID, GREEN, RED = (_ON_WHITE[name] for name in ("ink", "muted", "grid", "green", "red"))
+# Blues have LayerNorm, orange and green have none; in grey the dash alone tells them apart.
+_VARIANTS = {
+    "SM+LN+G": {"color": _ON_WHITE["blue"], "linestyle": "--"},
+    "SM+LN+R": {"color": _ON_WHITE["sky"], "linestyle": "-."},
+    "SM+G": {"color": _ON_WHITE["orange"], "linestyle": "-"},
+    "SM+R": {"color": GREEN, "linestyle": (0, (8, 1.5))},
+}
+_OTHERS = tuple(_ON_WHITE[name] for name in ("purple", "gold", "violet", "olive", "grey"))
 _KEY_INCHES = 0.3
 _LETTERS_A_LINE = 30
 _OTHER_LINES = ("-", "--", "-.", ":")
@@ -49,6 +65,7 @@ RC: dict[Any, Any] = {
     "ytick.labelsize": 8,
     "legend.fontsize": 7.5,
     "legend.frameon": False,
+    "legend.handlelength": 2.8,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": MUTED,

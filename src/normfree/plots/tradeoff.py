@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
-from normfree.plots.style import GRID, INK, MUTED, empty
+from normfree.plots.style import GREEN, GRID, INK, MUTED, RED, empty
 
 _ROW = 0.05
 """Height of a label and the space above it, as a share of the axes."""
@@ -36,14 +36,14 @@ def trade_off(
         return empty(ax, "no variant has a finite perplexity")
     for corpus in dict.fromkeys(corpora):
         front = sorted((gigabytes[i], perplexity[i]) for i in finite if on_front[i] and corpora[i] == corpus)
-        ax.plot([x for x, _ in front], [y for _, y in front], color="#00896a", linewidth=1, zorder=1)
+        ax.plot([x for x, _ in front], [y for _, y in front], color=GREEN, linewidth=1, zorder=1)
     for i in finite:
-        colour = "#00896a" if on_front[i] else MUTED
+        colour = GREEN if on_front[i] else MUTED
         ax.plot(gigabytes[i], perplexity[i], marker="o" if on_front[i] else "x", color=colour, linestyle="none")
     missing = [labels[i] for i in range(len(labels)) if i not in finite]
     if missing:
         text = textwrap.fill(f"NaN: {', '.join(missing)}", _LETTERS_BELOW, break_on_hyphens=False)
-        ax.text(0, -0.2, text, transform=ax.transAxes, va="top", fontsize=7.5, color="#b23a48")
+        ax.text(0, -0.2, text, transform=ax.transAxes, va="top", fontsize=7.5, color=RED)
     ax.margins(x=0.08, y=0.1)
     low, high = ax.get_ylim()
     lowest_first = sorted(finite, key=lambda i: perplexity[i])

@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from normfree import __version__
 from normfree.analysis import Group, all_runs, recipes
+from normfree.plots import COLOURS
 from normfree.records import Run
 from normfree.report.figures import PageFigure
 from normfree.report.render import to_svg
@@ -24,6 +25,7 @@ _PAGES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+_PAGES.globals["colours"] = COLOURS
 # Wider panels than this get a scroll area on narrow screens instead of letters nobody can read.
 _NARROW_INCHES = 4.2
 _PIXELS_PER_INCH = 96

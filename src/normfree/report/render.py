@@ -11,23 +11,8 @@ import re
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from normfree.plots.style import GRID, INK, MUTED, RC
+from normfree.plots.style import COLOURS, RC
 
-# The page defines these colours twice, for light and for dark surroundings.
-_THEMED = {
-    INK: "--ink",
-    MUTED: "--muted",
-    GRID: "--grid",
-    "#0b5cad": "--blue",
-    "#4d9fd6": "--sky",
-    "#cf5a00": "--orange",
-    "#00896a": "--green",
-    "#a8428f": "--purple",
-    "#a87900": "--gold",
-    "#6d56c1": "--violet",
-    "#b23a48": "--red",
-    "#4f7d1c": "--olive",
-}
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 _ID = re.compile(r' id="([^"]*)"')
 _USED = re.compile(r'(?:url\(#|href="#)([^")]+)')
@@ -47,8 +32,8 @@ def to_svg(figure: Figure, prefix: str) -> str:
     used = set(_USED.findall(text))
     text = _ID.sub(lambda found: f' id="{prefix}-{found[1]}"' if found[1] in used else "", text)
     text = _USED.sub(lambda found: found[0][: -len(found[1])] + f"{prefix}-{found[1]}", text)
-    for colour, name in _THEMED.items():
-        text = text.replace(colour, f"var({name})")
+    for name, (on_white, _) in COLOURS.items():  # the page has its own for light and for dark surroundings
+        text = text.replace(on_white, f"var(--{name})")
     return _responsive(re.sub(r"\n\s*", "\n", text))
 
 
