@@ -95,6 +95,37 @@ def test_a_divergence_is_crossed_though_its_step_is_never_logged(tmp_path: Path,
     assert points(ax, 1)[0][0] == 100
 
 
+def test_the_loss_of_several_seeds_is_their_mean_over_thin_lines(tmp_path: Path) -> None:
+    groups = group_runs([write_run(tmp_path, "SM", seed=seed) for seed in (0, 1)])
+    ax = Figure().subplots()
+    plots.loss_curves(groups, ax=ax, split="validation", styles=plots.variant_styles(["SM"]))
+    mean, *seeds = ax.lines
+    assert np.allclose(mean.get_ydata(), (seeds[0].get_ydata() + seeds[1].get_ydata()) / 2)
+    assert max(line.get_linewidth() for line in seeds) < mean.get_linewidth()
+    assert [line.get_label() for line in ax.lines].count("SM") == 1
+
+
+def test_the_mean_loss_ends_where_a_seed_diverged(tmp_path: Path) -> None:
+    groups = group_runs([write_run(tmp_path, "SM"), write_run(tmp_path, "SM", seed=1, status="diverged")])
+    ax = Figure().subplots()
+    plots.loss_curves(groups, ax=ax, split="train", styles=plots.variant_styles(["SM"]))
+    assert [line.get_xdata()[-1] for line in ax.lines[:3]] == [90, 200, 90]
+
+
+def test_the_axis_of_losses_leaves_out_the_first_fifth_but_no_run_that_is_still_there(tmp_path: Path) -> None:
+    styles = plots.variant_styles(["SM"])
+    over, early = write_run(tmp_path, "SM", steps=1000), write_run(tmp_path, "SM", seed=1, steps=1000, status="failed")
+    lines = [line for line in (early.folder / "metrics.jsonl").read_text().splitlines() if '"step": 10,' in line]
+    early = rewritten(early, "\n".join(lines) + "\n")
+    for runs, first_is_shown in (([over], False), ([over, early], True)):
+        ax = Figure().subplots()
+        plots.loss_curves(group_runs(runs), ax=ax, split="train", styles=styles)
+        steps, loss = points(ax, 0)
+        low, high = ax.get_ylim()
+        assert low < loss[-1] < loss[steps >= 200].max() < high
+        assert bool(loss[0] < high) is first_is_shown
+
+
 def test_a_loss_that_breaks_is_crossed_and_not_smoothed_over(tmp_path: Path) -> None:
     run = write_run(tmp_path, "SM", steps=50)
     lines = (run.folder / "metrics.jsonl").read_text()

@@ -20,6 +20,7 @@ LAYER_COLOURS = LinearSegmentedColormap.from_list(
 )
 _MOST_POINTS = 200
 _TRAIN_WINDOWS = 50
+_SEED_BESIDE_MEAN: dict[str, Any] = {"linewidth": 0.6, "linestyle": "-", "alpha": 0.55}
 
 Series = tuple[list[int], np.ndarray]
 """Steps and values of one line."""
@@ -46,9 +47,10 @@ def layer_dynamics(probes: Sequence[Heads], *, ax: Axes, title: str = "", layers
 
 
 def loss_curves(groups: Sequence[Group], *, ax: Axes, split: str, styles: Styles, title: str = "") -> Axes:
-    """Loss of every run over training, one thin line a seed.
+    """Loss over training: a line a variant, the mean of its seeds with a result, over a thin line a seed.
 
-    `split` is `train` (running mean over about a fiftieth of the points) or `validation`.
+    `split` is `train` (running mean over about a fiftieth of the points) or `validation`. The y axis leaves out the
+    first fifth of the training, whose fall would hide what follows. The mean ends where a seed does.
     A cross marks the step of a divergence, or the first loss that is not finite; its line ends or has a gap there.
     """
 
@@ -56,10 +58,11 @@ def loss_curves(groups: Sequence[Group], *, ax: Axes, split: str, styles: Styles
         steps, loss = _series(run, split, "loss")
         if split == "train" and steps:
             loss = _running_mean(loss, max(1, len(loss) // _TRAIN_WINDOWS))
-        return _thinned(steps, loss)
+        return steps, loss
 
-    if not _line_a_seed(groups, shown, ax=ax, styles=styles):
+    if not _line_a_seed(groups, shown, ax=ax, styles=styles, mean=True):
         return empty(ax, f"no {split} loss recorded")
+    _leave_out_the_start(ax, [(run, shown(run)) for group in groups for run in group.drawn])
     for group in groups:
         for run in group.drawn:
             _cross(ax, run, split, styles[group.name]["color"])
@@ -124,24 +127,55 @@ def slope_curves(run: Run, *, ax: Axes, title: str = "", layers: int | None = No
 
 
 def _line_a_seed(
-    groups: Sequence[Group], series: Callable[[Run], Series], *, ax: Axes, styles: Styles, **more: Any
+    groups: Sequence[Group],
+    series: Callable[[Run], Series],
+    *,
+    ax: Axes,
+    styles: Styles,
+    mean: bool = False,
+    **more: Any,
 ) -> bool:
-    """Draw `series` of every run, the first of a group with its name in the legend; False when none has a point.
+    """Draw `series` of every run, one line of a group with its name in the legend; False when none has a point.
 
-    An open circle ends the line of a run that is not over.
+    `mean`: draw seeds of several thin, and their mean. An open circle ends the line of a run that is not over.
     """
     for group in groups:
+        style = {**styles[group.name], **more}
+        steps, values = _mean(list(map(series, group.runs))) if mean and len(group.runs) > 1 else ([], np.array([]))
+        thin = _SEED_BESIDE_MEAN if steps else {}
         label = wrapped(group.name)
+        if steps:
+            _line(ax, steps, values, label=label, zorder=3, **style)
+            label = None
         for run in group.drawn:
             steps, values = series(run)
             if steps:
-                ax.plot(steps, values, label=label, **styles[group.name], **more)
+                _line(ax, steps, values, label=label, **{**style, **thin})
                 label = None
             if steps and not is_over(run):
-                ax.plot(steps[-1:], values[-1:], "o", fillstyle="none", color=styles[group.name]["color"])
+                ax.plot(steps[-1:], values[-1:], "o", fillstyle="none", color=style["color"])
     if ax.lines:
         ax.legend()
     return bool(ax.lines)
+
+
+def _mean(lines: Sequence[Series]) -> Series:
+    """Over seeds, at the steps that all of them have."""
+    of_seed = [dict(zip(*line, strict=True)) for line in lines]
+    steps = sorted(set.intersection(*map(set, of_seed)))
+    return steps, np.array([[values[step] for step in steps] for values in of_seed], dtype=float).mean(axis=0)
+
+
+def _leave_out_the_start(ax: Axes, runs: Sequence[tuple[Run, Series]]) -> None:
+    """Limit the y axis to what follows the first fifth of the steps, and to where runs that are not over stand."""
+    shown = []
+    for run, (steps, values) in runs:
+        first = run.facts["steps"] / 5
+        shown += [value for step, value in zip(steps, values, strict=True) if step >= first]
+        shown += list(values[-1:]) if not is_over(run) else []
+    if finite := [value for value in shown if np.isfinite(value)]:
+        room = 0.05 * (max(finite) - min(finite)) or 0.05
+        ax.set_ylim(min(finite) - room, max(finite) + room)
 
 
 def _line(ax: Axes, steps: Sequence[int], values: np.ndarray, **style: Any) -> None:

@@ -215,8 +215,10 @@ def _losses(groups: Sequence[Group]) -> PageFigure | None:
     return PageFigure(
         name="losses",
         title="Loss",
-        caption="Lower is better; one line a seed. The training loss is a running mean over about a "
-        "fiftieth of the points, and a cross at the top marks the step where a run diverged." + _open_ends(groups),
+        caption="Lower is better. A thin line is a seed, the other its variant's mean. The y axis leaves "
+        "out the losses of the first fifth of the training. The training loss is a running mean over about a fiftieth "
+        "of the points; a cross at the top marks the step where a run diverged, and the mean ends there."
+        + _open_ends(groups),
         panels=tuple(panels),
     )
 
