@@ -168,6 +168,34 @@ def test_a_divergence_between_probes_is_crossed_where_rows_are_counted(tmp_path:
     assert (ax.lines[1].get_marker(), points(ax, 1)[0][0]) == ("x", 100)
 
 
+def test_every_seed_is_a_dot_and_a_mean_stands_below_those_that_all_ended_well(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, label, seed=seed) for label in ("SM+G", "SM") for seed in (0, 1)]
+    runs += [write_run(tmp_path, "SM", seed=2, status="diverged"), write_run(tmp_path, "SM+R")]
+    groups = group_runs(runs)
+    ax = Figure().subplots()
+    plots.perplexity_points(groups, ax=ax, styles=plots.variant_styles([group.name for group in groups]))
+    dots = {line.get_ydata()[0]: sorted(line.get_xdata()) for line in ax.lines if line.get_marker() == "o"}
+    assert dots == {0: [37.7, pytest.approx(38.077)], 1: [36.1], 2: [52.0, pytest.approx(52.52)]}
+    (mean,) = ax.containers
+    assert mean.lines[0].get_xdata() == pytest.approx(37.8885)
+    assert texts(ax) == ["n = 2", "n = 1", "NaN (1/3)"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["SM+G", "SM+R", "SM"]
+
+
+def test_a_seed_far_above_the_others_is_an_arrow_with_its_number(tmp_path: Path) -> None:
+    groups = group_runs(
+        [
+            write_run(tmp_path, label, perplexity=value)
+            for label, value in zip("abcde", (30, 31, 32, 33, 90), strict=True)
+        ]
+    )
+    ax = Figure().subplots()
+    plots.perplexity_points(groups, ax=ax, styles=plots.variant_styles("abcde"))
+    assert ax.get_xlim()[1] < 40
+    assert "90.0" in texts(ax)
+    assert [line.get_marker() for line in ax.lines].count(">") == 1
+
+
 def test_range_bars_add_up_to_all_heads_with_the_broken_hatched() -> None:
     ax = Figure().subplots()
     plots.range_bars({"a": RangeCounts((1, 0, 2, 0), 1)}, ax=ax)

@@ -50,7 +50,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_every_figure_and_table_is_also_a_file(report: Path) -> None:
     figures = {"heatmaps", "published", "dynamics", "overload", "ranges", "losses", "nonfinite", "private-inference"}
-    figures |= {"slope-trajectories", "slope-perplexity"}
+    figures |= {"perplexity", "slope-trajectories", "slope-perplexity"}
     names = {"perplexity", "differences", "gap", "claims", "overload", "ranges", "verdicts", "runs", "slopes"}
     names |= {"perplexity-communication"}
     expected = {f"figures/{name}.{suffix}" for name in figures for suffix in ("pdf", "png")}
@@ -104,10 +104,10 @@ def test_ids_are_unique_and_references_resolve(report: Path) -> None:
 def test_every_figure_has_a_name_and_a_sentence(report: Path) -> None:
     page = Page(report / "index.html")
     figures = page.all("figure")
-    assert len(figures) == 8
+    assert len(figures) == 9
     assert all(figure["role"] == "figure" and figure["aria-label"] for figure in figures)
     captions = re.findall(r"<figcaption>(.*?)<span", (report / "index.html").read_text(), re.DOTALL)
-    assert len(captions) == 8
+    assert len(captions) == 9
     assert all(len(caption.strip()) > 40 for caption in captions)
 
 

@@ -10,6 +10,7 @@ from normfree.plots.curves import (
     slope_curves,
 )
 from normfree.plots.heatmaps import HEATMAP_COLOURS, entropy_heatmap, heatmap_size
+from normfree.plots.perplexity import perplexity_points, perplexity_points_size
 from normfree.plots.style import COLOURS, Panel, colour_key, panel_figure, variant_styles
 from normfree.plots.tradeoff import trade_off, trade_off_size
 
@@ -26,6 +27,8 @@ __all__ = [
     "nonfinite_curves",
     "overload_curves",
     "panel_figure",
+    "perplexity_points",
+    "perplexity_points_size",
     "range_bars",
     "range_bars_size",
     "slope_curves",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import NullLocator
 
 from normfree.analysis import Group, Heads, is_over, layer_means, probed_heads, slope_layers, top_quarter_share
-from normfree.plots.style import GRID, MUTED, RED, empty, wrapped
+from normfree.plots.style import GRID, MUTED, RED, Styles, empty, wrapped
 from normfree.records import Run
 
 # Lightness rises with depth, from 39 to 68, as far as a line shows on white and on the page's dark ground alike.
@@ -24,7 +24,6 @@ _SEED_BESIDE_MEAN: dict[str, Any] = {"linewidth": 0.6, "linestyle": "-", "alpha"
 
 Series = tuple[list[int], np.ndarray]
 """Steps and values of one line."""
-Styles = Mapping[str, Mapping[str, Any]]
 
 
 def layer_dynamics(probes: Sequence[Heads], *, ax: Axes, title: str = "", layers: int | None = None) -> Axes:

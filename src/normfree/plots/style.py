@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -22,6 +22,8 @@ from matplotlib.ticker import MaxNLocator
 
 Panel = Callable[[Axes], Any]
 """Draws itself into the Axes it is given."""
+Styles = Mapping[str, Mapping[str, Any]]
+"""Colour and dash of each variant's line, by its name."""
 
 COLOURS = {
     "ink": ("#1b2027", "#e6e9ee"),

@@ -30,6 +30,7 @@ from normfree.records import Run
 from normfree.tables import has_slope
 
 FIGURES = (
+    "perplexity",
     "heatmaps",
     "published",
     "dynamics",
@@ -89,6 +90,7 @@ class PageFigure:
 def main_figures(groups: Sequence[Group]) -> list[PageFigure]:
     """The figures of index.html, without those that have nothing to show."""
     found = (
+        _perplexity(groups),
         _heatmaps(groups),
         _published(groups),
         _dynamics(groups),
@@ -105,6 +107,26 @@ def slope_figures(groups: Sequence[Group]) -> list[PageFigure]:
     """The figures of slopes.html, without those that have nothing to show."""
     found = (_trajectories(groups), _slope_perplexity(groups))
     return [figure for figure in found if figure is not None]
+
+
+def _perplexity(groups: Sequence[Group]) -> PageFigure | None:
+    corpora: dict[str, list[Group]] = {}
+    for group in groups:
+        if group.runs:
+            corpora.setdefault(group.runs[0].corpus, []).append(group)
+    if not corpora:
+        return None
+    styles = plots.variant_styles([group.name for group in groups])
+    apart = " Each corpus has a panel: its perplexities compare with no other's." if len(corpora) > 1 else ""
+    return PageFigure(
+        name="perplexity",
+        title="Final perplexity of every seed",
+        caption="Lower is better, so further left. A dot is a seed, the bar below it the mean and the sample standard "
+        "deviation over n seeds. NaN (k/n) means that k of n seeds diverged: then there is no mean. An arrow at the "
+        f"edge is a seed far above the others, with its perplexity.{apart}",
+        panels=tuple(_perplexity_points(of_corpus, styles) for of_corpus in corpora.values()),
+        panel_inches=plots.perplexity_points_size([group.name for group in groups if group.runs]),
+    )
 
 
 def _heatmaps(groups: Sequence[Group]) -> PageFigure | None:
@@ -293,6 +315,10 @@ def _slope_perplexity(groups: Sequence[Group]) -> PageFigure | None:
             for recipe, norm in sorted(settings)
         ),
     )
+
+
+def _perplexity_points(groups: Sequence[Group], styles: Any) -> plots.Panel:
+    return lambda ax: plots.perplexity_points(groups, ax=ax, styles=styles)
 
 
 def _heatmap(entropy_LH: Any, ceiling: float, title: str) -> plots.Panel:
