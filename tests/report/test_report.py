@@ -19,7 +19,7 @@ from normfree import published
 from normfree.analysis import Heads, causal_ceiling, group_runs
 from normfree.records import find_runs
 from normfree.report import build_report
-from normfree.report.figures import main_figures, slope_figures
+from normfree.report.figures import PageFigure, main_figures, slope_figures
 from normfree.report.heads import heatmap, verdict_sentences
 from normfree.report.render import to_png
 from normfree.report.summary import sentences
@@ -46,6 +46,12 @@ class Page(HTMLParser):
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def limit_of_key(figure: PageFigure) -> tuple[float, float]:
+    part = figure.key_part()
+    assert part is not None
+    return part.axes[0].get_xlim()
 
 
 def test_every_figure_and_table_is_also_a_file(report: Path) -> None:
@@ -164,7 +170,7 @@ def test_a_table_without_a_row_is_not_on_the_page(tmp_path: Path) -> None:
 def test_layers_without_attention_have_no_row_and_keep_their_numbers() -> None:
     heads = Heads(np.array([[3.0, 1.0], [2.0, 1.0], [1.0, 0.5]]), np.array([3.9, 2.5, 3.9]), step=0, split="final")
     figure = heatmap(heads, context=128, layers=[4, 12, 20])
-    axes = figure.panels[0](Figure().subplots())
+    axes = figure.panels[0](ax=Figure().subplots())
     axes.figure.canvas.draw()
     assert [label.get_text() for label in axes.get_yticklabels() if label.get_text()] == ["4", "12", "20"]
     assert figure.caption.endswith("Layers that see less have a lower one, in the table below: 12.")
@@ -193,18 +199,17 @@ def test_a_layer_without_a_ceiling_leaves_the_colours_of_the_others(third: float
     """A layer without a finite row has nothing to take a ceiling from."""
     heads = Heads(np.array([[third, third], [np.nan, np.nan]]), np.array([3.1 * third / third, np.nan]), 0, "final")
     figure = heatmap(heads, context=32, layers=[0, 1])
-    assert figure.key is not None
-    assert figure.key.limit == (0, pytest.approx(limit))
+    assert limit_of_key(figure) == (0, pytest.approx(limit))
     assert f"causal ceiling, {limit:.2f} nats" in figure.caption
-    assert figure.panels[0](Figure().subplots()).images[0].get_clim() == (0, pytest.approx(limit))
+    assert figure.panels[0](ax=Figure().subplots()).images[0].get_clim() == (0, pytest.approx(limit))
 
 
 def test_a_broken_variant_leaves_the_colours_of_the_study(tmp_path: Path) -> None:
     figures = {found.name: found for found in main_figures(group_runs([write_run(tmp_path, "SM", broken_probe=True)]))}
-    key = figures["heatmaps"].key
-    assert key is not None
-    assert key.limit == (0, pytest.approx(causal_ceiling(32)))
-    assert figures["dynamics"].panels[0](Figure().subplots()).get_ylim()[1] == pytest.approx(1.08 * causal_ceiling(32))
+    assert limit_of_key(figures["heatmaps"]) == (0, pytest.approx(causal_ceiling(32)))
+    assert figures["dynamics"].panels[0](ax=Figure().subplots()).get_ylim()[1] == pytest.approx(
+        1.08 * causal_ceiling(32)
+    )
 
 
 def test_the_paper_s_heads_stand_beside_its_own_shape_only(tmp_path: Path) -> None:
@@ -220,14 +225,14 @@ def test_a_run_that_diverged_is_in_no_range_and_not_beside_the_paper(tmp_path: P
     assert both.rows == alone.rows
     assert "Not measured after training, so not counted: quick/sm-r-seed0." in both.notes
     (figure,) = (found for found in main_figures(group_runs([finished, diverged])) if found.name == "published")
-    titles = [panel(Figure().subplots()).get_title() for panel in figure.panels]
+    titles = [panel(ax=Figure().subplots()).get_title() for panel in figure.panels]
     assert titles == ["SM+G, paper's GPT-2 125M", "SM+G, ours"]
 
 
 def test_a_bar_of_layers_holds_for_shallow_models_too(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, "SM+G", shape=(4, 2)), write_run(tmp_path, "SM+R", shape=(2, 2))]
     (figure,) = (found for found in main_figures(group_runs(runs)) if found.name == "dynamics")
-    deep, shallow = (panel(Figure().subplots()).lines for panel in figure.panels)
+    deep, shallow = (panel(ax=Figure().subplots()).lines for panel in figure.panels)
     assert [line.get_color() for line in shallow[:2]] == [line.get_color() for line in deep[:2]]
 
 
@@ -235,8 +240,7 @@ def test_heads_of_blocks_of_other_lengths_are_drawn_as_shares_of_their_own_ceili
     run, longer = write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+R", data={"context": 64})
     for runs, limit in (([run], causal_ceiling(32)), ([run, longer], 1.0)):
         (figure,) = (found for found in main_figures(group_runs(runs, mix=True)) if found.name == "heatmaps")
-        assert figure.key is not None
-        assert figure.key.limit == (0, pytest.approx(limit))
+        assert limit_of_key(figure) == (0, pytest.approx(limit))
 
 
 def test_no_label_is_cut_off_at_the_edge_of_a_figure(tmp_path: Path) -> None:
@@ -258,12 +262,12 @@ def test_slopes_with_and_without_a_norm_are_panels_of_their_own(tmp_path: Path) 
     runs = [write_run(tmp_path, "SM+leaky, fixed"), write_run(tmp_path, "SM+R")]
     runs += [write_run(tmp_path, "SM+leaky, fixed", tag="ln", model={"norm": "layernorm", "negative_slope": 0.1})]
     figure = next(found for found in slope_figures(group_runs(runs)) if found.name == "slope-perplexity")
-    with_norm, without = (panel(Figure().subplots()) for panel in figure.panels)
+    with_norm, without = (panel(ax=Figure().subplots()) for panel in figure.panels)
     assert (with_norm.get_title(), without.get_title()) == ("layernorm", "")
     assert [len(ax.lines[0].get_xdata()) for ax in (with_norm, without)] == [1, 2]
     rates = [write_run(tmp_path / "rates", "SM+R", tag=f"{x}", train={"peak_learning_rate": x}) for x in (0.1, 0.2)]
     (figure,) = (one for one in slope_figures(group_runs(rates, mix=True)) if one.name == "slope-perplexity")
-    titles = [panel(Figure().subplots()).get_title() for panel in figure.panels]
+    titles = [panel(ax=Figure().subplots()).get_title() for panel in figure.panels]
     assert titles == ["train.peak_learning_rate=0.1", "train.peak_learning_rate=0.2"]
 
 
@@ -280,11 +284,11 @@ def test_a_run_in_the_night_is_in_every_curve_and_in_no_table_of_results(tmp_pat
     assert "SM+leaky, shared (step 100)" in drawn["heatmaps"].caption
     for name in ("losses", "overload", "nonfinite"):
         assert "open circle" in drawn[name].caption
-        legend = drawn[name].panels[0](Figure().subplots()).get_legend()
+        legend = drawn[name].panels[0](ax=Figure().subplots()).get_legend()
         assert legend
         assert [text.get_text() for text in legend.get_texts()] == ["SM+G", "SM+leaky, shared"]
     (trajectory,) = drawn["slope-trajectories"].panels
-    assert trajectory(Figure().subplots()).get_title() == "SM+leaky, shared, seed 0\n(running)"
+    assert trajectory(ax=Figure().subplots()).get_title() == "SM+leaky, shared, seed 0\n(running)"
     page = build_report(runs, tmp_path / "out").read_text()
     assert "In the curves only, because not finished: " in page
     assert "leaky" not in (tmp_path / "out" / "tables" / "perplexity.csv").read_text()

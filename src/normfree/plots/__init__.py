@@ -11,13 +11,14 @@ from normfree.plots.curves import (
 )
 from normfree.plots.heatmaps import HEATMAP_COLOURS, entropy_heatmap, heatmap_size
 from normfree.plots.perplexity import perplexity_points, perplexity_points_size
-from normfree.plots.style import COLOURS, Panel, colour_key, panel_figure, variant_styles
+from normfree.plots.style import COLOURS, Key, Panel, colour_key, panel_figure, variant_styles
 from normfree.plots.tradeoff import trade_off, trade_off_size
 
 __all__ = [
     "COLOURS",
     "HEATMAP_COLOURS",
     "LAYER_COLOURS",
+    "Key",
     "Panel",
     "colour_key",
     "entropy_heatmap",

@@ -69,7 +69,7 @@ def loss_curves(groups: Sequence[Group], *, ax: Axes, split: str, styles: Styles
     return ax
 
 
-def nonfinite_curves(groups: Sequence[Group], *, ax: Axes, styles: Styles, title: str = "") -> Axes:
+def nonfinite_curves(groups: Sequence[Group], *, ax: Axes, styles: Styles) -> Axes:
     """Attention rows with NaN or infinity, in percent of the rows of each probe; linear below 1 %, logarithmic above.
 
     A cross marks the step of a divergence, or the first training loss that is not finite.
@@ -88,11 +88,11 @@ def nonfinite_curves(groups: Sequence[Group], *, ax: Axes, styles: Styles, title
     ax.set_yscale("symlog", linthresh=1)
     ax.set_yticks([0, 1, 10, 100], ["0", "1", "10", "100"])
     ax.yaxis.set_minor_locator(NullLocator())
-    ax.set(title=title, xlabel="step", ylabel="non-finite rows (%)", ylim=(-0.1, 150))
+    ax.set(xlabel="step", ylabel="non-finite rows (%)", ylim=(-0.1, 150))
     return ax
 
 
-def overload_curves(groups: Sequence[Group], *, ax: Axes, styles: Styles, title: str = "") -> Axes:
+def overload_curves(groups: Sequence[Group], *, ax: Axes, styles: Styles) -> Axes:
     """Heads at or above 3/4 of the causal ceiling, in percent of all heads of each probe, one thin line a seed.
 
     A line has a gap where a head is not finite.
@@ -104,7 +104,7 @@ def overload_curves(groups: Sequence[Group], *, ax: Axes, styles: Styles, title:
 
     if not _line_a_seed(groups, share, ax=ax, styles=styles):
         return empty(ax, "no probe recorded")
-    ax.set(title=title, xlabel="step", ylabel="heads in the top quarter (%)", ylim=(-3, 103))
+    ax.set(xlabel="step", ylabel="heads in the top quarter (%)", ylim=(-3, 103))
     return ax
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import matplotlib as mpl
@@ -27,7 +28,6 @@ def entropy_heatmap(
     ax: Axes | None = None,
     ceiling: ArrayLike | None = None,
     title: str = "",
-    unit: str = "nats",
     layers: Sequence[int] | None = None,
 ) -> Axes:
     """Draw the entropy of every head, [layers, heads].
@@ -43,12 +43,13 @@ def entropy_heatmap(
         raise ValueError(f"entropy has shape {entropy_LH.shape}; give one row a layer and one column a head")
     highest = _highest(entropy_LH if ceiling is None else np.asarray(ceiling, dtype=float))
     numbers = range(len(entropy_LH)) if layers is None else layers
+    draw = partial(_draw, entropy_LH, highest=highest, title=title, numbers=numbers)
     if ax is not None:
-        return _draw(entropy_LH, ax, highest, title, numbers)
+        return draw(ax=ax)
     figure = panel_figure(
-        [lambda new: _draw(entropy_LH, new, highest, title, numbers)],
+        [draw],
         panel_inches=heatmap_size(*entropy_LH.shape),
-        key=colour_key(HEATMAP_COLOURS, limit=(0, highest), label=f"entropy ({unit})"),
+        key=colour_key(HEATMAP_COLOURS, limit=(0, highest), label="entropy (nats)"),
     )
     return figure.axes[0]
 
@@ -58,7 +59,7 @@ def heatmap_size(layers: int, heads: int) -> tuple[float, float]:
     return min(max(0.9 + 0.3 * heads, 3.0), 9.0), min(max(0.9 + 0.24 * layers, 2.2), 9.0)
 
 
-def _draw(entropy_LH: np.ndarray, ax: Axes, highest: float, title: str, numbers: Sequence[int]) -> Axes:
+def _draw(entropy_LH: np.ndarray, *, ax: Axes, highest: float, title: str, numbers: Sequence[int]) -> Axes:
     layers, heads = entropy_LH.shape
     colours = HEATMAP_COLOURS.with_extremes(bad=_NOT_FINITE)
     scale = Normalize(0, highest)

@@ -20,8 +20,10 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-Panel = Callable[[Axes], Any]
-"""Draws itself into the Axes it is given."""
+Panel = Callable[..., Any]
+"""Draws itself into the Axes it is given as `ax`."""
+Key = Callable[[Figure, list[Axes]], Any]
+"""Draws what all panels of a figure share."""
 Styles = Mapping[str, Mapping[str, Any]]
 """Colour and dash of each variant's line, by its name."""
 
@@ -107,7 +109,7 @@ def panel_figure(
     *,
     columns: int = 2,
     panel_inches: tuple[float, float] = (3.9, 2.9),
-    key: Callable[[Figure, list[Axes]], Any] | None = None,
+    key: Key | None = None,
 ) -> Figure:
     """Panels side by side in one figure; `key` may add a colour bar that all of them share."""
     columns = min(columns, len(panels))
@@ -118,7 +120,7 @@ def panel_figure(
         FigureCanvasAgg(figure)
         grid = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
         for ax, panel in zip(grid, panels, strict=False):
-            panel(ax)
+            panel(ax=ax)
         for ax in grid[len(panels) :]:
             ax.set_axis_off()
         if key is not None:
@@ -128,9 +130,7 @@ def panel_figure(
     return figure
 
 
-def colour_key(
-    colours: Colormap, *, limit: tuple[float, float], label: str, whole: bool = False
-) -> Callable[[Figure, list[Axes]], Any]:
+def colour_key(colours: Colormap, *, limit: tuple[float, float], label: str, whole: bool = False) -> Key:
     """A horizontal colour bar for `panel_figure`; `whole` puts ticks on whole numbers only."""
 
     def draw(figure: Figure, axes: list[Axes]) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
-from matplotlib.axes import Axes
-from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 
 from normfree import plots, published
@@ -46,19 +44,6 @@ _LINES_PER_PANEL = 6
 
 
 @dataclass(frozen=True)
-class Key:
-    """A colour bar that all panels share."""
-
-    colours: Colormap
-    limit: tuple[float, float]
-    label: str
-    whole: bool = False
-
-    def draw(self) -> Callable[[Figure, list[Axes]], Any]:
-        return plots.colour_key(self.colours, limit=self.limit, label=self.label, whole=self.whole)
-
-
-@dataclass(frozen=True)
 class PageFigure:
     """Panels that belong together: flowing side by side on the page, one grid in the files."""
 
@@ -68,12 +53,11 @@ class PageFigure:
     panels: tuple[plots.Panel, ...]
     panel_inches: tuple[float, float] = (3.9, 2.9)
     columns: int = 2
-    key: Key | None = None
+    key: plots.Key | None = None
 
     def whole(self) -> Figure:
         """All panels and the colour bar in one figure."""
-        key = self.key.draw() if self.key else None
-        return plots.panel_figure(self.panels, columns=self.columns, panel_inches=self.panel_inches, key=key)
+        return plots.panel_figure(self.panels, columns=self.columns, panel_inches=self.panel_inches, key=self.key)
 
     def parts(self) -> Iterator[Figure]:
         """One figure a panel."""
@@ -84,7 +68,7 @@ class PageFigure:
         """The colour bar alone."""
         if self.key is None:
             return None
-        return plots.panel_figure([lambda ax: ax], panel_inches=(3.9, 0.62), key=self.key.draw())
+        return plots.panel_figure([lambda ax: ax], panel_inches=(3.9, 0.62), key=self.key)
 
 
 def main_figures(groups: Sequence[Group]) -> list[PageFigure]:
@@ -124,7 +108,7 @@ def _perplexity(groups: Sequence[Group]) -> PageFigure | None:
         caption="Lower is better, so further left. A dot is a seed, the bar below it the mean and the sample standard "
         "deviation over n seeds. NaN (k/n) means that k of n seeds diverged: then there is no mean. An arrow at the "
         f"edge is a seed far above the others, with its perplexity.{apart}",
-        panels=tuple(_perplexity_points(of_corpus, styles) for of_corpus in corpora.values()),
+        panels=tuple(partial(plots.perplexity_points, of_corpus, styles=styles) for of_corpus in corpora.values()),
         panel_inches=plots.perplexity_points_size([group.name for group in groups if group.runs]),
     )
 
@@ -148,10 +132,11 @@ def _heatmaps(groups: Sequence[Group]) -> PageFigure | None:
         f"see, dark cells to few tokens. One colour scale, {scale}; first seed of each variant, finished ones "
         f"first.{note}",
         panels=tuple(
-            _heatmap(values_LH, ceiling, group.name) for values_LH, (group, _) in zip(shown, measured, strict=True)
+            partial(plots.entropy_heatmap, values_LH, ceiling=ceiling, title=group.name)
+            for values_LH, (group, _) in zip(shown, measured, strict=True)
         ),
         panel_inches=_largest([values_LH.shape for values_LH in shown]),
-        key=Key(plots.HEATMAP_COLOURS, (0, ceiling), f"entropy ({unit})"),
+        key=plots.colour_key(plots.HEATMAP_COLOURS, limit=(0, ceiling), label=f"entropy ({unit})"),
     )
 
 
@@ -161,8 +146,9 @@ def _published(groups: Sequence[Group]) -> PageFigure | None:
     for group, heads in _measured(groups):
         theirs = published.heatmaps().get(group.label)
         if theirs is not None and heads.split == "final" and published.is_gpt2(group.members[0].spec):
-            panels.append(_heatmap(theirs / ceiling, 1.0, f"{group.label}, paper's GPT-2 125M"))
-            panels.append(_heatmap(shares_of_ceiling(heads), 1.0, f"{group.name}, ours"))
+            drawn = partial(plots.entropy_heatmap, ceiling=1.0)
+            panels.append(partial(drawn, theirs / ceiling, title=f"{group.label}, paper's GPT-2 125M"))
+            panels.append(partial(drawn, shares_of_ceiling(heads), title=f"{group.name}, ours"))
             shapes += [theirs.shape, heads.entropy_LH.shape]
     if not panels:
         return None
@@ -173,7 +159,7 @@ def _published(groups: Sequence[Group]) -> PageFigure | None:
         f"the past in both; compare where the bright layers lie, not single heads. {published.SOURCE}.",
         panels=tuple(panels),
         panel_inches=_largest(shapes),
-        key=Key(plots.HEATMAP_COLOURS, (0, 1), "entropy (share of the causal ceiling)"),
+        key=plots.colour_key(plots.HEATMAP_COLOURS, limit=(0, 1), label="entropy (share of the causal ceiling)"),
     )
 
 
@@ -188,8 +174,8 @@ def _dynamics(groups: Sequence[Group]) -> PageFigure | None:
         caption="One line a layer, coloured by its depth; lines that stay at the dashed causal ceiling are heads that "
         "never learned to look anywhere, lines near 0 have collapsed. First finished seed of each variant, or of one "
         "that has none the first that diverged, else the first that is not finished.",
-        panels=tuple(_layer_dynamics(probes, group.name, layers) for group, probes in shown),
-        key=Key(plots.LAYER_COLOURS, (0, max(layers - 1, 1)), "layer", whole=True),
+        panels=tuple(partial(plots.layer_dynamics, probes, title=group.name, layers=layers) for group, probes in shown),
+        key=plots.colour_key(plots.LAYER_COLOURS, limit=(0, max(layers - 1, 1)), label="layer", whole=True),
     )
 
 
@@ -204,7 +190,7 @@ def _overload(groups: Sequence[Group]) -> PageFigure | None:
         caption="Heads at or above 3/4 of the causal ceiling, in percent of all; one line a seed. Untrained heads "
         "are nearly uniform, so lines begin at the top: overload is a line that comes down late or not at all."
         + _open_ends(groups),
-        panels=tuple(_overload_curves(chunk, styles) for chunk in chunks),
+        panels=tuple(partial(plots.overload_curves, chunk, styles=styles) for chunk in chunks),
     )
 
 
@@ -220,7 +206,7 @@ def _ranges(groups: Sequence[Group]) -> PageFigure | None:
         title="Heads per range of entropy",
         caption="Share of the heads of all seeds that were measured after training in each quarter of the maximum; a "
         "long bright piece is overload. " + " ".join(f"{name}: {meaning}." for name, meaning in NORMALISERS.items()),
-        panels=tuple(_range_bars(counts, normaliser) for normaliser, counts in bars.items()),
+        panels=tuple(partial(plots.range_bars, counts, title=normaliser) for normaliser, counts in bars.items()),
         panel_inches=plots.range_bars_size(bars["causal"]),
         columns=3,
     )
@@ -233,7 +219,11 @@ def _losses(groups: Sequence[Group]) -> PageFigure | None:
     if not chunks:
         return None
     styles = plots.variant_styles([group.name for group in groups])
-    panels = [_loss_curves(chunk, split, styles) for chunk in chunks for split in ("train", "validation")]
+    panels = [
+        partial(plots.loss_curves, chunk, split=split, styles=styles, title=split.capitalize())
+        for chunk in chunks
+        for split in ("train", "validation")
+    ]
     return PageFigure(
         name="losses",
         title="Loss",
@@ -258,7 +248,7 @@ def _nonfinite(groups: Sequence[Group]) -> PageFigure | None:
         caption="Rows of attention with NaN or infinity, in percent of all rows of a probe. "
         f"{plain}; a cross at the top marks the step where a run diverged. The axis is logarithmic above 1 %. "
         "Such rows are counted here and are in no entropy." + _open_ends(groups),
-        panels=tuple(_nonfinite_curves(chunk, styles) for chunk in chunks),
+        panels=tuple(partial(plots.nonfinite_curves, chunk, styles=styles) for chunk in chunks),
     )
 
 
@@ -272,8 +262,12 @@ def _trajectories(groups: Sequence[Group]) -> PageFigure | None:
         title="Learnable slopes over training",
         caption="One line a layer, coloured by its depth, or one grey line for a slope that all layers share. 0 is "
         "ReLU: lines that approach it rediscover ReLU.",
-        panels=tuple(_slope_curves(run, _named(group, run), layers) for group, run in learning),
-        key=Key(plots.LAYER_COLOURS, (0, layers - 1), "layer", whole=True) if layers > 1 else None,
+        panels=tuple(
+            partial(plots.slope_curves, run, title=_named(group, run), layers=layers) for group, run in learning
+        ),
+        key=plots.colour_key(plots.LAYER_COLOURS, limit=(0, layers - 1), label="layer", whole=True)
+        if layers > 1
+        else None,
     )
 
 
@@ -291,7 +285,7 @@ def _private_inference(groups: Sequence[Group]) -> PageFigure | None:
         "alone (docs/private-inference.md). Circles are on the Pareto front: nothing on the same corpus is as good in "
         "both and better in one. Read differences between variants, not totals. GELU is priced in the form the model "
         "computes.",
-        panels=(lambda ax: plots.trade_off(labels, perplexity, gigabytes, front, corpora, ax=ax),),
+        panels=(partial(plots.trade_off, labels, perplexity, gigabytes, front, corpora),),
         panel_inches=plots.trade_off_size(labels),
     )
 
@@ -308,49 +302,14 @@ def _slope_perplexity(groups: Sequence[Group]) -> PageFigure | None:
         caption="0 is ReLU and 1 the identity; without LayerNorm, but where a panel is named by its norm. Bars are the "
         "sample deviation over seeds; NaN (k/n) means that k of n seeds have no finite perplexity.",
         panels=tuple(
-            _slope_points(
+            partial(
+                plots.slope_perplexity,
                 [group for group in fixed if (texts[group.name], _norm(group)) == (recipe, norm)],
-                ", ".join(filter(None, (recipe, "" if norm == "none" else norm))),
+                title=", ".join(filter(None, (recipe, "" if norm == "none" else norm))),
             )
             for recipe, norm in sorted(settings)
         ),
     )
-
-
-def _perplexity_points(groups: Sequence[Group], styles: Any) -> plots.Panel:
-    return lambda ax: plots.perplexity_points(groups, ax=ax, styles=styles)
-
-
-def _heatmap(entropy_LH: Any, ceiling: float, title: str) -> plots.Panel:
-    return lambda ax: plots.entropy_heatmap(entropy_LH, ax=ax, ceiling=ceiling, title=title)
-
-
-def _layer_dynamics(probes: Sequence[Heads], title: str, layers: int) -> plots.Panel:
-    return lambda ax: plots.layer_dynamics(probes, ax=ax, title=title, layers=layers)
-
-
-def _range_bars(counts: dict, title: str) -> plots.Panel:
-    return lambda ax: plots.range_bars(counts, ax=ax, title=title)
-
-
-def _loss_curves(groups: Sequence[Group], split: str, styles: Any) -> plots.Panel:
-    return lambda ax: plots.loss_curves(groups, ax=ax, split=split, styles=styles, title=split.capitalize())
-
-
-def _nonfinite_curves(groups: Sequence[Group], styles: Any) -> plots.Panel:
-    return lambda ax: plots.nonfinite_curves(groups, ax=ax, styles=styles)
-
-
-def _overload_curves(groups: Sequence[Group], styles: Any) -> plots.Panel:
-    return lambda ax: plots.overload_curves(groups, ax=ax, styles=styles)
-
-
-def _slope_curves(run: Run, title: str, layers: int) -> plots.Panel:
-    return lambda ax: plots.slope_curves(run, ax=ax, title=title, layers=layers)
-
-
-def _slope_points(groups: Sequence[Group], title: str) -> plots.Panel:
-    return lambda ax: plots.slope_perplexity(groups, ax=ax, title=title)
 
 
 def _measured(groups: Sequence[Group]) -> list[tuple[Group, Heads]]:

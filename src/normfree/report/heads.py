@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from normfree.analysis import COLLAPSE_NATS, Heads, causal_ceiling, collapse, ov
 from normfree.manifest import write_atomically
 from normfree.records import encode
 from normfree.report.build import write_figure, write_tables
-from normfree.report.figures import Key, PageFigure
+from normfree.report.figures import PageFigure
 from normfree.report.page import figure_values, template
 from normfree.tables import Table
 
@@ -99,10 +100,10 @@ def heatmap(heads: Heads, *, context: int, layers: list[int]) -> PageFigure:
         title="Entropy of every head",
         caption="One cell a head, layers downwards: bright cells attend almost evenly to all they may see, dark cells "
         f"to few tokens. The brightest colour is the causal ceiling, {ceiling:.2f} nats.{note}",
-        panels=(lambda ax: plots.entropy_heatmap(heads.entropy_LH, ax=ax, ceiling=ceiling, layers=layers),),
+        panels=(partial(plots.entropy_heatmap, heads.entropy_LH, ceiling=ceiling, layers=layers),),
         panel_inches=plots.heatmap_size(*heads.entropy_LH.shape),
         columns=1,
-        key=Key(plots.HEATMAP_COLOURS, (0, ceiling), "entropy (nats)"),
+        key=plots.colour_key(plots.HEATMAP_COLOURS, limit=(0, ceiling), label="entropy (nats)"),
     )
 
 
