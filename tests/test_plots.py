@@ -54,6 +54,13 @@ def test_heatmaps_share_a_scale_when_given_one_ceiling() -> None:
     assert {ax.images[0].get_clim() for ax in figure.axes} == {(0, 3.9)}
 
 
+def test_the_colour_bar_marks_where_heads_count_as_near_uniform_if_the_ceiling_is_known() -> None:
+    known, unknown = (plots.entropy_heatmap([[1.0, 2.0]], ceiling=ceiling).figure.axes[1] for ceiling in (3.878, None))
+    assert texts(known) == ["near uniform from 2.91"]
+    assert points(known, 0)[0].tolist() == pytest.approx([0.75 * 3.878] * 2)
+    assert texts(unknown) == []
+
+
 def test_heatmap_refuses_what_is_not_layers_by_heads() -> None:
     with pytest.raises(ValueError, match=r"shape \(3,\)"):
         plots.entropy_heatmap([1.0, 2.0, 3.0])

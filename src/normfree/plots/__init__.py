@@ -9,7 +9,7 @@ from normfree.plots.curves import (
     overload_curves,
     slope_curves,
 )
-from normfree.plots.heatmaps import HEATMAP_COLOURS, entropy_heatmap, heatmap_size
+from normfree.plots.heatmaps import HEATMAP_COLOURS, entropy_heatmap, entropy_key, heatmap_size
 from normfree.plots.perplexity import perplexity_points, perplexity_points_size
 from normfree.plots.style import COLOURS, Key, Panel, colour_key, panel_figure, variant_styles
 from normfree.plots.tradeoff import trade_off, trade_off_size
@@ -22,6 +22,7 @@ __all__ = [
     "Panel",
     "colour_key",
     "entropy_heatmap",
+    "entropy_key",
     "heatmap_size",
     "layer_dynamics",
     "loss_curves",

@@ -15,7 +15,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
-from normfree.plots.style import MUTED, colour_key, panel_figure, wrapped
+from normfree.analysis import OVERLOAD_SHARE
+from normfree.plots.style import MUTED, Key, colour_key, panel_figure, wrapped
 
 HEATMAP_COLOURS = mpl.colormaps["viridis"]
 _SMALLEST_POINTS = 4.5
@@ -42,6 +43,7 @@ def entropy_heatmap(
     if entropy_LH.ndim != 2 or entropy_LH.size == 0:
         raise ValueError(f"entropy has shape {entropy_LH.shape}; give one row a layer and one column a head")
     highest = _highest(entropy_LH if ceiling is None else np.asarray(ceiling, dtype=float))
+    key = colour_key(HEATMAP_COLOURS, limit=(0, highest), label="entropy (nats)")
     numbers = range(len(entropy_LH)) if layers is None else layers
     draw = partial(_draw, entropy_LH, highest=highest, title=title, numbers=numbers)
     if ax is not None:
@@ -49,9 +51,16 @@ def entropy_heatmap(
     figure = panel_figure(
         [draw],
         panel_inches=heatmap_size(*entropy_LH.shape),
-        key=colour_key(HEATMAP_COLOURS, limit=(0, highest), label="entropy (nats)"),
+        key=key if ceiling is None else entropy_key(highest),
     )
     return figure.axes[0]
+
+
+def entropy_key(ceiling: float, *, unit: str = "nats") -> Key:
+    """The colour bar of heatmaps up to a causal ceiling, with a mark from which heads count as near uniform."""
+    near = OVERLOAD_SHARE * ceiling
+    mark = (near, f"near uniform from {near:.2f}")
+    return colour_key(HEATMAP_COLOURS, limit=(0, ceiling), label=f"entropy ({unit})", mark=mark)
 
 
 def heatmap_size(layers: int, heads: int) -> tuple[float, float]:

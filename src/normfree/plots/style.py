@@ -130,8 +130,18 @@ def panel_figure(
     return figure
 
 
-def colour_key(colours: Colormap, *, limit: tuple[float, float], label: str, whole: bool = False) -> Key:
-    """A horizontal colour bar for `panel_figure`; `whole` puts ticks on whole numbers only."""
+def colour_key(
+    colours: Colormap,
+    *,
+    limit: tuple[float, float],
+    label: str,
+    whole: bool = False,
+    mark: tuple[float, str] | None = None,
+) -> Key:
+    """A horizontal colour bar for `panel_figure`; `whole` puts ticks on whole numbers only.
+
+    `mark` is a value with a line across the bar, and what stands above it.
+    """
 
     def draw(figure: Figure, axes: list[Axes]) -> None:
         scale = ScalarMappable(Normalize(*limit), colours)
@@ -143,6 +153,11 @@ def colour_key(colours: Colormap, *, limit: tuple[float, float], label: str, who
         if whole:
             bar.locator = MaxNLocator(integer=True)
             bar.update_ticks()
+        if mark is not None:
+            value, text = mark
+            bar.ax.axvline(value, color="#000000", linewidth=1.5)
+            above = {"transform": bar.ax.get_xaxis_transform(), "ha": "center", "va": "bottom"}
+            bar.ax.text(value, 1.15, text, fontsize=7.5, **above)
         bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
 
     return draw

@@ -41,6 +41,7 @@ FIGURES = (
     "slope-perplexity",
 )
 _LINES_PER_PANEL = 6
+_KEY_INCHES = 0.75
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class PageFigure:
         """The colour bar alone."""
         if self.key is None:
             return None
-        return plots.panel_figure([lambda ax: ax], panel_inches=(3.9, 0.62), key=self.key)
+        return plots.panel_figure([lambda ax: ax], panel_inches=(3.9, _KEY_INCHES), key=self.key)
 
 
 def main_figures(groups: Sequence[Group]) -> list[PageFigure]:
@@ -128,15 +129,15 @@ def _heatmaps(groups: Sequence[Group]) -> PageFigure | None:
     return PageFigure(
         name="heatmaps",
         title="Entropy of every head",
-        caption="One cell a head, layers downwards: bright cells attend almost evenly to all they may "
-        f"see, dark cells to few tokens. One colour scale, {scale}; first seed of each variant, finished ones "
-        f"first.{note}",
+        caption="One cell a head, layers downwards: bright cells attend almost evenly to all they may see, dark cells "
+        "to few tokens; from the mark on, 3/4 of the causal ceiling, a head counts as near uniform. One colour scale, "
+        f"{scale}; first seed of each variant, finished ones first.{note}",
         panels=tuple(
             partial(plots.entropy_heatmap, values_LH, ceiling=ceiling, title=group.name)
             for values_LH, (group, _) in zip(shown, measured, strict=True)
         ),
         panel_inches=_largest([values_LH.shape for values_LH in shown]),
-        key=plots.colour_key(plots.HEATMAP_COLOURS, limit=(0, ceiling), label=f"entropy ({unit})"),
+        key=plots.entropy_key(ceiling, unit=unit),
     )
 
 
@@ -159,7 +160,7 @@ def _published(groups: Sequence[Group]) -> PageFigure | None:
         f"the past in both; compare where the bright layers lie, not single heads. {published.SOURCE}.",
         panels=tuple(panels),
         panel_inches=_largest(shapes),
-        key=plots.colour_key(plots.HEATMAP_COLOURS, limit=(0, 1), label="entropy (share of the causal ceiling)"),
+        key=plots.entropy_key(1.0, unit="share of the causal ceiling"),
     )
 
 

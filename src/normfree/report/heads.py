@@ -99,11 +99,12 @@ def heatmap(heads: Heads, *, context: int, layers: list[int]) -> PageFigure:
         name="heatmap",
         title="Entropy of every head",
         caption="One cell a head, layers downwards: bright cells attend almost evenly to all they may see, dark cells "
-        f"to few tokens. The brightest colour is the causal ceiling, {ceiling:.2f} nats.{note}",
+        f"to few tokens. The brightest colour is the causal ceiling, {ceiling:.2f} nats; from the mark on, 3/4 of it, "
+        f"a head counts as near uniform.{note}",
         panels=(partial(plots.entropy_heatmap, heads.entropy_LH, ceiling=ceiling, layers=layers),),
         panel_inches=plots.heatmap_size(*heads.entropy_LH.shape),
         columns=1,
-        key=plots.colour_key(plots.HEATMAP_COLOURS, limit=(0, ceiling), label="entropy (nats)"),
+        key=plots.entropy_key(ceiling),
     )
 
 
