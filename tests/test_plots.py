@@ -219,6 +219,17 @@ def test_slopes_have_a_line_a_layer_or_one(tmp_path: Path) -> None:
     assert (len(layers.lines), len(shared.lines)) == (5, 2)  # and the line at 0
 
 
+def test_slopes_that_are_compared_have_one_axis_that_holds_them_and_zero(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, label) for label in ("SM+leaky, per layer", "SM+leaky, shared")]
+    limits = plots.slope_limits(runs)
+    assert limits is not None
+    axes = [plots.slope_curves(run, ax=Figure().subplots(), limits=limits) for run in runs]
+    assert {ax.get_ylim() for ax in axes} == {limits}
+    assert limits[0] < min(0, -0.09)
+    assert limits[1] > 0.21
+    assert plots.slope_limits([write_run(tmp_path, "SM+G")]) is None
+
+
 def test_a_slope_has_the_colour_of_its_layer(tmp_path: Path) -> None:
     figure = Figure()
     every, some = figure.subplots(2)

@@ -8,6 +8,7 @@ from normfree.plots.curves import (
     nonfinite_curves,
     overload_curves,
     slope_curves,
+    slope_limits,
 )
 from normfree.plots.heatmaps import HEATMAP_COLOURS, entropy_heatmap, entropy_key, heatmap_size
 from normfree.plots.perplexity import perplexity_points, perplexity_points_size
@@ -34,6 +35,7 @@ __all__ = [
     "range_bars",
     "range_bars_size",
     "slope_curves",
+    "slope_limits",
     "slope_perplexity",
     "trade_off",
     "trade_off_size",

@@ -11,7 +11,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import NullLocator
 
 from normfree.analysis import Group, Heads, is_over, layer_means, probed_heads, slope_layers, top_quarter_share
-from normfree.plots.style import GRID, MUTED, RED, Styles, empty, wrapped
+from normfree.plots.style import INK, MUTED, RED, Styles, empty, wrapped
 from normfree.records import Run
 
 # Lightness rises with depth, from 39 to 68, as far as a line shows on white and on the page's dark ground alike.
@@ -108,21 +108,49 @@ def overload_curves(groups: Sequence[Group], *, ax: Axes, styles: Styles) -> Axe
     return ax
 
 
-def slope_curves(run: Run, *, ax: Axes, title: str = "", layers: int | None = None) -> Axes:
-    """Learnable slopes over training: one line a layer, or one line for a shared slope. `layers`: as above."""
-    series = run.series("probe", "negative_slope")
-    if not series:
+def slope_curves(
+    run: Run,
+    *,
+    ax: Axes,
+    title: str = "",
+    layers: int | None = None,
+    limits: tuple[float, float] | None = None,
+) -> Axes:
+    """Learnable slopes over training: one line a layer, or one line for a shared slope; a straight one at 0, ReLU.
+
+    `layers`: as above. `limits` of the y axis: those of `slope_limits`, where panels are to be compared.
+    """
+    steps, slope_SN = _slopes(run)
+    if not steps:
         return empty(ax, "no learnable slope in this run")
-    steps = [step for step, _ in series]
-    slope_SN = np.array([np.atleast_1d(np.array(value, dtype=float)) for _, value in series]).T
     layer_S, deepest = slope_layers(run), layers or run.facts["model"]["layers"]
     colours = [_layer_colour(layer, deepest) for layer in layer_S] or [MUTED]
     for slope_N, colour in zip(slope_SN, colours, strict=True):
         _line(ax, steps, slope_N, color=colour)
-    ax.axhline(0, color=GRID, linewidth=1.2, zorder=1)
+    ax.axhline(0, color=INK, linewidth=1, zorder=1)
     _mark_nonfinite(ax, steps, slope_SN)
     ax.set(title=wrapped(title), xlabel="step", ylabel="slope of the layer" if layer_S else "shared slope")
+    if limits is not None:
+        ax.set_ylim(*limits)
     return ax
+
+
+def slope_limits(runs: Sequence[Run]) -> tuple[float, float] | None:
+    """A y axis that holds every finite slope of the runs, and 0; None when there is none."""
+    every = np.concatenate([_slopes(run)[1].ravel() for run in runs])
+    finite = every[np.isfinite(every)]
+    if not finite.size:
+        return None
+    low, high = min(0.0, float(finite.min())), max(0.0, float(finite.max()))
+    room = 0.05 * (high - low) or 0.05
+    return low - room, high + room
+
+
+def _slopes(run: Run) -> Series:
+    """Probed steps and slopes [S, steps]."""
+    series = run.series("probe", "negative_slope")
+    rows = [np.atleast_1d(np.array(value, dtype=float)) for _, value in series]
+    return [step for step, _ in series], np.array(rows).T
 
 
 def _line_a_seed(

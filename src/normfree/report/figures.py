@@ -22,6 +22,7 @@ from normfree.analysis import (
     recipes,
     shares_of_ceiling,
     slope_layers,
+    slopes,
 )
 from normfree.cost import trade_off
 from normfree.records import Run
@@ -172,9 +173,10 @@ def _dynamics(groups: Sequence[Group]) -> PageFigure | None:
     return PageFigure(
         name="dynamics",
         title="Entropy of the layers over training",
-        caption="One line a layer, coloured by its depth; lines that stay at the dashed causal ceiling are heads that "
-        "never learned to look anywhere, lines near 0 have collapsed. First finished seed of each variant, or of one "
-        "that has none the first that diverged, else the first that is not finished.",
+        caption="One line a layer, the mean of its heads, coloured by its depth. A line at the dashed causal ceiling "
+        "is a layer whose heads attend evenly to all they may see, as untrained ones do; one near 0 is a layer "
+        "whose heads all look at few tokens. A single head hides in the mean: the heatmaps show it. First finished seed of "
+        "each variant, or of one that has none the first that diverged, else the first that is not finished.",
         panels=tuple(partial(plots.layer_dynamics, probes, title=group.name, layers=layers) for group, probes in shown),
         key=plots.colour_key(plots.LAYER_COLOURS, limit=(0, max(layers - 1, 1)), label="layer", whole=True),
     )
@@ -188,9 +190,10 @@ def _overload(groups: Sequence[Group]) -> PageFigure | None:
     return PageFigure(
         name="overload",
         title="Heads near uniform",
-        caption="Heads at or above 3/4 of the causal ceiling, in percent of all; one line a seed. Untrained heads "
-        "are nearly uniform, so lines begin at the top: overload is a line that comes down late or not at all."
-        + _open_ends(groups),
+        caption="Heads at or above 3/4 of the causal ceiling, in percent of all heads; one line a seed. "
+        "Untrained heads are nearly uniform, so lines begin at the top. When a line comes down says little; where it "
+        "ends is how many heads stay near uniform. The verdict of overload counts the first third of the layers only: "
+        "the table below has them apart." + _open_ends(groups),
         panels=tuple(partial(plots.overload_curves, chunk, styles=styles) for chunk in chunks),
     )
 
@@ -258,13 +261,19 @@ def _trajectories(groups: Sequence[Group]) -> PageFigure | None:
     if not learning:
         return None
     layers = max((run.facts["model"]["layers"] for _, run in learning if slope_layers(run)), default=0)
+    alike: dict[float, list[Run]] = {}
+    for _, run in learning:
+        alike.setdefault(_first_slope(run), []).append(run)
+    limits = {first: plots.slope_limits(of_first) for first, of_first in alike.items()}
     return PageFigure(
         name="slope-trajectories",
         title="Learnable slopes over training",
-        caption="One line a layer, coloured by its depth, or one grey line for a slope that all layers share. 0 is "
-        "ReLU: lines that approach it rediscover ReLU.",
+        caption="One line a layer, coloured by its depth, or one grey line for a slope that all layers share. The "
+        "straight line at 0 is ReLU: a slope that ends on it has found ReLU again, one that crosses it has gone past; "
+        "the table above says which end near it. Runs that start from the same slope have the same y axis.",
         panels=tuple(
-            partial(plots.slope_curves, run, title=_named(group, run), layers=layers) for group, run in learning
+            partial(plots.slope_curves, run, title=_named(group, run), layers=layers, limits=limits[_first_slope(run)])
+            for group, run in learning
         ),
         key=plots.colour_key(plots.LAYER_COLOURS, limit=(0, layers - 1), label="layer", whole=True)
         if layers > 1
@@ -339,6 +348,11 @@ def _named(group: Group, run: Run) -> str:
 
 def _norm(group: Group) -> str:
     return group.runs[0].spec["model"].get("norm", "layernorm")
+
+
+def _first_slope(run: Run) -> float:
+    found = slopes(run)
+    return round(found.first_S[0], 6) if found else 0.0
 
 
 def _bad_rows(group: Group) -> int:
