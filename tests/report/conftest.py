@@ -16,7 +16,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("report")
     runs = [write_run(root / "runs", label) for label in ("SM+LN+G", "SM+LN+R", "SM+G", "SM+R")]
     runs += [write_run(root / "runs", label, seed=1) for label in ("SM+G", "SM+R")]
-    runs += [write_run(root / "runs", "SM", status="diverged")]
+    runs += [write_run(root / "runs", "SM", status="diverged", broken_probe=True)]
     runs += [write_run(root / "runs", "SM+LN+G", seed=1, status="interrupted")]
     runs += [write_run(root / "runs", "SM+leaky, per layer")]
     return build_report(runs, root / "out").parent

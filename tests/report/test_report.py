@@ -282,7 +282,7 @@ def test_a_run_in_the_night_is_in_every_curve_and_in_no_table_of_results(tmp_pat
     drawn = {figure.name: figure for figure in (*main_figures(groups), *slope_figures(groups))}
     assert {len(drawn[name].panels) for name in ("heatmaps", "dynamics")} == {2}
     assert "SM+leaky, shared (step 100)" in drawn["heatmaps"].caption
-    for name in ("losses", "overload", "nonfinite"):
+    for name in ("losses", "overload"):
         assert "open circle" in drawn[name].caption
         legend = drawn[name].panels[0](ax=Figure().subplots()).get_legend()
         assert legend
@@ -292,6 +292,35 @@ def test_a_run_in_the_night_is_in_every_curve_and_in_no_table_of_results(tmp_pat
     page = build_report(runs, tmp_path / "out").read_text()
     assert "In the curves only, because not finished: " in page
     assert "leaky" not in (tmp_path / "out" / "tables" / "perplexity.csv").read_text()
+
+
+def test_rows_that_are_all_finite_are_a_sentence_and_no_figure(tmp_path: Path) -> None:
+    sentence = "No probe of any run found an attention row with NaN or infinity."
+    whole, broken = write_run(tmp_path / "runs", "SM+G"), write_run(tmp_path / "runs", "SM+R", broken_probe=True)
+    for runs, is_drawn in (([whole], False), ([whole, broken], True)):
+        page = build_report(runs, tmp_path / "out").read_text()
+        assert ('id="nonfinite"' in page, sentence in page) == (is_drawn, not is_drawn)
+
+
+def test_curves_of_one_label_share_panels_that_are_named_by_it(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+R")]
+    runs += [write_run(tmp_path, "SM+leaky, shared", tag=f"start{n}") for n in range(7)]
+    (figure,) = (found for found in main_figures(group_runs(runs)) if found.name == "losses")
+    axes = [panel(ax=Figure().subplots()) for panel in figure.panels]
+    assert [ax.get_title() for ax in axes[::2]] == ["Training: SM+G to SM+leaky, shared", "Training: SM+leaky, shared"]
+    (figure,) = (found for found in main_figures(group_runs(runs[:2])) if found.name == "losses")
+    assert [panel(ax=Figure().subplots()).get_title() for panel in figure.panels] == ["Training", "Validation"]
+
+
+def test_a_legend_covers_no_curve(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+leaky, per layer", tag="a-tag-of-some-length")]
+    (figure,) = (found for found in main_figures(group_runs(runs)) if found.name == "overload")
+    for part in figure.parts():
+        (ax,) = part.axes
+        legend = ax.get_legend()
+        assert legend is not None
+        assert legend.get_window_extent().y1 < ax.get_window_extent().y0
+        assert legend.get_window_extent().y0 >= 0
 
 
 def test_an_unfinished_run_of_another_recipe_is_in_no_figure_unless_mixed(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from normfree.plots.bars import range_bars, range_bars_size, slope_perplexity
 from normfree.plots.curves import (
     LAYER_COLOURS,
+    curves_size,
     layer_dynamics,
     loss_curves,
     nonfinite_curves,
@@ -22,6 +23,7 @@ __all__ = [
     "Key",
     "Panel",
     "colour_key",
+    "curves_size",
     "entropy_heatmap",
     "entropy_key",
     "heatmap_size",

@@ -9,15 +9,13 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from matplotlib.ticker import NullLocator
-from matplotlib.transforms import offset_copy
 
 from normfree.analysis import RANGES, Group, RangeCounts, fixed_slope, summarise
-from normfree.plots.style import GREEN, INK, MUTED, RED, empty, wrapped
+from normfree.plots.style import GREEN, INK, MUTED, RED, empty, legend_below, wrapped
 
 _RANGE_COLOURS = [mpl.colormaps["viridis"](x) for x in (0.05, 0.37, 0.68, 0.98)]
 _RANGE_INKS = ("#ffffff", "#ffffff", "#000000", "#000000")
 _ROOM_FOR_TEXT = 0.09
-_BELOW_THE_AXIS_INCHES = 0.42
 
 
 def range_bars(counts: Mapping[str, RangeCounts], *, ax: Axes, title: str = "") -> Axes:
@@ -39,9 +37,7 @@ def range_bars(counts: Mapping[str, RangeCounts], *, ax: Axes, title: str = "") 
     handles = [Patch(color=colour, label=name) for colour, name in zip(_RANGE_COLOURS, RANGES, strict=True)]
     if any(found.nonfinite for found in counts.values()):
         handles.append(Patch(facecolor="none", edgecolor=MUTED, hatch="////", label="NaN"))
-    below = offset_copy(ax.transAxes, ax.get_figure(root=True), y=-_BELOW_THE_AXIS_INCHES)
-    place = {"loc": "upper center", "bbox_to_anchor": (0.45, 0), "bbox_transform": below}
-    ax.legend(handles=handles, ncols=5, columnspacing=0.9, handlelength=1, handletextpad=0.4, **place)
+    legend_below(ax, columns=5, handles=handles, columnspacing=0.9, handlelength=1, handletextpad=0.4)
     return ax
 
 

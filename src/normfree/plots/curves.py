@@ -11,7 +11,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import NullLocator
 
 from normfree.analysis import Group, Heads, is_over, layer_means, probed_heads, slope_layers, top_quarter_share
-from normfree.plots.style import INK, MUTED, RED, Styles, empty, wrapped
+from normfree.plots.style import INK, MUTED, RED, Styles, empty, legend_below, legend_inches, legend_name, wrapped
 from normfree.records import Run
 
 # Lightness rises with depth, from 39 to 68, as far as a line shows on white and on the page's dark ground alike.
@@ -108,6 +108,11 @@ def overload_curves(groups: Sequence[Group], *, ax: Axes, styles: Styles) -> Axe
     return ax
 
 
+def curves_size(panels: Sequence[Sequence[Group]]) -> tuple[float, float]:
+    """Inches that give curves of these groups, and the legend below them, room."""
+    return 3.9, 2.75 + max(legend_inches([group.name for group in groups]) for groups in panels)
+
+
 def slope_curves(
     run: Run,
     *,
@@ -170,7 +175,7 @@ def _line_a_seed(
         style = {**styles[group.name], **more}
         steps, values = _mean(list(map(series, group.runs))) if mean and len(group.runs) > 1 else ([], np.array([]))
         thin = _SEED_BESIDE_MEAN if steps else {}
-        label = wrapped(group.name)
+        label = legend_name(group.name)
         if steps:
             _line(ax, steps, values, label=label, zorder=3, **style)
             label = None
@@ -182,7 +187,7 @@ def _line_a_seed(
             if steps and not is_over(run):
                 ax.plot(steps[-1:], values[-1:], "o", fillstyle="none", color=style["color"])
     if ax.lines:
-        ax.legend()
+        legend_below(ax)
     return bool(ax.lines)
 
 

@@ -19,6 +19,7 @@ from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import offset_copy
 
 Panel = Callable[..., Any]
 """Draws itself into the Axes it is given as `ax`."""
@@ -55,6 +56,10 @@ _VARIANTS = {
 _OTHERS = tuple(_ON_WHITE[name] for name in ("purple", "gold", "violet", "olive", "grey"))
 _KEY_INCHES = 0.3
 _LETTERS_A_LINE = 30
+_LEGEND_LETTERS = 22
+_LEGEND_COLUMNS = 2
+_LEGEND_LINE_INCHES = 0.15
+_BELOW_THE_AXIS_INCHES = 0.42
 _OTHER_LINES = ("-", "--", "-.", ":")
 
 RC: dict[Any, Any] = {
@@ -163,9 +168,26 @@ def colour_key(
     return draw
 
 
-def wrapped(name: str) -> str:
+def wrapped(name: str, letters: int = _LETTERS_A_LINE) -> str:
     """A name of a variant over as many lines as it needs: what tells mixed recipes apart can be long."""
-    return textwrap.fill(name, _LETTERS_A_LINE, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(name, letters, break_long_words=False, break_on_hyphens=False)
+
+
+def legend_below(ax: Axes, *, columns: int = _LEGEND_COLUMNS, **more: Any) -> None:
+    """A legend under the label of the x axis, where it covers no data."""
+    below = offset_copy(ax.transAxes, ax.get_figure(root=True), y=-_BELOW_THE_AXIS_INCHES)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.45, 0), bbox_transform=below, ncols=columns, **more)
+
+
+def legend_name(name: str) -> str:
+    """A name that fits into a column of `legend_below`."""
+    return wrapped(name, _LEGEND_LETTERS)
+
+
+def legend_inches(names: Sequence[str]) -> float:
+    """Height of `legend_below` of these names."""
+    lines = [legend_name(name).count("\n") + 1 for name in names]
+    return _LEGEND_LINE_INCHES * math.ceil(len(names) / _LEGEND_COLUMNS) * max(lines, default=0)
 
 
 def empty(ax: Axes, text: str) -> Axes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -41,6 +42,7 @@ FIGURES = (
     "slope-trajectories",
     "slope-perplexity",
 )
+_MAXIMA = {"observed": "Of the highest head here", "log_t": "Of ln T", "causal": "Of the causal ceiling"}
 _LINES_PER_PANEL = 6
 _KEY_INCHES = 0.75
 
@@ -175,8 +177,8 @@ def _dynamics(groups: Sequence[Group]) -> PageFigure | None:
         title="Entropy of the layers over training",
         caption="One line a layer, the mean of its heads, coloured by its depth. A line at the dashed causal ceiling "
         "is a layer whose heads attend evenly to all they may see, as untrained ones do; one near 0 is a layer "
-        "whose heads all look at few tokens. A single head hides in the mean: the heatmaps show it. First finished seed of "
-        "each variant, or of one that has none the first that diverged, else the first that is not finished.",
+        "whose heads all look at few tokens. A single head hides in the mean: the heatmaps show it. First finished "
+        "seed of each variant, or of one that has none the first that diverged, else the first that is not finished.",
         panels=tuple(partial(plots.layer_dynamics, probes, title=group.name, layers=layers) for group, probes in shown),
         key=plots.colour_key(plots.LAYER_COLOURS, limit=(0, max(layers - 1, 1)), label="layer", whole=True),
     )
@@ -195,6 +197,7 @@ def _overload(groups: Sequence[Group]) -> PageFigure | None:
         "ends is how many heads stay near uniform. The verdict of overload counts the first third of the layers only: "
         "the table below has them apart." + _open_ends(groups),
         panels=tuple(partial(plots.overload_curves, chunk, styles=styles) for chunk in chunks),
+        panel_inches=plots.curves_size(chunks),
     )
 
 
@@ -209,8 +212,11 @@ def _ranges(groups: Sequence[Group]) -> PageFigure | None:
         name="ranges",
         title="Heads per range of entropy",
         caption="Share of the heads of all seeds that were measured after training in each quarter of the maximum; a "
-        "long bright piece is overload. " + " ".join(f"{name}: {meaning}." for name, meaning in NORMALISERS.items()),
-        panels=tuple(partial(plots.range_bars, counts, title=normaliser) for normaliser, counts in bars.items()),
+        "long bright piece is many heads near uniform. The maximum, in the order of the panels: "
+        f"{'; '.join(NORMALISERS[normaliser] for normaliser in bars)}.",
+        panels=tuple(
+            partial(plots.range_bars, counts, title=_MAXIMA[normaliser]) for normaliser, counts in bars.items()
+        ),
         panel_inches=plots.range_bars_size(bars["causal"]),
         columns=3,
     )
@@ -224,9 +230,9 @@ def _losses(groups: Sequence[Group]) -> PageFigure | None:
         return None
     styles = plots.variant_styles([group.name for group in groups])
     panels = [
-        partial(plots.loss_curves, chunk, split=split, styles=styles, title=split.capitalize())
+        partial(plots.loss_curves, chunk, split=split, styles=styles, title=f"{words}{_family(chunk, chunks)}")
         for chunk in chunks
-        for split in ("train", "validation")
+        for split, words in (("train", "Training"), ("validation", "Validation"))
     ]
     return PageFigure(
         name="losses",
@@ -236,23 +242,29 @@ def _losses(groups: Sequence[Group]) -> PageFigure | None:
         "of the points; a cross at the top marks the step where a run diverged, and the mean ends there."
         + _open_ends(groups),
         panels=tuple(panels),
+        panel_inches=plots.curves_size(chunks),
     )
+
+
+def rows_are_finite(groups: Sequence[Group]) -> bool:
+    """Whether attention was probed, and no probe found a row with NaN or infinity."""
+    counts = [value for group in groups for run in group.drawn for _, value in run.series("probe", "nonfinite_rows")]
+    return bool(counts) and not any(sum(map(sum, rows_LH)) for rows_LH in counts)
 
 
 def _nonfinite(groups: Sequence[Group]) -> PageFigure | None:
     chunks = _chunks([group for group in groups if any(run.series("probe", "nonfinite_rows") for run in group.drawn)])
-    if not chunks:
+    if not chunks or rows_are_finite(groups):
         return None
     styles = plots.variant_styles([group.name for group in groups])
-    bad = sum(_bad_rows(group) for group in groups)
-    plain = "No probe found one" if bad == 0 else "A line that leaves 0 is a model that breaks"
     return PageFigure(
         name="nonfinite",
         title="Non-finite attention rows",
-        caption="Rows of attention with NaN or infinity, in percent of all rows of a probe. "
-        f"{plain}; a cross at the top marks the step where a run diverged. The axis is logarithmic above 1 %. "
+        caption="Rows of attention with NaN or infinity, in percent of all rows of a probe. A line that leaves 0 is a "
+        "model that breaks; a cross at the top marks the step where a run diverged. The axis is logarithmic above 1 %. "
         "Such rows are counted here and are in no entropy." + _open_ends(groups),
         panels=tuple(partial(plots.nonfinite_curves, chunk, styles=styles) for chunk in chunks),
+        panel_inches=plots.curves_size(chunks),
     )
 
 
@@ -332,8 +344,24 @@ def _largest(shapes: Sequence[tuple[int, ...]]) -> tuple[float, float]:
 
 
 def _chunks(groups: Sequence[Group]) -> list[list[Group]]:
-    """Few enough lines for one pair of axes."""
-    return [list(groups[i : i + _LINES_PER_PANEL]) for i in range(0, len(groups), _LINES_PER_PANEL)]
+    """Few enough lines for one pair of axes; those of one label stay together where they fit."""
+    found: list[list[Group]] = []
+    for label in dict.fromkeys(group.label for group in groups):
+        alike = [group for group in groups if group.label == label]
+        size = math.ceil(len(alike) / math.ceil(len(alike) / _LINES_PER_PANEL))  # 7 are 4 and 3, not 6 and 1
+        for piece in (alike[i : i + size] for i in range(0, len(alike), size)):
+            if not found or len(found[-1]) + len(piece) > _LINES_PER_PANEL:
+                found.append([])
+            found[-1] += piece
+    return found
+
+
+def _family(chunk: Sequence[Group], chunks: Sequence[Sequence[Group]]) -> str:
+    """What tells a panel from the others, for its title."""
+    if len(chunks) == 1:
+        return ""
+    first, last = chunk[0].label, chunk[-1].label
+    return f": {first}" if first == last else f": {first} to {last}"
 
 
 def _open_ends(groups: Sequence[Group]) -> str:
@@ -353,8 +381,3 @@ def _norm(group: Group) -> str:
 def _first_slope(run: Run) -> float:
     found = slopes(run)
     return round(found.first_S[0], 6) if found else 0.0
-
-
-def _bad_rows(group: Group) -> int:
-    counts = [value for run in group.drawn for _, value in run.series("probe", "nonfinite_rows")]
-    return sum(sum(map(sum, rows_LH)) for rows_LH in counts)

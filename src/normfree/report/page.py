@@ -12,7 +12,7 @@ from normfree import __version__
 from normfree.analysis import Group, all_runs, recipes
 from normfree.plots import COLOURS
 from normfree.records import Run
-from normfree.report.figures import PageFigure
+from normfree.report.figures import PageFigure, rows_are_finite
 from normfree.report.render import to_svg
 from normfree.report.summary import sentences
 from normfree.tables import Table, to_html
@@ -50,6 +50,7 @@ def main_page(
         facts=_facts(groups),
         tables={name: Markup(to_html(table) if table.rows else "") for name, table in tables.items()},
         figures=figures,
+        rows_are_finite=rows_are_finite(groups),
         with_slopes=with_slopes,
     )
 
