@@ -257,6 +257,15 @@ def test_a_front_joins_the_points_of_one_corpus_only() -> None:
     assert [points(ax, line)[1].tolist() for line in (0, 1)] == [[4, 3], [40, 30]]
 
 
+def test_a_front_is_stairs_and_a_point_far_above_an_arrow_that_leaves_the_others_their_room() -> None:
+    ax = Figure().subplots()
+    plots.trade_off(list("abcde"), [90, 33, 32, 31, 30], [1, 2, 3, 4, 5], [True] * 5, ["x"] * 5, ax=ax)
+    assert ax.lines[0].get_drawstyle() == "steps-post"
+    assert ax.get_ylim()[1] < 40
+    assert "a: 90.0" in texts(ax)
+    assert [line.get_marker() for line in ax.lines].count("^") == 1
+
+
 def test_a_trade_off_names_what_diverged_below_the_axes_and_draws_nothing_without_a_number() -> None:
     nan, names = math.nan, [f"SM+leaky, per layer (start{number})" for number in range(6)]
     ax = Figure().subplots()

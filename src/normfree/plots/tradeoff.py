@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 
+from normfree.analysis import decimals
+from normfree.plots.perplexity import far_above
 from normfree.plots.style import GREEN, GRID, INK, MUTED, RED, empty
 
 _ROW = 0.05
@@ -24,9 +27,10 @@ def trade_off(
     *,
     ax: Axes,
 ) -> Axes:
-    """One point a variant, joined along the Pareto front of each corpus.
+    """One point a variant, with the Pareto front of each corpus as stairs: what lies above them is beaten in both.
 
-    Variants without a finite perplexity are named only.
+    Variants without a finite perplexity are named only. One far above the others is an arrow at the top, its perplexity
+    beside its name, so that the others keep their room.
 
     Labels stand in a column at the right, in the order of perplexity, each with a line to its point: variants that
     cost the same lie above each other, and their names would too.
@@ -36,27 +40,34 @@ def trade_off(
         return empty(ax, "no variant has a finite perplexity")
     for corpus in dict.fromkeys(corpora):
         front = sorted((gigabytes[i], perplexity[i]) for i in finite if on_front[i] and corpora[i] == corpus)
-        ax.plot([x for x, _ in front], [y for _, y in front], color=GREEN, linewidth=1, zorder=1)
+        steps: dict[str, Any] = {"drawstyle": "steps-post", "linewidth": 1, "zorder": 1}
+        ax.plot([x for x, _ in front], [y for _, y in front], color=GREEN, **steps)
+    limit = far_above([perplexity[i] for i in finite])
+    near = [perplexity[i] for i in finite if perplexity[i] <= limit]
+    room = 0.1 * (max(near) - min(near)) or 0.1
+    low, high = min(near) - room, max(near) + room
+    shown = {i: min(perplexity[i], high) for i in finite}
     for i in finite:
+        marker = "^" if perplexity[i] > limit else "o" if on_front[i] else "x"
         colour = GREEN if on_front[i] else MUTED
-        ax.plot(gigabytes[i], perplexity[i], marker="o" if on_front[i] else "x", color=colour, linestyle="none")
+        ax.plot(gigabytes[i], shown[i], marker=marker, color=colour, linestyle="none", clip_on=False)
     missing = [labels[i] for i in range(len(labels)) if i not in finite]
     if missing:
         text = textwrap.fill(f"NaN: {', '.join(missing)}", _LETTERS_BELOW, break_on_hyphens=False)
         ax.text(0, -0.2, text, transform=ax.transAxes, va="top", fontsize=7.5, color=RED)
-    ax.margins(x=0.08, y=0.1)
-    low, high = ax.get_ylim()
+    ax.margins(x=0.08)
+    ax.set_ylim(low, high)
+    ax.grid(visible=False)  # its lines and those of the labels are told apart by nothing
     lowest_first = sorted(finite, key=lambda i: perplexity[i])
-    for i, height in zip(
-        lowest_first, apart([(perplexity[i] - low) / (high - low) for i in lowest_first]), strict=True
-    ):
+    heights = apart([(shown[i] - low) / (high - low) for i in lowest_first])
+    for i, height in zip(lowest_first, heights, strict=True):
         ax.annotate(
-            labels[i],
-            (gigabytes[i], perplexity[i]),
+            labels[i] if perplexity[i] <= limit else f"{labels[i]}: {decimals(perplexity[i], 1)}",
+            (gigabytes[i], shown[i]),
             xytext=(1.02, height),
             textcoords="axes fraction",
             verticalalignment="center",
-            fontsize=7.5,
+            fontsize=8,
             color=INK,
             arrowprops={"arrowstyle": "-", "color": GRID, "linewidth": 0.7, "relpos": (0, 0.5), "shrinkA": 0},
         )
@@ -67,7 +78,7 @@ def trade_off(
 def trade_off_size(labels: Sequence[str]) -> tuple[float, float]:
     """Inches that leave the points room beside the labels."""
     longest = max(map(len, labels))
-    return 5.6 + 0.06 * max(0, longest - 25), max(2.9, 0.8 + 0.17 * len(labels))
+    return 5.8 + 0.06 * max(0, longest - 25), max(2.9, 0.8 + 0.17 * len(labels))
 
 
 def apart(heights: Sequence[float]) -> list[float]:

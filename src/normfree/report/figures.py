@@ -303,10 +303,10 @@ def _private_inference(groups: Sequence[Group]) -> PageFigure | None:
     return PageFigure(
         name="private-inference",
         title="Perplexity against communication in private inference",
-        caption="Lower left is better: what one forward pass would send under CHEETAH, from its operations "
-        "alone (docs/private-inference.md). Circles are on the Pareto front: nothing on the same corpus is as good in "
-        "both and better in one. Read differences between variants, not totals. GELU is priced in the form the model "
-        "computes.",
+        caption="Lower left is better: what one forward pass would send under CHEETAH, from its operations alone "
+        "(docs/private-inference.md). The stairs join the Pareto front, circles: nothing on the same corpus is as good "
+        "in both and better in one. An arrow at the top is a variant far above the others. Read differences between "
+        "variants, not totals. GELU is priced in the form the model computes.",
         panels=(partial(plots.trade_off, labels, perplexity, gigabytes, front, corpora),),
         panel_inches=plots.trade_off_size(labels),
     )
