@@ -212,8 +212,8 @@ def _ranges(groups: Sequence[Group]) -> PageFigure | None:
         name="ranges",
         title="Heads per range of entropy",
         caption="Share of the heads of all seeds that were measured after training in each quarter of the maximum; a "
-        "long bright piece is many heads near uniform. The maximum, in the order of the panels: "
-        f"{'; '.join(NORMALISERS[normaliser] for normaliser in bars)}.",
+        "long bright piece is many heads near uniform. The maximum, in the order of the panels and as the "
+        f"table calls it: {'; '.join(f'{normaliser}, {NORMALISERS[normaliser]}' for normaliser in bars)}.",
         panels=tuple(
             partial(plots.range_bars, counts, title=_MAXIMA[normaliser]) for normaliser, counts in bars.items()
         ),
