@@ -251,6 +251,14 @@ def test_a_slope_with_a_diverged_seed_is_nan_and_no_point(tmp_path: Path) -> Non
     assert texts(ax) == ["NaN (1/2)"]
 
 
+def test_slopes_are_compared_on_the_seeds_that_all_of_them_have(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, "SM+R", seed=seed, perplexity=ppl) for seed, ppl in enumerate((34.0, 30.0, 29.0))]
+    runs.append(write_run(tmp_path, "SM", perplexity=44.0))
+    ax = Figure().subplots()
+    plots.slope_perplexity(group_runs(runs), ax=ax)
+    assert [values.tolist() for values in points(ax, 0)] == [[0.0, 1.0], [34.0, 44.0]]
+
+
 def test_a_front_joins_the_points_of_one_corpus_only() -> None:
     ax = Figure().subplots()
     plots.trade_off(["a", "b", "c", "d"], [4, 3, 40, 30], [1, 2, 1, 2], [True] * 4, ["x", "x", "y", "y"], ax=ax)

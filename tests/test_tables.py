@@ -232,6 +232,8 @@ def test_verdicts_name_layers_heads_and_steps(tmp_path: Path) -> None:
     rows = rows_of(tables.verdict_table(study(tmp_path)))
     assert rows["quick/sm-g-seed0"]["Overload"] == "yes: 100 % of the heads in layers 0-1, since step 0"
     assert rows["quick/sm-r-seed0"]["Overload"].startswith("no: ")
+    one_layer = rows_of(tables.verdict_table([write_run(tmp_path / "one", "SM+G", shape=(1, 4))]))
+    assert one_layer["quick/sm-g-seed0"]["Overload"] == "yes: 100 % of the heads in layer 0, since step 0"
     assert rows["quick/sm-seed1"]["Collapse"] == "undecided"
     slopes = rows["quick/sm-leaky--per-layer-seed0"]["Slopes"]
     assert slopes.startswith("apart: from -0.090 (layer 3) to 0.210 (layer 0)")

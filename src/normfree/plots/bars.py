@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from matplotlib.ticker import NullLocator
 
-from normfree.analysis import RANGES, Group, RangeCounts, fixed_slope, summarise
+from normfree.analysis import RANGES, Group, RangeCounts, fixed_slope, perplexities_on_common_seeds
 from normfree.plots.style import GREEN, INK, MUTED, RED, empty, legend_below, wrapped
 
 _RANGE_COLOURS = [mpl.colormaps["viridis"](x) for x in (0.05, 0.37, 0.68, 0.98)]
@@ -48,18 +48,16 @@ def range_bars_size(names: Collection[str]) -> tuple[float, float]:
 
 
 def slope_perplexity(groups: Sequence[Group], *, ax: Axes, title: str = "") -> Axes:
-    """Final perplexity over the fixed slope below 0; bars are the sample deviation over seeds.
+    """Final perplexity over the fixed slope below 0, on the seeds that all slopes have; bars are the sample deviation.
 
     A slope with a diverged seed stands as NaN at the top, never as a mean of survivors.
     """
-    found = []
-    for group in groups:
-        slope = fixed_slope(group.runs[0]) if group.runs else None
-        if slope is not None:
-            found.append((slope, summarise(list(group.perplexities.values()))))
-    if not found:
+    slopes = {group.name: fixed_slope(group.runs[0]) for group in groups if group.runs}
+    fixed = {name: slope for name, slope in slopes.items() if slope is not None}
+    if not fixed:
         return empty(ax, "no run with a fixed slope")
-    found.sort(key=lambda item: item[0])
+    cells = perplexities_on_common_seeds([group for group in groups if group.name in fixed])
+    found = sorted(((fixed[name], cell) for name, cell in cells.items()), key=lambda item: item[0])
     whole = [(slope, cell) for slope, cell in found if not cell.nonfinite]
     deviations = [0.0 if math.isnan(cell.standard_deviation) else cell.standard_deviation for _, cell in whole]
     means = [cell.mean for _, cell in whole]

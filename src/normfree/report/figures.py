@@ -321,8 +321,9 @@ def _slope_perplexity(groups: Sequence[Group]) -> PageFigure | None:
     return PageFigure(
         name="slope-perplexity",
         title="Perplexity over fixed slopes",
-        caption="0 is ReLU and 1 the identity; without LayerNorm, but where a panel is named by its norm. Bars are the "
-        "sample deviation over seeds; NaN (k/n) means that k of n seeds have no finite perplexity.",
+        caption="0 is ReLU and 1 the identity; without LayerNorm, but where a panel is named by its norm. Means over "
+        "the seeds that all slopes have, or over a slope's own where none is common; bars are the sample deviation, "
+        "and NaN (k/n) means that k of n seeds have no finite perplexity.",
         panels=tuple(
             partial(
                 plots.slope_perplexity,

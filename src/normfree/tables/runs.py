@@ -137,7 +137,8 @@ def _verdict_row(run: Run) -> tuple[str, ...]:
 
 
 def _overload_words(verdict: Overload) -> str:
-    share = f"{100 * verdict.share:.0f} % of the heads in layers 0-{verdict.early_layers - 1}"
+    layers = "layer 0" if verdict.early_layers == 1 else f"layers 0-{verdict.early_layers - 1}"
+    share = f"{100 * verdict.share:.0f} % of the heads in {layers}"
     if verdict.holds:
         since = "" if verdict.since_step is None else f", since step {verdict.since_step}"
         return f"yes: {share}{since}"
