@@ -85,7 +85,7 @@ def training_arguments(spec: RunSpec, *, steps: int, output: Path) -> TrainingAr
         max_grad_norm=train.max_gradient_norm,
         bf16=train.precision == "bf16",
         fp16=train.precision == "fp16",
-        tf32=False,  # else Trainer turns it on for the whole process where it compiles
+        tf32=False,
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
         seed=spec.seed,

@@ -12,6 +12,7 @@ import platform
 
 import datasets
 import huggingface_hub
+import torch
 import transformers
 
 logger = logging.getLogger("normfree")
@@ -22,12 +23,23 @@ LARGEST_INT = 2**31 - 1
 
 
 def prepare_process() -> None:
-    """Silence the bars of the libraries underneath, which would drown ours, and keep freed memory."""
+    """Silence the bars of the libraries underneath, which would drown ours; fp32 products and freed memory are kept."""
+    keep_fp32_products()
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()  # its retries without a network; our error says what failed
     if keep_freed_memory():
         logger.info("glibc keeps freed memory in this process: faster steps (docs/performance.md)")
+
+
+def keep_fp32_products() -> None:
+    """Products of fp32 tensors are fp32 from here on, never TF32.
+
+    The first line undoes TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1, which some images set, and what Accelerate does where it
+    compiles in fp32; the second what TrainingArguments does where it compiles in bf16.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.fp32_precision = "ieee"
 
 
 def keep_freed_memory() -> bool:

@@ -24,6 +24,7 @@ from normfree.model.modeling import NormFreePreTrainedModel
 from normfree.training.checkpoints import CheckpointError, checkpoint_bytes, require_space
 from normfree.training.data_order import BlockOrder
 from normfree.training.guard import Divergence, NonFiniteError, earliest, locate, total_gradient_norm
+from normfree.training.process import keep_fp32_products
 
 _WHOLE_GRADIENTS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 """Where every process holds all gradients, so that their norm is known without asking the others."""
@@ -67,6 +68,7 @@ class NormFreeTrainer(Trainer):
         self._loss_before_step = torch.zeros(())
         self._gradient_norm: Tensor | None = None
         super().__init__(model=model, args=args, **rest)
+        keep_fp32_products()  # args and Accelerate turn TF32 on for the whole process where they compile
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         batch = self.spec.train.batch_sequences
