@@ -97,3 +97,32 @@ def test_one_process_of_torchrun_trains_on_one_of_several_gpus(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_RANK", "0")
     check_machine(tiny_spec(), torch.device("cpu"))
+
+
+@pytest.fixture
+def unusable_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a job with a GPU and a torch that cannot use it: a driver too old, a build for the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("SLURM_JOB_GPUS", "3")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.mark.parametrize(("build", "said"), [(None, "built without CUDA"), ("13.0", "built for CUDA 13.0")])
+def test_a_gpu_that_torch_cannot_use_is_not_passed_over_in_silence(
+    build: str | None,
+    said: str,
+    unusable_gpu: None,
+    tiny_spec: Callable[..., RunSpec],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", build)
+    with pytest.raises(ValueError, match=rf"SLURM_JOB_GPUS=3.*{said}.*CUDA_VISIBLE_DEVICES=-1 before the command"):
+        check_machine(tiny_spec(), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("value", ["", "-1"])
+def test_the_cpu_of_a_machine_with_a_gpu_trains_when_asked(
+    value: str, unusable_gpu: None, tiny_spec: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+    check_machine(tiny_spec(), torch.device("cpu"))

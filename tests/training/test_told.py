@@ -23,6 +23,7 @@ def test_a_log_file_sees_how_far_a_run_is(
 ) -> None:
     with caplog.at_level(logging.INFO, "normfree"):
         run = read_run(train(tiny_spec(), runs_dir=tmp_path, cache=cache))
+    assert "sm-r-seed0: training on cpu, 1 process, 1 thread each, precision fp32" in caplog.messages
     (line,) = (record.message for record in caplog.records if "step 3 of 6" in record.message)
     perplexity = dict(run.series("validation", "perplexity"))[3]
     assert re.fullmatch(rf"sm-r-seed0: step 3 of 6, validation perplexity {perplexity:.2f}, about \d+ min left", line)

@@ -26,6 +26,7 @@ logger = logging.getLogger("normfree")
 def check_machine(spec: RunSpec, device: torch.device) -> None:
     """Raises ValueError when this device, or this number of processes, cannot train the spec as it stands."""
     train = spec.train
+    _refuse_an_idle_gpu()
     processes = PartialState().num_processes
     if processes == 1 and torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:  # torchrun's
         raise ValueError(
@@ -59,6 +60,21 @@ def check_machine(spec: RunSpec, device: torch.device) -> None:
             "train.precision=bf16 with train.compile=true needs a processor with bf16 units, and this one has none; "
             "leave one of them out (compiled steps would take its slow bf16 kernels)"
         )
+
+
+def _refuse_an_idle_gpu() -> None:
+    """Where a GPU is there and torch cannot use it, a recipe of hours would train on the CPU for weeks."""
+    there = sorted(map(str, Path("/dev").glob("nvidia[0-9]*")))
+    if number := os.environ.get("SLURM_JOB_GPUS"):
+        there = [f"SLURM_JOB_GPUS={number}"]
+    on_purpose = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if not there or on_purpose or torch.cuda.is_available():
+        return
+    build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    raise ValueError(
+        f"there is a GPU ({there[0]}) that torch {torch.__version__}, {build}, cannot use: install a torch for the "
+        "CUDA version that nvidia-smi names, or, to train on the CPU, put CUDA_VISIBLE_DEVICES=-1 before the command"
+    )
 
 
 def training_arguments(spec: RunSpec, *, steps: int, output: Path) -> TrainingArguments:

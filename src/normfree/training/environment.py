@@ -77,6 +77,15 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def whereabouts(precision: str, device: torch.device) -> str:
+    """Where and how a run trains, for the log."""
+    processes, threads = PartialState().num_processes, torch.get_num_threads()
+    return (
+        f"training on {device_name(device)}, {processes} process{'es' * (processes > 1)}, "
+        f"{threads} thread{'s' * (threads > 1)} each, precision {precision}"
+    )
+
+
 def processor_name() -> str:
     """The processor's own name where the system tells it, else its architecture."""
     facts = Path("/proc/cpuinfo")

@@ -41,7 +41,7 @@ from normfree.training.checkpoints import (
     publish,
     step_of,
 )
-from normfree.training.environment import command_line, surroundings, usable_cores
+from normfree.training.environment import command_line, surroundings, usable_cores, whereabouts
 from normfree.training.guard import Divergence, NonFiniteError
 from normfree.training.opening import model_facts, open_writer
 from normfree.training.ranks import agreed_checkpoint, main_process_first, of_the_first
@@ -108,6 +108,7 @@ def train(
             compare_surroundings(checkpoint, surroundings(spec, corpus, _device()))
         writer = None
         if state.is_main_process:
+            logger.info("%s: %s", spec.name, whereabouts(spec.train.precision, _device()))
             make_room(folder, model_facts(config)["parameters"], keep=spec.train.checkpoints_kept)
             command = command or command_line()
             writer = open_writer(
