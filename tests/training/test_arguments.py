@@ -126,3 +126,17 @@ def test_the_cpu_of_a_machine_with_a_gpu_trains_when_asked(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
     check_machine(tiny_spec(), torch.device("cpu"))
+
+
+def test_bf16_that_a_gpu_only_emulates_is_refused(
+    tiny_spec: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a V100: torch says that bf16 is supported there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=7))
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda _: True)
+    assert torch.cuda.is_bf16_supported()
+    with pytest.raises(ValueError, match=r"train\.precision=bf16 needs .*; give train\.precision=fp16"):
+        check_machine(tiny_spec("train.precision=bf16"), torch.device("cuda"))
+    check_machine(tiny_spec("train.precision=fp16"), torch.device("cuda"))

@@ -55,6 +55,11 @@ def check_machine(spec: RunSpec, device: torch.device) -> None:
         )
     if train.precision == "fp16" and device.type == "cpu":
         raise ValueError("train.precision=fp16 needs a GPU; fp32 and bf16 work on the CPU")
+    if train.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        raise ValueError(
+            "train.precision=bf16 needs a GPU with bf16 units (NVIDIA's from Ampere on), and this one would emulate "
+            "them; give train.precision=fp16"
+        )
     if train.compile and needs_fp32_units(train.precision, device):
         raise ValueError(
             "train.precision=bf16 with train.compile=true needs a processor with bf16 units, and this one has none; "

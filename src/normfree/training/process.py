@@ -39,7 +39,7 @@ def keep_fp32_products() -> None:
     compiles in fp32; the second what TrainingArguments does where it compiles in bf16.
     """
     torch.set_float32_matmul_precision("highest")
-    torch.backends.fp32_precision = "ieee"
+    torch.backends.fp32_precision = "ieee"  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def keep_freed_memory() -> bool:
