@@ -13,16 +13,32 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from normfree.compose import compose_run, members
+from normfree.model import NormFreeConfig, NormFreeForCausalLM
 from normfree.records import Run, RunWriter, read_run
 
 
-def run_command(words: list[str], folder: Path) -> None:
+def run_command(words: list[str], folder: Path) -> str:
+    """What the command said on standard error."""
     done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
 
 
 def entropies(run: Run) -> list[list[float]]:
     return run.last("final", "entropy_nats") or []
+
+
+@pytest.mark.parametrize("preset", ["cpu", "cpu-pythia"])
+@pytest.mark.parametrize("variant", [name for name in members("variant") if name != "custom"])
+def test_every_parameter_has_a_gradient_for_processes_to_average(preset: str, variant: str) -> None:
+    """DistributedDataParallel is told to expect all of them."""
+    spec = compose_run([f"preset={preset}", f"variant={variant}"]).spec
+    config = NormFreeConfig(**spec.model | {"hidden_size": 32, "vocab_size": 50, "max_position_embeddings": 8})
+    model = NormFreeForCausalLM(config)
+    ids_BT = torch.arange(16).view(2, 8)
+    model(input_ids=ids_BT, labels=ids_BT, return_logits=False).loss.backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
 @pytest.mark.slow
@@ -32,7 +48,9 @@ def test_two_processes_train_the_same_model_as_one_and_only_the_first_writes(
     words = ["train", *tiny, "variant=sm-r", "train.micro_batch_sequences=4", f"cache_dir={cache}"]
     run_command(["-m", "normfree.cli", *words, "runs_dir=one"], tmp_path)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "normfree.cli"]
-    run_command([*torchrun, *words, "runs_dir=two"], tmp_path)
+    told = run_command([*torchrun, *words, "runs_dir=two"], tmp_path)
+    assert told.count("sm-r-seed0: training on cpu, 2 processes, 1 thread each, precision fp32") == 1
+    assert "find_unused_parameters" not in told  # which each step would pay for
     one, two = (read_run(tmp_path / name / "single" / "sm-r-seed0") for name in ("one", "two"))
     assert two.perplexity == pytest.approx(one.perplexity, rel=1e-4)
     assert one.facts["final"]["tokens"] == two.facts["final"]["tokens"]

@@ -107,6 +107,7 @@ def training_arguments(spec: RunSpec, *, steps: int, output: Path) -> TrainingAr
         bf16=train.precision == "bf16",
         fp16=train.precision == "fp16",
         tf32=False,
+        ddp_find_unused_parameters=False,  # there are none, and each step would look for them
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
         seed=spec.seed,
