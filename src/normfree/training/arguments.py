@@ -82,6 +82,19 @@ def _refuse_an_idle_gpu() -> None:
     )
 
 
+def with_less_memory(spec: RunSpec) -> str:
+    """The keys that let a run of this spec go on with less memory, or advice where there are none left."""
+    train = spec.train
+    share = train.batch_sequences // PartialState().num_processes
+    fitting = [size for size in range(1, train.micro_batch_sequences // 2 + 1) if share % size == 0]
+    keys = [f"train.micro_batch_sequences={size}" for size in fitting[-1:]]
+    if not train.gradient_checkpointing:
+        keys.append("train.gradient_checkpointing=true")
+    if not keys:
+        return "nothing is left to save: take a GPU with more memory, or another run (a smaller data.context or model)"
+    return f"the same command goes on with less, from the newest checkpoint, when {' or '.join(keys)} is added"
+
+
 def training_arguments(spec: RunSpec, *, steps: int, output: Path) -> TrainingArguments:
     """Trainer's arguments for a spec that `check_machine` let pass."""
     train = spec.train

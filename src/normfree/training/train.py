@@ -31,7 +31,14 @@ from normfree.model import NormFreeConfig, NormFreeForCausalLM
 from normfree.records import RUN_FILE, RunWriter
 from normfree.signals import pass_on
 from normfree.training import callbacks as watch
-from normfree.training.arguments import check_machine, is_done, model_config, total_steps, training_arguments
+from normfree.training.arguments import (
+    check_machine,
+    is_done,
+    model_config,
+    total_steps,
+    training_arguments,
+    with_less_memory,
+)
 from normfree.training.bf16 import products_for
 from normfree.training.checkpoints import (
     STAGING,
@@ -41,7 +48,7 @@ from normfree.training.checkpoints import (
     publish,
     step_of,
 )
-from normfree.training.environment import command_line, surroundings, usable_cores, whereabouts
+from normfree.training.environment import command_line, device_name, surroundings, usable_cores, whereabouts
 from normfree.training.guard import Divergence, NonFiniteError
 from normfree.training.opening import model_facts, open_writer
 from normfree.training.ranks import agreed_checkpoint, main_process_first, of_the_first
@@ -86,7 +93,8 @@ def train(
 
     Raises ValueError when the folder holds a run with another spec, or an unfinished one with another corpus, the
     corpus is too small, fields of the model contradict each other or this machine cannot train it; InterruptedRunError
-    after SIGTERM, SIGINT or SIGHUP; BlockingIOError when another process trains there; OSError when the disk is full.
+    after SIGTERM, SIGINT or SIGHUP; BlockingIOError when another process trains there; OSError when the disk is full;
+    torch.OutOfMemoryError with the keys that need less memory.
     """
     folder = Path(runs_dir) / spec.study / spec.name
     NormFreeConfig(**spec.model)  # fields that contradict each other show before a corpus is prepared
@@ -190,6 +198,10 @@ class _Training:
             except NonFiniteError as error:
                 self._record_divergence(error.divergence)
                 diverged = True
+            except torch.OutOfMemoryError as error:
+                raise torch.OutOfMemoryError(
+                    f"{self.folder} ran out of memory on {device_name(_device())}: {with_less_memory(self.spec)}"
+                ) from error
             except KeyboardInterrupt:
                 self._update(status="interrupted")
                 raise InterruptedRunError(self.folder, stop.received or signal.SIGINT, saved=False) from None
