@@ -163,6 +163,49 @@ def test_a_launcher_s_warning_saves_and_the_launcher_hears_of_it_after_that(
     assert read_run(folder).status == "interrupted"
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_a_warning_of_slurm_to_which_nobody_listens_saves_instead_of_killing(
+    number: signal.Signals, tmp_path: Path, cache: Path, tiny_spec: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`#SBATCH --signal=USR1@300` before a command of ours."""
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    terminate_in_step(3, monkeypatch, with_signal=number)
+    with pytest.raises(InterruptedRunError, match=f"stopped by signal {number} and saved"):
+        train(tiny_spec(), runs_dir=tmp_path, cache=cache, progress=False)
+    assert signal.getsignal(number) is signal.SIG_DFL
+    assert read_run(tmp_path / "single" / "sm-r-seed0").facts["steps_done"] == 4
+
+
+def test_outside_slurm_a_signal_to_which_nobody_listens_keeps_its_action(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with StopOnSignal():
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+
+
+def test_a_warning_after_the_sigterm_of_a_preemption_does_not_cost_the_checkpoint(
+    tmp_path: Path, cache: Path, tiny_spec: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SLURM sends SIGTERM when it preempts a job, and submitit waits for the SIGUSR2 that follows."""
+    monkeypatch.setattr("normfree.training.callbacks.TOGETHER_SECONDS", 0.0)
+    original = NormFreeTrainer.training_step
+
+    def preempted(trainer: NormFreeTrainer, *rest: Any, **named: Any) -> Any:
+        if trainer.state.global_step == 3:
+            send(signal.SIGTERM, signal.SIGUSR2)
+        return original(trainer, *rest, **named)
+
+    monkeypatch.setattr(NormFreeTrainer, "training_step", preempted)
+    heard: list[int] = []
+    before = signal.signal(signal.SIGUSR2, lambda number, _: heard.append(number))
+    try:
+        with pytest.raises(InterruptedRunError, match="stopped by signal 12 and saved"):
+            train(tiny_spec(), runs_dir=tmp_path, cache=cache, progress=False)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert heard == [signal.SIGUSR2]
+    assert read_run(tmp_path / "single" / "sm-r-seed0").facts["steps_done"] == 4
+
+
 def terminate_in_step(
     step: int, monkeypatch: pytest.MonkeyPatch, *, with_signal: signal.Signals = signal.SIGTERM
 ) -> None:

@@ -24,7 +24,7 @@ from normfree.entropy import EntropyProbe, HeadEntropy
 from normfree.entropy.statistics import sum_over_processes
 from normfree.evaluate import Evaluation, evaluate_blocks, in_evaluation_mode
 from normfree.model.modeling import NormFreePreTrainedModel
-from normfree.signals import stopping_signals, warning_signals
+from normfree.signals import WARNINGS, stopping_signals, warning_signals
 
 logger = logging.getLogger("normfree")
 
@@ -133,11 +133,12 @@ class Watch(TrainerCallback):
 class StopOnSignal(TrainerCallback):
     """SIGTERM, SIGINT or SIGHUP (not under nohup) ends training at the next step boundary, with a checkpoint.
 
-    So do SIGUSR1 and SIGUSR2 where somebody listens to them, as submitit does for the warning before a time limit;
-    `signals.pass_on` tells the listener afterwards.
+    So do SIGUSR1 and SIGUSR2 in a SLURM job, and where somebody listens to them, as submitit does for the warning
+    before a time limit; `signals.pass_on` tells the listener afterwards.
 
-    A second SIGINT, another signal some seconds after the first, or one that comes when no step will follow (`at_once`)
-    raises KeyboardInterrupt where the program stands. Python delivers signals to the main thread only; in another
+    A second SIGINT, a signal but these two some seconds after the first (SLURM preempts with SIGTERM, then sends the
+    warning), or one that comes when no step will follow (`at_once`) raises KeyboardInterrupt where the program stands.
+    Python delivers signals to the main thread only; in another
     thread this class does nothing.
     """
 
@@ -161,7 +162,8 @@ class StopOnSignal(TrainerCallback):
     def _note(self, number: int, _frame: FrameType | None) -> None:
         now = time.monotonic()
         first, self._first_seconds = self._first_seconds, self._first_seconds or now
-        again = first is not None and (number == signal.SIGINT or now - first > TOGETHER_SECONDS)
+        late = first is not None and now - first > TOGETHER_SECONDS and number not in WARNINGS
+        again = late or (first is not None and number == signal.SIGINT)
         self.received = number
         if again or self.at_once:
             raise KeyboardInterrupt
