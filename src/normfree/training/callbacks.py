@@ -138,8 +138,7 @@ class StopOnSignal(TrainerCallback):
 
     A second SIGINT, a signal but these two some seconds after the first (SLURM preempts with SIGTERM, then sends the
     warning), or one that comes when no step will follow (`at_once`) raises KeyboardInterrupt where the program stands.
-    Python delivers signals to the main thread only; in another
-    thread this class does nothing.
+    Python delivers signals to the main thread only; in another thread this class does nothing.
     """
 
     def __init__(self) -> None:
