@@ -13,7 +13,8 @@ from torch.optim import SGD
 from transformers import get_scheduler
 
 from normfree.config import RunSpec
-from normfree.training.arguments import check_machine, total_steps, training_arguments
+from normfree.data import prepare
+from normfree.training.arguments import check_held_out, check_machine, total_steps, training_arguments
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,23 @@ def test_each_process_has_a_sequence_to_measure(
     with pytest.raises(ValueError, match=f"{key}=1 leaves some of the 2 processes without one; give 2"):
         check_machine(tiny_spec(*words, f"{key}=1"), torch.device("cpu"))
     check_machine(tiny_spec(*words, f"{key}=2"), torch.device("cpu"))
+
+
+def test_each_process_has_a_held_out_block(
+    cache: Path, tiny_spec: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = prepare(tiny_spec().data, cache=cache, progress=False)
+    blocks = len(corpus.validation)
+    for processes in (1, blocks):
+        monkeypatch.setattr(
+            "normfree.training.arguments.PartialState", lambda count=processes: SimpleNamespace(num_processes=count)
+        )
+        check_held_out(corpus)
+    monkeypatch.setattr("normfree.training.arguments.PartialState", lambda: SimpleNamespace(num_processes=blocks + 1))
+    with pytest.raises(
+        ValueError, match=rf"{blocks} held-out blocks leave .*; give more .* at most {blocks} processes"
+    ):
+        check_held_out(corpus)
 
 
 @pytest.mark.parametrize("steps", [50, 115, 229])

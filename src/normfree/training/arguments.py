@@ -82,6 +82,16 @@ def _refuse_an_idle_gpu() -> None:
     )
 
 
+def check_held_out(corpus: Corpus) -> None:
+    """Raises ValueError when the held-out text has no block for some of the processes."""
+    blocks, processes = len(corpus.validation), PartialState().num_processes
+    if blocks < processes:
+        raise ValueError(
+            f"{blocks} held-out blocks leave some of the {processes} processes without one; give more text to hold out "
+            f"(data.validation_documents, data.validation_paths) or start at most {blocks} processes"
+        )
+
+
 def with_less_memory(spec: RunSpec) -> str:
     """The keys that let a run of this spec go on with less memory, or advice where there are none left."""
     train = spec.train

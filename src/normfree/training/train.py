@@ -32,6 +32,7 @@ from normfree.records import RUN_FILE, RunWriter
 from normfree.signals import pass_on
 from normfree.training import callbacks as watch
 from normfree.training.arguments import (
+    check_held_out,
     check_machine,
     is_done,
     model_config,
@@ -106,6 +107,7 @@ def train(
     torch.set_num_threads(spec.train.threads or max(1, usable_cores() // on_this_machine))
     with main_process_first(timedelta(days=1)):  # the others wait for the corpus, however long that takes
         corpus = prepare(spec.data, cache=Path(cache) if cache else None, progress=progress)
+    check_held_out(corpus)
     steps = total_steps(spec, corpus)
     config = model_config(spec, corpus)
     with folder_lock(folder) if state.is_main_process else nullcontext():
