@@ -137,7 +137,7 @@ def test_each_run_of_a_sweep_is_one_of_wandb_and_a_resume_goes_on_with_it(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     words = ["-m", "normfree.cli", "train", *tiny, "variant=sm-r", "train.trackers=[wandb]", f"cache_dir={cache}"]
-    run_command([*words, "-m", "seed=0,1"], tmp_path)
+    assert "wandb is offline" not in run_command([*words, "-m", "seed=0,1"], tmp_path)
 
     def ids() -> list[str]:
         return [path.name.rpartition("-")[2] for path in sorted((tmp_path / "wandb").glob("offline-run-*"))]
@@ -146,7 +146,7 @@ def test_each_run_of_a_sweep_is_one_of_wandb_and_a_resume_goes_on_with_it(
     assert first != second
     run = read_run(tmp_path / "runs" / "single" / "sm-r-seed0")
     RunWriter(run.folder, run.facts).update(status="interrupted")  # as a signal in its last evaluation leaves it
-    run_command(words, tmp_path)
+    assert "syncing one may replace the other" in run_command(words, tmp_path)
     assert ids() == [first, second, first]
 
 

@@ -134,7 +134,8 @@ def train(
             )
         tracked = nullcontext()
         if writer is not None:
-            tracked = wandb_run(spec, corpus.fingerprint, began=writer.facts["sessions"][0]["began"])
+            first, *later = writer.facts["sessions"]
+            tracked = wandb_run(spec, corpus.fingerprint, began=first["began"], resumed=bool(later))
         try:
             with tracked:
                 _Training(spec, folder, corpus, config, steps, writer).run(checkpoint)
