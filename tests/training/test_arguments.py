@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -135,6 +136,23 @@ def test_a_gpu_that_torch_cannot_use_is_not_passed_over_in_silence(
 ) -> None:
     monkeypatch.setattr(torch.version, "cuda", build)
     with pytest.raises(ValueError, match=rf"SLURM_JOB_GPUS=3.*{said}.*CUDA_VISIBLE_DEVICES=-1 before the command"):
+        check_machine(tiny_spec(), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("build", [None, "13.0"])
+def test_a_torch_for_the_cpu_is_taken_at_its_word_outside_of_jobs(
+    build: str | None,
+    unusable_gpu: None,
+    tiny_spec: Callable[..., RunSpec],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "nvidia3").touch()
+    monkeypatch.setattr("normfree.training.arguments.DEVICES", tmp_path)
+    monkeypatch.delenv("SLURM_JOB_GPUS")
+    monkeypatch.setattr(torch.version, "cuda", build)
+    refused = pytest.raises(ValueError, match=r"nvidia3.*built for CUDA 13\.0") if build else nullcontext()
+    with refused:
         check_machine(tiny_spec(), torch.device("cpu"))
 
 

@@ -22,6 +22,8 @@ from normfree.training.bf16 import needs_fp32_units
 
 logger = logging.getLogger("normfree")
 
+DEVICES = Path("/dev")
+
 
 def check_machine(spec: RunSpec, device: torch.device) -> None:
     """Raises ValueError when this device, or this number of processes, cannot train the spec as it stands."""
@@ -68,8 +70,11 @@ def check_machine(spec: RunSpec, device: torch.device) -> None:
 
 
 def _refuse_an_idle_gpu() -> None:
-    """Where a GPU is there and torch cannot use it, a recipe of hours would train on the CPU for weeks."""
-    there = sorted(map(str, Path("/dev").glob("nvidia[0-9]*")))
+    """Where a GPU is there and torch cannot use it, a recipe of hours would train on the CPU for weeks.
+
+    Without CUDA in torch only a job that asked for a GPU is one that means it.
+    """
+    there = sorted(map(str, DEVICES.glob("nvidia[0-9]*"))) if torch.version.cuda else []
     if number := os.environ.get("SLURM_JOB_GPUS"):
         there = [f"SLURM_JOB_GPUS={number}"]
     on_purpose = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
