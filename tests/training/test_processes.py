@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -18,11 +20,27 @@ from normfree.model import NormFreeConfig, NormFreeForCausalLM
 from normfree.records import Run, RunWriter, read_run
 
 
+@contextmanager
+def started(words: list[str], folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A command, which ends here with all that it started: torchrun gives each rank a session of its own."""
+    with (folder / "told").open("w") as told:
+        process = subprocess.Popen([sys.executable, *words], cwd=folder, stdout=told, stderr=told, text=True)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+                one.kill()
+            process.wait(timeout=60)
+
+
 def run_command(words: list[str], folder: Path) -> str:
-    """What the command said on standard error."""
-    done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr
+    """What the command said."""
+    with started(words, folder) as process:
+        status = process.wait(timeout=150)
+    told = (folder / "told").read_text()
+    assert status == 0, told[-3000:]
+    return told
 
 
 def entropies(run: Run) -> list[list[float]]:
@@ -110,12 +128,9 @@ def test_a_signal_that_one_of_two_processes_gets_stops_both_after_the_same_step(
     words = ["train", *tiny, "variant=sm-r", "train.micro_batch_sequences=4", "train.steps=null", "train.epochs=100"]
     words += ["train.checkpoint_every=100000", "train.evaluate_every=100000", "probe.every_steps=100000"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "normfree.cli"]
-    launcher = subprocess.Popen(
-        [sys.executable, *torchrun, *words, f"cache_dir={cache}"], cwd=tmp_path, stderr=subprocess.DEVNULL
-    )
     folder = tmp_path / "runs" / "single" / "sm-r-seed0"
-    try:
-        metrics = folder / "metrics.jsonl"
+    metrics = folder / "metrics.jsonl"
+    with started([*torchrun, *words, f"cache_dir={cache}"], tmp_path) as launcher:
         deadline = time.monotonic() + 200
         while not (metrics.exists() and '"step": 3, "split": "train"' in metrics.read_text()):
             assert launcher.poll() is None
@@ -124,8 +139,6 @@ def test_a_signal_that_one_of_two_processes_gets_stops_both_after_the_same_step(
         (second,) = (child for child in psutil.Process(launcher.pid).children() if child.environ().get("RANK") == "1")
         second.terminate()
         launcher.wait(timeout=120)
-    finally:
-        launcher.kill()
     run = read_run(folder)
     assert run.status == "interrupted"
     assert (folder / "checkpoints" / f"checkpoint-{run.facts['steps_done']}" / "manifest.json").exists()

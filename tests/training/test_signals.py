@@ -320,12 +320,25 @@ def test_a_closed_terminal_does_not_end_a_run_under_nohup(
     assert read_run(folder).status == "finished"
 
 
-def test_handlers_are_given_back_and_other_threads_can_train(tmp_path: Path, cache: Path, tiny_spec: Build) -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+def test_handlers_are_given_back(
+    tmp_path: Path, cache: Path, tiny_spec: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def handlers() -> list[Any]:
+        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+
+    before = handlers()
+    train(tiny_spec("train.steps=1"), runs_dir=tmp_path, cache=cache, progress=False)
+    assert handlers() == before
+    terminate_in_step(1, monkeypatch)
+    with pytest.raises(InterruptedRunError):
+        train(tiny_spec("tag=stopped"), runs_dir=tmp_path, cache=cache, progress=False)
+    assert handlers() == before
+
+
+def test_other_threads_can_train(tmp_path: Path, cache: Path, tiny_spec: Build) -> None:
     ended: list[Path] = []
     spec = tiny_spec("train.steps=1")
     thread = threading.Thread(target=lambda: ended.append(train(spec, runs_dir=tmp_path, cache=cache, progress=False)))
     thread.start()
     thread.join()
     assert read_run(ended[0]).status == "finished"
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
