@@ -20,7 +20,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides for a run of seconds on real Python code: 2 layers x 32, T = 16."""
+    """Overrides for a run of seconds on real Python code: 2 layers x 32, T = 16.
+
+    Its weights begin wide: with a deviation of 0.02 every head attends evenly, within 5e-8 nats of the ceiling.
+    """
     folder = tmp_path_factory.mktemp("text")
     for number, module in enumerate((json.decoder, json.encoder, textwrap, inspect)):
         (folder / f"{number}.py").write_text(inspect.getsource(module))
@@ -38,6 +41,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "model.hidden_size=32",
         "model.num_hidden_layers=2",
         "model.num_attention_heads=2",
+        "model.initializer_range=0.3",
         "train.steps=6",
         "train.batch_sequences=8",
         "train.micro_batch_sequences=8",

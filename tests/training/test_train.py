@@ -55,7 +55,7 @@ def test_a_run_says_what_it_was_and_how_it_ended(finished: Run) -> None:
         "hidden_size": 32,
         "slope_layers": [0, 1],
     }
-    assert 1 < facts["final"]["perplexity"] < 300
+    assert 1 < facts["final"]["perplexity"] < finished.series("validation", "perplexity")[0][1]
     assert facts["final"]["loss_nats"] == pytest.approx(math.log(facts["final"]["perplexity"]))
 
 
@@ -75,7 +75,8 @@ def test_probes_cover_every_head_and_the_ceiling_is_that_of_a_causal_mask(finish
     entropy = torch.tensor(finished.last("probe", "entropy_nats"))
     ceiling = math.lgamma(17) / 16
     assert entropy.shape == (2, 2)
-    assert ((entropy > 0) & (entropy <= ceiling + 1e-6)).all()
+    assert entropy.min() > 0
+    assert entropy.max() < ceiling - 0.05, "heads that attend evenly show nothing"
     assert finished.last("probe", "ceiling_nats") == pytest.approx([ceiling] * 2)
     assert finished.last("probe", "rows") == [[8 * 16] * 2] * 2
     assert finished.series("probe", "negative_slope")[0][1] == pytest.approx([0.01, 0.01])
