@@ -20,7 +20,7 @@ from normfree.training import train
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LOSSES = GOLDEN / "losses.json"
-TOLERANCE = 1e-4
+TOLERANCE = 5e-6  # 25 times what AVX512, AVX2 and a processor without vector units differ by
 STEPS = 20
 # Each pairs a preset with a variant that another preset does not have.
 VARIANTS = ("sm-g", "sm-r", "sm-ln-g", "leaky-per-layer")
