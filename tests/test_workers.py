@@ -18,6 +18,7 @@ from normfree.workers import StoppedError, run_side_by_side
 
 COUNTS_SIGNALS = """
 import os, signal, sys, time
+signal.alarm(60)  # in a session of its own, it outlives a test that is cut short
 seen = []
 signal.signal(signal.SIGTERM, lambda *_: seen.append(1))
 open(os.path.join(sys.argv[1], f"{os.getpid()}.ready"), "w").close()
@@ -26,6 +27,13 @@ while not seen:
 time.sleep(0.5)
 open(os.path.join(sys.argv[1], f"{os.getpid()}.signals"), "w").write(str(len(seen)))
 """
+
+
+def wait_until_ready(folder: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not list(folder.glob("*.ready")):
+        assert time.monotonic() < deadline, "the process never began"
+        time.sleep(0.02)
 
 
 def test_every_process_gets_the_environment_and_its_status_comes_back() -> None:
@@ -46,11 +54,13 @@ def test_processes_see_no_terminal_and_their_lines_are_passed_on() -> None:
 
 def test_a_signal_that_nohup_ignores_stays_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGHUP))
+    timer.start()
     try:
-        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGHUP)).start()
         sleeps = [sys.executable, "-c", "import time; time.sleep(1)"]
         assert run_side_by_side(sleeps, count=2, environment={}) == [0, 0]
     finally:
+        timer.join()  # a signal after the next line would be deadly
         signal.signal(signal.SIGHUP, before)
 
 
@@ -60,8 +70,7 @@ def test_when_one_cannot_start_the_others_are_stopped(tmp_path: Path, monkeypatc
     def once(*words: Any, **named: Any) -> Any:
         monkeypatch.setattr(subprocess, "Popen", fails)
         process = start(*words, **named)
-        while not list(tmp_path.glob("*.ready")):
-            time.sleep(0.02)
+        wait_until_ready(tmp_path)
         return process
 
     def fails(*_words: Any, **_named: Any) -> Any:
@@ -78,8 +87,7 @@ def test_a_signal_while_a_process_is_being_started_reaches_it(tmp_path: Path, mo
 
     def interrupted(*words: Any, **named: Any) -> Any:
         process = start(*words, **named)
-        while not list(tmp_path.glob("*.ready")):
-            time.sleep(0.02)
+        wait_until_ready(tmp_path)
         os.kill(os.getpid(), signal.SIGTERM)
         return process
 
@@ -91,15 +99,23 @@ def test_a_signal_while_a_process_is_being_started_reaches_it(tmp_path: Path, mo
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_reaches_every_process_once_and_all_are_waited_for(tmp_path: Path, number: int) -> None:
-    under_nohup = signal.signal(number, signal.SIG_DFL)  # a test run may itself ignore SIGHUP
-    before = signal.getsignal(number)
+
+    def before(*_: object) -> None:
+        """Harmless where the signal comes too late, and not SIG_IGN, which a test run under nohup has."""
+
+    outer = signal.signal(number, before)
+
+    over = threading.Event()
 
     def stop_when_ready() -> None:
-        while len(list(tmp_path.glob("*.ready"))) < 2:
-            time.sleep(0.02)
-        os.kill(os.getpid(), number)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not over.wait(0.02):
+            if len(list(tmp_path.glob("*.ready"))) == 2:
+                os.kill(os.getpid(), number)
+                return
 
-    threading.Thread(target=stop_when_ready).start()
+    thread = threading.Thread(target=stop_when_ready, daemon=True)
+    thread.start()
     try:
         with pytest.raises(StoppedError) as stopped:
             run_side_by_side([sys.executable, "-c", COUNTS_SIGNALS, str(tmp_path)], count=2, environment={})
@@ -107,4 +123,6 @@ def test_a_signal_reaches_every_process_once_and_all_are_waited_for(tmp_path: Pa
         assert [path.read_text() for path in tmp_path.glob("*.signals")] == ["1", "1"]
         assert signal.getsignal(number) is before
     finally:
-        signal.signal(number, under_nohup)
+        over.set()
+        thread.join()  # a signal after the next line would be deadly
+        signal.signal(number, outer)
