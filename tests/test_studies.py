@@ -13,6 +13,7 @@ from normfree.compose import compose_run, members
 from normfree.manifest import folder_lock
 from normfree.records import find_runs
 from normfree.studies import load_study, run_study
+from normfree.workers import run_side_by_side
 
 FILE = """\
 mix: true
@@ -261,7 +262,19 @@ def test_two_workers_share_the_runs_and_get_the_same_numbers(
 ) -> None:
     study, overrides, page = done
     monkeypatch.setattr("normfree.studies.usable_cores", lambda: 2)
+    statuses: list[int] = []
+
+    def started(command: list[str], *, count: int, environment: dict[str, str]) -> list[int]:
+        statuses.extend(run_side_by_side(command, count=count, environment=environment))
+        return statuses
+
+    def train_here(*_: object, **__: object) -> None:
+        pytest.fail("the workers left a run to this process")
+
+    monkeypatch.setattr("normfree.studies.run_side_by_side", started)
+    monkeypatch.setattr("normfree.training.trainer.NormFreeTrainer.train", train_here)
     shared = run_study(str(study), [*overrides, f"runs_dir={tmp_path}"], workers=2)
+    assert statuses == [0, 0]
     alone, together = find_runs([page.parents[1]]), find_runs([shared.parents[1]])
     assert [run.status for run in together] == [run.status for run in alone]
     assert [run.facts["final"] for run in together] == [run.facts["final"] for run in alone]
