@@ -4,11 +4,8 @@ import errno
 import json
 import logging
 import math
-import os
 import shutil
 import signal
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +21,7 @@ from normfree.model import NormFreeConfig, NormFreeForCausalLM
 from normfree.records import Run, RunWriter, read_run
 from normfree.training import InterruptedRunError, train
 from normfree.training.trainer import parameter_groups
+from tests.training.signals import terminate_in_step
 
 Build = Callable[..., RunSpec]
 
@@ -138,23 +136,6 @@ def test_the_rate_stays_at_its_peak_where_that_is_the_last_one(tmp_path: Path, c
     assert rates == pytest.approx([0, 1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3, 1e-3])
 
 
-def signal_at_step(folder: Path, step: int) -> threading.Thread:
-    """Send SIGTERM to this process as soon as the run has logged `step`."""
-
-    def wait() -> None:
-        metrics = folder / "metrics.jsonl"
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            if metrics.exists() and f'"step": {step}, "split": "train"' in metrics.read_text():
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
-            time.sleep(0.001)
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    return thread
-
-
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model" / "model.safetensors")
 
@@ -174,22 +155,21 @@ def test_a_signal_saves_and_the_resumed_run_equals_the_uninterrupted_one_bit_for
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    spec = tiny_spec("train.steps=40", "train.checkpoint_every=100", *more)
+    spec = tiny_spec("train.steps=12", "train.checkpoint_every=100", *more)
     whole = train(spec, runs_dir=tmp_path / "whole", cache=cache, progress=False)
-    thread = signal_at_step(tmp_path / "broken" / "single" / spec.name, 3)
-    with pytest.raises(InterruptedRunError) as stopped:
-        train(spec, runs_dir=tmp_path / "broken", cache=cache, progress=False)
-    thread.join()
+    with monkeypatch.context() as patch:
+        terminate_in_step(3, patch)
+        with pytest.raises(InterruptedRunError) as stopped:
+            train(spec, runs_dir=tmp_path / "broken", cache=cache, progress=False)
     folder = stopped.value.folder
     assert stopped.value.signal_number == signal.SIGTERM
     assert read_run(folder).status == "interrupted"
-    done = read_run(folder).facts["steps_done"]
-    assert 3 <= done < 40
+    assert read_run(folder).facts["steps_done"] == 4
     assert train(spec, runs_dir=tmp_path / "broken", cache=cache, progress=False) == folder
     assert not [record for record in caplog.records if "missing keys" in record.getMessage()]  # tied: nothing is amiss
     assert read_run(folder).facts["resumed"] == 1
     first, second = read_run(folder).facts["sessions"]
-    assert (first["from_step"], second["from_step"]) == (0, done)
+    assert (first["from_step"], second["from_step"]) == (0, 4)
     assert first["began"] <= second["began"]
     assert second["environment"] == read_run(folder).facts["environment"]
     assert same_weights(whole, folder)
