@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import normfree
+
 SOURCE = Path(__file__).parents[1] / "src" / "normfree"
 
 # room -> rooms it may import. Rooms that are missing here may import nothing of ours.
@@ -43,20 +45,57 @@ def room_of(path: Path) -> str:
 
 def imported_rooms(path: Path) -> set[str]:
     """Rooms of ours that a file imports anywhere in it; annotations-only imports count too."""
+    package = ("normfree", *path.relative_to(SOURCE).parent.parts)
+    return rooms_named_in(path.read_text(), package) - {room_of(path)}
+
+
+def rooms_named_in(code: str, package: tuple[str, ...]) -> set[str]:
+    """`package`: that of the file, from which its relative imports count."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level] if node.level else ()
+            module = ".".join((*above, *filter(None, [node.module])))
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            names = [f"{node.value.id}.{node.attr}"]
         else:
             continue
-        found |= {name.split(".")[1] for name in names if name.startswith("normfree.") and name.count(".")}
-    rooms = {room_of(file) for file in SOURCE.rglob("*.py")}
-    return (found & rooms) - {room_of(path)}
+        names = [normfree._DOORS.get(name.removeprefix("normfree."), name) for name in names]
+        found |= {name.split(".")[1] for name in names if name.startswith("normfree.")}
+    return found & ROOMS
 
 
 FILES = [path for path in sorted(SOURCE.rglob("*.py")) if path != SOURCE / "__init__.py"]
+ROOMS = {room_of(path) for path in FILES}
+
+
+def test_every_rule_is_of_a_room_that_is_there() -> None:
+    assert ALLOWED.keys() <= ROOMS
+    assert set().union(*filter(None, ALLOWED.values())) <= ROOMS
+
+
+@pytest.mark.parametrize(
+    ("code", "room"),
+    [
+        ("import normfree.training.train", "training"),
+        ("from normfree.training import train", "training"),
+        ("from normfree import training", "training"),
+        ("from normfree import train", "training"),
+        ("from normfree import load_runs as read", "records"),
+        ("from .. import training", "training"),
+        ("from ..training.train import train", "training"),
+        ("from .. import train", "training"),
+        ("from . import packing", "data"),
+        ("from .packing import pack", "data"),
+        ("import normfree\nnormfree.train(spec)", "training"),
+        ("def late():\n    from normfree import train", "training"),
+    ],
+)
+def test_no_way_to_write_an_import_goes_round_the_rules(code: str, room: str) -> None:
+    assert rooms_named_in(code, ("normfree", "data")) == {room}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(SOURCE).as_posix())
