@@ -2,15 +2,28 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from _pytest.mark.expression import Expression
+from hypothesis import HealthCheck, settings
 
 from normfree.cli import main
 from normfree.compose import compose_run
 from normfree.config import RunSpec
+
+settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared machine")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide every GPU unless `-m` selects its tests: the others say what holds without one."""
+    chosen = config.option.markexpr
+    if chosen and not Expression.compile(chosen).evaluate(lambda name, /, **_: name == "gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session")

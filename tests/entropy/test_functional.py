@@ -114,7 +114,7 @@ def test_float32_measurement_is_not_lowered_by_autocast():
             torch.testing.assert_close(lowered.nats, plain.nats, atol=1e-5, rtol=0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_fused_and_exact_paths_match_numpy_on_any_shape_and_mask(data):
     key_heads, groups = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
