@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from normfree.data.packing import BlockWriter, concatenated, unigram_perplexity, windows
@@ -31,7 +31,6 @@ def all_blocks(blocks) -> np.ndarray:
     return np.concatenate([np.empty((0,), dtype=int), *[block[:, :, 0].reshape(-1) for block in blocks]])
 
 
-@settings(deadline=None)
 @given(lengths=LENGTHS, context=CONTEXT)
 def test_windows_keep_every_token_but_the_tails_and_never_cross_documents(lengths: list[int], context: int) -> None:
     documents = numbered(lengths)
@@ -44,7 +43,6 @@ def test_windows_keep_every_token_but_the_tails_and_never_cross_documents(length
         assert len({owner[token] for token in block_T.tolist()}) == 1
 
 
-@settings(deadline=None)
 @given(lengths=LENGTHS, context=CONTEXT)
 def test_concatenation_keeps_every_token_in_order_with_ends_between(lengths: list[int], context: int) -> None:
     documents = numbered(lengths)
@@ -52,7 +50,6 @@ def test_concatenation_keeps_every_token_in_order_with_ends_between(lengths: lis
     assert all_blocks(concatenated(documents, context, end=END)).tolist() == stream[: len(stream) // context * context]
 
 
-@settings(deadline=None)
 @given(lengths=LENGTHS, context=CONTEXT)
 def test_concatenation_gives_the_end_token_no_bytes(lengths: list[int], context: int) -> None:
     for block in concatenated(numbered(lengths), context, end=END):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -24,7 +24,6 @@ TOKENIZER = train_tokenizer(TEXTS, 320)
 ENCODER = Encoder(TOKENIZER)
 
 
-@settings(deadline=None)
 @given(text=st.text())
 def test_any_unicode_text_round_trips_and_its_bytes_add_up(text: str) -> None:
     [document_SC] = ENCODER.encode_with_bytes([text])

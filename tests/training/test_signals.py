@@ -24,6 +24,7 @@ from normfree.training import InterruptedRunError, train
 from normfree.training.callbacks import StopOnSignal
 from normfree.training.checkpoints import CheckpointError, checkpoints_in, flaws
 from normfree.training.trainer import NormFreeTrainer
+from tests.training.signals import terminate_in_step
 
 Build = Callable[..., RunSpec]
 
@@ -204,20 +205,6 @@ def test_a_warning_after_the_sigterm_of_a_preemption_does_not_cost_the_checkpoin
         signal.signal(signal.SIGUSR2, before)
     assert heard == [signal.SIGUSR2]
     assert read_run(tmp_path / "single" / "sm-r-seed0").facts["steps_done"] == 4
-
-
-def terminate_in_step(
-    step: int, monkeypatch: pytest.MonkeyPatch, *, with_signal: signal.Signals = signal.SIGTERM
-) -> None:
-    """Send a signal within the training step after `step`."""
-    original = NormFreeTrainer.training_step
-
-    def interrupted(trainer: NormFreeTrainer, *rest: Any, **named: Any) -> Any:
-        if trainer.state.global_step == step:
-            send(with_signal)
-        return original(trainer, *rest, **named)
-
-    monkeypatch.setattr(NormFreeTrainer, "training_step", interrupted)
 
 
 def test_a_signal_in_the_last_step_is_heard(
