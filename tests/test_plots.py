@@ -257,6 +257,8 @@ def test_slopes_are_compared_on_the_seeds_that_all_of_them_have(tmp_path: Path) 
     ax = Figure().subplots()
     plots.slope_perplexity(group_runs(runs), ax=ax)
     assert [values.tolist() for values in points(ax, 0)] == [[0.0, 1.0], [34.0, 44.0]]
+    (bars,) = ax.containers
+    assert all(math.isnan(end) for segment in bars.lines[2][0].get_segments() for _, end in segment)  # one seed: no bar
 
 
 def test_a_front_joins_the_points_of_one_corpus_only() -> None:

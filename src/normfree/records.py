@@ -25,6 +25,8 @@ FORMAT = 1
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 STATUSES = ("running", "finished", "diverged", "interrupted", "failed")
+OVER = ("finished", "diverged")
+"""Statuses of a run that has a result."""
 
 _NEEDED = (
     *(f"spec.{name}" for name in ("study", "variant", "label", "seed", "model", "data.context", "train.precision")),
@@ -109,7 +111,7 @@ class Run:
     def steps_done(self) -> int:
         """Optimiser steps on record: run.json is written with each checkpoint, metrics between them too."""
         recorded = self.facts.get("steps_done", 0)
-        if self.status in ("finished", "diverged"):
+        if self.status in OVER:
             return recorded
         return max([recorded, *self.metrics["step"].tolist()])
 
@@ -289,7 +291,7 @@ class RunWriter:
         if facts.get("status", "running") not in STATUSES:
             raise ValueError(f"status {facts['status']!r}; allowed: {', '.join(STATUSES)}")
         metrics = self.folder / METRICS_FILE
-        if facts.get("status") in ("finished", "diverged") and metrics.exists():
+        if facts.get("status") in OVER and metrics.exists():
             self.sync()  # the end of a run never promises metrics that a power cut could take
             facts["metrics_file"] = describe_files(self.folder, [metrics])[METRICS_FILE]
         self.facts |= facts

@@ -9,7 +9,7 @@ from typing import Any
 
 from normfree.analysis.seeds import Summary, summarise
 from normfree.config import NOT_DECIDING, NOT_RECIPE_FIELDS, PLACES_OF_TEXT, VARIANT_FIELDS, recipe_of
-from normfree.records import Run
+from normfree.records import OVER, Run
 
 BASELINE = "SM+LN+G"
 _PAPER_ORDER = (BASELINE, "SM+LN+R", "SM+G", "SM+R", "SM+LN", "SM")
@@ -56,7 +56,7 @@ class Group:
 
 def is_over(run: Run) -> bool:
     """Whether a run has a result: it finished, or it diverged."""
-    return run.status in ("finished", "diverged")
+    return run.status in OVER
 
 
 def group_runs(runs: Sequence[Run], *, mix: bool = False) -> list[Group]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 
 import matplotlib as mpl
@@ -48,7 +47,8 @@ def range_bars_size(names: Collection[str]) -> tuple[float, float]:
 
 
 def slope_perplexity(groups: Sequence[Group], *, ax: Axes, title: str = "") -> Axes:
-    """Final perplexity over the fixed slope below 0, on the seeds that all slopes have; bars are the sample deviation.
+    """Final perplexity over the fixed slope below 0, on the seeds that all slopes have; bars are the sample
+    deviation, which one seed has none of.
 
     A slope with a diverged seed stands as NaN at the top, never as a mean of survivors.
     """
@@ -59,8 +59,7 @@ def slope_perplexity(groups: Sequence[Group], *, ax: Axes, title: str = "") -> A
     cells = perplexities_on_common_seeds([group for group in groups if group.name in fixed])
     found = sorted(((fixed[name], cell) for name, cell in cells.items()), key=lambda item: item[0])
     whole = [(slope, cell) for slope, cell in found if not cell.nonfinite]
-    deviations = [0.0 if math.isnan(cell.standard_deviation) else cell.standard_deviation for _, cell in whole]
-    means = [cell.mean for _, cell in whole]
+    means, deviations = [cell.mean for _, cell in whole], [cell.standard_deviation for _, cell in whole]
     ax.errorbar([slope for slope, _ in whole], means, yerr=deviations, color=GREEN, marker="o", capsize=3)
     for slope, cell in found:
         if cell.nonfinite:

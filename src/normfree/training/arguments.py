@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from normfree.config import PLACES_OF_TEXT, RunSpec
 from normfree.data import Corpus
 from normfree.model import NormFreeConfig, activations, norms
-from normfree.records import RUN_FILE, DamagedRunError, read_run
+from normfree.records import OVER, RUN_FILE, DamagedRunError, read_run
 from normfree.training.bf16 import needs_fp32_units
 
 logger = logging.getLogger("normfree")
@@ -174,7 +174,7 @@ def is_done(folder: Path, spec: RunSpec, corpus: Corpus | None = None) -> bool:
                 f"{folder} holds a run on another text ({_differences(there, here)}; corpus {run.corpus[:12]} and "
                 f"{corpus.fingerprint[:12]}); give tag=NAME or another runs_dir to keep both, or move that folder away"
             )
-    return run.status in ("finished", "diverged")
+    return run.status in OVER
 
 
 def _places(spec: dict[str, Any]) -> dict[str, list[str]]:
