@@ -331,11 +331,11 @@ def probe_seconds(model: Any, job: Any) -> float:
     """One measurement of every head over 64 sequences, as the training callback makes it."""
     import torch
 
-    from normfree.training.callbacks import probe_measurements
+    from normfree.training.callbacks import measurements
 
     blocks_NT = torch.randint(0, job.vocabulary, (64, job.context))
     began = time.perf_counter()
-    list(probe_measurements(model, blocks_NT, batch_sequences=job.batch))
+    list(measurements(model, blocks_NT, ["heads", "slopes"], batch_sequences=job.batch))
     return time.perf_counter() - began
 
 

@@ -5,13 +5,13 @@ A page holds a marker, and all between it and `<!-- end -->` is made from runs:
     <!-- table: perplexity of results/quick -->
     <!-- end -->
 
-Tables: perplexity, rates, unfinished, differences, gap, claims, overload, ranges, verdicts, slopes, runs. Several
-folders may be given, with the shell's wildcards. `mixed` before `-->` shows runs of different recipes side by side,
-which is refused otherwise. A test fails when a page differs from what the records give.
+Tables: rates, unfinished, and every table of the report. Several folders may be given, with the shell's wildcards.
+`mixed` before `-->` shows runs of different recipes side by side, which is refused otherwise. A test fails when a page
+differs from what the records give.
 
 A figure of the report's main page is drawn the same way, without a test, since another matplotlib gives other bytes:
 
-    <!-- figure: heatmaps of results/quick -->
+    <!-- figure: entropy_nats-heads of results/quick -->
     ![What it shows](docs/figures/NAME.png)
 """
 
@@ -21,7 +21,6 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from normfree import tables
 from normfree.analysis import (
     Group,
     all_runs,
@@ -33,8 +32,8 @@ from normfree.analysis import (
 )
 from normfree.manifest import write_atomically
 from normfree.records import find_runs
-from normfree.report.figures import main_figures
 from normfree.report.render import to_png
+from normfree.report.sections import SECTIONS, figures_of
 from normfree.tables import Column, Table, to_markdown
 from normfree.tables.results import percent_with_interval
 
@@ -91,17 +90,9 @@ def unfinished_table(groups: Sequence[Group]) -> Table:
 
 
 TABLES: dict[str, Callable[[Sequence[Group]], Table]] = {
-    "perplexity": tables.perplexity_table,
     "rates": rate_table,
     "unfinished": unfinished_table,
-    "differences": tables.difference_table,
-    "gap": tables.gap_table,
-    "claims": tables.claim_table,
-    "overload": tables.overload_table,
-    "ranges": tables.range_table,
-    "slopes": tables.slope_table,
-    "verdicts": lambda groups: tables.verdict_table(all_runs(groups)),
-    "runs": lambda groups: tables.run_table(all_runs(groups)),
+    **{name: make for section in SECTIONS for name, make in section.tables.items()},
 }
 
 
@@ -127,7 +118,7 @@ def draw_figures(page: Path) -> None:
     """Write the figures that the page marks. Raises ValueError for a figure that its runs do not give."""
     for match in FIGURE.finditer(page.read_text()):
         groups = group_runs(find_runs(_folders(match["places"])), mix=bool(match["mixed"]))
-        figures = {one.name: one for one in main_figures(groups)}
+        figures = {one.name: one for one in figures_of(groups)}
         if match["name"] not in figures:
             raise ValueError(f"no figure {match['name']!r} of these runs; there are: {', '.join(figures)}")
         write_atomically(page.parent / match["path"], to_png(figures[match["name"]].whole()))

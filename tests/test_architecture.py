@@ -14,19 +14,21 @@ SOURCE = Path(__file__).parents[1] / "src" / "normfree"
 # room -> rooms it may import. Rooms that are missing here may import nothing of ours.
 ALLOWED = {
     "config": {"manifest"},
-    "records": {"manifest", "config"},
+    "records": {"manifest", "config", "store"},
     "data": {"manifest", "config"},
     "convert": {"model"},
-    "training": {"manifest", "config", "data", "model", "entropy", "evaluate", "records", "signals"},
+    "measures": {"config", "entropy", "store"},
+    "evaluate": {"measures"},
+    "training": {"manifest", "config", "data", "model", "measures", "evaluate", "records", "signals", "store"},
     "workers": {"signals"},
-    "analysis": {"config", "records"},
+    "analysis": {"config", "records", "store"},
     "tables": {"records", "analysis", "published"},
-    "plots": {"records", "analysis", "published"},
+    "plots": {"records", "analysis", "published", "store"},
     "cost": {"config", "records", "analysis", "tables"},
-    "report": {"manifest", "records", "analysis", "published", "tables", "plots", "cost"},
-    "compose": {"config", "model"},
+    "report": {"manifest", "records", "analysis", "published", "tables", "plots", "cost", "store"},
+    "compose": {"config", "measures", "model"},
     "pretrained": {"config", "model", "records"},
-    "measure": {"entropy", "evaluate"},
+    "measure": {"entropy", "evaluate", "measures"},
     "studies": {"analysis", "compose", "config", "data", "records", "report", "training", "workers"},
     "sweep": {"compose", "records", "studies", "training"},
     "verify": {"manifest", "config", "data", "records", "training"},
@@ -36,7 +38,7 @@ ALLOWED = {
     "model_commands": None,
     "cli": None,
 }
-WITHOUT_TORCH = ("manifest", "config", "records", "analysis", "published", "tables", "plots", "report", "cost")
+WITHOUT_TORCH = ("manifest", "config", "store", "records", "analysis", "published", "tables", "plots", "report", "cost")
 
 
 def room_of(path: Path) -> str:

@@ -70,7 +70,8 @@ def test_help_shows_what_a_command_without_keys_has_and_says_what_every_key_mean
     assert [key for key, (_, meaning) in told.items() if not meaning] == []
     spec = compose_run([]).spec.to_dict()
     composed = {f"{part}.{key}": value for part in parts for key, value in spec[part].items() if key != "source"}
-    shown = {key: "" if value is None else str(value) for key, value in composed.items()}
+    shown = {key: "" if value is None else f"[{','.join(value)}]" if isinstance(value, list) else str(value)
+             for key, value in composed.items()}  # fmt: skip
     assert shown.items() <= {key: value for key, (value, _) in told.items()}.items()
 
 
@@ -142,7 +143,7 @@ def test_cfg_prints_the_composed_run_and_trains_nothing(
         (["evaluate", "m", "dtype=fp8", "text=README.md"], "dtype=fp8"),
         (["evaluate", "m", "device=gpu", "text=README.md"], "device=gpu cannot be used here"),
         (["train", "data=files", "data.paths=corpus"], "data.paths='corpus' must be a list, e.g. data.paths=[corpus]"),
-        (["entropy", "m", "text=README.md", "output=README.md"], "README.md is a file; name a folder"),
+        (["measure", "m", "text=README.md", "output=README.md"], "README.md is a file; name a folder"),
         (["report", "nowhere"], "nowhere does not exist"),
         (["report", "nowhere", "output=README.md"], "README.md is a file; name a folder"),
         (["cost", "gpt2-t128", "protocol=cheeta"], "did you mean cheetah"),
@@ -180,7 +181,7 @@ def test_a_mistyped_run_is_not_looked_up_on_the_hub(
     (name,) = [path.name for path in Path("runs/quick").iterdir()]
     for folder in ("runs/quick", "./runs/quick", "quick"):
         monkeypatch.chdir(tmp_path / "runs" if folder == "quick" else tmp_path)
-        _, _, err = run("entropy", f"{folder}/{name}x", f"text={tmp_path}/runs/quick/{name}/run.json", capsys=capsys)
+        _, _, err = run("measure", f"{folder}/{name}x", f"text={tmp_path}/runs/quick/{name}/run.json", capsys=capsys)
         assert f"{folder}/{name}x does not exist; did you mean {name}?" in err
     (tmp_path / "somebody" / "downloaded").mkdir(parents=True)
     (tmp_path / "somebody" / "downloaded" / "config.json").write_text("{}")

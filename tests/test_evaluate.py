@@ -15,7 +15,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from normfree.evaluate import Evaluation, checked_context, evaluate_blocks, perplexity
+from normfree.evaluate import checked_context, perplexity
+from normfree.measures.perplexity import Evaluation, evaluate_blocks
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
 
 
@@ -157,7 +158,7 @@ def test_batches_are_smaller_where_their_logits_would_not_fit(
 ) -> None:
     blocks = torch.randint(0, 256, (10, 16), generator=torch.Generator().manual_seed(1))
     whole, sizes = evaluate_blocks(model, blocks, batch_sequences=10), []
-    monkeypatch.setattr("normfree.evaluate.LARGEST_LOGITS", 3 * 16 * 256)
+    monkeypatch.setattr("normfree.measures.held_out.LARGEST_LOGITS", 3 * 16 * 256)
     model.register_forward_hook(lambda *given: sizes.append(len(given[-1].logits)))
     assert evaluate_blocks(model, blocks, batch_sequences=10).nats == pytest.approx(whole.nats, rel=1e-6)
     assert sizes == [3, 3, 3, 1]

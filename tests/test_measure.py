@@ -1,4 +1,4 @@
-"""`normfree entropy`: any causal LM in, tables, a heatmap and a page out."""
+"""`normfree measure`: any language model in, the folder of a run and a page out."""
 
 from __future__ import annotations
 
@@ -25,12 +25,16 @@ from transformers import (
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForCausalLM,
+    Trainer,
+    TrainingArguments,
     XLNetConfig,
     XLNetLMHeadModel,
 )
 
 from normfree.cli import main
-from normfree.measure import measure, memory_estimate, token_windows
+from normfree.measure import memory_estimate, token_windows
+from normfree.measures.measurement import MeasureCallback, measure
+from normfree.records import find_runs, load_runs, read_run
 
 TEXT = "def measured(x):\n    return [y * y for y in x if y > 0]\n" * 8
 
@@ -63,18 +67,21 @@ def test_the_numbers_are_those_of_the_models_own_attention_matrices(
     model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     windows_NT = token_windows(model, tokenizer, TEXT, context=32, sequences=4)
-    found = measure(model, windows_NT, batch=3)
+    measured = measure(model, windows_NT, batch=3)
     model.set_attn_implementation("eager")
     model.eval()
     with torch.no_grad():
         attentions = model(windows_NT, output_attentions=True).attentions
     for layer, p_BHTS in enumerate(attentions):
         expected_H = torch.special.entr(p_BHTS.double()).sum(-1).mean((0, 2))
-        assert found["entropy_nats"][layer] == pytest.approx(expected_H.tolist(), abs=2e-5)
+        assert measured["entropy_nats"][layer] == pytest.approx(expected_H.tolist(), abs=2e-5)
         first_H = p_BHTS[..., 0].double().mean((0, 2))
-        assert found["first_token_mass"][layer] == pytest.approx(first_H.tolist(), abs=1e-5)
-    assert found["ceiling_nats"] == pytest.approx([math.lgamma(33) / 32] * 3)
-    assert found["rows"] == [[4 * 32] * 2] * 3
+        assert measured["first_token_mass"][layer] == pytest.approx(first_H.tolist(), abs=1e-5)
+        back_TS = torch.arange(32)[:, None] - torch.arange(32)
+        distance_H = (p_BHTS.double() * back_TS).sum(-1).mean((0, 2))
+        assert measured["distance_tokens"][layer] == pytest.approx(distance_H.tolist(), abs=1e-4)
+    assert measured["ceiling_nats"] == pytest.approx([math.lgamma(33) / 32] * 3)
+    assert measured["rows"].tolist() == [[4 * 32] * 2] * 3
 
 
 def test_windows_are_spread_over_the_text_and_fit_the_model(
@@ -154,37 +161,127 @@ def test_the_estimate_takes_the_widest_layer_of_a_model_that_lists_them() -> Non
     assert sizes[1] - sizes[0] == 32 * 3 * (64 - 48) * 4 + weights[1] - weights[0]
 
 
-def test_the_command_writes_a_page_and_numbers_that_agree(
+def measured_by_command(saved: Path, *words: str) -> int:
+    text, output = saved.parent / "text.py", saved.parent / "measured"
+    return main(["measure", str(saved), f"text={text}", "context=32", f"output={output}", *words])
+
+
+def test_the_command_writes_a_run_folder_and_its_page(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    words = ["entropy", str(saved), f"text={tmp_path / 'text.py'}", "context=32", f"output={tmp_path / 'heads'}"]
-    assert main(words) == 0, capsys.readouterr().err
+    assert measured_by_command(saved) == 0, capsys.readouterr().err
     out = capsys.readouterr().out
-    facts = json.loads((tmp_path / "heads" / "entropy.json").read_text())
-    page = (tmp_path / "heads" / "index.html").read_text()
-    assert np.array(facts["entropy_nats"]).shape == (3, 2)
-    assert f"{np.mean(facts['entropy_nats'][0]):.3f}" in out
+    run = read_run(tmp_path / "measured")
+    entropy_LH = np.array(run.last("final", "entropy_nats"))
+    assert (run.kind, run.label, entropy_LH.shape) == ("measurement", "model", (3, 2))
+    assert f"{entropy_LH[0].mean():.3f}" in out
     assert "GiB needed" in caplog.text
+    (row,) = load_runs(tmp_path / "measured").to_dict("records")
+    assert row["label"] == "model"
+    page = (tmp_path / "measured" / "report" / "index.html").read_text()
     assert "<svg" in page
     assert "://" not in page
-    for name in ("figures/heatmap.png", "figures/heatmap.pdf", "tables/layers.csv", "tables/ranges.md"):
-        assert (tmp_path / "heads" / name).stat().st_size > 0
+    for name in ("figures/entropy_nats-heads.png", "tables/layers.csv", "tables/ranges.md", "numbers/heads.csv"):
+        assert (tmp_path / "measured" / "report" / name).stat().st_size > 0
+
+
+def test_two_models_are_compared_head_by_head(
+    saved: Path, model: GPT2LMHeadModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert measured_by_command(saved) == 0
+    with torch.no_grad():
+        model.transformer.h[1].attn.c_attn.weight[:, 16:32] *= 3  # queries of head 1 of layer 1
+    model.save_pretrained(tmp_path / "other")
+    PreTrainedTokenizerFast.from_pretrained(saved).save_pretrained(tmp_path / "other")
+    assert main(["measure", str(tmp_path / "other"), f"text={tmp_path / 'text.py'}", "context=32",
+                 f"output={tmp_path / 'second'}"]) == 0  # fmt: skip
+    capsys.readouterr()
+    folders = [str(tmp_path / "measured"), str(tmp_path / "second")]
+    assert main(["report", *folders, f"output={tmp_path / 'both'}"]) == 0, capsys.readouterr().err
+    first, *_ = (tmp_path / "both" / "tables" / "movers.csv").read_text().splitlines()[1:]
+    a, b = (np.array(run.last("final", "entropy_nats")) for run in find_runs(folders))
+    assert first == f"layer 1 head 1,{a[1, 1]:.3f},{b[1, 1]:.3f},{a[1, 1] - b[1, 1]:+.3f}"
+    assert (tmp_path / "both" / "figures" / "difference.png").stat().st_size > 0
+
+
+def test_an_output_folder_with_something_else_is_refused(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert measured_by_command(saved) == 0
+    assert measured_by_command(saved) == 0  # the same again
+    before = (tmp_path / "measured" / "run.json").read_bytes()
+    assert measured_by_command(saved, "context=16") == 1
+    assert "holds a measurement with another text, context, sequences; name a new" in capsys.readouterr().err
+    assert (tmp_path / "measured" / "run.json").read_bytes() == before
+    assert measured_by_command(saved, f"output={saved}") == 1
+    assert f"output={saved} holds something else" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("measures", "message"),
+    [
+        ("hedas", "unknown measure 'hedas'; did you mean heads?"),
+        ("heads,heads", "heads stands twice"),
+        ("heads:0", "give NAME or NAME:STEPS"),
+    ],
+)
+def test_wrong_measures_are_refused(
+    saved: Path, measures: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert measured_by_command(saved, f"measures={measures}") == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_measurement_is_a_table_a_heatmap_and_html(model: GPT2LMHeadModel) -> None:
+    ids_T = torch.arange(20)
+    measured = measure(model, ids_T, ["heads", "perplexity"])
+    frame = measured.to_frame()
+    assert len(frame) == 3 * 2
+    row = frame[(frame.layer == 2) & (frame["head"] == 1)].iloc[0]
+    assert row.entropy_nats == measured["entropy_nats"][2, 1]
+    assert row.ceiling_nats == measured["ceiling_nats"][2]
+    model.eval()
+    with torch.no_grad():
+        loss = model(input_ids=ids_T[None], labels=ids_T[None]).loss.item()
+    assert float(measured["loss"]) == pytest.approx(loss, rel=1e-6)
+    assert "entropy_nats" in measured._repr_html_()
+    assert measured.plot("first_token_mass").figure.axes[1].get_xlabel() == "Attention on the first token"
+    with pytest.raises(ValueError, match="no number a head is called 'loss'"):
+        measured.plot("loss")
+    as_inputs = measure(model, {"input_ids": ids_T[None], "attention_mask": torch.ones(1, 20)})
+    assert np.allclose(as_inputs["entropy_nats"], measured["entropy_nats"], atol=1e-6)
+
+
+def test_the_callback_measures_in_anyones_trainer(model: GPT2LMHeadModel, tmp_path: Path) -> None:
+    ids_NT = torch.randint(0, 256, (8, 16), generator=torch.Generator().manual_seed(0))
+    rows = [{"input_ids": ids_T, "labels": ids_T} for ids_T in ids_NT]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=2, use_cpu=True, save_strategy="no",
+        report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    before = measure(model, ids_NT)["entropy_nats"]
+    callback = MeasureCallback("heads", inputs=ids_NT, every=3)
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[callback])
+    trainer.train()
+    assert list(callback.history) == [0, 3, 4]
+    assert np.allclose(callback.history[0]["entropy_nats"], before, atol=1e-6)
+    assert np.allclose(callback.history[4]["entropy_nats"], measure(model, ids_NT)["entropy_nats"], atol=1e-6)
+    assert len(callback.to_frame()) == 3 * 3 * 2
 
 
 def test_the_page_says_that_windows_begin_with_a_bos_token(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    page, words = tmp_path / "heads" / "index.html", [str(saved), f"text={tmp_path / 'text.py'}", "context=32"]
-    written = f"output={page.parent}"
-    assert main(["entropy", *words, written]) == 0, capsys.readouterr().err
+    page = tmp_path / "measured" / "report" / "index.html"
+    assert measured_by_command(saved) == 0, capsys.readouterr().err
     assert "each with" not in page.read_text()
-    assert main(["entropy", *words, written, "bos=true"]) == 1
+    assert measured_by_command(saved, "bos=true", f"output={tmp_path / 'bos'}") == 1
     assert "the tokenizer has no BOS token" in capsys.readouterr().err
     tokenizer = PreTrainedTokenizerFast.from_pretrained(saved, bos_token="a")
     tokenizer.save_pretrained(saved)
-    assert main(["entropy", *words, written, "bos=true"]) == 0, capsys.readouterr().err
-    assert "each with a first" in page.read_text()
-    assert main(["evaluate", *words, "bos=true"]) == 0, capsys.readouterr().err
+    assert measured_by_command(saved, "bos=true", f"output={tmp_path / 'bos'}") == 0, capsys.readouterr().err
+    assert "each with a first" in (tmp_path / "bos" / "report" / "index.html").read_text()
+    assert main(["evaluate", str(saved), f"text={tmp_path / 'text.py'}", "context=32", "bos=true"]) == 0
     assert "every window begins with a)" in capsys.readouterr().out
 
 
@@ -229,7 +326,7 @@ def test_files_that_make_no_whole_model_are_refused_in_one_line(
 def test_a_model_without_its_tokenizer_is_refused_by_name(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for file in saved.glob("*token*"):
         file.unlink()
-    assert main(["entropy", str(saved), f"text={saved.parent / 'text.py'}"]) == 1
+    assert main(["measure", str(saved), f"text={saved.parent / 'text.py'}"]) == 1
     assert f"{saved} has no tokenizer that makes tokens of text" in capsys.readouterr().err
 
 
@@ -247,13 +344,12 @@ def test_heads_without_a_finite_row_are_counted_and_never_a_number(
     with torch.no_grad():
         model.transformer.h[1].attn.c_attn.weight[0, :16] = math.nan
     model.save_pretrained(saved)
-    words = ["entropy", str(saved), f"text={tmp_path / 'text.py'}", "context=32", f"output={tmp_path / 'heads'}"]
-    assert main(words) == 0, capsys.readouterr().err
-    facts = json.loads((tmp_path / "heads" / "entropy.json").read_text())
-    assert facts["entropy_nats"][1][0] == "NaN"
-    assert facts["rows"][1][0] == 0
-    assert facts["nonfinite_rows"][1][0] > 0
-    assert "Heads without a finite row: " in capsys.readouterr().out
+    assert measured_by_command(saved) == 0, capsys.readouterr().err
+    run = read_run(tmp_path / "measured")
+    assert math.isnan(run.last("final", "entropy_nats")[1][0])
+    assert run.last("final", "rows")[1][0] == 0
+    assert run.last("final", "nonfinite_rows")[1][0] > 0
+    assert "| undecided |" in capsys.readouterr().out
 
 
 def test_the_default_context_fits_models_whose_positions_begin_behind_padding_or_never_end(
@@ -263,7 +359,7 @@ def test_the_default_context_fits_models_whose_positions_begin_behind_padding_or
     roberta = RobertaForCausalLM(RobertaConfig(**sizes, max_position_embeddings=34, pad_token_id=1, is_decoder=True))
     ids_NT = token_windows(roberta, tokenizer, TEXT, context=None, sequences=2)
     assert ids_NT.shape[1] == 32
-    assert measure(roberta, ids_NT)["rows"] == [[64, 64]]
+    assert measure(roberta, ids_NT)["rows"].tolist() == [[64, 64]]
     xlnet = XLNetLMHeadModel(XLNetConfig(vocab_size=256, d_model=32, n_layer=1, n_head=2, d_inner=32))
     assert token_windows(xlnet, tokenizer, TEXT, context=40, sequences=1).shape == (1, 40)
 
@@ -274,7 +370,7 @@ def test_a_family_that_does_not_route_says_how_to_measure_it(
     BloomForCausalLM(BloomConfig(vocab_size=256, hidden_size=32, n_layer=2, n_head=2)).save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
     (tmp_path / "text.py").write_text(TEXT)
-    words = ["entropy", str(tmp_path / "m"), f"text={tmp_path / 'text.py'}", "context=16", f"output={tmp_path / 'h'}"]
+    words = ["measure", str(tmp_path / "m"), f"text={tmp_path / 'text.py'}", "context=16", f"output={tmp_path / 'h'}"]
     assert main(words) == 1
     assert "method='eager'" in capsys.readouterr().err
     assert main([*words, "method=eager"]) == 0, capsys.readouterr().err
@@ -288,7 +384,7 @@ def test_a_model_without_attention_is_refused(
     MambaForCausalLM(config).save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
     (tmp_path / "text.py").write_text(TEXT)
-    words = ["entropy", str(tmp_path / "m"), f"text={tmp_path / 'text.py'}", "context=16", f"output={tmp_path / 'h'}"]
+    words = ["measure", str(tmp_path / "m"), f"text={tmp_path / 'text.py'}", "context=16", f"output={tmp_path / 'h'}"]
     assert main([*words, f"method={method}"]) == 1
     assert "mamba has no softmax attention" in capsys.readouterr().err
     assert not (tmp_path / "h").exists()

@@ -1,8 +1,7 @@
-"""`normfree evaluate` and `normfree entropy` on a run, at the door."""
+"""`normfree evaluate` and `normfree measure` on a run, at the door."""
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -51,7 +50,7 @@ def test_a_saved_run_evaluated_again_gives_the_perplexity_in_its_record(
     )
 
 
-@pytest.mark.parametrize("command", ["evaluate", "entropy"])
+@pytest.mark.parametrize("command", ["evaluate", "measure"])
 def test_bf16_without_bf16_units_says_how_products_are_made(
     command: str,
     trained: Path,
@@ -63,21 +62,22 @@ def test_bf16_without_bf16_units_says_how_products_are_made(
     monkeypatch.setattr("normfree.training.bf16.has_bf16_units", lambda: False)
     (tmp_path / "text.py").write_text("def f(x):\n    return x\n" * 5)
     words = [command, str(trained), f"text={tmp_path / 'text.py'}", "dtype=bf16", "device=cpu"]
-    words += [f"output={tmp_path / 'page'}"] if command == "entropy" else []
+    words += [f"output={tmp_path / 'page'}"] if command == "measure" else []
     status, _, err = run(*words, capsys=capsys)
     assert status == 0, err
     assert "no bf16 units" in caplog.text
 
 
-def test_entropy_of_a_run_is_that_of_its_own_held_out_blocks(
+def test_heads_of_a_run_are_measured_on_its_own_held_out_blocks(
     trained: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["entropy", str(trained), f"output={tmp_path / 'heads'}", f"cache_dir={cache}"]
+    words = ["measure", str(trained), f"output={tmp_path / 'heads'}", f"cache_dir={cache}"]
     recorded = read_run(trained)
     status, _, err = run(*words, f"sequences={recorded.spec['probe']['final_sequences']}", capsys=capsys)
     assert status == 0, err
-    facts = json.loads((tmp_path / "heads" / "entropy.json").read_text())
-    assert facts["text"] == "the run's own held-out blocks"
-    assert np.allclose(facts["entropy_nats"], recorded.last("final", "entropy_nats"), atol=1e-5)
+    measured = read_run(tmp_path / "heads")
+    assert measured.facts["measurement"]["text"] == "the run's own held-out blocks"
+    for name in ("entropy_nats", "first_token_mass", "distance_tokens"):
+        assert np.allclose(measured.last("final", name), recorded.last("final", name), atol=1e-5)
     assert "context= cuts a text" in run(*words, "context=8", capsys=capsys)[2]
-    assert "sequences=0 must be at least 1" in run(*words, "sequences=0", capsys=capsys)[2]
+    assert "sequences=0 and batch=1 must be at least 1" in run(*words, "sequences=0", capsys=capsys)[2]

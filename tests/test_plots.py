@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from normfree import plots
-from normfree.analysis import RangeCounts, final_heads, group_runs, probed_heads
+from normfree.analysis import RangeCounts, final_heads, group_runs
+from normfree.analysis.quantities import values_over_training
 from normfree.plots.tradeoff import apart
 from tests.synthetic import rewritten, write_run
 
@@ -36,26 +37,26 @@ def texts(ax: Axes) -> list[str]:
     [((1, 1), True), ((2, 3), True), ((12, 12), True), ((48, 25), True), ((96, 64), False)],
 )
 def test_heatmap_takes_any_shape_and_writes_numbers_where_they_fit(shape: tuple[int, int], written: bool) -> None:
-    ax = plots.entropy_heatmap(np.full(shape, 1.234), ceiling=3.9)
+    ax = plots.heatmap(np.full(shape, 1.234), ceiling=3.9)
     assert ax.images[0].get_size() == shape
     assert texts(ax) == (["1.23"] * (shape[0] * shape[1]) if written else [])
     ax.figure.canvas.draw()
 
 
 def test_a_broken_head_is_hatched_and_named_never_zero() -> None:
-    ax = plots.entropy_heatmap([[1.0, math.nan], [math.inf, 2.0]])
+    ax = plots.heatmap([[1.0, math.nan], [math.inf, 2.0]])
     assert texts(ax) == ["1.00", "NaN", "NaN", "2.00"]
     assert [patch.get_hatch() for patch in ax.patches] == ["////", "////"]
     assert ax.images[0].get_clim() == (0, 2.0)
 
 
 def test_heatmaps_share_a_scale_when_given_one_ceiling() -> None:
-    figure = plots.panel_figure([lambda ax, v=v: plots.entropy_heatmap([[v]], ax=ax, ceiling=3.9) for v in (0.5, 3.0)])
+    figure = plots.panel_figure([lambda ax, v=v: plots.heatmap([[v]], ax=ax, ceiling=3.9) for v in (0.5, 3.0)])
     assert {ax.images[0].get_clim() for ax in figure.axes} == {(0, 3.9)}
 
 
 def test_the_colour_bar_marks_where_heads_count_as_near_uniform_if_the_ceiling_is_known() -> None:
-    known, unknown = (plots.entropy_heatmap([[1.0, 2.0]], ceiling=ceiling).figure.axes[1] for ceiling in (3.878, None))
+    known, unknown = (plots.heatmap([[1.0, 2.0]], ceiling=ceiling).figure.axes[1] for ceiling in (3.878, None))
     assert texts(known) == ["near uniform from 2.91"]
     assert points(known, 0)[0].tolist() == pytest.approx([0.75 * 3.878] * 2)
     assert texts(unknown) == []
@@ -63,13 +64,13 @@ def test_the_colour_bar_marks_where_heads_count_as_near_uniform_if_the_ceiling_i
 
 def test_heatmap_refuses_what_is_not_layers_by_heads() -> None:
     with pytest.raises(ValueError, match=r"shape \(3,\)"):
-        plots.entropy_heatmap([1.0, 2.0, 3.0])
+        plots.heatmap([1.0, 2.0, 3.0])
 
 
 def test_plots_leave_matplotlib_as_they_found_it() -> None:
     code = (
         "import sys, matplotlib as mpl; before = dict(mpl.rcParams)\n"
-        "from normfree import entropy_heatmap; entropy_heatmap([[1.0]])\n"
+        "from normfree import heatmap; heatmap([[1.0]])\n"
         "assert dict(mpl.rcParams) == before and 'torch' not in sys.modules\n"
         "import matplotlib.pyplot; assert matplotlib.pyplot.get_fignums() == []"
     )
@@ -87,7 +88,7 @@ def test_variants_keep_their_colours_in_every_figure() -> None:
 def test_a_layer_that_breaks_has_a_line_that_ends_and_a_mark(tmp_path: Path) -> None:
     run = write_run(tmp_path, "SM", status="diverged", broken_probe=True)
     ax = Figure().subplots()
-    plots.layer_dynamics(probed_heads(run), ax=ax)
+    plots.layer_curves(values_over_training(run, "entropy_nats"), ax=ax, label="entropy", ceiling=3.0)
     assert math.isnan(points(ax, 1)[1][-1])
     assert "NaN from step 80" in texts(ax)[0]
 
@@ -301,12 +302,10 @@ def test_names_beside_points_do_not_cover_each_other(heights: list[float]) -> No
 
 def test_empty_inputs_say_so(tmp_path: Path) -> None:
     figure = Figure()
-    axes = figure.subplots(3)
-    plots.layer_dynamics([], ax=axes[0])
-    plots.range_bars({}, ax=axes[1])
-    plots.slope_curves(write_run(tmp_path, "SM+G"), ax=axes[2])
+    axes = figure.subplots(2)
+    plots.range_bars({}, ax=axes[0])
+    plots.slope_curves(write_run(tmp_path, "SM+G"), ax=axes[1])
     assert [texts(ax) for ax in axes] == [
-        ["no probe in this run"],
         ["no entropy recorded"],
         ["no learnable slope in this run"],
     ]
@@ -317,7 +316,7 @@ def test_drawing_twice_gives_the_same_picture(tmp_path: Path) -> None:
     assert heads is not None
     pictures = []
     for _ in range(2):
-        figure = plots.entropy_heatmap(heads.entropy_LH, ceiling=heads.ceiling_L).get_figure(root=True)
+        figure = plots.heatmap(heads.entropy_LH, ceiling=heads.ceiling_L).get_figure(root=True)
         assert figure is not None
         file = io.BytesIO()
         figure.savefig(file, format="png")

@@ -222,17 +222,17 @@ def test_ranges_say_of_how_many_seeds_they_are(tmp_path: Path) -> None:
 
 def test_a_run_that_was_killed_is_as_far_as_its_metrics(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+R", status="running", facts={"steps_done": 20})]
-    rows = rows_of(tables.run_table(runs))
+    rows = rows_of(tables.run_table(group_runs(runs)))
     batch = runs[1].spec["train"]["batch_sequences"]
     assert (rows["quick/sm-r-seed0"]["Steps"], rows["quick/sm-r-seed0"]["Tokens"]) == ("100", f"{100 * batch * 32:,}")
     assert "quick/sm-r-seed0 is left out: running at step 100." in tables.perplexity_table(group_runs(runs)).notes
 
 
 def test_verdicts_name_layers_heads_and_steps(tmp_path: Path) -> None:
-    rows = rows_of(tables.verdict_table(study(tmp_path)))
+    rows = rows_of(tables.verdict_table(group_runs(study(tmp_path))))
     assert rows["quick/sm-g-seed0"]["Overload"] == "yes: 100 % of the heads in layers 0-1, since step 0"
     assert rows["quick/sm-r-seed0"]["Overload"].startswith("no: ")
-    one_layer = rows_of(tables.verdict_table([write_run(tmp_path / "one", "SM+G", shape=(1, 4))]))
+    one_layer = rows_of(tables.verdict_table(group_runs([write_run(tmp_path / "one", "SM+G", shape=(1, 4))])))
     assert one_layer["quick/sm-g-seed0"]["Overload"] == "yes: 100 % of the heads in layer 0, since step 0"
     assert rows["quick/sm-seed1"]["Collapse"] == "undecided"
     slopes = rows["quick/sm-leaky--per-layer-seed0"]["Slopes"]
@@ -240,7 +240,7 @@ def test_verdicts_name_layers_heads_and_steps(tmp_path: Path) -> None:
 
 
 def test_runs_say_where_they_diverged_and_how_fast_they_were(tmp_path: Path) -> None:
-    rows = rows_of(tables.run_table(study(tmp_path)))
+    rows = rows_of(tables.run_table(group_runs(study(tmp_path))))
     assert rows["quick/sm-seed1"]["Status"] == "diverged at step 100, layer 1 (activation)"
     assert (rows["quick/sm-seed1"]["Perplexity"], rows["quick/sm-g-seed0"]["Perplexity"]) == ("-", "37.70")
     assert rows["quick/sm-g-seed0"]["Time"] == "1 min 35 s"
@@ -329,5 +329,5 @@ def test_skipped_steps_are_shown(tmp_path: Path) -> None:
         {"step": 9, "layer": 1, "module": "m", "kind": "loss"},
     ]
     run = write_run(tmp_path, "SM+R", facts={"skipped_steps": skipped})
-    (row,) = rows_of(tables.run_table([run])).values()
+    (row,) = rows_of(tables.run_table(group_runs([run]))).values()
     assert row["Status"] == "finished, 2 non-finite steps skipped (first: 7)"

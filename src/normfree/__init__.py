@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from normfree.entropy import EntropyProbe, HeadEntropy, attention_entropy
     from normfree.evaluate import perplexity
     from normfree.model import NormFreeConfig, NormFreeForCausalLM
-    from normfree.plots import entropy_heatmap
+    from normfree.plots import heatmap
     from normfree.records import load_runs
     from normfree.report import build_report
     from normfree.training import train
@@ -27,7 +27,7 @@ _DOORS = {
     "NormFreeForCausalLM": "normfree.model",
     "attention_entropy": "normfree.entropy",
     "build_report": "normfree.report",
-    "entropy_heatmap": "normfree.plots",
+    "heatmap": "normfree.plots",
     "load_runs": "normfree.records",
     "perplexity": "normfree.evaluate",
     "train": "normfree.training",
@@ -41,7 +41,7 @@ __all__ = [
     "__version__",
     "attention_entropy",
     "build_report",
-    "entropy_heatmap",
+    "heatmap",
     "load_runs",
     "perplexity",
     "train",

@@ -64,12 +64,12 @@ VERBS = {
         "normfree evaluate runs/quick/sm-r-seed0 text=README.md",
         model_commands.EvaluateOptions,
     ),
-    "entropy": Verb(
-        model_commands.entropy,
+    "measure": Verb(
+        model_commands.measure,
         "MODEL",
-        "entropy of every attention head of any causal language model",
-        "normfree entropy runs/quick/sm-g-seed0 output=heads",
-        model_commands.EntropyOptions,
+        "entropy of every attention head, and more, of any Hugging Face language model",
+        "normfree measure runs/quick/sm-g-seed0",
+        model_commands.MeasureOptions,
     ),
     "cost": Verb(
         cost_commands.cost,
@@ -276,6 +276,8 @@ def _decides_a_corpus(key: str) -> bool:
 
 
 def _key_line(key: str, default: object, meaning: str) -> str:
+    if isinstance(default, list):
+        default = f"[{','.join(map(str, default))}]"
     shown = "" if default in (None, "None") else default
     return f"  {f'{key}={shown}':<38} {' '.join(meaning.split())}".rstrip()
 

@@ -90,8 +90,10 @@ def _stretch(model: dict[str, Any], declared: Mapping[str, Any]) -> None:
 def _check_model(spec: RunSpec) -> None:
     """Raises ValueError for a model that cannot be built, or that is not the variant's: folder, label and the published
     numbers beside a run go by that."""
+    from normfree.measures import periods_of
     from normfree.model import NormFreeConfig
 
+    periods_of(spec.probe.measures, spec.probe.every_steps)
     model = NormFreeConfig(**spec.model).to_dict()  # fields that contradict each other are the first thing to say
     if spec.variant == "custom" and (unsaid := [key for key in ("norm", "activation") if key not in spec.model]):
         raise ValueError(

@@ -34,6 +34,7 @@ NOT_DECIDING = (
     *(f"train.{name}" for name in ("trackers", "threads", "log_every", "checkpoint_every", "checkpoints_kept")),
     *(f"train.{name}" for name in ("micro_batch_sequences", "gradient_checkpointing")),
     "data.expected_fingerprint",
+    "probe.measures",
     *PLACES_OF_TEXT,
 )
 # They may change within a run; tables over training compare runs that were measured at the same steps.
@@ -221,6 +222,8 @@ class ProbeSpec:
 
     __pydantic_config__ = _STRICT
 
+    measures: tuple[str, ...] = ("heads", "slopes")
+    """What is measured (docs/quantities.md); NAME:STEPS gives a measure a period of its own."""
     every_steps: int = 100
     """Steps between measurements."""
     sequences: int = 64
@@ -332,7 +335,7 @@ def known_keys() -> list[str]:
     return keys
 
 
-def describe_keys() -> list[tuple[str, str, str]]:
+def describe_keys() -> list[tuple[str, Any, str]]:
     """(key, default, meaning) of every key of a run but `model`'s, for --help."""
     schema = _ADAPTER.json_schema()
     rows = []
@@ -342,7 +345,9 @@ def describe_keys() -> list[tuple[str, str, str]]:
         for key, facts in inner.items():
             dotted = f"{name}.{key}" if nested else name
             choices = facts.get("enum") or facts.get("items", {}).get("enum", [])
-            rows.append((dotted, str(facts.get("default", "")), with_choices(facts.get("description", ""), choices)))
+            default = facts.get("default", "")
+            default = default if isinstance(default, list) else str(default)
+            rows.append((dotted, default, with_choices(facts.get("description", ""), choices)))
     return [row for row in rows if row[0] not in NOT_SET_ALONE]
 
 

@@ -7,99 +7,16 @@ Shape legend: B batch, T tokens, V vocabulary, N blocks.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-IGNORED = -100
-LARGEST_LOGITS = 2**26
-"""Elements of a batch's logits: 256 MiB in float32, of which an evaluation holds three."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Sums over predicted tokens; `a + b` merges two texts or two processes."""
-
-    nats: float
-    """Sum of cross-entropies."""
-    tokens: int
-    """Predicted tokens: the first of a text predicts, but is not predicted."""
-    bytes: int = 0
-    """UTF-8 bytes of the predicted tokens."""
-
-    def __add__(self, other: Evaluation) -> Evaluation:
-        return Evaluation(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)
-
-    @property
-    def loss_nats(self) -> float:
-        """Mean cross-entropy per predicted token; NaN where there is none."""
-        return self.nats / self.tokens if self.tokens else math.nan
-
-    @property
-    def perplexity(self) -> float:
-        """exp of the mean cross-entropy; infinite where that overflows a float."""
-        try:
-            return math.exp(self.loss_nats)
-        except OverflowError:
-            return math.inf
-
-    @property
-    def bits_per_byte(self) -> float:
-        """Comparable between tokenizers; NaN where no byte was counted."""
-        return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
-
-    def to_dict(self) -> dict[str, float | int]:
-        """For run.json and the command line."""
-        return {
-            "loss_nats": self.loss_nats,
-            "perplexity": self.perplexity,
-            "bits_per_byte": self.bits_per_byte,
-            "tokens": self.tokens,
-            "bytes": self.bytes,
-        }
-
-
-@torch.no_grad()
-def summed_nats(model: nn.Module, ids_BT: Tensor, labels_BT: Tensor) -> tuple[float, int]:
-    """Sum of next-token cross-entropies (nats, added in float64) and their number; labels of -100 do not count."""
-    logits_BTV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1]
-    wanted_BT = labels_BT[:, 1:]
-    losses = F.cross_entropy(
-        logits_BTV.flatten(0, 1).float(), wanted_BT.flatten(), ignore_index=IGNORED, reduction="none"
-    )
-    return losses.double().sum().item(), int((wanted_BT != IGNORED).sum())
-
-
-def evaluate_blocks(
-    model: PreTrainedModel,
-    blocks_NT: Tensor,
-    *,
-    predicted_bytes: int = 0,
-    batch_sequences: int = 32,
-    progress: bool = False,
-) -> Evaluation:
-    """Evaluate on full blocks of token ids, each predicted from its own start.
-
-    The model is put into evaluation mode for the time of the call. `predicted_bytes` is the sum over all blocks.
-    Batches are smaller than `batch_sequences` where their logits would not fit `LARGEST_LOGITS`.
-    """
-    total = Evaluation(0.0, 0, predicted_bytes)
-    device = next(model.parameters()).device
-    fitting = LARGEST_LOGITS // (blocks_NT.shape[1] * model.config.get_text_config().vocab_size)
-    batches = blocks_NT.split(max(1, min(batch_sequences, fitting)))
-    with in_evaluation_mode(model):
-        for ids_BT in tqdm(batches, desc="evaluating", disable=None if progress else True, leave=False):
-            ids_BT = ids_BT.to(device)
-            total += Evaluation(*summed_nats(model, ids_BT, ids_BT))
-    return total
+from normfree.measures.held_out import measure_batches
+from normfree.measures.perplexity import IGNORED, Evaluation, Perplexity
 
 
 def perplexity(
@@ -135,19 +52,18 @@ def perplexity(
     if len(ids) < 2:
         raise ValueError(f"the text has {len(ids)} token(s); at least 2 are needed to predict one")
     check_vocabulary(model, leading + ids)
-    device = next(model.parameters()).device
-    total = Evaluation(0.0, 0)
-    windows = list(_windows(len(ids), room, stride, seen_before=len(leading)))
-    with in_evaluation_mode(model):
-        for start, end, first in tqdm(windows, desc="evaluating", disable=None if progress else True, leave=False):
-            ids_BT = torch.tensor([leading + ids[start:end]], device=device)
-            labels_BT = ids_BT.clone()
-            labels_BT[:, : len(leading) + first - start] = IGNORED
-            # Counted from the end of the token before: offsets of some tokenizers leave out the blank before a word.
-            before = spans[first - 1][1] if spans and first else 0
-            size = len(text[before : spans[end - 1][1]].encode()) if spans else 0
-            total += Evaluation(*summed_nats(model, ids_BT, labels_BT), size)
-    return total
+    windows, size = [], 0
+    for start, end, first in _windows(len(ids), room, stride, seen_before=len(leading)):
+        ids_BT = torch.tensor([leading + ids[start:end]])
+        labels_BT = ids_BT.clone()
+        labels_BT[:, : len(leading) + first - start] = IGNORED
+        windows.append({"input_ids": ids_BT, "labels": labels_BT})
+        # Counted from the end of the token before: offsets of some tokenizers leave out the blank before a word.
+        before = spans[first - 1][1] if spans and first else 0
+        size += len(text[before : spans[end - 1][1]].encode()) if spans else 0
+    measure = Perplexity(model)
+    measure_batches(model, windows, [measure], progress="evaluating" if progress else None)
+    return measure.evaluation(predicted_bytes=size)
 
 
 def leading_ids(model: PreTrainedModel, tokenizer: Any, bos: bool | None) -> list[int]:
@@ -223,18 +139,3 @@ def check_vocabulary(model: PreTrainedModel, ids: Sequence[int]) -> None:
             f"the tokenizer gives token {max(ids)}, but the model's vocabulary has {rows}: "
             "use the tokenizer that the model was trained with"
         )
-
-
-class in_evaluation_mode:  # noqa: N801 - reads as a verb where it is used
-    """Context manager: evaluation mode inside, the modules' own modes as found outside."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        for module, training in self.modes.items():
-            module.training = training

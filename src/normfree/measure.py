@@ -1,25 +1,17 @@
-"""Head entropies of one pretrained model on one text: what `normfree entropy` does before it draws."""
+"""Windows of a text for a pretrained model, and the memory that they need."""
 
 from __future__ import annotations
 
-import logging
-import resource
-import sys
-import time
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from normfree.entropy import EntropyProbe
 from normfree.entropy.probe import ProbeMethod
-from normfree.entropy.routing import compresses_keys
-from normfree.evaluate import check_vocabulary, checked_context, in_evaluation_mode, leading_ids, room_for_text, spread
+from normfree.evaluate import check_vocabulary, checked_context, leading_ids, room_for_text, spread
 
-logger = logging.getLogger("normfree")
 DEFAULT_CONTEXT = 1024
 
 
@@ -82,48 +74,3 @@ def check_memory(needed: int, model: PreTrainedModel, *, advice: str) -> str:
     if needed > free:
         raise ValueError(f"not enough memory: {line}; {advice}")
     return line
-
-
-@torch.no_grad()
-def measure(
-    model: PreTrainedModel, windows_NT: Tensor, *, batch: int = 1, method: ProbeMethod = "auto", progress: bool = False
-) -> dict[str, Any]:
-    """Entropy of every head over the windows; only the model's body runs, so no logits are computed.
-
-    Returns plain values: entropy_nats, rows and nonfinite_rows [L][H], ceiling_nats [L], layer_indices [L], with
-    method='auto', and no layer that compresses keys, also distance_tokens and first_token_mass [L][H], and the time and
-    peak memory it took.
-    Raises ValueError for a batch below 1.
-    """
-    if batch < 1:
-        raise ValueError(f"batch={batch} must be at least 1")
-    body = model.base_model
-    device = next(model.parameters()).device
-    began = time.perf_counter()
-    patterns = method == "auto"
-    if patterns and any(compresses_keys(module) for module in body.modules()):
-        logger.warning("compressed keys have no place: mean distance and first-token mass are left out")
-        patterns = False
-    with in_evaluation_mode(model), EntropyProbe(body, method, patterns=patterns) as probe:
-        for ids_BT in tqdm(windows_NT.split(batch), desc="measuring", disable=None if progress else True, leave=False):
-            body(input_ids=ids_BT.to(device), use_cache=False)
-    found = probe.statistics()
-    values: dict[str, Any] = {
-        "layer_indices": list(found.layers),
-        "entropy_nats": found.mean_nats().tolist(),
-        "rows": found.rows.tolist(),
-        "nonfinite_rows": found.nonfinite_rows.tolist(),
-        "ceiling_nats": found.ceiling_nats().tolist(),
-    }
-    if patterns:
-        values["distance_tokens"] = found.mean_distance().tolist()
-        values["first_token_mass"] = found.mean_first_mass().tolist()
-    return values | {"seconds": time.perf_counter() - began, "peak_memory_mib": peak_memory_mib(device)}
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """Most memory this process has held so far, in MiB: on a GPU of its own, else of the machine."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -1,4 +1,4 @@
-"""What `normfree evaluate` and `normfree entropy` do with a model. Imports are local, as in commands.py."""
+"""What `normfree evaluate` and `normfree measure` do with a model. Imports are local, as in commands.py."""
 
 from __future__ import annotations
 
@@ -47,11 +47,13 @@ class EvaluateOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EntropyOptions:
-    """Keys of `normfree entropy`."""
+class MeasureOptions:
+    """Keys of `normfree measure`."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
+    measures: str = "heads"
+    """What is measured: names with commas between them (docs/quantities.md)."""
     text: Path | None = None
     """UTF-8 text file; unless given, the held-out text of a run, and for other models Python code of this machine."""
     context: int | None = None
@@ -64,12 +66,12 @@ class EntropyOptions:
     """Begin every window with the BOS token; empty does as the tokenizer with a text (our models: without)."""
     method: Literal["auto", "eager"] = "auto"
     """eager asks the model for its attention matrices (O(T^2) memory): for families that do not route."""
-    output: Path = Path("entropy")
-    """Folder for the page, its heatmap, tables and entropy.json."""
+    output: Path | None = None
+    """Folder for the records and the page; unless given, measured/ and the model's name."""
     device: str | None = None
     """cpu, cuda, ...; unless given, the GPU if there is one."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of the weights; entropies are computed in fp32."""
+    """Precision of the weights; measures compute in fp32."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
     cache_dir: Path | None = None
@@ -114,8 +116,8 @@ def evaluate_run(folder: Path, options: EvaluateOptions) -> None:
     """
     import torch
 
-    from normfree.evaluate import evaluate_blocks
     from normfree.measure import check_memory, evaluation_estimate
+    from normfree.measures.perplexity import evaluate_blocks
     from normfree.pretrained import load_pretrained
     from normfree.records import read_run
     from normfree.training.bf16 import products_for
@@ -156,7 +158,7 @@ def own_corpus(run: Run, cache: Path | None) -> Corpus:
     return corpus
 
 
-def _takes_own_text(name: str, options: EvaluateOptions | EntropyOptions, *cutting: str) -> bool:
+def _takes_own_text(name: str, options: EvaluateOptions | MeasureOptions, *cutting: str) -> bool:
     """Whether MODEL is a run and no text is given. Raises ValueError for keys that are not read then, or only then."""
     own = options.text is None and (Path(name) / RUN_FILE).is_file()
     if not own and options.cache_dir is not None:
@@ -176,22 +178,31 @@ def print_evaluation(result: Evaluation, after: str) -> None:
         print("bits per byte  not known: this tokenizer does not say which bytes a token stands for")
 
 
-def entropy(name: str, options: EntropyOptions) -> None:
-    """Measure every head of a model on a text; print tables, write a page."""
+def measure(name: str, options: MeasureOptions) -> None:
+    """Measure a model on a text; write a folder that `normfree report` reads, and its page; print the main tables."""
+    from hashlib import sha256
+
+    from normfree.analysis import group_runs
     from normfree.entropy import EntropyProbe
-    from normfree.measure import check_memory, measure, memory_estimate
+    from normfree.measure import check_memory, memory_estimate
+    from normfree.measures import periods_of
+    from normfree.measures.measurement import measure as measure_model
     from normfree.pretrained import load_pretrained
-    from normfree.report import build_heads_report, heads_of, heads_tables, verdict_sentences
-    from normfree.tables import to_markdown
+    from normfree.report import build_report
+    from normfree.store.measurements import check_output, write_measurement
+    from normfree.tables import layer_table, to_markdown, verdict_table
     from normfree.training.bf16 import products_for
-    from normfree.training.environment import command_line, software
+    from normfree.training.environment import command_line, environment
     from normfree.training.process import prepare_process
 
     own = _takes_own_text(name, options, "context", "bos")
-    if options.sequences < 1:
-        raise ValueError(f"sequences={options.sequences} must be at least 1")
+    measures = list(periods_of([word.strip() for word in options.measures.split(",")], 1))
+    if options.sequences < 1 or options.batch < 1:
+        raise ValueError(f"sequences={options.sequences} and batch={options.batch} must be at least 1")
     prepare_process()
-    check_writable(options.output)  # before the work, not after it
+    label = Path(name).name if Path(name).exists() else name
+    output = options.output or Path("measured") / label.replace("/", "--")
+    check_writable(output)  # before the work, not after it
     model, tokenizer = load_pretrained(
         name,
         dtype=options.dtype,
@@ -199,36 +210,57 @@ def entropy(name: str, options: EntropyOptions) -> None:
         trust_remote_code=options.trust_remote_code,
         attention="eager" if options.method == "eager" else None,
     )
-    EntropyProbe(model.base_model, options.method)  # refuses what cannot be measured
+    if "heads" in measures:
+        EntropyProbe(model, options.method)  # refuses what cannot be measured
     windows_NT, text, leading = _windows_of(name, model, tokenizer, options, own=own)
     sequences, context = windows_NT.shape
-    needed = memory_estimate(model, batch=options.batch, context=context, method=options.method)
-    enough = check_memory(needed, model, advice="a smaller context= or batch= needs less")
-    logger.info("%d windows of %d tokens: %s", sequences, context, enough)
-    with products_for(options.dtype, model.device):
-        measured = measure(model, windows_NT, batch=options.batch, method=options.method, progress=True)
     facts = {
-        "model": name,
+        "name": name,
+        "label": label,
         "text": text,
+        "tokens_sha256": sha256(windows_NT.numpy().tobytes()).hexdigest(),
         "context": context,
         "sequences": sequences,
         "leading_tokens": leading,
+        "precision": options.dtype,
+        "measures": measures,
         "method": options.method,
-        "dtype": options.dtype,
         "device": str(model.device),
-        "command": command_line(),
-        "software": software(),
-        **measured,
+        "vocab_size": model.config.get_text_config().vocab_size,
     }
-    page = build_heads_report(facts, options.output)
-    print("\n".join(to_markdown(table) for table in heads_tables(facts)))
-    print("\n".join(verdict_sentences(heads_of(facts), facts["layer_indices"])))
-    print(f"{facts['seconds']:.1f} s, peak memory {facts['peak_memory_mib']:.0f} MiB")
+    check_output(output, facts)
+    needed = memory_estimate(model, batch=options.batch, context=context, method=options.method)
+    enough = check_memory(needed, model, advice="a smaller context= or batch= needs less")
+    logger.info("%d windows of %d tokens: %s", sequences, context, enough)
+    chosen = {"heads": {"method": options.method}} if "heads" in measures else {}
+    with products_for(options.dtype, model.device):
+        measured = measure_model(model, windows_NT, measures, batch=options.batch, progress=True, **chosen)
+    run = write_measurement(
+        output,
+        facts | {"peak_memory_mib": measured.peak_memory_mib},
+        model=_model_facts(model),
+        values=measured.values,
+        layers=measured.layers,
+        command=command_line(),
+        environment=environment(model.device),
+        wall_seconds=measured.seconds,
+    )
+    page = build_report([run], output / "report")
+    groups = group_runs([run])
+    print("\n".join(to_markdown(make(groups)) for make in (layer_table, verdict_table)))
+    print(f"{measured.seconds:.1f} s, peak memory {measured.peak_memory_mib:.0f} MiB")
     print(f"The page: {page}")
 
 
+def _model_facts(model: Any) -> dict[str, Any]:
+    config = model.config.get_text_config()
+    named = {"layers": "num_hidden_layers", "heads": "num_attention_heads", "hidden_size": "hidden_size"}
+    sizes = {name: getattr(config, key, None) for name, key in named.items()}
+    return {"parameters": model.num_parameters(), "type": model.config.model_type, **sizes}
+
+
 def _windows_of(
-    name: str, model: Any, tokenizer: Any, options: EntropyOptions, *, own: bool
+    name: str, model: Any, tokenizer: Any, options: MeasureOptions, *, own: bool
 ) -> tuple[Tensor, str, list[str]]:
     """(N, T) token ids, what text they are of, and the tokens that every window begins with. `own`: a run's blocks."""
     import torch

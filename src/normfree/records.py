@@ -20,6 +20,7 @@ import pandas as pd
 
 from normfree.config import recipe_of
 from normfree.manifest import describe_files, sync_file, write_atomically
+from normfree.store.quantities import QUANTITIES, Quantity, read_description
 
 FORMAT = 1
 RUN_FILE = "run.json"
@@ -125,6 +126,23 @@ class Run:
         """Final validation perplexity; NaN for a run that did not finish with a finite loss."""
         final = self.facts.get("final")
         return final["perplexity"] if self.status == "finished" and final else math.nan
+
+    @property
+    def kind(self) -> str:
+        """`run` for a training run, `measurement` for a model that was measured once."""
+        return self.facts.get("kind", "run")
+
+    @cached_property
+    def quantities(self) -> dict[str, Quantity]:
+        """What it recorded, by name. Records from before descriptions were kept have those of today."""
+        descriptions = self.facts.get("quantities")
+        if descriptions is None:
+            return {name: QUANTITIES[name] for name in self.metrics["name"].unique() if name in QUANTITIES}
+        return {name: read_description(name, values) for name, values in descriptions.items()}
+
+    def layer_numbers(self, name: str, count: int) -> list[int]:
+        """The model's own numbers of the `count` layers in which a quantity was measured."""
+        return (self.facts.get("quantities") or {}).get(name, {}).get("layers") or list(range(count))
 
     @cached_property
     def metrics(self) -> pd.DataFrame:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from families import tiny_model
@@ -13,7 +14,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from normfree.entropy import EntropyProbe, UnsupportedModel
-from normfree.measure import measure as measure_windows
+from normfree.measures.measurement import measure as measure_windows
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "mistral"])  # gemma2 runs in eager attention
@@ -181,8 +182,8 @@ def test_compressed_keys_hide_no_padding_and_have_no_distance():
     with EntropyProbe(model, patterns=True), torch.no_grad(), pytest.raises(ValueError, match="compressed keys"):
         model(input_ids=IDS, use_cache=False)
     found = measure_windows(model, IDS)
-    assert "distance_tokens" not in found
-    assert torch.tensor(found["rows"]).unique().tolist() == [40]
+    assert "distance_tokens" not in found.values
+    assert np.unique(found["rows"]).tolist() == [40]
 
 
 def test_calls_in_and_out_of_inference_mode_add_up():

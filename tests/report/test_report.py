@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import subprocess
 import sys
@@ -16,12 +17,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from normfree import published
-from normfree.analysis import Heads, causal_ceiling, group_runs
+from normfree.analysis import causal_ceiling, group_runs
 from normfree.records import find_runs
 from normfree.report import build_report
-from normfree.report.figures import PageFigure, main_figures, slope_figures
-from normfree.report.heads import heatmap, verdict_sentences
+from normfree.report.figure import PageFigure
 from normfree.report.render import to_png
+from normfree.report.sections import figures_of
 from normfree.report.summary import sentences
 from normfree.tables import range_table
 from tests.synthetic import write_run
@@ -55,14 +56,15 @@ def limit_of_key(figure: PageFigure) -> tuple[float, float]:
 
 
 def test_every_figure_and_table_is_also_a_file(report: Path) -> None:
-    figures = {"heatmaps", "published", "dynamics", "overload", "ranges", "losses", "nonfinite", "private-inference"}
-    figures |= {"perplexity", "slope-trajectories", "slope-perplexity"}
+    figures = {"entropy_nats-heads", "entropy_nats-layers", "published", "overload", "ranges", "losses", "nonfinite"}
+    figures |= {"perplexity", "private-inference", "slope-trajectories", "slope-perplexity"}
     names = {"perplexity", "differences", "gap", "claims", "overload", "ranges", "verdicts", "runs", "slopes"}
     names |= {"perplexity-communication"}
     expected = {f"figures/{name}.{suffix}" for name in figures for suffix in ("pdf", "png")}
     expected |= {f"tables/{name}.{suffix}" for name in names for suffix in ("md", "tex", "csv")}
-    expected |= {"numbers/runs.csv", "numbers/heads.csv"}
-    assert set(contents(report)) == expected | {"index.html", "slopes.html"}
+    expected |= {"numbers/runs.csv", "numbers/layers.csv", "numbers/heads.csv"}
+    assert set(contents(report)) == expected | {"index.html", "slopes.html", "report.json"}
+    assert set(json.loads((report / "report.json").read_text())) == set(contents(report)) - {"report.json"}
 
 
 def test_numbers_are_as_measured_and_readable_by_a_machine(report: Path) -> None:
@@ -167,55 +169,18 @@ def test_a_table_without_a_row_is_not_on_the_page(tmp_path: Path) -> None:
     assert caption not in build_report(runs[:1], tmp_path / "one").read_text()
 
 
-def test_layers_without_attention_have_no_row_and_keep_their_numbers() -> None:
-    heads = Heads(np.array([[3.0, 1.0], [2.0, 1.0], [1.0, 0.5]]), np.array([3.9, 2.5, 3.9]), step=0, split="final")
-    figure = heatmap(heads, context=128, layers=[4, 12, 20])
-    axes = figure.panels[0](ax=Figure().subplots())
-    axes.figure.canvas.draw()
-    assert [label.get_text() for label in axes.get_yticklabels() if label.get_text()] == ["4", "12", "20"]
-    assert figure.caption.endswith("Layers that see less have a lower one, in the table below: 12.")
-    assert "the first third of the layers (4)" in verdict_sentences(heads, [4, 12, 20])[0]
-
-
-@pytest.mark.parametrize(
-    ("second", "expected"),
-    [
-        (1.0, "No entropy collapse: the lowest finite head has 1.000 nats."),
-        (np.nan, "Entropy collapse undecided (NaN heads): the lowest finite head has 2.000 nats."),
-    ],
-)
-def test_a_head_that_is_not_finite_leaves_collapse_undecided(second: float, expected: str) -> None:
-    heads = Heads(np.array([[2.0, second]]), np.array([3.9]), step=0, split="final")
-    assert expected in verdict_sentences(heads, [0])
-
-
-def test_no_finite_head_is_no_number() -> None:
-    heads = Heads(np.full((2, 2), np.nan), np.full(2, 3.9), step=0, split="final")
-    assert "Entropy collapse undecided: no head is finite." in verdict_sentences(heads, [0, 1])
-
-
-@pytest.mark.parametrize(("third", "limit"), [(2.5, 3.1), (np.nan, causal_ceiling(32))])
-def test_a_layer_without_a_ceiling_leaves_the_colours_of_the_others(third: float, limit: float) -> None:
-    """A layer without a finite row has nothing to take a ceiling from."""
-    heads = Heads(np.array([[third, third], [np.nan, np.nan]]), np.array([3.1 * third / third, np.nan]), 0, "final")
-    figure = heatmap(heads, context=32, layers=[0, 1])
-    assert limit_of_key(figure) == (0, pytest.approx(limit))
-    assert f"causal ceiling, {limit:.2f} nats" in figure.caption
-    assert figure.panels[0](ax=Figure().subplots()).images[0].get_clim() == (0, pytest.approx(limit))
-
-
 def test_a_broken_variant_leaves_the_colours_of_the_study(tmp_path: Path) -> None:
-    figures = {found.name: found for found in main_figures(group_runs([write_run(tmp_path, "SM", broken_probe=True)]))}
-    assert limit_of_key(figures["heatmaps"]) == (0, pytest.approx(causal_ceiling(32)))
-    assert figures["dynamics"].panels[0](ax=Figure().subplots()).get_ylim()[1] == pytest.approx(
+    figures = {found.name: found for found in figures_of(group_runs([write_run(tmp_path, "SM", broken_probe=True)]))}
+    assert limit_of_key(figures["entropy_nats-heads"]) == (0, pytest.approx(causal_ceiling(32)))
+    assert figures["entropy_nats-layers"].panels[0](ax=Figure().subplots()).get_ylim()[1] == pytest.approx(
         1.08 * causal_ceiling(32)
     )
 
 
 def test_the_paper_s_heads_stand_beside_its_own_shape_only(tmp_path: Path) -> None:
     rotary = write_run(tmp_path, "SM+G", model={"position": "rotary"})
-    assert "published" in [figure.name for figure in main_figures(group_runs([write_run(tmp_path / "gpt2", "SM+G")]))]
-    assert "published" not in [figure.name for figure in main_figures(group_runs([rotary]))]
+    assert "published" in [figure.name for figure in figures_of(group_runs([write_run(tmp_path / "gpt2", "SM+G")]))]
+    assert "published" not in [figure.name for figure in figures_of(group_runs([rotary]))]
 
 
 def test_a_run_that_diverged_is_in_no_range_and_not_beside_the_paper(tmp_path: Path) -> None:
@@ -224,14 +189,14 @@ def test_a_run_that_diverged_is_in_no_range_and_not_beside_the_paper(tmp_path: P
     alone, both = range_table(group_runs([finished])), range_table(group_runs([finished, diverged]))
     assert both.rows == alone.rows
     assert "Not measured after training, so not counted: quick/sm-r-seed0." in both.notes
-    (figure,) = (found for found in main_figures(group_runs([finished, diverged])) if found.name == "published")
+    (figure,) = (found for found in figures_of(group_runs([finished, diverged])) if found.name == "published")
     titles = [panel(ax=Figure().subplots()).get_title() for panel in figure.panels]
     assert titles == ["SM+G, paper's GPT-2 125M", "SM+G, ours"]
 
 
 def test_a_bar_of_layers_holds_for_shallow_models_too(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, "SM+G", shape=(4, 2)), write_run(tmp_path, "SM+R", shape=(2, 2))]
-    (figure,) = (found for found in main_figures(group_runs(runs)) if found.name == "dynamics")
+    (figure,) = (found for found in figures_of(group_runs(runs)) if found.name == "entropy_nats-layers")
     deep, shallow = (panel(ax=Figure().subplots()).lines for panel in figure.panels)
     assert [line.get_color() for line in shallow[:2]] == [line.get_color() for line in deep[:2]]
 
@@ -239,14 +204,14 @@ def test_a_bar_of_layers_holds_for_shallow_models_too(tmp_path: Path) -> None:
 def test_heads_of_blocks_of_other_lengths_are_drawn_as_shares_of_their_own_ceiling(tmp_path: Path) -> None:
     run, longer = write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+R", data={"context": 64})
     for runs, limit in (([run], causal_ceiling(32)), ([run, longer], 1.0)):
-        (figure,) = (found for found in main_figures(group_runs(runs, mix=True)) if found.name == "heatmaps")
+        (figure,) = (found for found in figures_of(group_runs(runs, mix=True)) if found.name == "entropy_nats-heads")
         assert limit_of_key(figure) == (0, pytest.approx(limit))
 
 
 def test_no_label_is_cut_off_at_the_edge_of_a_figure(tmp_path: Path) -> None:
     """With these losses the axis has one decimal or two, as the settings give its numbers room."""
     runs = [write_run(tmp_path, "SM", seed=1), write_run(tmp_path, "SM+leaky, per layer")]
-    (figure,) = (found for found in main_figures(group_runs(runs)) if found.name == "losses")
+    (figure,) = (found for found in figures_of(group_runs(runs)) if found.name == "losses")
     for part in figure.parts():
         seen = np.asarray(Image.open(io.BytesIO(to_png(part))).convert("L"))
         edges = np.concatenate([seen[0], seen[-1], seen[:, 0], seen[:, -1]])
@@ -261,12 +226,12 @@ def test_a_tag_with_dollar_signs_is_a_tag(tmp_path: Path) -> None:
 def test_slopes_with_and_without_a_norm_are_panels_of_their_own(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, "SM+leaky, fixed"), write_run(tmp_path, "SM+R")]
     runs += [write_run(tmp_path, "SM+leaky, fixed", tag="ln", model={"norm": "layernorm", "negative_slope": 0.1})]
-    figure = next(found for found in slope_figures(group_runs(runs)) if found.name == "slope-perplexity")
+    figure = next(found for found in figures_of(group_runs(runs), "slopes") if found.name == "slope-perplexity")
     with_norm, without = (panel(ax=Figure().subplots()) for panel in figure.panels)
     assert (with_norm.get_title(), without.get_title()) == ("layernorm", "")
     assert [len(ax.lines[0].get_xdata()) for ax in (with_norm, without)] == [1, 2]
     rates = [write_run(tmp_path / "rates", "SM+R", tag=f"{x}", train={"peak_learning_rate": x}) for x in (0.1, 0.2)]
-    (figure,) = (one for one in slope_figures(group_runs(rates, mix=True)) if one.name == "slope-perplexity")
+    (figure,) = (one for one in figures_of(group_runs(rates, mix=True), "slopes") if one.name == "slope-perplexity")
     titles = [panel(ax=Figure().subplots()).get_title() for panel in figure.panels]
     assert titles == ["train.peak_learning_rate=0.1", "train.peak_learning_rate=0.2"]
 
@@ -279,9 +244,9 @@ def test_a_report_of_unfinished_runs_alone_still_builds(tmp_path: Path) -> None:
 def test_a_run_in_the_night_is_in_every_curve_and_in_no_table_of_results(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / "runs", "SM+G"), write_run(tmp_path / "runs", "SM+leaky, shared", status="running")]
     groups = group_runs(runs)
-    drawn = {figure.name: figure for figure in (*main_figures(groups), *slope_figures(groups))}
-    assert {len(drawn[name].panels) for name in ("heatmaps", "dynamics")} == {2}
-    assert "SM+leaky, shared (step 100)" in drawn["heatmaps"].caption
+    drawn = {figure.name: figure for figure in (*figures_of(groups), *figures_of(groups, "slopes"))}
+    assert {len(drawn[name].panels) for name in ("entropy_nats-heads", "entropy_nats-layers")} == {2}
+    assert "SM+leaky, shared (step 100)" in drawn["entropy_nats-heads"].caption
     for name in ("losses", "overload"):
         assert "open circle" in drawn[name].caption
         legend = drawn[name].panels[0](ax=Figure().subplots()).get_legend()
@@ -305,16 +270,16 @@ def test_rows_that_are_all_finite_are_a_sentence_and_no_figure(tmp_path: Path) -
 def test_curves_of_one_label_share_panels_that_are_named_by_it(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+R")]
     runs += [write_run(tmp_path, "SM+leaky, shared", tag=f"start{n}") for n in range(7)]
-    (figure,) = (found for found in main_figures(group_runs(runs)) if found.name == "losses")
+    (figure,) = (found for found in figures_of(group_runs(runs)) if found.name == "losses")
     axes = [panel(ax=Figure().subplots()) for panel in figure.panels]
     assert [ax.get_title() for ax in axes[::2]] == ["Training: SM+G to SM+leaky, shared", "Training: SM+leaky, shared"]
-    (figure,) = (found for found in main_figures(group_runs(runs[:2])) if found.name == "losses")
+    (figure,) = (found for found in figures_of(group_runs(runs[:2])) if found.name == "losses")
     assert [panel(ax=Figure().subplots()).get_title() for panel in figure.panels] == ["Training", "Validation"]
 
 
 def test_a_legend_covers_no_curve(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+leaky, per layer", tag="a-tag-of-some-length")]
-    (figure,) = (found for found in main_figures(group_runs(runs)) if found.name == "overload")
+    (figure,) = (found for found in figures_of(group_runs(runs)) if found.name == "overload")
     for part in figure.parts():
         (ax,) = part.axes
         legend = ax.get_legend()
@@ -325,15 +290,15 @@ def test_a_legend_covers_no_curve(tmp_path: Path) -> None:
 
 def test_an_unfinished_run_of_another_recipe_is_in_no_figure_unless_mixed(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+R", status="failed", data={"context": 64})]
-    figures = {figure.name: figure for figure in main_figures(group_runs(runs))}
-    assert len(figures["heatmaps"].panels) == 1
-    assert "shares" not in figures["heatmaps"].caption
+    figures = {figure.name: figure for figure in figures_of(group_runs(runs))}
+    assert len(figures["entropy_nats-heads"].panels) == 1
+    assert "shares" not in figures["entropy_nats-heads"].caption
     assert "open circle" not in figures["losses"].caption
     assert "not finished and of another recipe or corpus: quick/sm-r-seed0 (failed)." in " ".join(
         sentences(group_runs(runs))
     )
-    mixed = {figure.name: figure for figure in main_figures(group_runs(runs, mix=True))}
-    assert len(mixed["heatmaps"].panels) == 2
+    mixed = {figure.name: figure for figure in figures_of(group_runs(runs, mix=True))}
+    assert len(mixed["entropy_nats-heads"].panels) == 2
 
 
 def test_an_activation_of_your_own_costs_a_note_and_not_the_report(tmp_path: Path) -> None:

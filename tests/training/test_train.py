@@ -82,7 +82,7 @@ def test_probes_cover_every_head_and_the_ceiling_is_that_of_a_causal_mask(finish
 
 def test_the_saved_model_has_the_recorded_perplexity_and_slopes(finished: Run, cache: Path) -> None:
     from normfree.data import prepare
-    from normfree.evaluate import evaluate_blocks
+    from normfree.measures.perplexity import evaluate_blocks
     from normfree.pretrained import load_pretrained
 
     model, tokenizer = load_pretrained(str(finished.folder))

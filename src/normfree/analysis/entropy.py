@@ -80,9 +80,11 @@ def range_counts(entropy_LH: ArrayLike, maximum: ArrayLike) -> RangeCounts:
     return RangeCounts((first, second, third, fourth), int((~finite_LH).sum()))
 
 
-def layer_means(entropy_LH: ArrayLike) -> Floats:
-    """Mean over the heads of each layer, nats. A layer with a non-finite head has no mean: NaN."""
-    return np.asarray(entropy_LH, dtype=float).mean(axis=1)
+def layer_means(values: ArrayLike) -> Floats:
+    """One number a layer: the mean over its heads, where there are heads. A layer with a non-finite head has none:
+    NaN."""
+    values = np.atleast_1d(np.asarray(values, dtype=float))
+    return values.mean(axis=1) if values.ndim == 2 else values
 
 
 def shares_of_ceiling(heads: Heads) -> Floats:

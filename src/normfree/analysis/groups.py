@@ -67,7 +67,7 @@ def group_runs(runs: Sequence[Run], *, mix: bool = False) -> list[Group]:
     """
     if not runs:
         raise ValueError("no runs given: give a run folder or a folder of runs")
-    over = [run for run in runs if is_over(run)]
+    over = [run for run in runs if is_over(run) and run.kind == "run"]
     differing = _differing(over)
     if differing and not mix:
         named = "; ".join(f"{key}: {_with_a_run_each(key, values, over)}" for key, values in differing.items())
@@ -122,7 +122,7 @@ def recipes(groups: Sequence[Group]) -> dict[str, list[str]]:
 
     Groups of one recipe give one empty text.
     """
-    firsts = {group.name: group.members[0] for group in groups}
+    firsts = {group.name: group.members[0] for group in groups if group.members[0].kind == "run"}
     keys = _differing(list(firsts.values()))
     found: dict[str, list[str]] = {}
     for name, run in firsts.items():

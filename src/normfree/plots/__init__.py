@@ -4,14 +4,16 @@ from normfree.plots.bars import range_bars, range_bars_size, slope_perplexity
 from normfree.plots.curves import (
     LAYER_COLOURS,
     curves_size,
-    layer_dynamics,
+    depth_profile,
+    layer_curves,
     loss_curves,
     nonfinite_curves,
     overload_curves,
+    scalar_curves,
     slope_curves,
     slope_limits,
 )
-from normfree.plots.heatmaps import HEATMAP_COLOURS, entropy_heatmap, entropy_key, heatmap_size
+from normfree.plots.heatmaps import HEATMAP_COLOURS, difference_heatmap, heatmap, heatmap_key, heatmap_size
 from normfree.plots.perplexity import perplexity_points, perplexity_points_size
 from normfree.plots.style import COLOURS, Key, Panel, colour_key, panel_figure, variant_styles
 from normfree.plots.tradeoff import trade_off, trade_off_size
@@ -24,10 +26,12 @@ __all__ = [
     "Panel",
     "colour_key",
     "curves_size",
-    "entropy_heatmap",
-    "entropy_key",
+    "depth_profile",
+    "difference_heatmap",
+    "heatmap",
+    "heatmap_key",
     "heatmap_size",
-    "layer_dynamics",
+    "layer_curves",
     "loss_curves",
     "nonfinite_curves",
     "overload_curves",
@@ -36,6 +40,7 @@ __all__ = [
     "perplexity_points_size",
     "range_bars",
     "range_bars_size",
+    "scalar_curves",
     "slope_curves",
     "slope_limits",
     "slope_perplexity",

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
-from normfree.analysis import Group, Heads, is_over, layer_means, probed_heads, slope_layers, top_quarter_share
+from normfree.analysis import Group, is_over, layer_means, probed_heads, slope_layers, top_quarter_share
+from normfree.analysis.quantities import values_over_training
 from normfree.plots.style import INK, MUTED, RED, Styles, empty, legend_below, legend_inches, legend_name, wrapped
 from normfree.records import Run
 
@@ -26,22 +27,54 @@ Series = tuple[list[int], np.ndarray]
 """Steps and values of one line."""
 
 
-def layer_dynamics(probes: Sequence[Heads], *, ax: Axes, title: str = "", layers: int | None = None) -> Axes:
-    """Mean entropy of every layer over the probes, from the first layer (blue) to the last (orange).
+def layer_curves(
+    history: Sequence[tuple[int, np.ndarray]],
+    *,
+    ax: Axes,
+    label: str,
+    title: str = "",
+    layers: int | None = None,
+    ceiling: float | None = None,
+) -> Axes:
+    """A quantity of every layer over training, mean over its heads, from the first layer (blue) to the last (orange).
 
-    `layers`: of the deepest model, where several share one colour bar. The dashed line is the causal ceiling. A layer
-    with a non-finite head has no mean: its line ends, and a vertical line marks the first such step.
+    `history` is (step, values [L] or [L, H]), `label` that of the y axis. `layers`: of the deepest model, where several
+    share one colour bar. The dashed line is the ceiling. A layer with a non-finite head has no mean: its line ends, and
+    a vertical line marks the first such step.
     """
-    if not probes:
-        return empty(ax, "no probe in this run")
-    steps = [probe.step for probe in probes]
-    mean_LN = np.array([layer_means(probe.entropy_LH) for probe in probes]).T
+    steps = [step for step, _ in history]
+    mean_LN = np.array([layer_means(values) for _, values in history]).T
     for layer, mean_N in enumerate(mean_LN):
         _line(ax, steps, mean_N, color=_layer_colour(layer, layers or len(mean_LN)))
-    ceiling = float(max(probe.ceiling_L.max() for probe in probes))
-    ax.axhline(ceiling, color=MUTED, linestyle="--", linewidth=1)
+    if ceiling is not None:
+        ax.axhline(ceiling, color=MUTED, linestyle="--", linewidth=1)
+        ax.set_ylim(0, 1.08 * ceiling)
     _mark_nonfinite(ax, steps, mean_LN)
-    ax.set(title=wrapped(title), xlabel="step", ylabel="mean entropy (nats)", ylim=(0, 1.08 * ceiling))
+    ax.set(title=wrapped(title), xlabel="step", ylabel=label)
+    return ax
+
+
+def depth_profile(
+    values: Mapping[str, tuple[Sequence[int], np.ndarray]], *, ax: Axes, label: str, styles: Styles
+) -> Axes:
+    """A quantity over the layers, one line a variant: its layer numbers and values [L], by name."""
+    for name, (numbers, value_L) in values.items():
+        ax.plot(numbers, value_L, marker=".", label=legend_name(name), **styles[name])
+    ax.set(xlabel="layer", ylabel=label)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    legend_below(ax)
+    return ax
+
+
+def scalar_curves(groups: Sequence[Group], name: str, *, ax: Axes, label: str, styles: Styles) -> Axes:
+    """A quantity of the whole model over training: a line a variant, the mean of its seeds, over a thin line a seed."""
+
+    def series(run: Run) -> Series:
+        history = values_over_training(run, name)
+        return [step for step, _ in history], np.array([value for _, value in history])
+
+    _line_a_seed(groups, series, ax=ax, styles=styles, mean=True)
+    ax.set(xlabel="step", ylabel=label)
     return ax
 
 

@@ -10,57 +10,69 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
+from matplotlib.colors import Colormap, Normalize
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
-from normfree.analysis import OVERLOAD_SHARE
 from normfree.plots.style import MUTED, Key, colour_key, panel_figure, wrapped
+from normfree.store.quantities import QUANTITIES, Quantity
 
 HEATMAP_COLOURS = mpl.colormaps["viridis"]
+DIFFERENCE_COLOURS = mpl.colormaps["RdBu_r"]
 _SMALLEST_POINTS = 4.5
 _NOT_FINITE = "#c9ced6"
 
 
-def entropy_heatmap(
-    entropy_LH: ArrayLike,
+def heatmap(
+    values_LH: ArrayLike,
     *,
+    quantity: Quantity | str = "entropy_nats",
     ax: Axes | None = None,
     ceiling: ArrayLike | None = None,
     title: str = "",
     layers: Sequence[int] | None = None,
 ) -> Axes:
-    """Draw the entropy of every head, [layers, heads].
+    """Draw one number a head, [layers, heads]; title and unit of the colour bar are the quantity's.
 
     `ceiling` is the value of the brightest colour (one number, or one a layer of which the highest counts);
-    give several heatmaps the same one to make them comparable. Without it the highest finite entropy is used.
+    give several heatmaps the same one to make them comparable. Without it the highest finite value is used.
     `layers` are the numbers of the rows where they are not 0, 1, ... as in models with attention in some layers only.
     Non-finite heads are hatched and say NaN. Values are written with two decimals where they fit.
     Without `ax` a figure with its own colour bar is made; it is `.figure` of what is returned.
+
+    Raises ValueError for values of another shape.
     """
-    entropy_LH = np.asarray(entropy_LH, dtype=float)
-    if entropy_LH.ndim != 2 or entropy_LH.size == 0:
-        raise ValueError(f"entropy has shape {entropy_LH.shape}; give one row a layer and one column a head")
-    highest = _highest(entropy_LH if ceiling is None else np.asarray(ceiling, dtype=float))
-    key = colour_key(HEATMAP_COLOURS, limit=(0, highest), label="entropy (nats)")
-    numbers = range(len(entropy_LH)) if layers is None else layers
-    draw = partial(_draw, entropy_LH, highest=highest, title=title, numbers=numbers)
+    values_LH = np.asarray(values_LH, dtype=float)
+    if values_LH.ndim != 2 or values_LH.size == 0:
+        raise ValueError(f"values have shape {values_LH.shape}; give one row a layer and one column a head")
+    if isinstance(quantity, str):
+        quantity = QUANTITIES[quantity]
+    highest = highest_finite(values_LH if ceiling is None else np.asarray(ceiling, dtype=float))
+    numbers = range(len(values_LH)) if layers is None else layers
+    draw = partial(_draw, values_LH, highest=highest, title=title, numbers=numbers)
     if ax is not None:
         return draw(ax=ax)
-    figure = panel_figure(
-        [draw],
-        panel_inches=heatmap_size(*entropy_LH.shape),
-        key=key if ceiling is None else entropy_key(highest),
+    key = heatmap_key(quantity, highest, marked=ceiling is not None)
+    return panel_figure([draw], panel_inches=heatmap_size(*values_LH.shape), key=key).axes[0]
+
+
+def heatmap_key(quantity: Quantity, highest: float, *, unit: str | None = None, marked: bool = True) -> Key:
+    """The colour bar of heatmaps of a quantity up to `highest`, with the quantity's mark if that is its ceiling."""
+    label = quantity.label if unit is None else f"{quantity.title} ({unit})"
+    mark = None
+    if quantity.mark is not None and marked:
+        share, words = quantity.mark
+        mark = (share * highest, f"{words} from {share * highest:.2f}")
+    return colour_key(HEATMAP_COLOURS, limit=(0, highest), label=label, mark=mark)
+
+
+def difference_heatmap(values_LH: ArrayLike, *, ax: Axes, limit: float, title: str = "", layers: Sequence[int]) -> Axes:
+    """Draw differences of a number a head between two models: white is none, the two colours are the two signs."""
+    values_LH = np.asarray(values_LH, dtype=float)
+    return _draw(
+        values_LH, ax=ax, highest=limit, lowest=-limit, title=title, numbers=layers, colours=DIFFERENCE_COLOURS
     )
-    return figure.axes[0]
-
-
-def entropy_key(ceiling: float, *, unit: str = "nats") -> Key:
-    """The colour bar of heatmaps up to a causal ceiling, with a mark from which heads count as near uniform."""
-    near = OVERLOAD_SHARE * ceiling
-    mark = (near, f"near uniform from {near:.2f}")
-    return colour_key(HEATMAP_COLOURS, limit=(0, ceiling), label=f"entropy ({unit})", mark=mark)
 
 
 def heatmap_size(layers: int, heads: int) -> tuple[float, float]:
@@ -68,16 +80,25 @@ def heatmap_size(layers: int, heads: int) -> tuple[float, float]:
     return min(max(0.9 + 0.3 * heads, 3.0), 9.0), min(max(0.9 + 0.24 * layers, 2.2), 9.0)
 
 
-def _draw(entropy_LH: np.ndarray, *, ax: Axes, highest: float, title: str, numbers: Sequence[int]) -> Axes:
-    layers, heads = entropy_LH.shape
-    colours = HEATMAP_COLOURS.with_extremes(bad=_NOT_FINITE)
-    scale = Normalize(0, highest)
-    ax.imshow(entropy_LH, cmap=colours, norm=scale, aspect="auto", interpolation="none")
+def _draw(
+    values_LH: np.ndarray,
+    *,
+    ax: Axes,
+    highest: float,
+    title: str,
+    numbers: Sequence[int],
+    lowest: float = 0.0,
+    colours: Colormap = HEATMAP_COLOURS,
+) -> Axes:
+    layers, heads = values_LH.shape
+    colours = colours.with_extremes(bad=_NOT_FINITE)
+    scale = Normalize(lowest, highest)
+    ax.imshow(values_LH, cmap=colours, norm=scale, aspect="auto", interpolation="none")
     ax.grid(visible=False)
-    for layer, head in np.argwhere(~np.isfinite(entropy_LH)):
+    for layer, head in np.argwhere(~np.isfinite(values_LH)):
         corner = (head - 0.5, layer - 0.5)
         ax.add_patch(Rectangle(corner, 1, 1, fill=False, hatch="////", edgecolor=MUTED, linewidth=0))
-    _write_values(entropy_LH, ax, lambda value: _text_colour(colours(scale(value))))
+    _write_values(values_LH, ax, lambda value: _text_colour(colours(scale(value))))
     ax.set(title=wrapped(title), xlabel="head", ylabel="layer")
     for axis, count in ((ax.xaxis, heads), (ax.yaxis, layers)):
         axis.set_major_locator(MaxNLocator(nbins=min(count, 12), integer=True, min_n_ticks=1))
@@ -88,15 +109,15 @@ def _draw(entropy_LH: np.ndarray, *, ax: Axes, highest: float, title: str, numbe
     return ax
 
 
-def _write_values(entropy_LH: np.ndarray, ax: Axes, colour_of: Any) -> None:
+def _write_values(values_LH: np.ndarray, ax: Axes, colour_of: Any) -> None:
     """Two decimals in every cell, if the cells are wide and high enough for letters one can read."""
-    layers, heads = entropy_LH.shape
+    layers, heads = values_LH.shape
     box = ax.get_window_extent()
     points = 72 / ax.get_figure(root=True).dpi  # pyright: ignore[reportOptionalMemberAccess]
     size = min(8.0, box.width * points / heads / 2.7, box.height * points / layers / 1.5)
     if size < _SMALLEST_POINTS:
         return
-    for (layer, head), value in np.ndenumerate(entropy_LH):
+    for (layer, head), value in np.ndenumerate(values_LH):
         finite = math.isfinite(value)
         ax.text(
             head,
@@ -119,7 +140,8 @@ def _text_colour(rgba: tuple[float, ...]) -> str:
     return "#000000" if luminance > 0.179 else "#ffffff"
 
 
-def _highest(values: np.ndarray) -> float:
+def highest_finite(values: np.ndarray) -> float:
+    """The highest finite value, or 1 where there is none above 0."""
     finite = values[np.isfinite(values)]
     highest = float(finite.max(initial=0.0))
     return highest if highest > 0 else 1.0

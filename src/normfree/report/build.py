@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from markupsafe import Markup
 from tqdm import tqdm
 
 from normfree import tables
 from normfree.analysis import all_runs, group_runs
-from normfree.cost import trade_off, trade_off_table
 from normfree.manifest import write_atomically
 from normfree.records import Run
-from normfree.report.figures import FIGURES, PageFigure, main_figures, slope_figures
+from normfree.report.figure import PageFigure
 from normfree.report.numbers import write_numbers
 from normfree.report.page import figure_values, main_page, slopes_page
 from normfree.report.render import to_pdf, to_png
+from normfree.report.sections import members_of, sections_of
 
-TABLES = (
-    *("perplexity", "differences", "gap", "claims", "overload", "ranges", "verdicts", "runs", "slopes"),
-    "perplexity-communication",
-)
+WRITTEN = "report.json"
+"""Names what a report wrote, so that the next one removes what it does not write again, and no other file."""
 _SPELLINGS = {"md": tables.to_markdown, "tex": tables.to_latex, "csv": tables.to_csv}
 
 
@@ -29,70 +30,77 @@ def build_report(runs: Sequence[Run], output: Path, *, mix: bool = False, progre
     numbers/*.csv.
 
     The same runs give the same bytes. Every file is replaced as a whole and index.html comes last; what an
-    earlier report of other runs wrote under these names is removed. Returns the path of index.html.
-    `progress` shows a bar over the figures, on a terminal.
+    earlier report of other runs wrote is removed. Returns the path of index.html.
+    `progress` shows a bar over the sections, on a terminal.
 
-    Raises ValueError when there is no run, or when runs differ in precision or recipe and `mix` is false.
+    Raises ValueError when there is no run, when runs differ in precision or recipe and `mix` is false, and for an
+    output folder that holds something else than a report.
     """
     groups = group_runs(runs, mix=mix)
-    ordered = all_runs(groups)
-    with_slopes = any(tables.has_negative_slope(run) for run in ordered)
-    written = {
-        "perplexity": tables.perplexity_table(groups),
-        "differences": tables.difference_table(groups),
-        "gap": tables.gap_table(groups),
-        "claims": tables.claim_table(groups),
-        "overload": tables.overload_table(groups),
-        "ranges": tables.range_table(groups),
-        "verdicts": tables.verdict_table(ordered),
-        "runs": tables.run_table(ordered),
-        "communication": trade_off_table(trade_off(groups)),
-    }
-    if with_slopes:
-        written["slopes"] = tables.slope_table(groups)
-    kept = write_tables(list(written.values()), output) | write_numbers(ordered, output)
-    on_main, on_slopes = main_figures(groups), slope_figures(groups) if with_slopes else []
-    drawn = {}
-    for figure in tqdm([*on_main, *on_slopes], desc="figures", disable=None if progress else True, leave=False):
-        drawn[figure.name] = figure_values(figure)
-        kept |= write_figure(figure, output)
-    pages = {}
-    if with_slopes:
-        of_slopes = {figure.name: drawn.pop(figure.name) for figure in on_slopes}
-        pages["slopes.html"] = slopes_page(groups, written["slopes"], of_slopes)
-    pages["index.html"] = main_page(groups, written, drawn, with_slopes=with_slopes)
-    for name, text in pages.items():
+    earlier = _written_before(output)
+    paths = write_numbers(all_runs(groups), output)
+    with_slopes = any(tables.has_negative_slope(run) for run in all_runs(groups))
+    pages: dict[str, list[dict[str, Any]]] = {"index": [], "slopes": []}
+    chosen = [section for section in sections_of(groups) if section.page == "index" or with_slopes]
+    for section in tqdm(chosen, desc="report", disable=None if progress else True, leave=False):
+        members = members_of(section, groups)
+        if not members:
+            continue
+        figures = [figure for figure in section.figures(members) if figure is not None]
+        made = [table for make in section.tables.values() if (table := make(members)).rows]
+        for figure in figures:
+            paths |= write_figure(figure, output)
+        paths |= write_tables(made, output)
+        if figures or made:
+            pages[section.page].append(
+                {
+                    "name": section.name,
+                    "title": section.title,
+                    "menu": section.menu or section.title,
+                    "folded": section.folded,
+                    "figures": [figure_values(figure) for figure in figures],
+                    "tables": [Markup(tables.to_html(table)) for table in made],
+                    "note": section.note(members),
+                }
+            )
+    texts = {"slopes.html": slopes_page(groups, pages["slopes"])} if with_slopes else {}
+    texts["index.html"] = main_page(groups, pages["index"], with_slopes=with_slopes)
+    for name, text in texts.items():
         write_atomically(output / name, text)
-    _remove_others(output, kept | {output / name for name in pages})
+        paths.add(output / name)
+    names = sorted(path.relative_to(output).as_posix() for path in paths)
+    for name in earlier - set(names):
+        (output / name).unlink(missing_ok=True)
+    write_atomically(output / WRITTEN, json.dumps(names, indent=1) + "\n")
     return output / "index.html"
 
 
-def write_tables(written: Sequence[tables.Table], output: Path) -> set[Path]:
+def write_tables(made: Sequence[tables.Table], output: Path) -> set[Path]:
     """Write `output`/tables/NAME.md|tex|csv; returns the paths."""
-    kept = set()
-    for table in written:
+    paths = set()
+    for table in made:
         for suffix, spell in _SPELLINGS.items():
             path = output / "tables" / f"{table.name}.{suffix}"
             write_atomically(path, spell(table))
-            kept.add(path)
-    return kept
+            paths.add(path)
+    return paths
 
 
 def write_figure(figure: PageFigure, output: Path) -> set[Path]:
     """Write `output`/figures/NAME.pdf|png; returns the paths."""
-    kept = set()
+    paths = set()
     whole = figure.whole()
     for suffix, render in (("pdf", to_pdf), ("png", to_png)):
         path = output / "figures" / f"{figure.name}.{suffix}"
         write_atomically(path, render(whole))
-        kept.add(path)
-    return kept
+        paths.add(path)
+    return paths
 
 
-def _remove_others(output: Path, kept: set[Path]) -> None:
-    """Remove what an earlier report wrote and this one did not; never a file of another name."""
-    ours = {output / "slopes.html"}
-    ours |= {output / "figures" / f"{name}.{suffix}" for name in FIGURES for suffix in ("pdf", "png")}
-    ours |= {output / "tables" / f"{name}.{suffix}" for name in TABLES for suffix in _SPELLINGS}
-    for path in ours - kept:
-        path.unlink(missing_ok=True)
+def _written_before(output: Path) -> set[str]:
+    """Names of the files of an earlier report. Raises ValueError for a folder that holds something else."""
+    if (output / WRITTEN).is_file():
+        return set(json.loads((output / WRITTEN).read_text(encoding="utf-8")))
+    if output.is_dir() and any(output.iterdir()) and not (output / "index.html").is_file():
+        raise ValueError(f"output={output} holds something else than a report; name a new or empty folder")
+    return set()

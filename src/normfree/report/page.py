@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template, select_autoescape
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
 from normfree import __version__
 from normfree.analysis import Group, all_runs, recipes
 from normfree.plots import COLOURS
 from normfree.records import Run
-from normfree.report.figures import PageFigure, rows_are_finite
+from normfree.report.figure import PageFigure
 from normfree.report.render import to_svg
 from normfree.report.summary import sentences
-from normfree.tables import Table, to_html
 from normfree.tables.runs import duration
 
 _PAGES = Environment(
@@ -31,39 +30,28 @@ _NARROW_INCHES = 4.2
 _PIXELS_PER_INCH = 96
 
 
-def template(name: str) -> Template:
-    """One of the templates of this room."""
-    return _PAGES.get_template(name)
-
-
-def main_page(
-    groups: Sequence[Group], tables: dict[str, Table], figures: dict[str, dict[str, Any]], *, with_slopes: bool
-) -> str:
-    """index.html: summary, tables, figures (by name, their `figure_values`), facts."""
+def main_page(groups: Sequence[Group], sections: Sequence[dict[str, Any]], *, with_slopes: bool) -> str:
+    """index.html: summary, sections (with their `figure_values` and tables as HTML), facts, runs."""
     runs = all_runs(groups)
-    studies = _distinct(runs, lambda run: run.spec["study"])
-    return template("index.html.j2").render(
-        title=f"normfree: {', '.join(studies)}",
-        version=__version__,
+    return _page(
+        "index.html.j2",
+        title=f"normfree: {', '.join(_distinct(runs, lambda run: run.spec['study']))}",
         sentences=sentences(groups),
         study_notes=[note for note in _distinct(runs, lambda run: run.facts.get("study_note") or "") if note],
         facts=_facts(groups),
-        tables={name: Markup(to_html(table) if table.rows else "") for name, table in tables.items()},
-        figures=figures,
-        rows_are_finite=rows_are_finite(groups),
+        sections=sections,
         with_slopes=with_slopes,
     )
 
 
-def slopes_page(groups: Sequence[Group], table: Table, figures: dict[str, dict[str, Any]]) -> str:
+def slopes_page(groups: Sequence[Group], sections: Sequence[dict[str, Any]]) -> str:
     """slopes.html: slope against perplexity, and slopes over training."""
     studies = _distinct(all_runs(groups), lambda run: run.spec["study"])
-    return template("slopes.html.j2").render(
-        title=f"normfree: slopes of {', '.join(studies)}",
-        version=__version__,
-        table=Markup(to_html(table)),
-        figures=figures,
-    )
+    return _page("slopes.html.j2", title=f"normfree: slopes of {', '.join(studies)}", sections=sections)
+
+
+def _page(name: str, **values: Any) -> str:
+    return _PAGES.get_template(name).render(version=__version__, **values)
 
 
 def figure_values(figure: PageFigure) -> dict[str, Any]:
@@ -84,25 +72,42 @@ def figure_values(figure: PageFigure) -> dict[str, Any]:
 def _facts(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
     """What a reader needs to judge or repeat the runs: `(name, distinct values)`."""
     runs = all_runs(groups)
-    seconds = sum(run.facts.get("wall_seconds") or 0.0 for run in runs)
+    trained = [run for run in runs if run.kind == "run"]
+    measured = [run for run in runs if run.kind == "measurement"]
     apart = [f"{', '.join(names)}: {recipe}" for recipe, names in recipes(groups).items() if recipe]
     environments = _distinct(runs, lambda run: _environment(run.facts.get("environment") or {}))
     return [
         ("Command", _distinct(runs, lambda run: run.facts.get("command") or "not recorded")),
-        ("Runs", [f"{len(runs)}, trained in {duration(seconds)} altogether"]),
-        ("Seeds", [", ".join(map(str, sorted({run.seed for run in runs})))]),
-        ("Order of the data", [", ".join(map(str, sorted({run.spec.get("data_seed", 0) for run in runs})))]),
-        (
-            "Tokens a run",
-            [f"{tokens:,}" for tokens in sorted({run.facts.get("tokens_seen", 0) for run in runs})],
-        ),
+        *([("Measured", [_measured(run) for run in measured])] if measured else []),
+        *(_trained(trained) if trained else []),
         ("Precision", _distinct(runs, lambda run: run.spec["train"]["precision"])),
         *([("Recipes", apart)] if apart else []),
         ("Model", _distinct(runs, lambda run: _model(run.facts.get("model") or {}))),
-        ("Corpus", _distinct(runs, lambda run: _corpus(run.facts["corpus"]))),
+        *([("Corpus", _distinct(trained, lambda run: _corpus(run.facts["corpus"])))] if trained else []),
         ("Hardware", environments),
         ("Software", _distinct(runs, lambda run: _software(run.facts.get("environment") or {}))),
     ]
+
+
+def _trained(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    seconds = sum(run.facts.get("wall_seconds") or 0.0 for run in runs)
+    return [
+        ("Runs", [f"{len(runs)}, trained in {duration(seconds)} altogether"]),
+        ("Seeds", [", ".join(map(str, sorted({run.seed for run in runs})))]),
+        ("Order of the data", [", ".join(map(str, sorted({run.spec.get("data_seed", 0) for run in runs})))]),
+        ("Tokens a run", [f"{tokens:,}" for tokens in sorted({run.facts.get("tokens_seen", 0) for run in runs})]),
+    ]
+
+
+def _measured(run: Run) -> str:
+    facts = run.facts["measurement"]
+    windows = "1 window" if facts["sequences"] == 1 else f"{facts['sequences']} windows"
+    first = f", each with {''.join(facts['leading_tokens'])} first" if facts["leading_tokens"] else ""
+    whose = "on the GPU" if facts["device"].startswith("cuda") else "of the process"
+    return (
+        f"{facts['name']}: {windows} of {facts['context']} tokens from {facts['text']}{first}; on {facts['device']}, "
+        f"{duration(run.facts['wall_seconds'])}, peak memory {whose} {facts['peak_memory_mib']:.0f} MiB"
+    )
 
 
 def _environment(facts: dict[str, Any]) -> str:
@@ -123,10 +128,8 @@ def _software(facts: dict[str, Any]) -> str:
 def _model(facts: dict[str, Any]) -> str:
     if not facts:
         return "not recorded"
-    return (
-        f"{facts['layers']} layers of {facts['heads']} heads, width {facts['hidden_size']}, "
-        f"{facts['parameters']:,} parameters"
-    )
+    sizes = f"{facts['layers']} layers of {facts['heads']} heads, width {facts['hidden_size']}, "
+    return f"{facts['type'] + ': ' if 'type' in facts else ''}{sizes}{facts['parameters']:,} parameters"
 
 
 def _corpus(facts: dict[str, Any]) -> str:

@@ -21,12 +21,14 @@ _AGAINST = {"SM+R": "SM+G", "SM+LN+R": "SM+LN+G"}
 
 def sentences(groups: Sequence[Group]) -> list[str]:
     """The findings, most important first; careful where there is one seed, plain where a run diverged."""
-    pairs = [(a, b) for a, b in comparable_pairs(groups) if _AGAINST.get(a.label) == b.label]
+    trained = [group for group in groups if group.members[0].kind == "run"]
+    pairs = [(a, b) for a, b in comparable_pairs(trained) if _AGAINST.get(a.label) == b.label]
     found = [_comparison(a, b) for a, b in sorted(pairs, key=_without_norm_then_most_seeds)]
     found += [_more_uniform(gelu, relu) for relu, gelu in pairs if relu.label == "SM+R"]
     found += [text for text in (_top_quarter(groups), _overloaded(groups)) if text]
-    found += [_diverged(group) for group in groups if _diverged_runs(group)]
-    found += [text for text in (_floor(groups), _one_seed(groups), _unfinished(groups)) if text]
+    if trained:
+        found += [_diverged(group) for group in trained if _diverged_runs(group)]
+        found += [text for text in (_floor(trained), _one_seed(trained), _unfinished(trained)) if text]
     return found
 
 

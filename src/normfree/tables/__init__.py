@@ -1,7 +1,7 @@
 """Tables: pure functions from runs to `Table`, and from a `Table` to Markdown, LaTeX, CSV or HTML."""
 
 from normfree.tables.claims import claim_table
-from normfree.tables.heads import extreme_head_table, head_range_table, layer_table
+from normfree.tables.heads import extreme_head_table, head_pair, layer_table, mover_table
 from normfree.tables.history import gap_table, overload_table
 from normfree.tables.results import difference_table, perplexity_table, range_table
 from normfree.tables.runs import (
@@ -22,8 +22,9 @@ __all__ = [
     "gap_table",
     "has_negative_slope",
     "has_slope",
-    "head_range_table",
+    "head_pair",
     "layer_table",
+    "mover_table",
     "overload_table",
     "perplexity_table",
     "range_table",

@@ -16,6 +16,7 @@ from normfree.analysis import (
     Collapse,
     Group,
     Overload,
+    all_runs,
     collapse,
     decimals,
     final_heads,
@@ -30,7 +31,7 @@ from normfree.records import Run
 from normfree.tables.table import Column, Table
 
 
-def verdict_table(runs: Sequence[Run]) -> Table:
+def verdict_table(groups: Sequence[Group]) -> Table:
     """Overload, collapse and slopes of every run that was measured, each with its layers and step."""
     columns = (
         Column("Run", numeric=False),
@@ -47,11 +48,11 @@ def verdict_table(runs: Sequence[Run]) -> Table:
         f"Slopes: apart when the highest is {SLOPE_SPREAD} or more above the lowest.",
         "Undecided: heads without a finite entropy could tip it. Layers and heads count from 0.",
     )
-    rows = tuple(_verdict_row(run) for run in runs)
+    rows = tuple(_verdict_row(run) for run in all_runs(groups))
     return Table("verdicts", "Verdicts on every run", columns, rows, notes)
 
 
-def run_table(runs: Sequence[Run]) -> Table:
+def run_table(groups: Sequence[Group]) -> Table:
     """Status, perplexity, steps, tokens, time and speed of every run."""
     columns = (
         Column("Run", numeric=False),
@@ -65,7 +66,7 @@ def run_table(runs: Sequence[Run]) -> Table:
         Column("Precision", numeric=False),
         Column("Parameters"),
     )
-    return Table("runs", "Runs", columns, tuple(_run_row(run) for run in runs))
+    return Table("runs", "Runs", columns, tuple(_run_row(run) for run in all_runs(groups)))
 
 
 def slope_table(groups: Sequence[Group]) -> Table:

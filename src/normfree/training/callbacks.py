@@ -9,20 +9,20 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from normfree.entropy import EntropyProbe, HeadEntropy
-from normfree.entropy.statistics import sum_over_processes
-from normfree.evaluate import Evaluation, evaluate_blocks, in_evaluation_mode
+from normfree.measures import open_measures
+from normfree.measures.held_out import blocks_of, measure_batches
+from normfree.measures.measure import values_of
 from normfree.model.modeling import NormFreePreTrainedModel
 from normfree.signals import WARNINGS, stopping_signals, warning_signals
 
@@ -229,49 +229,18 @@ class Progress(TrainerCallback):
             self.bar.close()
 
 
-def head_entropies(model: nn.Module, blocks_NT: Tensor, *, batch_sequences: int) -> HeadEntropy:
-    """Entropy statistics of every head over full blocks, in evaluation mode, summed over processes.
+def measurements(
+    model: NormFreePreTrainedModel, blocks_NT: Tensor, names: Sequence[str], *, batch_sequences: int
+) -> Measurements:
+    """What these measures find on full blocks, in evaluation mode, over all processes.
 
-    In a run that trains in bf16 or fp16 the forward pass is in that precision too, as Trainer's model has it, and
-    entropies are computed from its queries and keys in fp32.
+    In a run that trains in bf16 or fp16 the forward pass is in that precision too, as Trainer's model has it; measures
+    compute in fp32 and add up in fp64.
     """
-    device = next(model.parameters()).device
-    mine_NT = _share_of_this_process(blocks_NT)
-    with in_evaluation_mode(model), torch.no_grad(), EntropyProbe(model) as probe:
-        for ids_BT in mine_NT.split(batch_sequences):
-            model(input_ids=ids_BT.to(device), use_cache=False, logits_to_keep=1)
-    statistics = probe.statistics()
-    statistics.all_reduce(device)
-    return statistics
-
-
-def probe_measurements(model: NormFreePreTrainedModel, blocks_NT: Tensor, *, batch_sequences: int) -> Measurements:
-    """Everything a probe says: entropy, counted and non-finite rows per head, ceilings, learnable slopes."""
-    statistics = head_entropies(model, blocks_NT, batch_sequences=batch_sequences)
-    yield "entropy_nats", statistics.mean_nats()
-    yield "nonfinite_rows", statistics.nonfinite_rows
-    yield "rows", statistics.rows
-    yield "ceiling_nats", statistics.ceiling_nats()
-    if slopes := model.negative_slopes():
-        yield "negative_slope", torch.stack(list(slopes.values()))
-
-
-def validation(
-    model: NormFreePreTrainedModel, blocks_NT: Tensor, *, predicted_bytes: int, batch_sequences: int
-) -> Evaluation:
-    """Evaluation over full blocks, each process taking its share; in the precision of the run, summed in fp64."""
-    mine_NT = _share_of_this_process(blocks_NT)
-    mine = evaluate_blocks(model, mine_NT, batch_sequences=batch_sequences)
-    sums = torch.tensor([mine.nats, mine.tokens], dtype=torch.float64)
-    sum_over_processes(sums, next(model.parameters()).device)
-    return Evaluation(sums[0].item(), int(sums[1].item()), predicted_bytes)
-
-
-def validation_measurements(model: NormFreePreTrainedModel, blocks_NT: Tensor, *, batch_sequences: int) -> Measurements:
-    """Loss and perplexity on held-out blocks."""
-    result = validation(model, blocks_NT, predicted_bytes=0, batch_sequences=batch_sequences)
-    yield "loss", result.loss_nats
-    yield "perplexity", result.perplexity
+    measures = open_measures(names, model)
+    measure_batches(model, blocks_of(model, blocks_NT, batch_sequences, measures), measures)
+    for name, value in values_of(measures, next(model.parameters()).device).items():
+        yield name, value if value.dim() else value.item()
 
 
 def _highest_of_all_processes(signal_number: int | None, device: torch.device) -> int | None:
@@ -280,9 +249,3 @@ def _highest_of_all_processes(signal_number: int | None, device: torch.device) -
     number = torch.tensor(signal_number or 0, device=device)
     torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
     return int(number) or None
-
-
-def _share_of_this_process(blocks_NT: Tensor) -> Tensor:
-    if not torch.distributed.is_initialized():
-        return blocks_NT
-    return blocks_NT[torch.distributed.get_rank() :: torch.distributed.get_world_size()]

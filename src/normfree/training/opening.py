@@ -12,12 +12,17 @@ import torch
 from normfree.config import RunSpec
 from normfree.data import Corpus
 from normfree.manifest import fingerprint, read_manifest
+from normfree.measures import MEASURES, periods_of
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
 from normfree.records import METRICS_FILE, RUN_FILE, DamagedRunError, RunWriter, read_run
+from normfree.store.quantities import describe
 from normfree.training.checkpoints import step_of
 from normfree.training.environment import environment
 
 logger = logging.getLogger("normfree")
+
+TRAINING_LOG = ("loss", "learning_rate", "gradient_norm", "tokens_seen", "tokens_per_second")
+"""Quantities of the lines that `TrainingLog` writes."""
 
 
 def open_writer(
@@ -33,6 +38,7 @@ def open_writer(
     device: torch.device,
 ) -> RunWriter:
     """Begin or continue the records of a run; metrics after the checkpoint are dropped, they will come again."""
+    measures = ("perplexity", *(name for name in periods_of(spec.probe.measures, 1) if name != "perplexity"))
     earlier = _earlier_facts(folder)
     kept = read_manifest(checkpoint) if checkpoint else {}
     if checkpoint and not (folder / METRICS_FILE).exists():
@@ -56,6 +62,7 @@ def open_writer(
         "environment": session["environment"],
         "sessions": [*(earlier.get("sessions", []) if checkpoint else []), session],
         "model": model_facts(config),
+        "quantities": describe([*TRAINING_LOG, *(name for measure in measures for name in MEASURES[measure].gives)]),
         "steps": steps,
         "steps_done": session["from_step"],
         "tokens_seen": session["from_step"] * spec.train.batch_sequences * spec.data.context,

@@ -27,6 +27,8 @@ from normfree.config import RunSpec
 from normfree.data import Corpus, prepare
 from normfree.evaluate import spread
 from normfree.manifest import folder_lock, read_manifest, write_manifest
+from normfree.measures import open_measures, periods_of
+from normfree.measures.perplexity import evaluate_blocks
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
 from normfree.records import RUN_FILE, RunWriter
 from normfree.signals import pass_on
@@ -99,6 +101,7 @@ def train(
     """
     folder = Path(runs_dir) / spec.study / spec.name
     NormFreeConfig(**spec.model)  # fields that contradict each other show before a corpus is prepared
+    periods_of(spec.probe.measures, spec.probe.every_steps)
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=1))
     if of_the_first(is_done(folder, spec)):
         return folder
@@ -182,6 +185,8 @@ class _Training:
         self.held_out = torch.from_numpy(corpus.held_out_ids())
         set_seed(spec.seed)
         self.model = NormFreeForCausalLM(config)
+        self.periods = periods_of(spec.probe.measures, spec.probe.every_steps)
+        open_measures(list(self.periods), self.model)  # refuses what the model cannot serve, before it trains
         self.tell: Callable[[dict[str, float]], None]  # trackers
 
     def run(self, checkpoint: Path | None) -> None:
@@ -255,11 +260,17 @@ class _Training:
         spec, size = self.spec, self.spec.train.micro_batch_sequences
         probe_NT = spread(self.held_out, spec.probe.sequences)
         validation_NT = spread(self.held_out, spec.train.evaluation_sequences or len(self.held_out))
-        probe = partial(watch.probe_measurements, blocks_NT=probe_NT, batch_sequences=size)
-        validate = partial(watch.validation_measurements, blocks_NT=validation_NT, batch_sequences=size)
+        names_by_period: dict[int, list[str]] = {}
+        for name, every in self.periods.items():
+            names_by_period.setdefault(every, []).append(name)
+
+        def schedule(split: str, every: int, blocks_NT: Tensor, names: list[str]) -> watch.Schedule:
+            measured = partial(watch.measurements, blocks_NT=blocks_NT, names=names, batch_sequences=size)
+            return watch.Schedule(split, every, measured)
+
         return [
-            watch.Schedule("probe", spec.probe.every_steps, probe),
-            watch.Schedule("validation", spec.train.evaluate_every, validate),
+            *(schedule("probe", every, probe_NT, names) for every, names in names_by_period.items()),
+            schedule("validation", spec.train.evaluate_every, validation_NT, ["perplexity"]),
         ]
 
     def _publish(self, step: int, unlogged: dict[str, Any]) -> None:
@@ -302,9 +313,12 @@ class _Training:
     def _finish(self) -> None:
         size = self.spec.train.micro_batch_sequences
         final_NT = spread(self.held_out, self.spec.probe.final_sequences)
-        self._log(self.steps, "final", watch.probe_measurements(self.model, final_NT, batch_sequences=size))
-        total_bytes = self.corpus.predicted_bytes()
-        result = watch.validation(self.model, self.held_out, predicted_bytes=total_bytes, batch_sequences=size)
+        self._log(
+            self.steps, "final", watch.measurements(self.model, final_NT, list(self.periods), batch_sequences=size)
+        )
+        result = evaluate_blocks(
+            self.model, self.held_out, predicted_bytes=self.corpus.predicted_bytes(), batch_sequences=size
+        )
         if self.writer is not None:
             _save_model(self.model, self.corpus, self.folder / "model")
         self._update(

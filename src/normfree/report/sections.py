@@ -1,19 +1,17 @@
-"""Which figures the report has, and the sentence that says how to read each."""
+"""SECTIONS: each part of the report with its title, figures and tables, in the order of the page."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
-from matplotlib.figure import Figure
+import numpy as np
 
-from normfree import plots, published
+from normfree import plots, published, tables
 from normfree.analysis import (
     NORMALISERS,
     Group,
-    Heads,
     causal_ceiling,
     final_heads,
     fixed_slope,
@@ -25,79 +23,74 @@ from normfree.analysis import (
     slope_layers,
     slopes,
 )
-from normfree.cost import trade_off
+from normfree.analysis.quantities import recorded_quantities
+from normfree.cost import trade_off, trade_off_table
+from normfree.plots.heatmaps import DIFFERENCE_COLOURS
 from normfree.records import Run
-from normfree.tables import has_slope
+from normfree.report.figure import PageFigure, chunks_of, largest, open_ends
+from normfree.report.quantities import quantity_figures
+from normfree.store.quantities import QUANTITIES, Quantity
+from normfree.tables import Table, has_slope
 
-FIGURES = (
-    "perplexity",
-    "heatmaps",
-    "published",
-    "dynamics",
-    "overload",
-    "ranges",
-    "losses",
-    "nonfinite",
-    "private-inference",
-    "slope-trajectories",
-    "slope-perplexity",
-)
+Groups = Sequence[Group]
 _MAXIMA = {"observed": "Of the highest head here", "log_t": "Of ln T", "causal": "Of the causal ceiling"}
-_LINES_PER_PANEL = 6
-_KEY_INCHES = 0.75
 
 
-@dataclass(frozen=True)
-class PageFigure:
-    """Panels that belong together: flowing side by side on the page, one grid in the files."""
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """One part of the page. It is left out where it has no figure, no row and no note."""
 
     name: str
+    """Its anchor on the page."""
     title: str
-    caption: str
-    panels: tuple[plots.Panel, ...]
-    panel_inches: tuple[float, float] = (3.9, 2.9)
-    columns: int = 2
-    key: plots.Key | None = None
-
-    def whole(self) -> Figure:
-        """All panels and the colour bar in one figure."""
-        return plots.panel_figure(self.panels, columns=self.columns, panel_inches=self.panel_inches, key=self.key)
-
-    def parts(self) -> Iterator[Figure]:
-        """One figure a panel."""
-        for panel in self.panels:
-            yield plots.panel_figure([panel], panel_inches=self.panel_inches)
-
-    def key_part(self) -> Figure | None:
-        """The colour bar alone."""
-        if self.key is None:
-            return None
-        return plots.panel_figure([lambda ax: ax], panel_inches=(3.9, _KEY_INCHES), key=self.key)
+    menu: str = ""
+    """Its name in the menu, where that is shorter than the title."""
+    figures: Callable[[Groups], Sequence[PageFigure | None]] = lambda _groups: ()
+    tables: Mapping[str, Callable[[Groups], Table]] = field(default_factory=dict)
+    """By the name of their files."""
+    note: Callable[[Groups], str] = lambda _groups: ""
+    """A sentence for what a figure need not show."""
+    measurements: bool = False
+    """Whether models that were only measured belong in it, beside those trained here."""
+    folded: bool = False
+    page: str = "index"
 
 
-def main_figures(groups: Sequence[Group]) -> list[PageFigure]:
-    """The figures of index.html, without those that have nothing to show."""
-    found = (
-        _perplexity(groups),
-        _heatmaps(groups),
-        _published(groups),
-        _dynamics(groups),
-        _overload(groups),
-        _ranges(groups),
-        _losses(groups),
-        _nonfinite(groups),
-        _private_inference(groups),
+def sections_of(groups: Groups) -> list[Section]:
+    """The sections of a report on these groups: `SECTIONS`, with those of every recorded quantity among them."""
+    open_ones, folded = (
+        [
+            Section(
+                name=quantity.name,
+                title=quantity.title,
+                figures=partial(_figures_of, quantity=quantity),
+                measurements=True,
+                folded=drawn == "folded",
+            )
+            for quantity in recorded_quantities(groups, drawn=drawn)
+        ]
+        for drawn in ("open", "folded")
     )
-    return [figure for figure in found if figure is not None]
+    return [*SECTIONS[:1], *open_ones, *SECTIONS[1:-2], *folded, *SECTIONS[-2:]]
 
 
-def slope_figures(groups: Sequence[Group]) -> list[PageFigure]:
-    """The figures of slopes.html, without those that have nothing to show."""
-    found = (_trajectories(groups), _slope_perplexity(groups))
-    return [figure for figure in found if figure is not None]
+def figures_of(groups: Groups, page: str = "index") -> Iterator[PageFigure]:
+    """Every figure of a page."""
+    for section in sections_of(groups):
+        if section.page == page:
+            yield from filter(None, section.figures(members_of(section, groups)))
 
 
-def _perplexity(groups: Sequence[Group]) -> PageFigure | None:
+def members_of(section: Section, groups: Groups) -> Groups:
+    """The groups that a section is about."""
+    return groups if section.measurements else [g for g in groups if g.members[0].kind == "run"]
+
+
+def _figures_of(groups: Groups, quantity: Quantity) -> list[PageFigure]:
+    return quantity_figures(groups, quantity)
+
+
+def _perplexity(groups: Groups) -> PageFigure | None:
     corpora: dict[str, list[Group]] = {}
     for group in groups:
         if group.runs:
@@ -117,40 +110,19 @@ def _perplexity(groups: Sequence[Group]) -> PageFigure | None:
     )
 
 
-def _heatmaps(groups: Sequence[Group]) -> PageFigure | None:
-    measured = _measured(groups)
-    if not measured:
-        return None
-    if len({group.members[0].spec["data"]["context"] for group, _ in measured}) == 1:
-        ceiling, unit = max(float(heads.ceiling_L.max()) for _, heads in measured), "nats"
-        shown, scale = [heads.entropy_LH for _, heads in measured], f"up to the causal ceiling of {ceiling:.2f} nats"
-    else:  # blocks of several lengths
-        ceiling, unit = 1.0, "share of the causal ceiling"
-        shown, scale = [shares_of_ceiling(heads) for _, heads in measured], "in shares of each one's causal ceiling"
-    early = [f"{group.name} (step {heads.step})" for group, heads in measured if heads.split != "final"]
-    note = f" Taken from the newest probe, not from a final measurement: {', '.join(early)}." if early else ""
-    return PageFigure(
-        name="heatmaps",
-        title="Entropy of every head",
-        caption="One cell a head, layers downwards: bright cells attend almost evenly to all they may see, dark cells "
-        "to few tokens; from the mark on, 3/4 of the causal ceiling, a head counts as near uniform. One colour scale, "
-        f"{scale}; first seed of each variant, finished ones first.{note}",
-        panels=tuple(
-            partial(plots.entropy_heatmap, values_LH, ceiling=ceiling, title=group.name)
-            for values_LH, (group, _) in zip(shown, measured, strict=True)
-        ),
-        panel_inches=_largest([values_LH.shape for values_LH in shown]),
-        key=plots.entropy_key(ceiling, unit=unit),
-    )
-
-
-def _published(groups: Sequence[Group]) -> PageFigure | None:
+def _published(groups: Groups) -> PageFigure | None:
     ceiling = causal_ceiling(published.HEATMAP_CONTEXT)
     panels, shapes = [], []
-    for group, heads in _measured(groups):
+    for group in groups:
+        heads = None if group.shown is None else final_heads(group.shown)
         theirs = published.heatmaps().get(group.label)
-        if theirs is not None and heads.split == "final" and published.is_gpt2(group.members[0].spec):
-            drawn = partial(plots.entropy_heatmap, ceiling=1.0)
+        if (
+            theirs is not None
+            and heads is not None
+            and heads.split == "final"
+            and published.is_gpt2(group.members[0].spec)
+        ):
+            drawn = partial(plots.heatmap, ceiling=1.0)
             panels.append(partial(drawn, theirs / ceiling, title=f"{group.label}, paper's GPT-2 125M"))
             panels.append(partial(drawn, shares_of_ceiling(heads), title=f"{group.name}, ours"))
             shapes += [theirs.shape, heads.entropy_LH.shape]
@@ -162,30 +134,13 @@ def _published(groups: Sequence[Group]) -> PageFigure | None:
         caption="Entropies as shares of each model's own causal ceiling, so that 1 means evenly spread over "
         f"the past in both; compare where the bright layers lie, not single heads. {published.SOURCE}.",
         panels=tuple(panels),
-        panel_inches=_largest(shapes),
-        key=plots.entropy_key(1.0, unit="share of the causal ceiling"),
+        panel_inches=largest(shapes),
+        key=plots.heatmap_key(QUANTITIES["entropy_nats"], 1.0, unit="share of the ceiling"),
     )
 
 
-def _dynamics(groups: Sequence[Group]) -> PageFigure | None:
-    shown = [(group, probes) for group in groups if group.shown and (probes := probed_heads(group.shown))]
-    if not shown:
-        return None
-    layers = max(len(probes[-1].entropy_LH) for _, probes in shown)
-    return PageFigure(
-        name="dynamics",
-        title="Entropy of the layers over training",
-        caption="One line a layer, the mean of its heads, coloured by its depth. A line at the dashed causal ceiling "
-        "is a layer whose heads attend evenly to all they may see, as untrained ones do; one near 0 is a layer "
-        "whose heads all look at few tokens. A single head hides in the mean: the heatmaps show it. First finished "
-        "seed of each variant, or of one that has none the first that diverged, else the first that is not finished.",
-        panels=tuple(partial(plots.layer_dynamics, probes, title=group.name, layers=layers) for group, probes in shown),
-        key=plots.colour_key(plots.LAYER_COLOURS, limit=(0, max(layers - 1, 1)), label="layer", whole=True),
-    )
-
-
-def _overload(groups: Sequence[Group]) -> PageFigure | None:
-    chunks = _chunks([group for group in groups if any(probed_heads(run) for run in group.drawn)])
+def _overload(groups: Groups) -> PageFigure | None:
+    chunks = chunks_of([group for group in groups if any(probed_heads(run) for run in group.drawn)])
     if not chunks:
         return None
     styles = plots.variant_styles([group.name for group in groups])
@@ -195,13 +150,13 @@ def _overload(groups: Sequence[Group]) -> PageFigure | None:
         caption="Heads at or above 3/4 of the causal ceiling, in percent of all heads; one line a seed. "
         "Untrained heads are nearly uniform, so lines begin at the top. When a line comes down says little; where it "
         "ends is how many heads stay near uniform. The verdict of overload counts the first third of the layers only: "
-        "the table below has them apart." + _open_ends(groups),
+        "the table below has them apart." + open_ends(groups),
         panels=tuple(partial(plots.overload_curves, chunk, styles=styles) for chunk in chunks),
         panel_inches=plots.curves_size(chunks),
     )
 
 
-def _ranges(groups: Sequence[Group]) -> PageFigure | None:
+def _ranges(groups: Groups) -> PageFigure | None:
     pooled = pooled_ranges(groups)
     if not pooled:
         return None
@@ -222,8 +177,8 @@ def _ranges(groups: Sequence[Group]) -> PageFigure | None:
     )
 
 
-def _losses(groups: Sequence[Group]) -> PageFigure | None:
-    chunks = _chunks(
+def _losses(groups: Groups) -> PageFigure | None:
+    chunks = chunks_of(
         [group for group in groups if group.runs or any(run.series("train", "loss") for run in group.drawn)]
     )
     if not chunks:
@@ -240,21 +195,25 @@ def _losses(groups: Sequence[Group]) -> PageFigure | None:
         caption="Lower is better. A thin line is a seed, the other its variant's mean. The y axis leaves "
         "out the losses of the first fifth of the training. The training loss is a running mean over about a fiftieth "
         "of the points; a cross at the top marks the step where a run diverged, and the mean ends there."
-        + _open_ends(groups),
+        + open_ends(groups),
         panels=tuple(panels),
         panel_inches=plots.curves_size(chunks),
     )
 
 
-def rows_are_finite(groups: Sequence[Group]) -> bool:
+def _finite_rows(groups: Groups) -> str:
+    return "No probe of any run found an attention row with NaN or infinity." if _rows_are_finite(groups) else ""
+
+
+def _rows_are_finite(groups: Groups) -> bool:
     """Whether attention was probed, and no probe found a row with NaN or infinity."""
     counts = [value for group in groups for run in group.drawn for _, value in run.series("probe", "nonfinite_rows")]
     return bool(counts) and not any(sum(map(sum, rows_LH)) for rows_LH in counts)
 
 
-def _nonfinite(groups: Sequence[Group]) -> PageFigure | None:
-    chunks = _chunks([group for group in groups if any(run.series("probe", "nonfinite_rows") for run in group.drawn)])
-    if not chunks or rows_are_finite(groups):
+def _nonfinite(groups: Groups) -> PageFigure | None:
+    chunks = chunks_of([group for group in groups if any(run.series("probe", "nonfinite_rows") for run in group.drawn)])
+    if not chunks or _rows_are_finite(groups):
         return None
     styles = plots.variant_styles([group.name for group in groups])
     return PageFigure(
@@ -262,13 +221,13 @@ def _nonfinite(groups: Sequence[Group]) -> PageFigure | None:
         title="Non-finite attention rows",
         caption="Rows of attention with NaN or infinity, in percent of all rows of a probe. A line that leaves 0 is a "
         "model that breaks; a cross at the top marks the step where a run diverged. The axis is logarithmic above 1 %. "
-        "Such rows are counted here and are in no entropy." + _open_ends(groups),
+        "Such rows are counted here and are in no entropy." + open_ends(groups),
         panels=tuple(partial(plots.nonfinite_curves, chunk, styles=styles) for chunk in chunks),
         panel_inches=plots.curves_size(chunks),
     )
 
 
-def _trajectories(groups: Sequence[Group]) -> PageFigure | None:
+def _trajectories(groups: Groups) -> PageFigure | None:
     learning = [(g, run) for g in groups for run in g.drawn if run.series("probe", "negative_slope")]
     if not learning:
         return None
@@ -293,7 +252,7 @@ def _trajectories(groups: Sequence[Group]) -> PageFigure | None:
     )
 
 
-def _private_inference(groups: Sequence[Group]) -> PageFigure | None:
+def _private_inference(groups: Groups) -> PageFigure | None:
     points = trade_off(groups).points
     if not points:
         return None
@@ -312,7 +271,7 @@ def _private_inference(groups: Sequence[Group]) -> PageFigure | None:
     )
 
 
-def _slope_perplexity(groups: Sequence[Group]) -> PageFigure | None:
+def _slope_perplexity(groups: Groups) -> PageFigure | None:
     fixed = [g for g in groups if g.runs and has_slope(g.runs[0]) and fixed_slope(g.runs[0]) is not None]
     if not fixed:
         return None
@@ -335,40 +294,12 @@ def _slope_perplexity(groups: Sequence[Group]) -> PageFigure | None:
     )
 
 
-def _measured(groups: Sequence[Group]) -> list[tuple[Group, Heads]]:
-    """What is drawn of each group: one run's heads."""
-    return [(g, heads) for g in groups if g.shown and (heads := final_heads(g.shown)) is not None]
-
-
-def _largest(shapes: Sequence[tuple[int, ...]]) -> tuple[float, float]:
-    return plots.heatmap_size(max(shape[0] for shape in shapes), max(shape[1] for shape in shapes))
-
-
-def _chunks(groups: Sequence[Group]) -> list[list[Group]]:
-    """Few enough lines for one pair of axes; those of one label stay together where they fit."""
-    found: list[list[Group]] = []
-    for label in dict.fromkeys(group.label for group in groups):
-        alike = [group for group in groups if group.label == label]
-        size = math.ceil(len(alike) / math.ceil(len(alike) / _LINES_PER_PANEL))  # 7 are 4 and 3, not 6 and 1
-        for piece in (alike[i : i + size] for i in range(0, len(alike), size)):
-            if not found or len(found[-1]) + len(piece) > _LINES_PER_PANEL:
-                found.append([])
-            found[-1] += piece
-    return found
-
-
 def _family(chunk: Sequence[Group], chunks: Sequence[Sequence[Group]]) -> str:
     """What tells a panel from the others, for its title."""
     if len(chunks) == 1:
         return ""
     first, last = chunk[0].label, chunk[-1].label
     return f": {first}" if first == last else f": {first} to {last}"
-
-
-def _open_ends(groups: Sequence[Group]) -> str:
-    """A sentence for captions, where there is something to explain."""
-    some = any(not is_over(run) for group in groups for run in group.drawn)
-    return " An open circle ends the line of a run that is not finished." if some else ""
 
 
 def _named(group: Group, run: Run) -> str:
@@ -382,3 +313,64 @@ def _norm(group: Group) -> str:
 def _first_slope(run: Run) -> float:
     found = slopes(run)
     return round(found.first_S[0], 6) if found else 0.0
+
+
+def _difference(groups: Groups) -> list[PageFigure | None]:
+    """Every number a head that both of two models have, as the first less the second."""
+    if len(groups) != 2:
+        return []
+    panels, shapes, limits = [], [], []
+    first, second = groups
+    quantities = [q for where in ("open", "folded") for q in recorded_quantities(groups, drawn=where)]
+    for quantity in quantities:
+        if quantity.axes == ("layer", "head") and (pair := tables.head_pair(groups, quantity.name)) is not None:
+            difference_LH, layers = pair
+            limit = float(np.nanmax(np.abs(difference_LH), initial=0.0)) or 1.0
+            draw = partial(plots.difference_heatmap, difference_LH, limit=limit, layers=layers)
+            panels.append(partial(draw, title=f"{quantity.label}: up to {limit:.2f}"))
+            shapes.append(difference_LH.shape)
+            limits.append(limit)
+    if not panels:
+        return []
+    return [
+        PageFigure(
+            name="difference",
+            title=f"{first.name} less {second.name}, head by head",
+            caption="Red: higher in the first. Blue: higher in the second. Each panel has a scale of its own, up to "
+            "the largest difference, which its title gives.",
+            panels=tuple(panels),
+            panel_inches=largest(shapes),
+            key=plots.colour_key(DIFFERENCE_COLOURS, limit=(-1, 1), label="share of the largest difference"),
+        )
+    ]
+
+
+SECTIONS: tuple[Section, ...] = (
+    Section(name="perplexity", title="Perplexity", figures=lambda groups: [_perplexity(groups)],
+            tables={"perplexity": tables.perplexity_table, "differences": tables.difference_table,
+                    "gap": tables.gap_table, "claims": tables.claim_table}),
+    Section(name="difference", title="Two models, head by head", menu="Difference", figures=_difference,
+            tables={"movers": tables.mover_table}, measurements=True),
+    Section(name="published", title="The paper's heads beside ours", menu="Beside the paper",
+            figures=lambda groups: [_published(groups)]),
+    Section(name="overload", title="Heads near uniform", menu="Near uniform",
+            figures=lambda groups: [_overload(groups)], tables={"overload": tables.overload_table}),
+    Section(name="ranges", title="Heads per range of entropy", menu="Ranges", figures=lambda groups: [_ranges(groups)],
+            tables={"ranges": tables.range_table}, measurements=True),
+    Section(name="losses", title="Loss", figures=lambda groups: [_losses(groups)]),
+    Section(name="nonfinite", title="Non-finite attention rows", menu="Non-finite",
+            figures=lambda groups: [_nonfinite(groups)]),
+    Section(name="private-inference", title="Perplexity against communication in private inference",
+            menu="Private inference", figures=lambda groups: [_private_inference(groups)],
+            tables={"perplexity-communication": lambda groups: trade_off_table(trade_off(groups))}),
+    Section(name="slopes", title="Slope and perplexity", tables={"slopes": tables.slope_table}, page="slopes"),
+    Section(name="slope-trajectories", title="Learnable slopes over training",
+            figures=lambda groups: [_trajectories(groups)], page="slopes"),
+    Section(name="slope-perplexity", title="Perplexity over fixed slopes",
+            figures=lambda groups: [_slope_perplexity(groups)], page="slopes"),
+    Section(name="layers", title="Layers and extreme heads", menu="Layers",
+            tables={"layers": tables.layer_table, "heads": tables.extreme_head_table}, measurements=True),
+    Section(name="verdicts", title="Verdicts", tables={"verdicts": tables.verdict_table}, note=_finite_rows,
+            measurements=True),
+    Section(name="runs", title="Runs", tables={"runs": tables.run_table}),
+)  # fmt: skip

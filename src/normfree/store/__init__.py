@@ -1,0 +1,1 @@
+"""What a run folder records, and what its numbers mean. No torch."""

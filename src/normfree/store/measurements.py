@@ -1,0 +1,90 @@
+"""A model that was measured once, in the folder format of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from normfree.records import RUN_FILE, Run, RunWriter, read_run
+from normfree.store.quantities import describe
+
+STUDY = "measurements"
+_IDENTITY = ("name", "tokens_sha256", "context", "sequences", "precision", "measures", "method")
+"""What makes two measurements the same one: model, text, and how it was measured."""
+
+
+def check_output(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Raises ValueError for a folder that holds anything but this same measurement."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / RUN_FILE).is_file():
+        raise ValueError(f"output={folder} holds something else; name a new or empty folder")
+    other = read_run(folder)
+    if other.kind != "measurement":
+        raise ValueError(f"output={folder} holds the run {other.place}; name a new or empty folder")
+    old, new = other.facts["measurement"], dict(facts)
+    if differing := [name for name in _IDENTITY if old.get(name) != new[name]]:
+        raise ValueError(
+            f"output={folder} holds a measurement with another {', '.join(differing).replace('tokens_sha256', 'text')}; name a new or empty folder"
+        )
+
+
+def write_measurement(
+    folder: Path,
+    facts: Mapping[str, Any],
+    *,
+    model: Mapping[str, Any],
+    values: Mapping[str, Any],
+    layers: Mapping[str, Sequence[int]],
+    command: str,
+    environment: Mapping[str, Any],
+    wall_seconds: float,
+) -> Run:
+    """Write run.json and metrics.jsonl of a measurement, and read it back.
+
+    `facts` are those that tell measurements apart, with label, text, leading_tokens, vocab_size, device and
+    peak_memory_mib. `layers` are the model's own numbers of the layers of a quantity.
+    """
+    descriptions = describe(values)
+    for name, numbers in layers.items():
+        if list(numbers) != list(range(len(numbers))):
+            descriptions[name]["layers"] = list(numbers)
+    spec = {
+        "study": STUDY,
+        "variant": facts["label"],
+        "label": facts["label"],
+        "tag": "",
+        "seed": 0,
+        "data_seed": 0,
+        "model": {"norm": None, "activation": None},
+        "data": {"context": facts["context"]},
+        "train": {"precision": facts["precision"], "batch_sequences": 0},
+    }
+    corpus = {
+        "fingerprint": facts["tokens_sha256"],
+        "source": facts["text"],
+        "context": facts["context"],
+        "vocab_size": facts["vocab_size"],
+        "unigram_perplexity": None,
+    }
+    writer = RunWriter(
+        folder,
+        {
+            "kind": "measurement",
+            "spec": spec,
+            "corpus": corpus,
+            "model": dict(model),
+            "measurement": dict(facts),
+            "quantities": descriptions,
+            "command": command,
+            "environment": dict(environment),
+            "steps": 0,
+            "steps_done": 0,
+            "wall_seconds": wall_seconds,
+        },
+    )
+    writer.forget_after(-1)
+    writer.log(0, "final", values.items())
+    writer.update(status="finished")
+    return read_run(folder)

@@ -1,0 +1,112 @@
+"""What can be measured: the name, unit, axes and meaning of every quantity, declared once.
+
+Training records these descriptions beside the values, the report draws a quantity from its description alone, and the
+table in docs/quantities.md is made from this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Axis = Literal["layer", "head"]
+Merge = Literal["mean", "exponential of the mean", "sum", "maximum"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantity:
+    """One number that is measured, for each layer and head, for each layer, or for the whole model."""
+
+    name: str
+    """Its key in metrics.jsonl, with the unit where it has one."""
+    title: str
+    """What figures and tables call it, e.g. `Entropy`."""
+    unit: str = ""
+    axes: tuple[Axis, ...] = ()
+    meaning: str
+    """One sentence."""
+    merges: Merge = "mean"
+    """How batches and processes add up. Means are sums and counts until the end."""
+    ceiling: float | str | None = None
+    """The highest possible value: a number, or the name of a quantity. Colour scales end there."""
+    mark: tuple[float, str] | None = None
+    """A share of the ceiling worth a mark on the colour bar, and what to call it."""
+    drawn: Literal["open", "folded", "no"] = "folded"
+    """Where the report draws it: in full view, folded, or nowhere, as bookkeeping is."""
+
+    @property
+    def label(self) -> str:
+        """Title and unit, for axes and colour bars."""
+        return f"{self.title} ({self.unit})" if self.unit else self.title
+
+
+_HEAD: tuple[Axis, ...] = ("layer", "head")
+_DECLARED = (
+    Quantity(
+        name="entropy_nats", title="Entropy", unit="nats", axes=_HEAD, ceiling="ceiling_nats",
+        mark=(0.75, "near uniform"), drawn="open",
+        meaning="Mean entropy of a head's attention rows: 0 looks at one token, the ceiling at all tokens evenly.",
+    ),
+    Quantity(
+        name="ceiling_nats", title="Entropy ceiling", unit="nats", axes=("layer",), drawn="no",
+        meaning="Mean of ln(visible keys): the entropy of a head that attends evenly to all it may see.",
+    ),
+    Quantity(
+        name="first_token_mass", title="Attention on the first token", axes=_HEAD, ceiling=1.0,
+        meaning="Mean probability on the first token; near 1 the head is an attention sink.",
+    ),
+    Quantity(
+        name="distance_tokens", title="Attended distance", unit="tokens", axes=_HEAD,
+        meaning="Mean distance from a token back to where it attends.",
+    ),
+    Quantity(
+        name="rows", title="Attention rows", axes=_HEAD, merges="sum", drawn="no",
+        meaning="Finite attention rows behind the means of a head.",
+    ),
+    Quantity(
+        name="nonfinite_rows", title="Non-finite attention rows", axes=_HEAD, merges="sum", drawn="no",
+        meaning="Attention rows with NaN or infinity; they are in no mean.",
+    ),
+    Quantity(
+        name="negative_slope", title="Slope below zero", axes=("layer",), drawn="no",
+        meaning="Learnable slope of a leaky ReLU: one for each layer that learns one, or one that all layers share.",
+    ),
+    Quantity(
+        name="loss", title="Loss", unit="nats per token", drawn="no",
+        meaning="Mean cross-entropy of the next token.",
+    ),
+    Quantity(
+        name="perplexity", title="Perplexity", merges="exponential of the mean", drawn="no",
+        meaning="Exponential of the mean cross-entropy of the next token.",
+    ),
+    Quantity(
+        name="gradient_norm", title="Gradient norm",
+        meaning="L2 norm of the gradient over all parameters, before clipping.",
+    ),
+    Quantity(
+        name="learning_rate", title="Learning rate", drawn="no",
+        meaning="Learning rate of the step.",
+    ),
+    Quantity(
+        name="tokens_seen", title="Training tokens", unit="tokens", drawn="no", merges="sum",
+        meaning="Tokens trained on so far.",
+    ),
+    Quantity(
+        name="tokens_per_second", title="Training speed", unit="tokens per second", drawn="no",
+        meaning="Speed of the training steps alone, without loading, measuring and saving.",
+    ),
+)  # fmt: skip
+
+QUANTITIES = {quantity.name: quantity for quantity in _DECLARED}
+
+
+def describe(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Plain values of these quantities' descriptions, by name, for run.json."""
+    return {name: {k: v for k, v in asdict(QUANTITIES[name]).items() if k != "name"} for name in names}
+
+
+def read_description(name: str, values: Mapping[str, Any]) -> Quantity:
+    """The quantity that `describe` wrote. Unknown fields of a newer version are left out."""
+    known = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in Quantity.__dataclass_fields__}
+    return Quantity(name=name, **known)
