@@ -25,9 +25,8 @@ def check_output(folder: Path, facts: Mapping[str, Any]) -> None:
         raise ValueError(f"output={folder} holds the run {other.place}; name a new or empty folder")
     old, new = other.facts["measurement"], dict(facts)
     if differing := [name for name in _IDENTITY if old.get(name) != new[name]]:
-        raise ValueError(
-            f"output={folder} holds a measurement with another {', '.join(differing).replace('tokens_sha256', 'text')}; name a new or empty folder"
-        )
+        words = ", ".join("text" if name == "tokens_sha256" else name for name in differing)
+        raise ValueError(f"output={folder} holds a measurement with another {words}; name a new or empty folder")
 
 
 def write_measurement(
