@@ -21,15 +21,9 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from normfree.analysis import (
-    Group,
-    all_runs,
-    group_runs,
-    paired_difference,
-    probed_heads,
-    summarise,
-    top_quarter_share,
-)
+from normfree.analysis.entropy import probed_heads, top_quarter_share
+from normfree.analysis.groups import Group, all_runs, group_runs
+from normfree.analysis.seeds import paired_difference, summarise
 from normfree.manifest import write_atomically
 from normfree.records import find_runs
 from normfree.report.render import to_png

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from normfree.analysis import causal_ceiling
+from normfree.analysis.entropy import causal_ceiling
 from normfree.config import RunSpec
 from normfree.records import Run, RunWriter, read_run
 

@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from normfree import plots
-from normfree.analysis import RangeCounts, final_heads, group_runs
+from normfree.analysis.entropy import RangeCounts, final_heads
+from normfree.analysis.groups import group_runs
 from normfree.analysis.quantities import values_over_training
 from normfree.plots.tradeoff import apart
 from tests.synthetic import rewritten, write_run

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from normfree import published
-from normfree.analysis import layer_means, overload, range_counts
-from normfree.analysis.entropy import Heads, causal_ceiling
+from normfree.analysis.entropy import Heads, causal_ceiling, layer_means, range_counts
+from normfree.analysis.verdicts import overload
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import numpy as np
 
 from docs.tables import unfinished_table
 from normfree import tables
-from normfree.analysis import causal_ceiling, group_runs
+from normfree.analysis.entropy import causal_ceiling
+from normfree.analysis.groups import group_runs
 from normfree.records import RunWriter, read_run
 from normfree.tables import Column, Table
 from tests.synthetic import rewritten, study, write_run

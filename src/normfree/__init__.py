@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from normfree.entropy import EntropyProbe, HeadEntropy, attention_entropy
     from normfree.evaluate import perplexity
+    from normfree.measures.measurement import MeasureCallback, measure
     from normfree.model import NormFreeConfig, NormFreeForCausalLM
     from normfree.plots import heatmap
     from normfree.records import load_runs
@@ -23,12 +24,14 @@ __version__ = "0.1.0"
 _DOORS = {
     "EntropyProbe": "normfree.entropy",
     "HeadEntropy": "normfree.entropy",
+    "MeasureCallback": "normfree.measures.measurement",
     "NormFreeConfig": "normfree.model",
     "NormFreeForCausalLM": "normfree.model",
     "attention_entropy": "normfree.entropy",
     "build_report": "normfree.report",
     "heatmap": "normfree.plots",
     "load_runs": "normfree.records",
+    "measure": "normfree.measures.measurement",
     "perplexity": "normfree.evaluate",
     "train": "normfree.training",
 }
@@ -36,6 +39,7 @@ _DOORS = {
 __all__ = [
     "EntropyProbe",
     "HeadEntropy",
+    "MeasureCallback",
     "NormFreeConfig",
     "NormFreeForCausalLM",
     "__version__",
@@ -43,6 +47,7 @@ __all__ = [
     "build_report",
     "heatmap",
     "load_runs",
+    "measure",
     "perplexity",
     "train",
 ]

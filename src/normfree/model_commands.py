@@ -182,7 +182,7 @@ def measure(name: str, options: MeasureOptions) -> None:
     """Measure a model on a text; write a folder that `normfree report` reads, and its page; print the main tables."""
     from hashlib import sha256
 
-    from normfree.analysis import group_runs
+    from normfree.analysis.groups import group_runs
     from normfree.entropy import EntropyProbe
     from normfree.measure import check_memory, memory_estimate
     from normfree.measures import periods_of

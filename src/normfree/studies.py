@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from normfree.analysis import decimals, is_over
+from normfree.analysis.groups import is_over
+from normfree.analysis.seeds import decimals
 from normfree.compose import CONF, Composed, compose_run, members, override
 from normfree.config import RunSpec, nearest
 from normfree.data import prepare

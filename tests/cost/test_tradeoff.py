@@ -8,7 +8,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from normfree.analysis import group_runs
+from normfree.analysis.groups import group_runs
 from normfree.cost import of_run, pareto_front, trade_off, trade_off_table
 from tests.synthetic import study, write_run
 

@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from normfree import published
-from normfree.analysis import causal_ceiling, group_runs
+from normfree.analysis.entropy import causal_ceiling
+from normfree.analysis.groups import group_runs
 from normfree.records import find_runs
 from normfree.report import build_report
 from normfree.report.figure import PageFigure

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from normfree.analysis import group_runs
+from normfree.analysis.groups import group_runs
 from normfree.report.summary import sentences
 from normfree.tables import claim_table, perplexity_table
 from tests.synthetic import write_run

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from normfree.analysis import Group, perplexities_on_common_seeds
+from normfree.analysis.groups import Group, perplexities_on_common_seeds
 from normfree.cost.families import NoPriceError
 from normfree.cost.totals import gigabytes, of_run
 from normfree.tables import Column, Table

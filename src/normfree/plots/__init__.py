@@ -17,34 +17,3 @@ from normfree.plots.heatmaps import HEATMAP_COLOURS, difference_heatmap, heatmap
 from normfree.plots.perplexity import perplexity_points, perplexity_points_size
 from normfree.plots.style import COLOURS, Key, Panel, colour_key, panel_figure, variant_styles
 from normfree.plots.tradeoff import trade_off, trade_off_size
-
-__all__ = [
-    "COLOURS",
-    "HEATMAP_COLOURS",
-    "LAYER_COLOURS",
-    "Key",
-    "Panel",
-    "colour_key",
-    "curves_size",
-    "depth_profile",
-    "difference_heatmap",
-    "heatmap",
-    "heatmap_key",
-    "heatmap_size",
-    "layer_curves",
-    "loss_curves",
-    "nonfinite_curves",
-    "overload_curves",
-    "panel_figure",
-    "perplexity_points",
-    "perplexity_points_size",
-    "range_bars",
-    "range_bars_size",
-    "scalar_curves",
-    "slope_curves",
-    "slope_limits",
-    "slope_perplexity",
-    "trade_off",
-    "trade_off_size",
-    "variant_styles",
-]

@@ -9,7 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from matplotlib.ticker import NullLocator
 
-from normfree.analysis import RANGES, Group, RangeCounts, fixed_slope, perplexities_on_common_seeds
+from normfree.analysis.entropy import RANGES, RangeCounts
+from normfree.analysis.groups import Group, perplexities_on_common_seeds
+from normfree.analysis.verdicts import fixed_slope
 from normfree.plots.style import GREEN, INK, MUTED, RED, empty, legend_below, wrapped
 
 _RANGE_COLOURS = [mpl.colormaps["viridis"](x) for x in (0.05, 0.37, 0.68, 0.98)]

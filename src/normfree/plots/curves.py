@@ -10,8 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from normfree.analysis import Group, is_over, layer_means, probed_heads, slope_layers, top_quarter_share
+from normfree.analysis.entropy import layer_means, probed_heads, top_quarter_share
+from normfree.analysis.groups import Group, is_over
 from normfree.analysis.quantities import values_over_training
+from normfree.analysis.verdicts import slope_layers
 from normfree.plots.style import INK, MUTED, RED, Styles, empty, legend_below, legend_inches, legend_name, wrapped
 from normfree.records import Run
 

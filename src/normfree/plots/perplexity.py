@@ -8,7 +8,8 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from normfree.analysis import Group, decimals, summarise
+from normfree.analysis.groups import Group
+from normfree.analysis.seeds import decimals, summarise
 from normfree.plots.style import INK, MUTED, RED, Styles, empty, wrapped
 
 _BELOW_DOTS = 0.27

@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from normfree.analysis import decimals
+from normfree.analysis.seeds import decimals
 from normfree.plots.perplexity import far_above
 from normfree.plots.style import GREEN, GRID, INK, MUTED, RED, empty
 

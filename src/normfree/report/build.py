@@ -11,7 +11,7 @@ from markupsafe import Markup
 from tqdm import tqdm
 
 from normfree import tables
-from normfree.analysis import all_runs, group_runs
+from normfree.analysis.groups import all_runs, group_runs
 from normfree.manifest import write_atomically
 from normfree.records import Run
 from normfree.report.figure import PageFigure

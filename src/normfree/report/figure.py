@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 
 from normfree import plots
-from normfree.analysis import Group, is_over
+from normfree.analysis.groups import Group, is_over
 
 _LINES_PER_PANEL = 6
 _KEY_INCHES = 0.75

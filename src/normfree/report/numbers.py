@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from normfree.analysis import shares_of_ceiling, trained_heads
+from normfree.analysis.entropy import shares_of_ceiling, trained_heads
 from normfree.analysis.quantities import newest_values
 from normfree.manifest import write_atomically
 from normfree.records import Run, run_frame

@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from normfree import __version__
-from normfree.analysis import Group, all_runs, recipes
+from normfree.analysis.groups import Group, all_runs, recipes
 from normfree.plots import COLOURS
 from normfree.records import Run
 from normfree.report.figure import PageFigure

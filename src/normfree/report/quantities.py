@@ -8,7 +8,8 @@ from functools import partial
 import numpy as np
 
 from normfree import plots
-from normfree.analysis import Group, layer_means
+from normfree.analysis.entropy import layer_means
+from normfree.analysis.groups import Group
 from normfree.analysis.quantities import Floats, newest_values, values_over_training
 from normfree.plots.heatmaps import highest_finite
 from normfree.records import Run

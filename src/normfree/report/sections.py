@@ -9,21 +9,11 @@ from functools import partial
 import numpy as np
 
 from normfree import plots, published, tables
-from normfree.analysis import (
-    NORMALISERS,
-    Group,
-    causal_ceiling,
-    final_heads,
-    fixed_slope,
-    is_over,
-    pooled_ranges,
-    probed_heads,
-    recipes,
-    shares_of_ceiling,
-    slope_layers,
-    slopes,
-)
+from normfree.analysis.entropy import NORMALISERS, causal_ceiling, final_heads, probed_heads, shares_of_ceiling
+from normfree.analysis.groups import Group, is_over, recipes
 from normfree.analysis.quantities import recorded_quantities
+from normfree.analysis.ranges import pooled_ranges
+from normfree.analysis.verdicts import fixed_slope, slope_layers, slopes
 from normfree.cost import trade_off, trade_off_table
 from normfree.plots.heatmaps import DIFFERENCE_COLOURS
 from normfree.records import Run

@@ -6,7 +6,10 @@ import math
 from collections.abc import Sequence
 
 from normfree import published
-from normfree.analysis import Difference, Group, overload, summarise, top_quarter_share, trained_heads
+from normfree.analysis.entropy import top_quarter_share, trained_heads
+from normfree.analysis.groups import Group
+from normfree.analysis.seeds import Difference, summarise
+from normfree.analysis.verdicts import overload
 from normfree.records import Run
 from normfree.tables.claims import top_quarter_difference
 from normfree.tables.results import comparable_pairs, perplexity_difference

@@ -12,27 +12,3 @@ from normfree.tables.runs import (
     verdict_table,
 )
 from normfree.tables.table import Column, Table, to_csv, to_html, to_latex, to_markdown
-
-__all__ = [
-    "Column",
-    "Table",
-    "claim_table",
-    "difference_table",
-    "extreme_head_table",
-    "gap_table",
-    "has_negative_slope",
-    "has_slope",
-    "head_pair",
-    "layer_table",
-    "mover_table",
-    "overload_table",
-    "perplexity_table",
-    "range_table",
-    "run_table",
-    "slope_table",
-    "to_csv",
-    "to_html",
-    "to_latex",
-    "to_markdown",
-    "verdict_table",
-]

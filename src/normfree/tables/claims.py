@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
-from normfree.analysis import Difference, Group, counterparts, paired_difference, top_quarter_share, trained_heads
+from normfree.analysis.entropy import top_quarter_share, trained_heads
+from normfree.analysis.groups import Group, counterparts
+from normfree.analysis.seeds import Difference, paired_difference
 from normfree.tables.results import comparison, perplexity_difference
 from normfree.tables.table import Column, Table
 

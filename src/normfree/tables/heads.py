@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from normfree.analysis import OVERLOAD_SHARE, Group, Heads, final_heads, layer_means, shares_of_ceiling
+from normfree.analysis.entropy import Heads, final_heads, layer_means, shares_of_ceiling
+from normfree.analysis.groups import Group
 from normfree.analysis.quantities import newest_values, recorded_quantities
+from normfree.analysis.verdicts import OVERLOAD_SHARE
 from normfree.records import Run
 from normfree.tables.table import Column, Table
 

@@ -9,16 +9,9 @@ from dataclasses import replace
 import numpy as np
 
 from normfree import published
-from normfree.analysis import (
-    Group,
-    Heads,
-    causal_ceiling,
-    paired_difference,
-    probed_heads,
-    summarise,
-    top_quarter_share,
-    trained_heads,
-)
+from normfree.analysis.entropy import Heads, causal_ceiling, probed_heads, top_quarter_share, trained_heads
+from normfree.analysis.groups import Group
+from normfree.analysis.seeds import paired_difference, summarise
 from normfree.records import Run
 from normfree.tables.results import comparable_pairs, comparison, percent, percent_with_interval
 from normfree.tables.table import Column, Table

@@ -6,18 +6,10 @@ import math
 from collections.abc import Sequence
 
 from normfree import published
-from normfree.analysis import (
-    BASELINE,
-    NORMALISERS,
-    RANGES,
-    Difference,
-    Group,
-    counterparts,
-    paired_difference,
-    pooled_ranges,
-    summarise,
-    trained_heads,
-)
+from normfree.analysis.entropy import NORMALISERS, RANGES, trained_heads
+from normfree.analysis.groups import BASELINE, Group, counterparts
+from normfree.analysis.ranges import pooled_ranges
+from normfree.analysis.seeds import Difference, paired_difference, summarise
 from normfree.tables.table import Column, Table
 
 COMPARISONS = (("SM+R", "SM+G"), ("SM+LN+R", "SM+LN+G"), ("SM+G", "SM+LN+G"), ("SM+R", "SM+LN+G"))

@@ -8,24 +8,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from normfree.analysis import (
+from normfree.analysis.entropy import final_heads, probed_heads
+from normfree.analysis.groups import Group, all_runs
+from normfree.analysis.seeds import decimals, summarise
+from normfree.analysis.verdicts import (
     COLLAPSE_NATS,
     OVERLOAD_SHARE,
     SLOPE_NEAR_ZERO,
     SLOPE_SPREAD,
     Collapse,
-    Group,
     Overload,
-    all_runs,
     collapse,
-    decimals,
-    final_heads,
     fixed_slope,
     only_activation,
     overload,
-    probed_heads,
     slopes,
-    summarise,
 )
 from normfree.records import Run
 from normfree.tables.table import Column, Table
