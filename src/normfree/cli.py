@@ -122,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != "--debug"]
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("normfree").setLevel(logging.INFO)
+    os.environ.pop("MPLBACKEND", None)  # a notebook's: matplotlib refuses one that is not here, and ours needs none
     try:
         dispatch(words)
         sys.stdout.flush()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -337,3 +338,30 @@ def test_a_report_needs_no_torch(tmp_path: Path) -> None:
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
+HOUSE_STYLE = """\
+backend: TkAgg
+figure.figsize: 2, 2
+figure.dpi: 40
+savefig.dpi: 300
+savefig.bbox: tight
+savefig.transparent: True
+svg.fonttype: path
+pdf.compression: 0
+text.usetex: True
+axes.prop_cycle: cycler('color', ['k'])
+lines.marker: o
+image.cmap: hot
+"""
+
+
+@pytest.mark.slow
+def test_a_notebook_s_backend_and_a_house_style_change_no_byte(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "runs", "SM+G", steps=40)]
+    (tmp_path / "matplotlibrc").write_text(HOUSE_STYLE)
+    settings = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "MATPLOTLIBRC": f"{tmp_path}/matplotlibrc"}
+    words = ("report", str(tmp_path / "runs"), f"output={tmp_path / 'there'}")
+    subprocess.run([sys.executable, "-m", "normfree.cli", *words], check=True, env=os.environ | settings)
+    build_report(runs, tmp_path / "here")
+    assert contents(tmp_path / "there") == contents(tmp_path / "here")

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
-import matplotlib as mpl
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
@@ -95,6 +96,11 @@ RC: dict[Any, Any] = {
 }
 
 
+def drawing_settings(**more: Any) -> AbstractContextManager[None]:
+    """Only our settings, whatever the user's matplotlibrc or script has set; theirs come back afterwards."""
+    return style.context(["default", RC, more])
+
+
 def variant_styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Line colour and dash of each name. The paper's four variants always look the same."""
     styles: dict[str, dict[str, Any]] = {}
@@ -120,7 +126,7 @@ def panel_figure(
     columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
     width, height = panel_inches
-    with mpl.rc_context(RC):
+    with drawing_settings():
         figure = Figure(figsize=(columns * width, rows * height))
         FigureCanvasAgg(figure)
         grid = figure.subplots(rows, columns, squeeze=False).ravel().tolist()

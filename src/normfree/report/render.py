@@ -8,10 +8,9 @@ from __future__ import annotations
 import io
 import re
 
-import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from normfree.plots.style import COLOURS, RC
+from normfree.plots.style import COLOURS, drawing_settings
 
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 _ID = re.compile(r' id="([^"]*)"')
@@ -20,10 +19,7 @@ _USED = re.compile(r'(?:url\(#|href="#)([^")]+)')
 
 def to_svg(figure: Figure, prefix: str) -> str:
     """Inline SVG without prologue: text stays text, colours follow the page, ids begin with `prefix`."""
-    with (
-        mpl.rc_context(RC),
-        mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "normfree", "svg.image_inline": True}),
-    ):
+    with drawing_settings(**{"svg.fonttype": "none", "svg.hashsalt": "normfree"}):
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = _COMMENT.sub("", file.getvalue())
@@ -40,7 +36,7 @@ def to_svg(figure: Figure, prefix: str) -> str:
 def to_pdf(figure: Figure) -> bytes:
     """A vector file for papers, with TrueType text and no date."""
     file = io.BytesIO()
-    with mpl.rc_context(RC), mpl.rc_context({"pdf.fonttype": 42}):
+    with drawing_settings(**{"pdf.fonttype": 42}):
         figure.savefig(file, format="pdf", metadata={"CreationDate": None})
     return file.getvalue()
 
@@ -48,7 +44,7 @@ def to_pdf(figure: Figure) -> bytes:
 def to_png(figure: Figure) -> bytes:
     """A picture on white, 150 dots an inch."""
     file = io.BytesIO()
-    with mpl.rc_context(RC):
+    with drawing_settings():
         figure.savefig(file, format="png", dpi=150, facecolor="white")
     return file.getvalue()
 
