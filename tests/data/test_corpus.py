@@ -159,6 +159,38 @@ def test_hidden_folders_below_a_given_one_are_left_out_and_counted(tmp_path: Pat
     assert asked_for == [tmp_path / "project" / ".venv" / "b.py"]
 
 
+def written(root: Path, *names: str) -> list[Path]:
+    for name in names:
+        (root / name).parent.mkdir(exist_ok=True, parents=True)
+        (root / name).write_text(name)
+    return [root / name for name in names]
+
+
+@pytest.mark.parametrize("pattern", ["project", "project/**", "project/**/*.txt", "project/**/**/*.txt"])
+def test_links_to_folders_are_followed_and_each_real_file_is_read_once(tmp_path: Path, pattern: str) -> None:
+    files = written(tmp_path, "elsewhere/a.txt", "project/b.txt", "project/below/c.txt", "project/.git/d.txt")
+    links = {"project/linked": "elsewhere", "project/loop": "project", "project/below/loop": "project"}
+    links |= {"project/below/name.txt": "project/b.txt", "project/gone.txt": "nowhere", "project/.git/out": "elsewhere"}
+    for link, target in links.items():
+        (tmp_path / link).symlink_to(tmp_path / target)
+    found, left_out = find_text_files([str(tmp_path / pattern)], key="data.paths")
+    assert sorted(file.resolve() for file in found) == sorted(files[:3])
+    assert left_out == {"broken link": 1, **({} if "txt" in pattern else {"hidden": 1})}
+
+
+@pytest.mark.parametrize("pattern", ["x/[v1]", "x/[v1]/a.txt", "x/[v1]/*.txt", "x/[v1]/**/*.txt", "x/b[2].txt", "x/c?"])
+def test_what_exists_is_a_path_before_it_is_a_pattern(tmp_path: Path, pattern: str) -> None:
+    written(tmp_path, "x/[v1]/a.txt", "x/b[2].txt", "x/b2.txt", "x/v/d.txt", "x/c?/e.txt", "x/cc/f.txt")
+    (found,), _ = find_text_files([str(tmp_path / pattern)], key="data.paths")
+    assert found.is_relative_to(tmp_path / pattern.partition("/*")[0])
+
+
+def test_a_data_set_in_a_folder_with_brackets_is_refused_with_the_reason(hub_folder: Path, tmp_path: Path) -> None:
+    folder = hub_folder.rename(tmp_path / "[v1]")
+    with pytest.raises(ValueError, match=r"has brackets in its path, which it takes for a pattern"):
+        make(DataSpec(source="hub", dataset=str(folder), vocab_size=300), tmp_path)
+
+
 def test_a_file_of_another_type_is_another_corpus(tmp_path: Path, texts: list[str]) -> None:
     place = tmp_path / "posts.txt"
     place.write_text("\n".join(json.dumps({"content": text}) for text in texts))

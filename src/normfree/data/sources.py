@@ -9,9 +9,10 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from glob import glob
 from itertools import chain, islice
@@ -157,33 +158,72 @@ def _is_blank(path: Path) -> bool:
 
 
 def find_text_files(patterns: Iterable[str], *, key: str) -> tuple[list[Path], Counter[str]]:
-    """Files behind folders and globs, and how many were left out why. What lies in hidden folders below a given one,
-    such as .git and .venv, is left out, as globs leave it out.
+    """Files behind paths, folders and globs, each real file once, and how many were left out why. What lies in hidden
+    folders below a given one, such as .git and .venv, is left out, as globs leave it out.
 
     Raises ValueError for a pattern that matches none that can be read.
     """
-    found: set[Path] = set()
-    others: set[Path] = set()
-    hidden: set[Path] = set()
+    texts: dict[str, Path] = {}
+    left_out: dict[str, set[str]] = {"broken link": set(), "of another type": set(), "hidden": set()}
     for pattern in patterns:
-        # Path.glob takes no absolute pattern, which users do give.
-        matches = [Path(match) for match in glob(str(Path(pattern).expanduser()), recursive=True)]  # noqa: PTH207
-        files = {match for match in matches if match.is_file()}
-        for folder in filter(Path.is_dir, matches):
-            below = {file for file in folder.rglob("*") if file.is_file()}
-            shown = {file for file in below if not any(part[0] == "." for part in file.relative_to(folder).parts)}
-            files |= shown
-            hidden |= below - shown
-        chosen = {file for file in files if file.suffix in SUFFIXES}
+        files: set[Path] = set()
+        hidden: set[str] = set()
+        for place in _matching(pattern):
+            files |= _files_below(place) if place.is_dir() else {place}
+            hidden |= set(map(os.path.realpath, _files_below(place, hidden=True))) if place.is_dir() else set()
+        # Of the names of one file the last counts: one that says how to read it.
+        real = {
+            os.path.realpath(file): file for file in sorted(files, key=lambda file: (file.suffix in SUFFIXES, file))
+        }
+        chosen = {name: file for name, file in real.items() if file.suffix in SUFFIXES and file.is_file()}
+        left_out["hidden"] |= hidden - real.keys()
         if not chosen:
             rest = f"; {len(hidden)} hidden ones are left out unless their folder is given" if hidden else ""
             raise ValueError(
                 f"{key}: {pattern!r} matches no file; allowed are folders or globs of {', '.join(SUFFIXES)}{rest}"
             )
-        found |= chosen
-        others |= files - chosen
-    left_out = {"of another type": len(others), "hidden": len(hidden - found)}
-    return sorted(found), Counter({reason: count for reason, count in left_out.items() if count})
+        texts |= chosen
+        for name in real.keys() - chosen.keys():
+            left_out["of another type" if real[name].is_file() else "broken link"].add(name)
+    counts = {reason: len(names - texts.keys()) for reason, names in left_out.items()}
+    return sorted(texts.values()), +Counter(counts)
+
+
+def _matching(pattern: str) -> Iterator[Path]:
+    """What a path or glob names: as much of it as exists is a path, whatever brackets it has."""
+    path = Path(pattern).expanduser()
+    existing = next(place for place in (path, *path.parents) if place.exists())
+    return _below(existing, path.relative_to(existing).parts)
+
+
+def _below(place: Path, parts: Sequence[str]) -> Iterator[Path]:
+    if parts in ((), ("**",)):
+        yield place
+    elif parts[0] == "**":
+        for folder, _ in _real_folders(place):
+            yield from _below(folder, parts[1:])
+    else:
+        for name in glob(parts[0], root_dir=place):  # noqa: PTH207, Path.glob takes hidden names too
+            yield from _below(place / name, parts[1:])
+
+
+def _files_below(folder: Path, *, hidden: bool = False) -> set[Path]:
+    return {place / name for place, names in _real_folders(folder, hidden=hidden) for name in names}
+
+
+def _real_folders(top: Path, *, hidden: bool = False) -> Iterator[tuple[Path, list[str]]]:
+    """Each real folder at `top` or below once, through symbolic links and their loops, with the names of its files."""
+    seen = {os.path.realpath(top)}
+    for place, subfolders, names in os.walk(top, followlinks=True, onerror=_raise):
+        shown = [name for name in sorted(subfolders) if hidden or name[0] != "."]
+        real = {os.path.realpath(f"{place}/{name}"): name for name in reversed(shown)}
+        subfolders[:] = [name for folder, name in real.items() if folder not in seen]
+        seen |= real.keys()
+        yield Path(place), [name for name in names if hidden or name[0] != "."]
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def read_texts(path: Path, column: str) -> Iterator[str]:
@@ -302,6 +342,11 @@ class HubSource:
         except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             if reason := _reason_on_this_machine(error):
                 raise ValueError(f"data set {name!r} cannot be prepared ({reason}); {_place_of_data_sets()}") from None
+            if Path(name).is_dir():
+                raise ValueError(
+                    f"data set {name!r} cannot be loaded ({type(error).__name__}): the folder holds no data that "
+                    "`datasets` reads, or has brackets in its path, which it takes for a pattern"
+                ) from None
             raise ValueError(
                 f"data set {name!r} cannot be loaded ({type(error).__name__}): it is no local folder, and "
                 "the hub cannot be reached or does not know it; download it elsewhere and set HF_HOME, or "
