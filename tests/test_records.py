@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from normfree.config import RunSpec
+from normfree.manifest import read_manifest
 from normfree.records import DamagedRunError, RunWriter, find_runs, load_runs, read_lines, read_run
 from tests.synthetic import write_run
 
@@ -131,3 +132,16 @@ def test_a_table_of_runs_has_what_tells_them_apart(tmp_path: Path) -> None:
 def test_a_run_named_twice_is_found_once(tmp_path: Path) -> None:
     begin(tmp_path / "study" / "run")
     assert len(find_runs([tmp_path, tmp_path / "study", tmp_path / "study" / "run"])) == 1
+
+
+@pytest.mark.parametrize("value", ["7" * 5000, "[" * 100_000 + "]" * 100_000])
+def test_json_that_python_refuses_is_damage_with_a_name(tmp_path: Path, value: str) -> None:
+    (tmp_path / "run.json").write_text(f'{{"format": 1, "status": {value}}}')
+    with pytest.raises(DamagedRunError, match=r"run\.json is not readable as JSON"):
+        read_run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "split": "train", "name": "loss", "value": {value}}}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl line 1 is not a metric"):
+        list(read_lines(tmp_path / "metrics.jsonl"))
+    (tmp_path / "manifest.json").write_text(f'{{"files": {value}}}')
+    with pytest.raises(ValueError, match=r"manifest\.json is not readable as JSON"):
+        read_manifest(tmp_path)

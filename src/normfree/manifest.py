@@ -114,7 +114,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} has no {MANIFEST_NAME}: it was never finished") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (ValueError, RecursionError):
         raise ValueError(f"{path} is not readable as JSON: it is damaged") from None
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise ValueError(f"{path} lists no files: it is damaged")

@@ -85,7 +85,7 @@ def load_constants(path: Path | str = CONSTANTS_FILE) -> dict[str, Any]:
         raise ValueError(f"constants={path} does not exist; {advice}") from None
     except OSError as error:
         raise ValueError(f"constants={path} cannot be read ({error.strerror}); {advice}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (ValueError, RecursionError):
         raise ValueError(f"constants={path} is not readable as JSON; {advice}") from None
     version = content.get("version") if isinstance(content, dict) else None
     if version != VERSION:

@@ -235,16 +235,23 @@ def read_texts(path: Path, column: str) -> Iterator[str]:
             with path.open(encoding="utf-8") as lines:
                 for number, line in enumerate(lines, start=1):
                     if line.strip():
-                        yield _text_of_row(json.loads(line), column, where=f"{path} line {number}")
+                        where = f"{path} line {number}"
+                        yield _text_of_row(_parsed(line, where=where), column, where=where)
         else:
             yield path.read_bytes().decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): convert it or leave it out") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON lines ({error.msg}): mend it or leave it out") from None
     except (OSError, pyarrow.ArrowInvalid) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} cannot be read ({reason}): mend it or leave it out") from None
+
+
+def _parsed(line: str, *, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets, are JSON that Python refuses
+        reason = getattr(error, "msg", str(error))
+        raise ValueError(f"{where} is not JSON that can be read ({reason}): mend it or leave it out") from None
 
 
 def _read_parquet(path: Path, column: str) -> Iterator[str]:
