@@ -7,6 +7,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
+import datasets.config
 import huggingface_hub.constants
 import numpy as np
 import pandas as pd
@@ -257,6 +258,14 @@ def test_data_sets_go_through_load_dataset(hub_folder: Path, tmp_path: Path, sou
     assert (facts["train_documents"], facts["validation_documents"]) == (30, 5)
     assert set(facts["revisions"]) == {"train", "validation"}
     assert make(replace(spec, shuffle_seed=1), tmp_path).fingerprint != corpus.fingerprint
+
+
+def test_data_that_would_fit_memory_is_read_from_disk_all_the_same(
+    hub_folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "IN_MEMORY_MAX_SIZE", 2**30)  # HF_DATASETS_IN_MEMORY_MAX_SIZE
+    facts = make(DataSpec(source="hub", dataset=str(hub_folder), vocab_size=300), tmp_path).facts()
+    assert set(facts["revisions"]) == {"train", "validation"}
 
 
 def test_another_data_set_than_codeparrot_validates_on_its_own(hub_folder: Path, tmp_path: Path) -> None:

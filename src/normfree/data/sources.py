@@ -308,7 +308,7 @@ class HubSource:
 
     @property
     def revisions(self) -> dict[str, str]:
-        """The revision behind each split, as the cache of `datasets` names it. Loads the data."""
+        """The revision behind each split, as the cache of `datasets` names it; data in memory would name none."""
         loaded = {"train": self._load("train"), "validation": self._load("validation")}
         return {split: Path(rows.cache_files[0]["filename"]).parent.name for split, rows in loaded.items()}
 
@@ -345,7 +345,7 @@ class HubSource:
             datasets.config.HF_DATASETS_CACHE,
         )
         try:
-            loaded = datasets.load_dataset(name, self._spec.dataset_config, split=part)
+            loaded = datasets.load_dataset(name, self._spec.dataset_config, split=part, keep_in_memory=False)
         except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             if reason := _reason_on_this_machine(error):
                 raise ValueError(f"data set {name!r} cannot be prepared ({reason}); {_place_of_data_sets()}") from None
