@@ -393,3 +393,7 @@ def test_the_cache_lies_where_the_environment_says(tmp_path: Path, monkeypatch) 
     assert default_cache() == tmp_path
     monkeypatch.delenv("NORMFREE_CACHE")
     assert default_cache() == Path.home() / ".cache" / "normfree"
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # a user without an entry, as in many containers
+    with pytest.raises(ValueError, match=r"no home folder .* set NORMFREE_CACHE"):
+        default_cache()

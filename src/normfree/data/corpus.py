@@ -61,7 +61,10 @@ log = logging.getLogger("normfree")
 
 def default_cache() -> Path:
     """Where corpora lie: the environment variable NORMFREE_CACHE, else ~/.cache/normfree."""
-    return Path(os.environ.get("NORMFREE_CACHE") or Path.home() / ".cache" / "normfree")
+    try:
+        return Path(os.environ.get("NORMFREE_CACHE") or Path.home() / ".cache" / "normfree")
+    except RuntimeError:
+        raise ValueError("there is no home folder to keep corpora in: set NORMFREE_CACHE or cache_dir=FOLDER") from None
 
 
 @dataclass(frozen=True)
