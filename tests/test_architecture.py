@@ -152,3 +152,19 @@ def test_the_model_room_travels_alone() -> None:
                 assert {alias.name.split(".")[0] for alias in node.names} <= allowed | {"math", "functools"}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 assert (node.module or "").split(".")[0] in allowed | {"__future__", "math", "functools"}
+
+
+def opens_text_in_the_locale_s_encoding(call: ast.Call) -> bool:
+    keys = {keyword.arg for keyword in call.keywords}
+    if "encoding" in keys or ast.unparse(call.func) == "os.open":
+        return False
+    if ast.unparse(call.func).endswith(("open", ".open")):
+        return not any(isinstance(part, ast.Constant) and "b" in str(part.value) for part in call.args)
+    of_path = isinstance(call.func, ast.Attribute) and call.func.attr in ("read_text", "write_text")
+    return "text" in keys or (of_path and not (call.args and ast.unparse(call.args[0]) == "'RECORD'"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(SOURCE).as_posix())
+def test_every_text_file_and_process_has_an_encoding_of_ours(path: Path) -> None:
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    assert [ast.unparse(call) for call in calls if opens_text_in_the_locale_s_encoding(call)] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import pytest
 import yaml
 
 import normfree
+from normfree import cli
 from normfree.cli import VERBS, main
 from normfree.compose import allowed_keys, compose_run
 from normfree.config import RunSpec, known_keys
@@ -30,6 +32,14 @@ def test_alone_it_lists_every_verb_with_an_example(capsys: pytest.CaptureFixture
     status, out, _ = run(capsys=capsys)
     assert status == 0
     assert all(verb.example in out for verb in VERBS.values())
+
+
+def test_a_sign_that_the_terminal_lacks_ends_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", output)
+    monkeypatch.setattr(cli, "overview", lambda: "25.6 \u00b1 0.6")
+    assert main([]) == 0
+    assert output.buffer.getvalue() == b"25.6 \\xb1 0.6\n"
 
 
 @pytest.mark.parametrize("verb", VERBS)

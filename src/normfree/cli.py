@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from io import TextIOWrapper
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -122,6 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != "--debug"]
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("normfree").setLevel(logging.INFO)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: a ± or a name never ends a command
     os.environ.pop("MPLBACKEND", None)  # a notebook's: matplotlib refuses one that is not here, and ours needs none
     try:
         dispatch(words)

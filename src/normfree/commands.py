@@ -107,7 +107,7 @@ def study(name: str, overrides: Sequence[str]) -> None:
     prepare_process()
     of_runs, workers = _workers_of(overrides)
     page = run_study(name, of_runs, workers=workers)
-    print((page.parent / "tables" / "perplexity.md").read_text())
+    print((page.parent / "tables" / "perplexity.md").read_text(encoding="utf-8"))
     print(f"The page: {page}")
 
 

@@ -139,7 +139,7 @@ def _check_read(spec: RunSpec, model: Mapping[str, Any]) -> None:
 
 def _declared_by(variant: str) -> dict[str, Any]:
     """What makes a variant; the value of a slope does not, a tag tells runs with other slopes apart."""
-    model = yaml.safe_load((CONF / "variant" / f"{variant}.yaml").read_text()).get("model", {})
+    model = yaml.safe_load((CONF / "variant" / f"{variant}.yaml").read_text(encoding="utf-8")).get("model", {})
     return {key: value for key, value in model.items() if key != "negative_slope"}
 
 
@@ -266,7 +266,7 @@ def defaults() -> dict[str, Any]:
 
 def describe_model_keys() -> list[tuple[str, str, str]]:
     """(key, default, meaning) of every field of NormFreeConfig, read off its source: importing it loads torch."""
-    source = (Path(__file__).parent / "model" / "configuration.py").read_text()
+    source = (Path(__file__).parent / "model" / "configuration.py").read_text(encoding="utf-8")
     body = next(node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
     rows = []
     for line, after in itertools.pairwise(body):

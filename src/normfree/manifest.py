@@ -161,7 +161,7 @@ def folder_lock(folder: Path, *, on_wait: Callable[[str], None] | None = None) -
     waits. Raises OSError where the file system has no locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_NAME).open("a+") as file:
+    with (folder / LOCK_NAME).open("a+", encoding="utf-8") as file:
         try:
             _take(file, folder, on_wait)
         except BlockingIOError:
@@ -192,7 +192,7 @@ def _take(file: TextIO, folder: Path, on_wait: Callable[[str], None] | None) -> 
 def host_of_lock(folder: Path) -> str | None:
     """The machine of the process that holds the lock of `folder` or held it last; None where no file says so."""
     try:
-        owner = (folder / LOCK_NAME).read_text()
+        owner = (folder / LOCK_NAME).read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
     return owner.partition(" on ")[2] or None

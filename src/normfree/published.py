@@ -85,5 +85,5 @@ def relative_difference(model: str, label: str, other: str) -> float | None:
 @cache
 def heatmaps() -> dict[str, NDArray[np.float64]]:
     """Published head entropies of GPT-2 125M in nats, `{label: [12 layers, 12 heads]}`, two decimals."""
-    text = Path(__file__).with_name("published_heatmaps.json").read_text()
+    text = Path(__file__).with_name("published_heatmaps.json").read_text(encoding="utf-8")
     return {label: np.array(value) for label, value in json.loads(text)["entropy_nats"].items()}

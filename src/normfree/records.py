@@ -179,7 +179,7 @@ def read_run(folder: Path | str) -> Run:
     folder = Path(folder)
     path = folder / RUN_FILE
     try:
-        facts = decode(json.loads(path.read_text()))
+        facts = decode(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise ValueError(f"{folder} is not a run folder: it has no {RUN_FILE}") from None
     except (ValueError, RecursionError):  # not JSON, not UTF-8, or thousands of digits or brackets

@@ -56,7 +56,8 @@ def run_side_by_side(command: Sequence[str], *, count: int, environment: dict[st
                 env=os.environ | environment,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                text=True,
+                encoding="utf-8",
+                errors="replace",
                 start_new_session=True,
             )
             processes.append(process)

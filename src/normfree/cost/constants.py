@@ -80,7 +80,7 @@ def load_constants(path: Path | str = CONSTANTS_FILE) -> dict[str, Any]:
     """The content of a file of constants. Raises ValueError for a file that is none, and for another version."""
     path, advice = Path(path), "name a file that `normfree cost calibrate output=FILE` has written"
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"constants={path} does not exist; {advice}") from None
     except OSError as error:

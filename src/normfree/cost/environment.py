@@ -30,7 +30,9 @@ def find_python(given: Path | None) -> Path:
         python = python.absolute()  # Path drops the ./ of ./python, and a bare name is looked up in PATH
     advice = f"make the environment (about 1 GB) with: {INSTALL}; then say python=spu/bin/python"
     try:
-        done = subprocess.run([python, "-I", "-c", _PROBE], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [python, "-I", "-c", _PROBE], capture_output=True, encoding="utf-8", errors="replace", check=False
+        )
     except OSError as error:
         raise ValueError(f"no SPU simulator: cannot run {python} ({error.strerror}); {advice}") from None
     if done.returncode:
@@ -50,7 +52,8 @@ def simulate(python: Path, job: dict[str, Any]) -> dict[str, Any]:
         [python, "-I", SIMULATOR],
         input=json.dumps(job),
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         check=False,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )

@@ -54,7 +54,7 @@ log = logging.getLogger("normfree")
 
 def installed_facts() -> dict[str, list[str]]:
     """The committed lists: `distributions` and `not_read`, together requirements.lock, and `validation` (packages)."""
-    return json.loads(files("normfree.data").joinpath("installed.json").read_text())
+    return json.loads(files("normfree.data").joinpath("installed.json").read_text(encoding="utf-8"))
 
 
 def held_out_text() -> str:

@@ -90,7 +90,7 @@ def processor_name() -> str:
     """The processor's own name where the system tells it, else its architecture."""
     facts = Path("/proc/cpuinfo")
     if facts.exists():
-        for line in facts.read_text().splitlines():
+        for line in facts.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
@@ -102,7 +102,7 @@ def git_commit() -> str | None:
 
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
+            done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, encoding="utf-8", timeout=10)
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
