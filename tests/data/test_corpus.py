@@ -214,6 +214,31 @@ def test_the_end_of_a_single_file_is_held_out(tmp_path: Path, texts: list[str]) 
         assert len(part) - len(read) < 16 * 10  # all but a tail too short for a block
 
 
+def test_text_beyond_a_limit_and_blank_text_is_counted_and_said(
+    spec: DataSpec, tmp_path: Path, texts: list[str]
+) -> None:
+    whole, size = make(spec, tmp_path).facts(), len(texts[0])
+    assert (whole["train_documents"], whole["validation_documents"], whole["dropped"]["train"]) == (57, 3, {})
+    Path(spec.paths[0], "blank.py").write_text("\n")
+    pd.DataFrame({"content": [" ", texts[0]]}).to_parquet(Path(spec.paths[0], "z.parquet"))
+    for limit, reason in (("max_bytes", "beyond data.max_bytes"), ("train_documents", "beyond the most documents")):
+        most = 20 * size if limit == "max_bytes" else 20
+        corpus = make(replace(spec, validation_documents=1, **{limit: most}), tmp_path)
+        facts = corpus.facts()
+        rest = 57 - facts["train_documents"]
+        assert facts["dropped"]["train"] == {"empty": 2, "duplicate": 1, reason: rest}
+        assert f"{rest} {reason}" in corpus.describe()
+    assert facts["dropped"]["validation"] == {"beyond the most documents": 2}
+
+
+@pytest.mark.parametrize("limits", [{"train_documents": 20}, {"max_bytes": 5000}])
+def test_rows_beyond_a_limit_are_counted(hub_folder: Path, tmp_path: Path, limits) -> None:
+    spec = DataSpec(source="hub", dataset=str(hub_folder), vocab_size=300, context=16, validation_documents=4, **limits)
+    facts = make(spec, tmp_path).facts()
+    assert facts["dropped"]["validation"] == {"beyond the most documents": 6}
+    assert facts["train_documents"] + sum(facts["dropped"]["train"].values()) == 50
+
+
 def test_a_document_larger_than_the_limit_is_cut_to_what_is_left(tmp_path: Path, texts: list[str]) -> None:
     (tmp_path / "all.txt").write_text("".join(texts))
     spec = DataSpec(source="files", paths=(str(tmp_path / "all.txt"),), vocab_size=300, context=16, max_bytes=2000)

@@ -54,6 +54,7 @@ CHUNK_CHARACTERS = 4_000_000
 NEEDED = ("tokenizer.json", "tokenizer_config.json", "train.arrow", "validation.arrow")
 """What no corpus folder may lack."""
 
+TOKENIZER_TASK = "training the tokenizer"
 _HELD_OUT_TOO = " (duplicates are those of held-out text too)"
 
 log = logging.getLogger("normfree")
@@ -110,6 +111,10 @@ class Corpus:
         """What run.json says of the corpus: plain JSON values."""
         return dict(self.manifest["corpus"])
 
+    def left_out(self, split: Split) -> str:
+        """How many documents are not in the corpus, and why."""
+        return _counts(self.manifest["corpus"]["dropped"][split])
+
     def describe(self) -> str:
         """The corpus in readable lines."""
         facts = self.facts()
@@ -119,13 +124,14 @@ class Corpus:
             f"source       {facts['source']}, packing {facts['packing']}, T = {facts['context']}",
             f"tokenizer    {facts['vocab_size']:,} pieces, {facts['bytes_per_token']:.2f} bytes a token",
         ]
-        for split in ("train", "validation"):
+        splits: tuple[Split, ...] = ("train", "validation")
+        for split in splits:
             lines.append(
                 f"{split:<12} {facts[f'{split}_documents']:,} documents, "
                 f"{facts[f'{split}_bytes'] / 1e6:.2f} MB, "
                 f"{facts[f'{split}_blocks']:,} blocks, {facts[f'{split}_tokens']:,} tokens"
             )
-            lines.append(f"  left out   {_counts(facts['dropped'][split])}")
+            lines.append(f"  left out   {self.left_out(split)}")
         lines.append(f"to beat      unigram perplexity {facts['unigram_perplexity']:.1f}")
         return "\n".join(lines)
 
@@ -273,7 +279,7 @@ class _Preparation:
         if self.spec.tokenizer:
             tokenizer = load_tokenizer(self.spec.tokenizer)
         else:
-            tokenizer = train_tokenizer(self._documents("train", "training the tokenizer"), self.spec.vocab_size)
+            tokenizer = train_tokenizer(self._documents("train", TOKENIZER_TASK), self.spec.vocab_size)
         if self.spec.packing == "concatenate" and tokenizer.eos_token_id is None:
             raise ValueError(
                 "data.packing=concatenate puts an end token between documents, and "
@@ -287,13 +293,17 @@ class _Preparation:
         self.dropped[split].clear()
         most = {"train": self.spec.train_documents, "validation": self.spec.validation_documents}[split]
         most_bytes = self.spec.max_bytes if split == "train" else None
-        documents = self.source.documents(split, self.dropped[split])
+        documents, beyond = self.source.documents(split, self.dropped[split]), Counter[str]()
         with TextProgress(task, shown=self.progress, most_documents=most) as progress:
-            for document in limited(documents, most_documents=most, most_bytes=most_bytes):
+            for document in limited(documents, most_documents=most, most_bytes=most_bytes, beyond=beyond):
                 size = len(document.encode())
                 self.kept[split].update(documents=1, bytes=size)
                 progress.update(size)
                 yield document
+        for limit in beyond if task != TOKENIZER_TASK else ():  # once is enough
+            by_rows = self.source if isinstance(self.source, HubSource) else None  # can be many: counted, not read
+            beyond[limit] += by_rows.rows_left if by_rows else sum(1 for _ in documents)
+        self.dropped[split].update(beyond)
         if not self.kept[split]["documents"]:
             raise ValueError(
                 f"data={self.spec.source} gives no {split} text ({self._given()}); left out: "

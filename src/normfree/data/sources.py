@@ -35,6 +35,7 @@ CODEPARROT_TRAIN = "huggingface-course/codeparrot-ds-train"
 CODEPARROT_VALIDATION = "huggingface-course/codeparrot-ds-valid"
 SUFFIXES = (".py", ".txt", ".jsonl", ".parquet")
 HOLD_OUT_EVERY = 20
+OVER_BYTES, OVER_DOCUMENTS = "beyond data.max_bytes", "beyond the most documents"
 DISK_ERRORS = (*NO_ROOM, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 log = logging.getLogger("normfree")
@@ -59,19 +60,24 @@ def normalised_hash(text: str) -> bytes:
     return bytes.fromhex(sha256_bytes(lines.encode("utf-8", "surrogatepass")))
 
 
-def limited(documents: Iterable[str], *, most_documents: int | None, most_bytes: int | None) -> Iterator[str]:
+def limited(
+    documents: Iterable[str], *, most_documents: int | None, most_bytes: int | None, beyond: Counter[str] | None = None
+) -> Iterator[str]:
     """Documents until the first one that would pass a limit (UTF-8 bytes); None is no limit.
 
-    One that alone is larger than `most_bytes` is cut, so that it fills what is left.
+    One that alone is larger than `most_bytes` is cut, so that it fills what is left. `beyond` counts the first one.
     """
+    beyond = Counter() if beyond is None else beyond
     most = left = sys.maxsize if most_bytes is None else most_bytes
     for number, document in enumerate(documents):
         if number == most_documents:
+            beyond[OVER_DOCUMENTS] += 1
             return
         encoded = document.encode()
-        if left and len(encoded) > most:
-            yield encoded[:left].decode(errors="ignore")
         if len(encoded) > left:
+            beyond[OVER_BYTES] += 1  # a part of it, where it is cut
+            if left and len(encoded) > most:
+                yield encoded[:left].decode(errors="ignore")
             return
         left -= len(encoded)
         yield document
@@ -85,7 +91,7 @@ def hashes_of_validation(source: Source) -> frozenset[bytes]:
 class FilesSource:
     """Local .py and .txt files (a file is a document), .jsonl and .parquet files (a row is a document).
 
-    Files are ordered by content hash and seed, so names and places do not matter; blank ones are passed over. Without
+    Files are ordered by content hash and seed, so names and places do not matter; blank ones are left out. Without
     validation paths every twentieth file is held out; of fewer files every twentieth document; of fewer documents the
     last twentieth of each. Exact duplicates are dropped, and a training document that validation holds as well.
     """
@@ -93,24 +99,25 @@ class FilesSource:
     def __init__(self, spec: DataSpec) -> None:
         self._spec = spec
         files, others = find_text_files(spec.paths, key="data.paths")
-        train = self._ordered(files)
+        train = self._ordered(files, others)
         self._left_out = {"train": others, "validation": Counter[str]()}
         self._held_out: Literal["files", "documents", "ends"] = "files"
         if spec.validation_paths:
             files, others = find_text_files(spec.validation_paths, key="data.validation_paths")
-            validation = self._ordered(files)
+            validation = self._ordered(files, others)
             self._left_out["validation"] = others
         elif len(train) >= HOLD_OUT_EVERY:
             validation = train[HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY]
             del train[HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY]
         else:
             validation = train
-            documents = len(list(islice(self._read(train), HOLD_OUT_EVERY)))
+            documents = len(list(islice(self._read(train, Counter()), HOLD_OUT_EVERY)))
             self._held_out = "documents" if documents == HOLD_OUT_EVERY else "ends"
         self._files = {"train": train, "validation": validation}
 
-    def _ordered(self, paths: list[Path]) -> list[tuple[Path, str]]:
+    def _ordered(self, paths: list[Path], left_out: Counter[str]) -> list[tuple[Path, str]]:
         hashed = [(path, sha256_file(path)) for path in paths if not _is_blank(path)]
+        left_out.update({"empty": len(paths) - len(hashed)})
         return sorted(hashed, key=lambda file: sha256_bytes(f"{self._spec.shuffle_seed}:{file[1]}".encode()))
 
     @property
@@ -120,9 +127,10 @@ class FilesSource:
     _validation_hashes = cached_property(hashes_of_validation)
 
     def documents(self, split: Split, dropped: Counter[str]) -> Iterator[str]:
-        dropped.update(self._left_out[split])
+        dropped.update(+self._left_out[split])
         seen = set(self._validation_hashes) if split == "train" else set()
-        for number, whole in enumerate(self._read(self._files[split]), start=1):
+        empty = dropped if split == "train" or self._held_out == "files" else Counter()  # counted once
+        for number, whole in enumerate(self._read(self._files[split], empty), start=1):
             if self._held_out == "documents" and (number % HOLD_OUT_EVERY == 0) != (split == "validation"):
                 continue
             document = _part(whole, split) if self._held_out == "ends" else whole
@@ -133,11 +141,13 @@ class FilesSource:
             seen.add(digest)
             yield document
 
-    def _read(self, files: Iterable[tuple[Path, str]]) -> Iterator[str]:
+    def _read(self, files: Iterable[tuple[Path, str]], dropped: Counter[str]) -> Iterator[str]:
         for path, _ in files:
             for text in read_texts(path, self._spec.column):
                 if text.strip():
                     yield text
+                else:
+                    dropped["empty"] += 1
 
 
 def _part(document: str, split: Split) -> str:
@@ -301,6 +311,8 @@ class HubSource:
         self._places = {"train": (train, spec.train_split), "validation": (validation, spec.validation_split)}
         self._most = {"train": spec.train_documents, "validation": spec.validation_documents}
         self._loaded: dict[Split, datasets.Dataset] = {}
+        self.rows_left = 0
+        """How many rows `documents` has not come to."""
 
     @property
     def versions(self) -> dict[str, Any]:
@@ -317,10 +329,13 @@ class HubSource:
         name, part = self._places[split]
         check_column(self._spec.column, rows.column_names, where=f"{name} [{part}]")
         order = rows.select_columns([self._spec.column]).shuffle(seed=self._spec.shuffle_seed)
-        most = self._most[split]
         # The paper's data sets stay as published; of any other, no training document may be a validation document.
         held_out = self._validation_hashes if split == "train" and self._spec.source == "hub" else frozenset()
-        for row in order.select(range(min(len(order), len(order) if most is None else most))):
+        self.rows_left = min(len(order), self._most[split] or len(order))
+        if len(order) > self.rows_left:
+            dropped[OVER_DOCUMENTS] += len(order) - self.rows_left
+        for row in order.select(range(self.rows_left)):
+            self.rows_left -= 1
             text = _checked_text(cast(dict[str, Any], row)[self._spec.column], self._spec.column, where=name)
             if not text.strip():
                 dropped["empty"] += 1
