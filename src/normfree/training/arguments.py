@@ -19,15 +19,18 @@ from normfree.data import Corpus
 from normfree.model import NormFreeConfig, activations, norms
 from normfree.records import OVER, RUN_FILE, DamagedRunError, read_run
 from normfree.training.bf16 import needs_fp32_units
+from normfree.training.process import refuse_other_products
 
 logger = logging.getLogger("normfree")
 
 DEVICES = Path("/dev")
+COMPILES_NOTHING = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")
 
 
 def check_machine(spec: RunSpec, device: torch.device) -> None:
     """Raises ValueError when this device, or this number of processes, cannot train the spec as it stands."""
     train = spec.train
+    refuse_other_products()
     _refuse_an_idle_gpu()
     processes = PartialState().num_processes
     if processes == 1 and torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:  # torchrun's
@@ -66,6 +69,10 @@ def check_machine(spec: RunSpec, device: torch.device) -> None:
         raise ValueError(
             "train.precision=bf16 with train.compile=true needs a processor with bf16 units, and this one has none; "
             "leave one of them out (compiled steps would take its slow bf16 kernels)"
+        )
+    if train.compile and (off := [name for name in COMPILES_NOTHING if os.environ.get(name) == "1"]):
+        raise ValueError(
+            f"train.compile=true, and {off[0]}=1 lets torch compile nothing: unset it, or leave the key out"
         )
 
 

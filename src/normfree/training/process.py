@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import datasets
 import huggingface_hub
@@ -21,9 +24,18 @@ logger = logging.getLogger("normfree")
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 LARGEST_INT = 2**31 - 1
 
+TRUE_PRODUCTS = {
+    "NVIDIA_TF32_OVERRIDE": "0",
+    "ONEDNN_DEFAULT_FPMATH_MODE": "STRICT",
+    "DNNL_DEFAULT_FPMATH_MODE": "STRICT",
+}
+"""Variables that cuBLAS, cuDNN and oneDNN put above what a program says, with the value that leaves fp32 as it is."""
+_UNSET = ("", "no", "false", "0")
+
 
 def prepare_process() -> None:
     """Silence the bars of the libraries underneath, which would drown ours; fp32 products and freed memory are kept."""
+    refuse_other_products()
     keep_fp32_products()
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
@@ -40,6 +52,30 @@ def keep_fp32_products() -> None:
     """
     torch.set_float32_matmul_precision("highest")
     torch.backends.fp32_precision = "ieee"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def refuse_other_products() -> None:
+    """Raises ValueError for a variable by which libraries would multiply fp32 in less, whatever torch is told."""
+    for name, harmless in TRUE_PRODUCTS.items():
+        if os.environ.get(name, harmless).upper() != harmless:
+            raise ValueError(f"{name}={os.environ[name]} would make fp32 products less than fp32: unset it")
+
+
+@contextmanager
+def without_accelerate_variables() -> Iterator[None]:
+    """Hide ACCELERATE_*, from `accelerate launch` or an image: the spec of a run decides.
+
+    ACCELERATE_MIXED_PRECISION=bf16 would train an fp32 run in bf16.
+    """
+    found = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+    if told := [f"{name}={value}" for name, value in sorted(found.items()) if value.lower() not in _UNSET]:
+        logger.warning("not read, since the keys of a run decide: %s", ", ".join(told))
+    try:
+        for name in found:
+            del os.environ[name]
+        yield
+    finally:
+        os.environ.update(found)
 
 
 def keep_freed_memory() -> bool:
