@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from accelerate import PartialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from normfree.compose import compose_run, members
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
 from normfree.records import Run, RunWriter, read_run
+from normfree.training.ranks import state_of_processes
 
 
 @contextmanager
@@ -57,6 +61,32 @@ def test_every_parameter_has_a_gradient_for_processes_to_average(preset: str, va
     ids_BT = torch.arange(16).view(2, 8)
     model(input_ids=ids_BT, labels=ids_BT, return_logits=False).loss.backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize(
+    "left_over", [{"WORLD_SIZE": "4", "RANK": "0"}, {"WORLD_SIZE": "2", "RANK": "1"}, {"PMI_SIZE": "2"}]
+)
+def test_who_waits_for_others_says_so_after_ten_seconds(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left_over: dict[str, str]
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {**left_over, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
+        monkeypatch.setenv(name, value)
+    name, value = next(iter(left_over.items()))
+    with started(["-m", "normfree.cli", "train", *tiny, "variant=sm-r"], tmp_path) as process:
+        while "waiting" not in (told := (tmp_path / "told").read_text()) and process.poll() is None:
+            time.sleep(0.2)
+    assert f"waiting at 127.0.0.1:{port} for the other processes; the environment has {name}={value}" in told
+    assert f"unset {' '.join(left_over)}" in told
+
+
+def test_a_number_of_processes_without_a_meeting_point_is_refused_with_what_to_unset(monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    with pytest.raises(ValueError, match=r"MASTER_ADDR.* the environment has WORLD_SIZE=4: .* unset WORLD_SIZE"):
+        state_of_processes(cpu=True, timeout=timedelta(seconds=60))
 
 
 @pytest.mark.slow

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from threading import Timer
 from typing import cast
 
 import torch.distributed
@@ -14,6 +17,31 @@ from accelerate.utils import broadcast_object_list
 
 from normfree.config import RunSpec
 from normfree.training.checkpoints import flaws, newest_sound
+
+logger = logging.getLogger("normfree")
+
+TEN_SECONDS = 10.0
+_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Variables from which Accelerate takes the number of processes."""
+
+
+def state_of_processes(*, cpu: bool, timeout: timedelta) -> PartialState:
+    """The state that all processes share; says after ten seconds who is awaited where."""
+    told = {name: os.environ[name] for name in (*_COUNTS, "RANK", "LOCAL_RANK") if name in os.environ}
+    place = f"{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{os.environ.get('MASTER_PORT', '29500')}"
+    advice = (
+        f"the environment has {', '.join(f'{name}={value}' for name, value in told.items())}: start all processes with "
+        f"torchrun, or, if this is to be the only one, unset {' '.join(told)}"
+    )
+    waiting = Timer(TEN_SECONDS, logger.warning, ("waiting at %s for the other processes; %s", place, advice))
+    waiting.daemon = True
+    waiting.start()
+    try:
+        return PartialState(cpu=cpu, timeout=timeout)
+    except ValueError as error:
+        raise ValueError(f"{error}; {advice}" if told else str(error)) from error
+    finally:
+        waiting.cancel()
 
 
 @contextmanager

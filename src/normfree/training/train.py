@@ -55,7 +55,7 @@ from normfree.training.environment import command_line, device_name, surrounding
 from normfree.training.guard import Divergence, NonFiniteError
 from normfree.training.opening import model_facts, open_writer
 from normfree.training.process import without_accelerate_variables
-from normfree.training.ranks import agreed_checkpoint, main_process_first, of_the_first
+from normfree.training.ranks import agreed_checkpoint, main_process_first, of_the_first, state_of_processes
 from normfree.training.tracking import wandb_run
 from normfree.training.trainer import NormFreeTrainer
 
@@ -104,7 +104,7 @@ def train(
     folder = Path(runs_dir) / spec.study / spec.name
     NormFreeConfig(**spec.model)  # fields that contradict each other show before a corpus is prepared
     periods_of(spec.probe.measures, spec.probe.every_steps)
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=1))
+    state = state_of_processes(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=1))
     if of_the_first(is_done(folder, spec)):
         return folder
     check_machine(spec, _device())
