@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import normfree.model  # noqa: F401 - registers our architecture with the Auto classes
 from normfree.config import nearest
+from normfree.gguf_file import correct_or_refuse
 from normfree.records import RUN_FILE, read_run
 
 _UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError)
@@ -51,6 +52,8 @@ def load_pretrained(
         raise ValueError(
             f"{name} lacks {len(missing)} weights of its model, e.g. {missing[0]}: the files are incomplete"
         )
+    if file := options.get("gguf_file"):
+        correct_or_refuse(Path(options["pretrained_model_name_or_path"]) / file, model, tokenizer)
     if not tokenizer("text", add_special_tokens=False)["input_ids"]:  # what transformers makes of no files at all
         raise ValueError(f"{name} has no tokenizer that makes tokens of text; save the model's beside it")
     return model, tokenizer

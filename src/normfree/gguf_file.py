@@ -1,0 +1,89 @@
+"""What a .gguf file says and transformers 5.23 does not read: corrected where that is sure, else refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenizers import pre_tokenizers
+from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+from transformers.integrations.gguf.reader import read_gguf_metadata
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+_SPLIT_LIKE_GPT2 = {"gpt-2", "phi-2", "mpt", "olmo"}
+_SPLIT_DIGITS_FIRST = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
+"""Each digit is taken alone, and the rest split as GPT-2 does: one entry in llama.cpp's table of pre-tokenizers."""
+_CONFIG_NAMES = {
+    "rope.freq_base": "rope_theta",
+    "rope.scaling.type": "rope_type",
+    "rope.scaling.factor": "factor",
+    "attention.key_length": "head_dim",
+    "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+_HARMLESS = {
+    *("attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon"),  # always read
+    *("attention.layer_norm_epsilon", "attention.value_length", "rope.dimension_sections"),
+    *("rope.scaling.finetuned", "rope.scaling.original_context_length"),  # say nothing without a type or factor
+}
+
+
+def correct_or_refuse(path: Path, model: Any, tokenizer: Any) -> None:
+    """Split text as the file says. Raises ValueError where a key or weight that changes numbers was not read."""
+    metadata, tensors = read_gguf_metadata(str(path))
+    architecture = metadata["general.architecture"]
+    unread = list(_unread_keys(metadata, architecture, model.config))
+    if architecture not in GGUF_CONFIG_ARCHS:  # the loader of those reports weights without a place itself
+        processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config={})
+        places = get_gguf_hf_weights_map(model, processor)
+        unread += [name for name in tensors if name not in places and name.removesuffix(".weight") not in places]
+    if not (path.parent / "tokenizer.json").is_file():  # which is read in place of the file's own
+        unread += _correct_split(metadata, tokenizer)
+    if unread:
+        raise ValueError(
+            f"{path} holds {', '.join(unread[:3])}, which transformers does not read: the numbers would not be the "
+            "model's; give the folder or the hub name that the file was made from"
+        )
+
+
+def _unread_keys(metadata: dict[str, Any], architecture: str, config: Any) -> Iterator[str]:
+    """The keys of attention and positions that differ from the loaded config: shapes do not show what those say."""
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    places = [vars(config), {"head_dim": head}, rope, *(part for part in rope.values() if isinstance(part, dict))]
+    for key, value in metadata.items():
+        name = key.removeprefix(f"{architecture}.")
+        if not name.startswith(("rope.", "attention.", "attn_", "final_")) or name in _HARMLESS:
+            continue
+        loaded = [place.get(_CONFIG_NAMES.get(name)) for place in places]
+        if name == "rope.dimension_count":
+            loaded = [round(head * rope.get("partial_rotary_factor", 1.0))]
+        elif name == "attention.causal":
+            loaded = [getattr(config, "is_causal", True)]
+        elif value == "none":
+            value = "default"
+        if not any(each == value or _close(each, value) for each in loaded):
+            yield f"{key}={value}"
+
+
+def _close(number: Any, value: Any) -> bool:
+    """True for two numbers that differ by the rounding of fp32, as the file has them."""
+    return isinstance(number, int | float) and isinstance(value, float) and abs(number - value) <= 1e-6 * abs(value)
+
+
+def _correct_split(metadata: dict[str, Any], tokenizer: Any) -> list[str]:
+    """Give a byte-level tokenizer the file's pre-tokenizer; returns what is not known here or was not read."""
+    if metadata["tokenizer.ggml.model"] == "gpt2":
+        default = "gpt-2" if metadata["general.architecture"] == "gpt2" else None
+        split = metadata.get("tokenizer.ggml.pre", default)
+        if split in _SPLIT_DIGITS_FIRST:
+            parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+        elif split not in _SPLIT_LIKE_GPT2 and split not in GGUF_PRE_TOKENIZER_SPLITS:
+            return [f"tokenizer.ggml.pre={split}"]
+    elif metadata.get("tokenizer.ggml.add_space_prefix") is False and tokenizer.tokenize("a")[0].startswith("\u2581"):
+        return ["tokenizer.ggml.add_space_prefix=False"]
+    return []
