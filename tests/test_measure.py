@@ -6,6 +6,8 @@ import copy
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,8 @@ from transformers import (
     Gemma3nTextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     PreTrainedTokenizerFast,
@@ -34,6 +38,7 @@ from transformers import (
 from normfree.cli import main
 from normfree.measure import memory_estimate, token_windows
 from normfree.measures.measurement import MeasureCallback, measure
+from normfree.pretrained import load_pretrained, outline
 from normfree.records import find_runs, load_runs, read_run
 
 TEXT = "def measured(x):\n    return [y * y for y in x if y > 0]\n" * 8
@@ -175,11 +180,12 @@ def test_the_command_writes_a_run_folder_and_its_page(
     entropy_LH = np.array(run.last("final", "entropy_nats"))
     assert (run.kind, run.label, entropy_LH.shape) == ("measurement", "model", (3, 2))
     assert f"{entropy_LH[0].mean():.3f}" in out
-    assert "GiB needed" in caplog.text
+    assert re.search(r"windows of up to 32 tokens: about \S+ [GM]iB needed by this process", caplog.text)
     (row,) = load_runs(tmp_path / "measured").to_dict("records")
     assert row["label"] == "model"
     page = (tmp_path / "measured" / "report" / "index.html").read_text()
     assert "<svg" in page
+    assert f": {run.facts['measurement']['sequences']} windows of 32 tokens" in page
     assert "://" not in page
     for name in ("figures/entropy_nats-heads.png", "tables/layers.csv", "tables/ranges.md", "numbers/heads.csv"):
         assert (tmp_path / "measured" / "report" / name).stat().st_size > 0
@@ -323,6 +329,62 @@ def test_files_that_make_no_whole_model_are_refused_in_one_line(
     assert re.search(message, last), last
 
 
+@pytest.mark.parametrize(
+    ("key", "refused"),
+    [
+        ("transformer.h.3.ln_1.weight", True),  # config.json says three layers
+        ("transformer.h.0.attn.q_norm.weight", True),
+        ("score.weight", True),
+        ("lm_head.bias", True),
+        ("transformer.h.0.attn.bias", False),
+        ("transformer.h.0.attn.masked_bias", False),
+        ("transformer.rotary_emb.inv_freq", False),
+        ("mtp.layers.0.weight", False),
+        ("model.vision_tower.weight", False),
+        ("lm_head.weight", False),  # tied
+    ],
+)
+def test_weights_without_a_place_are_refused_unless_known_to_be_unused(
+    saved: Path, key: str, refused: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = load_file(saved / "model.safetensors")
+    added = weights["transformer.wte.weight"].clone() if key == "lm_head.weight" else torch.ones(32)
+    save_file(weights | {key: added}, saved / "model.safetensors", metadata={"format": "pt"})
+    assert main(["evaluate", str(saved), f"text={saved.parent / 'text.py'}"]) == refused
+    if refused:
+        assert f"holds 1 weight(s) without a place in its model, e.g. {key}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_adapter_without_peft_is_refused(
+    saved: Path, whole: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("normfree.pretrained.is_peft_available", lambda: False)
+    (saved / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "gpt2"}))
+    if not whole:
+        (saved / "config.json").unlink()
+    assert main(["evaluate", str(saved), f"text={saved.parent / 'text.py'}"]) == 1
+    assert "needs pip install 'peft>=0.17'" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers in an old way
+def test_an_adapter_is_part_of_the_model(
+    saved: Path, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peft = pytest.importorskip("peft", reason="the extra adapters")
+    config = peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
+    adapted = peft.get_peft_model(copy.deepcopy(model), config)
+    adapted.peft_config["default"].base_model_name_or_path = str(saved)
+    adapted.save_pretrained(saved)
+    loaded, _ = load_pretrained(str(saved), device="cpu")
+    ids_BT = torch.arange(32)[None]
+    with torch.no_grad():
+        base, wanted, logits = (each.eval()(ids_BT).logits for each in (model, adapted, loaded))
+    assert torch.allclose(logits, wanted, atol=1e-5)
+    assert not torch.allclose(logits, base, atol=1e-2)
+    assert main(["evaluate", str(saved), f"text={saved.parent / 'text.py'}"]) == 0, capsys.readouterr().err
+
+
 def test_a_model_without_its_tokenizer_is_refused_by_name(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for file in saved.glob("*token*"):
         file.unlink()
@@ -334,8 +396,18 @@ def test_more_memory_than_there_is_is_refused_before_the_work(
     saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("normfree.measure.evaluation_estimate", lambda model, *, context: 2**50 * context)
+    monkeypatch.setattr("normfree.pretrained.AutoModelForCausalLM.from_pretrained", None)  # no weight is read
     assert main(["evaluate", str(saved), f"text={saved.parent / 'text.py'}"]) == 1
-    assert "not enough memory: about 67108864.00 GiB needed" in capsys.readouterr().err
+    assert re.search(r"not enough memory: about 671088\d\d\.\d\d GiB needed", capsys.readouterr().err)
+
+
+def test_there_is_an_estimate_only_where_weights_are_as_large_as_the_config_says(saved: Path) -> None:
+    assert outline(str(saved), dtype="fp32").num_parameters() == load_pretrained(str(saved))[0].num_parameters()
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
+    assert outline(str(saved), dtype="fp32") is None
 
 
 def test_heads_without_a_finite_row_are_counted_and_never_a_number(
@@ -376,6 +448,29 @@ def test_a_family_that_does_not_route_says_how_to_measure_it(
     assert main([*words, "method=eager"]) == 0, capsys.readouterr().err
 
 
+def test_heads_that_see_later_tokens_are_measured_and_called_so(
+    saved: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "measured" / "report" / "index.html"
+    assert measured_by_command(saved) == 0
+    assert "not causal" not in capsys.readouterr().out + page.read_text()
+    sizes = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(**sizes, intermediate_size=64, is_causal=False)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "both ways")
+    tokenizer.save_pretrained(tmp_path / "both ways")
+    words = [str(tmp_path / "both ways"), f"text={tmp_path / 'text.py'}", "context=32"]
+    assert main(["measure", *words, f"output={tmp_path / 'second'}"]) == 0
+    assert "not causal: queries see later tokens" in capsys.readouterr().out
+    assert "not causal: queries see later tokens" in (tmp_path / "second" / "report" / "index.html").read_text()
+    run = read_run(tmp_path / "second")
+    assert not run.facts["measurement"]["causal"]
+    assert run.last("final", "ceiling_nats") == pytest.approx([math.log(32)])
+    assert main(["evaluate", *words]) == 1
+    assert "LlamaForCausalLM is not causal: later tokens change" in capsys.readouterr().err
+    assert main(["measure", *words, "measures=perplexity", f"output={tmp_path / 'third'}"]) == 1
+    assert "LlamaForCausalLM is not causal: later tokens change" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method", ["auto", "eager"])
 def test_a_model_without_attention_is_refused(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
@@ -388,3 +483,24 @@ def test_a_model_without_attention_is_refused(
     assert main([*words, f"method={method}"]) == 1
     assert "mamba has no softmax attention" in capsys.readouterr().err
     assert not (tmp_path / "h").exists()
+    assert main(["evaluate", *words[1:4]]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("vocabulary", "width", "context"), [(65_536, 64, 1024), (512, 1024, 512)])
+def test_the_estimate_of_an_evaluation_is_near_its_peak(vocabulary: int, width: int, context: int) -> None:
+    """In a process of its own: the peak of a process never falls."""
+    script = f"""
+import psutil, torch
+from transformers import GPT2Config, GPT2LMHeadModel
+from normfree.measure import evaluation_estimate
+from normfree.measures.measurement import peak_memory_mib
+from normfree.measures.perplexity import evaluate_blocks
+config = GPT2Config(vocab_size={vocabulary}, n_embd={width}, n_layer=4, n_head=4, n_positions={context})
+with torch.device("meta"):
+    needed = evaluation_estimate(GPT2LMHeadModel(config), context={context})
+held = psutil.Process().memory_info().rss
+evaluate_blocks(GPT2LMHeadModel(config), torch.zeros(1, {context}, dtype=torch.long))
+print((held + needed) / 2**20 / peak_memory_mib(torch.device("cpu")))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(done.stdout) == pytest.approx(1, abs=0.25)

@@ -18,6 +18,10 @@ from transformers import PreTrainedModel
 from normfree.measures.held_out import measure_batches
 from normfree.measures.perplexity import IGNORED, Evaluation, Perplexity
 
+_LIMITS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_seq_length", "max_sequence_length")
+_LIMITS += ("seq_length", "model_max_length", "context_length", "max_target_positions")
+"""Names for the most tokens of a window, in configs of transformers and of code that comes with a model."""
+
 
 def perplexity(
     model: PreTrainedModel,
@@ -39,7 +43,8 @@ def perplexity(
     begins inside counts whole or not at all, and with a tokenizer that gives no offsets (written in Python) no byte
     does.
 
-    Raises ValueError when the text has fewer than two tokens, or context, stride or bos do not fit model and tokenizer.
+    Raises ValueError when the text has fewer than two tokens, context, stride or bos do not fit model and tokenizer, or
+    the model sees later tokens.
     """
     leading = leading_ids(model, tokenizer, bos)
     room = room_for_text(checked_context(model, context), leading)
@@ -108,9 +113,10 @@ def checked_context(model: nn.Module, context: int | None) -> int:
 
 def _position_limit(model: nn.Module) -> int | None:
     """The most tokens that the model has positions for, or None. RoBERTa's first is the one after that of padding."""
-    config: Any = model.config
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit < 1:  # XLNet says -1
+    config = cast(Any, model.config).get_text_config()
+    limits = [getattr(config, name, None) for name in _LIMITS]
+    limit = next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)  # XLNet says -1
+    if limit is None:
         return None
     for name, part in model.named_modules():
         if "position" in name and isinstance(part, nn.Embedding) and part.num_embeddings == limit:

@@ -26,7 +26,7 @@ def token_windows(
     """
     if sequences < 1:
         raise ValueError(f"sequences={sequences} must be at least 1")
-    context = min(checked_context(model, None), DEFAULT_CONTEXT) if context is None else checked_context(model, context)
+    context = default_context(model, context)
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     if len(ids) < 2:
         raise ValueError(f"the text has {len(ids)} token(s); at least 2 are needed")
@@ -39,6 +39,12 @@ def token_windows(
     return torch.cat([leading_NT, chosen_NT], dim=1)
 
 
+def default_context(model: PreTrainedModel, context: int | None) -> int:
+    """`context`, or the model's limit, at most 1024. Raises ValueError for what the model does not allow."""
+    limit = checked_context(model, context)
+    return limit if context else min(limit, DEFAULT_CONTEXT)
+
+
 def memory_estimate(model: PreTrainedModel, *, batch: int, context: int, method: ProbeMethod) -> int:
     """Bytes that weights and one forward pass will need, roughly: activations of one layer, and the probe's copies.
 
@@ -48,11 +54,10 @@ def memory_estimate(model: PreTrainedModel, *, batch: int, context: int, method:
     config = model.config.get_text_config()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     width, element = config.hidden_size, next(model.parameters()).element_size()
-    inner = getattr(config, "intermediate_size", None) or 4 * width
-    inner = max(inner) if isinstance(inner, list) else inner  # gemma3n: one a layer
+    inner, heads = _widest(config, "intermediate_size", 4 * width), _widest(config, "num_attention_heads", 0)
     activations = batch * context * (8 * width + 3 * inner) * element
     probe = 4 * batch * context * width * 4
-    matrices = batch * config.num_attention_heads * context**2 * 4
+    matrices = batch * heads * context**2 * 4
     if method == "eager":
         probe = config.num_hidden_layers * matrices
     elif model.config._attn_implementation == "eager":
@@ -60,17 +65,31 @@ def memory_estimate(model: PreTrainedModel, *, batch: int, context: int, method:
     return weights + activations + probe
 
 
+def _widest(config: Any, name: str, default: int) -> int:
+    """A size of a config that has one number, one a layer (gemma3n), or none (mamba has no heads)."""
+    size = getattr(config, name, None) or default
+    return max(size) if isinstance(size, list) else size
+
+
 def evaluation_estimate(model: PreTrainedModel, *, context: int) -> int:
-    """Bytes that weights and the evaluation of one window need, roughly: logits, their fp32 copy and its softmax."""
-    logits = 3 * context * model.config.get_text_config().vocab_size * 4
-    return memory_estimate(model, batch=1, context=context, method="auto") + logits
+    """Bytes that weights and the evaluation of one window need, roughly: logits, and two blocks of them in float64."""
+    logits = context * model.config.get_text_config().vocab_size * next(model.parameters()).element_size()
+    return memory_estimate(model, batch=1, context=context, method="auto") + logits + 2 * 2**25
 
 
-def check_memory(needed: int, model: PreTrainedModel, *, advice: str) -> str:
-    """One line on what will be needed and what there is. Raises ValueError, with `advice`, when that is too little."""
-    device = next(model.parameters()).device
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    line = f"about {needed / 2**30:.2f} GiB needed, {free / 2**30:.1f} GiB free"
+def check_memory(needed: int, device: torch.device, *, advice: str) -> str:
+    """One line on what will be needed beside what this process holds, and what there is.
+
+    Raises ValueError, with `advice`, when that is too little.
+    """
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
+    held = torch.cuda.memory_allocated(device) if on_gpu else psutil.Process().memory_info().rss
+    line = f"about {_size(held + needed)} needed by this process, {_size(held + free)} to be had"
     if needed > free:
         raise ValueError(f"not enough memory: {line}; {advice}")
     return line
+
+
+def _size(number: int) -> str:
+    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{max(1, round(number / 2**20))} MiB"

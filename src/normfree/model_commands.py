@@ -82,7 +82,7 @@ def evaluate(name: str, options: EvaluateOptions) -> None:
     """Print token-weighted perplexity and bits per byte."""
     from normfree.evaluate import checked_context, leading_ids, perplexity
     from normfree.measure import check_memory, evaluation_estimate
-    from normfree.pretrained import load_pretrained
+    from normfree.pretrained import load_pretrained, outline, usable_device
     from normfree.training.bf16 import products_for
     from normfree.training.process import prepare_process
 
@@ -91,14 +91,14 @@ def evaluate(name: str, options: EvaluateOptions) -> None:
         return
     prepare_process()
     text = read_text(options.text)
-    model, tokenizer = load_pretrained(
-        name, dtype=options.dtype, device=options.device, trust_remote_code=options.trust_remote_code
-    )
+    loading: dict[str, Any] = {"dtype": options.dtype, "trust_remote_code": options.trust_remote_code}
+    if model := outline(name, **loading):
+        longest = min(checked_context(model, options.context), len(text.encode()))  # no text has more tokens than bytes
+        needed = evaluation_estimate(model, context=longest)
+        enough = check_memory(needed, usable_device(options.device), advice="a smaller context= needs less")
+        logger.info("windows of up to %d tokens: %s", longest, enough)
+    model, tokenizer = load_pretrained(name, device=options.device, **loading)
     context = checked_context(model, options.context)
-    longest = min(context, len(text.encode()))  # tokens, of which no text has more than bytes
-    needed = evaluation_estimate(model, context=longest)
-    enough = check_memory(needed, model, advice="a smaller context= needs less")
-    logger.info("windows of up to %d tokens: %s", longest, enough)
     with products_for(options.dtype, model.device):
         result = perplexity(
             model, tokenizer, text, context=context, stride=options.stride, bos=options.bos, progress=True
@@ -118,19 +118,20 @@ def evaluate_run(folder: Path, options: EvaluateOptions) -> None:
 
     from normfree.measure import check_memory, evaluation_estimate
     from normfree.measures.perplexity import evaluate_blocks
-    from normfree.pretrained import load_pretrained
+    from normfree.pretrained import load_pretrained, outline, usable_device
     from normfree.records import read_run
     from normfree.training.bf16 import products_for
     from normfree.training.process import prepare_process
 
     prepare_process()
-    model, _ = load_pretrained(str(folder), dtype=options.dtype, device=options.device)
     run = read_run(folder)
-    corpus, context = own_corpus(run, options.cache_dir), run.spec["data"]["context"]
-    batch = max(1, 1024 // context)
-    needed = evaluation_estimate(model, context=batch * context)
-    enough = check_memory(needed, model, advice="a text= with a smaller context= needs less")
-    logger.info("%d blocks of %d tokens: %s", len(corpus.validation), context, enough)
+    batch = max(1, 1024 // run.spec["data"]["context"])
+    if model := outline(str(folder), dtype=options.dtype):
+        needed = evaluation_estimate(model, context=batch * run.spec["data"]["context"])
+        advice = "a text= with a smaller context= needs less"
+        logger.info("held-out blocks: %s", check_memory(needed, usable_device(options.device), advice=advice))
+    model, _ = load_pretrained(str(folder), dtype=options.dtype, device=options.device)
+    corpus = own_corpus(run, options.cache_dir)
     with products_for(options.dtype, model.device):
         blocks_NT, size = torch.from_numpy(corpus.held_out_ids()), corpus.predicted_bytes()
         result = evaluate_blocks(model, blocks_NT, predicted_bytes=size, batch_sequences=batch, progress=True)
@@ -184,10 +185,12 @@ def measure(name: str, options: MeasureOptions) -> None:
 
     from normfree.analysis.groups import group_runs
     from normfree.entropy import EntropyProbe
-    from normfree.measure import check_memory, memory_estimate
+    from normfree.measure import check_memory, default_context, memory_estimate
     from normfree.measures import periods_of
     from normfree.measures.measurement import measure as measure_model
-    from normfree.pretrained import load_pretrained
+    from normfree.measures.perplexity import sees_later_tokens
+    from normfree.pretrained import load_pretrained, outline, usable_device
+    from normfree.records import read_run
     from normfree.report import build_report
     from normfree.store.measurements import check_output, write_measurement
     from normfree.tables import layer_table, to_markdown, verdict_table
@@ -203,13 +206,17 @@ def measure(name: str, options: MeasureOptions) -> None:
     label = Path(name).name if Path(name).exists() else name
     output = options.output or Path("measured") / label.replace("/", "--")
     check_writable(output)  # before the work, not after it
-    model, tokenizer = load_pretrained(
-        name,
-        dtype=options.dtype,
-        device=options.device,
-        trust_remote_code=options.trust_remote_code,
-        attention="eager" if options.method == "eager" else None,
-    )
+    loading: dict[str, Any] = {"dtype": options.dtype, "trust_remote_code": options.trust_remote_code}
+    loading["attention"] = "eager" if options.method == "eager" else None
+    if model := outline(name, **loading):
+        longest = read_run(name).spec["data"]["context"] if own else default_context(model, options.context)
+        longest = longest if own else min(longest, len(read_text(options.text).encode()))
+        batch = min(options.batch, options.sequences)
+        needed = memory_estimate(model, batch=batch, context=longest, method=options.method)
+        advice = "a smaller context= or batch= needs less"
+        enough = check_memory(needed, usable_device(options.device), advice=advice)
+        logger.info("windows of up to %d tokens: %s", longest, enough)
+    model, tokenizer = load_pretrained(name, device=options.device, **loading)
     if "heads" in measures:
         EntropyProbe(model, options.method)  # refuses what cannot be measured
     windows_NT, text, leading = _windows_of(name, model, tokenizer, options, own=own)
@@ -225,13 +232,11 @@ def measure(name: str, options: MeasureOptions) -> None:
         "precision": options.dtype,
         "measures": measures,
         "method": options.method,
+        "causal": not sees_later_tokens(model, windows_NT),
         "device": str(model.device),
         "vocab_size": model.config.get_text_config().vocab_size,
     }
     check_output(output, facts)
-    needed = memory_estimate(model, batch=options.batch, context=context, method=options.method)
-    enough = check_memory(needed, model, advice="a smaller context= or batch= needs less")
-    logger.info("%d windows of %d tokens: %s", sequences, context, enough)
     chosen = {"heads": {"method": options.method}} if "heads" in measures else {}
     with products_for(options.dtype, model.device):
         measured = measure_model(model, windows_NT, measures, batch=options.batch, progress=True, **chosen)
@@ -248,6 +253,8 @@ def measure(name: str, options: MeasureOptions) -> None:
     page = build_report([run], output / "report")
     groups = group_runs([run])
     print("\n".join(to_markdown(make(groups)) for make in (layer_table, verdict_table)))
+    if not facts["causal"]:
+        print("not causal: queries see later tokens, so ceilings are the mean of ln(tokens visible)")
     print(f"{measured.seconds:.1f} s, peak memory {measured.peak_memory_mib:.0f} MiB")
     print(f"The page: {page}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.import_utils import is_peft_available
+from transformers.utils.peft_utils import find_adapter_config_file
 
 import normfree.model  # noqa: F401 - registers our architecture with the Auto classes
 from normfree.config import nearest
@@ -17,6 +20,11 @@ from normfree.records import RUN_FILE, read_run
 
 _UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError)
 """What transformers raises for names, configs and weights that it cannot make a model of."""
+_UNUSED = re.compile(
+    r"inv_freq$|position_ids$|(attn|attention)\.(masked_)?bias$|causal_mask$"  # buffers that older versions saved
+    r"|(^|\.)(pooler|seq_relationship|mtp|vision|visual|audio|multi_modal|multimodal|embed_vision|embed_audio)"
+)
+"""Weights that no prediction of a next token uses: masks, BERT's other heads, multi-token prediction, other senses."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -31,8 +39,9 @@ def load_pretrained(
     """Load (model, tokenizer), the model in evaluation mode on `device` (default: the GPU if there is one).
     `attention` is transformers' attn_implementation; None lets the model choose.
 
-    Raises ValueError, in one line, when there is no such model, it cannot be reached, it is no causal LM, or the files
-    lack its tokenizer, or some of its weights, which transformers would fill with random numbers.
+    Raises ValueError, in one line, when there is no such model, it cannot be reached, it is no causal LM, the files
+    lack its tokenizer or some of its weights, which transformers would fill with random numbers, or they hold what it
+    leaves out: weights without a place, an adapter where peft is not installed, keys of a .gguf file.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
@@ -40,6 +49,8 @@ def load_pretrained(
     options: dict[str, Any] = _source(name) | {"trust_remote_code": trust_remote_code}
     loading = {"dtype": DTYPES[dtype], "attn_implementation": attention, "output_loading_info": True}
     try:
+        if find_adapter_config_file(options["pretrained_model_name_or_path"]) and not is_peft_available():
+            raise ImportError("adapter_config.json: a model with an adapter needs pip install 'peft>=0.17'")
         loaded: Any = AutoModelForCausalLM.from_pretrained(**options, **loading)
         tokenizer = AutoTokenizer.from_pretrained(**options)
         model, info = loaded[0].to(target).eval(), loaded[1]
@@ -52,11 +63,31 @@ def load_pretrained(
         raise ValueError(
             f"{name} lacks {len(missing)} weights of its model, e.g. {missing[0]}: the files are incomplete"
         )
+    if extra := sorted(key for key in info["unexpected_keys"] if not _UNUSED.search(key)):
+        raise ValueError(
+            f"{name} holds {len(extra)} weight(s) without a place in its model, e.g. {extra[0]}: config.json is of "
+            "another model"
+        )
     if file := options.get("gguf_file"):
         correct_or_refuse(Path(options["pretrained_model_name_or_path"]) / file, model, tokenizer)
     if not tokenizer("text", add_special_tokens=False)["input_ids"]:  # what transformers makes of no files at all
         raise ValueError(f"{name} has no tokenizer that makes tokens of text; save the model's beside it")
     return model, tokenizer
+
+
+def outline(name: str, *, dtype: str, trust_remote_code: bool = False, attention: str | None = None) -> Any:
+    """The model of a config on the meta device, without weights; None where loading will say why there is none."""
+    options: dict[str, Any] = _source(name) | {"trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(**options)
+        if hasattr(config, "quantization_config"):  # a config does not say how large such weights are
+            return None
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, dtype=DTYPES[dtype], attn_implementation=attention, trust_remote_code=trust_remote_code
+            )
+    except _UNREADABLE:
+        return None
 
 
 def usable_device(device: str | None) -> torch.device:
@@ -107,6 +138,6 @@ def _source(name: str) -> dict[str, str]:
     if not path.exists() and _means_a_folder(name):
         beside = _models_in(path.parent)
         raise ValueError(f"{name} does not exist{'; ' + nearest(path.name, beside) if beside else ''}")
-    if path.is_dir() and not (path / "config.json").is_file():
+    if path.is_dir() and not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
         raise ValueError(f"{name} is neither a run folder nor a saved model: it has no {RUN_FILE} and no config.json")
     return {"pretrained_model_name_or_path": name}

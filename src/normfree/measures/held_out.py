@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 from normfree.measures.measure import Measure
 
 LARGEST_LOGITS = 2**26
-"""Elements of a batch's logits: 256 MiB in float32, of which an evaluation holds three."""
+"""Elements of a batch's logits: 256 MiB in float32."""
 Batch = Mapping[str, Tensor]
 """Keyword arguments of the model; `labels`, where given, go to the measures and not to the model."""
 
@@ -33,12 +34,24 @@ def measure_batches(
     Logits are computed only where a measure needs them. `progress` is the title of a bar, shown on a terminal.
     """
     device = next(model.parameters()).device
+    total = len(batches) if isinstance(batches, Sized) else None
     call = partial(model, use_cache=False) if any(m.needs_logits for m in measures) else without_logits(model)
+    batches = iter(batches)
+    first = next(batches)
+    for measure in measures:
+        measure.check(first)
     with ExitStack() as inside:
         inside.enter_context(in_evaluation_mode(model))
         for measure in measures:
             inside.enter_context(measure)
-        for batch in tqdm(batches, desc=progress, disable=None if progress else True, leave=False):
+        shown = {"total": total, "desc": progress, "disable": None if progress else True, "leave": False}
+        for batch in tqdm(
+            itertools.chain([first], batches),
+            total=total,
+            desc=progress,
+            disable=None if progress else True,
+            leave=False,
+        ):
             inputs = {name: value.to(device) for name, value in batch.items()}
             labels_BT = inputs.pop("labels", None)
             for measure in measures:

@@ -40,6 +40,9 @@ class Measure:
     ) -> None:
         pass
 
+    def check(self, inputs: Mapping[str, Tensor]) -> None:
+        """Look at the first inputs before anything runs. Raises ValueError for what cannot be measured."""
+
     def expect(self, labels_BT: Tensor | None) -> None:
         """Hear the labels of the next pass; None where the tokens are their own labels."""
 

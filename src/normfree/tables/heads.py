@@ -28,8 +28,11 @@ def layer_table(groups: Sequence[Group]) -> Table:
         for layer, number in enumerate(run.layer_numbers("entropy_nats", len(share_LH))):
             entropy_H = heads.entropy_LH[layer]
             nats = (mean_L[layer], entropy_H.min(), entropy_H.max(), heads.ceiling_L[layer])
+            broken = int(broken_LH[layer].sum())
             near = f"{int((share_LH[layer] >= OVERLOAD_SHARE).sum())} of {len(entropy_H)}"
-            rows.append((run.label, str(number), *(f"{value:.3f}" for value in nats), near, str(int(broken_LH[layer].sum()))))
+            rows.append(
+                (run.label, str(number), *(f"{value:.3f}" for value in nats), near, str(int(broken_LH[layer].sum())))
+            )
     columns = (Column("Model", numeric=False), Column("Layer"), *(Column(name) for name in names))
     notes = ("A layer with a head that is not finite has no mean. Layers and heads count from 0.",)
     return Table("layers", "Entropy of each layer, in nats", columns, tuple(rows), notes)
