@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,15 +45,19 @@ class EagerHooks:
         self._recorder = recorder
         self._handles: list[RemovableHandle] = []
         self._routed = bool(routed_attention(model))
-        self._wanted: bool | None = None
-        self._as_tuple = False
+        self._call = threading.local()
 
     def attach(self) -> None:
         """Add the two hooks to the model, and the mark that it is being measured."""
         setattr(self._model, SLOT, None)
+        # Functions, since copies of a model share those; on a copy they outlive the probe.
         self._handles = [
-            self._model.register_forward_pre_hook(self._ask, with_kwargs=True),
-            self._model.register_forward_hook(self._take, with_kwargs=True),
+            self._model.register_forward_pre_hook(
+                lambda *call: self._ask(*call) if self._handles else None, with_kwargs=True
+            ),
+            self._model.register_forward_hook(
+                lambda *call: self._take(*call) if self._handles else None, with_kwargs=True
+            ),
         ]
 
     def detach(self) -> None:
@@ -66,9 +71,9 @@ class EagerHooks:
         config = self._model.config
         if self._model.training and _drops_attention(config.to_dict()):
             raise UnsupportedModel("method='eager' would read attention after its dropout; call model.eval() first")
-        self._wanted = asked.get("output_attentions")
+        self._call.wanted = asked.get("output_attentions")
         chosen = asked.get("return_dict")
-        self._as_tuple = not (getattr(config, "return_dict", True) if chosen is None else chosen)
+        self._call.as_tuple = not (getattr(config, "return_dict", True) if chosen is None else chosen)
         return args, asked | {"output_attentions": True, "return_dict": True}
 
     def _take(self, _model: Any, args: Any, asked: dict[str, Any], output: Any) -> Any:
@@ -82,12 +87,15 @@ class EagerHooks:
             raise UnsupportedModel("method='eager' does not read a static cache; use a dynamic one, or none")
         padding = given.get("attention_mask")
         layers = _attention_layers(self._model.config, len(attentions))
-        for layer, p_BHTS in zip(layers, attentions, strict=True):
-            if p_BHTS is not None and not is_recomputation():
-                self._recorder.add(layer, self._measured(layer, p_BHTS, padding))
-        if not (self._model.config.output_attentions if self._wanted is None else self._wanted):
+        if not is_recomputation():
+            self._recorder.enter(0)
+            for layer, p_BHTS in zip(layers, attentions, strict=True):
+                if p_BHTS is not None:
+                    self._recorder.add(layer, self._measured(layer, p_BHTS, padding))
+            self._recorder.leave(0)
+        if not (self._model.config.output_attentions if self._call.wanted is None else self._call.wanted):
             output.attentions = None
-        return output.to_tuple() if self._as_tuple else output
+        return output.to_tuple() if self._call.as_tuple else output
 
     def _measured(self, layer: int, p_BHTS: Tensor, padding: Tensor | None) -> AttentionEntropy:
         if p_BHTS.dtype == torch.float16:

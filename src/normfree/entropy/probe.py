@@ -1,8 +1,8 @@
 """EntropyProbe: measure the attention heads of any Hugging Face causal LM while it runs.
 
 Inside the context the entry in use in the registry of attention functions is one that measures and then
-calls the function it stands for; on leaving, also after an exception, the registry is as it was. Config,
-hooks of routed models and training mode are never touched.
+calls the function it stands for, and hooks tell when a forward pass is whole; on leaving, also after an
+exception, all is as it was. Config and training mode are never touched.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from normfree.entropy.recorder import SLOT, Recorder
 from normfree.entropy.routing import registry_of, routed_attention
 from normfree.entropy.statistics import HeadEntropy
 from normfree.entropy.support import UnsupportedModel, refusal, without_rows
-from normfree.entropy.swap import RECORDERS, install
+from normfree.entropy.swap import PASSES, RECORDERS, install, watch
 
 ProbeMethod = Literal["auto", "eager"]
 _next_slot = itertools.count()
@@ -31,7 +31,7 @@ _slots_of: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary
 
 
 class EntropyProbe:
-    """Measure every head in each forward pass inside the `with`; a recomputed forward counts once.
+    """Measure every head in each whole forward pass inside the `with`; a recomputed forward counts once.
 
     ```
     with EntropyProbe(model) as probe, torch.no_grad():
@@ -59,6 +59,8 @@ class EntropyProbe:
         self._recorder = Recorder()
         self._hooks = EagerHooks(self._model, self._recorder) if method == "eager" else None
         self._modules = {} if self._hooks else routed_attention(self._model)
+        attend = set(self._modules.values())  # and the modules around them: each may be the one that is called
+        self._watched = [part for part in self._model.modules() if not attend.isdisjoint(part.modules())]
         if not self._hooks and not self._modules:
             raise UnsupportedModel(refusal(self._model.config.model_type))
         self._undo: list[Callable[[], None]] = []
@@ -92,7 +94,7 @@ class EntropyProbe:
             )
 
     def statistics(self) -> HeadEntropy:
-        """Sums and counts over all forward passes so far. Raises ValueError if there was none."""
+        """Sums and counts over all whole forward passes so far. Raises ValueError if there was none."""
         if not self._recorder.sums:
             raise ValueError(
                 "nothing was measured: call the model inside `with EntropyProbe(model) as probe:`; if you did, its "
@@ -103,8 +105,12 @@ class EntropyProbe:
 
     def _attach(self) -> None:
         entries = {}
-        for key, module in self._modules.items():
+        for module in self._watched:
             slot = _slots_of.setdefault(module, next(_next_slot))
+            PASSES[slot] = self._recorder
+            self._undo += [handle.remove for handle in watch(module, slot)]
+        for key, module in self._modules.items():
+            slot = _slots_of[module]
             RECORDERS[slot] = (self._recorder, cast(int, module.layer_idx), self._patterns)
             setattr(module, SLOT, slot)
             registry = registry_of(module)
@@ -119,6 +125,8 @@ class EntropyProbe:
     def _detach(self) -> None:
         while self._undo:
             self._undo.pop()()
+        for module in self._watched:
+            PASSES.pop(_slots_of.get(module, -1), None)
         for module in self._modules.values():
             if hasattr(module, SLOT):
                 delattr(module, SLOT)

@@ -4,7 +4,11 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,12 +30,44 @@ def is_recomputation() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+class _Pass(threading.local):
+    """The forward pass under way in this thread: the modules it is inside of, outermost first, and its sums."""
+
+    def __init__(self) -> None:
+        self.inside: list[int] = []
+        self.frame: FrameType | None = None
+        self.sums: dict[int, dict[str, Tensor]] = {}
+
+
 @dataclass
 class Recorder:
-    """Adds calls up by layer. Sums stay on the device, so that recording waits for nothing."""
+    """Adds calls up by layer. Sums stay on the device, so that recording waits for nothing.
+
+    A forward pass counts once its outermost module has returned; one that ends in an exception leaves nothing.
+    """
 
     sums: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     _slots: dict[int, int] = field(default_factory=dict)
+    _pass: _Pass = field(default_factory=_Pass)
+    _lock: Any = field(default_factory=threading.Lock)
+
+    def enter(self, slot: int, frame: FrameType | None = None) -> None:
+        """Begin a module's forward call, `frame` where Python runs it: a pass whose frame is gone has ended in an
+        exception, also one in compiled code (without a frame) that seems to enter a module twice."""
+        inside = self._pass.inside
+        if not inside or slot in inside or not _is_running(self._pass.frame):
+            inside.clear()
+            self._pass.sums, self._pass.frame = {}, frame
+        inside.append(slot)
+
+    def leave(self, slot: int) -> None:
+        """End a module's forward call, and with the outermost one the pass."""
+        inside = self._pass.inside
+        if slot in inside:
+            del inside[inside.index(slot) :]
+            if not inside:
+                self._pass.frame = None
+                self._count()
 
     def add(self, layer: int, measured: AttentionEntropy, *, slot: int = 0) -> None:
         """Add the rows of one attention call; `slot` says of which module. Raises ValueError for a second module that
@@ -41,26 +77,46 @@ class Recorder:
                 f"two attention modules call themselves layer {layer} (an encoder and a decoder, or parts side by "
                 "side); probe one part alone, of an encoder and a decoder EntropyProbe(model.get_decoder())"
             )
-        new = _sums(measured)
-        old = self.sums.get(layer)
-        if old is None:
-            self.sums[layer] = new
-            return
-        for name, value in new.items():
-            old[name] = old[name] + value.to(old[name].device)  # not in place: one call may be in inference mode
+        self._pass.sums = _plus(self._pass.sums, {layer: _sums(measured)})
+        if not self._pass.inside:
+            self._count()
+
+    def _count(self) -> None:
+        with self._lock:
+            self.sums = _plus(self.sums, self._pass.sums)
+        self._pass.sums = {}
 
     def statistics(self) -> HeadEntropy:
-        """Everything so far, on the CPU."""
-        layers = sorted(self.sums)
-        heads = [len(self.sums[layer]["rows"]) for layer in layers]
-        joined = {name: self._join(name, max(heads)) for name in self.sums[layers[0]]}
-        return HeadEntropy(layers, heads, **joined)
+        """All whole passes so far, on the CPU."""
+        sums = dict(sorted(self.sums.items()))
+        heads = [len(layer["rows"]) for layer in sums.values()]
+        names = next(iter(sums.values()))
+        joined = {name: _join([layer[name] for layer in sums.values()], name, max(heads)) for name in names}
+        return HeadEntropy(list(sums), heads, **joined)
 
-    def _join(self, name: str, heads: int) -> Tensor:
-        dtype = torch.int64 if name in COUNTS else torch.float64
-        parts = [self.sums[layer][name].cpu().to(dtype) for layer in sorted(self.sums)]
-        padded = [torch.nn.functional.pad(part, (0, heads - len(part))) if part.dim() else part for part in parts]
-        return torch.stack(padded)
+
+def _is_running(frame: FrameType | None) -> bool:
+    """Whether this thread is inside of the frame; None, which says nothing, counts as running."""
+    current = sys._getframe()
+    while current is not None and current is not frame:
+        current = current.f_back
+    return current is frame
+
+
+def _plus(sums: dict[int, dict[str, Tensor]], more: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
+    joined = sums | more
+    for layer in sums.keys() & more.keys():  # not in place: one call may be in inference mode
+        old, new = sums[layer], more[layer]
+        joined[layer] = {name: value + new[name].to(value.device) for name, value in old.items()}
+    return joined
+
+
+def _join(parts: list[Tensor], name: str, heads: int) -> Tensor:
+    dtype = torch.int64 if name in COUNTS else torch.float64
+    parts = [part.cpu().to(dtype) for part in parts]
+    return torch.stack(
+        [torch.nn.functional.pad(part, (0, heads - len(part))) if part.dim() else part for part in parts]
+    )
 
 
 def _sums(measured: AttentionEntropy) -> dict[str, Tensor]:

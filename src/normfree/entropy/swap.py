@@ -7,12 +7,15 @@ from one probe to the next: what a slot means is looked up when the operator run
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, library, nn
+from torch._dynamo.decorators import skip_code
+from torch.utils.hooks import RemovableHandle
 from transformers.modeling_utils import AttentionInterface
 
 from normfree.entropy.functional import attention_entropy
@@ -23,6 +26,9 @@ from normfree.entropy.visibility import last_key_is_hidden, padding_rows
 
 RECORDERS: dict[int, tuple[Recorder, int, bool]] = {}
 """slot -> where to add, the layer's index, whether patterns are wanted."""
+
+PASSES: dict[int, Recorder] = {}
+"""slot of an attention module, or of one around it -> the recorder whose passes go through it."""
 
 _covered: dict[tuple[int, str], _Covered] = {}
 # An operator that changes nothing would be dropped by a compiler; this one claims to write here.
@@ -83,6 +89,37 @@ def _measuring(name: str, original: Callable[..., Any] | None) -> Callable[..., 
         return attend(module, query, key, value, attention_mask, *args, **asked)
 
     return measured_attention
+
+
+def watch(module: nn.Module, slot: int) -> list[RemovableHandle]:
+    """Tell the recorder when a forward call of the module begins and when it has returned."""
+
+    enter, leave = (functools.partial(_cross, slot, enters) for enters in (True, False))
+    return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+
+
+def _cross(slot: int, enters: bool, *_: Any) -> None:
+    torch.ops.normfree.cross_module(_ticket, slot, enters)  # an operator: a compiler keeps their order
+
+
+skip_code(_cross.__code__)  # around a compiled module it runs as it is, instead of being compiled by itself
+
+
+@library.custom_op("normfree::cross_module", mutates_args={"ticket"}, tags=(torch.Tag.cudagraph_unsafe,))
+def _cross_module(ticket: Tensor, slot: int, enters: bool) -> None:
+    if slot in PASSES and not is_recomputation():
+        if not enters:
+            PASSES[slot].leave(slot)
+            return
+        frame = sys._getframe()
+        while frame is not None and frame.f_code is not _cross.__code__:
+            frame = frame.f_back
+        PASSES[slot].enter(slot, frame and frame.f_back)  # whoever called the hook
+
+
+@_cross_module.register_fake
+def _(ticket, slot, enters):
+    return None
 
 
 def _begins_anew(visible_BHT: Tensor) -> bool:
