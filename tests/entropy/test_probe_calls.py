@@ -10,7 +10,7 @@ import torch
 from families import tiny_model
 from test_probe import IDS, LEFT_PADDED, MASK, by_eager_matrices, measure
 from transformers import DynamicCache, StaticCache
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from normfree.entropy import EntropyProbe, UnsupportedModel
@@ -112,7 +112,7 @@ def test_several_texts_in_one_row_are_refused(key):
 
 
 @pytest.fixture
-def toy_flash():
+def toy_flash(monkeypatch):
     """Real flash attention needs a GPU; what the registry hands it is the same here, and its window is its own."""
 
     def flash(module, query, key, value, attention_mask, *, scaling, sliding_window=None, **asked):
@@ -125,9 +125,9 @@ def toy_flash():
         return output.transpose(1, 2), None
 
     ALL_ATTENTION_FUNCTIONS["toy_flash"] = flash
-    ALL_MASK_ATTENTION_FUNCTIONS["toy_flash"] = ALL_MASK_ATTENTION_FUNCTIONS["flash_attention_2"]
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "toy_flash", flash_attention_mask)
     yield "toy_flash"
-    del ALL_ATTENTION_FUNCTIONS["toy_flash"], ALL_MASK_ATTENTION_FUNCTIONS["toy_flash"]
+    del ALL_ATTENTION_FUNCTIONS["toy_flash"]
 
 
 def test_texts_that_flash_attention_tells_apart_by_position_are_refused(toy_flash):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.masking_utils import AttentionMaskInterface, eager_mask, flash_attention_mask, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from normfree.entropy.support import CROSS_ATTENTION_NAMES, UnsupportedModel
@@ -54,13 +55,21 @@ def scores_asked(
 
     Follows transformers 5.23: `sdpa` and eager functions take windows from the mask alone, flash ones
     from `sliding_window`; a missing mask means causal for sdpa and flash, everything visible for eager.
+    A function of the user's own is of the kind whose masks are registered under its name.
     """
     if name.startswith("paged|") or not (mask is None or isinstance(mask, Tensor)):
         raise UnsupportedModel(
             f"attention implementation {name!r} with a {type(mask).__name__} mask is not read here; "
             f"load the model with attn_implementation='sdpa'"
         )
-    if name == "eager" and mask is not None and mask.dtype == torch.bool:
+    kind = _kind(name)
+    if kind is None and (mask is None or mask.dim() != 4):
+        raise UnsupportedModel(
+            f"no mask says which keys the attention function {name!r} hides; register the masks that it follows, "
+            f"AttentionMaskInterface.register({name!r}, eager_mask) or sdpa_mask, both of transformers.masking_utils, "
+            "or call the model with a mask of (batch, heads, queries, keys)"
+        )
+    if kind == "eager" and mask is not None and mask.dtype == torch.bool:
         raise UnsupportedModel(
             "most families' eager attention adds its mask to the scores, and a boolean one added hides nothing: give a "
             "float mask (0 and -inf), or load the model with attn_implementation='sdpa'"
@@ -73,8 +82,8 @@ def scores_asked(
             )
     own_causal = asked.get("is_causal")
     own_causal = getattr(module, "is_causal", True) if own_causal is None else own_causal
-    is_flash = "flash" in name
-    causal = bool(own_causal) and (is_flash or (q.shape[2] > 1 and mask is None and name != "eager"))
+    is_flash = kind == "flash"
+    causal = bool(own_causal) and (is_flash or (q.shape[2] > 1 and mask is None and kind == "sdpa"))
     if causal and mask is None and not is_flash and k.shape[2] > q.shape[2]:
         k = k[:, :, : q.shape[2]]  # sdpa's prefill into an empty static cache: the rest is not there yet
     scale = asked.get("scaling")
@@ -93,6 +102,16 @@ def scores_asked(
         "own_keys": _own_keys(module, q.shape[2], k.shape[2]),
         "positions": asked.get("position_ids") if is_flash and mask is None and q.shape[2] > 1 else None,
     }
+
+
+def _kind(name: str) -> str | None:
+    """What a function makes of its mask: as 'sdpa', 'eager' or 'flash' does, or None where nothing says."""
+    if name in ("sdpa", "eager"):
+        return name
+    if name.startswith("flash_attention"):
+        return "flash"
+    kinds: dict[Any, str] = {sdpa_mask: "sdpa", eager_mask: "eager", flash_attention_mask: "flash"}
+    return kinds.get(AttentionMaskInterface._global_mapping.get(name))  # masks are made for these names alone
 
 
 def compresses_keys(module: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, library, nn
-from torch._dynamo.decorators import skip_code
+from torch._dynamo.eval_frame import skip_code
 from torch.utils.hooks import RemovableHandle
 from transformers.modeling_utils import AttentionInterface
 
