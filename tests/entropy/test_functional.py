@@ -72,6 +72,17 @@ def test_scores_at_the_limit_of_the_fused_path_are_within_1e_5_nats():
     assert largest_error(result.nats, truth(q, k, causal_by_numpy(512, 512))) < 1e-5
 
 
+@pytest.mark.parametrize("width", [1, 2, 4, 8, 12, 15, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("seed", range(3))
+def test_heads_of_any_width_at_a_bound_of_30_are_within_1e_5_nats(width, seed):
+    q, k = (x.abs() for x in heads(batch=1, query_heads=4, key_heads=4, queries=256, width=width, seed=seed))
+    bound = q.norm(dim=-1).amax(-1) * (k - k.mean(-2, keepdim=True)).norm(dim=-1).amax(-1) * width**-0.5
+    q = q * (30 / bound)[..., None, None]
+    result = attention_entropy(q, k, causal=True)
+    assert largest_error(result.nats, truth(q, k, causal_by_numpy(256, 256))) < 1e-5
+    assert result.path == ("exact" if width < 16 else "fused")
+
+
 def test_only_the_collapsed_head_leaves_the_fused_path():
     q, k = heads()
     q[1, 2] *= 100
