@@ -42,6 +42,26 @@ def test_layers_of_a_hybrid_model_have_the_numbers_that_its_modules_have():
     assert measure(model).layers == measure(model, method="eager").layers == [1, 3]
 
 
+@pytest.mark.parametrize("method", ["auto", "eager"])
+def test_states_of_linear_attention_are_not_attention(method):
+    kinds = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
+    model = eager("minimax", num_hidden_layers=4, layer_types=kinds)
+    found = measure(model, method=method)
+    assert found.layers == [1, 3]
+    assert found.rows.unique().tolist() == [40]
+
+
+@pytest.mark.parametrize("method", ["auto", "eager"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_differential_attention_has_one_row_a_query_and_head(method, implementation):
+    if method == "eager" and implementation == "sdpa":
+        pytest.skip("method='eager' needs eager attention")
+    model = tiny_model("diffllama", attn_implementation=implementation)
+    found = measure(model, mask=LEFT_PADDED, method=method)
+    assert found.rows.unique().tolist() == [34]
+    assert (found.mean_nats() - by_eager_matrices(model, LEFT_PADDED)).abs().max() < 2e-5
+
+
 def test_rows_that_are_no_whole_distribution_are_refused():
     model = eager("bloom")
 

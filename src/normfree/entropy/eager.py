@@ -86,10 +86,10 @@ class EagerHooks:
         if getattr(given.get("past_key_values"), "is_compileable", False):
             raise UnsupportedModel("method='eager' does not read a static cache; use a dynamic one, or none")
         padding = given.get("attention_mask")
-        layers = _attention_layers(self._model.config, len(attentions))
+        layers = _attention_layers(self._model.config, attentions)
         if not is_recomputation():
             self._recorder.enter(0)
-            for layer, p_BHTS in zip(layers, attentions, strict=True):
+            for layer, p_BHTS in layers.items():
                 if p_BHTS is not None:
                     self._recorder.add(layer, self._measured(layer, p_BHTS, padding))
             self._recorder.leave(0)
@@ -121,13 +121,17 @@ class EagerHooks:
         return found
 
 
-def _attention_layers(config: Any, count: int) -> Sequence[int]:
-    """The layers that `count` matrices are of: hybrid models return those of their attention layers alone."""
+def _attention_layers(config: Any, attentions: Sequence[Tensor]) -> dict[int, Tensor]:
+    """The matrices by layer. Hybrid models return those of their attention layers alone, or (minimax) the states of
+    linear attention among them, which are left out."""
     config = config.get_text_config()
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
     softmax = [kind == "hybrid" or (kind.endswith("attention") and kind != "linear_attention") for kind in kinds]
     attend = [layer for layer, is_one in enumerate(softmax) if is_one]
-    return attend if len(attend) == count else range(count)
+    if len(attend) == len(attentions):
+        return dict(zip(attend, attentions, strict=True))
+    softmax = softmax if len(softmax) == len(attentions) else [True] * len(attentions)
+    return {layer: p_BHTS for layer, p_BHTS in enumerate(attentions) if softmax[layer]}
 
 
 def _drops_attention(config: dict[str, Any]) -> bool:

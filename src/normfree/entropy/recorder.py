@@ -36,6 +36,7 @@ class _Pass(threading.local):
     def __init__(self) -> None:
         self.inside: list[int] = []
         self.frame: FrameType | None = None
+        self.attended: tuple[Tensor | None, ...] = ()
         self.sums: dict[int, dict[str, Tensor]] = {}
 
 
@@ -59,15 +60,23 @@ class Recorder:
             inside.clear()
             self._pass.sums, self._pass.frame = {}, frame
         inside.append(slot)
+        self._pass.attended = ()
 
     def leave(self, slot: int) -> None:
         """End a module's forward call, and with the outermost one the pass."""
         inside = self._pass.inside
+        self._pass.attended = ()
         if slot in inside:
             del inside[inside.index(slot) :]
             if not inside:
                 self._pass.frame = None
                 self._count()
+
+    def attends_again(self, *tensors: Tensor | None) -> bool:
+        """Whether the module under way has just attended with these very tensors: diffllama does for each half of its
+        values, and that is one row for a query and head."""
+        before, self._pass.attended = self._pass.attended, tensors if self._pass.inside else ()
+        return bool(before) and [_place(tensor) for tensor in before] == [_place(tensor) for tensor in tensors]
 
     def add(self, layer: int, measured: AttentionEntropy, *, slot: int = 0) -> None:
         """Add the rows of one attention call; `slot` says of which module. Raises ValueError for a second module that
@@ -93,6 +102,10 @@ class Recorder:
         names = next(iter(sums.values()))
         joined = {name: _join([layer[name] for layer in sums.values()], name, max(heads)) for name in names}
         return HeadEntropy(list(sums), heads, **joined)
+
+
+def _place(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    return None if tensor is None else (tensor.data_ptr(), tensor.shape, tensor.stride())
 
 
 def _is_running(frame: FrameType | None) -> bool:

@@ -147,6 +147,8 @@ def _record(
     if slot not in RECORDERS or is_recomputation():
         return
     recorder, layer, patterns = RECORDERS[slot]
+    if recorder.attends_again(q, k, mask):
+        return
     queries, keys = q.shape[2], k.shape[2]
     if positions is not None and bool((positions.diff(dim=-1) != 1).any()):
         raise UnsupportedModel(
