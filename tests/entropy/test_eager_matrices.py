@@ -62,6 +62,22 @@ def test_differential_attention_has_one_row_a_query_and_head(method, implementat
     assert (found.mean_nats() - by_eager_matrices(model, LEFT_PADDED)).abs().max() < 2e-5
 
 
+@pytest.mark.parametrize("family", ["bloom", "falcon", "gptj", "codegen", "gpt_neo", "xglm", "openai-gpt", "mpt"])
+@pytest.mark.parametrize("mask", [MASK, LEFT_PADDED, LEFT_PADDED.flip(1)], ids=["whole", "left", "right"])
+def test_shares_of_sharp_heads_that_round_to_0_do_not_lower_the_ceiling(family, mask):
+    own = {"gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 6}}
+    own |= {name: {"rotary_dim": 4} for name in ("gptj", "codegen")}
+    model = eager(family, **own.get(family, {}))
+    ordinary = measure(model, mask=mask, method="eager").ceiling_nats()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(part in name for part in ("query", "q_proj", "k_proj", "qkv", "Wqkv", "c_attn")):
+                parameter.mul_(30)
+    found = measure(model, mask=mask, method="eager")
+    assert found.mean_nats().mean() < 0.3
+    torch.testing.assert_close(found.ceiling_nats(), ordinary, atol=1e-9, rtol=0)
+
+
 def test_rows_that_are_no_whole_distribution_are_refused():
     model = eager("bloom")
 

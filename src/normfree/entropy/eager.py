@@ -108,7 +108,10 @@ class EagerHooks:
                 "method='eager' knows padding by an attention_mask of (batch, tokens), and got one of "
                 f"{tuple(padding.shape)}; give no mask of rows, and in generation no static cache"
             )
-        found = entropy_of_probabilities(p_BHTS, padding)
+        config = self._model.config
+        is_local = getattr(config, "attention_layers", [])[layer : layer + 1] == ["local"]  # gpt_neo
+        visible = None if self._routed else _causally_visible(p_BHTS, padding, config.window_size if is_local else None)
+        found = entropy_of_probabilities(p_BHTS, padding, visible)
         # What routes is served better by method='auto', and some of it reports weights without their sink.
         if not self._routed:
             total_BHT = p_BHTS.sum(-1, dtype=torch.float32)
@@ -142,8 +145,26 @@ def _drops_attention(config: dict[str, Any]) -> bool:
     return found or any(_drops_attention(part) for part in nested)
 
 
-def entropy_of_probabilities(p_BHTS: Tensor, padding: Tensor | None = None) -> AttentionEntropy:
-    """Entropy of given attention matrices (B, H, T, S); a key counts as visible if any head puts mass on it.
+def _causally_visible(p_BHTS: Tensor, padding: Tensor | None, window: int | None) -> Tensor | None:
+    """(B or 1, 1, T, S): what causality, a window and padding leave to see; None where a row sees a later token."""
+    queries, keys = p_BHTS.shape[-2:]
+    padding = None if padding is None or padding.shape[-1] != keys else padding[:, None]
+    later_BHT = (p_BHTS.triu(keys - queries + 1) > 0).any(-1)
+    if padding is not None:  # rows of padding are uniform over all keys
+        later_BHT = later_BHT & (padding[..., -queries:] != 0)
+    if bool(later_BHT.any()):
+        return None
+    visible_TS = torch.ones(queries, keys, dtype=torch.bool, device=p_BHTS.device).tril(keys - queries)
+    if window is not None:
+        visible_TS = visible_TS.triu(keys - queries - window + 1)
+    return visible_TS[None, None] if padding is None else visible_TS & (padding[:, None] != 0)
+
+
+def entropy_of_probabilities(
+    p_BHTS: Tensor, padding: Tensor | None = None, visible_B1TS: Tensor | None = None
+) -> AttentionEntropy:
+    """Entropy of given attention matrices (B, H, T, S); a key counts as visible if any head puts mass on it, or
+    `visible_B1TS` says so: shares of very sharp heads are rounded to 0.
 
     `padding` (B, up to and with the queries), 0 for padding, leaves out the rows of padded queries. Where it is shorter
     than T, what the model itself put before the tokens (the image of git) is no padding.
@@ -153,6 +174,8 @@ def entropy_of_probabilities(p_BHTS: Tensor, padding: Tensor | None = None) -> A
     seen_B1TS = (p_BHTS > 0).any(1, keepdim=True)
     # Where a head is NaN the others tell what may be seen; where all are, nobody does.
     untold_B1T1 = p_BHTS.isnan().any(-1, keepdim=True).all(1, keepdim=True)
+    if visible_B1TS is not None:
+        seen_B1TS = seen_B1TS | visible_B1TS
     visible_B1T = (seen_B1TS | (untold_B1T1 & p_BHTS.isnan().any(1, keepdim=True))).sum(-1)
     if padding is not None:
         queries = p_BHTS.shape[2]
