@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from normfree.evaluate import checked_context, perplexity
-from normfree.measures.perplexity import Evaluation, evaluate_blocks, sees_later_tokens
+from normfree.measures.perplexity import Evaluation, evaluate_blocks, next_token_nats, sees_later_tokens
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
 
 

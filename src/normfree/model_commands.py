@@ -254,7 +254,7 @@ def measure(name: str, options: MeasureOptions) -> None:
     groups = group_runs([run])
     print("\n".join(to_markdown(make(groups)) for make in (layer_table, verdict_table)))
     if not facts["causal"]:
-        print("not causal: queries see later tokens, so ceilings are the mean of ln(tokens visible)")
+        print("not causal: queries see later tokens; ceilings are means of ln(visible)")
     print(f"{measured.seconds:.1f} s, peak memory {measured.peak_memory_mib:.0f} MiB")
     print(f"The page: {page}")
 

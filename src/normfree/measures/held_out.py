@@ -32,12 +32,15 @@ def measure_batches(
     """Pass batches through the model in evaluation mode, without gradients, while the measures read.
 
     Logits are computed only where a measure needs them. `progress` is the title of a bar, shown on a terminal.
+    Raises ValueError where there is no batch, or a measure refuses the model.
     """
     device = next(model.parameters()).device
     total = len(batches) if isinstance(batches, Sized) else None
     call = partial(model, use_cache=False) if any(m.needs_logits for m in measures) else without_logits(model)
     batches = iter(batches)
-    first = next(batches)
+    first = next(batches, None)
+    if first is None:
+        raise ValueError("there is nothing to measure: give at least one sequence")
     for measure in measures:
         measure.check(first)
     with ExitStack() as inside:
@@ -45,13 +48,7 @@ def measure_batches(
         for measure in measures:
             inside.enter_context(measure)
         shown = {"total": total, "desc": progress, "disable": None if progress else True, "leave": False}
-        for batch in tqdm(
-            itertools.chain([first], batches),
-            total=total,
-            desc=progress,
-            disable=None if progress else True,
-            leave=False,
-        ):
+        for batch in tqdm(itertools.chain([first], batches), **shown):
             inputs = {name: value.to(device) for name, value in batch.items()}
             labels_BT = inputs.pop("labels", None)
             for measure in measures:

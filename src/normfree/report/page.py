@@ -103,15 +103,12 @@ def _measured(run: Run) -> str:
     facts = run.facts["measurement"]
     windows = "1 window" if facts["sequences"] == 1 else f"{facts['sequences']} windows"
     first = f", each with {''.join(facts['leading_tokens'])} first" if facts["leading_tokens"] else ""
-    later = (
-        ""
-        if facts["causal"]
-        else "; not causal: queries see later tokens, so ceilings are the mean of ln(tokens visible)"
-    )
+    later = "" if facts["causal"] else "; not causal: queries see later tokens; ceilings are means of ln(visible)"
     whose = "on the GPU" if facts["device"].startswith("cuda") else "of the process"
     return (
         f"{facts['name']}: {windows} of {facts['context']} tokens from {facts['text']}{first}{later}; "
-        f"on {facts['device']}, {duration(run.facts['wall_seconds'])}, peak memory {whose} {facts['peak_memory_mib']:.0f} MiB"
+        f"on {facts['device']}, {duration(run.facts['wall_seconds'])}, "
+        f"peak memory {whose} {facts['peak_memory_mib']:.0f} MiB"
     )
 
 

@@ -30,9 +30,7 @@ def layer_table(groups: Sequence[Group]) -> Table:
             nats = (mean_L[layer], entropy_H.min(), entropy_H.max(), heads.ceiling_L[layer])
             broken = int(broken_LH[layer].sum())
             near = f"{int((share_LH[layer] >= OVERLOAD_SHARE).sum())} of {len(entropy_H)}"
-            rows.append(
-                (run.label, str(number), *(f"{value:.3f}" for value in nats), near, str(int(broken_LH[layer].sum())))
-            )
+            rows.append((run.label, str(number), *(f"{value:.3f}" for value in nats), near, str(broken)))
     columns = (Column("Model", numeric=False), Column("Layer"), *(Column(name) for name in names))
     notes = ("A layer with a head that is not finite has no mean. Layers and heads count from 0.",)
     return Table("layers", "Entropy of each layer, in nats", columns, tuple(rows), notes)
