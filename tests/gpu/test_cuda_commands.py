@@ -1,8 +1,7 @@
-"""`evaluate`, `entropy` and `verify` on runs that were trained on CUDA, without a word about the device."""
+"""`evaluate`, `measure` and `verify` on runs that were trained on CUDA, without a word about the device."""
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -59,15 +58,15 @@ def test_entropy_repeats_the_final_entropies_and_names_the_device(
 ) -> None:
     output = tmp_path / "heads"
     words = [f"cache_dir={cache}", "sequences=16", "batch=4", f"dtype={dtype}", f"output={output}"]
-    status, out, err = run("entropy", str(trained), *words, capsys=capsys)
+    status, out, err = run("measure", str(trained), *words, capsys=capsys)
     assert status == 0, err
-    found = json.loads((output / "entropy.json").read_text())
-    assert found["device"].startswith(DEVICE)
-    assert found["peak_memory_mib"] > 0
+    measured = read_run(output)
+    assert measured.facts["measurement"]["device"].startswith(DEVICE)
+    assert measured.facts["measurement"]["peak_memory_mib"] > 0
     recorded = torch.tensor(read_run(trained).last("final", "entropy_nats"))
-    torch.testing.assert_close(torch.tensor(found["entropy_nats"]), recorded, atol=tolerance, rtol=0)
+    torch.testing.assert_close(torch.tensor(measured.last("final", "entropy_nats")), recorded, atol=tolerance, rtol=0)
     assert "peak memory" in out
-    assert not torch.tensor(found["nonfinite_rows"]).any()
+    assert not torch.tensor(measured.last("final", "nonfinite_rows")).any()
 
 
 def test_verify_finds_every_part_sound(trained: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
