@@ -33,7 +33,6 @@ ALLOWED = {
     "studies": {"analysis", "compose", "config", "data", "records", "report", "training", "workers"},
     "sweep": {"compose", "records", "studies", "training"},
     "verify": {"manifest", "config", "data", "records", "training"},
-    "simulate": {"cost", "measure", "pretrained", "records"},
     "commands": None,
     "cost_commands": None,
     "model_commands": None,

@@ -7,8 +7,8 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from io import TextIOWrapper
 from typing import Any
 
@@ -38,8 +38,6 @@ class Verb:
     """Dataclass of its keys; None means the keys of a run."""
     corpus_only: bool = False
     """Of the keys of a run, it takes those that decide a corpus."""
-    forms: Mapping[str, Verb] = field(default_factory=dict)
-    """What else the verb does, by the word that follows it."""
 
 
 VERBS = {
@@ -78,22 +76,6 @@ VERBS = {
         "communication and rounds of a model in private inference",
         "normfree cost gpt2-t128 variant=sm-r",
         cost_commands.CostOptions,
-        forms={
-            "calibrate": Verb(
-                cost_commands.calibrate,
-                "",
-                "measure the prices again in the SPU simulator and write a file of constants",
-                "normfree cost calibrate python=spu/bin/python",
-                cost_commands.CalibrateOptions,
-            ),
-            "measure": Verb(
-                cost_commands.measure,
-                "RUN",
-                "run one block of a trained run in the SPU simulator, beside the prediction",
-                "normfree cost measure runs/quick/sm-r-seed0 python=spu/bin/python",
-                cost_commands.MeasureOptions,
-            ),
-        },
     ),
     "verify": Verb(
         commands.verify,
@@ -166,8 +148,6 @@ def dispatch(words: Sequence[str]) -> None:
     if name not in VERBS:
         raise UsageError(f"unknown verb {name!r}; {nearest(name, list(VERBS))}")
     verb = VERBS[name]
-    if rest and rest[0] in verb.forms:
-        name, verb, rest = f"{name} {rest[0]}", verb.forms[rest[0]], rest[1:]
     if any(word in HELP for word in rest):
         print(help_for(name, verb))
         return
@@ -231,18 +211,16 @@ def overview() -> str:
         f"normfree {__version__}: train transformers without LayerNorm and measure what their heads do",
         "",
     ]
-    every = [each for verb in VERBS.values() for each in (verb, *verb.forms.values())]
-    width = max(len(verb.example) for verb in every)
-    lines += [f"  {verb.example:<{width}}  {verb.summary}" for verb in every]
+    width = max(len(verb.example) for verb in VERBS.values())
+    lines += [f"  {verb.example:<{width}}  {verb.summary}" for verb in VERBS.values()]
     lines += ["", "normfree VERB --help explains a verb; --debug shows the stack trace of an error."]
     return "\n".join(lines)
 
 
 def help_for(name: str, verb: Verb) -> str:
-    """What a verb takes: its objects, an example and every key with its default; then the same of its forms."""
+    """What a verb takes: its objects, an example and every key with its default."""
     usage = " ".join(filter(None, ["normfree", name, verb.objects, "[key=value ...]"]))
-    lines = [usage, f"  {verb.summary}", "", f"example: {verb.example}", "", *_key_help(verb)]
-    return "\n\n".join(["\n".join(lines), *(help_for(f"{name} {word}", form) for word, form in verb.forms.items())])
+    return "\n".join([usage, f"  {verb.summary}", "", f"example: {verb.example}", "", *_key_help(verb)])
 
 
 def _key_help(verb: Verb) -> list[str]:

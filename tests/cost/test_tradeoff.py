@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from normfree.analysis.groups import group_runs
-from normfree.cost import of_run, pareto_front, trade_off, trade_off_table
+from normfree.cost import of_run, trade_off, trade_off_table
+from normfree.cost.tradeoff import pareto_front
 from tests.synthetic import study, write_run
 
 POINTS = st.lists(st.tuples(st.integers(0, 5).map(float), st.integers(0, 5).map(float)), max_size=12)

@@ -78,7 +78,7 @@ def _tree_rounds(price: Mapping[str, Any], item: Count) -> int:
 
 def load_constants(path: Path | str = CONSTANTS_FILE) -> dict[str, Any]:
     """The content of a file of constants. Raises ValueError for a file that is none, and for another version."""
-    path, advice = Path(path), "name a file that `normfree cost calibrate output=FILE` has written"
+    path, advice = Path(path), "name a file of constants (docs/private-inference.md, Measuring again)"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

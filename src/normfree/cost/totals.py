@@ -125,7 +125,7 @@ def of_config(
     constants: Path | str = CONSTANTS_FILE,
 ) -> Cost:
     """The cost of a model from its config: an object of transformers, or the content of a config.json.
-    `constants` is a file that `normfree cost calibrate` wrote; the default is the package's own.
+    `constants` is a file of prices like the package's own, which is the default.
 
     Raises ValueError for a family, a protocol or a network that the tables do not know, and NoPriceError (a
     ValueError) for an activation or a norm without a price.

@@ -1,10 +1,12 @@
-"""Runs in the virtual environment of SecretFlow SPU, never in ours: `python simulator.py < job.json > traffic.json`.
+"""Runs in the virtual environment of SecretFlow SPU, never in ours: `python simulator.py < job.json > answer.json`.
 
-The job is `{"protocol": "cheetah", "operation": "softmax", "shapes": [[64, 128], [128, 128]]}`; the answer is one
-`[bytes over both directions, messages of one party, bytes of matrix products]` per shape, and the versions. The
+The job is `{"protocol": "cheetah", "operation": "softmax", "shapes": [[64, 128], [128, 128]]}`; the answer has one
+`[bytes over both directions, messages of one party, bytes of matrix products]` per shape, and the settings. The
 operation "block" is one block of a model instead: `inputs` and `output` name .npz files, `settings` says how it is
 built, `copies` how many times each program runs it. Every input is secret. The constants depend on how an operation is
 written down, so the formulas below are part of them.
+
+Shape legend: T tokens, E hidden size
 """
 
 # pyright: reportMissingImports=false
@@ -16,8 +18,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -31,6 +32,7 @@ PROTOCOLS = {"cheetah": spu.ProtocolKind.CHEETAH, "semi2k": spu.ProtocolKind.SEM
 FRACTION_BITS = 18
 PATIENCE_MS = 600_000
 """How long a party waits for a message. SPU's 30 seconds are less than a wide product of CHEETAH takes on two cores."""
+LINK_DESCRIPTION = spu.link.Desc
 LINK = re.compile(r"Link details: total send bytes (\d+), recv bytes (\d+), send actions (\d+)")
 PRODUCTS = re.compile(r"pphlo\.dot(?:_general)?, .*?send bytes (\d+) recv bytes (\d+)")
 
@@ -136,42 +138,22 @@ def block(x, weights, public, settings):
 
 
 def run_block(job: dict) -> list[tuple[int, int, int]]:
-    """Traffic of programs that run the block once, twice, ...; the output of the first goes to its file."""
-    arrays = dict(np.load(job["inputs"]))
-    hidden = arrays.pop("hidden")
-    public = {name: arrays.pop(name) for name in ("cosines", "sines") if name in arrays}
-    answers: list[tuple[int, int, int]] = []
-    outputs: list[Any] = []
+    """Traffic of programs that run the block once, twice, ...; the output of the last one's first goes to its file."""
+    weights = dict(np.load(job["inputs"]))
+    hidden = weights.pop("hidden")
+    public = {name: weights.pop(name) for name in ("cosines", "sines") if name in weights}
+
+    def program(inputs, weights):
+        return [block(x, weights, public, job["settings"]) for x in inputs]
+
+    answers, outputs = [], []
     for copies in job["copies"]:
         # Different inputs, or the compiler would run one block for both.
         inputs = [hidden + 0.01 * copy for copy in range(copies)]
-        one, results = traffic(
-            job["protocol"],
-            lambda xs, weights: [block(x, weights, public, job["settings"]) for x in xs],
-            inputs,
-            arrays,
-        )
-        answers.append(one)
-        outputs.append(results[0])
+        answer, outputs = traffic(job["protocol"], program, inputs, weights)
+        answers.append(answer)
     np.savez(job["output"], output=outputs[0])
     return answers
-
-
-@contextmanager
-def patient_parties() -> Iterator[None]:
-    """The simulator describes its links itself, with SPU's own limit of time."""
-    describe = spu.link.Desc
-
-    def described():
-        description = describe()
-        description.recv_timeout_ms = PATIENCE_MS
-        return description
-
-    spu.link.Desc = described
-    try:
-        yield
-    finally:
-        spu.link.Desc = describe
 
 
 def traffic(protocol: str, function: Callable, *inputs) -> tuple[tuple[int, int, int], Any]:
@@ -184,18 +166,17 @@ def traffic(protocol: str, function: Callable, *inputs) -> tuple[tuple[int, int,
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
         try:
-            with patient_parties():
-                result = simulation.sim_jax(simulation.Simulator(2, config), function)(*inputs)
+            result = simulation.sim_jax(simulation.Simulator(2, config), function)(*inputs)
         finally:
             for stream, copy in zip((1, 2), saved, strict=True):
                 os.dup2(copy, stream)
                 os.close(copy)
         log.seek(0)
         text = log.read().decode()
-    found = LINK.search(text)
-    if found is None:
+    link = LINK.search(text)
+    if link is None:
         raise RuntimeError(f"SPU logged no link details:\n{text[-2000:]}")
-    sent, received, messages = map(int, found.groups())
+    sent, received, messages = map(int, link.groups())
     products = sum(int(number) for line in PRODUCTS.findall(text) for number in line)
     return (sent + received, messages, products), result
 
@@ -211,11 +192,18 @@ def run_operation(job: dict) -> list[tuple[int, int, int]]:
     return answers
 
 
+def describe_link() -> spu.link.Desc:
+    description = LINK_DESCRIPTION()
+    description.recv_timeout_ms = PATIENCE_MS
+    return description
+
+
 def main() -> None:
+    spu.link.Desc = describe_link  # the simulator describes its links itself, with SPU's own limit of time
     job = json.load(sys.stdin)
     answers = run_block(job) if job["operation"] == "block" else run_operation(job)
-    versions = {name: version(name) for name in ("spu", "jax", "numpy")}
-    print(json.dumps({"traffic": answers, "versions": versions, "fraction_bits": FRACTION_BITS}))
+    versions = ", ".join(f"{name} {version(name)}" for name in ("spu", "jax", "numpy"))
+    print(json.dumps({"traffic": answers, "settings": f"{versions}, FM64, {FRACTION_BITS} fractional bits"}))
 
 
 if __name__ == "__main__":
