@@ -9,6 +9,8 @@ Tables: rates, unfinished, and every table of the report. Several folders may be
 `mixed` before `-->` shows runs of different recipes side by side, which is refused otherwise. A test fails when a page
 differs from what the records give.
 
+`<!-- quantities -->` is the table of all that can be measured.
+
 A figure of the report's main page is drawn the same way, without a test, since another matplotlib gives other bytes:
 
     <!-- figure: entropy_nats-heads of results/quick -->
@@ -25,9 +27,11 @@ from normfree.analysis.entropy import probed_heads, top_quarter_share
 from normfree.analysis.groups import Group, all_runs, group_runs
 from normfree.analysis.seeds import paired_difference, summarise
 from normfree.manifest import write_atomically
+from normfree.measures import MEASURES
 from normfree.records import find_runs
 from normfree.report.render import to_png
 from normfree.report.sections import SECTIONS, figures_of
+from normfree.store.quantities import QUANTITIES
 from normfree.tables import Column, Table, to_markdown
 from normfree.tables.results import percent_with_interval
 
@@ -36,6 +40,7 @@ END = "<!-- end -->"
 MARKER = re.compile(
     r"(<!-- table: (?P<name>\S+) of (?P<places>[^>]+?)(?P<mixed> mixed)? -->\n).*?<!-- end -->", re.DOTALL
 )
+QUANTITIES_MARKER = re.compile(r"(<!-- quantities -->\n).*?<!-- end -->", re.DOTALL)
 FIGURE = re.compile(
     r"<!-- figure: (?P<name>\S+) of (?P<places>[^>]+?)(?P<mixed> mixed)? -->\n!\[[^\]]*\]\((?P<path>[^)\s]+)\)"
 )
@@ -90,6 +95,24 @@ TABLES: dict[str, Callable[[Sequence[Group]], Table]] = {
 }
 
 
+def quantity_table() -> Table:
+    """Every quantity: the measure that gives it, axes, unit, ceiling and meaning."""
+    given_by = {name: measure for measure, kind in MEASURES.items() for name in kind.gives}
+    rows = tuple(
+        (
+            quantity.name,
+            given_by.get(quantity.name, "every training run"),
+            ", ".join(quantity.axes) or "-",
+            quantity.unit or "-",
+            "-" if quantity.ceiling is None else str(quantity.ceiling),
+            quantity.meaning,
+        )
+        for quantity in QUANTITIES.values()
+    )
+    titles = ("Quantity", "Measure", "Axes", "Unit", "Ceiling", "Meaning")
+    return Table("quantities", "Quantities", tuple(Column(title, numeric=False) for title in titles), rows)
+
+
 def pages() -> list[Path]:
     """Every page that may hold a marker."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -105,6 +128,7 @@ def filled(text: str) -> str:
         groups = group_runs(find_runs(_folders(match["places"])), mix=bool(match["mixed"]))
         return f"{match[1]}\n{to_markdown(TABLES[name](groups))}\n{END}"
 
+    text = QUANTITIES_MARKER.sub(lambda match: f"{match[1]}\n{to_markdown(quantity_table())}\n{END}", text)
     return MARKER.sub(table, text)
 
 

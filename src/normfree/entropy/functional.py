@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, library
@@ -240,6 +240,14 @@ def _fields(found: Measured, patterns: bool) -> tuple[Tensor, Tensor, Tensor, Te
 
 def _result(nats: Tensor, visible: Tensor, exact: Tensor, *optional: Tensor) -> AttentionEntropy:
     return AttentionEntropy(nats, visible, exact, *(None if value.dim() == 1 else value for value in optional))
+
+
+def request_of(q: Tensor, scores: dict[str, Any]) -> Request:
+    """The attention call behind `scores_asked`, without gradients."""
+    k, mask = scores["k"].detach(), scores["mask"]
+    mask = None if mask is None else _as_4d(mask.detach(), q, k)
+    how = (scores["scale"], scores["causal"], scores["window"], scores["softcap"])
+    return _request(q.detach(), k, mask, scores["sinks"], *how, patterns=False)
 
 
 def _as_4d(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:

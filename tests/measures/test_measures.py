@@ -1,0 +1,104 @@
+"""Every measure: recorded by a run, drawn by its report, listed in the docs; and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from normfree.config import RunSpec
+from normfree.measures import MEASURES, periods_of
+from normfree.measures.heads import Heads
+from normfree.measures.measure import Measure
+from normfree.records import Run, read_run
+from normfree.report import build_report
+from normfree.store.quantities import QUANTITIES, Quantity
+from normfree.training import train
+
+Build = Callable[..., RunSpec]
+LAYERS, HEADS = 2, 2
+FIGURES = {("layer", "head"): ("heads", "layers"), ("layer",): ("depth", "layers"), (): ("curves",)}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory, tiny: list[str], cache: Path) -> Run:
+    """A run with every measure; its slopes are learnable, so that it has all quantities."""
+    from normfree.compose import compose_run
+
+    words = [*tiny, "variant=leaky-per-layer", f"probe.measures=[{','.join(MEASURES)}]"]
+    return read_run(train(compose_run(words).spec, runs_dir=tmp_path_factory.mktemp("runs"), cache=cache))
+
+
+@pytest.mark.parametrize("name", [name for kind in MEASURES.values() for name in kind.gives])
+def test_a_run_records_every_quantity_with_its_description(measured: Run, name: str) -> None:
+    quantity = QUANTITIES[name]
+    assert measured.quantities[name] == quantity
+    shape = tuple({"layer": LAYERS, "head": HEADS}[axis] for axis in quantity.axes)
+    assert np.array(measured.last("final", name)).shape == shape
+    assert [step for step, _ in measured.series("probe", name)] == [0, 2, 4, 6]
+
+
+def test_the_report_draws_every_quantity_from_its_description(measured: Run, tmp_path: Path) -> None:
+    build_report([measured], tmp_path)
+    page = (tmp_path / "index.html").read_text()
+    frames = {axes: pd.read_csv(tmp_path / "numbers" / f"{axes[-1]}s.csv") for axes in (("layer",), ("layer", "head"))}
+    for quantity in (QUANTITIES[name] for kind in MEASURES.values() for name in kind.gives):
+        if quantity.axes:
+            values = np.array(measured.last("final", quantity.name))
+            assert np.allclose(frames[quantity.axes][quantity.name], values.ravel())
+        for kind in FIGURES[quantity.axes] if quantity.drawn != "no" else ():
+            assert f'id="figure-{quantity.name}-{kind}"' in page
+            assert (tmp_path / "figures" / f"{quantity.name}-{kind}.pdf").is_file()
+    docs = (Path(__file__).parents[2] / "docs" / "quantities.md").read_text()
+    assert all(quantity.meaning in docs for quantity in QUANTITIES.values())
+
+
+def test_a_measure_may_have_a_period_of_its_own(tmp_path: Path, cache: Path, tiny_spec: Build) -> None:
+    run = read_run(train(tiny_spec("probe.measures=[heads,perplexity:3]"), runs_dir=tmp_path, cache=cache))
+    assert [step for step, _ in run.series("probe", "entropy_nats")] == [0, 2, 4, 6]
+    assert [step for step, _ in run.series("probe", "perplexity")] == [0, 3, 6]
+    assert "negative_slope" not in run.quantities
+
+
+class Other(Measure):
+    gives = ("entropy_nats",)
+
+
+class Unknown(Measure):
+    gives = ("no_such_number",)
+
+
+class Choosy(Heads):
+    def __init__(self, model: torch.nn.Module) -> None:
+        raise ValueError(f"{type(model).__name__} has no such thing")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Other, "the measures heads and mine both give 'entropy_nats'"),
+        (Unknown, "the measure mine gives 'no_such_number', which has no description"),
+        (Choosy, "measure mine: NormFreeForCausalLM has no such thing"),
+    ],
+)
+def test_a_measure_that_does_not_fit_is_refused_before_training(
+    kind: type[Measure], message: str, tmp_path: Path, cache: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from normfree.compose import compose_run
+
+    monkeypatch.setitem(MEASURES, "mine", kind)
+    names = "heads,mine" if kind is not Choosy else "mine"
+    with pytest.raises(ValueError, match=message):
+        train(compose_run([*tiny, f"probe.measures=[{names}]"]).spec, runs_dir=tmp_path, cache=cache)
+    assert not list(tmp_path.rglob("checkpoint-*"))
+    assert not any(path.read_text() for path in tmp_path.rglob("metrics.jsonl"))
+
+
+def test_a_measure_of_your_own_needs_a_description_and_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(QUANTITIES, "no_such_number", Quantity(name="no_such_number", title="Mine", meaning="A test."))
+    monkeypatch.setitem(MEASURES, "mine", Unknown)
+    assert periods_of(["heads", "mine:7"], 2) == {"heads": 2, "mine": 7}
