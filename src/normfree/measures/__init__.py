@@ -9,12 +9,13 @@ from torch import nn
 
 from normfree.config import nearest
 from normfree.measures.heads import Heads
+from normfree.measures.logits import Logits
 from normfree.measures.measure import Measure
 from normfree.measures.perplexity import Perplexity
 from normfree.measures.slopes import Slopes
 from normfree.store.quantities import QUANTITIES
 
-MEASURES: dict[str, type[Measure]] = {"heads": Heads, "slopes": Slopes, "perplexity": Perplexity}
+MEASURES: dict[str, type[Measure]] = {"heads": Heads, "slopes": Slopes, "perplexity": Perplexity, "logits": Logits}
 
 
 def periods_of(entries: Sequence[str], default: int) -> dict[str, int]:

@@ -61,6 +61,10 @@ _DECLARED = (
         meaning="Mean distance from a token back to where it attends.",
     ),
     Quantity(
+        name="max_logit", title="Largest attention logit", axes=_HEAD, merges="maximum",
+        meaning="Largest score that a head gives a key it may see, before softmax.",
+    ),
+    Quantity(
         name="rows", title="Attention rows", axes=_HEAD, merges="sum", drawn="no",
         meaning="Finite attention rows behind the means of a head.",
     ),

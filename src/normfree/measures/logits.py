@@ -1,0 +1,62 @@
+"""The largest attention logit of every head."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from normfree.entropy.request import Request
+from normfree.entropy.tap import AttentionTap
+from normfree.measures.measure import Measure, Total
+
+# B batch, H query heads, D head width, R rows of one block, C columns of one block
+
+_ROWS = 256
+
+
+class Logits(Measure):
+    """The largest score that a head gives a visible key, before softmax, with scale, bias and soft-capping.
+
+    Scores are computed in float32, a block of rows at a time, so memory is linear in the context. Raises
+    UnsupportedModel (a ValueError) for a model that does not route its attention through transformers' registry.
+    """
+
+    gives = ("max_logit",)
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__(model)
+        self._highest: dict[int, Tensor] = {}
+        self._tap = AttentionTap(model, self._read)
+
+    def __enter__(self) -> Self:
+        self._tap.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._tap.__exit__(kind, error, trace)
+
+    def _read(self, layer: int, request: Request) -> None:
+        keys = request.k.repeat_interleave(request.groups, dim=1)
+        for block in request.visibility.blocks(_ROWS):
+            scores_BHRC = (
+                request.scale * request.q[:, :, block.start : block.stop] @ keys[:, :, block.first : block.last].mT
+            )
+            if request.softcap is not None:
+                scores_BHRC = request.softcap * torch.tanh(scores_BHRC / request.softcap)
+            if block.bias is not None:
+                scores_BHRC = scores_BHRC + block.bias
+            highest_H = scores_BHRC.masked_fill(~block.visible, -torch.inf).amax((0, 2, 3))
+            before_H = self._highest.get(layer)
+            self._highest[layer] = highest_H if before_H is None else torch.maximum(before_H, highest_H)
+
+    def totals(self) -> dict[str, Total]:
+        return {"max_logit": torch.stack([self._highest[layer] for layer in self.layers]).double()}
+
+    @property
+    def layers(self) -> list[int]:
+        return sorted(self._highest)
