@@ -105,6 +105,7 @@ def _plain(operation: str) -> Callable[[Total, torch.device | str], Tensor]:
 
 _MERGES: Mapping[str, Callable[[Total, torch.device | str], Tensor]] = {
     "mean": _mean,
+    "root of the mean": lambda total, device: _mean(total, device).sqrt(),
     "exponential of the mean": _exponential,
     "sum": _plain("SUM"),
     "maximum": _plain("MAX"),

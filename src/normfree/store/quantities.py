@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 Axis = Literal["layer", "head"]
-Merge = Literal["mean", "exponential of the mean", "sum", "maximum"]
+Merge = Literal["mean", "root of the mean", "exponential of the mean", "sum", "maximum"]
 
 
 @dataclass(frozen=True, kw_only=True)
