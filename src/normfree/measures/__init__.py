@@ -12,10 +12,17 @@ from normfree.measures.heads import Heads
 from normfree.measures.logits import Logits
 from normfree.measures.measure import Measure
 from normfree.measures.perplexity import Perplexity
+from normfree.measures.residual import Residual
 from normfree.measures.slopes import Slopes
 from normfree.store.quantities import QUANTITIES
 
-MEASURES: dict[str, type[Measure]] = {"heads": Heads, "slopes": Slopes, "perplexity": Perplexity, "logits": Logits}
+MEASURES: dict[str, type[Measure]] = {
+    "heads": Heads,
+    "slopes": Slopes,
+    "perplexity": Perplexity,
+    "logits": Logits,
+    "residual": Residual,
+}
 
 
 def periods_of(entries: Sequence[str], default: int) -> dict[str, int]:

@@ -73,6 +73,10 @@ _DECLARED = (
         meaning="Attention rows with NaN or infinity; they are in no mean.",
     ),
     Quantity(
+        name="residual_rms", title="RMS of the residual stream", axes=("layer",), merges="root of the mean",
+        meaning="Root mean square of what enters each block, over tokens and features.",
+    ),
+    Quantity(
         name="negative_slope", title="Slope below zero", axes=("layer",), drawn="no",
         meaning="Learnable slope of a leaky ReLU: one for each layer that learns one, or one that all layers share.",
     ),
