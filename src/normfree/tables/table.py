@@ -4,35 +4,23 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
-from html import escape
+from pathlib import Path
+
+from jinja2 import Template
 
 _LATEX = str.maketrans(
-    {
-        "\\": r"\textbackslash{}",
-        "&": r"\&",
-        "%": r"\%",
-        "$": r"\$",
-        "#": r"\#",
-        "_": r"\_",
-        "{": r"\{",
-        "}": r"\}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "<": r"\textless{}",
-        ">": r"\textgreater{}",
-        "|": r"\textbar{}",
-    }
+    {mark: "\\" + mark for mark in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
 )
 _MARKDOWN = str.maketrans(
-    {
-        **{mark: "\\" + mark for mark in "\\`*_[]|~"},
-        "<": "&lt;",
-        ">": "&gt;",
-        "&": "&amp;",
-        "\n": " ",
-        "\r": " ",
-    }
+    {mark: "\\" + mark for mark in "\\`*_[]|~"}
+    | {"<": "&lt;", ">": "&gt;", "&": "&amp;", "\n": " ", "\r": " "}
+)  # fmt: skip
+_HTML = Template(
+    Path(__file__).with_name("table.html.j2").read_text(encoding="utf-8"), autoescape=True, trim_blocks=True
 )
 # A spreadsheet runs a cell that begins like this.
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
@@ -60,25 +48,27 @@ class Table:
 
 def to_markdown(table: Table) -> str:
     """GitHub's pipe table, with the caption above and the notes below."""
-    titles = [column.title.translate(_MARKDOWN) for column in table.columns]
+    titles, *rows = _escaped(table, lambda text: text.translate(_MARKDOWN))
     rules = ["---:" if column.numeric else "---" for column in table.columns]
-    rows = [[_typographic(cell).translate(_MARKDOWN) for cell in row] for row in table.rows]
-    lines = [f"| {' | '.join(cells)} |" for cells in (titles, rules, *rows)]
-    notes = [f"- {_typographic(note).translate(_MARKDOWN)}" for note in table.notes]
-    parts = [f"**{table.caption.translate(_MARKDOWN)}**", "\n".join(lines), "\n".join(notes)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    lines = "\n".join(f"| {' | '.join(cells)} |" for cells in (titles, rules, *rows))
+    notes = "\n".join(f"- {note.translate(_MARKDOWN)}" for note in table.notes)
+    parts = (f"**{table.caption.translate(_MARKDOWN)}**", lines, notes)
+    return ("\n\n".join(filter(None, parts)) + "\n").replace("+-", "\N{PLUS-MINUS SIGN}")
 
 
 def to_latex(table: Table) -> str:
     """A booktabs table."""
     layout = "".join("r" if column.numeric else "l" for column in table.columns)
-    titles = " & ".join(column.title.translate(_LATEX) for column in table.columns)
-    rows = [" & ".join(_latex(cell) for cell in row) + r" \\" for row in table.rows]
-    notes = [rf"\par\smallskip\footnotesize {_latex(note)}" for note in table.notes]
-    lines = [r"\begin{table}", r"\centering", rf"\caption{{{table.caption.translate(_LATEX)}}}"]
-    lines += [rf"\label{{tab:{table.name}}}", rf"\begin{{tabular}}{{{layout}}}", r"\toprule"]
-    lines += [titles + r" \\", r"\midrule", *rows, r"\bottomrule", r"\end{tabular}", *notes, r"\end{table}"]
-    return "\n".join(lines) + "\n"
+    titles, *rows = (" & ".join(cells) + r" \\" for cells in _escaped(table, lambda text: text.translate(_LATEX)))
+    notes = [rf"\par\smallskip\footnotesize {note.translate(_LATEX)}" for note in table.notes]
+    lines = [
+        r"\begin{table}",
+        r"\centering",
+        rf"\caption{{{table.caption.translate(_LATEX)}}}",
+        rf"\label{{tab:{table.name}}}",
+    ]
+    lines += [rf"\begin{{tabular}}{{{layout}}}", r"\toprule", titles, r"\midrule", *rows, r"\bottomrule"]
+    return "\n".join([*lines, r"\end{tabular}", *notes, r"\end{table}", ""]).replace("+-", r"$\pm$")
 
 
 def to_csv(table: Table) -> str:
@@ -87,42 +77,18 @@ def to_csv(table: Table) -> str:
     Text that a spreadsheet would run as a formula gets a leading apostrophe; numbers stay as they are.
     """
     file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([_inert(column.title) for column in table.columns])
-    writer.writerows([[_inert(cell) for cell in row] for row in table.rows])
+    csv.writer(file, lineterminator="\n").writerows(_escaped(table, _inert))
     return file.getvalue()
 
 
 def to_html(table: Table) -> str:
-    """A `<table>` with caption, scopes and notes, in an area that scrolls sideways and takes the keyboard."""
-    head = "".join(f'<th scope="col"{_number(c)}>{escape(c.title)}</th>' for c in table.columns)
-    body = "\n".join(f"<tr>{_html_row(table.columns, row)}</tr>" for row in table.rows)
-    notes = "".join(f"<li>{escape(_typographic(note))}</li>" for note in table.notes)
-    return (
-        f'<div class="scroll" role="region" tabindex="0" aria-labelledby="caption-{escape(table.name)}">\n'
-        "<table>\n"
-        f'<caption id="caption-{escape(table.name)}"><span>{escape(table.caption)}</span></caption>\n'
-        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>\n</div>\n"
-        + (f'<ul class="notes">{notes}</ul>\n' if notes else "")
-    )
+    """A `<table>` with caption, scopes and notes."""
+    return _HTML.render(vars(table)).replace("+-", "\N{PLUS-MINUS SIGN}")
 
 
-def _html_row(columns: tuple[Column, ...], row: tuple[str, ...]) -> str:
-    first = f'<th scope="row"><span>{escape(row[0])}</span></th>'
-    rest = zip(columns[1:], row[1:], strict=True)
-    return first + "".join(f"<td{_number(c)}>{escape(_typographic(cell))}</td>" for c, cell in rest)
-
-
-def _number(column: Column) -> str:
-    return ' class="number"' if column.numeric else ""
-
-
-def _typographic(text: str) -> str:
-    return text.replace("+-", "\N{PLUS-MINUS SIGN}")
-
-
-def _latex(cell: str) -> str:
-    return cell.translate(_LATEX).replace("+-", r"$\pm$")
+def _escaped(table: Table, escape: Callable[[str], str]) -> list[list[str]]:
+    """The titles, then the rows."""
+    return [[escape(cell) for cell in row] for row in ([column.title for column in table.columns], *table.rows)]
 
 
 def _inert(cell: str) -> str:
