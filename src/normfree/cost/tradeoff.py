@@ -74,18 +74,13 @@ def trade_off(groups: Iterable[Group]) -> TradeOff:
 
 def trade_off_table(found: TradeOff) -> Table:
     """One row per point; the Pareto front is marked in words."""
-    columns = (Column("Variant", numeric=False), *map(Column, ("Perplexity", "n", "GB", "Rounds")))
-    rows = tuple(
-        (
-            point.name,
-            f"{point.perplexity:.2f}" if math.isfinite(point.perplexity) else "NaN",
-            f"{point.seeds}",
-            gigabytes(point.bytes),
-            f"{point.rounds}",
-            "yes" if point.on_front else "no",
-        )
-        for point in found.points
-    )
+    titles = map(Column, ("Perplexity", "n", "GB", "Rounds"))
+    columns = (Column("Variant", numeric=False), *titles, Column("Pareto front", numeric=False))
+    rows = []
+    for point in found.points:
+        perplexity = f"{point.perplexity:.2f}" if math.isfinite(point.perplexity) else "NaN"
+        numbers = (perplexity, f"{point.seeds}", gigabytes(point.bytes), f"{point.rounds}")
+        rows.append((point.name, *numbers, "yes" if point.on_front else "no"))
     notes = [
         "Perplexity: mean over the n seeds that all variants on the corpus have; over its own where none is common.",
         "Pareto front: no other variant on the same corpus is at least as low in both perplexity and bytes, and lower "
@@ -95,5 +90,4 @@ def trade_off_table(found: TradeOff) -> Table:
     ]
     notes += [f"{name} is left out: an operation of it has no price." for name in found.unpriced]
     caption = "Perplexity against communication in private inference (cheetah)"
-    columns = (*columns, Column("Pareto front", numeric=False))
-    return Table("perplexity-communication", caption, columns, rows, tuple(notes))
+    return Table("perplexity-communication", caption, columns, tuple(rows), tuple(notes))

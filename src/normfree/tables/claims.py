@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from normfree.analysis.entropy import top_quarter_share, trained_heads
-from normfree.analysis.groups import Group, counterparts
+from normfree.analysis.groups import Group
 from normfree.analysis.seeds import Difference, paired_difference
-from normfree.tables.results import comparison, perplexity_difference
+from normfree.tables.results import comparable_pairs, comparison, mean_text, percent, perplexity_difference
 from normfree.tables.table import Column, Table
 
 
@@ -26,7 +26,11 @@ class Claim:
 
 def top_quarter_difference(ours: Group, theirs: Group) -> Difference:
     """Paired difference of the share of heads at or above 3/4 of the causal ceiling."""
-    return paired_difference(_top_shares(ours), _top_shares(theirs))
+    of_ours, of_theirs = (
+        {seed: top_quarter_share(trained_heads(run)) for seed, run in zip(group.perplexities, group.runs, strict=True)}
+        for group in (ours, theirs)
+    )
+    return paired_difference(of_ours, of_theirs)
 
 
 CLAIMS = (
@@ -44,16 +48,13 @@ def claim_table(groups: Sequence[Group]) -> Table:
     """One row a claim that the runs can speak to: difference, 95 % interval, pairs, verdict."""
     rows = []
     for claim in CLAIMS:
-        for ours, theirs in _pairs(claim, groups):
+        is_perplexity = claim.measure is perplexity_difference
+        measured, unit = ("perplexity", "%") if is_perplexity else ("share of heads", "points")
+        for ours, theirs in comparable_pairs(groups, [(claim.ours, claim.theirs)]):
             found = claim.measure(ours, theirs)
-            measured, unit = (
-                ("perplexity", "%") if claim.measure is perplexity_difference else ("share of heads", "points")
-            )
-            low, high = 100 * found.low, 100 * found.high
-            interval = f"{low:+z.1f} to {high:+z.1f} {unit}" if math.isfinite(low) else "-"
-            mean = f"NaN ({found.nonfinite}/{found.n})" if found.nonfinite else f"{100 * found.mean:+z.1f} {unit}"
+            interval = f"{100 * found.low:+z.1f} to {percent(found.high, unit)}" if math.isfinite(found.low) else "-"
             names = (claim.text, verdict(found, above=claim.above), comparison(ours, theirs), measured)
-            rows.append((*names, mean, interval, str(found.n)))
+            rows.append((*names, mean_text(found, unit), interval, str(found.n)))
     columns = (
         *(Column(title, numeric=False) for title in ("Claim", "Verdict", "Compared", "Measured")),
         *(Column(title) for title in ("Difference", "95 % interval", "Pairs")),
@@ -74,13 +75,3 @@ def verdict(found: Difference, *, above: bool) -> str:
     if low > 0:
         return "holds"
     return "does not hold" if high < 0 else "undecided"
-
-
-def _pairs(claim: Claim, groups: Sequence[Group]) -> list[tuple[Group, Group]]:
-    chosen = [group for group in groups if group.label == claim.ours]
-    return [(ours, theirs) for ours in chosen for theirs in counterparts(ours, claim.theirs, groups)]
-
-
-def _top_shares(group: Group) -> dict[Hashable, float]:
-    both = zip(group.perplexities, group.runs, strict=True)
-    return {seed: top_quarter_share(trained_heads(run)) for seed, run in both}

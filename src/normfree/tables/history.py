@@ -20,6 +20,7 @@ SHARES_OF_TRAINING = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 _REACH = 0.05
 """A measurement stands for a share of training that is at most this far away."""
 _DEPTHS = ("Early third", "Middle third", "Late third")
+_SHARE_COLUMNS = tuple(Column(f"At {100 * share:.0f} %") for share in SHARES_OF_TRAINING)
 
 
 def gap_table(groups: Sequence[Group]) -> Table:
@@ -29,12 +30,13 @@ def gap_table(groups: Sequence[Group]) -> Table:
         cells = [_gap(ours, theirs, share) for share in SHARES_OF_TRAINING]
         pairs = len(ours.perplexities.keys() & theirs.perplexities.keys())
         rows.append((comparison(ours, theirs), *cells, str(pairs)))
-        if _has_published_curves(ours) and _has_published_curves(theirs):
+        if all(published.is_gpt2(g.runs[0].spec) and g.label in published.LOSS_NATS for g in (ours, theirs)):
             published_pairs.append((ours.label, theirs.label))
     for label, other in dict.fromkeys(published_pairs):
-        paper = (_published_gap(label, other, share) for share in SHARES_OF_TRAINING)
+        losses = (published.LOSS_NATS[label], published.LOSS_NATS[other])
+        paper = (percent(math.expm1(losses[0][share] - losses[1][share])) for share in SHARES_OF_TRAINING)
         rows.append((f"{label} against {other}, paper", *paper, "1"))
-    columns = (Column("Comparison", numeric=False), *_share_columns(), Column("Pairs"))
+    columns = (Column("Comparison", numeric=False), *_SHARE_COLUMNS, Column("Pairs"))
     notes = [
         "Validation while training, on a part of the held-out text where train.evaluation_sequences says so; then the "
         "last column is not exactly the final difference. In brackets: 95 % Student-t interval over paired seeds, in "
@@ -65,8 +67,8 @@ def overload_table(groups: Sequence[Group]) -> Table:
         paper = _by_depth(Heads(entropy_LH, ceiling_L, 0, "final"))
         blanks = ["-"] * len(SHARES_OF_TRAINING)
         rows.append((f"{label}, paper", *(_percent_text([share]) for share in paper), *blanks, "1"))
-    depths = (Column(title) for title in (*_DEPTHS, "All layers"))
-    columns = (Column("Variant", numeric=False), *depths, *_share_columns(), Column("Seeds"))
+    depths = map(Column, (*_DEPTHS, "All layers"))
+    columns = (Column("Variant", numeric=False), *depths, *_SHARE_COLUMNS, Column("Seeds"))
     notes = [
         "Percent of heads, mean and sample standard deviation over seeds. Thirds and all layers: the large sample "
         "after training; shares of the training: the nearest probe within a twentieth.",
@@ -79,10 +81,6 @@ def overload_table(groups: Sequence[Group]) -> Table:
     return Table("overload", caption, columns, tuple(rows), tuple(notes))
 
 
-def _share_columns() -> list[Column]:
-    return [Column(f"At {100 * share:.0f} %") for share in SHARES_OF_TRAINING]
-
-
 def _gap(ours: Group, theirs: Group, share: float) -> str:
     runs = (*ours.runs, *theirs.runs)
     step = _nearest_step(runs, [step for run in runs for step, _ in run.series("validation", "perplexity")], share)
@@ -92,10 +90,7 @@ def _gap(ours: Group, theirs: Group, share: float) -> str:
         {seed: _validation(run, step, share) for seed, run in zip(group.perplexities, group.runs, strict=True)}
         for group in (ours, theirs)
     )
-    found = paired_difference(of_ours, of_theirs, relative=True)
-    if found.nonfinite:
-        return f"NaN ({found.nonfinite}/{found.n})"
-    return percent_with_interval(found)
+    return percent_with_interval(paired_difference(of_ours, of_theirs, relative=True))
 
 
 def _validation(run: Run, step: int, share: float) -> float:
@@ -103,36 +98,25 @@ def _validation(run: Run, step: int, share: float) -> float:
     return dict(run.series("validation", "perplexity")).get(step, math.nan) if _trains(run, step, share) else math.nan
 
 
-def _published_gap(label: str, other: str, share: float) -> str:
-    return percent(math.expm1(published.LOSS_NATS[label][share] - published.LOSS_NATS[other][share]))
-
-
-def _has_published_curves(group: Group) -> bool:
-    return published.is_gpt2(group.runs[0].spec) and group.label in published.LOSS_NATS
-
-
 def _probed_shares(group: Group, share: float) -> list[float]:
     """Top-quarter share of each seed then: NaN from a divergence on, an empty list where nobody probed."""
-    probes = [{heads.step: heads for heads in probed_heads(run)} for run in group.runs]
-    step = _nearest_step(group.runs, [step for probed in probes for step in probed], share)
+    probes = [(run, {heads.step: heads for heads in probed_heads(run)}) for run in group.runs]
+    step = _nearest_step(group.runs, [step for _, probed in probes for step in probed], share)
     if step is None:
         return []
-    both = zip(group.runs, probes, strict=True)
-    return [top_quarter_share(probed.get(step) if _trains(run, step, share) else None) for run, probed in both]
+    return [top_quarter_share(probed.get(step) if _trains(run, step, share) else None) for run, probed in probes]
 
 
 def _nearest_step(runs: Sequence[Run], measured: Sequence[int], share: float) -> int | None:
     """The step nearest to that share of the training, among those at which any of the runs was measured."""
     steps = max(run.facts["steps"] for run in runs)
-    near = [step for step in measured if abs(step - share * steps) <= _REACH * steps]
-    return min(near, key=lambda step: abs(step - share * steps)) if near else None
+    nearest = min(measured, key=lambda step: abs(step - share * steps), default=None)
+    return None if nearest is None or abs(nearest - share * steps) > _REACH * steps else nearest
 
 
 def _trains(run: Run, step: int, share: float) -> bool:
     """Whether the run had not diverged by then."""
-    if run.status != "diverged":
-        return True
-    return max(step, share * run.facts["steps"]) < run.facts["divergence"]["step"]
+    return run.status != "diverged" or max(step, share * run.facts["steps"]) < run.facts["divergence"]["step"]
 
 
 def _by_depth(heads: Heads | None) -> list[float | None]:
@@ -143,11 +127,12 @@ def _by_depth(heads: Heads | None) -> list[float | None]:
     if heads is None:
         return [math.nan] * (len(_DEPTHS) + 1)
     layers = np.arange(len(heads.entropy_LH))
-    parts = [
-        replace(heads, entropy_LH=heads.entropy_LH[some], ceiling_L=heads.ceiling_L[some]) if len(some) else None
+    return [
+        top_quarter_share(replace(heads, entropy_LH=heads.entropy_LH[some], ceiling_L=heads.ceiling_L[some]))
+        if len(some)
+        else None
         for some in (*np.array_split(layers, len(_DEPTHS)), layers)
     ]
-    return [None if part is None else top_quarter_share(part) for part in parts]
 
 
 def _percent_text(shares: Sequence[float | None]) -> str:

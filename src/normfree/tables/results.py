@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from normfree import published
 from normfree.analysis.entropy import NORMALISERS, RANGES, trained_heads
@@ -21,13 +21,8 @@ def perplexity_table(groups: Sequence[Group]) -> Table:
 
     The paper's numbers stand beside, unless a variant is there more than once, as in a sweep.
     """
-    columns = [
-        Column("Variant", numeric=False),
-        Column("Perplexity"),
-        Column("Seeds"),
-        Column(f"Against {BASELINE}"),
-        Column("Bits per byte"),
-    ]
+    titles = ("Perplexity", "Seeds", f"Against {BASELINE}", "Bits per byte")
+    columns = [Column("Variant", numeric=False), *map(Column, titles)]
     rows = [_perplexity_row(group, groups) for group in groups if group.runs] + _unigram_rows(groups)
     if _has_paper(groups):
         columns += [Column("Paper"), Column(f"Paper, against {BASELINE}"), Column("Paper's model", numeric=False)]
@@ -44,16 +39,10 @@ def difference_table(groups: Sequence[Group]) -> Table:
         found = perplexity_difference(ours, theirs)
         model = published.counterpart(ours.runs[0].spec)
         paper = published.relative_difference(model, ours.label, theirs.label)
-        interval = "-" if found.n < 2 else f"{percent(found.low)} to {percent(found.high)}"
-        cells = (_mean(found), "-" if found.nonfinite else interval)
-        rows.append((comparison(ours, theirs), *cells, str(found.n), percent(paper)))
-    columns = (
-        Column("Comparison", numeric=False),
-        Column("Difference in perplexity"),
-        Column("95 % interval"),
-        Column("Pairs"),
-        Column("Paper"),
-    )
+        interval = f"{percent(found.low)} to {percent(found.high)}" if math.isfinite(found.low) else "-"
+        rows.append((comparison(ours, theirs), mean_text(found), interval, str(found.n), percent(paper)))
+    titles = ("Difference in perplexity", "95 % interval", "Pairs", "Paper")
+    columns = (Column("Comparison", numeric=False), *map(Column, titles))
     notes = (
         "Seeds are paired: the same seed and the same order of the data on both sides. "
         "Student's t over the pairs; one pair has no interval.",
@@ -70,18 +59,12 @@ def range_table(groups: Sequence[Group]) -> Table:
                 shares = (f"{100 * share:.1f} %" for share in found.counts.shares)
                 of_all = "" if found.seeds == len(group.runs) else f" of {len(group.runs)}"
                 counted = (f"{found.seeds}{of_all}", str(found.counts.heads), str(found.counts.nonfinite))
-                beside = _published_ranges(group) if normaliser == "observed" else "-"
-                rows.append((group.name, normaliser, f"{found.maximum_nats:.3f}", *shares, *counted, beside))
-    columns = (
-        Column("Variant", numeric=False),
-        Column("Normaliser", numeric=False),
-        Column("Max (nats)"),
-        *(Column(title) for title in RANGES),
-        Column("Seeds"),
-        Column("Heads"),
-        Column("NaN heads"),
-        Column("Paper, GPT-2 125M (%)"),
-    )
+                is_theirs = normaliser == "observed" and published.is_gpt2(group.runs[0].spec)
+                beside = published.RANGE_PERCENT.get(group.label) if is_theirs else None
+                paper = " / ".join(map(str, beside or "-"))
+                rows.append((group.name, normaliser, f"{found.maximum_nats:.3f}", *shares, *counted, paper))
+    titles = ("Max (nats)", *RANGES, "Seeds", "Heads", "NaN heads", "Paper, GPT-2 125M (%)")
+    columns = (Column("Variant", numeric=False), Column("Normaliser", numeric=False), *map(Column, titles))
     notes = tuple(f"{name}: {meaning}." for name, meaning in NORMALISERS.items())
     if missing := [run.place for group in groups for run in group.runs if trained_heads(run) is None]:
         notes += (f"Not measured after training, so not counted: {', '.join(missing)}.",)
@@ -89,9 +72,11 @@ def range_table(groups: Sequence[Group]) -> Table:
     return Table("ranges", caption, columns, tuple(rows), (*notes, "NaN heads are in no range."))
 
 
-def comparable_pairs(groups: Sequence[Group]) -> list[tuple[Group, Group]]:
-    """The groups behind each of `COMPARISONS`: `counterparts` of each other."""
-    ours_first = [(ours, other) for label, other in COMPARISONS for ours in groups if ours.label == label]
+def comparable_pairs(
+    groups: Sequence[Group], comparisons: Iterable[tuple[str, str]] = COMPARISONS
+) -> list[tuple[Group, Group]]:
+    """The groups behind each comparison of two labels: `counterparts` of each other."""
+    ours_first = [(ours, other) for label, other in comparisons for ours in groups if ours.label == label]
     return [(ours, theirs) for ours, other in ours_first for theirs in counterparts(ours, other, groups)]
 
 
@@ -109,29 +94,23 @@ def comparison(ours: Group, theirs: Group) -> str:
 def percent_with_interval(found: Difference) -> str:
     """`-5.1 % (-8.6 to -1.6)`: a relative difference, and its 95 % interval where it has one."""
     interval = f" ({100 * found.low:+z.1f} to {100 * found.high:+z.1f})" if math.isfinite(found.low) else ""
-    return percent(found.mean) + interval
+    return mean_text(found) + interval
 
 
-def percent(share: float | None) -> str:
+def mean_text(found: Difference, unit: str = "%") -> str:
+    """`+4.3 %`, or `NaN (1/3)` where 1 of 3 pairs is not finite."""
+    return f"NaN ({found.nonfinite}/{found.n})" if found.nonfinite else percent(found.mean, unit)
+
+
+def percent(share: float | None, unit: str = "%") -> str:
     """`+4.3 %`, or `-` for a share that does not exist."""
-    return "-" if share is None or math.isnan(share) else f"{100 * share:+z.1f} %"
-
-
-def _published_ranges(group: Group) -> str:
-    paper = published.RANGE_PERCENT.get(group.label)
-    return " / ".join(map(str, paper)) if paper and published.is_gpt2(group.runs[0].spec) else "-"
+    return "-" if share is None or math.isnan(share) else f"{100 * share:+z.1f} {unit}"
 
 
 def _perplexity_row(group: Group, groups: Sequence[Group]) -> tuple[str, ...]:
     summary = summarise(list(group.perplexities.values()))
     bits = summarise([(run.facts.get("final") or {}).get("bits_per_byte", math.nan) for run in group.runs])
-    return (
-        group.name,
-        summary.text(),
-        str(summary.n),
-        _against_baseline(group, groups),
-        bits.text(3),
-    )
+    return group.name, summary.text(), str(summary.n), _against_baseline(group, groups), bits.text(3)
 
 
 def _has_paper(groups: Sequence[Group]) -> bool:
@@ -151,10 +130,6 @@ def _paper_cells(group: Group) -> tuple[str, str, str]:
     return f"{paper:.3f}", percent(published.relative_difference(model, group.label, BASELINE)), model
 
 
-def _mean(found: Difference) -> str:
-    return f"NaN ({found.nonfinite}/{found.n})" if found.nonfinite else percent(found.mean)
-
-
 def _against_baseline(group: Group, groups: Sequence[Group]) -> str:
     """The mean over the pairs, and their number where not every seed of the group has a partner."""
     if group.label == BASELINE:
@@ -164,7 +139,7 @@ def _against_baseline(group: Group, groups: Sequence[Group]) -> str:
         return "-"
     found = perplexity_difference(group, bases[0])
     some = not found.nonfinite and 0 < found.n < len(group.perplexities)
-    return _mean(found) + (f" (n = {found.n})" if some else "")
+    return mean_text(found) + (f" (n = {found.n})" if some else "")
 
 
 def _unigram_rows(groups: Sequence[Group]) -> list[tuple[str, ...]]:
@@ -192,17 +167,16 @@ def _notes(groups: Sequence[Group]) -> tuple[str, ...]:
             f"Paper: {published.SOURCE}; another corpus and size, so compare changes "
             "(computed from its perplexities), not values."
         )
-    mismatches = set()
-    for group in groups:
-        for run in group.runs:
-            asked = run.spec["data"]
-            expected = asked.get("expected_fingerprint") if asked.get("source") == "installed" else None
-            if expected and expected != run.corpus:
-                mismatches.add(
-                    f"Corpus {run.corpus[:12]} is not the one behind the committed results ({expected[:12]}): "
-                    "compare changes with them, not perplexities."
-                )
-    notes += sorted(mismatches)
+    data_met = [(run.corpus, run.spec["data"]) for group in groups for run in group.runs]
+    installed = {
+        (corpus, data.get("expected_fingerprint")) for corpus, data in data_met if data.get("source") == "installed"
+    }
+    notes += [
+        f"Corpus {corpus[:12]} is not the one behind the committed results ({expected[:12]}): "
+        "compare changes with them, not perplexities."
+        for corpus, expected in sorted(installed, key=str)
+        if expected and expected != corpus
+    ]
     for group in groups:
         notes += [f"{run.place} is left out: {run.status} at step {run.steps_done}." for run in group.unfinished]
         notes += [f"{r.folder} ({r.status}) is left out: it repeats a seed of {group.name}." for r in group.repeated]
