@@ -208,7 +208,7 @@ def test_a_seed_far_above_the_others_is_an_arrow_with_its_number(tmp_path: Path)
 def test_range_bars_add_up_to_all_heads_with_the_broken_hatched() -> None:
     ax = Figure().subplots()
     plots.range_bars({"a": RangeCounts((1, 0, 2, 0), 1)}, ax=ax)
-    bars = [patch for patch in ax.patches if isinstance(patch, Rectangle)]
+    bars = [patch for patch in ax.patches if isinstance(patch, Rectangle) and patch.get_width()]
     assert sum(bar.get_width() for bar in bars) == pytest.approx(100)
     assert [bar.get_hatch() for bar in bars] == [None, None, "////"]
 
@@ -229,7 +229,6 @@ def test_slopes_that_are_compared_have_one_axis_that_holds_them_and_zero(tmp_pat
     assert {ax.get_ylim() for ax in axes} == {limits}
     assert limits[0] < min(0, -0.09)
     assert limits[1] > 0.21
-    assert plots.slope_limits([write_run(tmp_path, "SM+G")]) is None
 
 
 def test_a_slope_has_the_colour_of_its_layer(tmp_path: Path) -> None:
@@ -298,18 +297,12 @@ def test_names_beside_points_do_not_cover_each_other(heights: list[float]) -> No
     assert all(low >= -1e-9 and high - low >= row - 1e-9 for low, high in itertools.pairwise(moved))
     assert max(moved, default=0) <= 1
     if heights == [0.2, 0.9]:
-        assert moved == heights
+        assert moved == pytest.approx(heights)
 
 
-def test_empty_inputs_say_so(tmp_path: Path) -> None:
-    figure = Figure()
-    axes = figure.subplots(2)
-    plots.range_bars({}, ax=axes[0])
-    plots.slope_curves(write_run(tmp_path, "SM+G"), ax=axes[1])
-    assert [texts(ax) for ax in axes] == [
-        ["no entropy recorded"],
-        ["no learnable slope in this run"],
-    ]
+def test_a_run_without_a_slope_says_so(tmp_path: Path) -> None:
+    ax = plots.slope_curves(write_run(tmp_path, "SM+G"), ax=Figure().subplots())
+    assert texts(ax) == ["no learnable slope in this run"]
 
 
 def test_drawing_twice_gives_the_same_picture(tmp_path: Path) -> None:

@@ -251,9 +251,8 @@ def test_a_run_in_the_night_is_in_every_curve_and_in_no_table_of_results(tmp_pat
     assert "SM+leaky, shared (step 100)" in drawn["entropy_nats-heads"].caption
     for name in ("losses", "overload"):
         assert "open circle" in drawn[name].caption
-        legend = drawn[name].panels[0](ax=Figure().subplots()).get_legend()
-        assert legend
-        assert [text.get_text() for text in legend.get_texts()] == ["SM+G", "SM+leaky, shared"]
+        _, labels = drawn[name].panels[0](ax=Figure().subplots()).get_legend_handles_labels()
+        assert labels == ["SM+G", "SM+leaky, shared"]
     (trajectory,) = drawn["slope-trajectories"].panels
     assert trajectory(ax=Figure().subplots()).get_title() == "SM+leaky, shared, seed 0\n(running)"
     page = build_report(runs, tmp_path / "out").read_text()
@@ -284,9 +283,8 @@ def test_a_legend_covers_no_curve(tmp_path: Path) -> None:
     (figure,) = (found for found in figures_of(group_runs(runs)) if found.name == "overload")
     for part in figure.parts():
         (ax,) = part.axes
-        legend = ax.get_legend()
-        assert legend is not None
-        assert legend.get_window_extent().y1 < ax.get_window_extent().y0
+        (legend,) = part.legends
+        assert legend.get_window_extent().y1 < ax.get_tightbbox().y0
         assert legend.get_window_extent().y0 >= 0
 
 

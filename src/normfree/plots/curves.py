@@ -14,7 +14,7 @@ from normfree.analysis.entropy import layer_means, probed_heads, top_quarter_sha
 from normfree.analysis.groups import Group, is_over
 from normfree.analysis.quantities import values_over_training
 from normfree.analysis.verdicts import slope_layers
-from normfree.plots.style import INK, MUTED, RED, Styles, empty, legend_below, legend_inches, legend_name, wrapped
+from normfree.plots.style import INK, LEGEND_LETTERS, MUTED, RED, Styles, empty, wrapped
 from normfree.records import Run
 
 # Lightness rises with depth, from 39 to 68, as far as a line shows on white and on the page's dark ground alike.
@@ -61,10 +61,9 @@ def depth_profile(
 ) -> Axes:
     """A quantity over the layers, one line a variant: its layer numbers and values [L], by name."""
     for name, (numbers, value_L) in values.items():
-        ax.plot(numbers, value_L, marker=".", label=legend_name(name), **styles[name])
+        ax.plot(numbers, value_L, marker=".", label=name, **styles[name])
     ax.set(xlabel="layer", ylabel=label)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    legend_below(ax)
     return ax
 
 
@@ -94,12 +93,15 @@ def loss_curves(groups: Sequence[Group], *, ax: Axes, split: str, styles: Styles
             loss = _running_mean(loss, max(1, len(loss) // _TRAIN_WINDOWS))
         return steps, loss
 
-    if not _line_a_seed(groups, shown, ax=ax, styles=styles, mean=True):
+    _line_a_seed(groups, shown, ax=ax, styles=styles, mean=True)
+    if not ax.lines:
         return empty(ax, f"no {split} loss recorded")
-    _leave_out_the_start(ax, [(run, shown(run)) for group in groups for run in group.drawn])
-    for group in groups:
-        for run in group.drawn:
-            _cross(ax, run, split, styles[group.name]["color"])
+    late = [np.array([])]
+    for run in (run for group in groups for run in group.drawn):
+        steps, loss = shown(run)
+        late += [loss[np.array(steps) >= run.facts["steps"] / 5], loss[-1:] if not is_over(run) else loss[:0]]
+    ax.set_ylim(_limits(np.concatenate(late)))
+    _cross_divergences(groups, split, ax=ax, styles=styles)
     ax.set(title=title, xlabel="step", ylabel="loss (nats per token)")
     return ax
 
@@ -113,13 +115,11 @@ def nonfinite_curves(groups: Sequence[Group], *, ax: Axes, styles: Styles) -> Ax
     def share(run: Run) -> Series:
         rows = dict(run.series("probe", "rows"))
         found = [(step, bad_LH) for step, bad_LH in run.series("probe", "nonfinite_rows") if step in rows]
-        return [step for step, _ in found], np.array([_percent(bad_LH, rows[step]) for step, bad_LH in found])
+        percents = [100 * np.sum(bad_LH) / (np.sum(rows[step]) or np.nan) for step, bad_LH in found]
+        return [step for step, _ in found], np.array(percents)
 
-    if not _line_a_seed(groups, share, ax=ax, styles=styles, marker=".", markersize=4):
-        return empty(ax, "no probe recorded")
-    for group in groups:
-        for run in group.drawn:
-            _cross(ax, run, "train", styles[group.name]["color"])
+    _line_a_seed(groups, share, ax=ax, styles=styles, marker=".", markersize=4)
+    _cross_divergences(groups, "train", ax=ax, styles=styles)
     ax.set_yscale("symlog", linthresh=1)
     ax.set_yticks([0, 1, 10, 100], ["0", "1", "10", "100"])
     ax.yaxis.set_minor_locator(NullLocator())
@@ -137,15 +137,15 @@ def overload_curves(groups: Sequence[Group], *, ax: Axes, styles: Styles) -> Axe
         probes = probed_heads(run)
         return [heads.step for heads in probes], np.array([100 * top_quarter_share(heads) for heads in probes])
 
-    if not _line_a_seed(groups, share, ax=ax, styles=styles):
-        return empty(ax, "no probe recorded")
+    _line_a_seed(groups, share, ax=ax, styles=styles)
     ax.set(xlabel="step", ylabel="heads in the top quarter (%)", ylim=(-3, 103))
     return ax
 
 
 def curves_size(panels: Sequence[Sequence[Group]]) -> tuple[float, float]:
     """Inches that give curves of these groups, and the legend below them, room."""
-    return 3.9, 2.75 + max(legend_inches([group.name for group in groups]) for groups in panels)
+    lines = max(sum(wrapped(g.name, LEGEND_LETTERS).count("\n") + 1 for g in groups) for groups in panels)
+    return 3.9, 2.75 + 0.08 * lines
 
 
 def slope_curves(
@@ -170,18 +170,21 @@ def slope_curves(
     ax.axhline(0, color=INK, linewidth=1, zorder=1)
     _mark_nonfinite(ax, steps, slope_SN)
     ax.set(title=wrapped(title), xlabel="step", ylabel="slope of the layer" if layer_S else "shared slope")
-    if limits is not None:
-        ax.set_ylim(*limits)
+    ax.set_ylim(limits)
     return ax
 
 
 def slope_limits(runs: Sequence[Run]) -> tuple[float, float] | None:
-    """A y axis that holds every finite slope of the runs, and 0; None when there is none."""
-    every = np.concatenate([_slopes(run)[1].ravel() for run in runs])
-    finite = every[np.isfinite(every)]
+    """A y axis that holds every finite slope of the runs, and 0."""
+    return _limits(np.concatenate([np.zeros(1), *(_slopes(run)[1].ravel() for run in runs)]))
+
+
+def _limits(values: np.ndarray) -> tuple[float, float] | None:
+    """A y axis that holds every finite value; None when there is none."""
+    finite = values[np.isfinite(values)]
     if not finite.size:
         return None
-    low, high = min(0.0, float(finite.min())), max(0.0, float(finite.max()))
+    low, high = float(finite.min()), float(finite.max())
     room = 0.05 * (high - low) or 0.05
     return low - room, high + room
 
@@ -201,29 +204,24 @@ def _line_a_seed(
     styles: Styles,
     mean: bool = False,
     **more: Any,
-) -> bool:
-    """Draw `series` of every run, one line of a group with its name in the legend; False when none has a point.
+) -> None:
+    """Draw `series` of every run, one line of a group with its name for the legend.
 
     `mean`: draw seeds of several thin, and their mean. An open circle ends the line of a run that is not over.
     """
     for group in groups:
-        style = {**styles[group.name], **more}
-        steps, values = _mean(list(map(series, group.runs))) if mean and len(group.runs) > 1 else ([], np.array([]))
-        thin = _SEED_BESIDE_MEAN if steps else {}
-        label = legend_name(group.name)
-        if steps:
-            _line(ax, steps, values, label=label, zorder=3, **style)
-            label = None
+        label, style = group.name, {**styles[group.name], **more}
+        if mean and len(group.runs) > 1 and (average := _mean(list(map(series, group.runs))))[0]:
+            _line(ax, *average, label=label, zorder=3, **style)
+            label, style = None, {**style, **_SEED_BESIDE_MEAN}
         for run in group.drawn:
             steps, values = series(run)
-            if steps:
-                _line(ax, steps, values, label=label, **{**style, **thin})
-                label = None
-            if steps and not is_over(run):
+            if not steps:
+                continue
+            _line(ax, steps, values, label=label, **style)
+            label = None
+            if not is_over(run):
                 ax.plot(steps[-1:], values[-1:], "o", fillstyle="none", color=style["color"])
-    if ax.lines:
-        legend_below(ax)
-    return bool(ax.lines)
 
 
 def _mean(lines: Sequence[Series]) -> Series:
@@ -233,35 +231,22 @@ def _mean(lines: Sequence[Series]) -> Series:
     return steps, np.array([[values[step] for step in steps] for values in of_seed], dtype=float).mean(axis=0)
 
 
-def _leave_out_the_start(ax: Axes, runs: Sequence[tuple[Run, Series]]) -> None:
-    """Limit the y axis to what follows the first fifth of the steps, and to where runs that are not over stand."""
-    shown = []
-    for run, (steps, values) in runs:
-        first = run.facts["steps"] / 5
-        shown += [value for step, value in zip(steps, values, strict=True) if step >= first]
-        shown += list(values[-1:]) if not is_over(run) else []
-    if finite := [value for value in shown if np.isfinite(value)]:
-        room = 0.05 * (max(finite) - min(finite)) or 0.05
-        ax.set_ylim(min(finite) - room, max(finite) + room)
-
-
 def _line(ax: Axes, steps: Sequence[int], values: np.ndarray, **style: Any) -> None:
-    ax.plot(*_thinned(steps, values), **style)
-
-
-def _thinned(steps: Sequence[int], values: np.ndarray) -> Series:
-    """At most about 200 of the points, the last one among them."""
+    """Draw at most about 200 of the points, the last one among them."""
     stride = max(1, -(-len(steps) // _MOST_POINTS))
-    kept = sorted({*range(0, len(steps), stride), *range(len(steps))[-1:]})
-    return [steps[i] for i in kept], np.asarray(values)[kept]
+    drawn = sorted({*range(0, len(steps), stride), *range(len(steps))[-1:]})
+    ax.plot([steps[i] for i in drawn], np.asarray(values)[drawn], **style)
 
 
-def _cross(ax: Axes, run: Run, split: str, colour: str) -> None:
-    bad = [step for step, value in zip(*_series(run, split, "loss"), strict=True) if not np.isfinite(value)]
-    if divergence := run.facts.get("divergence"):  # such a step is never logged
-        bad.append(divergence["step"])
-    if bad:
-        ax.plot([min(bad)], [0.97], "x", color=colour, transform=ax.get_xaxis_transform(), clip_on=False)
+def _cross_divergences(groups: Sequence[Group], split: str, *, ax: Axes, styles: Styles) -> None:
+    """Mark the first loss of each run that is not finite, and the step of its divergence, which is never logged."""
+    for colour, run in ((styles[group.name]["color"], run) for group in groups for run in group.drawn):
+        bad = [step for step, value in zip(*_series(run, split, "loss"), strict=True) if not np.isfinite(value)]
+        if divergence := run.facts.get("divergence"):
+            bad.append(divergence["step"])
+        if bad:
+            place = {"transform": ax.get_xaxis_transform(), "clip_on": False}
+            ax.plot([min(bad)], [0.97], "x", color=colour, **place)
 
 
 def _mark_nonfinite(ax: Axes, steps: Sequence[int], values_LN: np.ndarray) -> None:
@@ -282,11 +267,6 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
     """Mean of the last `window` values; NaN wherever one of them is not finite."""
     padded = np.concatenate([np.repeat(values[:1], window - 1), values])
     return np.lib.stride_tricks.sliding_window_view(padded, window).mean(axis=1)
-
-
-def _percent(bad_LH: Any, rows_LH: Any) -> float:
-    rows = np.sum(rows_LH)
-    return 100 * float(np.sum(bad_LH) / rows) if rows else float("nan")
 
 
 def _layer_colour(layer: int, layers: int) -> tuple[float, ...]:

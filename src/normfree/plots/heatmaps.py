@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import Colormap, Normalize
+from matplotlib.colors import Colormap
+from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
@@ -69,10 +68,8 @@ def heatmap_key(quantity: Quantity, highest: float, *, unit: str | None = None, 
 
 def difference_heatmap(values_LH: ArrayLike, *, ax: Axes, limit: float, title: str = "", layers: Sequence[int]) -> Axes:
     """Draw differences of a number a head between two models: white is none, the two colours are the two signs."""
-    values_LH = np.asarray(values_LH, dtype=float)
-    return _draw(
-        values_LH, ax=ax, highest=limit, lowest=-limit, title=title, numbers=layers, colours=DIFFERENCE_COLOURS
-    )
+    colours = {"lowest": -limit, "highest": limit, "colours": DIFFERENCE_COLOURS}
+    return _draw(np.asarray(values_LH, dtype=float), ax=ax, title=title, numbers=layers, **colours)
 
 
 def heatmap_size(layers: int, heads: int) -> tuple[float, float]:
@@ -92,56 +89,38 @@ def _draw(
 ) -> Axes:
     layers, heads = values_LH.shape
     colours = colours.with_extremes(bad=_NOT_FINITE)
-    scale = Normalize(lowest, highest)
-    ax.imshow(values_LH, cmap=colours, norm=scale, aspect="auto", interpolation="none")
+    image = ax.imshow(values_LH, cmap=colours, vmin=lowest, vmax=highest, aspect="auto", interpolation="none")
     ax.grid(visible=False)
     for layer, head in np.argwhere(~np.isfinite(values_LH)):
         corner = (head - 0.5, layer - 0.5)
         ax.add_patch(Rectangle(corner, 1, 1, fill=False, hatch="////", edgecolor=MUTED, linewidth=0))
-    _write_values(values_LH, ax, lambda value: _text_colour(colours(scale(value))))
+    _write_values(values_LH, image)
     ax.set(title=wrapped(title), xlabel="head", ylabel="layer")
     for axis, count in ((ax.xaxis, heads), (ax.yaxis, layers)):
         axis.set_major_locator(MaxNLocator(nbins=min(count, 12), integer=True, min_n_ticks=1))
     ax.yaxis.set_major_formatter(lambda row, _: str(numbers[round(row)]) if 0 <= round(row) < layers else "")
     ax.tick_params(length=0)
-    for spine in ax.spines.values():
-        spine.set_visible(False)
+    ax.spines[:].set_visible(False)
     return ax
 
 
-def _write_values(values_LH: np.ndarray, ax: Axes, colour_of: Any) -> None:
+def _write_values(values_LH: np.ndarray, image: AxesImage) -> None:
     """Two decimals in every cell, if the cells are wide and high enough for letters one can read."""
     layers, heads = values_LH.shape
-    box = ax.get_window_extent()
-    points = 72 / ax.get_figure(root=True).dpi  # pyright: ignore[reportOptionalMemberAccess]
+    box = image.axes.get_window_extent()
+    points = 72 / image.axes.get_figure(root=True).dpi  # pyright: ignore[reportOptionalMemberAccess]
     size = min(8.0, box.width * points / heads / 2.7, box.height * points / layers / 1.5)
     if size < _SMALLEST_POINTS:
         return
+    # Black or white, whichever stands out more from the cell (WCAG relative luminance).
+    is_light_LH = image.to_rgba(image.get_array())[..., :3] ** 2.2 @ (0.2126, 0.7152, 0.0722) > 0.179
+    style = {"ha": "center", "va": "center", "fontsize": size, "in_layout": False, "clip_on": True}
     for (layer, head), value in np.ndenumerate(values_LH):
-        finite = math.isfinite(value)
-        ax.text(
-            head,
-            layer,
-            f"{value:.2f}" if finite else "NaN",
-            ha="center",
-            va="center",
-            fontsize=size,
-            color=colour_of(value) if finite else "#000000",
-            in_layout=False,
-            clip_on=True,
-            bbox=None if finite else {"facecolor": _NOT_FINITE, "edgecolor": "none", "pad": 0.6},
-        )
-
-
-def _text_colour(rgba: tuple[float, ...]) -> str:
-    """Black or white, whichever stands out more from a cell (WCAG relative luminance)."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgba[:3]]
-    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return "#000000" if luminance > 0.179 else "#ffffff"
+        text = image.axes.text(head, layer, f"{value:.2f}", color="k" if is_light_LH[layer, head] else "w", **style)
+        if not np.isfinite(value):
+            text.set(text="NaN", bbox={"facecolor": _NOT_FINITE, "edgecolor": "none", "pad": 0.6})
 
 
 def highest_finite(values: np.ndarray) -> float:
     """The highest finite value, or 1 where there is none above 0."""
-    finite = values[np.isfinite(values)]
-    highest = float(finite.max(initial=0.0))
-    return highest if highest > 0 else 1.0
+    return float(values[np.isfinite(values)].max(initial=0.0)) or 1.0

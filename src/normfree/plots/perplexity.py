@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 
 from normfree.analysis.groups import Group
 from normfree.analysis.seeds import decimals, summarise
-from normfree.plots.style import INK, MUTED, RED, Styles, empty, wrapped
+from normfree.plots.style import INK, MUTED, RED, Styles, wrapped
 
 _BELOW_DOTS = 0.27
 """Where the mean stands below its seeds, in rows."""
@@ -23,8 +23,7 @@ def perplexity_points(groups: Sequence[Group], *, ax: Axes, styles: Styles) -> A
     the others is an arrow at the edge with its number, so that the others keep their room.
     """
     rows = [group for group in groups if group.runs]
-    if not rows:
-        return empty(ax, "no run with a result")
+    edge, small = {"transform": ax.get_yaxis_transform()}, {"va": "center", "fontsize": 7.5}
     limit = far_above([value for group in rows for value in group.perplexities.values()])
     for row, group in enumerate(rows):
         values = list(group.perplexities.values())
@@ -32,14 +31,13 @@ def perplexity_points(groups: Sequence[Group], *, ax: Axes, styles: Styles) -> A
         near = [value for value in values if value <= limit]
         ax.plot(near, [row] * len(near), "o", color=colour, markersize=4, alpha=0.75)
         if far := [value for value in values if limit < value < math.inf]:
-            _arrow(ax, row, ", ".join(decimals(value, 1) for value in far), colour)
+            ax.plot(0.985, row, ">", color=colour, markersize=4, **edge)
+            ax.text(0.96, row, ", ".join(decimals(value, 1) for value in far), ha="right", color=INK, **edge, **small)
         if cell.n > 1 and cell.mean <= limit:
-            ax.errorbar(
-                cell.mean, row + _BELOW_DOTS, xerr=cell.standard_deviation,
-                color=INK, marker="|", markersize=6, capsize=2, linewidth=0.9,
-            )  # fmt: skip
+            bar = {"color": INK, "marker": "|", "markersize": 6, "capsize": 2, "linewidth": 0.9}
+            ax.errorbar(cell.mean, row + _BELOW_DOTS, xerr=cell.standard_deviation, **bar)
         text, ink = (cell.text(), RED) if cell.nonfinite else (f"n = {cell.n}", MUTED)
-        ax.text(1.02, row, text, transform=ax.get_yaxis_transform(), va="center", fontsize=7.5, color=ink)
+        ax.text(1.02, row, text, color=ink, **edge, **small)
     ax.set_yticks(range(len(rows)), [wrapped(group.name) for group in rows])
     ax.set(ylim=(len(rows) - 0.4, -0.6), xlabel="validation perplexity")
     ax.tick_params(axis="y", length=0)
@@ -59,9 +57,3 @@ def far_above(values: Sequence[float]) -> float:
         return math.inf
     lowest, upper = min(finite), float(np.quantile(finite, 0.75))
     return max(upper + 3 * (upper - lowest), lowest)
-
-
-def _arrow(ax: Axes, row: int, text: str, colour: str) -> None:
-    place = {"transform": ax.get_yaxis_transform(), "color": colour}
-    ax.plot([0.985], [row], ">", markersize=4, **place)
-    ax.text(0.96, row, text, ha="right", va="center", fontsize=7.5, **{**place, "color": INK})

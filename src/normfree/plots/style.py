@@ -6,6 +6,7 @@ Figures are built as objects, without pyplot, so that no state outlives a call.
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,6 @@ from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
-from matplotlib.transforms import offset_copy
 
 Panel = Callable[..., Any]
 """Draws itself into the Axes it is given as `ax`."""
@@ -56,14 +56,11 @@ _VARIANTS = {
 }
 _OTHERS = tuple(_ON_WHITE[name] for name in ("purple", "gold", "violet", "olive", "grey"))
 _KEY_INCHES = 0.3
-_LETTERS_A_LINE = 30
-_LEGEND_LETTERS = 22
-_LEGEND_COLUMNS = 2
-_LEGEND_LINE_INCHES = 0.15
-_BELOW_THE_AXIS_INCHES = 0.42
-_OTHER_LINES = ("-", "--", "-.", ":")
+LEGEND_LETTERS = 22
 
 RC: dict[Any, Any] = {
+    **dict.fromkeys(("axes.labelcolor", "axes.titlecolor", "text.color", "xtick.labelcolor", "ytick.labelcolor"), INK),
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), MUTED),
     "font.family": "DejaVu Sans",
     "font.size": 8.5,
     "text.hinting": "no_hinting",  # text is as wide in a file as it was when the figure was laid out
@@ -78,15 +75,7 @@ RC: dict[Any, Any] = {
     "legend.handlelength": 2.8,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "text.color": INK,
     "text.parse_math": False,  # a tag may have dollar signs
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
     "axes.grid": True,
     "grid.color": GRID,
     "grid.linewidth": 0.6,
@@ -103,16 +92,10 @@ def drawing_settings(**more: Any) -> AbstractContextManager[None]:
 
 def variant_styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Line colour and dash of each name. The paper's four variants always look the same."""
-    styles: dict[str, dict[str, Any]] = {}
-    free = 0
-    for name in names:
-        if name in _VARIANTS:
-            styles[name] = _VARIANTS[name]
-        else:
-            dash = _OTHER_LINES[free // len(_OTHERS) % len(_OTHER_LINES)]
-            styles[name] = {"color": _OTHERS[free % len(_OTHERS)], "linestyle": dash}
-            free += 1
-    return styles
+    free = itertools.cycle(
+        {"color": colour, "linestyle": dash} for dash in ("-", "--", "-.", ":") for colour in _OTHERS
+    )
+    return {name: _VARIANTS.get(name) or next(free) for name in names}
 
 
 def panel_figure(
@@ -122,7 +105,8 @@ def panel_figure(
     panel_inches: tuple[float, float] = (3.9, 2.9),
     key: Key | None = None,
 ) -> Figure:
-    """Panels side by side in one figure; `key` may add a colour bar that all of them share."""
+    """Panels side by side in one figure, with one legend below for what they label; `key` may add a colour bar that all
+    of them share."""
     columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
     width, height = panel_inches
@@ -136,6 +120,7 @@ def panel_figure(
             ax.set_axis_off()
         if key is not None:
             key(figure, grid)
+        _add_legend(figure, grid)
         # Run once here: a figure that keeps its layout engine is drawn twice by every savefig.
         ConstrainedLayoutEngine().execute(figure)
     return figure
@@ -174,26 +159,21 @@ def colour_key(
     return draw
 
 
-def wrapped(name: str, letters: int = _LETTERS_A_LINE) -> str:
+def wrapped(name: str, letters: int = 30) -> str:
     """A name of a variant over as many lines as it needs: what tells mixed recipes apart can be long."""
     return textwrap.fill(name, letters, break_long_words=False, break_on_hyphens=False)
 
 
-def legend_below(ax: Axes, *, columns: int = _LEGEND_COLUMNS, **more: Any) -> None:
-    """A legend under the label of the x axis, where it covers no data."""
-    below = offset_copy(ax.transAxes, ax.get_figure(root=True), y=-_BELOW_THE_AXIS_INCHES)
-    ax.legend(loc="upper center", bbox_to_anchor=(0.45, 0), bbox_transform=below, ncols=columns, **more)
-
-
-def legend_name(name: str) -> str:
-    """A name that fits into a column of `legend_below`."""
-    return wrapped(name, _LEGEND_LETTERS)
-
-
-def legend_inches(names: Sequence[str]) -> float:
-    """Height of `legend_below` of these names."""
-    lines = [legend_name(name).count("\n") + 1 for name in names]
-    return _LEGEND_LINE_INCHES * math.ceil(len(names) / _LEGEND_COLUMNS) * max(lines, default=0)
+def _add_legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    """One entry a name under all panels, in as few rows as are no wider than the figure."""
+    labelled = [pair for ax in axes for pair in zip(*ax.get_legend_handles_labels(), strict=True)]
+    entries = {wrapped(label, LEGEND_LETTERS): handle for handle, label in labelled}
+    for rows in range(1, len(entries) + 1):
+        columns = math.ceil(len(entries) / rows)
+        legend = figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
+        if legend.get_window_extent().width <= figure.bbox.width or columns == 1:
+            break
+        legend.remove()
 
 
 def empty(ax: Axes, text: str) -> Axes:

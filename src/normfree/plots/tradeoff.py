@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
-from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 
 from normfree.analysis.seeds import decimals
@@ -40,8 +40,7 @@ def trade_off(
         return empty(ax, "no variant has a finite perplexity")
     for corpus in dict.fromkeys(corpora):
         front = sorted((gigabytes[i], perplexity[i]) for i in finite if on_front[i] and corpora[i] == corpus)
-        steps: dict[str, Any] = {"drawstyle": "steps-post", "linewidth": 1, "zorder": 1}
-        ax.plot([x for x, _ in front], [y for _, y in front], color=GREEN, **steps)
+        ax.step([x for x, _ in front], [y for _, y in front], where="post", color=GREEN, linewidth=1, zorder=1)
     limit = far_above([perplexity[i] for i in finite])
     near = [perplexity[i] for i in finite if perplexity[i] <= limit]
     room = 0.1 * (max(near) - min(near)) or 0.1
@@ -58,19 +57,13 @@ def trade_off(
     ax.margins(x=0.08)
     ax.set_ylim(low, high)
     ax.grid(visible=False)  # its lines and those of the labels are told apart by nothing
+    to_point = {"arrowstyle": "-", "color": GRID, "linewidth": 0.7, "relpos": (0, 0.5), "shrinkA": 0}
+    beside = {"textcoords": "axes fraction", "va": "center", "fontsize": 8, "color": INK, "arrowprops": to_point}
     lowest_first = sorted(finite, key=lambda i: perplexity[i])
     heights = apart([(shown[i] - low) / (high - low) for i in lowest_first])
     for i, height in zip(lowest_first, heights, strict=True):
-        ax.annotate(
-            labels[i] if perplexity[i] <= limit else f"{labels[i]}: {decimals(perplexity[i], 1)}",
-            (gigabytes[i], shown[i]),
-            xytext=(1.02, height),
-            textcoords="axes fraction",
-            verticalalignment="center",
-            fontsize=8,
-            color=INK,
-            arrowprops={"arrowstyle": "-", "color": GRID, "linewidth": 0.7, "relpos": (0, 0.5), "shrinkA": 0},
-        )
+        text = labels[i] if perplexity[i] <= limit else f"{labels[i]}: {decimals(perplexity[i], 1)}"
+        ax.annotate(text, (gigabytes[i], shown[i]), xytext=(1.02, height), **beside)
     ax.set(xlabel="sent in private inference (GB)", ylabel="validation perplexity")
     return ax
 
@@ -84,11 +77,5 @@ def trade_off_size(labels: Sequence[str]) -> tuple[float, float]:
 def apart(heights: Sequence[float]) -> list[float]:
     """Rising heights of the axes (0 to 1), moved as little as keeps a row between each two and the last one inside."""
     row = min(_ROW, 1 / max(1, len(heights)))
-    moved: list[float] = []
-    for height in heights:
-        moved.append(max(height, moved[-1] + row) if moved else height)
-    ceiling = 1.0
-    for i in reversed(range(len(moved))):
-        moved[i] = min(moved[i], ceiling)
-        ceiling = moved[i] - row
-    return moved
+    rows = row * np.arange(len(heights))
+    return (np.maximum.accumulate(heights - rows).clip(max=1 - rows[-1:]) + rows).tolist()
