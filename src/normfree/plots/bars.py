@@ -57,7 +57,8 @@ def slope_perplexity(groups: Sequence[Group], *, ax: Axes, title: str = "") -> A
     cells = perplexities_on_common_seeds([group for group in groups if group.name in fixed])
     found = sorted(((fixed[name], cell) for name, cell in cells.items()), key=lambda item: item[0])
     whole = [(slope, cell.mean, cell.standard_deviation) for slope, cell in found if not cell.nonfinite]
-    ax.errorbar(*np.reshape(whole, (-1, 3)).T, color=GREEN, marker="o", capsize=3)
+    slope_N, mean_N, deviation_N = np.reshape(whole, (-1, 3)).T
+    ax.errorbar(slope_N, mean_N, deviation_N, color=GREEN, marker="o", capsize=3)
     above = {"transform": ax.get_xaxis_transform(), "ha": "center", "va": "top", "color": RED}
     for slope, cell in found:
         if cell.nonfinite:

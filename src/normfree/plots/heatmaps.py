@@ -113,7 +113,7 @@ def _write_values(values_LH: np.ndarray, image: AxesImage) -> None:
     if size < _SMALLEST_POINTS:
         return
     # Black or white, whichever stands out more from the cell (WCAG relative luminance).
-    is_light_LH = image.to_rgba(image.get_array())[..., :3] ** 2.2 @ (0.2126, 0.7152, 0.0722) > 0.179
+    is_light_LH = image.to_rgba(np.ma.masked_invalid(values_LH))[..., :3] ** 2.2 @ (0.2126, 0.7152, 0.0722) > 0.179
     style = {"ha": "center", "va": "center", "fontsize": size, "in_layout": False, "clip_on": True}
     for (layer, head), value in np.ndenumerate(values_LH):
         text = image.axes.text(head, layer, f"{value:.2f}", color="k" if is_light_LH[layer, head] else "w", **style)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -23,7 +24,8 @@ def perplexity_points(groups: Sequence[Group], *, ax: Axes, styles: Styles) -> A
     the others is an arrow at the edge with its number, so that the others keep their room.
     """
     rows = [group for group in groups if group.runs]
-    edge, small = {"transform": ax.get_yaxis_transform()}, {"va": "center", "fontsize": 7.5}
+    edge: dict[str, Any] = {"transform": ax.get_yaxis_transform()}
+    small = {"va": "center", "fontsize": 7.5}
     limit = far_above([value for group in rows for value in group.perplexities.values()])
     for row, group in enumerate(rows):
         values = list(group.perplexities.values())
