@@ -28,7 +28,7 @@ ALLOWED = {
     "cost": {"config", "records", "analysis", "tables"},
     "report": {"manifest", "records", "analysis", "published", "tables", "plots", "cost", "store"},
     "compose": {"config", "measures", "model"},
-    "pretrained": {"config", "model", "records"},
+    "pretrained": {"config", "gguf_file", "model", "records"},
     "measure": {"entropy", "evaluate", "measures"},
     "studies": {"analysis", "compose", "config", "data", "records", "report", "training", "workers"},
     "sweep": {"compose", "records", "studies", "training"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
@@ -83,9 +85,10 @@ def test_who_waits_for_others_says_so_after_ten_seconds(
 
 
 def test_a_number_of_processes_without_a_meeting_point_is_refused_with_what_to_unset(monkeypatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr(PartialState, "_shared_state", {})
-    with pytest.raises(ValueError, match=r"MASTER_ADDR.* the environment has WORLD_SIZE=4: .* unset WORLD_SIZE"):
+    environment = mock.patch.dict(os.environ, {"WORLD_SIZE": "4"})  # Accelerate sets RANK and others there
+    message = r"MASTER_ADDR.* the environment has WORLD_SIZE=4: .* unset WORLD_SIZE"
+    with environment, pytest.raises(ValueError, match=message):
         state_of_processes(cpu=True, timeout=timedelta(seconds=60))
 
 
