@@ -8,20 +8,14 @@ import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from io import TextIOWrapper
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from normfree import __version__, commands, cost_commands, model_commands
-from normfree.config import describe_keys, nearest
+from normfree.config import build, describe_keys, nearest
 
 FLAGS = "--help, --version, --debug, of train -m and --cfg job, and of study --cfg job"
-OF_THE_CORPUS = tuple(
-    f"model.{name}" for name in ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id")
-)
-"""Keys that a run has from its corpus where none is given."""
 HELP, MANY, SHOW = ("-h", "--help"), ("-m", "--multirun"), ("--cfg", "--cfg=job", "job")
 
 
@@ -151,24 +145,20 @@ def dispatch(words: Sequence[str]) -> None:
     if any(word in HELP for word in rest):
         print(help_for(name, verb))
         return
-    multirun = name == "train" and any(word in MANY for word in rest)
-    rest = [word for word in rest if not (multirun and word in MANY)]
-    shown = name in ("train", "study") and any(word in SHOW[:2] for word in rest)
-    rest = [word for word in rest if not (shown and word in SHOW)]
-    if flags := [word for word in rest if word.startswith("-")]:
-        raise UsageError(f"unknown flag {flags[0]!r}; the flags are {FLAGS}; all else is key=value")
-    objects, pairs = [w for w in rest if not _is_pair(w)], [w for w in rest if _is_pair(w)]
-    if (multirun or name == "study") and not shown and "TORCHELASTIC_RUN_ID" in os.environ:
-        raise UsageError(f"torchrun starts one run; a {'sweep' if multirun else 'study'} is started without it")
-    if shown:  # before -m, which would train
-        shows = {"study": commands.show_study, "train": commands.show_sweep if multirun else commands.show_run}
-        verb = replace(verb, run=shows[name])
-    elif multirun:
-        from normfree.sweep import sweep
-
-        sweep([*objects, *pairs])
-        return
-    verb.run(*_objects(name, verb, objects), *_keys(name, verb, pairs))
+    flags = {}
+    if name == "train" and any(word in MANY for word in rest):
+        flags["many"] = True
+        rest = [word for word in rest if word not in MANY]
+    if name in ("train", "study") and any(word in SHOW[:2] for word in rest):
+        flags["show"] = True
+        rest = [word for word in rest if word not in SHOW]
+    if unknown := [word for word in rest if word.startswith("-")]:
+        raise UsageError(f"unknown flag {unknown[0]!r}; the flags are {FLAGS}; all else is key=value")
+    if (name == "study" or "many" in flags) and "show" not in flags and "TORCHELASTIC_RUN_ID" in os.environ:
+        raise UsageError("torchrun starts one run; a study or a sweep is started without it")
+    pairs = [word for word in rest if _is_pair(word)]
+    objects = _objects(name, verb, [word for word in rest if not _is_pair(word)])
+    verb.run(*objects, _keys(name, verb, pairs), **flags)
 
 
 def _is_pair(word: str) -> bool:
@@ -188,21 +178,15 @@ def _objects(name: str, verb: Verb, given: list[str]) -> list[Any]:
     return [given] if many else given
 
 
-def _keys(name: str, verb: Verb, pairs: list[str]) -> list[Any]:
-    if verb.options is None:
-        if wrong := [pair for pair in pairs if verb.corpus_only and not _decides_a_corpus(pair.partition("=")[0])]:
-            raise UsageError(f"normfree {name} takes data.* keys, preset= and cache_dir=, got {wrong[0]!r}")
-        return [pairs]
-    values = dict(pair.split("=", 1) for pair in pairs)
-    allowed = list(verb.options.__dataclass_fields__)
-    for key in values:
-        if key not in allowed:
-            raise UsageError(f"unknown key {key!r} for normfree {name}; {nearest(key, allowed)}")
-    try:
-        return [TypeAdapter(verb.options).validate_python(values)]
-    except ValidationError as error:
-        problem = error.errors()[0]
-        raise UsageError(f"{problem['loc'][0]}={problem['input']}: {problem['msg']}") from None
+def _keys(name: str, verb: Verb, pairs: list[str]) -> Any:
+    if verb.options is not None:
+        try:
+            return build(verb.options, dict(pair.split("=", 1) for pair in pairs))
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+    if wrong := [pair for pair in pairs if verb.corpus_only and not _decides_a_corpus(pair.partition("=")[0])]:
+        raise UsageError(f"normfree {name} takes data.* keys, preset= and cache_dir=, got {wrong[0]!r}")
+    return pairs
 
 
 def overview() -> str:
@@ -225,24 +209,19 @@ def help_for(name: str, verb: Verb) -> str:
 
 def _key_help(verb: Verb) -> list[str]:
     if verb.options is not None:
-        about = TypeAdapter(verb.options).json_schema()["properties"]
-        return [_key_line(key, facts.get("default"), facts.get("description", "")) for key, facts in about.items()]
-    from normfree.compose import GROUPS, defaults, describe_model_keys, members
+        return [_key_line(key, *row) for key, row in describe_keys(verb.options).items()]
+    from normfree.compose import GROUPS, describe_run, members
 
-    told = defaults()
-    of_run = [(key, told.get(key, default), meaning) for key, default, meaning in describe_keys()]
-    of_model = [(key, told.get(key, default), meaning) for key, default, meaning in describe_model_keys()]
-    of_model = [(key, None if key in OF_THE_CORPUS else default, meaning) for key, default, meaning in of_model]
     if verb.corpus_only:
         lines = [_key_line("preset", None, f"whose corpus: {', '.join(members('preset'))}")]
         lines += [_key_line("cache_dir", None, "where corpora are kept")]
-        lines += [_key_line(*about) for about in of_run if _decides_a_corpus(about[0])]
+        lines += [_key_line(*row) for row in describe_run() if _decides_a_corpus(row[0])]
         return [*lines, "", "Values shown are those of preset=cpu with the source `installed`."]
     lines = [f"  {group + '=':<12}{', '.join(members(group))}" for group in GROUPS]
     lines.append(f"  {'studies':<12}{', '.join(members('studies'))}")
     lines += ["", "  workers=1       study only: processes that share its runs and this machine's cores"]
     lines += ["  runs_dir=runs   where runs are kept", "  cache_dir=      where corpora are kept", ""]
-    lines += [_key_line(*about) for about in (*of_run, *of_model)]
+    lines += [_key_line(*row) for row in describe_run()]
     return [
         *lines,
         "",

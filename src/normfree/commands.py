@@ -47,15 +47,22 @@ def data(source: str, overrides: Sequence[str]) -> None:
     print(prepare(composed.spec.data, cache=composed.cache_dir).describe())
 
 
-def train(overrides: Sequence[str]) -> None:
-    """Train one run."""
+def train(overrides: Sequence[str], *, many: bool = False, show: bool = False) -> None:
+    """Train one run, or `many`; `show` prints them as YAML documents and trains nothing."""
     from accelerate import PartialState
 
     from normfree.compose import compose_run
     from normfree.studies import summary
+    from normfree.sweep import jobs_of, sweep
     from normfree.training import train as train_run
     from normfree.training.process import prepare_process
 
+    if show:
+        _show(jobs_of(overrides) if many else [compose_run(overrides)])
+        return
+    if many:
+        sweep(overrides)
+        return
     prepare_process()
     composed = compose_run(overrides)
     folder = train_run(composed.spec, runs_dir=composed.runs_dir, cache=composed.cache_dir)
@@ -63,52 +70,31 @@ def train(overrides: Sequence[str]) -> None:
         print(f"{summary(folder)}\n{folder}")
 
 
-def show_run(overrides: Sequence[str]) -> None:
-    """Print the composed run as YAML, and train nothing."""
-    from normfree.compose import compose_run
+def study(name: str, overrides: Sequence[str], *, show: bool = False) -> None:
+    """Train the runs of a study and build its report; `workers=N` is for the study, all other keys are for the runs.
 
-    _show([compose_run(overrides)])
+    `show` prints the runs as YAML documents and trains nothing.
+    """
+    from normfree.studies import load_study, run_study
+    from normfree.training.process import prepare_process
 
-
-def show_sweep(overrides: Sequence[str]) -> None:
-    """Print every run of a sweep as a YAML document, and train nothing."""
-    from normfree.sweep import jobs_of
-
-    _show(jobs_of(overrides))
-
-
-def show_study(name: str, overrides: Sequence[str]) -> None:
-    """Print every run of a study as a YAML document, and train nothing."""
-    from normfree.studies import load_study
-
-    of_runs, _ = _workers_of(overrides)
-    _show(load_study(name).runs_with(of_runs))
+    of_runs = [word for word in overrides if not word.startswith("workers=")]
+    workers = [word.removeprefix("workers=") for word in overrides if word.startswith("workers=")] or ["1"]
+    if not workers[-1].isdigit():
+        raise ValueError(f"workers={workers[-1]}: give a whole number of processes, e.g. workers=2")
+    if show:
+        _show(load_study(name).runs_with(of_runs))
+        return
+    prepare_process()
+    page = run_study(name, of_runs, workers=int(workers[-1]))
+    print((page.parent / "tables" / "perplexity.md").read_text(encoding="utf-8"))
+    print(f"The page: {page}")
 
 
 def _show(runs: Sequence[Composed]) -> None:
     import yaml
 
     print(yaml.safe_dump_all([run.spec.to_dict() for run in runs], sort_keys=False), end="")
-
-
-def _workers_of(overrides: Sequence[str]) -> tuple[list[str], int]:
-    """The overrides of runs, and the number of `workers=`, which is ours."""
-    workers = [word.partition("=")[2] for word in overrides if word.startswith("workers=")]
-    if not all(number.isdigit() for number in workers):
-        raise ValueError(f"workers={workers[0]!r}: give a whole number of processes, e.g. workers=2")
-    return [word for word in overrides if not word.startswith("workers=")], int(workers[-1]) if workers else 1
-
-
-def study(name: str, overrides: Sequence[str]) -> None:
-    """Train the runs of a study and build its report; `workers=N` is ours, all other keys are the runs'."""
-    from normfree.studies import run_study
-    from normfree.training.process import prepare_process
-
-    prepare_process()
-    of_runs, workers = _workers_of(overrides)
-    page = run_study(name, of_runs, workers=workers)
-    print((page.parent / "tables" / "perplexity.md").read_text(encoding="utf-8"))
-    print(f"The page: {page}")
 
 
 def verify(name: str, options: VerifyOptions) -> None:

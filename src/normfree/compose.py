@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ast
-import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -18,14 +16,39 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from normfree.config import NOT_SET_ALONE, RunSpec, TrainSpec, known_keys, nearest, with_choices
+from normfree.config import NOT_SET_ALONE, RunSpec, describe_keys, nearest
+
+if TYPE_CHECKING:
+    from normfree.model import NormFreeConfig  # loads torch, which --help and report do not need
 
 CONF = Path(__file__).parent / "conf"
 GROUPS = ("data", "preset", "variant")
 PLACES = ("runs_dir", "cache_dir")
 NAMES = ("study", "tag")
+OF_THE_CORPUS = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id")
+"""Fields of a model that a run has from its corpus where none is given."""
 _EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
 """1e-3, which PyYAML reads as text."""
+_FIELD = re.compile(r'^    (\w+): (.+) = (.+)\n    """(.+)"""$', re.MULTILINE)
+"""A field of NormFreeConfig with its docstring."""
+_HINTS = {
+    "batch_size": "did you mean train.batch_sequences?",
+    "gradient_accumulation_steps": "did you mean train.micro_batch_sequences?",
+    **dict.fromkeys(("learning_rate", "lr"), "did you mean train.peak_learning_rate?"),
+    "max_steps": "did you mean train.steps?",
+    **dict.fromkeys(
+        ("optimizer", "optim"),
+        "the optimiser is AdamW (train.adam_beta1, adam_beta2, adam_epsilon, weight_decay)",
+    ),
+    **dict.fromkeys(
+        ("lr_scheduler", "lr_scheduler_type", "scheduler", "schedule"),
+        "the learning rate warms up and falls linearly (train.warmup_share, final_learning_rate; with that at the peak "
+        "it is constant)",
+    ),
+    "source": "say data=NAME, which also sets how that text is cut",
+    "workers": "it is a key of `normfree study`",
+}
+"""The end of an error line on keys that other programs or other commands have."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +67,7 @@ def compose_run(overrides: Sequence[str]) -> Composed:
     """
     with initialize_config_dir(str(CONF), version_base=None):
         try:
-            composed = compose("config", [forced(text) for text in _single(checked(overrides))])
+            composed = compose("config", [forced(text) for text in checked(overrides, many=False)])
         except (HydraException, OmegaConfBaseException) as error:
             raise ValueError(str(error).strip().splitlines()[0]) from error
     return from_hydra(composed)
@@ -52,89 +75,31 @@ def compose_run(overrides: Sequence[str]) -> Composed:
 
 def from_hydra(composed: DictConfig) -> Composed:
     """Plain, checked values from what Hydra composed."""
-    values: Any = OmegaConf.to_container(composed, resolve=True)
-    places = {name: values.pop(name) for name in PLACES}
-    if not places["runs_dir"]:
-        raise ValueError(f"runs_dir={places['runs_dir']}: name a folder, e.g. runs_dir=runs")
-    values["model"] = {name: _as_declared(name, value) for name, value in values["model"].items()}
-    _stretch(values["model"], _declared_by(values["variant"]))
-    spec = RunSpec.from_dict(values)
-    _check_model(spec)
-    return Composed(
-        spec=spec,
-        runs_dir=Path(places["runs_dir"]),
-        cache_dir=Path(places["cache_dir"]) if places["cache_dir"] else None,
-    )
-
-
-def _as_declared(name: str, value: Any) -> Any:
-    """A whole number where the model has a float: 1 and 1.0 are one model, so one identity."""
-    from normfree.model import NormFreeConfig
-
-    return float(value) if type(value) is int and NormFreeConfig.__annotations__.get(name) is float else value
-
-
-def _stretch(model: dict[str, Any], declared: Mapping[str, Any]) -> None:
-    """Give each name of a variant's list of activations an equal part of the layers, the first ones one more. A list
-    that names one twice is a pattern of its own, and is taken as it is."""
-    from normfree.model import NormFreeConfig
-
-    names = declared.get("activation")
-    if isinstance(names, list) and len(set(names)) == len(names) and model.get("activation") == names:
-        layers = model.get("num_hidden_layers", NormFreeConfig().num_hidden_layers)
-        if type(layers) is not int:  # the check of the model says so
-            return
-        model["activation"] = [names[layer * len(names) // layers] for layer in range(layers)]
-
-
-def _check_model(spec: RunSpec) -> None:
-    """Raises ValueError for a model that cannot be built, or that is not the variant's: folder, label and the published
-    numbers beside a run go by that."""
     from normfree.measures import periods_of
     from normfree.model import NormFreeConfig
 
-    periods_of(spec.probe.measures, spec.probe.every_steps)
-    model = NormFreeConfig(**spec.model).to_dict()  # fields that contradict each other are the first thing to say
-    if spec.variant == "custom" and (unsaid := [key for key in ("norm", "activation") if key not in spec.model]):
-        raise ValueError(
-            f"variant=custom does not say model.{' and model.'.join(unsaid)}: give both, e.g. model.norm=none "
-            "model.activation=relu"
-        )
-    _check_read(spec, model)
-    declared = _declared_by(spec.variant)
-    wrong = [f"{key}={model[key]!r}" for key in declared if not _same(model, declared, key)]
-    if not wrong:
-        return
-    others = {name: _declared_by(name) for name in members("variant") if name != "custom"}
-    fitting = [name for name, keys in others.items() if all(_same(model, keys, key) for key in keys)]
-    advice = f"that is variant={fitting[0]}" if fitting else "say variant=custom, with a tag that names it"
-    raise ValueError(f"variant={spec.variant} with model.{', model.'.join(wrong)} would bear a wrong label: {advice}")
-
-
-def _check_read(spec: RunSpec, model: Mapping[str, Any]) -> None:
-    """Raises ValueError for a setting other than the default that nothing in this model reads."""
-    from normfree.model import NormFreeConfig
-    from normfree.model.activations import IN_THIS_FILE
-
-    names = {model["activation"]} if isinstance(model["activation"], str) else set(model["activation"])
-    of_ones_own = names - IN_THIS_FILE.keys()  # such an activation may read and learn slopes
-    sloped = bool(of_ones_own) or "leaky_relu" in names
-    learned = bool(of_ones_own) or model["learnable_slope"] != "none"
-    rotary = model["position"] == "rotary"
-    needs = {
-        "model.rotary_share": (rotary, "model.position=rotary"),
-        "model.rotary_base": (rotary, "model.position=rotary"),
-        "model.norm_epsilon": ({model["norm"], model["final_norm"]} != {"none"}, "a norm"),
-        "model.negative_slope": (sloped, "model.activation=leaky_relu"),
-        "train.decay_slopes": (learned, "model.learnable_slope=per_layer or shared"),
-        "train.slope_learning_rate_factor": (learned, "model.learnable_slope=per_layer or shared"),
+    values: Any = OmegaConf.to_container(composed, resolve=True)
+    runs_dir, cache_dir = (values.pop(name) for name in PLACES)
+    if not runs_dir:
+        raise ValueError(f"runs_dir={runs_dir}: name a folder, e.g. runs_dir=runs")
+    model = values["model"]
+    names, layers = model.get("activation"), model["num_hidden_layers"]
+    if (
+        isinstance(names, list)
+        and names == _declared_by(values["variant"]).get("activation")
+        and isinstance(layers, int)
+    ):
+        model["activation"] = _stretched(names, layers)
+    config = NormFreeConfig(**model)
+    # 1 and 1.0 are one model, so one identity.
+    values["model"] = {
+        name: float(value) if isinstance(getattr(config, name), float) else value for name, value in model.items()
     }
-    given = {"model": model, "train": spec.to_dict()["train"]}
-    default = {"model": NormFreeConfig().to_dict(), "train": TrainSpec(steps=1).__dict__}
-    for key, (is_read, reader) in needs.items():
-        part, _, name = key.partition(".")
-        if not is_read and given[part][name] != default[part][name]:
-            raise ValueError(f"{key}={given[part][name]} is read with {reader} only: leave it out")
+    spec = RunSpec.from_dict(values)
+    periods_of(spec.probe.measures, spec.probe.every_steps)
+    _check_read(spec, config)
+    _check_label(spec, config)
+    return Composed(spec=spec, runs_dir=Path(runs_dir), cache_dir=Path(cache_dir) if cache_dir else None)
 
 
 def _declared_by(variant: str) -> dict[str, Any]:
@@ -143,85 +108,91 @@ def _declared_by(variant: str) -> dict[str, Any]:
     return {key: value for key, value in model.items() if key != "negative_slope"}
 
 
-def _same(model: Mapping[str, Any], declared: Mapping[str, Any], key: str) -> bool:
-    """Equal in every layer; `model` has every field of a NormFreeConfig."""
-    if key != "activation":
-        return model[key] == declared[key]
-    asked = {**model, key: declared[key]}
-    _stretch(asked, declared)
-    one, other = (
-        value if isinstance(value, list) else [value] * model["num_hidden_layers"] for value in (model[key], asked[key])
-    )
-    return one == other
+def _stretched(names: str | list[str], layers: int) -> list[str]:
+    """The activation of each layer: each name takes an equal part of the layers, the first ones one more."""
+    names = [names] if isinstance(names, str) else names
+    return [names[layer * len(names) // layers] for layer in range(layers)]
 
 
-def checked(overrides: Sequence[str]) -> list[str]:
-    """The overrides, or ValueError for a key or a group member that does not exist."""
+def _check_label(spec: RunSpec, config: NormFreeConfig) -> None:
+    """Raises ValueError for a model that is not the variant's: folder, label and the published numbers beside a run go
+    by that."""
+    if spec.variant == "custom" and (unsaid := [key for key in ("norm", "activation") if key not in spec.model]):
+        raise ValueError(
+            f"variant=custom does not say model.{' and model.'.join(unsaid)}: give both, e.g. model.norm=none "
+            "model.activation=relu"
+        )
+
+    def differing(variant: str) -> list[str]:
+        declared = _declared_by(variant)
+        if "activation" in declared:
+            declared["activation"] = _stretched(declared["activation"], config.num_hidden_layers)
+        actual = config.to_dict() | {"activation": config.layer_activations}
+        return [key for key, value in declared.items() if actual[key] != value]
+
+    if not (wrong := differing(spec.variant)):
+        return
+    fitting = [name for name in members("variant") if name != "custom" and not differing(name)]
+    advice = f"that is variant={fitting[0]}" if fitting else "say variant=custom, with a tag that names it"
+    given = ", model.".join(f"{key}={getattr(config, key)!r}" for key in wrong)
+    raise ValueError(f"variant={spec.variant} with model.{given} would bear a wrong label: {advice}")
+
+
+def _check_read(spec: RunSpec, config: NormFreeConfig) -> None:
+    """Raises ValueError for a setting other than the default that nothing in this model reads."""
+    from normfree.model.activations import IN_THIS_FILE
+
+    names = set(config.layer_activations)
+    of_ones_own = bool(names - IN_THIS_FILE.keys())  # such an activation may read and learn slopes
+    rotary = config.position == "rotary", "model.position=rotary"
+    learned = of_ones_own or config.learnable_slope != "none", "model.learnable_slope=per_layer or shared"
+    needs = {
+        "rotary_share": rotary,
+        "rotary_base": rotary,
+        "norm_epsilon": ({config.norm, config.final_norm} != {"none"}, "a norm"),
+        "negative_slope": (of_ones_own or "leaky_relu" in names, "model.activation=leaky_relu"),
+        "decay_slopes": learned,
+        "slope_learning_rate_factor": learned,
+    }
+    for name, (is_read, reader) in needs.items():
+        part, owner = ("model", config) if hasattr(config, name) else ("train", spec.train)
+        if not is_read and (value := getattr(owner, name)) != getattr(type(owner), name):
+            raise ValueError(f"{part}.{name}={value} is read with {reader} only: leave it out")
+
+
+def checked(overrides: Sequence[str], *, many: bool = True) -> list[str]:
+    """The overrides. Raises ValueError for a key or a group member that does not exist, and unless `many`, for what is
+    for several runs."""
+    allowed = allowed_keys()
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"{text!r} is not of the form key=value")
         if key.startswith("hydra"):
+            if not many:
+                raise ValueError(f"{text!r} is for many runs: `normfree train -m`")
             continue
-        if key == "data.source":
-            raise ValueError(f"{text!r} would leave how that text is cut at another source's setting; say data={value}")
-        if key in GROUPS:
-            for member in value.split(","):
-                if member not in members(key):
-                    raise ValueError(f"unknown {key} {member!r}; {nearest(member, members(key))}")
-        elif key not in allowed_keys():
-            raise ValueError(f"unknown key {key!r}; {_meant(key)}")
+        if key not in allowed:
+            raise ValueError(f"unknown key {key!r}; {_meant(key, allowed)}")
+        for member in value.split(",") if key in GROUPS else ():
+            if member not in members(key):
+                raise ValueError(f"unknown {key} {member!r}; {nearest(member, members(key))}")
         try:
-            OverridesParser.create().parse_override(text)
+            parsed = OverridesParser.create().parse_override(text)
         except HydraException:
             quoted = "['...','...']" if value.startswith("[") else "'...'"
             raise ValueError(f'cannot read {text!r}; quote what has special characters: "{key}={quoted}"') from None
+        if parsed.is_sweep_override() and not many:
+            raise ValueError(f"{text!r} is several values: `normfree train -m` trains one run for each")
     return list(overrides)
 
 
-_OTHER_NAMES = {
-    "batch_size": "train.batch_sequences",
-    "gradient_accumulation_steps": "train.micro_batch_sequences",
-    "learning_rate": "train.peak_learning_rate",
-    "lr": "train.peak_learning_rate",
-    "max_steps": "train.steps",
-}
-"""What other programs call some keys."""
-
-
-_FIXED = {
-    ("optimizer", "optim"): "the optimiser is AdamW (train.adam_beta1, adam_beta2, adam_epsilon, weight_decay)",
-    ("lr_scheduler", "lr_scheduler_type", "scheduler", "schedule"): (
-        "the learning rate warms up and falls linearly (train.warmup_share, final_learning_rate; with that at the peak "
-        "it is constant)"
-    ),
-}
-"""What other programs let choose."""
-
-
-def _meant(key: str) -> str:
+def _meant(key: str, allowed: list[str]) -> str:
     """The end of an error line on a key that does not exist."""
-    if key == "workers":
-        return "it is a key of `normfree study`"
-    for names, what in _FIXED.items():
-        if key.rpartition(".")[2] in names:
-            return what
-    last, allowed = key.rpartition(".")[2], allowed_keys()
+    last = key.rpartition(".")[2]
     same = [known for known in allowed if known.rpartition(".")[2] == last]
-    if named := [_OTHER_NAMES[last]] if last in _OTHER_NAMES else same:
-        return f"did you mean {' or '.join(named)}?"
-    found = nearest(key, allowed)
-    return found if found.startswith("did you mean") else "`normfree train --help` has all of them"
-
-
-def _single(overrides: list[str]) -> list[str]:
-    """The overrides, or ValueError for one that is for several runs."""
-    for text in overrides:
-        if text.startswith("hydra"):
-            raise ValueError(f"{text!r} is for many runs: `normfree train -m`")
-        if OverridesParser.create().parse_override(text).is_sweep_override():
-            raise ValueError(f"{text!r} is several values: `normfree train -m` trains one run for each")
-    return overrides
+    hint = _HINTS.get(last) or (f"did you mean {' or '.join(same)}?" if same else nearest(key, allowed))
+    return "`normfree train --help` has all of them" if hint.startswith("allowed") else hint
 
 
 def forced(override: str) -> str:
@@ -238,15 +209,11 @@ def override(key: str, value: Any) -> str:
 
 
 def _as_hydra_reads(value: Any) -> str:
-    match value:
-        case list():
-            return f"[{','.join(map(_as_hydra_reads, value))}]"
-        case str():
-            return QuotedString(value, Quote.single).with_quotes()
-        case None:
-            return "null"
-        case _:
-            return str(value)
+    if isinstance(value, list):
+        return f"[{','.join(map(_as_hydra_reads, value))}]"
+    if isinstance(value, str):
+        return QuotedString(value, Quote.single).with_quotes()
+    return "null" if value is None else str(value)
 
 
 def members(group: str) -> list[str]:
@@ -254,40 +221,28 @@ def members(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
-def defaults() -> dict[str, Any]:
-    """The value of every dotted key that the configuration sets where a command gives none, e.g. `train.steps`."""
-    with initialize_config_dir(str(CONF), version_base=None):
-        values: Any = OmegaConf.to_container(compose("config"))
-    found = {}
-    for name, value in values.items():
-        found |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
-    return found
+def describe_run() -> list[tuple[str, Any, str]]:
+    """(key, value in a run without overrides, meaning) of every key that may be set alone, for --help.
 
-
-def describe_model_keys() -> list[tuple[str, str, str]]:
-    """(key, default, meaning) of every field of NormFreeConfig, read off its source: importing it loads torch."""
+    The fields of the model are read off their source: importing them loads torch, which takes seconds.
+    """
+    rows = describe_keys(RunSpec)
     source = (Path(__file__).parent / "model" / "configuration.py").read_text(encoding="utf-8")
-    body = next(node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
-    rows = []
-    for line, after in itertools.pairwise(body):
-        match line:
-            case ast.AnnAssign(ast.Name(name), annotation, ast.expr() as default):
-                meaning = ast.literal_eval(after.value) if isinstance(after, ast.Expr) else ""
-                described = with_choices(meaning, _choices(annotation))
-                rows.append((f"model.{name}", str(ast.literal_eval(default)), described))
-    return rows
-
-
-def _choices(annotation: ast.expr) -> list[str]:
-    match annotation:
-        case ast.Subscript(ast.Name("Literal"), ast.Tuple(values)):
-            return [ast.literal_eval(value) for value in values]
-    return []
+    for name, kind, default, meaning in _FIELD.findall(source):
+        if kind.startswith("Literal["):
+            meaning += f" {kind.removeprefix('Literal')}".replace('"', "").replace(", ", " | ")
+        rows[f"model.{name}"] = (None if name in OF_THE_CORPUS else default.strip('"'), meaning)
+    with initialize_config_dir(str(CONF), version_base=None):
+        parts: Any = OmegaConf.to_container(compose("config"))
+    values = {
+        f"{part}.{key}": value for part in ("data", "train", "probe", "model") for key, value in parts[part].items()
+    }
+    return [(key, values.get(key, row[0]), row[1]) for key, row in rows.items() if key not in NOT_SET_ALONE]
 
 
 def allowed_keys() -> list[str]:
     """Every key a user may set."""
-    from normfree.model import NormFreeConfig  # loads torch, which --help and report do not need
+    from normfree.model import NormFreeConfig
 
-    spec_keys = [key for key in known_keys() if key not in NOT_SET_ALONE]
+    spec_keys = [key for key in describe_keys(RunSpec) if key not in NOT_SET_ALONE]
     return [*GROUPS, *PLACES, *spec_keys, *(f"model.{name}" for name in NormFreeConfig.__annotations__)]

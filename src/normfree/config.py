@@ -1,5 +1,4 @@
-"""The truth about a run: frozen dataclasses. Their values are checked when they are built, and their types when
-`RunSpec.from_dict` builds them, as every command does.
+"""The truth about a run: frozen dataclasses that check types and values when they are built.
 
 Hydra's YAML only holds values for these fields. `RunSpec.model` stays a dict: an architecture field
 is declared once, in `normfree.model.configuration`, and checked by building a `NormFreeConfig`.
@@ -7,18 +6,25 @@ is declared once, in `normfree.model.configuration`, and checked by building a `
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import field
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from pydantic_core import to_jsonable_python
 
 from normfree.manifest import fingerprint
 
+Built = TypeVar("Built")
 Precision = Literal["fp32", "bf16", "fp16"]
+Count = Annotated[int, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 # What tells one variant from another under one recipe: tables compare over these and nothing else.
 VARIANT_FIELDS = (
@@ -52,14 +58,12 @@ _FIELDS_OF_SOURCES = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class DataSpec:
     """Which text, cut into which tokens: what decides the corpus fingerprint, and which one is expected.
 
     `paths` and `validation_paths` decide by what their files hold, wherever these lie.
     """
-
-    __pydantic_config__ = _STRICT
 
     source: Literal["installed", "codeparrot", "hub", "files"] = "installed"
     """Python code on this machine, the paper's data sets, any Hugging Face data set, or local files."""
@@ -83,17 +87,17 @@ class DataSpec:
     """Folder or hub name; empty trains a byte-level BPE on the training split."""
     vocab_size: int = 2048
     """Pieces of the tokenizer that is trained here."""
-    context: int = 128
+    context: Annotated[int, Field(ge=2)] = 128
     """Tokens in a block, T."""
     packing: Literal["windows", "concatenate"] = "windows"
     """windows: per document, tail dropped, no end token (the paper's); concatenate: end token between documents."""
-    max_bytes: int | None = None
+    max_bytes: Count | None = None
     """At most this many bytes of training text, in a fixed order."""
-    max_bytes_per_package: int | None = None
+    max_bytes_per_package: Count | None = None
     """data=installed: no package gives more than this, so that none dominates."""
-    train_documents: int | None = None
+    train_documents: Count | None = None
     """At most this many training documents after the shuffle."""
-    validation_documents: int | None = None
+    validation_documents: Count | None = None
     """At most this many validation documents after the shuffle."""
     shuffle_seed: int = 0
     """Order in which documents are taken (not the order of training; that is data_seed)."""
@@ -101,11 +105,6 @@ class DataSpec:
     """Fingerprint of the corpus behind the committed results; tables say so when yours differs."""
 
     def __post_init__(self) -> None:
-        if self.context < 2:
-            raise ValueError(f"data.context={self.context}: a block needs at least 2 tokens to predict one")
-        for name in ("paths", "validation_paths"):
-            if isinstance(given := getattr(self, name), str):
-                raise ValueError(f"data.{name}={given!r} must be a list, e.g. data.{name}=[{given}]")
         if self.source == "files" and not self.paths:
             raise ValueError("data=files needs data.paths, e.g. 'data.paths=[corpus/*.py]'")
         if self.source == "hub" and not self.dataset:
@@ -115,48 +114,44 @@ class DataSpec:
                 raise ValueError(
                     f"data.{given[0]} is not read with data={self.source}: give data={' or data='.join(sources)}"
                 )
-        limits = ("max_bytes", "max_bytes_per_package", "train_documents", "validation_documents")
-        _check_range("data", self, limits, above_zero=True)
         if self.tokenizer is None and self.vocab_size < 257:
             raise ValueError(
                 f"data.vocab_size={self.vocab_size}: a byte-level BPE needs 256 bytes and an end token, so 257 or more"
             )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TrainSpec:
     """How the model is trained. Batches count sequences of `data.context` tokens."""
 
-    __pydantic_config__ = _STRICT
-
-    steps: int | None = None
+    steps: Count | None = None
     """Optimiser steps; give this or `epochs`."""
-    epochs: float | None = None
+    epochs: Positive | None = None
     """Passes over the training blocks; give this or `steps`."""
-    batch_sequences: int = 32
+    batch_sequences: Count = 32
     """Sequences per optimiser step, over all processes and accumulation."""
-    micro_batch_sequences: int = 32
+    micro_batch_sequences: Count = 32
     """Sequences per forward pass of one process."""
-    peak_learning_rate: float = 1e-3
+    peak_learning_rate: Positive = 1e-3
     """AdamW's, at the end of the warm-up."""
-    final_learning_rate: float = 1e-7
+    final_learning_rate: NotNegative = 1e-7
     """Where its linear fall ends, after the last step."""
-    warmup_share: float = 0.05
+    warmup_share: BelowOne = 0.05
     """Share of the steps in which the learning rate rises linearly; then it falls linearly."""
-    weight_decay: float = 0.1
+    weight_decay: NotNegative = 0.1
     """AdamW's, on matrices and embeddings; never on biases and norms."""
     decay_slopes: bool = False
     """Also decay learnable slopes, as the official code does: over gpt2-t128's schedule that alone shrinks one to 0.2
     times its value, over cpu's to 0.78 times."""
-    slope_learning_rate_factor: float = 1.0
+    slope_learning_rate_factor: NotNegative = 1.0
     """Learning rate of the slopes as a multiple of everybody else's."""
-    adam_beta1: float = 0.9
+    adam_beta1: BelowOne = 0.9
     """Decay of AdamW's average of gradients, a step."""
-    adam_beta2: float = 0.999
+    adam_beta2: BelowOne = 0.999
     """Decay of AdamW's average of squared gradients, a step."""
-    adam_epsilon: float = 1e-8
+    adam_epsilon: Positive = 1e-8
     """What AdamW adds to the root of that average."""
-    max_gradient_norm: float = 1.0
+    max_gradient_norm: Positive = 1.0
     """A gradient whose L2 norm over all parameters is larger is scaled down to it; 1e9 leaves all as they are."""
     precision: Precision = "fp32"
     """fp32, or autocast in bf16 or fp16 over fp32 weights (fp16 needs a GPU)."""
@@ -166,17 +161,17 @@ class TrainSpec:
     """torch.compile the model."""
     on_nonfinite: str = "stop"
     """A step whose loss or gradient is not finite: `stop` records the run as diverged, `skip:N` leaves out up to N."""
-    evaluate_every: int = 500
+    evaluate_every: Count = 500
     """Steps between evaluations on the validation split."""
-    evaluation_sequences: int | None = None
+    evaluation_sequences: Count | None = None
     """Validation sequences used while training; the final evaluation always takes all."""
-    log_every: int = 10
+    log_every: Count = 10
     """Steps between lines of loss, learning rate, gradient norm and tokens per second."""
-    checkpoint_every: int = 500
+    checkpoint_every: Count = 500
     """Steps between checkpoints, from which a run goes on after a kill."""
-    checkpoints_kept: int = 2
+    checkpoints_kept: Count = 2
     """The newest of them stay on disk."""
-    threads: int | None = None
+    threads: Count | None = None
     """CPU threads; unless given, every core this process may use."""
     trackers: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ()
     """Also report losses, perplexity, learning rate and gradient norm there (an optional extra: docs/training.md)."""
@@ -187,11 +182,6 @@ class TrainSpec:
                 f"give exactly one of train.steps and train.epochs, got steps={self.steps} and epochs={self.epochs}; "
                 "train.steps=null or train.epochs=null frees what a preset sets"
             )
-        positive = ("steps", "epochs", "batch_sequences", "micro_batch_sequences", "peak_learning_rate")
-        positive += ("evaluate_every", "log_every", "checkpoint_every", "checkpoints_kept", "threads")
-        positive += ("evaluation_sequences", "max_gradient_norm", "adam_epsilon")
-        _check_range("train", self, positive, above_zero=True)
-        _check_range("train", self, ("weight_decay", "slope_learning_rate_factor", "final_learning_rate"))
         if self.batch_sequences % self.micro_batch_sequences:
             raise ValueError(
                 f"train.batch_sequences={self.batch_sequences} must be a multiple of "
@@ -202,9 +192,6 @@ class TrainSpec:
                 f"train.final_learning_rate={self.final_learning_rate} must be at most "
                 f"train.peak_learning_rate={self.peak_learning_rate}"
             )
-        for name in ("warmup_share", "adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"train.{name}={getattr(self, name)} must be at least 0 and below 1")
         if not re.fullmatch(r"stop|skip:[1-9][0-9]*", self.on_nonfinite):
             raise ValueError(
                 f"train.on_nonfinite={self.on_nonfinite!r}; allowed: stop, or skip:N with N of at least 1, e.g. skip:3"
@@ -216,39 +203,23 @@ class TrainSpec:
         return int(self.on_nonfinite.partition(":")[2] or 0)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class ProbeSpec:
     """When and on how much held-out text the heads are measured."""
 
-    __pydantic_config__ = _STRICT
-
     measures: tuple[str, ...] = ("heads", "slopes")
     """What is measured (docs/quantities.md); NAME:STEPS gives a measure a period of its own."""
-    every_steps: int = 100
+    every_steps: Count = 100
     """Steps between measurements."""
-    sequences: int = 64
+    sequences: Count = 64
     """Size of the fixed held-out batch."""
-    final_sequences: int = 1000
+    final_sequences: Count = 1000
     """Held-out sequences measured once, after the last step; heatmaps use these."""
 
-    def __post_init__(self) -> None:
-        _check_range("probe", self, ("every_steps", "sequences", "final_sequences"), above_zero=True)
 
-
-def _check_range(part: str, spec: object, names: Sequence[str], *, above_zero: bool = False) -> None:
-    for name in names:
-        value = getattr(spec, name)
-        if value is not None and not (value > 0 if above_zero else value >= 0):  # so said, it refuses NaN
-            raise ValueError(f"{part}.{name}={value} must be {'above 0' if above_zero else '0 or more'}")
-        if value == math.inf:
-            raise ValueError(f"{part}.{name}={value} must be finite")
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class RunSpec:
     """One training run, completely."""
-
-    __pydantic_config__ = _STRICT
 
     study: str = "single"
     """Folder of runs that belong together; a name only, `normfree study NAME` is what takes a study's settings."""
@@ -258,9 +229,9 @@ class RunSpec:
     """The variant in the paper's notation, as tables print it."""
     tag: str = ""
     """Tells apart runs of one variant and seed, e.g. a second learning rate; part of the folder name."""
-    seed: int = 0
+    seed: Seed = 0
     """Initial weights and dropout."""
-    data_seed: int = 0
+    data_seed: Seed = 0
     """Order of the training blocks, so that variants and seeds can share it."""
     model: dict[str, Any] = field(default_factory=dict)
     """Fields of NormFreeConfig."""
@@ -273,9 +244,6 @@ class RunSpec:
             value = getattr(self, name)
             if value in (".", "..") or any(c in value for c in "/\\\0"):
                 raise ValueError(f"{name}={value!r} becomes part of a folder name: no slash, no dots alone")
-        for name in ("seed", "data_seed"):
-            if not 0 <= getattr(self, name) < 2**32:
-                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more and below 2**32")
 
     @property
     def name(self) -> str:
@@ -284,15 +252,12 @@ class RunSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for run.json."""
-        return _without_tuples(asdict(self))
+        return to_jsonable_python(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> RunSpec:
-        """Build and check a spec. Raises ValueError with one line per mistake and the nearest valid name."""
-        try:
-            return _ADAPTER.validate_python(values)
-        except ValidationError as error:
-            raise ValueError("; ".join(_explain(problem) for problem in error.errors())) from None
+    def from_dict(cls, values: Mapping[str, Any]) -> RunSpec:
+        """Build a spec. Raises ValueError that names every mistake and the nearest valid key."""
+        return build(cls, values)
 
     def recipe(self) -> str:
         """Fingerprint of all that must be equal for two runs to share a table: `recipe_of` this spec."""
@@ -305,9 +270,6 @@ class RunSpec:
     def deciding(self) -> dict[str, Any]:
         """Plain values of all but the text that decides the run's numbers."""
         return _without(self.to_dict(), (*NOT_DECIDING, *WHEN_MEASURED))
-
-
-_ADAPTER = TypeAdapter(RunSpec)
 
 
 def recipe_of(spec: Mapping[str, Any]) -> str:
@@ -324,60 +286,47 @@ def _without(spec: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def known_keys() -> list[str]:
-    """Every dotted key of a run, e.g. `train.steps`; `model` stands for the fields of NormFreeConfig."""
-    parts: dict[str, type[DataSpec] | type[TrainSpec] | type[ProbeSpec]]
-    parts = {"data": DataSpec, "train": TrainSpec, "probe": ProbeSpec}
-    keys = []
-    for item in fields(RunSpec):
-        inner = [f"{item.name}.{part.name}" for part in fields(parts[item.name])] if item.name in parts else None
-        keys += inner or [item.name]
-    return keys
+def build(kind: type[Built], values: Mapping[str, Any]) -> Built:
+    """A checked dataclass from plain values. Raises ValueError that names every mistake and the nearest valid key."""
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        raise ValueError("; ".join(_explain(problem, kind) for problem in error.errors())) from None
 
 
-def describe_keys() -> list[tuple[str, Any, str]]:
-    """(key, default, meaning) of every key of a run but `model`'s, for --help."""
-    schema = _ADAPTER.json_schema()
-    rows = []
-    for name, about in schema["properties"].items():
-        nested = about.get("$ref")
-        inner = schema["$defs"][nested.rpartition("/")[2]]["properties"] if nested else {name: about}
-        for key, facts in inner.items():
-            dotted = f"{name}.{key}" if nested else name
-            choices = facts.get("enum") or facts.get("items", {}).get("enum", [])
-            default = facts.get("default", "")
-            default = default if isinstance(default, list) else str(default)
-            rows.append((dotted, default, with_choices(facts.get("description", ""), choices)))
-    return [row for row in rows if row[0] not in NOT_SET_ALONE]
+def _explain(problem: Any, kind: type) -> str:
+    key = ".".join(part for part in problem["loc"] if isinstance(part, str))  # without places in a list
+    match problem["type"]:
+        case "unexpected_keyword_argument":
+            return f"unknown key {key!r}; {nearest(key, list(describe_keys(kind)))}"
+        case "missing" | "missing_argument":
+            return f"{key} is missing"
+        case "value_error":
+            return str(problem["ctx"]["error"])
+        case "tuple_type":
+            return f"{key}={problem['input']!r} must be a list, e.g. {key}=[{problem['input']}]"
+    return f"{key}={problem['input']!r}: {problem['msg'].replace('Input should', 'it should')}"
 
 
-def with_choices(meaning: str, choices: Sequence[str]) -> str:
-    """The meaning of a key for --help, with the values it may have where these are names."""
-    return f"{meaning} [{' | '.join(choices)}]" if choices else meaning
+def describe_keys(kind: type) -> dict[str, tuple[Any, str]]:
+    """Default and meaning of every dotted key of a dataclass, e.g. `train.steps` of RunSpec."""
+    schema = TypeAdapter(kind).json_schema()
+    keys = {}
+    for name, facts in schema["properties"].items():
+        part = facts.get("$ref") or facts.get("items", {}).get("$ref")
+        inner = schema["$defs"][part.rpartition("/")[2]]["properties"] if part else {}
+        keys |= {f"{name}.{key}": about for key, about in inner.items()} or {name: facts}
+    rows = {}
+    for key, about in keys.items():
+        choices = about.get("enum") or about.get("items", {}).get("enum")
+        rows[key] = (
+            about.get("default"),
+            about.get("description", "") + (f" [{' | '.join(choices)}]" if choices else ""),
+        )
+    return rows
 
 
 def nearest(word: str, allowed: list[str]) -> str:
     """The end of an error line: what was probably meant, else all that is allowed."""
     close = get_close_matches(word, allowed, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"allowed: {', '.join(allowed)}"
-
-
-def _explain(problem: Any) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "unexpected_keyword_argument":
-        return f"unknown key {key!r}; {nearest(key, known_keys())}"
-    if problem["type"] in ("missing", "missing_argument"):
-        return f"{key} is missing"
-    if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
-    if problem["type"] == "tuple_type":
-        return f"{key}={problem['input']!r} must be a list, e.g. {key}=[{problem['input']}]"
-    return f"{key}={problem['input']!r}: {problem['msg'].replace('Input should', 'it should')}"
-
-
-def _without_tuples(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_tuples(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_tuples(item) for item in value]
-    return value
