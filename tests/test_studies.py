@@ -65,18 +65,18 @@ def test_a_second_time_nothing_is_trained_again(done: tuple[Path, list[str], Pat
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("groups: []", "not a study: preset: "),
-        ("preset: cpu\ngroups: []", "not a study: it has no runs"),
-        ("preset: cpu\ngroups: [{variants: []}]", "not a study: it has no runs"),
+        ("groups: []", "not a study: preset is missing"),
+        ("preset: cpu\ngroups: []", "not a study: groups=.*at least 1 item"),
+        ("preset: cpu\ngroups: [{variants: []}]", "not a study: groups.variants=.*at least 1 item"),
         ("preset: caf\u00e9", r"s.yaml is not a study: 'utf-8' codec"),
-        ("preset: cpu\ngroups: [{variants: [sm], colour: red}]", "not a study"),
+        ("preset: cpu\ngroups: [{variants: [sm], tags: x}]", "unknown key 'groups.tags'; did you mean groups.tag"),
         (
             "preset: cpu\ngroups: [{variants: [sm]}, {variants: [sm]}]",
             "more than one run would be .*/s/sm-seed0: give each group its own tag",
         ),
         ("preset: cpu\ngroups: [{variants: [smm]}]", "did you mean sm"),
         ("[1, 2", "not a study"),
-        ("", "not a study: preset: "),
+        ("", "not a study: preset is missing"),
         (FILE.replace("mix: true\n", ""), "say mix: true"),
         (
             "preset: cpu\nset: {data: files, data.paths: [a]}\ngroups:\n  - variants: [sm]\n"

@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
 from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
 
 if TYPE_CHECKING:
     from normfree.compose import Composed
 
+OPTIONS = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, config=OPTIONS)
 class VerifyOptions:
     """Keys of `normfree verify`."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     cache_dir: Path | None = None
     """Where corpora are kept; unless given, NORMFREE_CACHE, else ~/.cache/normfree."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=OPTIONS)
 class ReportOptions:
     """Keys of `normfree report`."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     output: Path = Path("report")
     """Folder for the page, its figures and tables."""
@@ -48,7 +47,7 @@ def data(source: str, overrides: Sequence[str]) -> None:
 
 
 def train(overrides: Sequence[str], *, many: bool = False, show: bool = False) -> None:
-    """Train one run, or `many`; `show` prints them as YAML documents and trains nothing."""
+    """Train one run; many with -m; print it as YAML and train nothing with --cfg."""
     from accelerate import PartialState
 
     from normfree.compose import compose_run
@@ -71,10 +70,7 @@ def train(overrides: Sequence[str], *, many: bool = False, show: bool = False) -
 
 
 def study(name: str, overrides: Sequence[str], *, show: bool = False) -> None:
-    """Train the runs of a study and build its report; `workers=N` is for the study, all other keys are for the runs.
-
-    `show` prints the runs as YAML documents and trains nothing.
-    """
+    """Train all runs of a study, then report; print them as YAML and train nothing with --cfg."""
     from normfree.studies import load_study, run_study
     from normfree.training.process import prepare_process
 
@@ -92,13 +88,11 @@ def study(name: str, overrides: Sequence[str], *, show: bool = False) -> None:
 
 
 def _show(runs: Sequence[Composed]) -> None:
-    import yaml
-
     print(yaml.safe_dump_all([run.spec.to_dict() for run in runs], sort_keys=False), end="")
 
 
 def verify(name: str, options: VerifyOptions) -> None:
-    """Say of each part of a run folder whether it is sound. Raises ValueError when one is damaged."""
+    """Check a run folder, its checkpoints, model and corpus; fail when one is damaged."""
     from normfree.verify import verify as verify_run
 
     findings = verify_run(name, cache=options.cache_dir)

@@ -27,24 +27,14 @@ PLACES = ("runs_dir", "cache_dir")
 NAMES = ("study", "tag")
 OF_THE_CORPUS = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id")
 """Fields of a model that a run has from its corpus where none is given."""
-_EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
-"""1e-3, which PyYAML reads as text."""
-_FIELD = re.compile(r'^    (\w+): (.+) = (.+)\n    """(.+)"""$', re.MULTILINE)
-"""A field of NormFreeConfig with its docstring."""
+_EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")  # 1e-3 is text to PyYAML
+_FIELD = re.compile(r'^    (\w+): (.+) = (.+)\n    """(.+)"""$', re.MULTILINE)  # of NormFreeConfig
 _HINTS = {
     "batch_size": "did you mean train.batch_sequences?",
     "gradient_accumulation_steps": "did you mean train.micro_batch_sequences?",
-    **dict.fromkeys(("learning_rate", "lr"), "did you mean train.peak_learning_rate?"),
+    "learning_rate": "did you mean train.peak_learning_rate?",
+    "lr": "did you mean train.peak_learning_rate?",
     "max_steps": "did you mean train.steps?",
-    **dict.fromkeys(
-        ("optimizer", "optim"),
-        "the optimiser is AdamW (train.adam_beta1, adam_beta2, adam_epsilon, weight_decay)",
-    ),
-    **dict.fromkeys(
-        ("lr_scheduler", "lr_scheduler_type", "scheduler", "schedule"),
-        "the learning rate warms up and falls linearly (train.warmup_share, final_learning_rate; with that at the peak "
-        "it is constant)",
-    ),
     "source": "say data=NAME, which also sets how that text is cut",
     "workers": "it is a key of `normfree study`",
 }
@@ -84,11 +74,8 @@ def from_hydra(composed: DictConfig) -> Composed:
         raise ValueError(f"runs_dir={runs_dir}: name a folder, e.g. runs_dir=runs")
     model = values["model"]
     names, layers = model.get("activation"), model["num_hidden_layers"]
-    if (
-        isinstance(names, list)
-        and names == _declared_by(values["variant"]).get("activation")
-        and isinstance(layers, int)
-    ):
+    as_declared = isinstance(names, list) and names == _declared_by(values["variant"]).get("activation")
+    if as_declared and isinstance(layers, int):
         model["activation"] = _stretched(names, layers)
     config = NormFreeConfig(**model)
     # 1 and 1.0 are one model, so one identity.
@@ -190,6 +177,10 @@ def checked(overrides: Sequence[str], *, many: bool = True) -> list[str]:
 def _meant(key: str, allowed: list[str]) -> str:
     """The end of an error line on a key that does not exist."""
     last = key.rpartition(".")[2]
+    if "optim" in last:
+        return "the optimiser is AdamW (train.adam_beta1, adam_beta2, adam_epsilon, weight_decay)"
+    if "schedule" in last:
+        return "it rises over train.warmup_share and falls linearly to train.final_learning_rate (the peak: constant)"
     same = [known for known in allowed if known.rpartition(".")[2] == last]
     hint = _HINTS.get(last) or (f"did you mean {' or '.join(same)}?" if same else nearest(key, allowed))
     return "`normfree train --help` has all of them" if hint.startswith("allowed") else hint
@@ -203,9 +194,8 @@ def forced(override: str) -> str:
 
 def override(key: str, value: Any) -> str:
     """The override that gives `key` the value that a YAML file has, whatever characters it has."""
-    if key in GROUPS or (key not in NAMES and isinstance(value, str) and _EXPONENT.fullmatch(value)):
-        return f"{key}={value}"
-    return f"{key}={_as_hydra_reads(value)}"
+    bare = key in GROUPS or (key not in NAMES and isinstance(value, str) and _EXPONENT.fullmatch(value))
+    return f"{key}={value if bare else _as_hydra_reads(value)}"
 
 
 def _as_hydra_reads(value: Any) -> str:

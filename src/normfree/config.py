@@ -19,7 +19,6 @@ from pydantic_core import to_jsonable_python
 from normfree.manifest import fingerprint
 
 Built = TypeVar("Built")
-Precision = Literal["fp32", "bf16", "fp16"]
 Count = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -52,10 +51,10 @@ _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, coerce_numbe
 # Keys of a run that a group of the configuration sets, with others (data=files), or that stand for many.
 NOT_SET_ALONE = ("model", "preset", "variant", "label", "data.source")
 
-_FIELDS_OF_SOURCES = (
-    (("paths", "validation_paths"), ("files",)),
-    (("dataset", "dataset_config", "validation_dataset"), ("hub", "codeparrot")),
-)
+_SOURCES_THAT_READ = {
+    **dict.fromkeys(("paths", "validation_paths"), ("files",)),
+    **dict.fromkeys(("dataset", "dataset_config", "validation_dataset"), ("hub", "codeparrot")),
+}
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -109,15 +108,12 @@ class DataSpec:
             raise ValueError("data=files needs data.paths, e.g. 'data.paths=[corpus/*.py]'")
         if self.source == "hub" and not self.dataset:
             raise ValueError("data=hub needs data.dataset, e.g. data.dataset=roneneldan/TinyStories")
-        for names, sources in _FIELDS_OF_SOURCES:
-            if self.source not in sources and (given := [name for name in names if getattr(self, name)]):
-                raise ValueError(
-                    f"data.{given[0]} is not read with data={self.source}: give data={' or data='.join(sources)}"
-                )
+        for name, sources in _SOURCES_THAT_READ.items():
+            if getattr(self, name) and self.source not in sources:
+                allowed = " or ".join(f"data={source}" for source in sources)
+                raise ValueError(f"data.{name} is not read with data={self.source}: give {allowed}")
         if self.tokenizer is None and self.vocab_size < 257:
-            raise ValueError(
-                f"data.vocab_size={self.vocab_size}: a byte-level BPE needs 256 bytes and an end token, so 257 or more"
-            )
+            raise ValueError(f"data.vocab_size={self.vocab_size}: 256 bytes and an end token make it 257 or more")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -153,7 +149,7 @@ class TrainSpec:
     """What AdamW adds to the root of that average."""
     max_gradient_norm: Positive = 1.0
     """A gradient whose L2 norm over all parameters is larger is scaled down to it; 1e9 leaves all as they are."""
-    precision: Precision = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """fp32, or autocast in bf16 or fp16 over fp32 weights (fp16 needs a GPU)."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, slower."""
@@ -182,20 +178,14 @@ class TrainSpec:
                 f"give exactly one of train.steps and train.epochs, got steps={self.steps} and epochs={self.epochs}; "
                 "train.steps=null or train.epochs=null frees what a preset sets"
             )
-        if self.batch_sequences % self.micro_batch_sequences:
-            raise ValueError(
-                f"train.batch_sequences={self.batch_sequences} must be a multiple of "
-                f"train.micro_batch_sequences={self.micro_batch_sequences}"
-            )
-        if self.final_learning_rate > self.peak_learning_rate:
-            raise ValueError(
-                f"train.final_learning_rate={self.final_learning_rate} must be at most "
-                f"train.peak_learning_rate={self.peak_learning_rate}"
-            )
+        batch, micro = self.batch_sequences, self.micro_batch_sequences
+        if batch % micro:
+            raise ValueError(f"train.batch_sequences={batch} must be a multiple of train.micro_batch_sequences={micro}")
+        final, peak = self.final_learning_rate, self.peak_learning_rate
+        if final > peak:
+            raise ValueError(f"train.final_learning_rate={final} must be at most train.peak_learning_rate={peak}")
         if not re.fullmatch(r"stop|skip:[1-9][0-9]*", self.on_nonfinite):
-            raise ValueError(
-                f"train.on_nonfinite={self.on_nonfinite!r}; allowed: stop, or skip:N with N of at least 1, e.g. skip:3"
-            )
+            raise ValueError(f"train.on_nonfinite={self.on_nonfinite!r}; allowed: stop, or skip:N with N of 1 or more")
 
     @property
     def skips_allowed(self) -> int:
@@ -241,8 +231,7 @@ class RunSpec:
 
     def __post_init__(self) -> None:
         for name in ("study", "variant", "tag"):
-            value = getattr(self, name)
-            if value in (".", "..") or any(c in value for c in "/\\\0"):
+            if re.search(r"[/\\\0]|^\.{1,2}$", value := getattr(self, name)):
                 raise ValueError(f"{name}={value!r} becomes part of a folder name: no slash, no dots alone")
 
     @property

@@ -6,19 +6,19 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
 
 from normfree.analysis.groups import is_over
 from normfree.analysis.seeds import decimals
 from normfree.compose import CONF, Composed, compose_run, members, override
-from normfree.config import RunSpec, nearest
+from normfree.config import RunSpec, build, nearest
 from normfree.data import prepare
 from normfree.records import RUN_FILE, DamagedRunError, find_runs, read_run
 from normfree.report import build_report
@@ -27,31 +27,28 @@ from normfree.training.environment import usable_cores
 from normfree.workers import run_side_by_side
 
 logger = logging.getLogger("normfree")
+_STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True)  # tag: 100 is a name
 EXAMPLE = f"{CONF / 'studies' / 'quick.yaml'} shows one"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Group:
     """Runs that differ in variant and seed only."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
-
-    variants: list[str]
-    seeds: list[int] = field(default_factory=lambda: [0])
+    variants: Annotated[list[str], Field(min_length=1)]
+    seeds: Annotated[list[int], Field(min_length=1)] = field(default_factory=lambda: [0])
     tag: str = ""
     set: dict[str, Any] = field(default_factory=dict)
     """More `key: value` for these runs."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Study:
     """A study's YAML file."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
     name: str
     preset: str
-    groups: list[Group]
+    groups: Annotated[list[Group], Field(min_length=1)]
     mix: bool = False
     """The runs differ in more than variant and seed, e.g. in learning rate, and belong into one report all the same."""
     note: str = ""
@@ -62,15 +59,11 @@ class Study:
     def overrides(self) -> Iterator[list[str]]:
         """One list of `key=value` per run."""
         for group in self.groups:
-            common = [
-                override("study", self.name),
-                f"preset={self.preset}",
-                *(override(key, value) for key, value in (self.set | group.set).items()),
-                *([override("tag", group.tag)] if group.tag else []),
-            ]
+            common = {"study": self.name, "preset": self.preset, "tag": group.tag} | self.set | group.set
             for seed in group.seeds:
                 for variant in group.variants:
-                    yield [*common, f"variant={variant}", f"seed={seed}"]
+                    settings = common | {"variant": variant, "seed": seed}
+                    yield [override(key, value) for key, value in settings.items()]
 
     def runs_with(self, overrides: Sequence[str]) -> list[Composed]:
         """Its runs, each with `overrides` on top.
@@ -92,36 +85,24 @@ def load_study(name: str) -> Study:
     """A study by name, or from a YAML file of the user's. Raises ValueError for an unknown name or a wrong file."""
     of_the_user = name.endswith((".yaml", ".yml"))
     path = Path(name) if of_the_user else CONF / "studies" / f"{name}.yaml"
-    if of_the_user and not path.is_file():
-        raise ValueError(f"{name} does not exist; {EXAMPLE}")
     if not path.is_file():
-        raise ValueError(
-            f"unknown study {name!r}; {nearest(name, members('studies'))} (or give a YAML file of your own)"
-        )
+        unknown = f"unknown study {name!r}; {nearest(name, members('studies'))} (or give a YAML file of your own)"
+        raise ValueError(f"{name} does not exist; {EXAMPLE}" if of_the_user else unknown)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        study = TypeAdapter(Study).validate_python({"name": path.stem, **values})
-    except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(map(str, problem["loc"]))
-        raise ValueError(f"{path} is not a study: {key}: {problem['msg']}; {EXAMPLE}") from None
-    except (yaml.YAMLError, TypeError, UnicodeDecodeError) as error:
+        return build(Study, {"name": path.stem, **values})
+    except (yaml.YAMLError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a study: {str(error).splitlines()[0]}; {EXAMPLE}") from None
-    if not list(study.overrides()):
-        raise ValueError(f"{path} is not a study: it has no runs; {EXAMPLE}")
-    return study
 
 
 def run_study(name: str, overrides: Sequence[str] = (), *, workers: int = 1) -> Path:
     """Train every run of a study and write its report; returns the page.
 
     `overrides` apply to every run. `workers` processes share the runs and the cores: small models give more tokens
-    per second that way than with all cores on one run (docs/performance.md). Runs that fail are named at the end,
-    after the others were done.
+    per second that way than with all cores on one run (docs/performance.md).
 
-    Raises RuntimeError when a run failed or the report cannot be made, ValueError for a wrong study, override or number
-    of workers and for records in the study's folder that are damaged or of another recipe or corpus,
-    InterruptedRunError or StoppedError on a signal.
+    Raises RuntimeError at the end when a run failed or the report cannot be made, ValueError for a wrong study,
+    override, number of workers or record in the study's folder, InterruptedRunError or StoppedError on a signal.
     """
     if not 1 <= workers <= usable_cores():
         raise ValueError(f"workers={workers}: this machine has {usable_cores()} cores, so give 1 to {usable_cores()}")
@@ -129,9 +110,7 @@ def run_study(name: str, overrides: Sequence[str] = (), *, workers: int = 1) -> 
     study = load_study(name)
     runs = study.runs_with(overrides)
     study_folder = runs[0].runs_dir / runs[0].spec.study
-    _refuse_damaged(study_folder, {run.spec.name for run in runs})
-    if not study.mix:
-        _refuse_strangers(study_folder, runs[0])
+    _refuse_strangers(study, study_folder, runs)
     if workers > 1:
         threads = {run.spec.train.threads for run in runs}
         if None in threads and len(threads) > 1:
@@ -155,10 +134,8 @@ def run_study(name: str, overrides: Sequence[str] = (), *, workers: int = 1) -> 
         except InterruptedRunError:
             raise
         except Exception as error:
-            if isinstance(error, ValueError):  # says itself what is wrong
-                logger.error("%s failed: %s", run.spec.name, error)
-            else:
-                logger.exception("%s failed", run.spec.name)
+            # A ValueError says itself what is wrong.
+            logger.error("%s failed: %s", run.spec.name, error, exc_info=not isinstance(error, ValueError))
             failed.append(f"{run.spec.name} ({type(error).__name__}: {error})")
     told = f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}"
     if not list(study_folder.glob(f"*/{RUN_FILE}")):
@@ -172,27 +149,24 @@ def run_study(name: str, overrides: Sequence[str] = (), *, workers: int = 1) -> 
     return page
 
 
-def _refuse_damaged(folder: Path, names: set[str]) -> None:
-    """Raises DamagedRunError (a ValueError) for a damaged record that no run of the study will mend: the report would
-    stop at it, after all the training."""
-    for file in sorted(folder.glob(f"*/{RUN_FILE}")):
-        if file.parent.name not in names:
-            read_run(file.parent)
+def _refuse_strangers(study: Study, folder: Path, runs: Sequence[Composed]) -> None:
+    """Results that already lie in the study's folder come into its report: they must be readable and, unless the study
+    mixes, of its recipe and corpus.
 
-
-def _refuse_strangers(folder: Path, wanted: Composed) -> None:
-    """Results that already lie in the study's folder come into its report, so they must be of its recipe and corpus.
-
-    Raises ValueError that names one that is not, before anything is trained. A damaged record is left to `train`,
-    which mends it.
+    Raises ValueError that names one that is not, before anything is trained. A damaged record of a run of the study is
+    left to `train`, which mends it.
     """
-    present = []
+    results = []
     for file in sorted(folder.glob(f"*/{RUN_FILE}")):
-        with suppress(DamagedRunError):
-            present.append(read_run(file.parent))
-    present = [run for run in present if is_over(run)]
-    corpus = prepare(wanted.spec.data, cache=wanted.cache_dir).fingerprint if present else ""
-    for run in present:
+        try:
+            results.append(read_run(file.parent))
+        except DamagedRunError:
+            if file.parent.name not in {run.spec.name for run in runs}:
+                raise
+    results = [] if study.mix else [run for run in results if is_over(run)]
+    wanted = runs[0]
+    corpus = prepare(wanted.spec.data, cache=wanted.cache_dir).fingerprint if results else ""
+    for run in results:
         what = "recipe" if RunSpec.from_dict(run.spec).recipe() != wanted.spec.recipe() else "corpus"
         if what == "recipe" or run.corpus != corpus:
             raise ValueError(
@@ -207,18 +181,17 @@ def _failure_since(began: datetime, folder: Path) -> str | None:
         facts = read_run(folder).facts
     except ValueError:  # not begun, or damaged
         return None
-    if facts["status"] != "failed" or not facts.get("sessions"):
-        return None
-    return facts["error"] if datetime.fromisoformat(facts["sessions"][-1]["began"]) >= began else None
+    sessions = facts.get("sessions") if facts["status"] == "failed" else None
+    return facts["error"] if sessions and datetime.fromisoformat(sessions[-1]["began"]) >= began else None
 
 
 def _share_among(workers: int, name: str, runs: Sequence[Composed], overrides: Sequence[str]) -> None:
     """Let processes of the same study take one run after the other; what they leave is for the caller."""
     prepare(runs[0].spec.data, cache=runs[0].cache_dir)  # once, with its bar, before the processes ask for it
-    threads = {run.spec.train.threads for run in runs if run.spec.train.threads}
+    threads = max(run.spec.train.threads or 1 for run in runs)
     command = [sys.executable, "-m", "normfree.cli", "study", name, *overrides]
-    logger.info("%d processes share %d runs, train.threads=%s each", workers, len(runs), max(threads))
-    environment = {"OMP_NUM_THREADS": str(max(threads))}
+    logger.info("%d processes share %d runs, train.threads=%d each", workers, len(runs), threads)
+    environment = {"OMP_NUM_THREADS": str(threads)}
     for status in filter(None, run_side_by_side(command, count=workers, environment=environment)):
         logger.warning("a process ended with status %d; runs that it left are tried again here", status)
 

@@ -22,29 +22,23 @@ from normfree.training.process import prepare_process
 
 
 class _Stopped(BaseException):
-    """Carries a signal past Hydra, which would go on with the next job after an Exception."""
-
-    def __init__(self, error: InterruptedRunError) -> None:
-        super().__init__(error)
-        self.error = error
+    """Carries an InterruptedRunError past Hydra, which would go on with the next job after an Exception."""
 
 
 def sweep(overrides: Sequence[str]) -> None:
     """Run every combination of the overrides' comma-separated values, each as one `train`.
 
-    Raises ValueError, before the first job, for one that cannot be composed and for two of one name;
-    InterruptedRunError on a signal, and what a job raised.
+    Raises what `jobs_of` raises before the first job, InterruptedRunError on a signal, and what a job raised.
     """
     words = checked(overrides)
     if not any(text.startswith("hydra/sweeper") for text in words):  # another sweeper chooses the values itself
         jobs_of(words)
-    before = sys.argv
-    sys.argv = [before[0], "--multirun", *map(forced, words)]
+    before, sys.argv = sys.argv, [sys.argv[0], "--multirun", *map(forced, words)]
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # a job's error reaches the caller instead of Hydra's stack trace
     try:
         hydra.main(config_path=str(CONF), config_name="config", version_base=None)(one_job)()
     except _Stopped as stopped:
-        raise stopped.error from None
+        raise stopped.args[0] from None
     finally:
         sys.argv = before
 
@@ -72,10 +66,9 @@ def one_job(composed: DictConfig) -> float:
     """Train one run of a sweep; returns its perplexity, which Hydra's sweepers can minimise."""
     prepare_process()
     job = from_hydra(composed)
-    words = [text.removeprefix("++") for text in HydraConfig.get().overrides.task]
-    command = shlex.join(["normfree", "train", *words])
+    words = ["normfree", "train", *(text.removeprefix("++") for text in HydraConfig.get().overrides.task)]
     try:
-        folder = train(job.spec, runs_dir=job.runs_dir, cache=job.cache_dir, command=command)
+        folder = train(job.spec, runs_dir=job.runs_dir, cache=job.cache_dir, command=shlex.join(words))
     except InterruptedRunError as error:
         raise _Stopped(error) from error
     print(f"{summary(folder)}\n{folder}")

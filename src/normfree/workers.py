@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 from normfree.signals import stopping_signals
 
@@ -25,12 +25,9 @@ class StoppedError(Exception):
 def run_side_by_side(command: Sequence[str], *, count: int, environment: dict[str, str]) -> list[int]:
     """Start `count` processes of one command and wait; returns their exit statuses. Their standard output is dropped.
 
-    Their standard error comes through a pipe and is passed on line by line, so that they see no terminal and draw no
-    progress bars, which would overwrite each other.
-
-    SIGINT, SIGTERM and SIGHUP (as SIGTERM) are handed on once, whoever sent them: the processes live in groups of their
-    own, so that a Ctrl-C does not reach them twice (a second signal would make a run leave without a checkpoint). A
-    SIGHUP that the caller ignores, as under nohup, stays ignored.
+    Their standard error is passed on line by line: at a terminal they would draw progress bars over each other.
+    Stopping signals (SIGHUP as SIGTERM) are handed on once: the processes live in sessions of their own, since a Ctrl-C
+    that reached them twice would make a run leave without a checkpoint.
 
     Raises StoppedError after such a signal, once every process has ended; OSError when one could not be started, after
     the others were stopped.
@@ -63,7 +60,7 @@ def run_side_by_side(command: Sequence[str], *, count: int, environment: dict[st
             processes.append(process)
             if received:  # while it was being started, so not handed on to it
                 process.send_signal(signal.SIGTERM)
-            readers.append(threading.Thread(target=_pass_on, args=(process,), daemon=True))
+            readers.append(threading.Thread(target=_pass_on, args=(process.stderr,), daemon=True))
             readers[-1].start()
         statuses = [process.wait() for process in processes]
         for reader in readers:
@@ -81,8 +78,6 @@ def run_side_by_side(command: Sequence[str], *, count: int, environment: dict[st
     return statuses
 
 
-def _pass_on(process: subprocess.Popen[str]) -> None:
-    assert process.stderr is not None, "opened as a pipe"
-    with process.stderr as lines:
-        for line in lines:
-            sys.stderr.write(line)
+def _pass_on(lines: IO[str]) -> None:
+    with lines:
+        sys.stderr.writelines(lines)
