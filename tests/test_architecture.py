@@ -22,7 +22,7 @@ ALLOWED = {
     "evaluate": {"measures"},
     "training": {"manifest", "config", "data", "model", "measures", "evaluate", "records", "signals", "store"},
     "workers": {"signals"},
-    "analysis": {"config", "records", "store"},
+    "analysis": {"config", "published", "records", "store"},
     "tables": {"records", "analysis", "published"},
     "plots": {"records", "analysis", "published", "store"},
     "cost": {"config", "records", "analysis", "tables"},

@@ -242,7 +242,10 @@ def test_verdicts_name_layers_heads_and_steps(tmp_path: Path) -> None:
 
 def test_runs_say_where_they_diverged_and_how_fast_they_were(tmp_path: Path) -> None:
     rows = rows_of(tables.run_table(group_runs(study(tmp_path))))
-    assert rows["quick/sm-seed1"]["Status"] == "diverged at step 100, layer 1 (activation)"
+    assert (
+        rows["quick/sm-seed1"]["Status"]
+        == "diverged: non-finite activation at step 100, layer 1 (model.layers.1.attention)"
+    )
     assert (rows["quick/sm-seed1"]["Perplexity"], rows["quick/sm-g-seed0"]["Perplexity"]) == ("-", "37.70")
     assert rows["quick/sm-g-seed0"]["Time"] == "1 min 35 s"
     assert rows["quick/sm-g-seed0"]["Tokens per second"] == "21,105"

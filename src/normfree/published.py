@@ -15,6 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+BASELINE = "SM+LN+G"
+ORDER = (BASELINE, "SM+LN+R", "SM+G", "SM+R", "SM+LN", "SM")
+"""The paper's variants, in the order of its tables."""
+GELU_OF = {"SM+R": "SM+G", "SM+LN+R": "SM+LN+G"}
+"""The variant that differs from one with ReLU in its activation alone."""
+SETTING = {"SM+R": "Without LayerNorm", "SM+LN+R": "With LayerNorm"}
+COMPARISONS = (*GELU_OF.items(), ("SM+G", BASELINE), ("SM+R", BASELINE))
+"""Which variant against which other, as the paper discusses them."""
+
 SOURCE = "Jha and Reagen, arXiv 2410.09637 (SM+LN: arXiv 2501.03489); one seed each"
 HEATMAP_CONTEXT = 128
 """Block length behind the published heatmaps, so their causal ceiling is ln(128!)/128 = 3.878 nats."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -169,6 +169,12 @@ class Run:
         """The newest value of one metric, or None."""
         found = self.series(split, name)
         return found[-1][1] if found else None
+
+
+def divergence_text(facts: Mapping[str, Any]) -> str:
+    """A divergence, as run.json has it, in words: `non-finite loss at step 9, layer 1 (model.layers.1)`."""
+    place = "outside the blocks" if facts.get("layer") is None else f"layer {facts['layer']}"
+    return f"non-finite {facts['kind']} at step {facts['step']}, {place} ({facts['module']})"
 
 
 def read_run(folder: Path | str) -> Run:

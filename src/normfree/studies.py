@@ -20,7 +20,7 @@ from normfree.analysis.seeds import decimals
 from normfree.compose import CONF, Composed, compose_run, members, override
 from normfree.config import RunSpec, build, nearest
 from normfree.data import prepare
-from normfree.records import RUN_FILE, DamagedRunError, find_runs, read_run
+from normfree.records import RUN_FILE, DamagedRunError, divergence_text, find_runs, read_run
 from normfree.report import build_report
 from normfree.training import InterruptedRunError, train
 from normfree.training.environment import usable_cores
@@ -200,9 +200,7 @@ def summary(folder: Path) -> str:
     """One line on a run: what it is, how it ended, its perplexity."""
     run = read_run(folder)
     if run.status == "diverged":
-        found = run.facts["divergence"]
-        place = f"layer {found['layer']}" if found["layer"] is not None else found["module"]
-        return f"{run.label}, seed {run.seed}: non-finite {found['kind']} at step {found['step']}, {place}"
+        return f"{run.label}, seed {run.seed}: {divergence_text(run.facts['divergence'])}"
     minutes = run.facts["wall_seconds"] / 60
     return f"{run.label}, seed {run.seed}: {run.status}, perplexity {decimals(run.perplexity)}, {minutes:.1f} min"
 

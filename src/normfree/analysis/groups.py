@@ -7,12 +7,10 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from normfree import published
 from normfree.analysis.seeds import Summary, summarise
 from normfree.config import NOT_DECIDING, NOT_RECIPE_FIELDS, PLACES_OF_TEXT, VARIANT_FIELDS, recipe_of
 from normfree.records import OVER, Run
-
-BASELINE = "SM+LN+G"
-_PAPER_ORDER = (BASELINE, "SM+LN+R", "SM+G", "SM+R", "SM+LN", "SM")
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,7 @@ def _seed(run: Run) -> tuple[int, int]:
 
 
 def _rank(label: str) -> int:
-    return _PAPER_ORDER.index(label) if label in _PAPER_ORDER else len(_PAPER_ORDER)
+    return published.ORDER.index(label) if label in published.ORDER else len(published.ORDER)
 
 
 def _names(groups: list[list[Run]]) -> list[str]:

@@ -10,22 +10,20 @@ from normfree.analysis.entropy import top_quarter_share, trained_heads
 from normfree.analysis.groups import Group
 from normfree.analysis.seeds import Difference, summarise
 from normfree.analysis.verdicts import overload
-from normfree.records import Run
+from normfree.records import Run, divergence_text
 from normfree.tables.claims import top_quarter_difference
 from normfree.tables.results import comparable_pairs, perplexity_difference
 
-_SETTING = {"SM+R": "Without LayerNorm", "SM+LN+R": "With LayerNorm"}
 _NAMED = 4
 """Variants with one seed that are named; more are counted."""
 _LISTED = 8
 """Variants whose numbers one sentence holds; of more it has the lowest and the highest, and tables have all."""
-_AGAINST = {"SM+R": "SM+G", "SM+LN+R": "SM+LN+G"}
 
 
 def sentences(groups: Sequence[Group]) -> list[str]:
     """The findings, most important first; careful where there is one seed, plain where a run diverged."""
     trained = [group for group in groups if group.members[0].kind == "run"]
-    pairs = [(a, b) for a, b in comparable_pairs(trained) if _AGAINST.get(a.label) == b.label]
+    pairs = [(a, b) for a, b in comparable_pairs(trained) if published.GELU_OF.get(a.label) == b.label]
     found = [_comparison(a, b) for a, b in sorted(pairs, key=_without_norm_then_most_seeds)]
     found += [_more_uniform(gelu, relu) for relu, gelu in pairs if relu.label == "SM+R"]
     found += [text for text in (_top_quarter(groups), _overloaded(groups)) if text]
@@ -37,14 +35,14 @@ def sentences(groups: Sequence[Group]) -> list[str]:
 
 def _without_norm_then_most_seeds(pair: tuple[Group, Group]) -> tuple[int, int]:
     ours, theirs = pair
-    return tuple(_AGAINST).index(ours.label), -len(ours.perplexities.keys() & theirs.perplexities.keys())
+    return tuple(published.GELU_OF).index(ours.label), -len(ours.perplexities.keys() & theirs.perplexities.keys())
 
 
 def _comparison(ours: Group, theirs: Group) -> str:
     difference = perplexity_difference(ours, theirs)
     # A tag or recipe that tells them apart: once where both have it.
     of_ours, of_theirs = (group.name.removeprefix(group.label) for group in (ours, theirs))
-    setting, gelu = f"{_SETTING[ours.label]}{of_ours}", f"GELU{'' if of_ours == of_theirs else of_theirs}"
+    setting, gelu = f"{published.SETTING[ours.label]}{of_ours}", f"GELU{'' if of_ours == of_theirs else of_theirs}"
     if difference.nonfinite:
         return (
             f"{setting}, ReLU and {gelu} cannot be compared: {difference.nonfinite} of {difference.n} pairs "
@@ -133,12 +131,8 @@ def _diverged_runs(group: Group) -> list[Run]:
 
 def _diverged(group: Group) -> str:
     runs = _diverged_runs(group)
-    places = []
-    for run in runs:
-        facts = run.facts.get("divergence") or {}
-        layer = "" if facts.get("layer") is None else f" in layer {facts['layer']}"
-        places.append(f"seed {run.seed} at step {facts.get('step', run.facts.get('steps_done', 0))}{layer}")
-    return f"{group.name} became non-finite in {len(runs)} of {len(group.runs)} runs: {', '.join(places)}."
+    places = [f"seed {run.seed}, {divergence_text(run.facts['divergence'])}" for run in runs]
+    return f"{group.name} diverged in {len(runs)} of {len(group.runs)} runs: {'; '.join(places)}."
 
 
 def _floor(groups: Sequence[Group]) -> str:

@@ -7,13 +7,11 @@ from collections.abc import Iterable, Sequence
 
 from normfree import published
 from normfree.analysis.entropy import NORMALISERS, RANGES, trained_heads
-from normfree.analysis.groups import BASELINE, Group, counterparts
+from normfree.analysis.groups import Group, counterparts
 from normfree.analysis.ranges import pooled_ranges
 from normfree.analysis.seeds import Difference, paired_difference, summarise
+from normfree.published import BASELINE, COMPARISONS
 from normfree.tables.table import Column, Table
-
-COMPARISONS = (("SM+R", "SM+G"), ("SM+LN+R", "SM+LN+G"), ("SM+G", "SM+LN+G"), ("SM+R", "SM+LN+G"))
-"""Which variant against which other, as the paper discusses them."""
 
 
 def perplexity_table(groups: Sequence[Group]) -> Table:
@@ -25,7 +23,11 @@ def perplexity_table(groups: Sequence[Group]) -> Table:
     columns = [Column("Variant", numeric=False), *map(Column, titles)]
     rows = [_perplexity_row(group, groups) for group in groups if group.runs] + _unigram_rows(groups)
     if _has_paper(groups):
-        columns += [Column("Paper"), Column(f"Paper, against {BASELINE}"), Column("Paper's model", numeric=False)]
+        columns += [
+            Column("Paper"),
+            Column(f"Paper, against {BASELINE}"),
+            Column("Paper's model", numeric=False),
+        ]
         beside = {group.name: _paper_cells(group) for group in groups if group.runs}
         rows = [(*row, *beside.get(row[0], ("-", "-", "-"))) for row in rows]
     caption = "Validation perplexity after training: mean and sample standard deviation over seeds, lower is better"

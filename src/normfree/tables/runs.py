@@ -24,7 +24,7 @@ from normfree.analysis.verdicts import (
     overload,
     slopes,
 )
-from normfree.records import Run
+from normfree.records import Run, divergence_text
 from normfree.tables.table import Column, Table
 
 
@@ -176,8 +176,7 @@ def _run_row(run: Run) -> tuple[str, ...]:
     speeds = [v for _, v in run.series("train", "tokens_per_second") if math.isfinite(v)]
     status, divergence = run.status, facts.get("divergence")
     if divergence:
-        layer = "" if divergence.get("layer") is None else f", layer {divergence['layer']}"
-        status += f" at step {divergence['step']}{layer} ({divergence['kind']})"
+        status += f": {divergence_text(divergence)}"
     if skipped := facts.get("skipped_steps"):
         status += f", {len(skipped)} non-finite steps skipped (first: {skipped[0]['step']})"
     return (

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from normfree.records import divergence_text
+
 KINDS = ("weight", "activation", "loss", "gradient")
 """In the order of a step."""
 
@@ -30,8 +32,7 @@ class Divergence:
         return asdict(self)
 
     def __str__(self) -> str:
-        place = f"layer {self.layer}" if self.layer is not None else "outside the blocks"
-        return f"non-finite {self.kind} at step {self.step}, {place} ({self.module})"
+        return divergence_text(self.to_dict())
 
 
 class NonFiniteError(ArithmeticError):
