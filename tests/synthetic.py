@@ -118,7 +118,6 @@ def _spec(label: str, seed: int, steps: int, more: dict[str, Any]) -> RunSpec:
 def _facts(spec: RunSpec, shape: tuple[int, int], done: int, more: dict[str, Any]) -> dict[str, Any]:
     return {
         "spec": spec.to_dict(),
-        "recipe": spec.recipe(),
         "corpus": {
             "fingerprint": "c0ffee" * 10,
             "source": "installed",

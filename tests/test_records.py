@@ -17,7 +17,7 @@ def begin(folder: Path, **facts: object) -> RunWriter:
     spec = RunSpec.from_dict({"preset": "cpu", "variant": "sm-r", "label": "SM+R", "train": {"steps": 2}})
     folder.mkdir(parents=True, exist_ok=True)
     corpus = {"fingerprint": "f", "unigram_perplexity": 400.0, "vocab_size": 300}
-    return RunWriter(folder, {"spec": spec.to_dict(), "recipe": spec.recipe(), "corpus": corpus, "steps": 2, **facts})
+    return RunWriter(folder, {"spec": spec.to_dict(), "corpus": corpus, "steps": 2, **facts})
 
 
 def test_what_is_logged_is_read_back_with_nan_still_nan(tmp_path: Path) -> None:
@@ -134,8 +134,8 @@ def test_a_run_named_twice_is_found_once(tmp_path: Path) -> None:
     assert len(find_runs([tmp_path, tmp_path / "study", tmp_path / "study" / "run"])) == 1
 
 
-@pytest.mark.parametrize("value", ["7" * 5000, "[" * 100_000 + "]" * 100_000])
-def test_json_that_python_refuses_is_damage_with_a_name(tmp_path: Path, value: str) -> None:
+def test_json_that_python_refuses_is_damage_with_a_name(tmp_path: Path) -> None:
+    value = "7" * 5000
     (tmp_path / "run.json").write_text(f'{{"format": 1, "status": {value}}}')
     with pytest.raises(DamagedRunError, match=r"run\.json is not readable as JSON"):
         read_run(tmp_path)

@@ -1,7 +1,6 @@
-"""The lowest room: hashes and files that are whole or absent.
+"""Hashes, atomic writes, manifests and locks.
 
-Corpora, checkpoints and run records stand on these few functions. A manifest is a JSON file that
-names every other file of its folder with its sha256 and size; it is written last.
+A manifest is a JSON file that names every other file of its folder with its sha256 and size; it is written last.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
-from typing import Any, TextIO
+from pathlib import Path
+from typing import Any
 
 MANIFEST_NAME = "manifest.json"
 LOCK_NAME = ".lock"
@@ -53,20 +52,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_file(path: Path) -> None:
-    """Make the bytes of a file that somebody else wrote survive a power cut."""
+def sync(path: Path) -> None:
+    """Make the bytes of a file, or the renames inside a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -88,25 +78,20 @@ def describe_files(folder: Path, paths: Iterable[Path] | None = None) -> dict[st
     }
 
 
-def write_manifest(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     """Sync every file under `folder`, hash it, and write the manifest last.
 
-    Returns the manifest: `facts`, the key "files", and the key "seal", a fingerprint of the rest, so that damage to
-    the manifest itself shows too.
+    It holds `facts`, the key "files", and the key "seal": a fingerprint of the rest, so that its own damage shows too.
     """
     for path in files_under(folder):
-        sync_file(path)
+        sync(path)
     content = {**facts, "files": describe_files(folder)}
     manifest = {**content, "seal": fingerprint(content)}
     write_atomically(folder / MANIFEST_NAME, json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False))
-    return manifest
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of `folder`.
-
-    Raises ValueError when it is missing, cannot be read, is not what was written, or names a file outside `folder`.
-    """
+    """The manifest of `folder`. Raises ValueError when it is missing, cannot be read or is not what was written."""
     path = folder / MANIFEST_NAME
     try:
         manifest = json.loads(path.read_bytes())
@@ -114,14 +99,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} has no {MANIFEST_NAME}: it was never finished") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError):
+    except ValueError:
         raise ValueError(f"{path} is not readable as JSON: it is damaged") from None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise ValueError(f"{path} lists no files: it is damaged")
-    for name in manifest["files"]:
-        pure = PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts:
-            raise ValueError(f"{path} names {name!r}, which lies outside its folder: refused")
     content = {key: value for key, value in manifest.items() if key != "seal"}
     if manifest.get("seal") != fingerprint(content):
         raise ValueError(f"{path} does not match its own seal: it is damaged")
@@ -134,23 +113,19 @@ def damages(folder: Path) -> list[str]:
         manifest = read_manifest(folder)
     except ValueError as error:
         return [str(error)]
-    found = []
+    sentences = []
     for name, expected in sorted(manifest["files"].items()):
         try:
-            found += _damage(folder / name, name, expected)
+            size = (folder / name).stat().st_size
+            if size != expected["bytes"]:
+                sentences.append(f"{name} has {size} bytes, not {expected['bytes']}")
+            elif sha256_file(folder / name) != expected["sha256"]:
+                sentences.append(f"{name} has another sha256 than its manifest says")
+        except FileNotFoundError:
+            sentences.append(f"{name} is missing")
         except OSError as error:
-            found.append(f"{name} cannot be read ({error.strerror})")
-    return found
-
-
-def _damage(path: Path, name: str, expected: Mapping[str, Any]) -> list[str]:
-    if not path.is_file():
-        return [f"{name} is missing"]
-    if path.stat().st_size != expected["bytes"]:
-        return [f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}"]
-    if sha256_file(path) != expected["sha256"]:
-        return [f"{name} has another sha256 than its manifest says"]
-    return []
+            sentences.append(f"{name} cannot be read ({error.strerror})")
+    return sentences
 
 
 @contextmanager
@@ -163,9 +138,14 @@ def folder_lock(folder: Path, *, on_wait: Callable[[str], None] | None = None) -
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK_NAME).open("a+", encoding="utf-8") as file:
         try:
-            _take(file, folder, on_wait)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            if on_wait is None:
+                raise BlockingIOError(f"{folder} is in use by {owner}; wait for it to end or stop it") from None
+            on_wait(owner)
+            fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             raise OSError(
                 f"{folder} cannot be locked ({error.strerror}): its file system has no flock; mount it with locks "
@@ -175,18 +155,6 @@ def folder_lock(folder: Path, *, on_wait: Callable[[str], None] | None = None) -
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
-
-
-def _take(file: TextIO, folder: Path, on_wait: Callable[[str], None] | None) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        owner = file.read().strip() or "another process"
-        if on_wait is None:
-            raise BlockingIOError(f"{folder} is in use by {owner}; wait for it to end or stop it") from None
-        on_wait(owner)
-        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def host_of_lock(folder: Path) -> str | None:

@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 
 from normfree.config import recipe_of
-from normfree.manifest import describe_files, sync_file, write_atomically
+from normfree.manifest import describe_files, sync, write_atomically
 from normfree.store.quantities import QUANTITIES, Quantity, read_description
 
 FORMAT = 1
@@ -188,7 +188,7 @@ def read_run(folder: Path | str) -> Run:
         facts = decode(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise ValueError(f"{folder} is not a run folder: it has no {RUN_FILE}") from None
-    except (ValueError, RecursionError):  # not JSON, not UTF-8, or thousands of digits or brackets
+    except ValueError:  # not JSON or not UTF-8
         raise DamagedRunError(f"{path} is not readable as JSON: restore it or move the folder away") from None
     version = facts.get("format") if isinstance(facts, dict) else None
     if not isinstance(version, int):
@@ -297,7 +297,7 @@ def _parsed_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
     for number, text in enumerate(whole, start=1):
         try:
             line = decode(json.loads(text))
-        except (ValueError, RecursionError):
+        except ValueError:
             line = None
         yield number, line if isinstance(line, dict) and line.keys() == _LINE_KEYS else None
 
@@ -323,21 +323,20 @@ class RunWriter:
 
     def sync(self) -> None:
         """Make the metrics written so far survive a power cut."""
-        sync_file(self.folder / METRICS_FILE)
+        sync(self.folder / METRICS_FILE)
 
     def log(self, step: int, split: str, values: Iterable[tuple[str, Any]]) -> None:
         """Append one line a metric; the lines of one call reach the file together or not at all.
 
         Raises OSError where the disk is full; the file is then as it was.
         """
-        text = "".join(
-            json.dumps({"step": step, "split": split, "name": name, "value": encode(value)}, allow_nan=False) + "\n"
-            for name, value in values
-        )
+        lines = [{"step": step, "split": split, "name": name, "value": encode(value)} for name, value in values]
+        content = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode()
         descriptor = os.open(self.folder / METRICS_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         size = os.fstat(descriptor).st_size
         try:
-            _write_all(descriptor, text.encode())
+            while content:  # on a disk that is almost full, os.write takes a part and says so only by its result
+                content = content[os.write(descriptor, content) :]
         except BaseException:
             os.ftruncate(descriptor, size)
             raise
@@ -360,9 +359,3 @@ class RunWriter:
 
     def _write_facts(self) -> None:
         write_atomically(self.folder / RUN_FILE, json.dumps(encode(self.facts), indent=1, allow_nan=False) + "\n")
-
-
-def _write_all(descriptor: int, content: bytes) -> None:
-    """Write every byte: on a disk that is almost full, os.write takes a part and says so only by its result."""
-    while content:
-        content = content[os.write(descriptor, content) :]

@@ -11,7 +11,7 @@ from normfree.config import RunSpec
 from normfree.data.corpus import SOURCES, corpus_damages, corpus_key, default_cache, prepared
 from normfree.manifest import MANIFEST_NAME, damages, describe_files, fingerprint, read_manifest
 from normfree.records import METRICS_FILE, RUN_FILE, DamagedRunError, Run, read_lines, read_run
-from normfree.training.checkpoints import SET_ASIDE, belongs_to, checkpoints_in, flaws
+from normfree.training.checkpoints import SET_ASIDE, belongs_to, checkpoints_in
 
 State = Literal["sound", "damaged", "absent"]
 
@@ -85,7 +85,7 @@ def _metrics(run: Run) -> Finding:
 def _checkpoints(folder: Path, spec: RunSpec | None) -> list[Finding]:
     found = []
     for checkpoint in checkpoints_in(folder / "checkpoints"):
-        problems = flaws(checkpoint)
+        problems = damages(checkpoint)
         if not problems and spec and not belongs_to(checkpoint, spec):
             problems = [f"it belongs to a run with another spec than {RUN_FILE}"]
         found.append(_finding(checkpoint.name, problems, "every file matches its sha256"))

@@ -23,7 +23,7 @@ def stage(folder: Path, step: int) -> None:
 def folder(tmp_path: Path) -> Path:
     for step in (5, 10, 100):
         stage(tmp_path, step)
-        publish(tmp_path, step, {"identity": SPEC.identity()}, keep=3)
+        publish(tmp_path, step, {"spec": SPEC.to_dict()}, keep=3)
     return tmp_path
 
 
@@ -59,16 +59,16 @@ def test_a_checkpoint_from_before_a_field_of_the_spec_existed_is_taken(folder: P
     older = SPEC.to_dict()
     del older["train"]["compile"], older["data_seed"]
     stage(folder, 200)
-    publish(folder, 200, {"identity": "of the older fields", "spec": older}, keep=3)
+    publish(folder, 200, {"spec": older}, keep=3)
     assert newest_sound(folder, spec=replace(SPEC, data_seed=1)) is None
     stage(folder, 300)
-    publish(folder, 300, {"identity": "of the older fields", "spec": older}, keep=3)
+    publish(folder, 300, {"spec": older}, keep=3)
     assert newest_sound(folder, spec=SPEC) == folder / "checkpoint-300"
 
 
 def test_rotation_keeps_the_newest(folder: Path) -> None:
     stage(folder, 200)
-    publish(folder, 200, {"identity": SPEC.identity()}, keep=2)
+    publish(folder, 200, {"spec": SPEC.to_dict()}, keep=2)
     assert [path.name for path in checkpoints_in(folder)] == ["checkpoint-200", "checkpoint-100"]
 
 
@@ -81,7 +81,7 @@ def test_set_aside_twice_keeps_both(folder: Path) -> None:
     (folder / "checkpoint-100" / "optimizer.pt").unlink()
     newest_sound(folder, spec=SPEC)
     stage(folder, 100)
-    publish(folder, 100, {"identity": SPEC.identity()}, keep=3)
+    publish(folder, 100, {"spec": SPEC.to_dict()}, keep=3)
     (folder / "checkpoint-100" / "optimizer.pt").unlink()
     newest_sound(folder, spec=SPEC)
     assert sorted(path.name for path in (folder / "damaged").iterdir()) == [

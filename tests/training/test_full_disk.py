@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 from normfree.config import RunSpec
+from normfree.manifest import damages
 from normfree.records import METRICS_FILE, RunWriter, read_lines, read_run
 from normfree.training import train
-from normfree.training.checkpoints import CheckpointError, checkpoints_in, flaws
+from normfree.training.checkpoints import CheckpointError, checkpoints_in
 from normfree.training.trainer import NormFreeTrainer
 
 Build = Callable[..., RunSpec]
@@ -45,7 +46,7 @@ def whole_weights(tmp_path: Path, cache: Path, spec: RunSpec) -> dict[str, torch
 def check_that_nothing_older_is_lost(folder: Path, checkpoint_step: int, metrics_until: int) -> None:
     checkpoints = checkpoints_in(folder / "checkpoints")
     assert checkpoints[0].name == f"checkpoint-{checkpoint_step}"
-    assert not any(flaws(checkpoint) for checkpoint in checkpoints)
+    assert not any(damages(checkpoint) for checkpoint in checkpoints)
     assert not (folder / "checkpoints" / ".staging").exists()
     steps = [line["step"] for line in read_lines(folder / METRICS_FILE) if line["name"] == "loss"]
     assert max(steps) == metrics_until
@@ -184,7 +185,7 @@ def test_metrics_on_a_full_disk_stay_whole(
     with pytest.raises(OSError, match=r"No space left|could not be written"):
         train(spec, runs_dir=small_disk, cache=cache, progress=False)
     folder = small_disk / "single" / spec.name
-    assert not flaws(folder / "checkpoints" / "checkpoint-4")
+    assert not damages(folder / "checkpoints" / "checkpoint-4")
     raw = (folder / METRICS_FILE).read_bytes()
     assert raw.endswith(b"}\n")
     assert len(list(read_lines(folder / METRICS_FILE))) == raw.count(b"\n")

@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import load_file
 
 from normfree.compose import compose_run
+from normfree.manifest import damages
 from normfree.records import read_run
-from normfree.training.checkpoints import checkpoints_in, flaws
+from normfree.training.checkpoints import checkpoints_in
 from tests.training.fork_server import PLACES, ForkServer
 
 pytestmark = pytest.mark.slow
@@ -98,7 +99,7 @@ def initial_weights(door: Door) -> dict[str, torch.Tensor]:
 
 
 def check_resume(run: Door, whole: Door) -> None:
-    assert not any(flaws(checkpoint) for checkpoint in checkpoints_in(run.folder / "checkpoints")[:2])
+    assert not any(damages(checkpoint) for checkpoint in checkpoints_in(run.folder / "checkpoints")[:2])
     assert run.finish() == 0, run.errors
     assert same(run.weights(), whole.weights())
     assert not read_run(run.folder).metrics.duplicated(["step", "split", "name"]).any()

@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 
 from normfree.compose import compose_run
 from normfree.config import RunSpec
+from normfree.manifest import damages
 from normfree.records import read_run
 from normfree.sweep import sweep
 from normfree.training import InterruptedRunError, train
 from normfree.training.callbacks import StopOnSignal
-from normfree.training.checkpoints import CheckpointError, checkpoints_in, flaws
+from normfree.training.checkpoints import CheckpointError, checkpoints_in
 from normfree.training.trainer import NormFreeTrainer
 from tests.training.signals import terminate_in_step
 
@@ -42,7 +43,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory, cache: Path, tiny: list[s
 
 
 def check_resume(folder: Path, cache: Path, spec: RunSpec, expected: dict[str, torch.Tensor]) -> None:
-    assert not any(flaws(checkpoint) for checkpoint in checkpoints_in(folder / "checkpoints"))
+    assert not any(damages(checkpoint) for checkpoint in checkpoints_in(folder / "checkpoints"))
     assert not (folder / "checkpoints" / ".staging").exists()
     train(spec, runs_dir=folder.parents[1], cache=cache, progress=False)
     found = load_file(folder / "model" / "model.safetensors")

@@ -170,8 +170,7 @@ def is_done(folder: Path, spec: RunSpec, corpus: Corpus | None = None) -> bool:
         run = read_run(folder)
     except DamagedRunError:
         return False
-    if run.facts.get("identity") != spec.identity():  # else it is that run, whatever became of the copy of its spec
-        _refuse_another(folder, run.spec, spec)
+    _refuse_another(folder, run.spec, spec)
     there, here = _places(run.spec), _places(spec.to_dict())
     if there != here:
         if corpus is None:

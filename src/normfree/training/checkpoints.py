@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from normfree.config import RunSpec
-from normfree.manifest import MANIFEST_NAME, damages, read_manifest, sync_folder, write_manifest
+from normfree.manifest import damages, read_manifest, sync, write_manifest
 
 STAGING = ".staging"
 SET_ASIDE = "damaged"
-PICKLES = ("training_args.bin",)
-"""What Trainer writes as a pickle of Python objects; nothing reads it, and nobody should have to trust it."""
 BYTES_PER_PARAMETER = 12
 """fp32 weights and Adam's two moments."""
 SMALL_FILES_BYTES = 4 * 2**20
@@ -94,16 +92,14 @@ def publish(folder: Path, step: int, facts: dict[str, Any], *, keep: int) -> Pat
     Raises OSError when the files that were just written do not verify; older checkpoints are then untouched.
     """
     staged, published = folder / STAGING / f"checkpoint-{step}", folder / f"checkpoint-{step}"
-    for name in PICKLES:
-        (staged / name).unlink(missing_ok=True)
-    facts = {"step": step, **facts}
-    write_manifest(staged, facts)
-    if found := flaws(staged):
+    (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody should have to trust
+    write_manifest(staged, {"step": step, **facts})
+    if found := damages(staged):
         raise OSError(f"checkpoint {step} did not reach the disk whole: {'; '.join(found)}")
     if published.exists():
         set_aside(published)
     staged.rename(published)
-    sync_folder(folder)
+    sync(folder)
     for old in checkpoints_in(folder)[keep:]:
         try:
             shutil.rmtree(old)
@@ -118,7 +114,7 @@ def newest_sound(folder: Path, *, spec: RunSpec) -> Path | None:
     Each one that is rejected on the way is named in a warning, with the reason, and moved to checkpoints/damaged/.
     """
     for checkpoint in checkpoints_in(folder):
-        found = flaws(checkpoint)
+        found = damages(checkpoint)
         if not found and not belongs_to(checkpoint, spec):
             found = ["it belongs to a run with another spec"]
         if not found:
@@ -133,21 +129,10 @@ def newest_sound(folder: Path, *, spec: RunSpec) -> Path | None:
 
 def belongs_to(checkpoint: Path, spec: RunSpec) -> bool:
     """Whether a checkpoint is of a run with this spec. A field that its manifest does not know had today's default."""
-    manifest = read_manifest(checkpoint)
-    if manifest.get("identity") == spec.identity():
-        return True
     try:
-        return RunSpec.from_dict(manifest["spec"]).identity() == spec.identity()
-    except (KeyError, ValueError):  # from before manifests held the spec, or with a field that is gone
+        return RunSpec.from_dict(read_manifest(checkpoint)["spec"]).identity() == spec.identity()
+    except ValueError:  # with a field that is gone
         return False
-
-
-def flaws(checkpoint: Path) -> list[str]:
-    """What is wrong with a checkpoint, one sentence each; empty when every byte is as it was written."""
-    found = damages(checkpoint)
-    if not found and read_manifest(checkpoint).get("step") != step_of(checkpoint):
-        return [f"{MANIFEST_NAME} is that of another step"]
-    return found
 
 
 def compare_surroundings(checkpoint: Path, now: dict[str, Any]) -> None:

@@ -53,8 +53,6 @@ def open_writer(
         "started": earlier.get("started", session["began"]),
         "wall_seconds": earlier.get("wall_seconds", kept.get("wall_seconds", 0.0)) if checkpoint else 0.0,
         "spec": spec.to_dict(),
-        "recipe": spec.recipe(),
-        "identity": spec.identity(),
         "spec_fingerprint": fingerprint(spec.to_dict()),
         "command": command,
         "study_note": note,

@@ -16,7 +16,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from normfree.config import RunSpec
-from normfree.training.checkpoints import flaws, newest_sound
+from normfree.manifest import damages
+from normfree.training.checkpoints import newest_sound
 
 logger = logging.getLogger("normfree")
 
@@ -75,7 +76,7 @@ def agreed_checkpoint(folder: Path, *, spec: RunSpec) -> Path | None:
     (name,) = broadcast_object_list([found.name if found else None])
     if name is None:
         return None
-    if not first and (problems := flaws(folder / name)):
+    if not first and (problems := damages(folder / name)):
         raise ValueError(
             f"{folder / name} is whole for the first process and not for this one ({'; '.join(problems)}): all "
             "processes must see one disk; start the same command again"

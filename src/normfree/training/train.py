@@ -284,7 +284,6 @@ class _Training:
         if self.writer is None:
             return
         facts = {
-            "identity": self.spec.identity(),
             "spec": self.spec.to_dict(),
             **surroundings(self.spec, self.corpus, _device()),
             "skipped_steps": [found.to_dict() for found in self.skipped],
