@@ -155,12 +155,3 @@ def folder_lock(folder: Path, *, on_wait: Callable[[str], None] | None = None) -
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
-
-
-def host_of_lock(folder: Path) -> str | None:
-    """The machine of the process that holds the lock of `folder` or held it last; None where no file says so."""
-    try:
-        owner = (folder / LOCK_NAME).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    return owner.partition(" on ")[2] or None

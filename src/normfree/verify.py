@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from normfree.config import RunSpec
-from normfree.data.corpus import SOURCES, corpus_damages, corpus_key, default_cache, prepared
+from normfree.data.corpus import SOURCES, corpus_key, default_cache, prepared
 from normfree.manifest import MANIFEST_NAME, damages, describe_files, fingerprint, read_manifest
 from normfree.records import METRICS_FILE, RUN_FILE, DamagedRunError, Run, read_lines, read_run
 from normfree.training.checkpoints import SET_ASIDE, belongs_to, checkpoints_in
@@ -113,7 +113,7 @@ def _corpus(run: Run, spec: RunSpec, cache: Path) -> Finding:
         return _kept(run, cache) or Finding("corpus", "absent", f"its text is not on this machine ({error})")
     if not folder.is_dir():
         return _kept(run, cache) or Finding("corpus", "absent", f"not in {cache}: it would be prepared again")
-    problems = corpus_damages(folder)
+    problems = damages(folder)
     if not problems:
         facts: dict[str, Any] = read_manifest(folder).get("corpus", {})
         recorded = run.facts["corpus"]

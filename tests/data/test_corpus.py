@@ -16,7 +16,7 @@ import pytest
 from normfree.config import DataSpec
 from normfree.data import Corpus, default_cache, prepare, prepared
 from normfree.data.sources import find_text_files, limited
-from normfree.manifest import damages, write_manifest
+from normfree.manifest import damages
 
 
 def make(spec: DataSpec, cache: Path) -> Corpus:
@@ -331,7 +331,6 @@ def bad_specs(folder: Path) -> dict[str, tuple[DataSpec, str]]:
     (folder.parent / "blank.txt").write_text("\n")
     (folder.parent / "broken.jsonl").write_text("{")
     (folder.parent / "digits.jsonl").write_text('{"content": "a"}\n{"content": "b", "id": ' + 5000 * "7" + "}\n")
-    (folder.parent / "depth.jsonl").write_text('{"content": "a", "tree": ' + 100_000 * "[" + 100_000 * "]" + "}\n")
     (folder.parent / "other.jsonl").write_text('{"text": "a", "title": "b"}')
     (folder.parent / "half.jsonl").write_text('{"content": "a"}\n{"content": "b\\ud83d"}\n')
     pd.DataFrame({"body": ["text"] * 1500 + [None]}).to_parquet(folder.parent / "rows.parquet")
@@ -346,7 +345,6 @@ def bad_specs(folder: Path) -> dict[str, tuple[DataSpec, str]]:
         "parquet": (at("broken.parquet"), "broken.parquet cannot be read"),
         "json": (at("broken.jsonl"), "broken.jsonl line 1 is not JSON that can be read (Expecting"),
         "digits": (at("digits.jsonl"), "digits.jsonl line 2 is not JSON that can be read (Exceeds the limit"),
-        "depth": (at("depth.jsonl"), "depth.jsonl line 1 is not JSON that can be read (maximum recursion"),
         "column": (at("other.jsonl"), "no column 'content'; set data.column to one of: text, title"),
         "surrogate": (at("half.jsonl"), "half.jsonl line 2: character 1 is no Unicode"),
         "row": (replace(at("rows.parquet"), column="body"), "rows.parquet row 1500: column 'body' holds NoneType"),
@@ -362,7 +360,7 @@ def bad_specs(folder: Path) -> dict[str, tuple[DataSpec, str]]:
 
 
 BAD_CASES = ["no match", "empty", "not UTF-8", "parquet", "json", "column", "blank", "long context"]
-BAD_CASES += ["held out alone", "digits", "depth", "surrogate", "row", "vocabulary", "little left"]
+BAD_CASES += ["held out alone", "digits", "surrogate", "row", "vocabulary", "little left"]
 
 
 @pytest.mark.parametrize("case", BAD_CASES)
@@ -373,22 +371,6 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(text_folder: Path, 
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert list((tmp_path / "cache").glob("corpora/*")) == []
-
-
-@pytest.mark.parametrize("name", ["train.arrow", "validation.arrow", "tokenizer.json", "tokenizer_config.json"])
-def test_a_corpus_whose_manifest_lacks_a_file_is_damaged_and_prepared_again(
-    spec: DataSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
-) -> None:
-    first = make(spec, tmp_path)
-    (first.folder / name).unlink()
-    facts = {key: value for key, value in first.manifest.items() if key not in ("files", "seal")}
-    write_manifest(first.folder, facts)
-    assert damages(first.folder) == []
-    assert prepared(first.facts(), cache=tmp_path) is None
-    with caplog.at_level(logging.WARNING, logger="normfree"):
-        assert make(spec, tmp_path) == first
-    assert f"does not list {name}" in caplog.text
-    assert len(make(spec, tmp_path).train) == first.facts()["train_blocks"]
 
 
 def test_an_unreachable_hub_name_is_refused_in_one_line(tmp_path: Path, monkeypatch) -> None:

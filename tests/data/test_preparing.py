@@ -22,12 +22,10 @@ from pathlib import Path
 
 import datasets
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from normfree.config import DataSpec
 from normfree.data import Corpus, prepare
-from normfree.data.packing import BlockWriter
-from normfree.manifest import damages, folder_lock
+from normfree.manifest import damages
 
 
 def make(spec: DataSpec, cache: Path) -> Corpus:
@@ -106,60 +104,28 @@ def test_without_locks_a_corpus_is_not_prepared_and_one_that_is_there_is_used(
         make(replace(spec, context=8), tmp_path)
 
 
-def leave_scratch(corpora: Path, name: str, *, host: str, age_seconds: float) -> Path:
-    """What a process on `host` that writes no more, or whose lock is not seen, has in `corpora`."""
+def leave_scratch(corpora: Path, name: str, *, age_seconds: float) -> Path:
+    """What a process that writes no more, or whose lock is not seen, has in `corpora`."""
     scratch = corpora / f".preparing-{name}"
     (scratch / "corpus").mkdir(parents=True)
     (scratch / "corpus" / "train.arrow").write_bytes(b"half")
-    (scratch / ".lock").write_text(f"process 1 on {host}")
+    (scratch / ".lock").write_text("process 1 on elsewhere")
     for path in (*scratch.rglob("*"), scratch):
         os.utime(path, (time.time() - age_seconds,) * 2)
     return scratch
 
 
 def test_what_a_killed_preparation_left_is_removed_and_a_running_one_stays(spec: DataSpec, tmp_path: Path) -> None:
-    corpora, here = tmp_path / "corpora", socket.gethostname()
-    leave_scratch(corpora, "dead", host=here, age_seconds=100)
-    begins = leave_scratch(corpora, "begins", host=here, age_seconds=10)
-    alive = leave_scratch(corpora, "alive", host=here, age_seconds=1e7)
-    with folder_lock(alive):
-        os.utime(alive, (0, 0))
-        corpus = make(spec, tmp_path)
-    assert sorted(corpora.iterdir()) == sorted([begins, alive, corpus.folder])
-
-
-def test_what_another_machine_prepares_stays_until_it_was_not_written_to_for_days(
-    spec: DataSpec, tmp_path: Path
-) -> None:
-    corpora, day = tmp_path / "corpora", 24 * 3600
-    leave_scratch(corpora, "dead", host="elsewhere", age_seconds=10 * day)
-    unseen = leave_scratch(corpora, "unseen", host="elsewhere", age_seconds=day)
-    writes = leave_scratch(corpora, "writes", host="elsewhere", age_seconds=10 * day)
+    corpora, hour = tmp_path / "corpora", 3600
+    leave_scratch(corpora, "dead", age_seconds=25 * hour)
+    begins = leave_scratch(corpora, "begins", age_seconds=hour)
+    writes = leave_scratch(corpora, "writes", age_seconds=25 * hour)
     os.utime(writes / "corpus" / "train.arrow")
-    corpus = make(spec, tmp_path)
-    assert sorted(corpora.iterdir()) == sorted([unseen, writes, corpus.folder])
-
-
-@pytest.mark.parametrize("step", ["save_pretrained", "write_all"])
-def test_a_corpus_that_was_deleted_while_it_was_made_is_an_error_and_not_installed(
-    spec: DataSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
-) -> None:
-    """As another node does where it does not see our lock."""
-    owner = BlockWriter if step == "write_all" else PreTrainedTokenizerFast
-    go_on = getattr(owner, step)
-
-    def deleted_before(*given: object) -> None:
-        for scratch in (tmp_path / "corpora").iterdir():
-            shutil.rmtree(scratch)
-        go_on(*given)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(owner, step, deleted_before)
-        with pytest.raises(OSError, match=r"lost .*train\.arrow, validation\.arrow while it was prepared") as caught:
-            make(spec, tmp_path)
-    assert "\n" not in str(caught.value)
-    assert list((tmp_path / "corpora").iterdir()) == []
-    assert damages(make(spec, tmp_path).folder) == []
+    alive = leave_scratch(corpora, "alive", age_seconds=25 * hour)
+    with (alive / ".lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        corpus = make(spec, tmp_path)
+    assert sorted(corpora.iterdir()) == sorted([begins, writes, alive, corpus.folder])
 
 
 @contextmanager

@@ -51,8 +51,6 @@ FORMAT = 1
 SOURCES = {"installed": InstalledSource, "codeparrot": HubSource, "hub": HubSource, "files": FilesSource}
 CHUNK_CHARACTERS = 4_000_000
 """Text that is encoded together: large enough for all cores, small enough for any memory."""
-NEEDED = ("tokenizer.json", "tokenizer_config.json", "train.arrow", "validation.arrow")
-"""What no corpus folder may lack."""
 
 TOKENIZER_TASK = "training the tokenizer"
 _HELD_OUT_TOO = " (duplicates are those of held-out text too)"
@@ -143,12 +141,12 @@ def prepare(spec: DataSpec, *, cache: Path | None = None, progress: bool = True)
     several processes one prepares, and the others wait for it.
 
     Raises ValueError for a source that cannot be read or gives too little text; OSError for a disk that is full or has
-    no locks, and where another process deleted what was made.
+    no locks.
     """
     source: Source = SOURCES[spec.source](spec)
     cache = cache or default_cache()
     folder = cache / "corpora" / corpus_key(spec, source)
-    if folder.exists() and not corpus_damages(folder):
+    if folder.exists() and not damages(folder):
         return Corpus(folder, read_manifest(folder))
 
     def say(owner: str) -> None:
@@ -156,10 +154,9 @@ def prepare(spec: DataSpec, *, cache: Path | None = None, progress: bool = True)
 
     with folder_lock(cache / "locks" / folder.name, on_wait=say):
         if folder.exists():
-            found = corpus_damages(folder)
-            if not found:
+            if not (problems := damages(folder)):
                 return Corpus(folder, read_manifest(folder))  # prepared by another process meanwhile
-            log.warning("corpus %s is damaged and prepared again: %s", folder, "; ".join(found))
+            log.warning("corpus %s is damaged and prepared again: %s", folder, "; ".join(problems))
         _make(spec, source, folder, progress)
     return Corpus(folder, read_manifest(folder))
 
@@ -170,11 +167,6 @@ def _make(spec: DataSpec, source: Source, folder: Path, progress: bool) -> None:
         built.mkdir()
         try:
             facts = _Preparation(spec, source, built, progress).run()
-            lost = [name for name in NEEDED if not (built / name).is_file()]
-        except FileNotFoundError:
-            if built.is_dir():
-                raise
-            facts, lost = {}, list(NEEDED)
         except OSError as error:
             if error.errno not in NO_ROOM:
                 raise
@@ -182,21 +174,8 @@ def _make(spec: DataSpec, source: Source, folder: Path, progress: bool) -> None:
                 f"no room for the corpus in {folder.parent} ({error}), where {free_room(folder.parent)}; "
                 "cache_dir=FOLDER or NORMFREE_CACHE choose another place"
             ) from None
-        if lost:
-            raise OSError(
-                f"{built} lost {', '.join(lost)} while it was prepared: another process deleted it, as one on another "
-                "machine may that does not see the locks of this one; start again (docs/data.md: clusters)"
-            )
         write_manifest(built, {"format": FORMAT, "corpus": facts})
         _install(built, folder)
-
-
-def corpus_damages(folder: Path) -> list[str]:
-    """What is wrong with a corpus folder, one sentence each; empty when it has every file, as it was written."""
-    if found := damages(folder):
-        return found
-    listed = read_manifest(folder)["files"]
-    return [f"its {MANIFEST_NAME} does not list {name}" for name in NEEDED if name not in listed]
 
 
 def prepared(recorded: Mapping[str, Any], *, cache: Path | None = None) -> Corpus | None:
@@ -206,7 +185,7 @@ def prepared(recorded: Mapping[str, Any], *, cache: Path | None = None) -> Corpu
         with suppress(ValueError, KeyError, OSError):
             found = read_manifest(manifest.parent)
             same = all(found["corpus"][key] == recorded[key] for key in ("fingerprint", "bytes_per_token"))
-            if same and not corpus_damages(manifest.parent):
+            if same and not damages(manifest.parent):
                 return Corpus(manifest.parent, found)
     return None
 
@@ -225,12 +204,12 @@ def corpus_key(spec: DataSpec, source: Source) -> str:
 
 def _install(built: Path, folder: Path) -> None:
     """Move a finished corpus to its place; a sound one that another process put there first stays."""
-    if folder.exists() and corpus_damages(folder):
+    if folder.exists() and damages(folder):
         folder.rename(built.with_name("damaged"))
     try:
         built.rename(folder)
     except OSError:
-        if corpus_damages(folder):
+        if damages(folder):
             raise
 
 
@@ -341,14 +320,7 @@ class _Preparation:
 
     def _given(self) -> str:
         """The settings that decide how much text there is, for messages."""
-        names = (
-            "paths",
-            "validation_paths",
-            "dataset",
-            "max_bytes",
-            "train_documents",
-            "validation_documents",
-        )
+        names = ("paths", "validation_paths", "dataset", "max_bytes", "train_documents", "validation_documents")
         return ", ".join(f"data.{name}={value}" for name in names if (value := getattr(self.spec, name)))
 
 

@@ -1,21 +1,19 @@
-"""Where a corpus is made before it has its name, and what becomes of the places of processes that were killed there."""
+"""The folder in which a corpus is made before it has its name."""
 
 from __future__ import annotations
 
 import errno
 import shutil
-import socket
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from normfree.manifest import folder_lock, host_of_lock
+from normfree.manifest import folder_lock
 
 PREFIX = ".preparing-"
-A_MINUTE = 60.0
-THREE_DAYS = 3 * 24 * 3600.0
+A_DAY = 24 * 3600.0
 """No preparation writes nothing for so long."""
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -37,21 +35,13 @@ def scratch_folder(corpora: Path) -> Iterator[Path]:
 
 
 def _drop_abandoned(corpora: Path) -> None:
-    """Remove what processes that were killed while preparing left: folders that nobody locks any more."""
+    """Remove what processes that were killed while preparing left: folders that nobody locks and nobody writes to.
+
+    A lock of another machine may not be seen from here (BeeGFS and Lustre can be set up so), but what it writes is.
+    """
     for scratch in corpora.glob(f"{PREFIX}*"):
         with suppress(BlockingIOError, FileNotFoundError):
-            if _looks_abandoned(scratch):
+            newest = max(path.stat().st_mtime for path in (scratch, *scratch.rglob("*")))
+            if time.time() - newest > A_DAY:
                 with folder_lock(scratch):
                     shutil.rmtree(scratch, ignore_errors=True)  # NFS keeps the open lock file until it is let go
-
-
-def _looks_abandoned(scratch: Path) -> bool:
-    """Whether a lock that can be had means that nobody works here.
-
-    On this machine it does, but for a folder that begins and may not have its lock yet. A lock of another machine may
-    not be seen from here (BeeGFS and Lustre can be set up so), but what its process writes is.
-    """
-    if host_of_lock(scratch) == socket.gethostname():
-        return time.time() - scratch.stat().st_mtime > A_MINUTE
-    newest = max(path.stat().st_mtime for path in (scratch, *scratch.rglob("*")))
-    return time.time() - newest > THREE_DAYS

@@ -259,7 +259,7 @@ def read_texts(path: Path, column: str) -> Iterator[str]:
 def _parsed(line: str, *, where: str) -> Any:
     try:
         return json.loads(line)
-    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets, are JSON that Python refuses
+    except ValueError as error:  # thousands of digits are JSON that Python refuses
         reason = getattr(error, "msg", str(error))
         raise ValueError(f"{where} is not JSON that can be read ({reason}): mend it or leave it out") from None
 
@@ -347,18 +347,11 @@ class HubSource:
     _validation_hashes = cached_property(hashes_of_validation)
 
     def _load(self, split: Split) -> datasets.Dataset:
-        if split not in self._loaded:
-            self._loaded[split] = self._load_anew(split)
-        return self._loaded[split]
-
-    def _load_anew(self, split: Split) -> datasets.Dataset:
+        if split in self._loaded:
+            return self._loaded[split]
         name, part = self._places[split]
-        log.info(
-            "loading data set %s, split %s: what %s lacks is downloaded and converted first, without a bar",
-            name,
-            part,
-            datasets.config.HF_DATASETS_CACHE,
-        )
+        told = "loading data set %s, split %s: what %s lacks is downloaded and converted first, without a bar"
+        log.info(told, name, part, datasets.config.HF_DATASETS_CACHE)
         try:
             loaded = datasets.load_dataset(name, self._spec.dataset_config, split=part, keep_in_memory=False)
         except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
@@ -380,7 +373,8 @@ class HubSource:
                 f"data set {name!r}, split {part!r}: {reason}; see data.dataset_config, data.train_split, "
                 "data.validation_split and data.validation_dataset"
             ) from None
-        return cast(datasets.Dataset, loaded)
+        self._loaded[split] = cast(datasets.Dataset, loaded)
+        return self._loaded[split]
 
 
 def _reason_on_this_machine(error: Exception) -> str | None:
