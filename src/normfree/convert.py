@@ -52,13 +52,7 @@ def from_transformers(model: PreTrainedModel) -> NormFreeForCausalLM:
     if model.config.tie_word_embeddings and apart:
         raise ValueError("cannot convert tie_word_embeddings=True with an lm_head of other weights: set it to False")
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "initializer_range")
-    names += (
-        "max_position_embeddings",
-        "tie_word_embeddings",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-    )
+    names += ("max_position_embeddings", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
     shared = {name: getattr(model.config, name) for name in names}
     config = NormFreeConfig(**shared, **fields, bias="all")
     with torch.device(model.device):

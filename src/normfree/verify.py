@@ -44,24 +44,19 @@ def verify(folder: Path | str, *, cache: Path | None = None) -> list[Finding]:
         spec = RunSpec.from_dict(run.spec)
     except ValueError as error:
         return [Finding(RUN_FILE, "damaged", f"its spec is refused: {error}"), *_checkpoints(folder, None)]
-    told = f"{run.label}, seed {run.seed}: {run.status}, {run.facts.get('steps_done')} steps"
+    problems = []
+    if run.facts.get("spec_fingerprint") not in (None, fingerprint(run.spec)):  # records of before have none
+        problems.append("its spec is not the one whose fingerprint it has")
+    if run.status == "finished" and not run.facts.get("final"):
+        problems.append("it is finished and has no result")
+    told = f"{run.label}, seed {run.seed}: {run.status}, {run.facts['steps_done']} steps"
     return [
-        _finding(RUN_FILE, _contradictions(run), told),
+        _finding(RUN_FILE, problems, told),
         _metrics(run),
         *_checkpoints(folder, spec),
         _model(run),
         _corpus(run, spec, cache or default_cache()),
     ]
-
-
-def _contradictions(run: Run) -> list[str]:
-    """Where run.json is at odds with itself."""
-    found = []
-    if run.facts.get("spec_fingerprint") not in (None, fingerprint(run.spec)):  # records of before have none
-        found.append("its spec is not the one whose fingerprint it has")
-    if run.status == "finished" and not run.facts.get("final"):
-        found.append("it is finished and has no result")
-    return found
 
 
 def _metrics(run: Run) -> Finding:
@@ -83,23 +78,22 @@ def _metrics(run: Run) -> Finding:
 
 
 def _checkpoints(folder: Path, spec: RunSpec | None) -> list[Finding]:
-    found = []
+    findings = []
     for checkpoint in checkpoints_in(folder / "checkpoints"):
         problems = damages(checkpoint)
         if not problems and spec and not belongs_to(checkpoint, spec):
             problems = [f"it belongs to a run with another spec than {RUN_FILE}"]
-        found.append(_finding(checkpoint.name, problems, "every file matches its sha256"))
+        findings.append(_finding(checkpoint.name, problems, "every file matches its sha256"))
     for place in sorted((folder / "checkpoints" / SET_ASIDE).glob("*")):
-        found.append(Finding(place.name, "absent", f"set aside as {place.relative_to(folder)}; nothing reads it"))
-    return found
+        findings.append(Finding(place.name, "absent", f"set aside as {place.relative_to(folder)}; nothing reads it"))
+    return findings
 
 
 def _model(run: Run) -> Finding:
     folder = run.folder / "model"
     if not folder.is_dir():
-        if run.status == "finished":
-            return Finding("model", "absent", "the run is finished, and its folder model/ is not here")
-        return Finding("model", "absent", "only a finished run saves one")
+        finished = "the run is finished, and its folder model/ is not here"
+        return Finding("model", "absent", finished if run.status == "finished" else "only a finished run saves one")
     problems = damages(folder)
     if not problems and read_manifest(folder).get("corpus") != run.corpus:
         problems = [f"its {MANIFEST_NAME} names another corpus than {RUN_FILE}"]
@@ -107,12 +101,15 @@ def _model(run: Run) -> Finding:
 
 
 def _corpus(run: Run, spec: RunSpec, cache: Path) -> Finding:
+    folder, absent = None, f"not in {cache}: it would be prepared again"
     try:
         folder = cache / "corpora" / corpus_key(spec.data, SOURCES[spec.data.source](spec.data))
     except (ValueError, OSError) as error:
-        return _kept(run, cache) or Finding("corpus", "absent", f"its text is not on this machine ({error})")
-    if not folder.is_dir():
-        return _kept(run, cache) or Finding("corpus", "absent", f"not in {cache}: it would be prepared again")
+        absent = f"its text is not on this machine ({error})"
+    if folder is None or not folder.is_dir():
+        if kept := prepared(run.facts["corpus"], cache=cache):
+            return Finding("corpus", "sound", f"every file of {kept.folder} matches its sha256")
+        return Finding("corpus", "absent", absent)
     problems = damages(folder)
     if not problems:
         facts: dict[str, Any] = read_manifest(folder).get("corpus", {})
@@ -122,11 +119,6 @@ def _corpus(run: Run, spec: RunSpec, cache: Path) -> Finding:
         if changed:
             problems = [f"its {MANIFEST_NAME} and {RUN_FILE} differ in {', '.join(changed)}"]
     return _finding("corpus", problems, f"every file of {folder} matches its sha256")
-
-
-def _kept(run: Run, cache: Path) -> Finding | None:
-    found = prepared(run.facts["corpus"], cache=cache)
-    return Finding("corpus", "sound", f"every file of {found.folder} matches its sha256") if found else None
 
 
 def _finding(part: str, problems: list[str], praise: str) -> Finding:

@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
 
-from normfree.config import PLACES_OF_TEXT, RunSpec
+from normfree.config import RunSpec
 from normfree.data import Corpus
 from normfree.model import NormFreeConfig, activations, norms
 from normfree.records import OVER, RUN_FILE, DamagedRunError, read_run
@@ -24,14 +24,20 @@ from normfree.training.process import refuse_other_products
 logger = logging.getLogger("normfree")
 
 DEVICES = Path("/dev")
-COMPILES_NOTHING = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")
 
 
 def check_machine(spec: RunSpec, device: torch.device) -> None:
     """Raises ValueError when this device, or this number of processes, cannot train the spec as it stands."""
     train = spec.train
     refuse_other_products()
-    _refuse_an_idle_gpu()
+    gpus = sorted(map(str, DEVICES.glob("nvidia[0-9]*")))
+    on_purpose = not torch.version.cuda or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if gpus and not on_purpose and not torch.cuda.is_available():  # a recipe of hours would train for weeks on the CPU
+        raise ValueError(
+            f"there is a GPU ({gpus[0]}) that torch {torch.__version__}, built for CUDA {torch.version.cuda}, cannot "
+            "use: install a torch for the CUDA version that nvidia-smi names, or, to train on the CPU, put "
+            "CUDA_VISIBLE_DEVICES=-1 before the command"
+        )
     processes = PartialState().num_processes
     if processes == 1 and torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:  # torchrun's
         raise ValueError(
@@ -70,28 +76,6 @@ def check_machine(spec: RunSpec, device: torch.device) -> None:
             "train.precision=bf16 with train.compile=true needs a processor with bf16 units, and this one has none; "
             "leave one of them out (compiled steps would take its slow bf16 kernels)"
         )
-    if train.compile and (off := [name for name in COMPILES_NOTHING if os.environ.get(name) == "1"]):
-        raise ValueError(
-            f"train.compile=true, and {off[0]}=1 lets torch compile nothing: unset it, or leave the key out"
-        )
-
-
-def _refuse_an_idle_gpu() -> None:
-    """Where a GPU is there and torch cannot use it, a recipe of hours would train on the CPU for weeks.
-
-    Without CUDA in torch only a job that asked for a GPU is one that means it.
-    """
-    there = sorted(map(str, DEVICES.glob("nvidia[0-9]*"))) if torch.version.cuda else []
-    if number := os.environ.get("SLURM_JOB_GPUS"):
-        there = [f"SLURM_JOB_GPUS={number}"]
-    on_purpose = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if not there or on_purpose or torch.cuda.is_available():
-        return
-    build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-    raise ValueError(
-        f"there is a GPU ({there[0]}) that torch {torch.__version__}, {build}, cannot use: install a torch for the "
-        "CUDA version that nvidia-smi names, or, to train on the CPU, put CUDA_VISIBLE_DEVICES=-1 before the command"
-    )
 
 
 def check_held_out(corpus: Corpus) -> None:
@@ -170,53 +154,41 @@ def is_done(folder: Path, spec: RunSpec, corpus: Corpus | None = None) -> bool:
         run = read_run(folder)
     except DamagedRunError:
         return False
-    _refuse_another(folder, run.spec, spec)
-    there, here = _places(run.spec), _places(spec.to_dict())
-    if there != here:
-        if corpus is None:
-            return False
-        if run.corpus != corpus.fingerprint:
-            raise ValueError(
-                f"{folder} holds a run on another text ({_differences(there, here)}; corpus {run.corpus[:12]} and "
-                f"{corpus.fingerprint[:12]}); give tag=NAME or another runs_dir to keep both, or move that folder away"
-            )
-    return run.status in OVER
-
-
-def _places(spec: dict[str, Any]) -> dict[str, list[str]]:
-    """Where the text of a spec lies, by key."""
-    data = spec.get("data", {})
-    return {key: list(data.get(key.removeprefix("data."), ())) for key in PLACES_OF_TEXT}
-
-
-def _refuse_another(folder: Path, there: dict[str, Any], spec: RunSpec) -> None:
-    """Raises ValueError unless the recorded spec is the same run."""
     try:
-        recorded = RunSpec.from_dict(there)
+        recorded = RunSpec.from_dict(run.spec)
     except ValueError as error:
         raise ValueError(
             f"{folder / RUN_FILE} holds a spec that this version cannot read ({error}): if it is damaged, move the "
             "file away to go on from the checkpoints; if another version wrote it, use that one or give tag=NAME"
         ) from None
-    if recorded.identity() == spec.identity():
-        return
-    replicate = replace(recorded, data_seed=spec.data_seed).identity() == spec.identity()
-    name = "study=NAME (a tag would make it another row, not another replicate)" if replicate else "tag=NAME"
-    raise ValueError(
-        f"{folder} holds a run with another spec ({_differences(recorded.deciding(), spec.deciding())}); "
-        f"give {name} or another runs_dir to keep both, or move that folder away"
-    )
+    if recorded.identity() != spec.identity():
+        replicate = replace(recorded, data_seed=spec.data_seed).identity() == spec.identity()
+        name = "study=NAME (a tag would make it another row, not another replicate)" if replicate else "tag=NAME"
+        raise ValueError(
+            f"{folder} holds a run with another spec ({_differences(recorded.deciding(), spec.deciding())}); "
+            f"give {name} or another runs_dir to keep both, or move that folder away"
+        )
+    there, here = ((one.data.paths, one.data.validation_paths) for one in (recorded, spec))
+    if there != here:
+        if corpus is None:
+            return False
+        if run.corpus != corpus.fingerprint:
+            raise ValueError(
+                f"{folder} holds a run on another text (corpus {run.corpus[:12]} there and {corpus.fingerprint[:12]} "
+                "here); give tag=NAME or another runs_dir to keep both, or move that folder away"
+            )
+    return run.status in OVER
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
-    found = []
+    words = []
     for key in old | new:
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found.append(_differences(before, after, f"{prefix}{key}."))
-        elif before != after:
-            found.append(f"{prefix}{key} is {before} there and {after} here")
-    return ", ".join(filter(None, found))
+        there, here = old.get(key), new.get(key)
+        if isinstance(there, dict) and isinstance(here, dict):
+            words.append(_differences(there, here, f"{prefix}{key}."))
+        elif there != here:
+            words.append(f"{prefix}{key} is {there} there and {here} here")
+    return ", ".join(filter(None, words))
 
 
 def total_steps(spec: RunSpec, corpus: Corpus) -> int:

@@ -59,15 +59,9 @@ class TrainingLog(TrainerCallback):
         self._seconds += time.perf_counter() - self._began
         self._steps += 1
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        if logs and "loss" in logs:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **of_trainer: Any) -> None:
+        logs: dict[str, float] = of_trainer["logs"]
+        if "loss" in logs:
             self.log(state.global_step, "train", self._measurements(state, logs))
 
     def _measurements(self, state: TrainerState, logs: dict[str, float]) -> Measurements:
@@ -97,21 +91,13 @@ class Watch(TrainerCallback):
         self.log, self.schedules, self.tell = log, schedules, tell
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **of_trainer: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **of_trainer: Any
     ) -> None:
         if state.global_step == 0:
             self._measure(state, control, self.schedules, of_trainer["model"])
 
     def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **of_trainer: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **of_trainer: Any
     ) -> None:
         last = state.global_step == state.max_steps
         due = [one for one in self.schedules if last or state.global_step % one.every == 0]
@@ -200,28 +186,18 @@ class Progress(TrainerCallback):
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        if self.bar is None or not logs:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **of_trainer: Any) -> None:
+        logs: dict[str, float] = of_trainer["logs"]
+        if self.bar is None:
             return
         if "loss" in logs:
             self.bar.set_postfix_str(f"loss {logs['loss']:.3f} nats")
         if self.bar.disable and "eval_perplexity" in logs and state.global_step > self._first_step:
-            logger.info("%s", self._line(state, logs["eval_perplexity"]))
-
-    def _line(self, state: TrainerState, perplexity: float) -> str:
-        done, left = state.global_step - self._first_step, state.max_steps - state.global_step
-        minutes = (time.perf_counter() - self._began) / done * left / 60
-        return (
-            f"{self.title}: step {state.global_step} of {state.max_steps}, validation perplexity {perplexity:.2f}, "
-            f"about {minutes:.0f} min left"
-        )
+            done, left = state.global_step - self._first_step, state.max_steps - state.global_step
+            minutes = (time.perf_counter() - self._began) / done * left / 60
+            where, perplexity = f"step {state.global_step} of {state.max_steps}", logs["eval_perplexity"]
+            line = f"{self.title}: {where}, validation perplexity {perplexity:.2f}, about {minutes:.0f} min left"
+            logger.info("%s", line)
 
     def close(self) -> None:
         """End the bar; also called when training raised."""

@@ -105,9 +105,6 @@ def _tensors(output: object) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _layer_of(name: str) -> int | None:
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
-
-
 def _divergence(step: int, name: str, kind: str) -> Divergence:
-    return Divergence(step=step, layer=_layer_of(name), module=name, kind=kind)
+    layer = next((int(part) for part in name.split(".") if part.isdigit()), None)
+    return Divergence(step=step, layer=layer, module=name, kind=kind)

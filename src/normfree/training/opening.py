@@ -30,14 +30,15 @@ def open_writer(
     spec: RunSpec,
     corpus: Corpus,
     config: NormFreeConfig,
+    given: dict[str, Any],
     *,
-    command: str,
-    note: str,
-    steps: int,
     checkpoint: Path | None,
     device: torch.device,
 ) -> RunWriter:
-    """Begin or continue the records of a run; metrics after the checkpoint are dropped, they will come again."""
+    """Begin or continue the records of a run; metrics after the checkpoint are dropped, they will come again.
+
+    `given` are the facts command, study_note and steps.
+    """
     measures = ("perplexity", *(name for name in periods_of(spec.probe.measures, 1) if name != "perplexity"))
     earlier = _earlier_facts(folder)
     kept = read_manifest(checkpoint) if checkpoint else {}
@@ -46,7 +47,7 @@ def open_writer(
     session = {
         "from_step": step_of(checkpoint) if checkpoint else 0,
         "began": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command,
+        "command": given["command"],
         "environment": environment(device),
     }
     facts = {
@@ -54,14 +55,12 @@ def open_writer(
         "wall_seconds": earlier.get("wall_seconds", kept.get("wall_seconds", 0.0)) if checkpoint else 0.0,
         "spec": spec.to_dict(),
         "spec_fingerprint": fingerprint(spec.to_dict()),
-        "command": command,
-        "study_note": note,
+        **given,
         "corpus": corpus.facts(),
         "environment": session["environment"],
         "sessions": [*(earlier.get("sessions", []) if checkpoint else []), session],
         "model": model_facts(config),
         "quantities": describe([*TRAINING_LOG, *(name for measure in measures for name in MEASURES[measure].gives)]),
-        "steps": steps,
         "steps_done": session["from_step"],
         "tokens_seen": session["from_step"] * spec.train.batch_sequences * spec.data.context,
         "resumed": earlier.get("resumed", 0) + bool(checkpoint),

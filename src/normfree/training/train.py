@@ -8,7 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -43,14 +43,7 @@ from normfree.training.arguments import (
     with_less_memory,
 )
 from normfree.training.bf16 import products_for
-from normfree.training.checkpoints import (
-    STAGING,
-    compare_surroundings,
-    drop_staged,
-    make_room,
-    publish,
-    step_of,
-)
+from normfree.training.checkpoints import STAGING, compare_surroundings, drop_staged, make_room, publish, step_of
 from normfree.training.environment import command_line, device_name, surroundings, usable_cores, whereabouts
 from normfree.training.guard import Divergence, NonFiniteError
 from normfree.training.opening import model_facts, open_writer
@@ -128,18 +121,8 @@ def train(
         if state.is_main_process:
             logger.info("%s: %s", spec.name, whereabouts(spec.train.precision, _device()))
             make_room(folder, model_facts(config)["parameters"], keep=spec.train.checkpoints_kept)
-            command = command or command_line()
-            writer = open_writer(
-                folder,
-                spec,
-                corpus,
-                config,
-                command=command,
-                note=note,
-                steps=steps,
-                checkpoint=checkpoint,
-                device=_device(),
-            )
+            facts = {"command": command or command_line(), "study_note": note, "steps": steps}
+            writer = open_writer(folder, spec, corpus, config, facts, checkpoint=checkpoint, device=_device())
         tracked = nullcontext()
         if writer is not None:
             first, *later = writer.facts["sessions"]
@@ -152,16 +135,10 @@ def train(
             raise
         except BaseException as error:
             if writer is not None:
-                _record_failure(writer, error)
+                with suppress(OSError):  # a full disk: the first error is the one to tell
+                    writer.update(status="failed", error=f"{type(error).__name__}: {error}")
             raise
     return folder
-
-
-def _record_failure(writer: RunWriter, error: BaseException) -> None:
-    try:
-        writer.update(status="failed", error=f"{type(error).__name__}: {error}")
-    except OSError as second:  # a full disk: the first error is the one to tell
-        logger.warning("%s could not be updated: %s", writer.folder / RUN_FILE, second)
 
 
 def _device() -> torch.device:
@@ -198,7 +175,7 @@ class _Training:
         if checkpoint:
             kept = read_manifest(checkpoint)
             self.skipped = [Divergence(**one) for one in kept["skipped_steps"]]
-            self.unlogged = kept.get("unlogged")  # older checkpoints have none
+            self.unlogged = kept["unlogged"]
         diverged = False
         with products_for(self.spec.train.precision, _device()), watch.StopOnSignal() as stop:
             try:
@@ -247,10 +224,7 @@ class _Training:
             train_dataset=self.corpus.train.with_format("torch"),
             data_collator=_collate,
             processing_class=self.corpus.tokenizer(),
-            callbacks=[
-                watch.OwnIntervals(),
-                watch.TrainingLog(self._log, tokens_per_step=self.tokens_per_step),
-            ],
+            callbacks=[watch.OwnIntervals(), watch.TrainingLog(self._log, tokens_per_step=self.tokens_per_step)],
         )
         for callback in (watch.Watch(self._log, self._schedules(), tell=trainer.log), *extra):
             trainer.add_callback(callback)  # in this order: a signal during a measurement ends the same step
