@@ -113,16 +113,6 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _means_a_folder(name: str) -> bool:
-    """Names on the hub have one slash at most, and no runs lie beside them."""
-    beside_runs = "/" in name and any(Path(name).parent.glob(f"*/{RUN_FILE}"))
-    return name.startswith((".", "/")) or name.count("/") > 1 or beside_runs
-
-
-def _models_in(folder: Path) -> list[str]:
-    return sorted({file.parent.name for kind in (RUN_FILE, "config.json") for file in folder.glob(f"*/{kind}")})
-
-
 def _source(name: str) -> dict[str, str]:
     path = Path(name)
     if path.suffix == ".gguf":
@@ -135,8 +125,11 @@ def _source(name: str) -> dict[str, str]:
             why = "its folder model/ is not here" if run.status == "finished" else f"the run is {run.status}"
             raise ValueError(f"{name} has no saved model: {why}; only finished runs save one")
         return {"pretrained_model_name_or_path": str(path / "model")}
-    if not path.exists() and _means_a_folder(name):
-        beside = _models_in(path.parent)
+    # Names on the hub have one slash at most, and no runs lie beside them.
+    beside_runs = "/" in name and any(path.parent.glob(f"*/{RUN_FILE}"))
+    if not path.exists() and (name.startswith((".", "/")) or name.count("/") > 1 or beside_runs):
+        files = [file for kind in (RUN_FILE, "config.json") for file in path.parent.glob(f"*/{kind}")]
+        beside = sorted({file.parent.name for file in files})
         raise ValueError(f"{name} does not exist{'; ' + nearest(path.name, beside) if beside else ''}")
     if path.is_dir() and not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
         raise ValueError(f"{name} is neither a run folder nor a saved model: it has no {RUN_FILE} and no config.json")

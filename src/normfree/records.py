@@ -167,8 +167,8 @@ class Run:
 
     def last(self, split: str, name: str) -> Any | None:
         """The newest value of one metric, or None."""
-        found = self.series(split, name)
-        return found[-1][1] if found else None
+        series = self.series(split, name)
+        return series[-1][1] if series else None
 
 
 def divergence_text(facts: Mapping[str, Any]) -> str:
@@ -199,13 +199,10 @@ def read_run(folder: Path | str) -> Run:
         )
     if facts.get("status") not in STATUSES:
         raise DamagedRunError(f"{path} has no known status: restore it or move the folder away")
-    if missing := [name for name in _needed(facts) if not _has(facts, name)]:
+    needed = _NEEDED + (("divergence.step",) if facts["status"] == "diverged" else ())
+    if missing := [name for name in needed if not _has(facts, name)]:
         raise DamagedRunError(f"{path} lacks {', '.join(missing)}: restore it or move the folder away")
     return Run(folder=folder, facts=facts)
-
-
-def _needed(facts: dict[str, Any]) -> tuple[str, ...]:
-    return _NEEDED + (("divergence.step",) if facts["status"] == "diverged" else ())
 
 
 def _has(facts: Any, dotted: str) -> bool:

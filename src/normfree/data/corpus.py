@@ -29,14 +29,7 @@ from normfree.data.packing import BlockWriter, concatenated, unigram_perplexity,
 from normfree.data.progress import TextProgress
 from normfree.data.scratch import NO_ROOM, free_room, scratch_folder
 from normfree.data.sources import FilesSource, HubSource, Source, Split, limited
-from normfree.data.tokenizer import (
-    Encoder,
-    load_tokenizer,
-    read_tokenizer,
-    tokenizer_hash,
-    train_tokenizer,
-    vocabulary_size,
-)
+from normfree.data.tokenizer import Encoder, load_tokenizer, tokenizer_hash, train_tokenizer, vocabulary_size
 from normfree.manifest import (
     MANIFEST_NAME,
     damages,
@@ -103,7 +96,7 @@ class Corpus:
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer behind the blocks."""
-        return read_tokenizer(self.folder)
+        return PreTrainedTokenizerFast.from_pretrained(self.folder)
 
     def facts(self) -> dict[str, Any]:
         """What run.json says of the corpus: plain JSON values."""
@@ -124,12 +117,10 @@ class Corpus:
         ]
         splits: tuple[Split, ...] = ("train", "validation")
         for split in splits:
-            lines.append(
-                f"{split:<12} {facts[f'{split}_documents']:,} documents, "
-                f"{facts[f'{split}_bytes'] / 1e6:.2f} MB, "
-                f"{facts[f'{split}_blocks']:,} blocks, {facts[f'{split}_tokens']:,} tokens"
-            )
-            lines.append(f"  left out   {self.left_out(split)}")
+            units = ("documents", "bytes", "blocks", "tokens")
+            documents, size, blocks, tokens = (facts[f"{split}_{unit}"] for unit in units)
+            text = f"{documents:,} documents, {size / 1e6:.2f} MB, {blocks:,} blocks, {tokens:,} tokens"
+            lines += [f"{split:<12} {text}", f"  left out   {self.left_out(split)}"]
         lines.append(f"to beat      unigram perplexity {facts['unigram_perplexity']:.1f}")
         return "\n".join(lines)
 
@@ -149,10 +140,8 @@ def prepare(spec: DataSpec, *, cache: Path | None = None, progress: bool = True)
     if folder.exists() and not damages(folder):
         return Corpus(folder, read_manifest(folder))
 
-    def say(owner: str) -> None:
-        log.info("waiting for %s, which prepares the same corpus, %s", owner, folder)
-
-    with folder_lock(cache / "locks" / folder.name, on_wait=say):
+    said = "waiting for %s, which prepares the same corpus, %s"
+    with folder_lock(cache / "locks" / folder.name, on_wait=lambda owner: log.info(said, owner, folder)):
         if folder.exists():
             if not (problems := damages(folder)):
                 return Corpus(folder, read_manifest(folder))  # prepared by another process meanwhile

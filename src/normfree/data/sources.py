@@ -316,7 +316,9 @@ class HubSource:
 
     @property
     def versions(self) -> dict[str, Any]:
-        return {split: _content(Path(name)) or name for split, (name, _) in self._places.items()}
+        folders = {name: Path(name) for name, _ in self._places.values() if Path(name).is_dir()}
+        content = {name: fingerprint(describe_files(folder)) for name, folder in folders.items()}
+        return {split: content.get(name, name) for split, (name, _) in self._places.items()}
 
     @property
     def revisions(self) -> dict[str, str]:
@@ -356,7 +358,11 @@ class HubSource:
             loaded = datasets.load_dataset(name, self._spec.dataset_config, split=part, keep_in_memory=False)
         except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             if reason := _reason_on_this_machine(error):
-                raise ValueError(f"data set {name!r} cannot be prepared ({reason}); {_place_of_data_sets()}") from None
+                cache = Path(datasets.config.HF_DATASETS_CACHE)
+                raise ValueError(
+                    f"data set {name!r} cannot be prepared ({reason}); it is kept in {cache}, where "
+                    f"{free_room(cache)}; HF_HOME or HF_DATASETS_CACHE choose another place"
+                ) from None
             if Path(name).is_dir():
                 raise ValueError(
                     f"data set {name!r} cannot be loaded ({type(error).__name__}): the folder holds no data that "
@@ -386,12 +392,3 @@ def _reason_on_this_machine(error: Exception) -> str | None:
     if isinstance(error, OSError) and not of_the_disk:
         return None
     return " ".join(f"{type(cause).__name__}: {cause}".split())
-
-
-def _place_of_data_sets() -> str:
-    cache = Path(datasets.config.HF_DATASETS_CACHE)
-    return f"it is kept in {cache}, where {free_room(cache)}; HF_HOME or HF_DATASETS_CACHE choose another place"
-
-
-def _content(folder: Path) -> str | None:
-    return fingerprint(describe_files(folder)) if folder.is_dir() else None

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -124,9 +122,3 @@ def _bytes_by_offsets(text: str, encoding: Encoding) -> np.ndarray:
             sizes[number] = len(text[reached:end].encode())
             reached = end
     return sizes
-
-
-def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer that a corpus folder holds."""
-    tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(folder)
-    return tokenizer

@@ -138,9 +138,7 @@ def belongs_to(checkpoint: Path, spec: RunSpec) -> bool:
 def compare_surroundings(checkpoint: Path, now: dict[str, Any]) -> None:
     """Warn where a resume cannot promise bit-identical numbers; `now` holds what the manifest recorded, as it is today.
 
-    What an older manifest does not name is not compared.
-
-    Raises ValueError when the text is another one.
+    What an older manifest does not name is not compared. Raises ValueError when the text is another one.
     """
     then = read_manifest(checkpoint)
     if then["corpus"] != now["corpus"]:
@@ -157,8 +155,7 @@ def compare_surroundings(checkpoint: Path, now: dict[str, Any]) -> None:
 
 def set_aside(checkpoint: Path) -> Path:
     """Move a checkpoint out of the way, under a name that is still free."""
-    place = checkpoint.parent / SET_ASIDE / checkpoint.name
-    number = 1
+    place, number = checkpoint.parent / SET_ASIDE / checkpoint.name, 1
     while place.exists():
         number += 1
         place = place.with_name(f"{checkpoint.name}.{number}")

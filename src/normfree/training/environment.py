@@ -7,7 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "normfree": normfree.__version__,
         "python": platform.python_version(),
-        **{name: _version(name) for name in _LIBRARIES},
+        **{name: version(name) for name in _LIBRARIES},
         "platform": platform.platform(),
         "processor": processor_name(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
@@ -57,7 +57,7 @@ def surroundings(spec: RunSpec, corpus: Corpus, device: torch.device) -> dict[st
         "device": device_name(device),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "bf16_units": has_bf16_units(),
-        **{name: _version(name) for name in ("torch", "transformers", "numpy")},
+        **{name: version(name) for name in ("torch", "transformers", "numpy")},
     }
 
 
@@ -89,11 +89,9 @@ def whereabouts(precision: str, device: torch.device) -> str:
 def processor_name() -> str:
     """The processor's own name where the system tells it, else its architecture."""
     facts = Path("/proc/cpuinfo")
-    if facts.exists():
-        for line in facts.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    lines = facts.read_text(encoding="utf-8").splitlines() if facts.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def git_commit() -> str | None:
@@ -125,13 +123,5 @@ def command_line() -> str:
 
 def software() -> str:
     """The versions that matter, on one line."""
-    names = ("python", "torch", "transformers")
-    found = (platform.python_version(), _version("torch"), _version("transformers"))
-    return ", ".join([f"normfree {normfree.__version__}", *(f"{a} {b}" for a, b in zip(names, found, strict=True))])
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+    libraries = f"torch {version('torch')}, transformers {version('transformers')}"
+    return f"normfree {normfree.__version__}, python {platform.python_version()}, {libraries}"

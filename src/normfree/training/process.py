@@ -30,11 +30,10 @@ TRUE_PRODUCTS = {
     "DNNL_DEFAULT_FPMATH_MODE": "STRICT",
 }
 """Variables that cuBLAS, cuDNN and oneDNN put above what a program says, with the value that leaves fp32 as it is."""
-_UNSET = ("", "no", "false", "0")
 
 
 def prepare_process() -> None:
-    """Silence the bars of the libraries underneath, which would drown ours; fp32 products and freed memory are kept."""
+    """Keep fp32 products and freed memory, and silence the bars of the libraries underneath, which would drown ours."""
     refuse_other_products()
     keep_fp32_products()
     datasets.disable_progress_bars()
@@ -63,26 +62,22 @@ def refuse_other_products() -> None:
 
 @contextmanager
 def without_accelerate_variables() -> Iterator[None]:
-    """Hide ACCELERATE_*, from `accelerate launch` or an image: the spec of a run decides.
-
-    ACCELERATE_MIXED_PRECISION=bf16 would train an fp32 run in bf16.
-    """
-    found = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
-    if told := [f"{name}={value}" for name, value in sorted(found.items()) if value.lower() not in _UNSET]:
+    """Hide ACCELERATE_*: ACCELERATE_MIXED_PRECISION=bf16 would train an fp32 run in bf16."""
+    variables = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+    unset = ("", "no", "false", "0")
+    told = [f"{name}={value}" for name, value in sorted(variables.items()) if value.lower() not in unset]
+    if told:
         logger.warning("not read, since the keys of a run decide: %s", ", ".join(told))
     try:
-        for name in found:
+        for name in variables:
             del os.environ[name]
         yield
     finally:
-        os.environ.update(found)
+        os.environ.update(variables)
 
 
 def keep_freed_memory() -> bool:
-    """Stop glibc from returning freed blocks to the system; True where that took effect.
-
-    Peak memory stays what it was, but it is held until the process ends.
-    """
+    """Stop glibc from returning freed blocks before the process ends; True where that took effect."""
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt

@@ -1,4 +1,4 @@
-"""Which run of a tracker a run of ours is. What Trainer's callbacks do not see to themselves."""
+"""What Trainer's callbacks for trackers leave to us: which run of wandb a resume goes on with."""
 
 from __future__ import annotations
 
@@ -15,13 +15,10 @@ logger = logging.getLogger("normfree")
 
 @contextmanager
 def wandb_run(spec: RunSpec, corpus: str, *, began: str, resumed: bool) -> Iterator[None]:
-    """A run of wandb that a resume goes on with, and that ends here: Trainer would put whatever a process trains next,
-    in a study or a sweep, into the run of the first.
+    """Open the run's own wandb run, or go on with it, and end it: Trainer would put the next run of a study into it.
 
-    `corpus` is the fingerprint of its text; `began`, when its first process did, tells it from one that was begun anew;
-    `resumed` says that an earlier process told of it, which syncing an offline resume may undo: it is warned of.
-    WANDB_RUN_ID, WANDB_RESUME and WANDB_PROJECT say otherwise, and a run that the caller has opened is used and left
-    open. Without wandb among the trackers nothing happens.
+    Its id comes from the spec, the fingerprint `corpus` and the time at which the run `began`. WANDB_RUN_ID,
+    WANDB_RESUME and WANDB_PROJECT are read, and a wandb run that the caller has opened is used and left open.
     """
     if "wandb" not in spec.train.trackers:
         yield
@@ -50,5 +47,5 @@ def wandb_run(spec: RunSpec, corpus: str, *, began: str, resumed: bool) -> Itera
     finally:
         try:
             opened.finish(exit_code=int(failed))
-        except Exception as error:  # whatever became of the upload, the run is what its records say
+        except Exception as error:  # the run is what its records say
             logger.warning("wandb did not end its run: %s", error)

@@ -37,11 +37,9 @@ class NormFreeTrainer(Trainer):
     """Trainer for one RunSpec.
 
     A step whose loss or gradient is not finite, or whose gradients overflow fp16 at any scale, never reaches the
-    optimiser: it is left out where
-    `train.on_nonfinite` still allows that (appended to `skipped`, then `on_skip` is called), else NonFiniteError is
-    raised. `publish` is called with the step of each checkpoint that lies complete in the output folder and with the
-    losses that no log line has told yet; `unlogged` brings those back on a resume. CheckpointError says that a
-    checkpoint could not be written.
+    optimiser: it is left out where `train.on_nonfinite` allows that (appended to `skipped`, then `on_skip` is called),
+    else NonFiniteError is raised. `publish` gets the step of each checkpoint in the output folder and the losses that
+    no log line has told yet; `unlogged` brings those back on a resume.
     """
 
     def __init__(
@@ -108,7 +106,9 @@ class NormFreeTrainer(Trainer):
         self._batches_of_step.append(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            if not self._is_finite(loss) or self._overflows_at_any_scale():
+            scaler = self.accelerator.scaler
+            overflows_at_any_scale = scaler is not None and scaler.get_scale() < MINIMUM_SCALE
+            if not self._is_finite(loss) or overflows_at_any_scale:
                 self._skip_or_stop()
                 loss = torch.zeros_like(loss)
             self._batches_of_step.clear()
@@ -121,10 +121,6 @@ class NormFreeTrainer(Trainer):
             looked_at = looked_at + self._gradient_norm
         over_processes = cast(Tensor, self.accelerator.reduce(looked_at))  # every process must take the same branch
         return bool(torch.isfinite(over_processes))
-
-    def _overflows_at_any_scale(self) -> bool:
-        scaler = self.accelerator.scaler
-        return scaler is not None and scaler.get_scale() < MINIMUM_SCALE
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         if self._gradient_norm is None or self.accelerator.distributed_type not in _WHOLE_GRADIENTS:
