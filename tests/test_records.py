@@ -134,8 +134,8 @@ def test_a_run_named_twice_is_found_once(tmp_path: Path) -> None:
     assert len(find_runs([tmp_path, tmp_path / "study", tmp_path / "study" / "run"])) == 1
 
 
-def test_json_that_python_refuses_is_damage_with_a_name(tmp_path: Path) -> None:
-    value = "7" * 5000
+@pytest.mark.parametrize("value", ["7" * 5000, "[" * 100_000 + "]" * 100_000])
+def test_json_that_python_refuses_is_damage_with_a_name(tmp_path: Path, value: str) -> None:
     (tmp_path / "run.json").write_text(f'{{"format": 1, "status": {value}}}')
     with pytest.raises(DamagedRunError, match=r"run\.json is not readable as JSON"):
         read_run(tmp_path)

@@ -99,7 +99,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} has no {MANIFEST_NAME}: it was never finished") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{path} is not readable as JSON: it is damaged") from None
     content = {key: value for key, value in manifest.items() if key != "seal"}
     if manifest.get("seal") != fingerprint(content):

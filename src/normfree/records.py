@@ -188,7 +188,7 @@ def read_run(folder: Path | str) -> Run:
         facts = decode(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise ValueError(f"{folder} is not a run folder: it has no {RUN_FILE}") from None
-    except ValueError:  # not JSON or not UTF-8
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, or thousands of digits or brackets
         raise DamagedRunError(f"{path} is not readable as JSON: restore it or move the folder away") from None
     version = facts.get("format") if isinstance(facts, dict) else None
     if not isinstance(version, int):
@@ -294,7 +294,7 @@ def _parsed_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
     for number, text in enumerate(whole, start=1):
         try:
             line = decode(json.loads(text))
-        except ValueError:
+        except (ValueError, RecursionError):
             line = None
         yield number, line if isinstance(line, dict) and line.keys() == _LINE_KEYS else None
 

@@ -331,6 +331,7 @@ def bad_specs(folder: Path) -> dict[str, tuple[DataSpec, str]]:
     (folder.parent / "blank.txt").write_text("\n")
     (folder.parent / "broken.jsonl").write_text("{")
     (folder.parent / "digits.jsonl").write_text('{"content": "a"}\n{"content": "b", "id": ' + 5000 * "7" + "}\n")
+    (folder.parent / "depth.jsonl").write_text('{"content": "a", "tree": ' + 100_000 * "[" + 100_000 * "]" + "}\n")
     (folder.parent / "other.jsonl").write_text('{"text": "a", "title": "b"}')
     (folder.parent / "half.jsonl").write_text('{"content": "a"}\n{"content": "b\\ud83d"}\n')
     pd.DataFrame({"body": ["text"] * 1500 + [None]}).to_parquet(folder.parent / "rows.parquet")
@@ -345,6 +346,7 @@ def bad_specs(folder: Path) -> dict[str, tuple[DataSpec, str]]:
         "parquet": (at("broken.parquet"), "broken.parquet cannot be read"),
         "json": (at("broken.jsonl"), "broken.jsonl line 1 is not JSON that can be read (Expecting"),
         "digits": (at("digits.jsonl"), "digits.jsonl line 2 is not JSON that can be read (Exceeds the limit"),
+        "depth": (at("depth.jsonl"), "depth.jsonl line 1 is not JSON that can be read (maximum recursion"),
         "column": (at("other.jsonl"), "no column 'content'; set data.column to one of: text, title"),
         "surrogate": (at("half.jsonl"), "half.jsonl line 2: character 1 is no Unicode"),
         "row": (replace(at("rows.parquet"), column="body"), "rows.parquet row 1500: column 'body' holds NoneType"),
@@ -360,7 +362,7 @@ def bad_specs(folder: Path) -> dict[str, tuple[DataSpec, str]]:
 
 
 BAD_CASES = ["no match", "empty", "not UTF-8", "parquet", "json", "column", "blank", "long context"]
-BAD_CASES += ["held out alone", "digits", "surrogate", "row", "vocabulary", "little left"]
+BAD_CASES += ["held out alone", "digits", "depth", "surrogate", "row", "vocabulary", "little left"]
 
 
 @pytest.mark.parametrize("case", BAD_CASES)

@@ -42,7 +42,7 @@ def test_merging_weighs_by_rows_and_not_by_batches():
 def test_all_reduce_adds_up_in_place_what_two_processes_found(monkeypatch, patterns):
     found, expected = some(patterns=patterns), some(patterns=patterns) + some(patterns=patterns)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(2))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, operation: tensor.mul_(2))
     found.all_reduce()
     torch.testing.assert_close(vars(found), vars(expected), atol=0, rtol=0)
 

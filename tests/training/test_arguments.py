@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -118,27 +119,41 @@ def test_one_process_of_torchrun_trains_on_one_of_several_gpus(
 
 
 @pytest.fixture
-def unusable_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine with a GPU whose driver is too old for this torch."""
-    (tmp_path / "nvidia3").touch()
-    monkeypatch.setattr("normfree.training.arguments.DEVICES", tmp_path)
+def unusable_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a job with a GPU and a torch that cannot use it: a driver too old, a build for the CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("SLURM_JOB_GPUS", "3")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
+@pytest.mark.parametrize(("build", "said"), [(None, "built without CUDA"), ("13.0", "built for CUDA 13.0")])
 def test_a_gpu_that_torch_cannot_use_is_not_passed_over_in_silence(
-    unusable_gpu: None, tiny_spec: Callable[..., RunSpec]
+    build: str | None,
+    said: str,
+    unusable_gpu: None,
+    tiny_spec: Callable[..., RunSpec],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with pytest.raises(ValueError, match=r"nvidia3.*built for CUDA 13\.0.*CUDA_VISIBLE_DEVICES=-1 before the command"):
+    monkeypatch.setattr(torch.version, "cuda", build)
+    with pytest.raises(ValueError, match=rf"SLURM_JOB_GPUS=3.*{said}.*CUDA_VISIBLE_DEVICES=-1 before the command"):
         check_machine(tiny_spec(), torch.device("cpu"))
 
 
-def test_a_torch_for_the_cpu_is_taken_at_its_word(
-    unusable_gpu: None, tiny_spec: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("build", [None, "13.0"])
+def test_a_torch_for_the_cpu_is_taken_at_its_word_outside_of_jobs(
+    build: str | None,
+    unusable_gpu: None,
+    tiny_spec: Callable[..., RunSpec],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(torch.version, "cuda", None)
-    check_machine(tiny_spec(), torch.device("cpu"))
+    (tmp_path / "nvidia3").touch()
+    monkeypatch.setattr("normfree.training.arguments.DEVICES", tmp_path)
+    monkeypatch.delenv("SLURM_JOB_GPUS")
+    monkeypatch.setattr(torch.version, "cuda", build)
+    refused = pytest.raises(ValueError, match=r"nvidia3.*built for CUDA 13\.0") if build else nullcontext()
+    with refused:
+        check_machine(tiny_spec(), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("value", ["", "-1"])

@@ -259,7 +259,7 @@ def read_texts(path: Path, column: str) -> Iterator[str]:
 def _parsed(line: str, *, where: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError as error:  # thousands of digits are JSON that Python refuses
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets, are JSON that Python refuses
         reason = getattr(error, "msg", str(error))
         raise ValueError(f"{where} is not JSON that can be read ({reason}): mend it or leave it out") from None
 

@@ -72,7 +72,7 @@ class HeadEntropy:
         """Add up over the processes of torch.distributed, in place. `device` is where their backend adds: under NCCL
         the process's own GPU. Without processes nothing happens."""
         for tensor in self._tensors().values():
-            sum_over_processes(tensor, device)
+            tensor.copy_(over_processes(tensor, device))
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
@@ -87,12 +87,13 @@ class HeadEntropy:
         return value
 
 
-def sum_over_processes(sums: Tensor, device: torch.device | str) -> None:
-    """Add up over the processes of torch.distributed, in place; without processes nothing happens.
+def over_processes(tensor: Tensor, device: torch.device | str, operation: str = "SUM") -> Tensor:
+    """The tensor added up (or its "MAX") over the processes of torch.distributed, on the CPU.
 
-    NCCL moves tensors of its own device only, so they travel on `device`.
+    NCCL moves tensors of its own device only, so it travels on `device`. Without processes nothing is added.
     """
-    if torch.distributed.is_initialized():
-        moved = sums.to(device)
-        torch.distributed.all_reduce(moved)
-        sums.copy_(moved)
+    if not torch.distributed.is_initialized():
+        return tensor.cpu()
+    moved = tensor.to(device, copy=True)
+    torch.distributed.all_reduce(moved, getattr(torch.distributed.ReduceOp, operation))
+    return moved.cpu()

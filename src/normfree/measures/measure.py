@@ -8,9 +8,9 @@ from types import TracebackType
 from typing import ClassVar, Self
 
 import torch
-import torch.distributed
 from torch import Tensor
 
+from normfree.entropy.statistics import over_processes
 from normfree.store.quantities import QUANTITIES
 
 Total = Tensor | tuple[Tensor, Tensor]
@@ -68,18 +68,9 @@ def values_of(measures: Sequence[Measure], device: torch.device | str = "cpu") -
     }
 
 
-def reduced(tensor: Tensor, device: torch.device | str, operation: str = "SUM") -> Tensor:
-    """The tensor added up (or its "MAX") over the processes of torch.distributed, on the CPU."""
-    if not torch.distributed.is_initialized():
-        return tensor.cpu()
-    moved = tensor.to(device, copy=True)
-    torch.distributed.all_reduce(moved, getattr(torch.distributed.ReduceOp, operation))
-    return moved.cpu()
-
-
 def _mean(total: Total, device: torch.device | str) -> Tensor:
     assert isinstance(total, tuple)
-    summed, count = (reduced(part, device) for part in total)
+    summed, count = (over_processes(part, device) for part in total)
     return torch.where(count > 0, summed / count.clamp(min=1), torch.nan)
 
 
@@ -98,7 +89,7 @@ def exponential(value: float) -> float:
 def _plain(operation: str) -> Callable[[Total, torch.device | str], Tensor]:
     def merge(total: Total, device: torch.device | str) -> Tensor:
         assert isinstance(total, Tensor)
-        return reduced(total, device, operation)
+        return over_processes(total, device, operation)
 
     return merge
 

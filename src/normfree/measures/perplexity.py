@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from normfree.entropy.statistics import over_processes
 from normfree.measures.held_out import blocks_of, in_evaluation_mode, measure_batches
-from normfree.measures.measure import Measure, Total, exponential, reduced
+from normfree.measures.measure import Measure, Total, exponential
 
 IGNORED = -100
 _LARGEST_BLOCK = 2**22
@@ -144,7 +145,7 @@ class Perplexity(Measure):
 
     def evaluation(self, *, predicted_bytes: int, device: torch.device | str = "cpu") -> Evaluation:
         """Sums over all processes, with the bytes of all predicted tokens, for perplexity and bits per byte."""
-        nats, tokens = reduced(self.nats, device), reduced(self.tokens, device)
+        nats, tokens = over_processes(self.nats, device), over_processes(self.tokens, device)
         return Evaluation(nats.item(), int(tokens), predicted_bytes)
 
 

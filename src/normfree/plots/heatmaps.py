@@ -118,7 +118,8 @@ def _write_values(values_LH: np.ndarray, image: AxesImage) -> None:
     for (layer, head), value in np.ndenumerate(values_LH):
         text = image.axes.text(head, layer, f"{value:.2f}", color="k" if is_light_LH[layer, head] else "w", **style)
         if not np.isfinite(value):
-            text.set(text="NaN", bbox={"facecolor": _NOT_FINITE, "edgecolor": "none", "pad": 0.6})
+            text.set_text("NaN")
+            text.set_bbox({"facecolor": _NOT_FINITE, "edgecolor": "none", "pad": 0.6})
 
 
 def highest_finite(values: np.ndarray) -> float:

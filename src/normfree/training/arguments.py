@@ -24,19 +24,23 @@ from normfree.training.process import refuse_other_products
 logger = logging.getLogger("normfree")
 
 DEVICES = Path("/dev")
+COMPILES_NOTHING = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")
 
 
 def check_machine(spec: RunSpec, device: torch.device) -> None:
     """Raises ValueError when this device, or this number of processes, cannot train the spec as it stands."""
     train = spec.train
     refuse_other_products()
-    gpus = sorted(map(str, DEVICES.glob("nvidia[0-9]*")))
-    on_purpose = not torch.version.cuda or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    # A torch for the CPU is taken at its word, but in a job that asked for a GPU.
+    gpus = sorted(map(str, DEVICES.glob("nvidia[0-9]*"))) if torch.version.cuda else []
+    gpus += [f"SLURM_JOB_GPUS={number}"] if (number := os.environ.get("SLURM_JOB_GPUS")) else []
+    on_purpose = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if gpus and not on_purpose and not torch.cuda.is_available():  # a recipe of hours would train for weeks on the CPU
+        build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         raise ValueError(
-            f"there is a GPU ({gpus[0]}) that torch {torch.__version__}, built for CUDA {torch.version.cuda}, cannot "
-            "use: install a torch for the CUDA version that nvidia-smi names, or, to train on the CPU, put "
-            "CUDA_VISIBLE_DEVICES=-1 before the command"
+            f"there is a GPU ({gpus[-1]}) that torch {torch.__version__}, {build}, cannot use: install a torch for "
+            "the CUDA version that nvidia-smi names, or, to train on the CPU, put CUDA_VISIBLE_DEVICES=-1 before the "
+            "command"
         )
     processes = PartialState().num_processes
     if processes == 1 and torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:  # torchrun's
@@ -75,6 +79,10 @@ def check_machine(spec: RunSpec, device: torch.device) -> None:
         raise ValueError(
             "train.precision=bf16 with train.compile=true needs a processor with bf16 units, and this one has none; "
             "leave one of them out (compiled steps would take its slow bf16 kernels)"
+        )
+    if train.compile and (off := [name for name in COMPILES_NOTHING if os.environ.get(name) == "1"]):
+        raise ValueError(
+            f"train.compile=true, and {off[0]}=1 lets torch compile nothing: unset it, or leave the key out"
         )
 
 

@@ -119,9 +119,3 @@ def command_line() -> str:
         script = ["-m", "normfree.cli"] if start == ["normfree"] else start
         start = ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"], *script]
     return shlex.join([*start, *words])
-
-
-def software() -> str:
-    """The versions that matter, on one line."""
-    libraries = f"torch {version('torch')}, transformers {version('transformers')}"
-    return f"normfree {normfree.__version__}, python {platform.python_version()}, {libraries}"
