@@ -29,7 +29,7 @@ ALLOWED = {
     "report": {"manifest", "records", "analysis", "published", "tables", "plots", "cost", "store"},
     "compose": {"config", "measures", "model"},
     "pretrained": {"config", "gguf_file", "model", "records"},
-    "measure": {"entropy", "evaluate", "measures"},
+    "windows": {"entropy", "evaluate"},
     "studies": {"analysis", "compose", "config", "data", "records", "report", "training", "workers"},
     "sweep": {"compose", "records", "studies", "training"},
     "verify": {"manifest", "config", "data", "records", "training"},

@@ -36,10 +36,10 @@ from transformers import (
 )
 
 from normfree.cli import main
-from normfree.measure import memory_estimate, token_windows
 from normfree.measures.measurement import MeasureCallback, measure
 from normfree.pretrained import load_pretrained, outline
 from normfree.records import find_runs, load_runs, read_run
+from normfree.windows import memory_estimate, token_windows
 
 TEXT = "def measured(x):\n    return [y * y for y in x if y > 0]\n" * 8
 
@@ -395,7 +395,7 @@ def test_a_model_without_its_tokenizer_is_refused_by_name(saved: Path, capsys: p
 def test_more_memory_than_there_is_is_refused_before_the_work(
     saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("normfree.measure.evaluation_estimate", lambda model, *, context: 2**50 * context)
+    monkeypatch.setattr("normfree.windows.evaluation_estimate", lambda model, *, context: 2**50 * context)
     monkeypatch.setattr("normfree.pretrained.AutoModelForCausalLM.from_pretrained", None)  # no weight is read
     assert main(["evaluate", str(saved), f"text={saved.parent / 'text.py'}"]) == 1
     assert re.search(r"not enough memory: about 671088\d\d\.\d\d GiB needed", capsys.readouterr().err)
@@ -492,7 +492,7 @@ def test_the_estimate_of_an_evaluation_is_near_its_peak(vocabulary: int, width: 
     script = f"""
 import psutil, torch
 from transformers import GPT2Config, GPT2LMHeadModel
-from normfree.measure import evaluation_estimate
+from normfree.windows import evaluation_estimate
 from normfree.measures.measurement import peak_memory_mib
 from normfree.measures.perplexity import evaluate_blocks
 config = GPT2Config(vocab_size={vocabulary}, n_embd={width}, n_layer=4, n_head=4, n_positions={context})

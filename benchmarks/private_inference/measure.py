@@ -29,12 +29,12 @@ from normfree.cost import of_run
 from normfree.cost.constants import CONSTANTS_FILE
 from normfree.cost.counts import Matmul
 from normfree.cost.totals import Cost
-from normfree.measure import token_windows
 from normfree.model_commands import read_text
 from normfree.pretrained import load_pretrained
 from normfree.records import read_run
 from normfree.tables import Column, Table, to_markdown
 from normfree.training.process import prepare_process
+from normfree.windows import token_windows
 
 DEFAULTS = {"python": PYTHON, "protocol": "semi2k", "layer": "0", "context": "32", "text": "", "constants": ""}
 

@@ -81,10 +81,10 @@ class MeasureOptions:
 def evaluate(name: str, options: EvaluateOptions) -> None:
     """Print token-weighted perplexity and bits per byte."""
     from normfree.evaluate import checked_context, leading_ids, perplexity
-    from normfree.measure import check_memory, evaluation_estimate
     from normfree.pretrained import load_pretrained, outline, usable_device
     from normfree.training.bf16 import products_for
     from normfree.training.process import prepare_process
+    from normfree.windows import check_memory, evaluation_estimate
 
     if _takes_own_text(name, options, "context", "stride", "bos"):
         evaluate_run(Path(name), options)
@@ -116,12 +116,12 @@ def evaluate_run(folder: Path, options: EvaluateOptions) -> None:
     """
     import torch
 
-    from normfree.measure import check_memory, evaluation_estimate
     from normfree.measures.perplexity import evaluate_blocks
     from normfree.pretrained import load_pretrained, outline, usable_device
     from normfree.records import read_run
     from normfree.training.bf16 import products_for
     from normfree.training.process import prepare_process
+    from normfree.windows import check_memory, evaluation_estimate
 
     prepare_process()
     run = read_run(folder)
@@ -185,7 +185,6 @@ def measure(name: str, options: MeasureOptions) -> None:
 
     from normfree.analysis.groups import group_runs
     from normfree.entropy import EntropyProbe
-    from normfree.measure import check_memory, default_context, memory_estimate
     from normfree.measures import periods_of
     from normfree.measures.measurement import measure as measure_model
     from normfree.measures.perplexity import sees_later_tokens
@@ -197,6 +196,7 @@ def measure(name: str, options: MeasureOptions) -> None:
     from normfree.training.bf16 import products_for
     from normfree.training.environment import command_line, environment
     from normfree.training.process import prepare_process
+    from normfree.windows import check_memory, default_context, memory_estimate
 
     own = _takes_own_text(name, options, "context", "bos")
     measures = list(periods_of([word.strip() for word in options.measures.split(",")], 1))
@@ -273,8 +273,8 @@ def _windows_of(
     import torch
 
     from normfree.evaluate import leading_ids, spread
-    from normfree.measure import token_windows
     from normfree.records import read_run
+    from normfree.windows import token_windows
 
     if own:
         blocks_NT = torch.from_numpy(own_corpus(read_run(name), options.cache_dir).held_out_ids())

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
+import normfree
 from normfree.config import RunSpec
 from normfree.measures import MEASURES, periods_of
 from normfree.measures.heads import Heads
@@ -102,3 +103,9 @@ def test_a_measure_of_your_own_needs_a_description_and_a_name(monkeypatch: pytes
     monkeypatch.setitem(QUANTITIES, "no_such_number", Quantity(name="no_such_number", title="Mine", meaning="A test."))
     monkeypatch.setitem(MEASURES, "mine", Unknown)
     assert periods_of(["heads", "mine:7"], 2) == {"heads": 2, "mine": 7}
+
+
+def test_no_module_hides_a_public_name() -> None:
+    """`import normfree.train` would put a module where `normfree.train` is a function."""
+    modules = {path.stem for path in Path(normfree.__file__).parent.iterdir()}
+    assert not modules & set(normfree.__all__)

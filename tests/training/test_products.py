@@ -6,7 +6,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,17 @@ from transformers.utils.import_utils import enable_tf32
 from normfree.config import RunSpec
 from normfree.training import train
 from normfree.training.trainer import NormFreeTrainer
+
+
+@pytest.fixture(autouse=True)
+def precisions_as_before() -> Iterator[None]:
+    """What TrainingArguments turns on outlasts a test, and torch.export refuses some of it."""
+    places = (torch.backends, torch.backends.cuda.matmul, torch.backends.cudnn)
+    places += (torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    before = [place.fp32_precision for place in places]
+    yield
+    for place, precision in zip(places, before, strict=True):
+        place.fp32_precision = precision
 
 
 def test_no_run_of_a_process_trains_with_tf32_after_a_compiled_one(
