@@ -29,7 +29,7 @@ class AttentionTap:
         self._modules = set(routed_attention(model).values())
         if not self._modules:
             raise UnsupportedModel(refusal(getattr(model, "config").model_type))  # noqa: B009
-        self._read = torch.compiler.disable(read)
+        self._read = cast(Reader, torch.compiler.disable(read))
         self._undo: list[Callable[[], None]] = []
 
     def __enter__(self) -> AttentionTap:

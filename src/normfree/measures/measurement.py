@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -164,7 +164,7 @@ def _batches(model: PreTrainedModel, inputs: Inputs, batch: int, tokenizer: Any)
         inputs = tokenizer(inputs, return_tensors="pt")["input_ids"]
     if isinstance(inputs, Tensor):
         return [{"input_ids": ids_BT} for ids_BT in torch.atleast_2d(inputs).split(batch)]
-    return [inputs] if isinstance(inputs, Mapping) else inputs
+    return [inputs] if isinstance(inputs, Mapping) else cast(Sequence[Batch], inputs)
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -116,6 +116,6 @@ def describe(names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 def read_description(name: str, values: Mapping[str, Any]) -> Quantity:
     """The quantity that `describe` wrote. Unknown fields of a newer version are left out."""
-    known: dict[str, Any] = {key: value for key, value in values.items() if key in Quantity.__dataclass_fields__}
-    lists = {key: tuple(value) for key, value in known.items() if isinstance(value, list)}
-    return Quantity(name=name, **known | lists)
+    known = {key: value for key, value in values.items() if key in Quantity.__dataclass_fields__}
+    options: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in known.items()}
+    return Quantity(name=name, **options)
