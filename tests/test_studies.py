@@ -245,7 +245,7 @@ def test_a_run_that_a_worker_saw_fail_is_not_tried_again_now_but_the_next_time(
             run_study(file, words)
         return [1] * count
 
-    monkeypatch.setattr("normfree.training.callbacks.validation", fail)
+    monkeypatch.setattr("normfree.training.callbacks.measure_batches", fail)
     monkeypatch.setattr("normfree.studies.usable_cores", lambda: 2)
     monkeypatch.setattr("normfree.studies.run_side_by_side", work)
     with pytest.raises(RuntimeError, match=r"1 of 1 runs failed: sm-seed0 \(RuntimeError: no more air\)"):

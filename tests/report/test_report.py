@@ -363,3 +363,11 @@ def test_a_notebook_s_backend_and_a_house_style_change_no_byte(tmp_path: Path) -
     subprocess.run([sys.executable, "-m", "normfree.cli", *words], check=True, env=os.environ | settings)
     build_report(runs, tmp_path / "here")
     assert contents(tmp_path / "there") == contents(tmp_path / "here")
+
+
+def test_a_folder_with_something_else_is_refused_and_one_that_is_being_written_is_not(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "runs", "SM+G", steps=40)
+    (tmp_path / "begun" / "figures").mkdir(parents=True)
+    assert build_report([run], tmp_path / "begun").is_file()
+    with pytest.raises(ValueError, match=r"output=.*runs holds quick, so it is no report"):
+        build_report([run], tmp_path / "runs")

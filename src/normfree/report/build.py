@@ -22,6 +22,7 @@ from normfree.report.sections import members_of, sections_of
 
 WRITTEN = "report.json"
 """Names what a report wrote, so that the next one removes what it does not write again, and no other file."""
+_OURS = {"figures", "tables", "numbers", "slopes.html"}
 _SPELLINGS = {"md": tables.to_markdown, "tex": tables.to_latex, "csv": tables.to_csv}
 
 
@@ -101,6 +102,7 @@ def _written_before(output: Path) -> set[str]:
     """Names of the files of an earlier report. Raises ValueError for a folder that holds something else."""
     if (output / WRITTEN).is_file():
         return set(json.loads((output / WRITTEN).read_text(encoding="utf-8")))
-    if output.is_dir() and any(output.iterdir()) and not (output / "index.html").is_file():
-        raise ValueError(f"output={output} holds something else than a report; name a new or empty folder")
+    names = {path.name for path in output.glob("[!.]*")}
+    if "index.html" not in names and (foreign := sorted(names - _OURS)):  # another process may be writing the same
+        raise ValueError(f"output={output} holds {foreign[0]}, so it is no report; name a new or empty folder")
     return set()

@@ -106,7 +106,7 @@ def train(
     with main_process_first(timedelta(days=1)):  # the others wait for the corpus, however long that takes
         corpus = prepare(spec.data, cache=Path(cache) if cache else None, progress=progress)
     check_held_out(corpus)
-    if state.is_main_process:
+    if state.is_main_process and any(corpus.facts()["dropped"].values()):
         left_out = corpus.left_out("train"), corpus.left_out("validation")
         logger.info("corpus %s; left out: %s; of held-out text: %s", corpus.fingerprint[:12], *left_out)
     steps = total_steps(spec, corpus)
