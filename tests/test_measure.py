@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,7 @@ from transformers import (
     XLNetLMHeadModel,
 )
 
+from normfree.analysis.groups import group_runs
 from normfree.cli import main
 from normfree.measures.measurement import MeasureCallback, measure
 from normfree.pretrained import load_pretrained, outline
@@ -256,6 +258,41 @@ def test_a_measurement_is_a_table_a_heatmap_and_html(model: GPT2LMHeadModel) -> 
         measured.plot("loss")
     as_inputs = measure(model, {"input_ids": ids_T[None], "attention_mask": torch.ones(1, 20)})
     assert np.allclose(as_inputs["entropy_nats"], measured["entropy_nats"], atol=1e-6)
+
+
+def test_padding_changes_no_number(model: GPT2LMHeadModel) -> None:
+    """Right padding, so that positions stay the same."""
+    ids_BT = torch.arange(60).view(3, 20)
+    padded_BT = torch.cat([ids_BT, torch.zeros(3, 7, dtype=torch.long)], dim=1)
+    mask_BT = (torch.arange(27) < 20).long().expand(3, -1)
+    names = ["heads", "perplexity", "residual"]
+    plain = measure(model, ids_BT, names, batch=3)
+    padded = measure(model, {"input_ids": padded_BT, "attention_mask": mask_BT}, names)
+    for name in ("entropy_nats", "loss", "perplexity", "residual_rms", "rows"):
+        assert np.allclose(padded[name], plain[name], rtol=1e-5, atol=1e-6), name
+    assert padded.to_frame()["perplexity"].unique() == pytest.approx(float(plain["perplexity"]), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "message"),
+    [
+        ("heads", {"method": "eager"}, "method= is no chosen measure"),
+        ("heads", {"logits": {}}, "logits= is no chosen measure"),
+    ],
+)
+def test_options_of_no_measure_are_refused(
+    model: GPT2LMHeadModel, words: str, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        measure(model, torch.arange(8), words, **options)
+
+
+def test_two_models_of_one_folder_name_stay_two(saved: Path, tmp_path: Path) -> None:
+    twin = shutil.copytree(saved, tmp_path / "twin" / "model")
+    assert measured_by_command(saved) == 0
+    assert measured_by_command(twin, f"text={tmp_path / 'text.py'}", f"output={tmp_path / 'second'}") == 0
+    groups = group_runs(find_runs([tmp_path / "measured", tmp_path / "second"]))
+    assert [group.name for group in groups] == ["model (measured)", "model (second)"]
 
 
 def test_the_callback_measures_in_anyones_trainer(model: GPT2LMHeadModel, tmp_path: Path) -> None:

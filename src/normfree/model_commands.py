@@ -252,7 +252,11 @@ def measure(name: str, options: MeasureOptions) -> None:
     )
     page = build_report([run], output / "report")
     groups = group_runs([run])
-    print("\n".join(to_markdown(make(groups)) for make in (layer_table, verdict_table)))
+    tables = [table for make in (layer_table, verdict_table) if (table := make(groups)).rows]
+    print("\n".join(map(to_markdown, tables)))
+    for quantity, value in measured.values.items():
+        if not value.ndim:
+            print(f"{quantity}  {value:.4f}")
     if not facts["causal"]:
         print("not causal: queries see later tokens; ceilings are means of ln(visible)")
     print(f"{measured.seconds:.1f} s, peak memory {measured.peak_memory_mib:.0f} MiB")

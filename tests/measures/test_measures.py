@@ -109,3 +109,19 @@ def test_no_module_hides_a_public_name() -> None:
     """`import normfree.train` would put a module where `normfree.train` is a function."""
     modules = {path.stem for path in Path(normfree.__file__).parent.iterdir()}
     assert not modules & set(normfree.__all__)
+
+
+def test_slopes_know_their_layers(tmp_path: Path, cache: Path, tiny: list[str]) -> None:
+    from normfree.compose import compose_run
+
+    words = [*tiny, "variant=custom", "tag=late", "model.norm=none", "model.activation=[relu,leaky_relu]"]
+    spec = compose_run([*words, "model.learnable_slope=per_layer"]).spec
+    run = read_run(train(spec, runs_dir=tmp_path, cache=cache))
+    assert run.layer_numbers("negative_slope", 1) == [1]
+
+
+def test_a_page_that_is_no_report_is_not_overwritten(measured: Run, tmp_path: Path) -> None:
+    (tmp_path / "index.html").write_text("<p>My site</p>")
+    with pytest.raises(ValueError, match=r"holds index\.html, so it is no report"):
+        build_report([measured], tmp_path)
+    assert (tmp_path / "index.html").read_text() == "<p>My site</p>"

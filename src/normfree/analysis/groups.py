@@ -75,7 +75,8 @@ def group_runs(runs: Sequence[Run], *, mix: bool = False) -> list[Group]:
         )
     members: dict[Hashable, list[Run]] = {}
     for run in runs:
-        key = (run.label, *sorted(_flat(run).items()))
+        own = [str(run.folder)] if run.kind == "measurement" else []  # one is never a replicate of another
+        key = (run.label, *own, *sorted(_flat(run).items()))
         members.setdefault(key, []).append(run)
     with_result = [found for found in members.values() if any(map(is_over, found))]
     without = [found for found in members.values() if not any(map(is_over, found))]
@@ -168,7 +169,10 @@ def _names(groups: list[list[Run]]) -> list[str]:
         keys = [key for key in keys if key not in set_by_preset]
         extra = ", ".join(f"{key.split('.')[-1]}={flat.get(key, 'unset')}" for key in keys)
         names.append(f"{found[0].label} [{extra}]" if extra else found[0].label)
-    return names
+    apart = [run.kind == "measurement" and names.count(name) > 1 for run, name in zip(firsts, names, strict=True)]
+    return [
+        f"{name} ({run.folder.name})" if same else name for run, name, same in zip(firsts, names, apart, strict=True)
+    ]
 
 
 def _differing(runs: Iterable[Run], *, variants_too: bool = False) -> dict[str, list[str]]:

@@ -87,12 +87,13 @@ class HeadEntropy:
         return value
 
 
-def over_processes(tensor: Tensor, device: torch.device | str, operation: str = "SUM") -> Tensor:
+def over_processes(tensor: Tensor, device: torch.device | str | None, operation: str = "SUM") -> Tensor:
     """The tensor added up (or its "MAX") over the processes of torch.distributed, on the CPU.
 
-    NCCL moves tensors of its own device only, so it travels on `device`. Without processes nothing is added.
+    NCCL moves tensors of its own device only, so it travels on `device`. Without processes, or with None for a sum that
+    every process has whole, nothing is added.
     """
-    if not torch.distributed.is_initialized():
+    if device is None or not torch.distributed.is_initialized():
         return tensor.cpu()
     moved = tensor.to(device, copy=True)
     torch.distributed.all_reduce(moved, getattr(torch.distributed.ReduceOp, operation))

@@ -29,6 +29,8 @@ class AttentionTap:
         self._modules = set(routed_attention(model).values())
         if not self._modules:
             raise UnsupportedModel(refusal(getattr(model, "config").model_type))  # noqa: B009
+        if len({cast(Any, module).layer_idx for module in self._modules}) < len(self._modules):
+            raise UnsupportedModel("layers of an encoder and a decoder have the same numbers; give one part alone")
         self._read = cast(Reader, torch.compiler.disable(read))
         self._undo: list[Callable[[], None]] = []
 

@@ -50,9 +50,9 @@ def measure_batches(
         shown = {"total": total, "desc": progress, "disable": None if progress else True, "leave": False}
         for batch in tqdm(itertools.chain([first], batches), **shown):
             inputs = {name: value.to(device) for name, value in batch.items()}
-            labels_BT = inputs.pop("labels", None)
+            labels_BT, mask_BT = inputs.pop("labels", None), inputs.get("attention_mask")
             for measure in measures:
-                measure.expect(labels_BT)
+                measure.expect(labels_BT, mask_BT if mask_BT is not None and mask_BT.dim() == 2 else None)
             call(**inputs)
 
 

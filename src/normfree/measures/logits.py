@@ -43,6 +43,8 @@ class Logits(Measure):
     def _read(self, layer: int, request: Request) -> None:
         keys = request.k.repeat_interleave(request.groups, dim=1)
         for block in request.visibility.blocks(_ROWS):
+            if block.first == block.last:  # padding alone
+                continue
             scores_BHRC = (
                 request.scale * request.q[:, :, block.start : block.stop] @ keys[:, :, block.first : block.last].mT
             )
@@ -55,7 +57,10 @@ class Logits(Measure):
             self._highest[layer] = highest_H if before_H is None else torch.maximum(before_H, highest_H)
 
     def totals(self) -> dict[str, Total]:
-        return {"max_logit": torch.stack([self._highest[layer] for layer in self.layers]).double()}
+        if not self._highest:
+            raise ValueError("nothing was measured: no attention call reached transformers' registry")
+        highest = [self._highest[layer].double().cpu() for layer in self.layers]
+        return {"max_logit": torch.nn.utils.rnn.pad_sequence(highest, batch_first=True, padding_value=torch.nan)}
 
     @property
     def layers(self) -> list[int]:

@@ -43,8 +43,8 @@ class Measure:
     def check(self, inputs: Mapping[str, Tensor]) -> None:
         """Look at the first inputs before anything runs. Raises ValueError for what cannot be measured."""
 
-    def expect(self, labels_BT: Tensor | None) -> None:
-        """Hear the labels of the next pass; None where the tokens are their own labels."""
+    def expect(self, labels_BT: Tensor | None, mask_BT: Tensor | None) -> None:
+        """Hear the labels of the next pass (None: the tokens are their own labels) and which tokens are no padding."""
 
     def totals(self) -> dict[str, Total]:
         """Sums over all passes so far, by quantity. A quantity that this model does not have is left out."""
@@ -56,10 +56,11 @@ class Measure:
         return None
 
 
-def values_of(measures: Sequence[Measure], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+def values_of(measures: Sequence[Measure], device: torch.device | str | None = None) -> dict[str, Tensor]:
     """The value of every quantity that the measures give, added up over processes and divided once.
 
-    `device` is where the processes' backend adds: the process's own GPU under NCCL. A mean of nothing is NaN.
+    `device` is where the processes' backend adds: the process's own GPU under NCCL; None where each process measured
+    everything. A mean of nothing is NaN.
     """
     return {
         name: _MERGES[QUANTITIES[name].merges](total, device)
@@ -68,13 +69,13 @@ def values_of(measures: Sequence[Measure], device: torch.device | str = "cpu") -
     }
 
 
-def _mean(total: Total, device: torch.device | str) -> Tensor:
+def _mean(total: Total, device: torch.device | str | None) -> Tensor:
     assert isinstance(total, tuple)
     summed, count = (over_processes(part, device) for part in total)
     return torch.where(count > 0, summed / count.clamp(min=1), torch.nan)
 
 
-def _exponential(total: Total, device: torch.device | str) -> Tensor:
+def _exponential(total: Total, device: torch.device | str | None) -> Tensor:
     return torch.tensor(exponential(_mean(total, device).item()), dtype=torch.float64)
 
 
@@ -86,18 +87,22 @@ def exponential(value: float) -> float:
         return math.inf
 
 
-def _plain(operation: str) -> Callable[[Total, torch.device | str], Tensor]:
-    def merge(total: Total, device: torch.device | str) -> Tensor:
-        assert isinstance(total, Tensor)
-        return over_processes(total, device, operation)
-
-    return merge
+def _sum(total: Total, device: torch.device | str | None) -> Tensor:
+    assert isinstance(total, Tensor)
+    return over_processes(total, device)
 
 
-_MERGES: Mapping[str, Callable[[Total, torch.device | str], Tensor]] = {
+def _maximum(total: Total, device: torch.device | str | None) -> Tensor:
+    assert isinstance(total, Tensor)
+    broken = over_processes(total.isnan().long(), device) > 0  # backends differ in what they make of NaN
+    highest = over_processes(torch.where(total.isnan(), -torch.inf, total), device, "MAX")
+    return torch.where(broken, torch.nan, highest)
+
+
+_MERGES: Mapping[str, Callable[[Total, torch.device | str | None], Tensor]] = {
     "mean": _mean,
     "root of the mean": lambda total, device: _mean(total, device).sqrt(),
     "exponential of the mean": _exponential,
-    "sum": _plain("SUM"),
-    "maximum": _plain("MAX"),
+    "sum": _sum,
+    "maximum": _maximum,
 }

@@ -62,6 +62,9 @@ class Measurement:
                     place = (self.layers[name][index[0]], *index[1:]) if index else ()
                     rows.setdefault(place, {})[name] = float(value[index])
         for name, value in self.values.items():
+            if value.ndim == 0 < deepest:
+                for row in rows.values():
+                    row[name] = float(value)
             if value.ndim == 1 < deepest:
                 of_layer = dict(zip(self.layers[name], value.tolist(), strict=True))
                 for place, row in rows.items():
@@ -106,13 +109,15 @@ def measure(
     if batch < 1:
         raise ValueError(f"batch={batch} must be at least 1")
     names = [measures] if isinstance(measures, str) else list(measures)
-    periods_of(names, 1)
+    names = list(periods_of(names, 1))
+    if unknown := sorted(options.keys() - set(names)):
+        raise ValueError(f"{unknown[0]}= is no chosen measure; options are given as heads={{'method': 'eager'}}")
     began = time.perf_counter()
     opened = open_measures(names, model, **options)
     batches = _batches(model, inputs, batch, tokenizer)
     measure_batches(model, batches, opened, progress="measuring" if progress else None)
     device = next(model.parameters()).device
-    values = {name: value.numpy() for name, value in values_of(opened, device).items()}
+    values = {name: value.numpy() for name, value in values_of(opened).items()}
     numbers = {name: each.layers for each in opened for name in each.gives}
     return Measurement(
         values=values,

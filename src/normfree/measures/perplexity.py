@@ -114,6 +114,7 @@ class Perplexity(Measure):
         super().__init__(model)
         self.nats, self.tokens = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
         self._labels_BT: Tensor | None = None
+        self._mask_BT: Tensor | None = None
 
     def __enter__(self) -> Self:
         self._hook = self.model.register_forward_hook(self._add, with_kwargs=True)
@@ -125,6 +126,8 @@ class Perplexity(Measure):
         self._hook.remove()
 
     def check(self, inputs: Mapping[str, Tensor]) -> None:
+        if "input_ids" not in inputs or cast(PreTrainedModel, self.model).get_output_embeddings() is None:
+            raise ValueError("perplexity needs input_ids and a model with a language-model head")
         if sees_later_tokens(cast(PreTrainedModel, self.model), inputs["input_ids"]):
             raise ValueError(
                 f"{type(self.model).__name__} is not causal: later tokens change what it predicts for earlier ones, so "
@@ -132,19 +135,23 @@ class Perplexity(Measure):
                 "is_decoder=true)"
             )
 
-    def expect(self, labels_BT: Tensor | None) -> None:
-        self._labels_BT = labels_BT
+    def expect(self, labels_BT: Tensor | None, mask_BT: Tensor | None) -> None:
+        self._labels_BT, self._mask_BT = labels_BT, mask_BT
 
     def _add(self, _model: torch.nn.Module, positional: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        ids_BT = named["input_ids"] if "input_ids" in named else positional[0]
-        nats, tokens = next_token_nats(output.logits, ids_BT if self._labels_BT is None else self._labels_BT)
+        labels_BT = named["input_ids"] if self._labels_BT is None else self._labels_BT
+        if self._mask_BT is not None:  # padding is not predicted, nor is anything predicted from it
+            known_BT = self._mask_BT != 0
+            known_BT = torch.cat([known_BT[:, :1], known_BT[:, 1:] & known_BT[:, :-1]], dim=1)
+            labels_BT = labels_BT.masked_fill(~known_BT, IGNORED)
+        nats, tokens = next_token_nats(output.logits, labels_BT)
         self.nats, self.tokens = self.nats + nats, self.tokens + tokens
 
     def totals(self) -> dict[str, Total]:
         return dict.fromkeys(self.gives, (self.nats, self.tokens))
 
-    def evaluation(self, *, predicted_bytes: int, device: torch.device | str = "cpu") -> Evaluation:
-        """Sums over all processes, with the bytes of all predicted tokens, for perplexity and bits per byte."""
+    def evaluation(self, *, predicted_bytes: int, device: torch.device | str | None = None) -> Evaluation:
+        """Sums, over processes that share the text on `device`, with the bytes of all predicted tokens."""
         nats, tokens = over_processes(self.nats, device), over_processes(self.tokens, device)
         return Evaluation(nats.item(), int(tokens), predicted_bytes)
 

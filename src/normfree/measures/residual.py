@@ -1,6 +1,6 @@
 """How large the residual stream is before each block."""
 
-# B batch, T tokens, E width
+# B batch, T tokens
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from normfree.measures.measure import Measure, Total
 
 
 class Residual(Measure):
-    """Root mean square of the residual stream before each block, over tokens and features.
+    """Root mean square of the residual stream before each block, over features and tokens that are no padding.
 
     Raises ValueError for a model without a list of as many blocks as it has layers.
     """
@@ -24,6 +24,7 @@ class Residual(Measure):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self._blocks = _blocks_of(model)
+        self._mask_BT: Tensor | None = None
         self._squares = torch.zeros(len(self._blocks), dtype=torch.float64)
         self._numbers = torch.zeros(len(self._blocks), dtype=torch.int64)
 
@@ -40,11 +41,16 @@ class Residual(Measure):
         for hook in self._hooks:
             hook.remove()
 
+    def expect(self, labels_BT: Tensor | None, mask_BT: Tensor | None) -> None:
+        self._mask_BT = mask_BT
+
     def _reader(self, layer: int) -> Any:
         def read(_block: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
-            stream_BTE: Tensor = positional[0] if positional else named["hidden_states"]
-            self._squares[layer] += stream_BTE.detach().float().square().sum(dtype=torch.float64).cpu()
-            self._numbers[layer] += stream_BTE.numel()
+            stream: Tensor = positional[0] if positional else named["hidden_states"]
+            if self._mask_BT is not None:
+                stream = stream[self._mask_BT != 0]
+            self._squares[layer] += stream.detach().float().square().sum(dtype=torch.float64).cpu()
+            self._numbers[layer] += stream.numel()
 
         return read
 

@@ -12,6 +12,10 @@ class Slopes(Measure):
 
     gives = ("negative_slope",)
 
+    @property
+    def layers(self) -> list[int] | None:
+        return getattr(self.model, "slope_layers", list)() or None
+
     def totals(self) -> dict[str, Total]:
         slopes = getattr(self.model, "negative_slopes", dict)()
         if not slopes:

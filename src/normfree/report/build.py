@@ -102,7 +102,10 @@ def _written_before(output: Path) -> set[str]:
     """Names of the files of an earlier report. Raises ValueError for a folder that holds something else."""
     if (output / WRITTEN).is_file():
         return set(json.loads((output / WRITTEN).read_text(encoding="utf-8")))
+    page = output / "index.html"
+    if page.is_file() and b"Made by normfree" in page.read_bytes():
+        return set()
     names = {path.name for path in output.glob("[!.]*")}
-    if "index.html" not in names and (foreign := sorted(names - _OURS)):  # another process may be writing the same
+    if foreign := sorted(names - _OURS):  # another process may be writing the same
         raise ValueError(f"output={output} holds {foreign[0]}, so it is no report; name a new or empty folder")
     return set()

@@ -19,6 +19,10 @@ def write_numbers(runs: Sequence[Run], output: Path) -> set[Path]:
     paths = set()
     of_runs = run_frame(runs)
     of_runs.insert(0, "run", [run.place for run in runs])
+    scalars = {name for run in runs for name, quantity in run.quantities.items() if not quantity.axes}
+    for name in sorted(scalars - set(of_runs.columns)):
+        if any(run.last("final", name) is not None for run in runs):
+            of_runs[name] = [run.last("final", name) for run in runs]
     of_runs = of_runs.drop(columns="folder")  # says where a machine keeps it
     frames = {"runs": of_runs, "layers": quantity_frame(runs, "layer"), "heads": quantity_frame(runs, "layer", "head")}
     for name, frame in frames.items():

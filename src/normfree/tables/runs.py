@@ -110,10 +110,10 @@ def verdict_words(run: Run) -> tuple[str, str, str]:
     heads = final_heads(run)
     if heads is None:
         return "not measured", "not measured", "-"
-    probes = probed_heads(run)
+    probes, numbers = probed_heads(run), run.layer_numbers("entropy_nats", len(heads.entropy_LH))
     return (
-        _overload_words(overload(heads, probes)),
-        _collapse_words(collapse(heads, probes)),
+        _overload_words(overload(heads, probes), numbers),
+        _collapse_words(collapse(heads, probes), numbers),
         _slope_words(run),
     )
 
@@ -134,8 +134,9 @@ def _verdict_row(run: Run) -> tuple[str, ...]:
     return (run.place, "-" if heads is None else str(heads.step), *verdict_words(run))
 
 
-def _overload_words(verdict: Overload) -> str:
-    layers = "layer 0" if verdict.early_layers == 1 else f"layers 0-{verdict.early_layers - 1}"
+def _overload_words(verdict: Overload, numbers: Sequence[int]) -> str:
+    first, last = numbers[0], numbers[verdict.early_layers - 1]
+    layers = f"layer {first}" if first == last else f"layers {first}-{last}"
     share = f"{100 * verdict.share:.0f} % of the heads in {layers}"
     if verdict.holds:
         since = "" if verdict.since_step is None else f", since step {verdict.since_step}"
@@ -144,11 +145,11 @@ def _overload_words(verdict: Overload) -> str:
     return f"{'undecided' if verdict.holds is None else 'no'}: {share}{seen}"
 
 
-def _collapse_words(verdict: Collapse) -> str:
+def _collapse_words(verdict: Collapse, numbers: Sequence[int]) -> str:
     if not verdict.holds:
         seen = "" if verdict.first_step is None else f"; one was at step {verdict.first_step}"
         return ("undecided" if verdict.holds is None else "no") + seen
-    named = ", ".join(f"layer {layer} head {head}" for layer, head in verdict.heads[:3])
+    named = ", ".join(f"layer {numbers[layer]} head {head}" for layer, head in verdict.heads[:3])
     more = f" and {len(verdict.heads) - 3} more" if len(verdict.heads) > 3 else ""
     first = "" if verdict.first_step is None else f", first at step {verdict.first_step}"
     return f"yes: {named}{more} (lowest {verdict.lowest_nats:.3f} nats){first}"

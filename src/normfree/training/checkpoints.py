@@ -131,7 +131,7 @@ def belongs_to(checkpoint: Path, spec: RunSpec) -> bool:
     """Whether a checkpoint is of a run with this spec. A field that its manifest does not know had today's default."""
     try:
         return RunSpec.from_dict(read_manifest(checkpoint)["spec"]).identity() == spec.identity()
-    except ValueError:  # with a field that is gone
+    except (KeyError, ValueError):  # from before manifests held the spec, or with a field that is gone
         return False
 
 

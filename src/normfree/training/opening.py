@@ -50,6 +50,10 @@ def open_writer(
         "command": given["command"],
         "environment": environment(device),
     }
+    model = model_facts(config)
+    quantities = describe([*TRAINING_LOG, *(name for measure in measures for name in MEASURES[measure].gives)])
+    if "negative_slope" in quantities and model["slope_layers"]:
+        quantities["negative_slope"]["layers"] = model["slope_layers"]
     facts = {
         "started": earlier.get("started", session["began"]),
         "wall_seconds": earlier.get("wall_seconds", kept.get("wall_seconds", 0.0)) if checkpoint else 0.0,
@@ -59,8 +63,8 @@ def open_writer(
         "corpus": corpus.facts(),
         "environment": session["environment"],
         "sessions": [*(earlier.get("sessions", []) if checkpoint else []), session],
-        "model": model_facts(config),
-        "quantities": describe([*TRAINING_LOG, *(name for measure in measures for name in MEASURES[measure].gives)]),
+        "model": model,
+        "quantities": quantities,
         "steps_done": session["from_step"],
         "tokens_seen": session["from_step"] * spec.train.batch_sequences * spec.data.context,
         "resumed": earlier.get("resumed", 0) + bool(checkpoint),
