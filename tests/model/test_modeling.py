@@ -70,7 +70,8 @@ def test_a_model_of_shapes_only_runs(build, ids, position):
 
 
 @pytest.mark.parametrize("form", FORMS[:2])
-def test_an_exported_model_keeps_texts_in_one_row_apart(build, ids, form):
+def test_an_exported_model_keeps_texts_in_one_row_apart(build, ids, form, monkeypatch):
+    monkeypatch.setattr(torch.backends, "fp32_precision", "none")  # a command that ran here has set it: no export then
     model = build(**form)
     positions = torch.cat([torch.arange(5), torch.arange(7)])[None].expand(2, -1)
     asked = {"input_ids": ids, "position_ids": positions, "use_cache": False}

@@ -6,7 +6,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +21,12 @@ from normfree.training import train
 from normfree.training.trainer import NormFreeTrainer
 
 
-@pytest.fixture(autouse=True)
-def precisions_as_before() -> Iterator[None]:
-    """What TrainingArguments turns on outlasts a test, and torch.export refuses some of it."""
-    places = (torch.backends, torch.backends.cuda.matmul, torch.backends.cudnn)
-    places += (torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
-    before = [place.fp32_precision for place in places]
-    yield
-    for place, precision in zip(places, before, strict=True):
-        place.fp32_precision = precision
-
-
 def test_no_run_of_a_process_trains_with_tf32_after_a_compiled_one(
     tmp_path: Path, cache: Path, tiny_spec: Callable[..., RunSpec], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on an Ampere GPU: TrainingArguments turns TF32 on for compiled bf16, Accelerate for compiled fp32."""
     seen: list[tuple[str, str]] = []
+    before = (torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
     step, prepared = NormFreeTrainer.training_step, Trainer.create_accelerator_and_postprocess
 
     def noting(trainer: NormFreeTrainer, *rest: Any, **named: Any) -> Any:
@@ -58,6 +48,7 @@ def test_no_run_of_a_process_trains_with_tf32_after_a_compiled_one(
         words = ["train.steps=1", f"train.precision={precision}", f"train.compile={compiled}"]
         train(tiny_spec(*words, f"tag={len(seen)}"), runs_dir=tmp_path, cache=cache, progress=False)
     assert seen == [("ieee", "ieee")] * 4
+    assert (torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision) == before
 
 
 HIDDEN = ("ACCELERATE_MIXED_PRECISION=bf16", "ACCELERATE_DYNAMO_BACKEND=INDUCTOR", "ACCELERATE_USE_DEEPSPEED=true")

@@ -12,6 +12,7 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import datasets
 import huggingface_hub
@@ -51,6 +52,18 @@ def keep_fp32_products() -> None:
     """
     torch.set_float32_matmul_precision("highest")
     torch.backends.fp32_precision = "ieee"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@contextmanager
+def products_as_before() -> Iterator[None]:
+    """Give back the precision of fp32 products: after it was set, torch.export fails in the same process."""
+    places: tuple[Any, ...] = (torch.backends, torch.backends.cuda.matmul)
+    before = [place.fp32_precision for place in places]
+    try:
+        yield
+    finally:
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision
 
 
 def refuse_other_products() -> None:

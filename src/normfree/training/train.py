@@ -47,7 +47,7 @@ from normfree.training.checkpoints import STAGING, compare_surroundings, drop_st
 from normfree.training.environment import command_line, device_name, surroundings, usable_cores, whereabouts
 from normfree.training.guard import Divergence, NonFiniteError
 from normfree.training.opening import model_facts, open_writer
-from normfree.training.process import without_accelerate_variables
+from normfree.training.process import products_as_before, without_accelerate_variables
 from normfree.training.ranks import agreed_checkpoint, main_process_first, of_the_first, state_of_processes
 from normfree.training.tracking import wandb_run
 from normfree.training.trainer import NormFreeTrainer
@@ -73,6 +73,7 @@ class InterruptedRunError(Exception):
         return f"{self.folder} {how}; the same command goes on from its newest checkpoint"
 
 
+@products_as_before()
 @without_accelerate_variables()
 def train(
     spec: RunSpec,
