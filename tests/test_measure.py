@@ -523,6 +523,7 @@ def test_a_model_without_attention_is_refused(
     assert main(["evaluate", *words[1:4]]) == 0, capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("vocabulary", "width", "context"), [(65_536, 64, 1024), (512, 1024, 512)])
 def test_the_estimate_of_an_evaluation_is_near_its_peak(vocabulary: int, width: int, context: int) -> None:
     """In a process of its own: the peak of a process never falls."""

@@ -65,6 +65,7 @@ def test_every_parameter_has_a_gradient_for_processes_to_average(preset: str, va
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "left_over", [{"WORLD_SIZE": "4", "RANK": "0"}, {"WORLD_SIZE": "2", "RANK": "1"}, {"PMI_SIZE": "2"}]
 )
