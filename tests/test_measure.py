@@ -193,6 +193,7 @@ def test_the_command_writes_a_run_folder_and_its_page(
         assert (tmp_path / "measured" / "report" / name).stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_two_models_are_compared_head_by_head(
     saved: Path, model: GPT2LMHeadModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

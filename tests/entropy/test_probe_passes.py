@@ -75,6 +75,7 @@ def test_each_whole_step_of_a_generation_that_fails_counts():
     assert probe.statistics().rows.unique().tolist() == [42]
 
 
+@pytest.mark.slow
 def test_a_compiled_pass_cut_off_by_an_exception_leaves_no_rows():
     model = tiny_model("llama")
     compiled = torch.compile(model, backend="aot_eager")
