@@ -51,7 +51,7 @@ class Traffic(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """What the simulator needs to run one block."""
+    """Inputs of the simulator for one block."""
 
     arrays: Mapping[str, np.ndarray]
     """`hidden` (T, E), weights by their names in the block, `slope` where it is learnt, and public `cosines` and
@@ -59,12 +59,12 @@ class BlockInputs:
     settings: Mapping[str, Any]
     """norm, norm_epsilon, activation, negative_slope, heads, residual."""
     output_TE: np.ndarray
-    """What PyTorch makes of it."""
+    """The block's output as PyTorch computes it."""
 
 
 @dataclass(frozen=True)
 class Simulated:
-    """What the simulator made of one block."""
+    """Measurements of one simulated block."""
 
     traffic: Traffic
     setup_bytes: float
@@ -174,7 +174,7 @@ def simulate_block(python: str, inputs: BlockInputs, protocol: str) -> Simulated
 
 
 def predict_traffic(cost: Cost, *, layer: int) -> Traffic:
-    """What the prices say of one block."""
+    """Predicted communication of one block."""
     items = [item for item in cost.items if item.count.layer == layer]
     products = sum(item.bytes for item in items if isinstance(item.count, Matmul))
     return Traffic(sum(item.bytes for item in items), sum(item.rounds for item in items), products)

@@ -160,7 +160,7 @@ def overview() -> str:
 
 
 def help_for(name: str, verb: Verb) -> str:
-    """What a verb takes: its objects, an example and every key with its default."""
+    """Help for one verb: its objects, an example and every key with its default."""
     usage = " ".join(filter(None, ["normfree", name, verb.objects, "[key=value ...]"]))
     return "\n".join([usage, f"  {verb.summary}", "", f"example: {verb.example}", "", *_key_help(name, verb)])
 

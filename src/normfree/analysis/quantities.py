@@ -32,7 +32,7 @@ def newest_values(run: Run, name: str) -> Floats | None:
 
 
 def recorded_quantities(groups: Sequence[Group], *, drawn: str) -> list[Quantity]:
-    """What runs of these groups recorded, of those quantities that the report draws in this place."""
+    """Quantities that runs of these groups recorded and the report draws in this place (`open` or `folded`)."""
     runs = [run for group in groups for run in group.drawn]
     by_name = {q.name: q for run in runs for q in run.quantities.values() if q.drawn == drawn}
     return [q for q in by_name.values() if any(newest_values(run, q.name) is not None for run in runs)]
