@@ -66,11 +66,11 @@ def machine_now() -> dict[str, Any]:
 
 def measure(options: dict[str, str], folder: Path) -> dict[str, Any]:
     """Rates of every stage; `folder` is for files that nobody keeps."""
-    from normfree.config import DataSpec
     from normfree.data.corpus import in_chunks
     from normfree.data.fast import FastEncoder
     from normfree.data.packing import BlockWriter, concatenated, windows
     from normfree.data.tokenizer import Encoder, train_tokenizer
+    from normfree.spec.run import DataSpec
 
     spec = DataSpec(
         vocab_size=int(options["vocab"]),

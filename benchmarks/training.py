@@ -208,7 +208,7 @@ def measure_whole_training(threads: int) -> dict[str, float]:
     bare = Worker(job | {"contender": "ours norm-free", "keep_memory": True})
     warm_up(bare)
     with tempfile.TemporaryDirectory() as runs:
-        command = [sys.executable, "-m", "normfree.cli", "train", "preset=cpu", "variant=sm-r", "train.steps=1100"]
+        command = [sys.executable, "-m", "normfree", "train", "preset=cpu", "variant=sm-r", "train.steps=1100"]
         command += ["train.precision=bf16", f"train.threads={threads}", f"runs_dir={runs}"]
         metrics = Path(runs) / "single" / "sm-r-seed0" / "metrics.jsonl"
         training = subprocess.Popen(command, stdout=subprocess.DEVNULL)

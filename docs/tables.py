@@ -26,14 +26,14 @@ from pathlib import Path
 from normfree.analysis.entropy import probed_heads, top_quarter_share
 from normfree.analysis.groups import Group, all_runs, group_runs
 from normfree.analysis.seeds import paired_difference, summarise
-from normfree.manifest import write_atomically
+from normfree.files import write_atomically
 from normfree.measures import MEASURES
-from normfree.records import find_runs
 from normfree.report.render import to_png
 from normfree.report.sections import SECTIONS, figures_of
+from normfree.report.tables import Column, Table, to_markdown
+from normfree.report.tables.results import percent_with_interval
 from normfree.store.quantities import QUANTITIES
-from normfree.tables import Column, Table, to_markdown
-from normfree.tables.results import percent_with_interval
+from normfree.store.runs import find_runs
 
 ROOT = Path(__file__).parents[1]
 END = "<!-- end -->"

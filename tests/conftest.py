@@ -11,9 +11,9 @@ import pytest
 from _pytest.mark.expression import Expression
 from hypothesis import HealthCheck, settings
 
-from normfree.cli import main
-from normfree.compose import compose_run
-from normfree.config import RunSpec
+from normfree.cli.main import main
+from normfree.spec.compose import compose_run
+from normfree.spec.run import RunSpec
 
 settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared machine")

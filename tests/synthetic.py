@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from normfree.analysis.entropy import causal_ceiling
-from normfree.config import RunSpec
-from normfree.records import Run, RunWriter, read_run
+from normfree.spec.run import RunSpec
+from normfree.store.runs import Run, RunWriter, read_run
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "SM+LN+G": {"norm": "layernorm", "activation": "gelu"},

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from docs.tables import MARKER, filled, pages
-from normfree.cli import VERBS, main
-from normfree.compose import checked, compose_run
-from normfree.config import recipe_of
-from normfree.records import find_runs
-from normfree.studies import load_study
+from normfree.cli.main import VERBS, main
+from normfree.spec.compose import checked, compose_run
+from normfree.spec.run import recipe_of
+from normfree.store.runs import find_runs
+from normfree.training.study import load_study
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -21,11 +21,11 @@ from typing import Any
 
 from benchmarks.private_inference.simulation import PYTHON, check_python, simulate
 from benchmarks.records import read_options
-from normfree.commands import check_writable
+from normfree.cli.runs import check_writable
 from normfree.cost.constants import CONSTANTS_FILE, Protocol, find_protocol, load_constants
 from normfree.cost.counts import Rows
-from normfree.manifest import write_atomically
-from normfree.tables import Column, Table, to_markdown
+from normfree.files import write_atomically
+from normfree.report.tables import Column, Table, to_markdown
 
 DEFAULTS = {"python": PYTHON, "protocol": "semi2k", "constants": "", "output": "constants.json"}
 ELEMENTS = (6144, 12288)

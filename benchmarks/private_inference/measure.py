@@ -25,16 +25,16 @@ from torch import Tensor
 
 from benchmarks.private_inference.simulation import PYTHON, check_python, simulate
 from benchmarks.records import read_options
+from normfree.cli.models import read_text
 from normfree.cost import of_run
 from normfree.cost.constants import CONSTANTS_FILE
 from normfree.cost.counts import Matmul
 from normfree.cost.totals import Cost
-from normfree.model_commands import read_text
-from normfree.pretrained import load_pretrained
-from normfree.records import read_run
-from normfree.tables import Column, Table, to_markdown
+from normfree.measures.windows import token_windows
+from normfree.pretrained.load import load_pretrained
+from normfree.report.tables import Column, Table, to_markdown
+from normfree.store.runs import read_run
 from normfree.training.process import prepare_process
-from normfree.windows import token_windows
 
 DEFAULTS = {"python": PYTHON, "protocol": "semi2k", "layer": "0", "context": "32", "text": "", "constants": ""}
 

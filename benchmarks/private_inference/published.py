@@ -15,7 +15,7 @@ from normfree.cost.constants import find_protocol
 from normfree.cost.counts import Matmul, count
 from normfree.cost.families import read_architecture
 from normfree.cost.totals import of_config
-from normfree.tables import Column, Table
+from normfree.report.tables import Column, Table
 
 
 class Row(NamedTuple):

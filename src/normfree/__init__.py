@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from normfree.entropy import EntropyProbe, HeadEntropy, attention_entropy
-    from normfree.evaluate import perplexity
     from normfree.measures.measurement import MeasureCallback, measure
+    from normfree.measures.text import perplexity
     from normfree.model import NormFreeConfig, NormFreeForCausalLM
-    from normfree.plots import heatmap
-    from normfree.records import load_runs
     from normfree.report import build_report
+    from normfree.report.plots import heatmap
+    from normfree.store.runs import load_runs
     from normfree.training import train
 
 __version__ = "0.1.0"
@@ -29,10 +29,10 @@ _DOORS = {
     "NormFreeForCausalLM": "normfree.model",
     "attention_entropy": "normfree.entropy",
     "build_report": "normfree.report",
-    "heatmap": "normfree.plots",
-    "load_runs": "normfree.records",
+    "heatmap": "normfree.report.plots",
+    "load_runs": "normfree.store.runs",
     "measure": "normfree.measures.measurement",
-    "perplexity": "normfree.evaluate",
+    "perplexity": "normfree.measures.text",
     "train": "normfree.training",
 }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.private_inference.calibrate import ELEMENTS, ROW_LENGTHS, main, measure_operations
-from normfree import cli
+from normfree.cli import main as cli
 from normfree.cost import find_protocol, of_config
 from normfree.cost.constants import load_constants
 from normfree.cost.counts import Rows

@@ -21,6 +21,7 @@ from normfree.cost.families import NORMFREE_ACTIVATIONS, NORMFREE_DEFAULTS, NORM
 from normfree.model.activations import ACTIVATIONS
 from normfree.model.configuration import NormFreeConfig
 from normfree.model.norms import NORMS
+from normfree.report import tables
 from tests.synthetic import CONTEXT, write_run
 
 
@@ -172,7 +173,7 @@ def test_bound_of_time_charges_half_the_bytes_and_every_round() -> None:
 
 
 def test_matrix_products_are_listed_by_shape() -> None:
-    rows = {row[0]: row[1] for row in cost.of_config(GPT2Config()).matmuls().rows}
+    rows = {row[0]: row[1] for row in tables.matmul_cost_table(cost.of_config(GPT2Config())).rows}
     assert rows == {
         "1 x (128 x 50257)(50257 x 768)": "1",
         "1 x (128 x 768)(768 x 2304)": "12",
@@ -187,12 +188,12 @@ def test_matrix_products_are_listed_by_shape() -> None:
 
 def test_tables_add_up() -> None:
     found = cost.of_config(GPT2Config())
-    for table in (found.by_operation(), found.by_layer()):
+    for table in (tables.operation_cost_table(found), tables.layer_cost_table(found)):
         *rows, total = table.rows
         assert sum(int(row[-1]) for row in rows) == int(total[-1]) == found.rounds
         assert sum(float(row[-3]) for row in rows) == pytest.approx(found.gigabytes, rel=0.002)
         assert sum(float(row[-2]) for row in rows) == pytest.approx(100, abs=0.05 * len(rows))
-    text = found.to_markdown()
+    text = tables.cost_markdown(found)
     assert "s for these bytes and rounds; no prediction" in text
     assert found.assumptions in text
 

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.private_inference.published import FITTED, ROWS, Row, config_of, fit_matmul, paper_config, paper_table
 from normfree import cost
 from normfree.cost.constants import load_constants
-from normfree.tables import to_markdown
+from normfree.report.tables import to_markdown
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "private-inference.md"
 

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from normfree.analysis.groups import group_runs
-from normfree.cost import of_run, trade_off, trade_off_table
+from normfree.cost import of_run, trade_off
 from normfree.cost.tradeoff import pareto_front
+from normfree.report.tables import trade_off_table
 from tests.synthetic import study, write_run
 
 POINTS = st.lists(st.tuples(st.integers(0, 5).map(float), st.integers(0, 5).map(float)), max_size=12)

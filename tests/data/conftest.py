@@ -8,7 +8,7 @@ import datasets.config
 import pandas as pd
 import pytest
 
-from normfree.config import DataSpec
+from normfree.spec.run import DataSpec
 
 
 @pytest.fixture

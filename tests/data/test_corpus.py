@@ -13,10 +13,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from normfree.config import DataSpec
 from normfree.data import Corpus, default_cache, prepare, prepared
 from normfree.data.sources import find_text_files, limited
-from normfree.manifest import damages
+from normfree.files import damages
+from normfree.spec.run import DataSpec
 
 
 def make(spec: DataSpec, cache: Path) -> Corpus:

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from normfree.config import DataSpec
 from normfree.data import fast, prepare
 from normfree.data.fast import FastEncoder, NotReproducibleError
 from normfree.data.tokenizer import END_TOKEN, Encoder, train_tokenizer
-from normfree.manifest import damages
+from normfree.files import damages
+from normfree.spec.run import DataSpec
 
 CODE = [inspect.getsource(module) for module in (string, json, json.decoder, inspect, logging, pytest)]
 TOKENIZER = train_tokenizer([*CODE, "caf\u00e9 na\u00efve \u4e2d\u6587 " * 50], 1200)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from normfree.config import DataSpec
 from normfree.data.installed import InstalledSource, excluded_path, excluded_text, installed_facts
 from normfree.data.sources import normalised_hash
-from normfree.manifest import fingerprint
+from normfree.files import fingerprint
+from normfree.spec.run import DataSpec
 
 ROOT = Path(__file__).parents[2]
 CODE = "def area(width, height):\n    return width * height\n" * 4

@@ -23,9 +23,9 @@ from pathlib import Path
 import datasets
 import pytest
 
-from normfree.config import DataSpec
 from normfree.data import Corpus, prepare
-from normfree.manifest import damages
+from normfree.files import damages
+from normfree.spec.run import DataSpec
 
 
 def make(spec: DataSpec, cache: Path) -> Corpus:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from normfree.records import read_run
-from tests.commands import run
+from normfree.store.runs import read_run
+from tests.cli.commands import run
 
 DEVICE = "cuda"
 pytestmark = [

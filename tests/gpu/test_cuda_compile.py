@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from normfree.config import RunSpec
 from normfree.entropy import EntropyProbe, attention_entropy
-from normfree.records import read_run
+from normfree.spec.run import RunSpec
+from normfree.store.runs import read_run
 from normfree.training import train
 
 DEVICE = "cuda"

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from normfree.config import RunSpec
-from normfree.records import Run, read_run
+from normfree.spec.run import RunSpec
+from normfree.store.runs import Run, read_run
 from normfree.training import train
 from normfree.training.trainer import NormFreeTrainer
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from normfree.config import RunSpec
-from normfree.records import Run, read_run
+from normfree.spec.run import RunSpec
+from normfree.store.runs import Run, read_run
 from normfree.training import train
 from normfree.training.trainer import NormFreeTrainer
 
@@ -37,7 +37,12 @@ def on_the_cpu(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Ite
     words = ["train", *tiny, *LONGER, "variant=leaky-per-layer", f"runs_dir={place}", f"cache_dir={place / 'cache'}"]
     with (place / "log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-c", "import sys; from normfree.cli import main; sys.exit(main(sys.argv[1:]))", *words],
+            [
+                sys.executable,
+                "-c",
+                "import sys; from normfree.cli.main import main; sys.exit(main(sys.argv[1:]))",
+                *words,
+            ],
             env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"},
             stdout=log,
             stderr=subprocess.STDOUT,

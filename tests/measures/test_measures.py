@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import normfree
-from normfree.config import RunSpec
 from normfree.measures import MEASURES, periods_of
 from normfree.measures.heads import Heads
 from normfree.measures.measure import Measure
-from normfree.records import Run, read_run
 from normfree.report import build_report
+from normfree.spec.run import RunSpec
 from normfree.store.quantities import QUANTITIES, Quantity
+from normfree.store.runs import Run, read_run
 from normfree.training import train
 
 Build = Callable[..., RunSpec]
@@ -28,7 +28,7 @@ FIGURES = {("layer", "head"): ("heads", "layers"), ("layer",): ("depth", "layers
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory, tiny: list[str], cache: Path) -> Run:
     """A run with every measure; its slopes are learnable, so that it has all quantities."""
-    from normfree.compose import compose_run
+    from normfree.spec.compose import compose_run
 
     words = [*tiny, "variant=leaky-per-layer", f"probe.measures=[{','.join(MEASURES)}]"]
     return read_run(train(compose_run(words).spec, runs_dir=tmp_path_factory.mktemp("runs"), cache=cache))
@@ -89,7 +89,7 @@ class Choosy(Heads):
 def test_a_measure_that_does_not_fit_is_refused_before_training(
     kind: type[Measure], message: str, tmp_path: Path, cache: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from normfree.compose import compose_run
+    from normfree.spec.compose import compose_run
 
     monkeypatch.setitem(MEASURES, "mine", kind)
     names = "heads,mine" if kind is not Choosy else "mine"
@@ -112,7 +112,7 @@ def test_no_module_hides_a_public_name() -> None:
 
 
 def test_slopes_know_their_layers(tmp_path: Path, cache: Path, tiny: list[str]) -> None:
-    from normfree.compose import compose_run
+    from normfree.spec.compose import compose_run
 
     words = [*tiny, "variant=custom", "tag=late", "model.norm=none", "model.activation=[relu,leaky_relu]"]
     spec = compose_run([*words, "model.learnable_slope=per_layer"]).spec

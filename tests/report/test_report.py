@@ -17,16 +17,16 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from normfree import published
+from normfree.analysis import published
 from normfree.analysis.entropy import causal_ceiling
 from normfree.analysis.groups import group_runs
-from normfree.records import find_runs
 from normfree.report import build_report
 from normfree.report.figure import PageFigure
 from normfree.report.render import to_png
 from normfree.report.sections import figures_of
 from normfree.report.summary import sentences
-from normfree.tables import range_table
+from normfree.report.tables import range_table
+from normfree.store.runs import find_runs
 from tests.synthetic import write_run
 
 FOUR = ("SM+LN+G", "SM+LN+R", "SM+G", "SM+R")
@@ -330,7 +330,7 @@ def test_recipes_stand_side_by_side_when_asked(tmp_path: Path) -> None:
 def test_a_report_needs_no_torch(tmp_path: Path) -> None:
     write_run(tmp_path / "runs", "SM+G", steps=40)
     code = (
-        "import sys; from pathlib import Path; from normfree.records import find_runs\n"
+        "import sys; from pathlib import Path; from normfree.store.runs import find_runs\n"
         "from normfree import build_report\n"
         "build_report(find_runs([sys.argv[1] + '/runs']), Path(sys.argv[1]) / 'out')\n"
         "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
@@ -360,7 +360,7 @@ def test_a_notebook_s_backend_and_a_house_style_change_no_byte(tmp_path: Path) -
     (tmp_path / "matplotlibrc").write_text(HOUSE_STYLE)
     settings = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "MATPLOTLIBRC": f"{tmp_path}/matplotlibrc"}
     words = ("report", str(tmp_path / "runs"), f"output={tmp_path / 'there'}")
-    subprocess.run([sys.executable, "-m", "normfree.cli", *words], check=True, env=os.environ | settings)
+    subprocess.run([sys.executable, "-m", "normfree", *words], check=True, env=os.environ | settings)
     build_report(runs, tmp_path / "here")
     assert contents(tmp_path / "there") == contents(tmp_path / "here")
 

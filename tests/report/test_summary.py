@@ -9,7 +9,7 @@ import pytest
 
 from normfree.analysis.groups import group_runs
 from normfree.report.summary import sentences
-from normfree.tables import claim_table, perplexity_table
+from normfree.report.tables import claim_table, perplexity_table
 from tests.synthetic import write_run
 
 
@@ -37,8 +37,8 @@ def test_the_summary_pairs_the_shares_of_heads_by_seed(tmp_path: Path, monkeypat
     """The interval of (20, 10, 18) points: mean 16, deviation 5.2915, times 4.303 / sqrt(3)."""
     runs = [write_run(tmp_path, label, seed=seed) for label in ("SM+G", "SM+R") for seed in range(3)]
     shares = {("SM+G", 0): 0.5, ("SM+G", 1): 0.4, ("SM+G", 2): 0.6, ("SM+R", 0): 0.3, ("SM+R", 1): 0.3}
-    monkeypatch.setattr("normfree.tables.claims.trained_heads", lambda run: (run.label, run.seed))
-    monkeypatch.setattr("normfree.tables.claims.top_quarter_share", lambda run: shares.get(run, 0.42))
+    monkeypatch.setattr("normfree.report.tables.claims.trained_heads", lambda run: (run.label, run.seed))
+    monkeypatch.setattr("normfree.report.tables.claims.top_quarter_share", lambda run: shares.get(run, 0.42))
     expected = "SM+G less SM+R: +16.0 points (3 seeds; 95 % interval +2.9 to +29.1)."
     assert f"Heads in the top quarter of the causal ceiling, {expected}" in sentences(group_runs(runs))
 

@@ -81,8 +81,8 @@ class ForkServer:
 
 
 def serve() -> None:
-    from normfree.cli import main
-    from normfree.studies import run_study
+    from normfree.cli.main import main
+    from normfree.training.study import run_study
 
     assert run_study  # with it come training, the model and every library underneath
     for line in sys.stdin:

@@ -13,8 +13,8 @@ import torch
 from torch.optim import SGD
 from transformers import get_scheduler
 
-from normfree.config import RunSpec
 from normfree.data import prepare
+from normfree.spec.run import RunSpec
 from normfree.training.arguments import check_held_out, check_machine, total_steps, training_arguments
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from normfree.records import read_run
+from normfree.store.runs import read_run
 from normfree.training import bf16, train
 from normfree.training.bf16 import ProductsInFp32
 

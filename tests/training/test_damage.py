@@ -15,13 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from normfree.compose import compose_run
-from normfree.config import RunSpec
 from normfree.data import prepare
-from normfree.manifest import damages, read_manifest, sha256_file, write_manifest
-from normfree.records import RunWriter, read_run
+from normfree.files import damages, read_manifest, sha256_file, write_manifest
+from normfree.spec.compose import compose_run
+from normfree.spec.run import RunSpec
+from normfree.store.checkpoints import compare_surroundings, newest_sound
+from normfree.store.runs import RunWriter, read_run
 from normfree.training import train
-from normfree.training.checkpoints import compare_surroundings, newest_sound
 
 Build = Callable[..., RunSpec]
 
@@ -115,7 +115,7 @@ def test_a_checkpoint_that_cannot_be_read_is_named_and_the_older_one_taken(
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
         return sha256_file(path)
 
-    monkeypatch.setattr("normfree.manifest.sha256_file", hash_or_fail)
+    monkeypatch.setattr("normfree.files.sha256_file", hash_or_fail)
     if not movable:
         monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only")))
     with caplog.at_level(logging.WARNING, "normfree"):
@@ -270,7 +270,7 @@ def test_a_run_without_any_sound_checkpoint_begins_again(
 
 @pytest.mark.slow
 def test_a_study_resumes_too(broken: Path, whole: Path, cache: Path, tiny: list[str], tmp_path: Path) -> None:
-    from normfree.studies import run_study
+    from normfree.training.study import run_study
 
     harm(broken / "checkpoints" / "checkpoint-6" / "model.safetensors", "flip")
     harm(broken / "run.json", "cut")

@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from normfree.config import RunSpec
-from normfree.manifest import damages
-from normfree.records import METRICS_FILE, RunWriter, read_lines, read_run
+from normfree.files import damages
+from normfree.spec.run import RunSpec
+from normfree.store.checkpoints import CheckpointError, checkpoints_in
+from normfree.store.runs import METRICS_FILE, RunWriter, read_lines, read_run
 from normfree.training import train
-from normfree.training.checkpoints import CheckpointError, checkpoints_in
 from normfree.training.trainer import NormFreeTrainer
 
 Build = Callable[..., RunSpec]

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from normfree.compose import compose_run, members
-from normfree.config import RunSpec
-from normfree.records import read_run
+from normfree.spec.compose import compose_run, members
+from normfree.spec.run import RunSpec
+from normfree.store.runs import read_run
 from normfree.training import train
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -17,10 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from normfree.compose import compose_run
-from normfree.manifest import damages
-from normfree.records import read_run
-from normfree.training.checkpoints import checkpoints_in
+from normfree.files import damages
+from normfree.spec.compose import compose_run
+from normfree.store.checkpoints import checkpoints_in
+from normfree.store.runs import read_run
 from tests.training.fork_server import PLACES, ForkServer
 
 pytestmark = pytest.mark.slow

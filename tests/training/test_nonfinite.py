@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from normfree.config import RunSpec
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
-from normfree.records import Run, read_run
+from normfree.spec.run import RunSpec
+from normfree.store.runs import Run, read_run
 from normfree.training import callbacks, train
 from normfree.training.trainer import NormFreeTrainer
 

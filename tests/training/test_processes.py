@@ -20,9 +20,9 @@ import torch
 from accelerate import PartialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from normfree.compose import compose_run, members
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
-from normfree.records import Run, RunWriter, read_run
+from normfree.spec.compose import compose_run, members
+from normfree.store.runs import Run, RunWriter, read_run
 from normfree.training.ranks import state_of_processes
 
 
@@ -78,7 +78,7 @@ def test_who_waits_for_others_says_so_after_ten_seconds(
     for name, value in {**left_over, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
         monkeypatch.setenv(name, value)
     name, value = next(iter(left_over.items()))
-    with started(["-m", "normfree.cli", "train", *tiny, "variant=sm-r"], tmp_path) as process:
+    with started(["-m", "normfree", "train", *tiny, "variant=sm-r"], tmp_path) as process:
         while "waiting" not in (told := (tmp_path / "told").read_text()) and process.poll() is None:
             time.sleep(0.2)
     assert f"waiting at 127.0.0.1:{port} for the other processes; the environment has {name}={value}" in told
@@ -98,8 +98,8 @@ def test_two_processes_train_the_same_model_as_one_and_only_the_first_writes(
     tiny: list[str], cache: Path, tmp_path: Path
 ) -> None:
     words = ["train", *tiny, "variant=sm-r", "train.micro_batch_sequences=4", f"cache_dir={cache}"]
-    run_command(["-m", "normfree.cli", *words, "runs_dir=one"], tmp_path)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "normfree.cli"]
+    run_command(["-m", "normfree", *words, "runs_dir=one"], tmp_path)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "normfree"]
     told = run_command([*torchrun, *words, "runs_dir=two"], tmp_path)
     assert told.count("sm-r-seed0: training on cpu, 2 processes, 1 thread each, precision fp32") == 1
     assert "find_unused_parameters" not in told  # which each step would pay for
@@ -118,14 +118,14 @@ def test_two_processes_train_the_same_model_as_one_and_only_the_first_writes(
     shutil.rmtree(two.folder / "checkpoints" / "checkpoint-6")
     run_command([*torchrun, *words, "runs_dir=two"], tmp_path)
     again = read_run(two.folder)
-    assert again.facts["command"].startswith("torchrun --nproc_per_node 2 -m normfree.cli train ")
+    assert again.facts["command"].startswith("torchrun --nproc_per_node 2 -m normfree.cli.main train ")
     assert (one.facts["environment"]["processes"], again.facts["environment"]["processes"]) == (1, 2)
     assert (again.status, again.facts["sessions"][0]["from_step"], again.perplexity) == ("finished", 4, two.perplexity)
 
 
 NOTES_ITS_FIRST_MASK = """
 import os, sys, torch
-from normfree.compose import compose_run
+from normfree.spec.compose import compose_run
 from normfree.training import train
 
 kept, forward = [], torch.nn.Dropout.forward
@@ -161,7 +161,7 @@ def test_a_signal_that_one_of_two_processes_gets_stops_both_after_the_same_step(
     """The second process alone is told; the first, which keeps the records, saves and says that it was interrupted."""
     words = ["train", *tiny, "variant=sm-r", "train.micro_batch_sequences=4", "train.steps=null", "train.epochs=100"]
     words += ["train.checkpoint_every=100000", "train.evaluate_every=100000", "probe.every_steps=100000"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "normfree.cli"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "normfree"]
     folder = tmp_path / "runs" / "single" / "sm-r-seed0"
     metrics = folder / "metrics.jsonl"
     with started([*torchrun, *words, f"cache_dir={cache}"], tmp_path) as launcher:
@@ -183,7 +183,7 @@ def test_each_run_of_a_sweep_is_one_of_wandb_and_a_resume_goes_on_with_it(
     tiny: list[str], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    words = ["-m", "normfree.cli", "train", *tiny, "variant=sm-r", "train.trackers=[wandb]", f"cache_dir={cache}"]
+    words = ["-m", "normfree", "train", *tiny, "variant=sm-r", "train.trackers=[wandb]", f"cache_dir={cache}"]
     assert "wandb is offline" not in run_command([*words, "-m", "seed=0,1"], tmp_path)
 
     def ids() -> list[str]:
@@ -205,7 +205,7 @@ def test_trackers_get_losses_and_perplexity_offline(
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     words = ["train", *tiny, "variant=sm-r", "train.trackers=[tensorboard,wandb,trackio]", f"cache_dir={cache}"]
-    run_command(["-m", "normfree.cli", *words], tmp_path)
+    run_command(["-m", "normfree", *words], tmp_path)
     run = read_run(tmp_path / "runs" / "single" / "sm-r-seed0")
     assert run.status == "finished"
     assert list(tmp_path.rglob("*.wandb"))

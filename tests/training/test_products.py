@@ -16,7 +16,7 @@ from accelerate import PartialState
 from transformers import Trainer
 from transformers.utils.import_utils import enable_tf32
 
-from normfree.config import RunSpec
+from normfree.spec.run import RunSpec
 from normfree.training import train
 from normfree.training.trainer import NormFreeTrainer
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from normfree.compose import compose_run
 from normfree.model.modeling import FeedForward
-from normfree.records import Run, read_run
+from normfree.spec.compose import compose_run
+from normfree.store.runs import Run, read_run
 from normfree.training import train
 
 Trained = Callable[..., Run]

@@ -16,14 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from normfree.compose import compose_run
-from normfree.config import RunSpec
-from normfree.manifest import damages
-from normfree.records import read_run
-from normfree.sweep import sweep
+from normfree.files import damages
+from normfree.spec.compose import compose_run
+from normfree.spec.run import RunSpec
+from normfree.store.checkpoints import CheckpointError, checkpoints_in
+from normfree.store.runs import read_run
 from normfree.training import InterruptedRunError, train
 from normfree.training.callbacks import StopOnSignal
-from normfree.training.checkpoints import CheckpointError, checkpoints_in
+from normfree.training.sweep import sweep
 from normfree.training.trainer import NormFreeTrainer
 from tests.training.signals import terminate_in_step
 

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from normfree.config import RunSpec
 from normfree.model.activations import ACTIVATIONS
-from normfree.records import read_run
+from normfree.spec.run import RunSpec
+from normfree.store.runs import read_run
 from normfree.training import train
 from normfree.training.arguments import with_less_memory
 from normfree.training.trainer import NormFreeTrainer
-from tests.commands import run
+from tests.cli.commands import run
 
 Build = Callable[..., RunSpec]
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from normfree.config import RunSpec
 from normfree.data import prepare
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
-from normfree.records import Run, RunWriter, read_run
+from normfree.spec.run import RunSpec
+from normfree.store.runs import Run, RunWriter, read_run
 from normfree.training import InterruptedRunError, train
 from normfree.training.trainer import parameter_groups
 from tests.training.signals import terminate_in_step
@@ -29,7 +29,7 @@ Build = Callable[..., RunSpec]
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, cache: Path, tiny: list[str]) -> Run:
     """One uninterrupted run with per-layer slopes."""
-    from normfree.compose import compose_run
+    from normfree.spec.compose import compose_run
 
     spec = compose_run([*tiny, "variant=leaky-per-layer"]).spec
     return read_run(train(spec, runs_dir=tmp_path_factory.mktemp("runs"), cache=cache, note="a note", progress=False))
@@ -83,7 +83,7 @@ def test_probes_cover_every_head_and_the_ceiling_is_that_of_a_causal_mask(finish
 def test_the_saved_model_has_the_recorded_perplexity_and_slopes(finished: Run, cache: Path) -> None:
     from normfree.data import prepare
     from normfree.measures.perplexity import evaluate_blocks
-    from normfree.pretrained import load_pretrained
+    from normfree.pretrained.load import load_pretrained
 
     model, tokenizer = load_pretrained(str(finished.folder))
     assert len(tokenizer) == 300
@@ -102,7 +102,7 @@ def test_a_finished_run_is_left_alone(finished: Run, cache: Path) -> None:
 
 
 def test_a_folder_holds_one_spec_only(finished: Run, tiny: list[str], cache: Path) -> None:
-    from normfree.compose import compose_run
+    from normfree.spec.compose import compose_run
 
     other = compose_run([*tiny, "variant=leaky-per-layer", "train.peak_learning_rate=0.5"]).spec
     with pytest.raises(ValueError, match=r"train.peak_learning_rate is 0.001 there and 0.5 here.*tag="):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from normfree.records import Run
+from normfree.store.runs import Run
 
 Floats = NDArray[np.float64]
 

@@ -7,10 +7,10 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from normfree import published
+from normfree.analysis import published
 from normfree.analysis.seeds import Summary, summarise
-from normfree.config import NOT_DECIDING, NOT_RECIPE_FIELDS, PLACES_OF_TEXT, VARIANT_FIELDS, recipe_of
-from normfree.records import OVER, Run
+from normfree.spec.run import NOT_DECIDING, NOT_RECIPE_FIELDS, PLACES_OF_TEXT, VARIANT_FIELDS, recipe_of
+from normfree.store.runs import OVER, Run
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normfree.analysis.groups import Group
-from normfree.records import Run
 from normfree.store.quantities import Quantity
+from normfree.store.runs import Run
 
 Floats = NDArray[np.float64]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from normfree.analysis.entropy import Heads, shares_of_ceiling
-from normfree.records import Run
+from normfree.store.runs import Run
 
 OVERLOAD_SHARE = 0.75
 """A head at or above this share of the causal ceiling is nearly uniform."""

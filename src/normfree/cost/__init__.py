@@ -2,6 +2,6 @@
 
 from normfree.cost.constants import find_protocol
 from normfree.cost.totals import of_config, of_run
-from normfree.cost.tradeoff import trade_off, trade_off_table
+from normfree.cost.tradeoff import trade_off
 
-__all__ = ["find_protocol", "of_config", "of_run", "trade_off", "trade_off_table"]
+__all__ = ["find_protocol", "of_config", "of_run", "trade_off"]

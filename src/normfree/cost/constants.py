@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from normfree.config import nearest
 from normfree.cost.counts import PRODUCTS, Count, Matmul, Rows
 from normfree.cost.families import NoPriceError
+from normfree.spec.keys import nearest
 
 CONSTANTS_FILE = Path(__file__).with_name("constants.json")
 VERSION = 1

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from normfree.config import nearest
+from normfree.spec.keys import nearest
 
 
 class NoPriceError(ValueError):

@@ -1,18 +1,17 @@
-"""The cost of a model in private inference: bytes, rounds, and tables of both."""
+"""The cost of a model in private inference: bytes and rounds, operation by operation."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from normfree.cost.constants import CONSTANTS_FILE, Network, Protocol, find_network, find_protocol
-from normfree.cost.counts import Count, Matmul, count
+from normfree.cost.counts import Count, count
 from normfree.cost.families import Architecture, HasToDict, read_architecture
-from normfree.records import Run
-from normfree.tables import Column, Table, to_markdown
+from normfree.store.runs import Run
 
 
 @dataclass(frozen=True)
@@ -64,55 +63,6 @@ class Cost:
             "the offline phase and the set-up are not counted."
         )
 
-    def by_operation(self) -> Table:
-        """One row per operation and place in the model, summed over layers."""
-        groups = _grouped(self.items, lambda item: (item.count.operation, item.count.part))
-        rows = [(*names, *self._cells(group)) for names, group in groups.items()]
-        titles = (Column("Operation", numeric=False), Column("Where", numeric=False), *_COLUMNS)
-        return self._table("cost-operations", "by operation", titles, [*rows, ("all", "", *self._cells(self.items))])
-
-    def by_layer(self) -> Table:
-        """One row per layer; what lies outside the blocks has rows of its own."""
-        groups = _grouped(self.items, _place)
-        rows = [(name, *self._cells(group)) for name, group in groups.items()]
-        titles = (Column("Where", numeric=False), *_COLUMNS)
-        return self._table("cost-layers", "by layer", titles, [*rows, ("all", *self._cells(self.items))])
-
-    def matmuls(self) -> Table:
-        """Shapes of the matrix products, with how often each occurs."""
-        groups = _grouped([item for item in self.items if isinstance(item.count, Matmul)], _shape)
-        rows = [(name, *self._cells(group)) for name, group in groups.items()]
-        titles = (Column("batch x (m x k)(k x n)", numeric=False), *_COLUMNS)
-        return self._table("cost-matmuls", "matrix products", titles, rows)
-
-    def to_markdown(self) -> str:
-        """All tables, the assumptions and the bound of time."""
-        bound = (
-            f"Lower bound of time on {self.network.name} ({self.network.bandwidth_mbps:g} Mbps each way, "
-            f"{self.network.delay_ms:g} ms one way): {self.seconds_at_least:,.1f} s for these bytes and rounds; "
-            "no prediction."
-        )
-        tables = [to_markdown(table) for table in (self.by_operation(), self.by_layer(), self.matmuls())]
-        return "\n".join([*tables, self.assumptions, "", bound]) + "\n"
-
-    def _cells(self, items: Iterable[Item]) -> tuple[str, ...]:
-        items = list(items)
-        transferred = sum(item.bytes for item in items)
-        return (
-            f"{len(items)}",
-            f"{sum(item.count.elements for item in items):,}",
-            gigabytes(transferred),
-            f"{100 * transferred / self.bytes:.1f}",
-            f"{sum(item.rounds for item in items)}",
-        )
-
-    def _table(self, name: str, what: str, titles: tuple[Column, ...], rows: list[tuple[str, ...]]) -> Table:
-        caption = f"{self.architecture.family}, T={self.context}, {self.protocol.name}: {what}"
-        return Table(name, caption, titles, tuple(rows))
-
-
-_COLUMNS = tuple(map(Column, ("Calls", "Elements", "GB", "% of bytes", "Rounds")))
-
 
 def of_config(
     config: HasToDict | Mapping[str, Any],
@@ -153,25 +103,3 @@ def config_of_run(run: Run) -> dict[str, Any]:
     """The content of the config.json that a run's model has, from run.json alone."""
     facts = {"vocab_size": run.facts["corpus"]["vocab_size"], "max_position_embeddings": run.spec["data"]["context"]}
     return {"model_type": "normfree", **facts, **run.spec["model"]}
-
-
-def gigabytes(transferred: float) -> str:
-    """Three significant digits of GB or more."""
-    value = transferred / 1e9
-    return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
-
-
-def _grouped(items: Iterable[Item], key: Callable[[Item], Any]) -> dict[Any, list[Item]]:
-    groups: dict[Any, list[Item]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return groups
-
-
-def _place(item: Item) -> str:
-    return item.count.part if item.count.layer is None else f"layer {item.count.layer}"
-
-
-def _shape(item: Item) -> str:
-    assert isinstance(item.count, Matmul)
-    return f"{item.count.batch} x ({item.count.m} x {item.count.k})({item.count.k} x {item.count.n})"

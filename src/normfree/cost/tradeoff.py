@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from normfree.analysis.groups import Group, perplexities_on_common_seeds
 from normfree.cost.families import NoPriceError
-from normfree.cost.totals import gigabytes, of_run
-from normfree.tables import Column, Table
+from normfree.cost.totals import of_run
 
 
 @dataclass(frozen=True)
@@ -70,24 +69,3 @@ def trade_off(groups: Iterable[Group]) -> TradeOff:
             for (group, cost), best in zip(rivals, front, strict=True)
         ]
     return TradeOff(tuple(sorted(points, key=lambda point: (point.bytes, point.name))), tuple(unpriced))
-
-
-def trade_off_table(found: TradeOff) -> Table:
-    """One row per point; the Pareto front is marked in words."""
-    titles = map(Column, ("Perplexity", "n", "GB", "Rounds"))
-    columns = (Column("Variant", numeric=False), *titles, Column("Pareto front", numeric=False))
-    rows = []
-    for point in found.points:
-        perplexity = f"{point.perplexity:.2f}" if math.isfinite(point.perplexity) else "NaN"
-        numbers = (perplexity, f"{point.seeds}", gigabytes(point.bytes), f"{point.rounds}")
-        rows.append((point.name, *numbers, "yes" if point.on_front else "no"))
-    notes = [
-        "Perplexity: mean over the n seeds that all variants on the corpus have; over its own where none is common.",
-        "Pareto front: no other variant on the same corpus is at least as low in both perplexity and bytes, and lower "
-        "in one.",
-        "GELU is priced as the model computes it; its tanh form is cheaper than its erf form "
-        "(docs/private-inference.md).",
-    ]
-    notes += [f"{name} is left out: an operation of it has no price." for name in found.unpriced]
-    caption = "Perplexity against communication in private inference (cheetah)"
-    return Table("perplexity-communication", caption, columns, tuple(rows), tuple(notes))

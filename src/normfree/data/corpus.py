@@ -22,7 +22,6 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from normfree.config import DataSpec
 from normfree.data.fast import FastEncoder, NotReproducibleError
 from normfree.data.installed import InstalledSource
 from normfree.data.packing import BlockWriter, concatenated, unigram_perplexity, windows
@@ -30,7 +29,7 @@ from normfree.data.progress import TextProgress
 from normfree.data.scratch import NO_ROOM, free_room, scratch_folder
 from normfree.data.sources import FilesSource, HubSource, Source, Split, limited
 from normfree.data.tokenizer import Encoder, load_tokenizer, tokenizer_hash, train_tokenizer, vocabulary_size
-from normfree.manifest import (
+from normfree.files import (
     MANIFEST_NAME,
     damages,
     describe_files,
@@ -39,6 +38,7 @@ from normfree.manifest import (
     read_manifest,
     write_manifest,
 )
+from normfree.spec.run import DataSpec
 
 FORMAT = 1
 SOURCES = {"installed": InstalledSource, "codeparrot": HubSource, "hub": HubSource, "files": FilesSource}

@@ -24,9 +24,9 @@ from importlib.resources import files
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from normfree.config import DataSpec
 from normfree.data.sources import Split, hashes_of_validation, limited, normalised_hash
-from normfree.manifest import sha256_bytes
+from normfree.files import sha256_bytes
+from normfree.spec.run import DataSpec
 
 # Filters as CodeParrot describes them (https://huggingface.co/datasets/codeparrot/codeparrot-clean).
 SMALLEST_FILE_BYTES = 100

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from normfree.manifest import folder_lock
+from normfree.files import folder_lock
 
 PREFIX = ".preparing-"
 A_DAY = 24 * 3600.0

@@ -25,9 +25,9 @@ import datasets.exceptions
 import pyarrow
 import pyarrow.parquet
 
-from normfree.config import DataSpec
 from normfree.data.scratch import NO_ROOM, free_room
-from normfree.manifest import describe_files, fingerprint, sha256_bytes, sha256_file
+from normfree.files import describe_files, fingerprint, sha256_bytes, sha256_file
+from normfree.spec.run import DataSpec
 
 Split = Literal["train", "validation"]
 

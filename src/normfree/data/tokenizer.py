@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from normfree.manifest import fingerprint
+from normfree.files import fingerprint
 
 END_TOKEN = "<|endoftext|>"
 

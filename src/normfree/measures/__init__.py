@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from normfree.config import nearest
 from normfree.measures.heads import Heads
 from normfree.measures.logits import Logits
 from normfree.measures.measure import Measure
@@ -35,7 +34,7 @@ def periods_of(entries: Sequence[str], default: int) -> dict[str, int]:
     for entry in entries:
         name, colon, steps = entry.partition(":")
         if name not in MEASURES:
-            raise ValueError(f"probe.measures: unknown measure {name!r}; {nearest(name, list(MEASURES))}")
+            raise ValueError(f"probe.measures: unknown measure {name!r}; allowed: {', '.join(MEASURES)}")
         if colon and not (steps.isdigit() and int(steps)):
             raise ValueError(f"probe.measures: {entry!r}; give NAME or NAME:STEPS, e.g. {name}:500")
         if name in periods:

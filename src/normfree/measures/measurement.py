@@ -74,7 +74,7 @@ class Measurement:
 
     def plot(self, quantity: str = "entropy_nats", *, ax: Axes | None = None, title: str = "") -> Axes:
         """A heatmap of a quantity that every head has. Raises ValueError for one that was not measured."""
-        from normfree.plots import heatmap
+        from normfree.report.plots import heatmap
 
         if quantity not in self.values or self.values[quantity].ndim != 2:
             heads = [name for name, value in self.values.items() if value.ndim == 2]

@@ -10,15 +10,15 @@ from typing import Any
 from markupsafe import Markup
 from tqdm import tqdm
 
-from normfree import tables
 from normfree.analysis.groups import all_runs, group_runs
-from normfree.manifest import write_atomically
-from normfree.records import Run
+from normfree.files import write_atomically
+from normfree.report import tables
 from normfree.report.figure import PageFigure
 from normfree.report.numbers import write_numbers
 from normfree.report.page import figure_values, main_page, slopes_page
 from normfree.report.render import to_pdf, to_png
 from normfree.report.sections import members_of, sections_of
+from normfree.store.runs import Run
 
 WRITTEN = "report.json"
 """Names what a report wrote, so that the next one removes what it does not write again, and no other file."""

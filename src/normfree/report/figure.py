@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from normfree import plots
 from normfree.analysis.groups import Group, is_over
+from normfree.report import plots
 
 _LINES_PER_PANEL = 6
 _KEY_INCHES = 0.75

@@ -10,8 +10,8 @@ import pandas as pd
 
 from normfree.analysis.entropy import shares_of_ceiling, trained_heads
 from normfree.analysis.quantities import newest_values
-from normfree.manifest import write_atomically
-from normfree.records import Run, run_frame
+from normfree.files import write_atomically
+from normfree.store.runs import Run, run_frame
 
 
 def write_numbers(runs: Sequence[Run], output: Path) -> set[Path]:

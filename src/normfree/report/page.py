@@ -10,12 +10,12 @@ from markupsafe import Markup
 
 from normfree import __version__
 from normfree.analysis.groups import Group, all_runs, recipes
-from normfree.plots import COLOURS
-from normfree.records import Run
 from normfree.report.figure import PageFigure
+from normfree.report.plots import COLOURS
 from normfree.report.render import to_svg
 from normfree.report.summary import sentences
-from normfree.tables.runs import duration
+from normfree.report.tables.runs import duration
+from normfree.store.runs import Run
 
 _PAGES = Environment(
     loader=PackageLoader("normfree.report"),

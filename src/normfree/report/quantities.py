@@ -7,14 +7,14 @@ from functools import partial
 
 import numpy as np
 
-from normfree import plots
 from normfree.analysis.entropy import layer_means
 from normfree.analysis.groups import Group
 from normfree.analysis.quantities import Floats, newest_values, values_over_training
-from normfree.plots.heatmaps import highest_finite
-from normfree.records import Run
+from normfree.report import plots
 from normfree.report.figure import PageFigure, chunks_of, largest, open_ends
+from normfree.report.plots.heatmaps import highest_finite
 from normfree.store.quantities import Quantity
+from normfree.store.runs import Run
 
 _FIRST_SEED = (
     "First finished seed of each variant; where none finished, the first that diverged, else an unfinished one."

@@ -10,7 +10,7 @@ import re
 
 from matplotlib.figure import Figure
 
-from normfree.plots.style import COLOURS, drawing_settings
+from normfree.report.plots.style import COLOURS, drawing_settings
 
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 _ID = re.compile(r' id="([^"]*)"')

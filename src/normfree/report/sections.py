@@ -8,19 +8,20 @@ from functools import partial
 
 import numpy as np
 
-from normfree import plots, published, tables
+from normfree.analysis import published
 from normfree.analysis.entropy import NORMALISERS, causal_ceiling, final_heads, probed_heads, shares_of_ceiling
 from normfree.analysis.groups import Group, is_over, recipes
 from normfree.analysis.quantities import recorded_quantities
 from normfree.analysis.ranges import pooled_ranges
 from normfree.analysis.verdicts import fixed_slope, slope_layers, slopes
-from normfree.cost import trade_off, trade_off_table
-from normfree.plots.heatmaps import DIFFERENCE_COLOURS
-from normfree.records import Run
+from normfree.cost import trade_off
+from normfree.report import plots, tables
 from normfree.report.figure import PageFigure, chunks_of, largest, open_ends
+from normfree.report.plots.heatmaps import DIFFERENCE_COLOURS
 from normfree.report.quantities import quantity_figures
+from normfree.report.tables import Table, has_slope
 from normfree.store.quantities import QUANTITIES, Quantity
-from normfree.tables import Table, has_slope
+from normfree.store.runs import Run
 
 Groups = Sequence[Group]
 _MAXIMA = {"observed": "Of the highest head here", "log_t": "Of ln T", "causal": "Of the causal ceiling"}
@@ -352,7 +353,7 @@ SECTIONS: tuple[Section, ...] = (
             figures=lambda groups: [_nonfinite(groups)]),
     Section(name="private-inference", title="Perplexity against communication in private inference",
             menu="Private inference", figures=lambda groups: [_private_inference(groups)],
-            tables={"perplexity-communication": lambda groups: trade_off_table(trade_off(groups))}),
+            tables={"perplexity-communication": lambda groups: tables.trade_off_table(trade_off(groups))}),
     Section(name="slopes", title="Slope and perplexity", tables={"slopes": tables.slope_table}, page="slopes"),
     Section(name="slope-trajectories", title="Learnable slopes over training",
             figures=lambda groups: [_trajectories(groups)], page="slopes"),

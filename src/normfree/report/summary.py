@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from normfree import published
+from normfree.analysis import published
 from normfree.analysis.entropy import top_quarter_share, trained_heads
 from normfree.analysis.groups import Group
 from normfree.analysis.seeds import Difference, summarise
 from normfree.analysis.verdicts import overload
-from normfree.records import Run, divergence_text
-from normfree.tables.claims import top_quarter_difference
-from normfree.tables.results import comparable_pairs, perplexity_difference
+from normfree.report.tables.claims import top_quarter_difference
+from normfree.report.tables.results import comparable_pairs, perplexity_difference
+from normfree.store.runs import Run, divergence_text
 
 _NAMED = 4
 """Variants with one seed that are named; more are counted."""

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from normfree.records import RUN_FILE, Run, RunWriter, read_run
 from normfree.store.quantities import describe
+from normfree.store.runs import RUN_FILE, Run, RunWriter, read_run
 
 STUDY = "measurements"
 _IDENTITY = ("name", "tokens_sha256", "context", "sequences", "precision", "measures", "method")

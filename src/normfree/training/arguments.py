@@ -14,10 +14,10 @@ import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
 
-from normfree.config import RunSpec
 from normfree.data import Corpus
 from normfree.model import NormFreeConfig, activations, norms
-from normfree.records import OVER, RUN_FILE, DamagedRunError, read_run
+from normfree.spec.run import RunSpec
+from normfree.store.runs import OVER, RUN_FILE, DamagedRunError, read_run
 from normfree.training.bf16 import needs_fp32_units
 from normfree.training.process import refuse_other_products
 

@@ -24,7 +24,7 @@ from normfree.measures import open_measures
 from normfree.measures.held_out import blocks_of, measure_batches
 from normfree.measures.measure import values_of
 from normfree.model.modeling import NormFreePreTrainedModel
-from normfree.signals import WARNINGS, stopping_signals, warning_signals
+from normfree.training.signals import WARNINGS, stopping_signals, warning_signals
 
 logger = logging.getLogger("normfree")
 

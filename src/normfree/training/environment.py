@@ -16,10 +16,10 @@ import torch
 from accelerate import PartialState
 
 import normfree
-from normfree.config import RunSpec
 from normfree.data import Corpus
-from normfree.manifest import describe_files, fingerprint
+from normfree.files import describe_files, fingerprint
 from normfree.model import modeling
+from normfree.spec.run import RunSpec
 from normfree.training.bf16 import has_bf16_units
 
 _LIBRARIES = ("torch", "transformers", "datasets", "tokenizers", "accelerate", "numpy")
@@ -114,8 +114,8 @@ def git_commit() -> str | None:
 def command_line() -> str:
     """The command that was typed, as far as a process can know it."""
     program, *words = sys.argv
-    start = ["normfree"] if program.endswith(("normfree", "cli.py")) else [program]
+    start = ["normfree"] if program.endswith(("normfree", "normfree/__main__.py")) else [program]
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        script = ["-m", "normfree.cli"] if start == ["normfree"] else start
+        script = ["-m", "normfree"] if start == ["normfree"] else start
         start = ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"], *script]
     return shlex.join([*start, *words])

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from normfree.records import divergence_text
+from normfree.store.runs import divergence_text
 
 KINDS = ("weight", "activation", "loss", "gradient")
 """In the order of a step."""

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from normfree.config import RunSpec
 from normfree.data import Corpus
-from normfree.manifest import fingerprint, read_manifest
+from normfree.files import fingerprint, read_manifest
 from normfree.measures import MEASURES, periods_of
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
-from normfree.records import METRICS_FILE, RUN_FILE, DamagedRunError, RunWriter, read_run
+from normfree.spec.run import RunSpec
+from normfree.store.checkpoints import step_of
 from normfree.store.quantities import describe
-from normfree.training.checkpoints import step_of
+from normfree.store.runs import METRICS_FILE, RUN_FILE, DamagedRunError, RunWriter, read_run
 from normfree.training.environment import environment
 
 logger = logging.getLogger("normfree")

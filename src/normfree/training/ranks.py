@@ -15,9 +15,9 @@ import torch.distributed
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from normfree.config import RunSpec
-from normfree.manifest import damages
-from normfree.training.checkpoints import newest_sound
+from normfree.files import damages
+from normfree.spec.run import RunSpec
+from normfree.store.checkpoints import newest_sound
 
 logger = logging.getLogger("normfree")
 

@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from normfree.config import RunSpec
-from normfree.manifest import fingerprint
+from normfree.files import fingerprint
+from normfree.spec.run import RunSpec
 
 logger = logging.getLogger("normfree")
 

@@ -23,15 +23,15 @@ from transformers import TrainerCallback, set_seed
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from normfree.config import RunSpec
 from normfree.data import Corpus, prepare
-from normfree.evaluate import spread
-from normfree.manifest import folder_lock, read_manifest, write_manifest
+from normfree.files import folder_lock, read_manifest, write_manifest
 from normfree.measures import open_measures, periods_of
 from normfree.measures.perplexity import evaluate_blocks
+from normfree.measures.text import spread
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
-from normfree.records import RUN_FILE, RunWriter
-from normfree.signals import pass_on
+from normfree.spec.run import RunSpec
+from normfree.store.checkpoints import STAGING, compare_surroundings, drop_staged, make_room, publish, step_of
+from normfree.store.runs import RUN_FILE, RunWriter
 from normfree.training import callbacks as watch
 from normfree.training.arguments import (
     check_held_out,
@@ -43,12 +43,12 @@ from normfree.training.arguments import (
     with_less_memory,
 )
 from normfree.training.bf16 import products_for
-from normfree.training.checkpoints import STAGING, compare_surroundings, drop_staged, make_room, publish, step_of
 from normfree.training.environment import command_line, device_name, surroundings, usable_cores, whereabouts
 from normfree.training.guard import Divergence, NonFiniteError
 from normfree.training.opening import model_facts, open_writer
 from normfree.training.process import products_as_before, without_accelerate_variables
 from normfree.training.ranks import agreed_checkpoint, main_process_first, of_the_first, state_of_processes
+from normfree.training.signals import pass_on
 from normfree.training.tracking import wandb_run
 from normfree.training.trainer import NormFreeTrainer
 

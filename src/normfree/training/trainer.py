@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainingArguments
 
-from normfree.config import RunSpec, TrainSpec
 from normfree.model.modeling import NormFreePreTrainedModel
-from normfree.training.checkpoints import CheckpointError, checkpoint_bytes, require_space
+from normfree.spec.run import RunSpec, TrainSpec
+from normfree.store.checkpoints import CheckpointError, checkpoint_bytes, require_space
 from normfree.training.data_order import BlockOrder
 from normfree.training.guard import Divergence, NonFiniteError, earliest, locate, total_gradient_norm
 from normfree.training.process import keep_fp32_products

@@ -1,0 +1,1 @@
+"""Models that others made: loading, GGUF files, conversion to our classes."""

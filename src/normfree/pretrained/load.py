@@ -1,0 +1,136 @@
+"""MODEL on the command line: a run of ours, a folder, a .gguf file or a name on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.import_utils import is_peft_available
+from transformers.utils.peft_utils import find_adapter_config_file
+
+import normfree.model  # noqa: F401 - registers our architecture with the Auto classes
+from normfree.pretrained.gguf import correct_or_refuse
+from normfree.spec.keys import nearest
+from normfree.store.runs import RUN_FILE, read_run
+
+_UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError)
+"""What transformers raises for names, configs and weights that it cannot make a model of."""
+_UNUSED = re.compile(
+    r"inv_freq$|position_ids$|(attn|attention)\.(masked_)?bias$|causal_mask$"  # buffers that older versions saved
+    r"|(^|\.)(pooler|seq_relationship|mtp|vision|visual|audio|multi_modal|multimodal|embed_vision|embed_audio)"
+)
+"""Weights that no prediction of a next token uses: masks, BERT's other heads, multi-token prediction, other senses."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_pretrained(
+    name: str,
+    *,
+    dtype: str = "fp32",
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    attention: str | None = None,
+) -> tuple[Any, Any]:
+    """Load (model, tokenizer), the model in evaluation mode on `device` (default: the GPU if there is one).
+    `attention` is transformers' attn_implementation; None lets the model choose.
+
+    Raises ValueError, in one line, when there is no such model, it cannot be reached, it is no causal LM, the files
+    lack its tokenizer or some of its weights, which transformers would fill with random numbers, or they hold what it
+    leaves out: weights without a place, an adapter where peft is not installed, keys of a .gguf file.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
+    target = usable_device(device)
+    options: dict[str, Any] = _source(name) | {"trust_remote_code": trust_remote_code}
+    loading = {"dtype": DTYPES[dtype], "attn_implementation": attention, "output_loading_info": True}
+    try:
+        if find_adapter_config_file(options["pretrained_model_name_or_path"]) and not is_peft_available():
+            raise ImportError("adapter_config.json: a model with an adapter needs pip install 'peft>=0.17'")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(**options, **loading)
+        tokenizer = AutoTokenizer.from_pretrained(**options)
+        model, info = loaded[0].to(target).eval(), loaded[1]
+    except _UNREADABLE as error:
+        raise ValueError(
+            f"cannot load {name!r} as a causal language model ({_first_line(error)}); give a run folder, a folder "
+            "written by save_pretrained, a .gguf file, or a hub name (needs the network, or HF_HOME with a copy)"
+        ) from error
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{name} lacks {len(missing)} weights of its model, e.g. {missing[0]}: the files are incomplete"
+        )
+    if extra := sorted(key for key in info["unexpected_keys"] if not _UNUSED.search(key)):
+        raise ValueError(
+            f"{name} holds {len(extra)} weight(s) without a place in its model, e.g. {extra[0]}: config.json is of "
+            "another model"
+        )
+    if file := options.get("gguf_file"):
+        correct_or_refuse(Path(options["pretrained_model_name_or_path"]) / file, model, tokenizer)
+    if not tokenizer("text", add_special_tokens=False)["input_ids"]:  # what transformers makes of no files at all
+        raise ValueError(f"{name} has no tokenizer that makes tokens of text; save the model's beside it")
+    return model, tokenizer
+
+
+def outline(name: str, *, dtype: str, trust_remote_code: bool = False, attention: str | None = None) -> Any:
+    """The model of a config on the meta device, without weights; None where loading will say why there is none."""
+    options: dict[str, Any] = _source(name) | {"trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(**options)
+        if hasattr(config, "quantization_config"):  # a config does not say how large such weights are
+            return None
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, dtype=DTYPES[dtype], attn_implementation=attention, trust_remote_code=trust_remote_code
+            )
+    except _UNREADABLE:
+        return None
+
+
+def usable_device(device: str | None) -> torch.device:
+    """The device of that name; None takes the GPU if there is one. Raises ValueError where torch cannot use it."""
+    try:
+        return torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError) as error:  # an unknown name, or a build of torch without it
+        raise ValueError(f"device={device} cannot be used here ({_first_line(error)}); cpu always can") from None
+
+
+def load_config(name: str) -> Any:
+    """The config of a folder or hub name. Raises ValueError, in one line, when it cannot be read or reached."""
+    try:
+        return AutoConfig.from_pretrained(**_source(name))
+    except _UNREADABLE as error:
+        raise ValueError(
+            f"cannot read the config of {name!r} ({_first_line(error)}); give a run, a preset, a folder with a "
+            "config.json, or a hub name (needs the network, or HF_HOME with a copy)"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _source(name: str) -> dict[str, str]:
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"{name} does not exist; give the path of a .gguf file")
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if (path / RUN_FILE).is_file():
+        run = read_run(path)
+        if not (path / "model").is_dir():
+            why = "its folder model/ is not here" if run.status == "finished" else f"the run is {run.status}"
+            raise ValueError(f"{name} has no saved model: {why}; only finished runs save one")
+        return {"pretrained_model_name_or_path": str(path / "model")}
+    # Names on the hub have one slash at most, and no runs lie beside them.
+    beside_runs = "/" in name and any(path.parent.glob(f"*/{RUN_FILE}"))
+    if not path.exists() and (name.startswith((".", "/")) or name.count("/") > 1 or beside_runs):
+        files = [file for kind in (RUN_FILE, "config.json") for file in path.parent.glob(f"*/{kind}")]
+        beside = sorted({file.parent.name for file in files})
+        raise ValueError(f"{name} does not exist{'; ' + nearest(path.name, beside) if beside else ''}")
+    if path.is_dir() and not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
+        raise ValueError(f"{name} is neither a run folder nor a saved model: it has no {RUN_FILE} and no config.json")
+    return {"pretrained_model_name_or_path": name}

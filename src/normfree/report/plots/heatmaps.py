@@ -1,0 +1,127 @@
+"""One cell a head: layers downwards, heads to the right.  L layers, H heads"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Colormap
+from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike
+
+from normfree.report.plots.style import MUTED, Key, colour_key, panel_figure, wrapped
+from normfree.store.quantities import QUANTITIES, Quantity
+
+HEATMAP_COLOURS = mpl.colormaps["viridis"]
+DIFFERENCE_COLOURS = mpl.colormaps["RdBu_r"]
+_SMALLEST_POINTS = 4.5
+_NOT_FINITE = "#c9ced6"
+
+
+def heatmap(
+    values_LH: ArrayLike,
+    *,
+    quantity: Quantity | str = "entropy_nats",
+    ax: Axes | None = None,
+    ceiling: ArrayLike | None = None,
+    title: str = "",
+    layers: Sequence[int] | None = None,
+) -> Axes:
+    """Draw one number a head, [layers, heads]; title and unit of the colour bar are the quantity's.
+
+    `ceiling` is the value of the brightest colour (one number, or one a layer of which the highest counts);
+    give several heatmaps the same one to make them comparable. Without it the highest finite value is used.
+    `layers` are the numbers of the rows where they are not 0, 1, ... as in models with attention in some layers only.
+    Non-finite heads are hatched and say NaN. Values are written with two decimals where they fit.
+    Without `ax` a figure with its own colour bar is made; it is `.figure` of what is returned.
+
+    Raises ValueError for values of another shape.
+    """
+    values_LH = np.asarray(values_LH, dtype=float)
+    if values_LH.ndim != 2 or values_LH.size == 0:
+        raise ValueError(f"values have shape {values_LH.shape}; give one row a layer and one column a head")
+    if isinstance(quantity, str):
+        quantity = QUANTITIES[quantity]
+    highest = highest_finite(values_LH if ceiling is None else np.asarray(ceiling, dtype=float))
+    numbers = range(len(values_LH)) if layers is None else layers
+    draw = partial(_draw, values_LH, highest=highest, title=title, numbers=numbers)
+    if ax is not None:
+        return draw(ax=ax)
+    key = heatmap_key(quantity, highest, marked=ceiling is not None)
+    return panel_figure([draw], panel_inches=heatmap_size(*values_LH.shape), key=key).axes[0]
+
+
+def heatmap_key(quantity: Quantity, highest: float, *, unit: str | None = None, marked: bool = True) -> Key:
+    """The colour bar of heatmaps of a quantity up to `highest`, with the quantity's mark if that is its ceiling."""
+    label = quantity.label if unit is None else f"{quantity.title} ({unit})"
+    mark = None
+    if quantity.mark is not None and marked:
+        share, words = quantity.mark
+        mark = (share * highest, f"{words} from {share * highest:.2f}")
+    return colour_key(HEATMAP_COLOURS, limit=(0, highest), label=label, mark=mark)
+
+
+def difference_heatmap(values_LH: ArrayLike, *, ax: Axes, limit: float, title: str = "", layers: Sequence[int]) -> Axes:
+    """Draw differences of a number a head between two models: white is none, the two colours are the two signs."""
+    colours = {"lowest": -limit, "highest": limit, "colours": DIFFERENCE_COLOURS}
+    return _draw(np.asarray(values_LH, dtype=float), ax=ax, title=title, numbers=layers, **colours)
+
+
+def heatmap_size(layers: int, heads: int) -> tuple[float, float]:
+    """Inches that give every cell room for its number, within what a page can show."""
+    return min(max(0.9 + 0.3 * heads, 3.0), 9.0), min(max(0.9 + 0.24 * layers, 2.2), 9.0)
+
+
+def _draw(
+    values_LH: np.ndarray,
+    *,
+    ax: Axes,
+    highest: float,
+    title: str,
+    numbers: Sequence[int],
+    lowest: float = 0.0,
+    colours: Colormap = HEATMAP_COLOURS,
+) -> Axes:
+    layers, heads = values_LH.shape
+    colours = colours.with_extremes(bad=_NOT_FINITE)
+    image = ax.imshow(values_LH, cmap=colours, vmin=lowest, vmax=highest, aspect="auto", interpolation="none")
+    ax.grid(visible=False)
+    for layer, head in np.argwhere(~np.isfinite(values_LH)):
+        corner = (head - 0.5, layer - 0.5)
+        ax.add_patch(Rectangle(corner, 1, 1, fill=False, hatch="////", edgecolor=MUTED, linewidth=0))
+    _write_values(values_LH, image)
+    ax.set(title=wrapped(title), xlabel="head", ylabel="layer")
+    for axis, count in ((ax.xaxis, heads), (ax.yaxis, layers)):
+        axis.set_major_locator(MaxNLocator(nbins=min(count, 12), integer=True, min_n_ticks=1))
+    ax.yaxis.set_major_formatter(lambda row, _: str(numbers[round(row)]) if 0 <= round(row) < layers else "")
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    return ax
+
+
+def _write_values(values_LH: np.ndarray, image: AxesImage) -> None:
+    """Two decimals in every cell, if the cells are wide and high enough for letters one can read."""
+    layers, heads = values_LH.shape
+    box = image.axes.get_window_extent()
+    points = 72 / image.axes.get_figure(root=True).dpi  # pyright: ignore[reportOptionalMemberAccess]
+    size = min(8.0, box.width * points / heads / 2.7, box.height * points / layers / 1.5)
+    if size < _SMALLEST_POINTS:
+        return
+    # Black or white, whichever stands out more from the cell (WCAG relative luminance).
+    is_light_LH = image.to_rgba(np.ma.masked_invalid(values_LH))[..., :3] ** 2.2 @ (0.2126, 0.7152, 0.0722) > 0.179
+    style = {"ha": "center", "va": "center", "fontsize": size, "in_layout": False, "clip_on": True}
+    for (layer, head), value in np.ndenumerate(values_LH):
+        text = image.axes.text(head, layer, f"{value:.2f}", color="k" if is_light_LH[layer, head] else "w", **style)
+        if not np.isfinite(value):
+            text.set_text("NaN")
+            text.set_bbox({"facecolor": _NOT_FINITE, "edgecolor": "none", "pad": 0.6})
+
+
+def highest_finite(values: np.ndarray) -> float:
+    """The highest finite value, or 1 where there is none above 0."""
+    return float(values[np.isfinite(values)].max(initial=0.0)) or 1.0

@@ -1,0 +1,57 @@
+"""Checked dataclasses from plain values, the meaning of every key, and the nearest name to a wrong one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+Built = TypeVar("Built")
+
+
+def build(kind: type[Built], values: Mapping[str, Any]) -> Built:
+    """A checked dataclass from plain values. Raises ValueError that names every mistake and the nearest valid key."""
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        raise ValueError("; ".join(_explain(problem, kind) for problem in error.errors())) from None
+
+
+def _explain(problem: Any, kind: type) -> str:
+    key = ".".join(part for part in problem["loc"] if isinstance(part, str))  # without places in a list
+    match problem["type"]:
+        case "unexpected_keyword_argument":
+            return f"unknown key {key!r}; {nearest(key, list(describe_keys(kind)))}"
+        case "missing" | "missing_argument":
+            return f"{key} is missing"
+        case "value_error":
+            return str(problem["ctx"]["error"])
+        case "tuple_type":
+            return f"{key}={problem['input']!r} must be a list, e.g. {key}=[{problem['input']}]"
+    return f"{key}={problem['input']!r}: {problem['msg'].replace('Input should', 'it should')}"
+
+
+def describe_keys(kind: type) -> dict[str, tuple[Any, str]]:
+    """Default and meaning of every dotted key of a dataclass, e.g. `train.steps` of RunSpec."""
+    schema = TypeAdapter(kind).json_schema()
+    keys = {}
+    for name, facts in schema["properties"].items():
+        part = facts.get("$ref") or facts.get("items", {}).get("$ref")
+        inner = schema["$defs"][part.rpartition("/")[2]]["properties"] if part else {}
+        keys |= {f"{name}.{key}": about for key, about in inner.items()} or {name: facts}
+    rows = {}
+    for key, about in keys.items():
+        choices = about.get("enum") or about.get("items", {}).get("enum")
+        rows[key] = (
+            about.get("default"),
+            about.get("description", "") + (f" [{' | '.join(choices)}]" if choices else ""),
+        )
+    return rows
+
+
+def nearest(word: str, allowed: list[str]) -> str:
+    """The end of an error line: what was probably meant, else all that is allowed."""
+    close = get_close_matches(word, allowed, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"allowed: {', '.join(allowed)}"

@@ -1,0 +1,274 @@
+"""The truth about a run: frozen dataclasses that check types and values when they are built.
+
+Hydra's YAML only holds values for these fields. `RunSpec.model` stays a dict: an architecture field
+is declared once, in `normfree.model.configuration`, and checked by building a `NormFreeConfig`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import field
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from pydantic_core import to_jsonable_python
+
+from normfree.files import fingerprint
+from normfree.spec.keys import build
+
+Count = Annotated[int, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+# What tells one variant from another under one recipe: tables compare over these and nothing else.
+VARIANT_FIELDS = (
+    *(f"model.{name}" for name in ("norm", "activation", "negative_slope", "learnable_slope")),
+    *(f"train.{name}" for name in ("decay_slopes", "slope_learning_rate_factor")),
+)
+# Names, and the seeds: other weights and another order of the data are replicates of one recipe.
+NOT_RECIPE_FIELDS = ("study", "variant", "label", "tag", "seed", "data_seed")
+# Where the text lies: what it is, the fingerprint of its corpus says.
+PLACES_OF_TEXT = ("data.paths", "data.validation_paths")
+# How a run is watched, placed and cut into passes: its numbers depend on these by rounding and dropout masks only.
+NOT_DECIDING = (
+    *(f"train.{name}" for name in ("trackers", "threads", "log_every", "checkpoint_every", "checkpoints_kept")),
+    *(f"train.{name}" for name in ("micro_batch_sequences", "gradient_checkpointing")),
+    "data.expected_fingerprint",
+    "probe.measures",
+    *PLACES_OF_TEXT,
+)
+# They may change within a run; tables over training compare runs that were measured at the same steps.
+WHEN_MEASURED = ("train.evaluate_every", "probe.every_steps")
+
+# YAML reads tag=100 and study=2024 as numbers; they are names.
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True)
+
+# Keys of a run that a group of the configuration sets, with others (data=files), or that stand for many.
+NOT_SET_ALONE = ("model", "preset", "variant", "label", "data.source")
+
+_SOURCES_THAT_READ = {
+    **dict.fromkeys(("paths", "validation_paths"), ("files",)),
+    **dict.fromkeys(("dataset", "dataset_config", "validation_dataset"), ("hub", "codeparrot")),
+}
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class DataSpec:
+    """Which text, cut into which tokens: what decides the corpus fingerprint, and which one is expected.
+
+    `paths` and `validation_paths` decide by what their files hold, wherever these lie.
+    """
+
+    source: Literal["installed", "codeparrot", "hub", "files"] = "installed"
+    """Python code on this machine, the paper's data sets, any Hugging Face data set, or local files."""
+    paths: tuple[str, ...] = ()
+    """data=files: training folders or globs of .py, .txt, .jsonl, .parquet."""
+    validation_paths: tuple[str, ...] = ()
+    """data=files: validation folders or globs; empty holds out a twentieth of `paths` (docs/data.md)."""
+    dataset: str | None = None
+    """data=hub: name on the hub, or a local folder."""
+    dataset_config: str | None = None
+    """data=hub: the configuration of that data set, if it has several."""
+    validation_dataset: str | None = None
+    """Where the validation split lies; empty means in `dataset`."""
+    train_split: str = "train"
+    """data=hub, codeparrot: the split to train on."""
+    validation_split: str = "validation"
+    """data=hub, codeparrot: the held-out split."""
+    column: str = "content"
+    """The column that holds the text (.jsonl, .parquet and hub data sets)."""
+    tokenizer: str | None = None
+    """Folder or hub name; empty trains a byte-level BPE on the training split."""
+    vocab_size: int = 2048
+    """Pieces of the tokenizer that is trained here."""
+    context: Annotated[int, Field(ge=2)] = 128
+    """Tokens in a block, T."""
+    packing: Literal["windows", "concatenate"] = "windows"
+    """windows: per document, tail dropped, no end token (the paper's); concatenate: end token between documents."""
+    max_bytes: Count | None = None
+    """At most this many bytes of training text, in a fixed order."""
+    max_bytes_per_package: Count | None = None
+    """data=installed: no package gives more than this, so that none dominates."""
+    train_documents: Count | None = None
+    """At most this many training documents after the shuffle."""
+    validation_documents: Count | None = None
+    """At most this many validation documents after the shuffle."""
+    shuffle_seed: int = 0
+    """Order in which documents are taken (not the order of training; that is data_seed)."""
+    expected_fingerprint: str | None = None
+    """Fingerprint of the corpus behind the committed results; tables say so when yours differs."""
+
+    def __post_init__(self) -> None:
+        if self.source == "files" and not self.paths:
+            raise ValueError("data=files needs data.paths, e.g. 'data.paths=[corpus/*.py]'")
+        if self.source == "hub" and not self.dataset:
+            raise ValueError("data=hub needs data.dataset, e.g. data.dataset=roneneldan/TinyStories")
+        for name, sources in _SOURCES_THAT_READ.items():
+            if getattr(self, name) and self.source not in sources:
+                allowed = " or ".join(f"data={source}" for source in sources)
+                raise ValueError(f"data.{name} is not read with data={self.source}: give {allowed}")
+        if self.tokenizer is None and self.vocab_size < 257:
+            raise ValueError(f"data.vocab_size={self.vocab_size}: 256 bytes and an end token make it 257 or more")
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class TrainSpec:
+    """How the model is trained. Batches count sequences of `data.context` tokens."""
+
+    steps: Count | None = None
+    """Optimiser steps; give this or `epochs`."""
+    epochs: Positive | None = None
+    """Passes over the training blocks; give this or `steps`."""
+    batch_sequences: Count = 32
+    """Sequences per optimiser step, over all processes and accumulation."""
+    micro_batch_sequences: Count = 32
+    """Sequences per forward pass of one process."""
+    peak_learning_rate: Positive = 1e-3
+    """AdamW's, at the end of the warm-up."""
+    final_learning_rate: NotNegative = 1e-7
+    """Where its linear fall ends, after the last step."""
+    warmup_share: BelowOne = 0.05
+    """Share of the steps in which the learning rate rises linearly; then it falls linearly."""
+    weight_decay: NotNegative = 0.1
+    """AdamW's, on matrices and embeddings; never on biases and norms."""
+    decay_slopes: bool = False
+    """Also decay learnable slopes, as the official code does: over gpt2-t128's schedule that alone shrinks one to 0.2
+    times its value, over cpu's to 0.78 times."""
+    slope_learning_rate_factor: NotNegative = 1.0
+    """Learning rate of the slopes as a multiple of everybody else's."""
+    adam_beta1: BelowOne = 0.9
+    """Decay of AdamW's average of gradients, a step."""
+    adam_beta2: BelowOne = 0.999
+    """Decay of AdamW's average of squared gradients, a step."""
+    adam_epsilon: Positive = 1e-8
+    """What AdamW adds to the root of that average."""
+    max_gradient_norm: Positive = 1.0
+    """A gradient whose L2 norm over all parameters is larger is scaled down to it; 1e9 leaves all as they are."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """fp32, or autocast in bf16 or fp16 over fp32 weights (fp16 needs a GPU)."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, slower."""
+    compile: bool = False
+    """torch.compile the model."""
+    on_nonfinite: str = "stop"
+    """A step whose loss or gradient is not finite: `stop` records the run as diverged, `skip:N` leaves out up to N."""
+    evaluate_every: Count = 500
+    """Steps between evaluations on the validation split."""
+    evaluation_sequences: Count | None = None
+    """Validation sequences used while training; the final evaluation always takes all."""
+    log_every: Count = 10
+    """Steps between lines of loss, learning rate, gradient norm and tokens per second."""
+    checkpoint_every: Count = 500
+    """Steps between checkpoints, from which a run goes on after a kill."""
+    checkpoints_kept: Count = 2
+    """The newest of them stay on disk."""
+    threads: Count | None = None
+    """CPU threads; unless given, every core this process may use."""
+    trackers: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ()
+    """Also report losses, perplexity, learning rate and gradient norm there (an optional extra: docs/training.md)."""
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(
+                f"give exactly one of train.steps and train.epochs, got steps={self.steps} and epochs={self.epochs}; "
+                "train.steps=null or train.epochs=null frees what a preset sets"
+            )
+        batch, micro = self.batch_sequences, self.micro_batch_sequences
+        if batch % micro:
+            raise ValueError(f"train.batch_sequences={batch} must be a multiple of train.micro_batch_sequences={micro}")
+        final, peak = self.final_learning_rate, self.peak_learning_rate
+        if final > peak:
+            raise ValueError(f"train.final_learning_rate={final} must be at most train.peak_learning_rate={peak}")
+        if not re.fullmatch(r"stop|skip:[1-9][0-9]*", self.on_nonfinite):
+            raise ValueError(f"train.on_nonfinite={self.on_nonfinite!r}; allowed: stop, or skip:N with N of 1 or more")
+
+    @property
+    def skips_allowed(self) -> int:
+        """Non-finite steps that may be left out before the run counts as diverged."""
+        return int(self.on_nonfinite.partition(":")[2] or 0)
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ProbeSpec:
+    """When and on how much held-out text the heads are measured."""
+
+    measures: tuple[str, ...] = ("heads", "slopes")
+    """What is measured (docs/quantities.md); NAME:STEPS gives a measure a period of its own."""
+    every_steps: Count = 100
+    """Steps between measurements."""
+    sequences: Count = 64
+    """Size of the fixed held-out batch."""
+    final_sequences: Count = 1000
+    """Held-out sequences measured once, after the last step; heatmaps use these."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class RunSpec:
+    """One training run, completely."""
+
+    study: str = "single"
+    """Folder of runs that belong together; a name only, `normfree study NAME` is what takes a study's settings."""
+    preset: str
+    variant: str
+    label: str
+    """The variant in the paper's notation, as tables print it."""
+    tag: str = ""
+    """Tells apart runs of one variant and seed, e.g. a second learning rate; part of the folder name."""
+    seed: Seed = 0
+    """Initial weights and dropout."""
+    data_seed: Seed = 0
+    """Order of the training blocks, so that variants and seeds can share it."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """Fields of NormFreeConfig."""
+    data: DataSpec = field(default_factory=DataSpec)
+    train: TrainSpec
+    probe: ProbeSpec = field(default_factory=ProbeSpec)
+
+    def __post_init__(self) -> None:
+        for name in ("study", "variant", "tag"):
+            if re.search(r"[/\\\0]|^\.{1,2}$", value := getattr(self, name)):
+                raise ValueError(f"{name}={value!r} becomes part of a folder name: no slash, no dots alone")
+
+    @property
+    def name(self) -> str:
+        """Name of the run's folder, unique within its study."""
+        return "-".join(part for part in (self.variant, self.tag, f"seed{self.seed}") if part)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for run.json."""
+        return to_jsonable_python(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunSpec:
+        """Build a spec. Raises ValueError that names every mistake and the nearest valid key."""
+        return build(cls, values)
+
+    def recipe(self) -> str:
+        """Fingerprint of all that must be equal for two runs to share a table: `recipe_of` this spec."""
+        return recipe_of(self.to_dict())
+
+    def identity(self) -> str:
+        """Fingerprint of all but the text that decides the run's numbers; a folder holds one identity only."""
+        return fingerprint(self.deciding())
+
+    def deciding(self) -> dict[str, Any]:
+        """Plain values of all but the text that decides the run's numbers."""
+        return _without(self.to_dict(), (*NOT_DECIDING, *WHEN_MEASURED))
+
+
+def recipe_of(spec: Mapping[str, Any]) -> str:
+    """Fingerprint of a spec (as run.json has it) without variant, seeds, text and what does not decide the numbers."""
+    return fingerprint(_without(spec, (*NOT_RECIPE_FIELDS, *VARIANT_FIELDS, *NOT_DECIDING)))
+
+
+def _without(spec: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """A spec without these dotted keys."""
+    return {
+        name: {k: v for k, v in value.items() if f"{name}.{k}" not in keys} if isinstance(value, Mapping) else value
+        for name, value in spec.items()
+        if name not in keys
+    }

@@ -1,0 +1,358 @@
+"""The run folder's schema: the only code that reads or writes run.json and metrics.jsonl.
+
+A line of metrics.jsonl is `{"step": 100, "split": "probe", "name": "entropy_nats", "value": [[...], ...]}`.
+Non-finite floats are the strings "NaN", "Infinity" and "-Infinity", so that every line is JSON and no
+NaN becomes a number; readers get floats back.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from normfree.files import describe_files, sync, write_atomically
+from normfree.spec.run import recipe_of
+from normfree.store.quantities import QUANTITIES, Quantity, read_description
+
+FORMAT = 1
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+STATUSES = ("running", "finished", "diverged", "interrupted", "failed")
+OVER = ("finished", "diverged")
+"""Statuses of a run that has a result."""
+
+_NEEDED = (
+    *(f"spec.{name}" for name in ("study", "variant", "label", "seed", "model", "data.context", "train.precision")),
+    *(f"corpus.{name}" for name in ("fingerprint", "unigram_perplexity", "vocab_size")),
+    "steps",
+)
+"""What readers of run.json rely on, by dotted name."""
+_LINE_KEYS = {"step", "split", "name", "value"}
+_TEXT_OF = {math.inf: "Infinity", -math.inf: "-Infinity"}
+_FLOAT_OF = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def encode(value: Any) -> Any:
+    """JSON-safe form of numbers, lists and dicts; non-finite floats become their names."""
+    if isinstance(value, dict):
+        return {str(key): encode(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [encode(item) for item in value]
+    if hasattr(value, "tolist"):  # numpy and torch, without importing either
+        return encode(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return _TEXT_OF.get(value, "NaN")
+    return value
+
+
+def decode(value: Any) -> Any:
+    """The inverse of `encode`: names of non-finite floats become floats again."""
+    if isinstance(value, dict):
+        return {key: decode(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [decode(item) for item in value]
+    if isinstance(value, str):
+        return _FLOAT_OF.get(value, value)
+    return value
+
+
+class DamagedRunError(ValueError):
+    """run.json, or the metrics beside it, are there, but not as they were written."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder, read."""
+
+    folder: Path
+    facts: dict[str, Any]
+    """The content of run.json."""
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        return self.facts["spec"]
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def place(self) -> str:
+        """`study/name`, which tells it from a run of another study."""
+        return f"{self.spec['study']}/{self.name}"
+
+    @property
+    def label(self) -> str:
+        """The variant in the paper's notation, with the tag that tells it from its siblings."""
+        tag = self.spec.get("tag")
+        return f"{self.spec['label']} ({tag})" if tag else self.spec["label"]
+
+    @property
+    def seed(self) -> int:
+        return self.spec["seed"]
+
+    @property
+    def status(self) -> str:
+        return self.facts["status"]
+
+    @property
+    def corpus(self) -> str:
+        """Fingerprint of the text it was trained on."""
+        return self.facts["corpus"]["fingerprint"]
+
+    @property
+    def steps_done(self) -> int:
+        """Optimiser steps on record: run.json is written with each checkpoint, metrics between them too."""
+        recorded = self.facts.get("steps_done", 0)
+        if self.status in OVER:
+            return recorded
+        return max([recorded, *self.metrics["step"].tolist()])
+
+    @property
+    def tokens_seen(self) -> int:
+        """Training tokens of those steps."""
+        return self.steps_done * self.spec["train"]["batch_sequences"] * self.spec["data"]["context"]
+
+    @property
+    def perplexity(self) -> float:
+        """Final validation perplexity; NaN for a run that did not finish with a finite loss."""
+        final = self.facts.get("final")
+        return final["perplexity"] if self.status == "finished" and final else math.nan
+
+    @property
+    def kind(self) -> str:
+        """`run` for a training run, `measurement` for a model that was measured once."""
+        return self.facts.get("kind", "run")
+
+    @cached_property
+    def quantities(self) -> dict[str, Quantity]:
+        """What it recorded, by name. Records from before descriptions were kept have those of today."""
+        descriptions = self.facts.get("quantities")
+        if descriptions is None:
+            return {name: QUANTITIES[name] for name in self.metrics["name"].unique() if name in QUANTITIES}
+        return {name: read_description(name, values) for name, values in descriptions.items()}
+
+    def layer_numbers(self, name: str, count: int) -> list[int]:
+        """The model's own numbers of the `count` layers in which a quantity was measured."""
+        return (self.facts.get("quantities") or {}).get(name, {}).get("layers") or list(range(count))
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        """Columns step, split, name, value (a number or nested lists), in the order written.
+
+        Raises DamagedRunError where a run that is over has other metrics than its run.json recorded.
+        """
+        path, recorded = self.folder / METRICS_FILE, self.facts.get("metrics_file")
+        if recorded and (not path.exists() or describe_files(self.folder, [path])[METRICS_FILE] != recorded):
+            raise DamagedRunError(
+                f"{path} is not the file that {RUN_FILE} recorded at the end of the run: restore it, or, if it was "
+                f"changed on purpose, take metrics_file out of {RUN_FILE}"
+            )
+        rows = list(read_lines(self.folder / METRICS_FILE))
+        return pd.DataFrame(rows, columns=["step", "split", "name", "value"])
+
+    def series(self, split: str, name: str) -> list[tuple[int, Any]]:
+        """`[(step, value), ...]` of one metric."""
+        frame = self.metrics
+        chosen = frame[(frame["split"] == split) & (frame["name"] == name)]
+        return list(zip(chosen["step"].tolist(), chosen["value"].tolist(), strict=True))
+
+    def last(self, split: str, name: str) -> Any | None:
+        """The newest value of one metric, or None."""
+        series = self.series(split, name)
+        return series[-1][1] if series else None
+
+
+def divergence_text(facts: Mapping[str, Any]) -> str:
+    """A divergence, as run.json has it, in words: `non-finite loss at step 9, layer 1 (model.layers.1)`."""
+    place = "outside the blocks" if facts.get("layer") is None else f"layer {facts['layer']}"
+    return f"non-finite {facts['kind']} at step {facts['step']}, {place} ({facts['module']})"
+
+
+def read_run(folder: Path | str) -> Run:
+    """Read a run folder.
+
+    Raises ValueError when it is not one or has another format, DamagedRunError (a ValueError) when it is damaged.
+    """
+    folder = Path(folder)
+    path = folder / RUN_FILE
+    try:
+        facts = decode(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is not a run folder: it has no {RUN_FILE}") from None
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, or thousands of digits or brackets
+        raise DamagedRunError(f"{path} is not readable as JSON: restore it or move the folder away") from None
+    version = facts.get("format") if isinstance(facts, dict) else None
+    if not isinstance(version, int):
+        raise DamagedRunError(f"{path} has no format: restore it or move the folder away")
+    if version != FORMAT:
+        raise ValueError(
+            f"{path} has format {version!r}; this normfree reads format {FORMAT}: see CHANGELOG.md for the way to move"
+        )
+    if facts.get("status") not in STATUSES:
+        raise DamagedRunError(f"{path} has no known status: restore it or move the folder away")
+    needed = _NEEDED + (("divergence.step",) if facts["status"] == "diverged" else ())
+    if missing := [name for name in needed if not _has(facts, name)]:
+        raise DamagedRunError(f"{path} lacks {', '.join(missing)}: restore it or move the folder away")
+    return Run(folder=folder, facts=facts)
+
+
+def _has(facts: Any, dotted: str) -> bool:
+    for name in dotted.split("."):
+        if not isinstance(facts, dict) or name not in facts:
+            return False
+        facts = facts[name]
+    return True
+
+
+def find_runs(places: Iterable[Path | str]) -> list[Run]:
+    """Every run under the given folders (run folders, studies, or folders of studies), sorted by path.
+
+    Raises ValueError for a place that does not exist or holds no run.
+    """
+    runs: dict[Path, Run] = {}
+    for place in map(Path, places):
+        if not place.exists():
+            raise ValueError(f"{place} does not exist; give a run folder or a folder of runs")
+        files = sorted(place.rglob(RUN_FILE)) if place.is_dir() else []
+        if not files:
+            raise ValueError(f"{place} holds no run: no {RUN_FILE} in it or below it")
+        for file in files:
+            runs.setdefault(file.parent.resolve(), read_run(file.parent))
+    return [runs[key] for key in sorted(runs)]
+
+
+def load_runs(*places: Path | str) -> pd.DataFrame:
+    """`run_frame` of every run under the given folders."""
+    return run_frame(find_runs(places))
+
+
+def run_frame(runs: Iterable[Run]) -> pd.DataFrame:
+    """One row a run: where it lies, what was trained how, how it ended and how well, and fingerprints; then every
+    setting of its spec under its key, as `train.batch_sequences`.
+
+    `diverged_at` is the step at which a run became non-finite, missing for all others.
+    """
+    rows = [
+        {
+            "folder": str(run.folder),
+            "study": run.spec["study"],
+            "variant": run.spec["variant"],
+            "label": run.label,
+            "tag": run.spec.get("tag", ""),
+            "seed": run.seed,
+            "data_seed": run.spec.get("data_seed", 0),
+            "norm": run.spec["model"].get("norm", "layernorm"),
+            "activation": run.spec["model"].get("activation", "gelu"),
+            "peak_learning_rate": run.spec["train"].get("peak_learning_rate", math.nan),
+            "steps": run.facts["steps"],
+            "status": run.status,
+            "diverged_at": (run.facts.get("divergence") or {}).get("step"),
+            "perplexity": run.perplexity,
+            "bits_per_byte": (run.facts.get("final") or {}).get("bits_per_byte", math.nan),
+            "tokens_seen": run.tokens_seen,
+            "wall_seconds": run.facts.get("wall_seconds", math.nan),
+            "precision": run.spec["train"]["precision"],
+            "recipe": recipe_of(run.spec),
+            "corpus": run.corpus,
+            "parameters": (run.facts.get("model") or {}).get("parameters"),
+            **{
+                f"{part}.{key}": value
+                for part in ("model", "data", "train", "probe")
+                for key, value in run.spec.get(part, {}).items()
+            },
+        }
+        for run in runs
+    ]
+    return pd.DataFrame(rows)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics file. A torn last line (a kill in mid-write) is left out.
+
+    Raises ValueError for damage anywhere else. A missing file has no lines.
+    """
+    for number, line in _parsed_lines(path):
+        if line is None:
+            raise ValueError(f"{path} line {number} is not a metric: the file is damaged")
+        yield line
+
+
+def _parsed_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """(number, line), with None for a line that is damaged; a torn last line is left out."""
+    if not path.exists():
+        return
+    *whole, _torn = path.read_bytes().split(b"\n")
+    for number, text in enumerate(whole, start=1):
+        try:
+            line = decode(json.loads(text))
+        except (ValueError, RecursionError):
+            line = None
+        yield number, line if isinstance(line, dict) and line.keys() == _LINE_KEYS else None
+
+
+class RunWriter:
+    """Writes one run folder: facts atomically, metrics by appending."""
+
+    def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
+        self.folder = folder
+        self.facts = {"format": FORMAT, "status": "running", **facts}
+        self._write_facts()
+
+    def update(self, **facts: Any) -> None:
+        """Change facts of run.json. With the end of a run, the sha256 and size of its metrics are recorded too."""
+        if facts.get("status", "running") not in STATUSES:
+            raise ValueError(f"status {facts['status']!r}; allowed: {', '.join(STATUSES)}")
+        metrics = self.folder / METRICS_FILE
+        if facts.get("status") in OVER and metrics.exists():
+            self.sync()  # the end of a run never promises metrics that a power cut could take
+            facts["metrics_file"] = describe_files(self.folder, [metrics])[METRICS_FILE]
+        self.facts |= facts
+        self._write_facts()
+
+    def sync(self) -> None:
+        """Make the metrics written so far survive a power cut."""
+        sync(self.folder / METRICS_FILE)
+
+    def log(self, step: int, split: str, values: Iterable[tuple[str, Any]]) -> None:
+        """Append one line a metric; the lines of one call reach the file together or not at all.
+
+        Raises OSError where the disk is full; the file is then as it was.
+        """
+        lines = [{"step": step, "split": split, "name": name, "value": encode(value)} for name, value in values]
+        content = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode()
+        descriptor = os.open(self.folder / METRICS_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        size = os.fstat(descriptor).st_size
+        try:
+            while content:  # on a disk that is almost full, os.write takes a part and says so only by its result
+                content = content[os.write(descriptor, content) :]
+        except BaseException:
+            os.ftruncate(descriptor, size)
+            raise
+        finally:
+            os.close(descriptor)
+
+    def forget_after(self, step: int) -> list[int]:
+        """Drop what a resumed run will measure again: later steps, the final measurement, a torn last line.
+
+        Returns the numbers of damaged lines. They are dropped too, and the file as found is kept beside the new one.
+        """
+        path = self.folder / METRICS_FILE
+        lines = list(_parsed_lines(path))
+        damaged = [number for number, line in lines if line is None]
+        if damaged:
+            write_atomically(path.with_name(f"{METRICS_FILE}.damaged"), path.read_bytes())
+        kept = [line for _, line in lines if line and line["step"] <= step and line["split"] != "final"]
+        write_atomically(path, "".join(json.dumps(encode(line), allow_nan=False) + "\n" for line in kept))
+        return damaged
+
+    def _write_facts(self) -> None:
+        write_atomically(self.folder / RUN_FILE, json.dumps(encode(self.facts), indent=1, allow_nan=False) + "\n")

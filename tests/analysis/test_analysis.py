@@ -1,0 +1,362 @@
+"""Ceilings, ranges, verdicts, seeds and groups, at the doors of `normfree.analysis`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from normfree.analysis.entropy import (
+    NORMALISERS,
+    Heads,
+    causal_ceiling,
+    final_heads,
+    layer_means,
+    normaliser_maxima,
+    range_counts,
+)
+from normfree.analysis.groups import group_runs, recipes
+from normfree.analysis.seeds import paired_difference, student_t_95, summarise
+from normfree.analysis.verdicts import Slopes, collapse, fixed_slope, overload, slope_layers, slopes
+from normfree.report.tables.results import comparable_pairs
+from tests.synthetic import CONTEXT, write_run
+
+
+def heads(entropy_LH: object, *, ceiling: float = 4.0, step: int = 0) -> Heads:
+    entropy_LH = np.array(entropy_LH, dtype=float)
+    return Heads(entropy_LH, np.full(len(entropy_LH), ceiling), step, "probe")
+
+
+@pytest.mark.parametrize("context", [1, 2, 32, 128, 1024])
+def test_causal_ceiling_is_the_mean_log_of_visible_tokens(context: int) -> None:
+    rows = np.log(np.arange(1, context + 1))
+    assert causal_ceiling(context) == pytest.approx(rows.mean(), rel=1e-12, abs=1e-12)
+
+
+def test_causal_ceiling_refuses_an_empty_block() -> None:
+    with pytest.raises(ValueError, match="context=0"):
+        causal_ceiling(0)
+
+
+def test_lower_edges_belong_to_their_range_and_the_maximum_to_the_last() -> None:
+    counts = range_counts([[0.0, 0.99, 1.0], [2.0, 3.0, 4.0]], 4.0)
+    assert counts.finite_R == (2, 1, 1, 2)
+
+
+def test_a_value_that_rounding_puts_above_the_maximum_is_in_the_last_range() -> None:
+    assert range_counts([[4.0000001]], 4.0).finite_R == (0, 0, 0, 1)
+
+
+def test_heads_of_zero_nats_are_in_the_first_range_even_where_all_are() -> None:
+    (maximum_L,) = normaliser_maxima("observed", [heads([[0.0, 0.0]], ceiling=3.0)], [32])
+    assert range_counts([[0.0, 0.0]], maximum_L).finite_R == (2, 0, 0, 0)
+
+
+def test_heads_without_finite_entropy_are_in_no_range() -> None:
+    counts = range_counts([[math.nan, 0.0, math.inf, 3.9]], 4.0)
+    assert (counts.finite_R, counts.nonfinite, counts.heads) == ((1, 0, 0, 1), 2, 4)
+    assert counts.shares == [0.25, 0.0, 0.0, 0.25]
+
+
+def test_each_layer_may_have_its_own_maximum() -> None:
+    assert range_counts([[1.0], [1.0]], [1.0, 4.0]).finite_R == (0, 1, 0, 1)
+
+
+@given(st.lists(st.floats(0, 5) | st.just(math.nan), min_size=1, max_size=40))
+def test_every_head_is_counted_once(entropies: list[float]) -> None:
+    assert range_counts([entropies], 5.0).heads == len(entropies)
+
+
+def test_normalisers_are_observed_maximum_log_t_and_causal_ceiling() -> None:
+    compared = [heads([[1.0, math.nan]], ceiling=3.0), heads([[2.5, 2.0]], ceiling=3.5)]
+    of = {n: [float(m[0]) for m in normaliser_maxima(n, compared, [32, 64])] for n in NORMALISERS}
+    assert of == {"observed": [2.5, 2.5], "log_t": [math.log(32), math.log(64)], "causal": [3.0, 3.5]}
+
+
+def test_an_unknown_normaliser_names_the_allowed_ones() -> None:
+    with pytest.raises(ValueError, match="observed, log_t, causal"):
+        normaliser_maxima("max", [], [])
+
+
+def test_a_layer_with_a_broken_head_has_no_mean() -> None:
+    means = layer_means([[1.0, 3.0], [1.0, math.nan]])
+    assert means[0] == 2.0
+    assert math.isnan(means[1])
+
+
+def test_overload_needs_half_of_the_heads_in_the_first_third_of_the_layers() -> None:
+    low, high = [1.0, 1.0], [3.9, 1.0]
+    assert overload(heads([high, high, low, low])).holds is True  # ceil(4 / 3) = 2 early layers
+    assert overload(heads([high, low, high, high])).holds is False
+    assert overload(heads([low, [3.0, 3.0], low, low])).holds is True
+
+
+def test_overload_is_undecided_when_broken_heads_could_tip_it() -> None:
+    assert overload(heads([[math.nan, 1.0]])).holds is None
+    assert overload(heads([[math.nan, 1.0, 1.0]])).holds is False
+    assert overload(heads([[math.nan, 3.9]])).holds is True
+
+
+def test_overload_says_since_when_without_a_break() -> None:
+    states = [3.9, 1.0, 3.9, 3.9]
+    probes = [heads([[value]], step=100 * i) for i, value in enumerate(states)]
+    verdict = overload(probes[-1], probes)
+    assert (verdict.first_step, verdict.since_step) == (0, 200)
+    assert overload(probes[1], probes[:2]).since_step is None
+
+
+def test_collapse_names_heads_and_the_first_step() -> None:
+    probes = [heads([[1.0, 1.0]], step=0), heads([[1.0, 0.05]], step=50), heads([[1.0, 0.02]], step=100)]
+    verdict = collapse(probes[-1], probes)
+    assert (verdict.holds, verdict.heads, verdict.lowest_nats, verdict.first_step) == (
+        True,
+        ((0, 1),),
+        0.02,
+        50,
+    )
+
+
+def test_a_broken_head_is_not_a_collapsed_head() -> None:
+    verdict = collapse(heads([[math.nan, 1.0]]))
+    assert (verdict.holds, verdict.heads) == (None, ())
+    assert collapse(heads([[0.1, 1.0]])).holds is False
+
+
+def test_slopes_move_apart_per_layer_and_never_when_shared(tmp_path: Path) -> None:
+    per_layer = slopes(write_run(tmp_path, "SM+leaky, per layer"))
+    shared = slopes(write_run(tmp_path, "SM+leaky, shared"))
+    assert per_layer is not None
+    assert shared is not None
+    assert (per_layer.diverging, per_layer.layers, per_layer.first_step) == (True, (3, 0), 80)
+    assert (per_layer.final_step, max(per_layer.final_S) - min(per_layer.final_S)) == (200, pytest.approx(0.3))
+    assert (shared.diverging, len(shared.final_S), shared.layers) == (False, 1, None)
+    assert slopes(write_run(tmp_path, "SM+G")) is None
+
+
+def test_slopes_of_an_activation_list_are_named_by_their_layers(tmp_path: Path) -> None:
+    two = slopes(write_run(tmp_path, "SM+G/leaky"))
+    one = slopes(write_run(tmp_path, "SM+G/leaky, last"))
+    assert two is not None
+    assert one is not None
+    assert two.layers == (3, 1)
+    assert one.layers == (3, 3)
+
+
+def test_an_older_record_says_the_layers_of_its_slopes_by_its_activations(tmp_path: Path) -> None:
+    older = {"model": {"parameters": 1, "layers": 4, "heads": 4}}  # without slope_layers
+    mine = {"activation": "mine", "learnable_slope": "none"}  # an activation of the user's own, with a slope
+    own = write_run(tmp_path / "own", "SM+leaky, per layer", facts=older, model=mine)
+    assert slope_layers(own) == (0, 1, 2, 3)
+    expected = {"SM+G/leaky": (1, 3), "SM+leaky, per layer": (0, 1, 2, 3), "SM+leaky, shared": (), "SM+R": ()}
+    for label, layers in expected.items():
+        assert slope_layers(write_run(tmp_path, label, facts=older)) == layers
+
+
+def test_a_list_of_one_activation_is_that_activation(tmp_path: Path) -> None:
+    assert fixed_slope(write_run(tmp_path, "SM+R", model={"activation": ["relu"] * 4})) == 0
+    assert fixed_slope(write_run(tmp_path, "SM+G/leaky")) is None
+
+
+@pytest.mark.parametrize(
+    ("first", "final", "expected"),
+    [
+        ((0.25, 0.25), (0.05, -0.05), True),
+        ((0.25, 0.25), (0.0, 0.051), False),
+        ((1.0,), (-0.051,), False),
+        ((0.01, 0.01), (0.002, -0.009), True),
+        ((0.01, 0.01), (0.002, 0.01), False),
+        ((0.01,), (-0.02,), False),
+        ((0.25, 0.25), (0.0, math.nan), False),
+        ((0.01,), (math.nan,), False),
+    ],
+)
+def test_slopes_have_gone_to_zero_when_each_of_them_has(
+    first: tuple[float, ...], final: tuple[float, ...], expected: bool
+) -> None:
+    assert Slopes(first, final, 200, (0, 0), False, None).gone_to_zero is expected
+
+
+def test_a_heatmap_comes_from_the_final_measurement_else_from_the_newest_probe(tmp_path: Path) -> None:
+    finished = final_heads(write_run(tmp_path, "SM+G"))
+    stopped = final_heads(write_run(tmp_path, "SM+R", status="interrupted"))
+    assert finished is not None
+    assert stopped is not None
+    assert (finished.split, finished.step) == ("final", 200)
+    assert (stopped.split, stopped.step) == ("probe", 100)
+    assert stopped.ceiling_L.tolist() == pytest.approx([causal_ceiling(CONTEXT)] * 4)
+
+
+def test_no_mean_of_survivors() -> None:
+    cell = summarise([30.0, math.nan, math.nan])
+    assert math.isnan(cell.mean)
+    assert cell.text() == "NaN (2/3)"
+    assert summarise([30.0, 32.0]).text() == "31.00 +- 1.41"
+    assert summarise([30.0]).text() == "30.00"
+    assert summarise([]).text() == "-"
+    assert summarise([1.07446e77]).text() == "1.1e+77"
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 7, 30])
+def test_tabulated_t_values_leave_95_percent_inside(degrees: int) -> None:
+    reach = student_t_95(degrees)
+    t = np.linspace(-reach, reach, 200_001)
+    scale = math.gamma((degrees + 1) / 2) / math.sqrt(degrees * math.pi) / math.gamma(degrees / 2)
+    density = scale * (1 + t**2 / degrees) ** (-(degrees + 1) / 2)
+    assert np.trapezoid(density, t) == pytest.approx(0.95, abs=5e-5)
+
+
+def test_differences_are_paired_by_seed() -> None:
+    found = paired_difference({0: 11.0, 1: 22.0, 2: 5.0}, {0: 10.0, 1: 20.0, 9: 1.0}, relative=True)
+    assert (found.n, found.mean, found.low) == (2, pytest.approx(0.1), pytest.approx(0.1))
+    absolute = paired_difference({0: 11.0, 1: 22.0}, {0: 10.0, 1: 20.0})
+    assert (absolute.low, absolute.high) == (
+        pytest.approx(1.5 - 12.706 * 0.5),
+        pytest.approx(1.5 + 12.706 * 0.5),
+    )
+
+
+def test_one_pair_has_no_interval_and_a_diverged_pair_no_mean() -> None:
+    one = paired_difference({0: 11.0}, {0: 10.0})
+    assert (one.mean, math.isnan(one.low), math.isnan(one.high)) == (1.0, True, True)
+    broken = paired_difference({0: 11.0, 1: math.nan}, {0: 10.0, 1: 10.0})
+    assert (math.isnan(broken.mean), broken.nonfinite, broken.n) == (True, 1, 2)
+
+
+def test_precisions_do_not_mix_unasked(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+R", train={"precision": "bf16"})]
+    with pytest.raises(
+        ValueError, match=r"train\.precision: bf16 in quick/sm-r-seed0, fp32 in quick/sm-g-seed0.*mix=true"
+    ) as caught:
+        group_runs(runs)
+    assert "\n" not in str(caught.value)
+    names = [group.name for group in group_runs(runs, mix=True)]
+    assert names == ["SM+G [precision=fp32]", "SM+R [precision=bf16]"]
+
+
+def test_runs_on_another_corpus_are_no_seeds_of_one_recipe(tmp_path: Path) -> None:
+    other = {"corpus": {"fingerprint": "decaf" * 8, "unigram_perplexity": 300.0, "vocab_size": 2048}}
+    runs = [write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+G", seed=1, facts=other)]
+    with pytest.raises(ValueError, match=r"corpus: c0ffeec0ffee in .*, decafdecafde in .*mix=true"):
+        group_runs(runs)
+    runs += [write_run(tmp_path, "SM+R", facts=other), write_run(tmp_path, "SM+R", seed=1, facts=other)]
+    groups = {group.name: group for group in group_runs(runs, mix=True)}
+    assert list(groups) == ["SM+G [corpus=c0ffeec0ffee]", "SM+G [corpus=decafdecafde]", "SM+R [corpus=decafdecafde]"]
+    pairs = [(ours.name, theirs.name) for ours, theirs in comparable_pairs(list(groups.values()))]
+    assert pairs == [("SM+R [corpus=decafdecafde]", "SM+G [corpus=decafdecafde]")]
+
+
+def test_a_tag_says_the_recipe_and_another_length_is_why_the_corpus_is_another(tmp_path: Path) -> None:
+    longer = {"corpus": {"fingerprint": "decaf" * 8, "unigram_perplexity": 300.0, "vocab_size": 2048}}
+    runs = [
+        write_run(tmp_path, "SM+G"),
+        write_run(tmp_path, "SM+R", tag="fast", train={"peak_learning_rate": 1e-2}),
+        write_run(tmp_path, "SM+LN+G", data={"context": 64}, facts=longer),
+    ]
+    names = [group.name for group in group_runs(runs, mix=True)]
+    assert names == ["SM+LN+G [context=64]", "SM+G [context=32]", "SM+R (fast)"]
+
+
+def test_two_corpora_of_one_setting_are_told_apart_beside_a_third_length(tmp_path: Path) -> None:
+    """Names are keys: two groups of one name would be drawn and counted as one."""
+    facts = {name: {"corpus": {"fingerprint": name * 8, "unigram_perplexity": 9.0, "vocab_size": 9}} for name in "ab"}
+    runs = [write_run(tmp_path / name, "SM+G", facts=facts[name]) for name in "ab"]
+    runs += [write_run(tmp_path / "long", "SM+G", data={"context": 64})]
+    names = [group.name for group in group_runs(runs, mix=True)]
+    assert len(set(names)) == 3
+    assert "SM+G [corpus=aaaaaaaa, context=32]" in names
+
+
+def test_mixed_recipes_of_one_variant_stay_apart_and_say_what_differs(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path, "SM+G", train={"peak_learning_rate": 1e-3}),
+        write_run(tmp_path, "SM+G", study="other", train={"peak_learning_rate": 5e-4}),
+    ]
+    names = [group.name for group in group_runs(runs, mix=True)]
+    assert names == ["SM+G [peak_learning_rate=0.0005]", "SM+G [peak_learning_rate=0.001]"]
+
+
+def test_differing_recipes_name_a_run_of_each_and_one_without_a_result_keeps_no_table_from_being_made(
+    tmp_path: Path,
+) -> None:
+    kept = write_run(tmp_path, "SM+G", train={"peak_learning_rate": 1e-3})
+    other = write_run(tmp_path, "SM+G", study="other", train={"peak_learning_rate": 5e-4})
+    with pytest.raises(ValueError, match=r"0.0005 in other/sm-g-seed0, 0.001 in quick/sm-g-seed0"):
+        group_runs([kept, other])
+    failed = write_run(tmp_path, "SM+G", study="failed", status="failed", train={"peak_learning_rate": 5e-4})
+    groups = {group.name: (len(group.runs), len(group.unfinished)) for group in group_runs([kept, failed])}
+    assert groups == {"SM+G": (1, 0), "SM+G [peak_learning_rate=0.0005]": (0, 1)}
+
+
+def test_a_preset_stands_for_what_it_sets_in_the_names_of_its_runs(tmp_path: Path) -> None:
+    rotary = {"position": "rotary", "residual": "parallel"}
+    runs = [
+        write_run(tmp_path, "SM+G", preset="cpu"),
+        write_run(tmp_path, "SM+G", preset="cpu", study="fast", train={"peak_learning_rate": 1e-2}),
+        write_run(tmp_path, "SM+G", preset="cpu-pythia", model=rotary),
+    ]
+    rate = runs[0].spec["train"]["peak_learning_rate"]
+    names = {group.name for group in group_runs(runs, mix=True)}
+    assert names == {
+        f"SM+G [preset=cpu, peak_learning_rate={rate}]",
+        "SM+G [preset=cpu, peak_learning_rate=0.01]",
+        f"SM+G [preset=cpu-pythia, peak_learning_rate={rate}]",
+    }
+
+
+def test_every_recipe_is_told_even_where_only_a_tag_names_it(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path, "SM+R", tag=tag, train={"peak_learning_rate": rate})
+        for tag, rate in (("a", 1e-2), ("b", 1e-3))
+    ]
+    runs += [write_run(tmp_path, "SM+G", tag="a", train={"peak_learning_rate": 1e-2})]
+    assert recipes(group_runs(runs, mix=True)) == {
+        "train.peak_learning_rate=0.01": ["SM+G (a)", "SM+R (a)"],
+        "train.peak_learning_rate=0.001": ["SM+R (b)"],
+    }
+    assert recipes(group_runs(runs[1:2])) == {"": ["SM+R (b)"]}
+
+
+def test_equal_values_of_different_keys_are_different_recipes(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / key, "SM+G", model={key: 0.1}) for key in ("attention_dropout", "embedding_dropout")]
+    assert len(group_runs(runs, mix=True)) == 2
+
+
+def test_another_order_of_the_data_is_a_replicate_as_another_seed_is(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, "SM+G", study=f"order{order}", data_seed=order) for order in (0, 1)]
+    (group,) = group_runs(runs)
+    assert (len(group.runs), list(group.perplexities)) == (2, [(0, 0), (0, 1)])
+
+
+def test_a_repeated_seed_is_not_another_seed(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+G", study="copy")]
+    (group,) = group_runs(runs)
+    assert (len(group.runs), len(group.repeated)) == (1, 1)
+
+
+def test_seeds_are_in_their_order_and_not_in_that_of_their_names(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, "SM+G", seed=seed) for seed in (10, 2)]
+    (group,) = group_runs(runs)
+    assert [run.seed for run in group.runs] == [2, 10]
+
+
+def test_unfinished_runs_are_no_result_and_diverged_ones_are(tmp_path: Path) -> None:
+    states = ("finished", "diverged", "interrupted", "failed")
+    runs = [write_run(tmp_path, "SM+G", seed=seed, status=status) for seed, status in enumerate(states)]
+    (group,) = group_runs(runs)
+    assert [run.status for run in group.runs] == ["finished", "diverged"]
+    assert [run.status for run in group.unfinished] == ["interrupted", "failed"]
+
+
+def test_the_paper_s_variants_come_first_in_its_order(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, label) for label in ("SM+leaky, fixed", "SM+R", "SM", "SM+LN+R", "SM+LN+G", "SM+G")]
+    names = [group.name for group in group_runs(runs)]
+    assert names == ["SM+LN+G", "SM+LN+R", "SM+G", "SM+R", "SM", "SM+leaky, fixed"]
+
+
+def test_no_runs_is_said_plainly() -> None:
+    with pytest.raises(ValueError, match="no runs given"):
+        group_runs([])

@@ -1,0 +1,79 @@
+"""Colours tell lines apart for readers who see fewer of them, on white paper and on the page's dark ground."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from numpy.typing import NDArray
+
+from normfree.report import plots
+
+# Machado, Oliveira and Fernandes, "A Physiologically-based Model for Simulation of Color Vision Deficiency" (2009),
+# severity 1, on linear sRGB.
+SIGHTS = {
+    "normal": np.eye(3),
+    "protanopia": np.array(
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
+    ),
+    "deuteranopia": np.array(
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+    ),
+}
+# IEC 61966-2-1: linear sRGB to XYZ under D65.
+TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+GROUNDS = ("#ffffff", "#12161c")
+"""The page in light and in dark surroundings."""
+LINES = ("blue", "sky", "orange", "green", "purple", "gold", "violet", "olive", "grey")
+
+
+def linear(colour: str | tuple[float, ...]) -> NDArray[np.float64]:
+    values = np.array(to_rgb(colour))
+    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+
+def lab(linear_rgb: NDArray[np.float64]) -> NDArray[np.float64]:
+    """CIE L*a*b*: distances in it are about as large as they look."""
+    share = TO_XYZ @ linear_rgb.clip(0, 1) / TO_XYZ.sum(axis=1)
+    root = np.where(share > (6 / 29) ** 3, np.cbrt(share), share / (3 * (6 / 29) ** 2) + 4 / 29)
+    return np.array([116 * root[1] - 16, 500 * (root[0] - root[1]), 200 * (root[1] - root[2])])
+
+
+def distance(one: str | tuple[float, ...], other: str | tuple[float, ...]) -> float:
+    """The smallest over all sights."""
+    return min(float(np.linalg.norm(lab(m @ linear(one)) - lab(m @ linear(other)))) for m in SIGHTS.values())
+
+
+def contrast(one: str | tuple[float, ...], other: str) -> float:
+    """WCAG."""
+    low, high = sorted(float(TO_XYZ[1] @ linear(colour)) for colour in (one, other))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("ground", [0, 1])
+def test_any_two_lines_differ_for_every_sight_and_stand_out_from_the_ground(ground: int) -> None:
+    colours = [plots.COLOURS[name][ground] for name in LINES]
+    assert min(distance(a, b) for a, b in itertools.combinations(colours, 2)) > 20
+    assert min(contrast(colour, GROUNDS[ground]) for colour in colours) > 3
+
+
+def test_lines_have_no_other_colours_and_none_that_means_a_failure() -> None:
+    styles = plots.variant_styles(["SM+LN+G", "SM+LN+R", "SM+G", "SM+R", *(f"v{i}" for i in range(6))])
+    assert {style["color"] for style in styles.values()} == {plots.COLOURS[name][0] for name in LINES}
+    assert "red" not in LINES
+
+
+def test_the_paper_s_variants_differ_in_dash_where_they_are_equal_in_grey() -> None:
+    styles = plots.variant_styles(["SM+LN+G", "SM+LN+R", "SM+G", "SM+R"])
+    assert len({str(style["linestyle"]) for style in styles.values()}) == 4
+
+
+def test_layers_become_lighter_with_depth_for_every_sight() -> None:
+    colours = [plots.LAYER_COLOURS(layer / 11) for layer in range(12)]
+    for matrix in SIGHTS.values():
+        lightness = [lab(matrix @ linear(colour))[0] for colour in colours]
+        assert all(deeper > layer for layer, deeper in itertools.pairwise(lightness))
+        assert lightness[-1] - lightness[0] > 20
+    assert min(contrast(colour, ground) for colour in colours for ground in GROUNDS) > 2.3

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import math
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+
+from normfree.spec.compose import compose_run
+from normfree.spec.keys import describe_keys
+from normfree.spec.run import DataSpec, ProbeSpec, RunSpec, TrainSpec
+
+MINIMAL: dict[str, Any] = {"preset": "cpu", "variant": "sm-r", "label": "SM+R", "train": {"steps": 10}}
+
+
+def spec(**changes: Any) -> RunSpec:
+    return RunSpec.from_dict(MINIMAL | changes)
+
+
+def test_a_spec_survives_its_own_json() -> None:
+    original = spec(data={"source": "files", "paths": ["a", "b"]}, model={"norm": "none"})
+    assert RunSpec.from_dict(original.to_dict()) == original
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"train": {"stepz": 1}}, "unknown key 'train.stepz'; did you mean train.steps"),
+        ({"train": {"steps": 1, "epochs": 2}}, "train.steps and train.epochs"),
+        ({"train": {}}, "train.steps and train.epochs"),
+        ({"train": {"steps": 0}}, "train.steps=0: it should be greater than 0"),
+        ({"train": {"steps": 1, "weight_decay": -1}}, "train.weight_decay=-1: it should be greater than or equal to 0"),
+        (
+            {"train": {"steps": 1, "peak_learning_rate": math.nan}},
+            "train.peak_learning_rate=nan: it should be a finite",
+        ),
+        ({"train": {"steps": 1, "max_gradient_norm": math.inf}}, "train.max_gradient_norm=inf: it should be a finite"),
+        ({"train": {"steps": 1, "adam_beta1": 1.5}}, "train.adam_beta1=1.5: it should be less than 1"),
+        ({"train": {"steps": 1, "warmup_share": 1}}, "train.warmup_share=1: it should be less than 1"),
+        ({"train": {"steps": 1, "final_learning_rate": 1.0}}, "must be at most train.peak_learning_rate"),
+        ({"probe": {"every_steps": 0}}, "probe.every_steps=0: it should be greater than 0"),
+        ({"probe": {"final_sequences": 0}}, "probe.final_sequences=0: it should be greater than 0"),
+        (
+            {"train": {"steps": 1, "evaluation_sequences": 0}},
+            "train.evaluation_sequences=0: it should be greater than 0",
+        ),
+        ({"train": {"steps": 1, "precision": "fp8"}}, "'fp32', 'bf16' or 'fp16'"),
+        ({"train": {"steps": 1, "batch_sequences": 10, "micro_batch_sequences": 4}}, "must be a multiple of"),
+        ({"data": {"context": 1}}, "data.context=1: it should be greater than or equal to 2"),
+        ({"data": {"train_documents": -3}}, "data.train_documents=-3: it should be greater than 0"),
+        ({"seed": -1}, "^seed=-1: it should be greater than or equal to 0"),
+        ({"data_seed": 2**32}, "data_seed=4294967296: it should be less than 4294967296"),
+        ({"data": {"source": "files"}}, "data.paths"),
+        ({"data": {"source": "hub"}}, "data.dataset"),
+        ({"data": {"paths": ["a"]}}, "data.paths is not read with data=installed: give data=files"),
+        ({"data": {"dataset": "a/b"}}, "data.dataset is not read with .*: give data=hub or data=codeparrot"),
+        ({"data": {"vocab_size": 100}}, "257 or more"),
+        ({"study": "../elsewhere"}, "no slash"),
+        ({"sed": 3}, "did you mean seed"),
+    ],
+)
+def test_a_wrong_value_names_what_was_given_and_what_is_allowed(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        spec(**values)
+
+
+def test_a_path_in_place_of_a_list_is_not_read_letter_by_letter() -> None:
+    with pytest.raises(ValueError, match=r"^data\.paths='corpus' must be a list, e\.g\. data\.paths=\[corpus\]$"):
+        spec(data={"source": "files", "paths": "corpus"})
+
+
+def test_a_spec_built_without_a_command_is_checked_too() -> None:
+    paths: Any = "corpus"
+    with pytest.raises(ValueError, match="valid tuple"):
+        DataSpec(source="files", paths=paths)
+    with pytest.raises(ValueError, match="greater than 0"):
+        replace(spec().train, steps=-1)
+
+
+def test_a_name_of_digits_is_a_name() -> None:
+    named = spec(tag=100, study=2024)
+    assert (named.study, named.name) == ("2024", "sm-r-100-seed0")
+
+
+def test_variant_seed_and_watching_share_a_recipe_but_a_learning_rate_does_not() -> None:
+    base = spec()
+    same = [
+        spec(variant="sm-g", label="SM+G", seed=3, tag="x", model={"norm": "none", "activation": "gelu"}),
+        spec(train={"steps": 10, "decay_slopes": True, "log_every": 3, "threads": 1}),
+        spec(data_seed=1),
+    ]
+    other = [
+        spec(train={"steps": 10, "peak_learning_rate": 0.5}),
+        spec(train={"steps": 10, "precision": "bf16"}),
+        spec(model={"hidden_size": 64}),
+    ]
+    assert {one.recipe() for one in same} == {base.recipe()}
+    assert base.recipe() not in {one.recipe() for one in other}
+
+
+def test_identity_changes_with_everything_that_decides_the_numbers() -> None:
+    base = spec()
+    passes = {"micro_batch_sequences": 2, "gradient_checkpointing": True}
+    alike = replace(base, train=replace(base.train, log_every=99, threads=1, **passes))
+    assert (alike.identity(), alike.recipe()) == (base.identity(), base.recipe())
+    rarely = replace(base, train=replace(base.train, evaluate_every=7), probe=replace(base.probe, every_steps=7))
+    assert (rarely.identity(), rarely.recipe() == base.recipe()) == (base.identity(), False)
+    here, there = (replace(base, data=DataSpec(source="files", paths=(path,))) for path in ("a.txt", "/b/a.txt"))
+    assert (here.identity(), here.recipe()) == (there.identity(), there.recipe())
+    for changed in (replace(base, seed=1), replace(base, tag="b"), replace(base, model={"norm": "none"})):
+        assert changed.identity() != base.identity()
+
+
+def test_a_whole_number_is_the_same_model_as_its_float() -> None:
+    words = ["variant=leaky-fixed", "model.position=rotary"]
+    one, other = (
+        compose_run([*words, f"model.negative_slope={slope}", f"model.rotary_base={base}"]).spec
+        for slope, base in ((1, 500), (1.0, 500.0))
+    )
+    assert (one.identity(), one.recipe()) == (other.identity(), other.recipe())
+    with pytest.raises(ValueError, match="negative_slope=True; allowed: float"):
+        compose_run(["variant=leaky-fixed", "model.negative_slope=true"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["variant=sm-r", "model.negative_slope=0.3"], "read with model.activation=leaky_relu only: leave it out"),
+        (["variant=sm-r", "train.decay_slopes=true"], "read with model.learnable_slope=per_layer or shared only"),
+        (["variant=leaky-fixed", "train.slope_learning_rate_factor=7"], "read with model.learnable_slope=per_layer"),
+        (["variant=sm-r", "model.final_norm=none", "model.norm_epsilon=0.1"], "is read with a norm only"),
+        (["model.rotary_share=0.5"], "model.rotary_share=0.5 is read with model.position=rotary only"),
+    ],
+)
+def test_a_setting_that_nothing_reads_is_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compose_run(words)
+
+
+def test_help_describes_every_key() -> None:
+    described = {key.rpartition(".")[2] for key in describe_keys(RunSpec)}
+    assert described == {item.name for part in (DataSpec, TrainSpec, ProbeSpec, RunSpec) for item in fields(part)} - {
+        "data",
+        "train",
+        "probe",
+    }

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from normfree.files import (
+    MANIFEST_NAME,
+    damages,
+    fingerprint,
+    folder_lock,
+    read_manifest,
+    write_atomically,
+    write_manifest,
+)
+
+
+@pytest.fixture
+def sealed(tmp_path: Path) -> Path:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.bin").write_bytes(b"0123456789")
+    (tmp_path / "sub" / "b.txt").write_text("hello")
+    write_manifest(tmp_path, {"step": 3})
+    return tmp_path
+
+
+def test_a_sealed_folder_has_no_damage_and_keeps_its_facts(sealed: Path) -> None:
+    assert damages(sealed) == []
+    assert read_manifest(sealed)["step"] == 3
+    assert set(read_manifest(sealed)["files"]) == {"a.bin", "sub/b.txt"}
+
+
+@pytest.mark.parametrize("name", ["a.bin", "sub/b.txt"])
+def test_one_flipped_byte_a_cut_and_a_removal_are_each_found_by_name(sealed: Path, name: str) -> None:
+    path = sealed / name
+    whole = path.read_bytes()
+    path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    assert [name in sentence and "sha256" in sentence for sentence in damages(sealed)] == [True]
+    path.write_bytes(whole[:-1])
+    assert [name in sentence and "bytes" in sentence for sentence in damages(sealed)] == [True]
+    path.unlink()
+    assert damages(sealed) == [f"{name} is missing"]
+
+
+def test_a_missing_or_broken_manifest_is_damage(sealed: Path) -> None:
+    (sealed / MANIFEST_NAME).write_text('{"files": ')
+    assert "damaged" in damages(sealed)[0]
+    write_manifest(sealed, {"step": 3})
+    text = (sealed / MANIFEST_NAME).read_text()
+    (sealed / MANIFEST_NAME).write_text(text.replace('"step": 3', '"step": 4'))
+    assert "seal" in damages(sealed)[0]
+    (sealed / MANIFEST_NAME).unlink()
+    assert "never finished" in damages(sealed)[0]
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
+    path = tmp_path / "facts.json"
+    write_atomically(path, "old")
+    with pytest.raises(TypeError):
+        write_atomically(path, 3)  # pyright: ignore[reportArgumentType]
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_fingerprint_does_not_depend_on_the_order_of_keys() -> None:
+    assert fingerprint({"a": 1, "b": [2.5]}) == fingerprint({"b": [2.5], "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+
+
+def test_a_second_process_is_refused_with_the_name_of_the_first_and_a_dead_one_holds_nothing(
+    tmp_path: Path,
+) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from normfree.files import folder_lock\n"
+        f"with folder_lock(Path({str(tmp_path)!r})): print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(BlockingIOError, match=f"process {holder.pid} on"), folder_lock(tmp_path):
+            pass
+    finally:
+        holder.kill()
+        holder.communicate()
+    with folder_lock(tmp_path):
+        pass
