@@ -26,7 +26,19 @@ ALLOWED: dict[str, set[str]] = {
     "measures": {"entropy", "report", "store"},  # a measurement draws itself
     "pretrained": {"entropy", "model", "spec", "store"},
     "training": {"analysis", "data", "files", "measures", "model", "report", "spec", "store"},
-    "cli": {"analysis", "cost", "data", "entropy", "measures", "pretrained", "report", "spec", "store", "training"},
+    "cli": {
+        "analysis",
+        "cost",
+        "data",
+        "entropy",
+        "files",
+        "measures",
+        "pretrained",
+        "report",
+        "spec",
+        "store",
+        "training",
+    },
     "__main__": {"cli"},
 }
 WITHOUT_TORCH = ("files", "store", "analysis", "report", "cost")

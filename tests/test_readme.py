@@ -12,10 +12,11 @@ import pytest
 
 from docs.tables import MARKER, filled, pages
 from normfree.cli.main import VERBS, main
-from normfree.spec.compose import checked, compose_run
+from normfree.spec.compose import compose_runs
 from normfree.spec.run import recipe_of
+from normfree.spec.study import load_study
 from normfree.store.runs import find_runs
-from normfree.training.study import load_study
+from normfree.training.launch import read_launch
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -89,9 +90,8 @@ TRAINING = (ROOT / "docs" / "training.md").read_text()
 @pytest.mark.parametrize("line", re.findall(r"^(?:normfree train|torchrun) .*", TRAINING, re.MULTILINE))
 def test_a_training_command_of_the_docs_composes_a_run(line: str) -> None:
     words = shlex.split(line)
-    keys = [word for word in words[words.index("train") + 1 :] if not word.startswith(("-m", "hydra"))]
-    assert checked(keys) == keys
-    spec = compose_run([key.split(",")[0] if "[" not in key else key for key in keys]).spec
+    _, keys = read_launch([word for word in words[words.index("train") + 1 :] if word != "-m"])
+    spec = compose_runs(keys)[0].spec
     if "--nproc_per_node" in words:
         processes = int(words[words.index("--nproc_per_node") + 1])
         assert spec.train.batch_sequences % (spec.train.micro_batch_sequences * processes) == 0
@@ -100,7 +100,7 @@ def test_a_training_command_of_the_docs_composes_a_run(line: str) -> None:
 def test_the_study_of_the_docs_is_one(tmp_path: Path) -> None:
     (yaml,) = re.findall(r"```yaml\n(.*?)```", TRAINING, re.DOTALL)
     (tmp_path / "mine.yaml").write_text(yaml)
-    names = [compose_run(overrides).spec.name for overrides in load_study(str(tmp_path / "mine.yaml")).overrides()]
+    names = [job.spec.name for job in load_study(str(tmp_path / "mine.yaml")).jobs()]
     assert len(set(names)) == 7
     assert "leaky-per-layer-start0.25-seed0" in names
 

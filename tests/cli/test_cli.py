@@ -96,7 +96,7 @@ def test_cfg_prints_the_composed_run_and_trains_nothing(
     status, out, _ = run("train", *words, "--cfg", "job", capsys=capsys)
     assert status == 0
     assert RunSpec.from_dict(yaml.safe_load(out)) == compose_run(words).spec
-    assert run("train", "-m", "--cfg", "hydra/launcher=joblib", *words, capsys=capsys)[1] == out
+    assert run("train", "-m", "--cfg", "submit=slurm", *words, capsys=capsys)[1] == out
     status, out, _ = run("train", "-m", "--cfg", "job", "seed=3,5", *words, capsys=capsys)
     assert status == 0
     assert [RunSpec.from_dict(values).seed for values in yaml.safe_load_all(out)] == [3, 5]
@@ -107,11 +107,11 @@ def test_cfg_prints_the_composed_run_and_trains_nothing(
     ("words", "message"),
     [
         (["trian"], "unknown verb 'trian'; did you mean train"),
-        (["train", "--fast"], "unknown flag '--fast'; the flags are --help, --version, --debug, of train -m and --cfg"),
+        (["train", "--fast"], "unknown flag '--fast'; the flags are --help, --version, --debug, -m (train), --cfg job"),
         (["train", "train.lr=1e-3"], "unknown key 'train.lr'; did you mean train.peak_learning_rate?"),
         (["train", "steps=3"], "unknown key 'steps'; did you mean train.steps?"),
-        (["train", "workers=2"], "unknown key 'workers'; it is a key of `normfree study`"),
-        (["train", "zzzzzz=2"], "unknown key 'zzzzzz'; `normfree train --help` has all of them"),
+        (["train", "workers=2"], "unknown key 'workers'; it is a key of `normfree study` and `normfree train -m`"),
+        (["train", "zzzzzz=2"], "unknown key 'zzzzzz'; `normfree train --help` lists all"),
         (["train", "-m", "data_seed=0,1"], "the study: 'study=order${data_seed}'"),
         (["train", "quick"], "normfree train takes key=value only, got quick"),
         (["study"], "normfree study takes STUDY, got nothing; example: normfree study quick"),
@@ -122,30 +122,35 @@ def test_cfg_prints_the_composed_run_and_trains_nothing(
         (["train", "trian.steps=3"], "unknown key 'trian.steps'; did you mean train.steps"),
         (["train", "model.nrom=none"], "unknown key 'model.nrom'; did you mean model.norm"),
         (["train", "model.norm=batchnorm"], "norm='batchnorm'"),
-        (["train", "model.norm=none", "model.activation=relu"], "would bear a wrong label: that is variant=sm-r"),
-        (["train", "model.activation=gelu_tanh"], "would bear a wrong label: say variant=custom"),
+        (["train", "model.norm=none", "model.activation=relu"], "would have the wrong label: use variant=sm-r"),
+        (["train", "model.activation=gelu_tanh"], "would have the wrong label: use variant=custom"),
         (
             ["train", "variant=sm-rg", "model.activation=[relu,gelu,gelu,gelu]", "model.num_hidden_layers=4"],
-            "wrong label",
+            "the wrong label",
         ),
-        (["train", "variant=sm-r", "model.activation=leaky_relu"], "a wrong label: that is variant=leaky-fixed"),
+        (["train", "variant=sm-r", "model.activation=leaky_relu"], "the wrong label: use variant=leaky-fixed"),
         (["train", "model.norm=null"], "norm=None; did you mean none?"),
         (["train", "--cfg", "model.num_attention_heads=5"], "must be a multiple of num_attention_heads=5"),
-        (["train", "variant=custom", "tag=mine", "model.activation=relu"], "variant=custom does not say model.norm: "),
-        (["train", "data.source=files"], "say data=NAME"),
-        (["train", "data=files", "data.paths=[a b=c]"], "data.paths=['...','...']"),
-        (["train", "train.peak_learning_rate=nan"], "train.peak_learning_rate=nan: it should be a finite number"),
+        (["train", "variant=custom", "tag=mine", "model.activation=relu"], "variant=custom needs model.norm, e.g."),
+        (["train", "data.source=files"], "use data=NAME"),
+        (["train", "data=files", "data.paths=[*.py]"], "data.paths=['...','...']"),
+        (["train", "train.peak_learning_rate=nan"], "train.peak_learning_rate='nan': it should be a finite"),
         (["train", "runs_dir=null"], "runs_dir=None: name a folder"),
-        (["train", "-m", "train.steps=10,20"], "more than one run would be runs/single/sm-ln-g-seed0: let the tag say"),
-        (["train", "-m", "seed=0,1", "model.num_attention_heads=5"], "must be a multiple of num_attention_heads=5"),
         (
-            ["train", "-m", "train.peak_learning_rate=interval(1e-4,1e-3)"],
-            "does not support sweep type : INTERVAL_SWEEP; hydra/sweeper=NAME takes another",
+            ["train", "-m", "train.steps=10,20"],
+            "more than one run would be runs/single/sm-ln-g-seed0: put what differs",
         ),
+        (["train", "-m", "seed=0,1", "model.num_attention_heads=5"], "must be a multiple of num_attention_heads=5"),
+        (["train", "-m", "seed=range(0,3)"], "seed='range(0': it should be a valid integer"),
+        (["train", "-m", "workers=0", "seed=0,1"], "workers=0: this machine has"),
+        (["train", "-m", "workers=two", "seed=0,1"], "workers='two': it should be a valid integer"),
+        (["study", "quick", "submit=slrum"], "submit='slrum': it should be 'slurm' or 'local'"),
+        (["study", "quick", "submit.timeout_min=5"], "submit.timeout_min= is read with submit=slurm or"),
+        (["train", "probe.measures=[hedas]"], "unknown measure 'hedas'; allowed: heads, slopes"),
         (["evaluate", "m", "text=README.md", "cache_dir=c"], "cache_dir= is read for the text of a run only"),
         (["cost", "gpt2-t128", "variant=custom"], "variant=custom says no norm: take another variant"),
-        (["train", "hydra/launcher=joblib"], "'hydra/launcher=joblib' is for many runs: `normfree train -m`"),
-        (["train", "seed=0,1"], "'seed=0,1' is several values: `normfree train -m` trains one run for each"),
+        (["train", "-m", "hydra/launcher=joblib"], "Hydra's launchers are gone: workers=N or submit=slurm"),
+        (["train", "seed=0,1"], "'seed=0,1' has several values: `normfree train -m` trains one run for each"),
         (["train", "train.precision=fp8"], "'fp32', 'bf16' or 'fp16'"),
         (["data", "installed", "train.steps=3"], "normfree data takes data.* keys, preset= and cache_dir="),
         (["data", "instaled"], "unknown data 'instaled'; did you mean installed"),
@@ -277,21 +282,21 @@ def test_a_job_of_a_sweep_that_cannot_run_says_why_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    # Of a key given twice Hydra takes the last: these are no twins.
+    # The last value of a key wins, so this is one run.
     words = ["train.precision=fp16", "seed=0,1", "seed=0"]
     status, out, err = run("train", "-m", *words, capsys=capsys)
     assert status == 1
-    assert err.strip().splitlines()[-1].startswith("normfree: train.precision=fp16 needs a GPU")
+    assert err.strip().splitlines()[-1].startswith("normfree: 1 of 1 runs failed: sm-ln-g-seed0 (ValueError: train.p")
     assert "Traceback" not in err + out
     assert not list(tmp_path.glob("runs/single/*"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])
-def test_many_runs_with_hydra_leave_run_folders_and_nothing_else(
-    launcher: str, tiny: list[str], cache: Path, tmp_path: Path
+@pytest.mark.parametrize("launch", [[], ["workers=2"], ["submit=local", "submit.timeout_min=5"]], ids=" ".join)
+def test_many_runs_leave_run_folders_wherever_they_are_trained(
+    launch: list[str], tiny: list[str], cache: Path, tmp_path: Path
 ) -> None:
-    words = ["train", "-m", f"hydra/launcher={launcher}", *tiny, "variant=sm-r,sm-g", "seed=0,1", f"cache_dir={cache}"]
+    words = ["train", "-m", *launch, *tiny, "variant=sm-r,sm-g", "seed=0,1", f"cache_dir={cache}"]
     done = subprocess.run(
         [sys.executable, "-m", "normfree", *words], cwd=tmp_path, capture_output=True, text=True, timeout=400
     )
@@ -363,4 +368,4 @@ def test_torchrun_is_for_one_run(
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     status, _, err = run(*words, capsys=capsys)
     assert status == 2
-    assert "torchrun starts one run; a study or a sweep" in err
+    assert "torchrun starts one run; start a study" in err

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from normfree.training.sweep import sweep
 from safetensors.torch import load_file
 
 from normfree.files import damages
@@ -23,7 +24,6 @@ from normfree.store.checkpoints import CheckpointError, checkpoints_in
 from normfree.store.runs import read_run
 from normfree.training import InterruptedRunError, train
 from normfree.training.callbacks import StopOnSignal
-from normfree.training.sweep import sweep
 from normfree.training.trainer import NormFreeTrainer
 from tests.training.signals import terminate_in_step
 

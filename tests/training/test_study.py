@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from normfree.files import folder_lock
-from normfree.spec.compose import compose_run, members
 from normfree.store.runs import find_runs
-from normfree.training.study import load_study, run_study
+from normfree.training.launch import Launch
+from normfree.training.study import run_study
 from normfree.training.workers import run_side_by_side
 
 FILE = """\
@@ -77,11 +77,11 @@ def test_a_second_time_nothing_is_trained_again(done: tuple[Path, list[str], Pat
         ("preset: cpu\ngroups: [{variants: [smm]}]", "did you mean sm"),
         ("[1, 2", "not a study"),
         ("", "not a study: preset is missing"),
-        (FILE.replace("mix: true\n", ""), "say mix: true"),
+        (FILE.replace("mix: true\n", ""), "add mix: true"),
         (
             "preset: cpu\nset: {data: files, data.paths: [a]}\ngroups:\n  - variants: [sm]\n"
             "  - {variants: [sm-r], set: {data.paths: [b]}}",
-            "say mix: true",
+            "add mix: true",
         ),
     ],
 )
@@ -90,33 +90,6 @@ def test_a_wrong_study_file_is_refused_before_anything_runs(text: str, message: 
     with pytest.raises(ValueError, match=message):
         run_study(str(tmp_path / "s.yaml"), [f"runs_dir={tmp_path / 'runs'}"])
     assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize("name", members("studies"))
-def test_every_run_of_the_studies_that_come_along_is_a_run_of_its_own(name: str) -> None:
-    specs = [compose_run(words).spec for words in load_study(name).overrides()]
-    assert {spec.study for spec in specs} == {name}
-    assert len({spec.name for spec in specs}) == len({spec.identity() for spec in specs}) == len(specs)
-
-
-def test_names_that_look_like_numbers_stay_names(tmp_path: Path) -> None:
-    (tmp_path / "2024_11.yaml").write_text(
-        "preset: cpu\ngroups: [{variants: [sm], tag: 1e-3}, {variants: [sm], tag: 100}]\n"
-    )
-    specs = [compose_run(words).spec for words in load_study(str(tmp_path / "2024_11.yaml")).overrides()]
-    assert [(spec.study, spec.name) for spec in specs] == [("2024_11", "sm-1e-3-seed0"), ("2024_11", "sm-100-seed0")]
-
-
-def test_values_of_a_study_file_reach_the_run_whatever_characters_they_have(tmp_path: Path) -> None:
-    paths = ["my corpus/a=b, c.py", "it's \\ here/*.txt", "2023_01"]
-    values = {"data": "files", "data.paths": paths, "train.peak_learning_rate": "1e-3", "data.tokenizer": "true"}
-    file = {"preset": "cpu", "groups": [{"variants": ["sm"], "tag": "it's, mine"}], "set": values}
-    (tmp_path / "dave's.yaml").write_text(yaml.safe_dump(file))
-    (words,) = load_study(str(tmp_path / "dave's.yaml")).overrides()
-    spec = compose_run(words).spec
-    assert (spec.study, spec.tag) == ("dave's", "it's, mine")
-    assert list(spec.data.paths) == paths
-    assert (spec.data.source, spec.data.tokenizer, spec.train.peak_learning_rate) == ("files", "true", 1e-3)
 
 
 def one_run(folder: Path, overrides: list[str]) -> tuple[str, list[str]]:
@@ -131,11 +104,11 @@ def test_runs_of_another_recipe_or_corpus_are_seen_before_anything_is_trained(
     file, words = one_run(tmp_path, done[1])
     run_study(file, words)
     more = ["tag=long", "train.steps=7"]
-    with pytest.raises(ValueError, match=r"sm-seed0 is of another recipe.*give study=NAME"):
+    with pytest.raises(ValueError, match=r"sm-seed0 has another recipe.*give study=NAME"):
         run_study(file, [*words, *more])
     record = tmp_path / "alike" / "sm-seed0" / "run.json"
     record.write_text(re.sub(r'("fingerprint": )"[0-9a-f]+"', r'\1"another"', record.read_text(), count=1))
-    with pytest.raises(ValueError, match="sm-seed0 is of another corpus"):
+    with pytest.raises(ValueError, match="sm-seed0 has another corpus"):
         run_study(file, words)
     assert [run.name for run in find_runs([tmp_path / "alike"])] == ["sm-seed0"]
     record.write_text(record.read_text().replace('"status": "finished"', '"status": "failed"'))
@@ -177,7 +150,7 @@ def test_a_report_that_cannot_be_made_hides_no_failure(
         (other / "run.json").write_text("{")
         raise RuntimeError("no more memory")
 
-    monkeypatch.setattr("normfree.training.study.train", fail_and_damage)
+    monkeypatch.setattr("normfree.training.launch.train", fail_and_damage)
     told = (
         r"no report: .*older-seed0.*not readable as JSON.* 1 of 1 runs failed: sm-seed0 \(RuntimeError: no more memory"
     )
@@ -191,9 +164,9 @@ def test_workers_take_threads_for_all_runs_or_for_none(tmp_path: Path, monkeypat
         "  - {variants: [sm-r], seeds: [0], set: {train.threads: 1}}\n"
         "  - {variants: [sm-g], seeds: [0]}\n"
     )
-    monkeypatch.setattr("normfree.training.study.usable_cores", lambda: 2)
-    with pytest.raises(ValueError, match=r"workers=2: give train\.threads for all runs of mixed or for none"):
-        run_study(str(tmp_path / "mixed.yaml"), [f"runs_dir={tmp_path}"], workers=2)
+    monkeypatch.setattr("normfree.training.launch.usable_cores", lambda: 2)
+    with pytest.raises(ValueError, match=r"workers=2: set train\.threads for all runs or for none"):
+        run_study(str(tmp_path / "mixed.yaml"), [f"runs_dir={tmp_path}"], Launch(workers=2))
 
 
 def test_a_study_of_which_no_run_can_begin_says_why(done: tuple[Path, list[str], Path], tmp_path: Path) -> None:
@@ -209,7 +182,7 @@ def test_a_run_that_another_process_trains_is_left_to_it(
     elsewhere = tmp_path / "runs"
     with folder_lock(elsewhere / "small" / "sm-r-seed0"), caplog.at_level("INFO", logger="normfree"):
         page = run_study(str(study), [*overrides, f"runs_dir={elsewhere}"])
-    assert "sm-r-seed0 is trained by another process; left to it" in caplog.text
+    assert "another process is training sm-r-seed0; skipped here" in caplog.text
     assert {run.name for run in find_runs([page.parents[1]])} == {"sm-seed0", "sm-r-wild-seed0"}
 
 
@@ -240,16 +213,16 @@ def test_a_run_that_a_worker_saw_fail_is_not_tried_again_now_but_the_next_time(
         tried.append("once")
         raise RuntimeError("no more air")
 
-    def work(command: list[str], *, count: int, environment: dict[str, str]) -> list[int]:
+    def work(command: list[str], *, count: int, environment: dict[str, str], standard_input: str) -> list[int]:
         with pytest.raises(RuntimeError, match="no more air"):
             run_study(file, words)
         return [1] * count
 
     monkeypatch.setattr("normfree.training.callbacks.measure_batches", fail)
-    monkeypatch.setattr("normfree.training.study.usable_cores", lambda: 2)
-    monkeypatch.setattr("normfree.training.study.run_side_by_side", work)
+    monkeypatch.setattr("normfree.training.launch.usable_cores", lambda: 2)
+    monkeypatch.setattr("normfree.training.launch.run_side_by_side", work)
     with pytest.raises(RuntimeError, match=r"1 of 1 runs failed: sm-seed0 \(RuntimeError: no more air\)"):
-        run_study(file, words, workers=2)
+        run_study(file, words, Launch(workers=2))
     assert tried == ["once"]
     monkeypatch.undo()
     time.sleep(1.1)  # sessions are told by the second
@@ -261,19 +234,19 @@ def test_two_workers_share_the_runs_and_get_the_same_numbers(
     done: tuple[Path, list[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study, overrides, page = done
-    monkeypatch.setattr("normfree.training.study.usable_cores", lambda: 2)
+    monkeypatch.setattr("normfree.training.launch.usable_cores", lambda: 2)
     statuses: list[int] = []
 
-    def started(command: list[str], *, count: int, environment: dict[str, str]) -> list[int]:
-        statuses.extend(run_side_by_side(command, count=count, environment=environment))
+    def started(command: list[str], *, count: int, environment: dict[str, str], standard_input: str) -> list[int]:
+        statuses.extend(run_side_by_side(command, count=count, environment=environment, standard_input=standard_input))
         return statuses
 
     def train_here(*_: object, **__: object) -> None:
         pytest.fail("the workers left a run to this process")
 
-    monkeypatch.setattr("normfree.training.study.run_side_by_side", started)
+    monkeypatch.setattr("normfree.training.launch.run_side_by_side", started)
     monkeypatch.setattr("normfree.training.trainer.NormFreeTrainer.train", train_here)
-    shared = run_study(str(study), [*overrides, f"runs_dir={tmp_path}"], workers=2)
+    shared = run_study(str(study), [*overrides, f"runs_dir={tmp_path}"], Launch(workers=2))
     assert statuses == [0, 0]
     alone, together = find_runs([page.parents[1]]), find_runs([shared.parents[1]])
     assert [run.status for run in together] == [run.status for run in alone]
@@ -288,22 +261,23 @@ def test_what_workers_leave_is_trained_here_with_their_threads_and_said(
 ) -> None:
     study, overrides, _ = done
     words = [word for word in overrides if not word.startswith("train.threads=")]
-    asked: list[list[str]] = []
+    threads: list[tuple[int, str]] = []
 
-    def die(command: list[str], *, count: int, environment: dict[str, str]) -> list[int]:
-        asked.append([*command, environment["OMP_NUM_THREADS"]])
+    def die(command: list[str], *, count: int, environment: dict[str, str], standard_input: str) -> list[int]:
+        (job, *_) = json.loads(standard_input)["jobs"]
+        threads.append((job["spec"]["train"]["threads"], environment["OMP_NUM_THREADS"]))
         return [9] * count
 
-    monkeypatch.setattr("normfree.training.study.usable_cores", lambda: 2)
-    monkeypatch.setattr("normfree.training.study.run_side_by_side", die)
+    monkeypatch.setattr("normfree.training.launch.usable_cores", lambda: 2)
+    monkeypatch.setattr("normfree.training.launch.run_side_by_side", die)
     with caplog.at_level("WARNING", logger="normfree"):
-        page = run_study(str(study), [*words, f"runs_dir={tmp_path}"], workers=2)
+        page = run_study(str(study), [*words, f"runs_dir={tmp_path}"], Launch(workers=2))
     assert caplog.text.count("ended with status 9") == 2
-    assert asked[0][-2:] == ["train.threads=1", "1"]
+    assert threads == [(1, "1")]
     assert {run.facts["environment"]["threads"] for run in find_runs([page.parents[1]])} == {1}
 
 
 @pytest.mark.parametrize("workers", [0, 10_000])
 def test_more_workers_than_cores_are_refused(workers: int) -> None:
     with pytest.raises(ValueError, match=f"workers={workers}: this machine has"):
-        run_study("quick", workers=workers)
+        run_study("quick", launch=Launch(workers=workers))

@@ -1,4 +1,4 @@
-"""What `normfree cost` does. Imports are local, as in commands.py."""
+"""The verb `cost`. Imports are local, so that --help stays fast."""
 
 from __future__ import annotations
 

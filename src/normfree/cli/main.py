@@ -1,4 +1,4 @@
-"""The command line: `normfree VERB OBJECT... key=value`. Flags: --help, --version, --debug, train's -m, and --cfg."""
+"""The command line: `normfree VERB OBJECT... key=value`. Flags: --help, --version, --debug, -m, --cfg."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from io import TextIOWrapper
 from typing import Any, get_type_hints
 
 from normfree import __version__
-from normfree.cli import cost as cost_commands
-from normfree.cli import models as model_commands
-from normfree.cli import runs as commands
+from normfree.cli import cost, models, runs
 from normfree.spec.keys import build, describe_keys, nearest
 
-HELP, MANY, SHOW = ("-h", "--help"), ("-m", "--multirun"), ("--cfg", "--cfg=job", "job")
+HELP = ("-h", "--help")
+FLAGS = {"many": ("-m", "--multirun"), "show": ("--cfg", "--cfg=job")}
+"""Spellings of each flag, by the command's keyword argument. `--cfg job` is read too."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class Verb:
 
 
 VERBS = {
-    "data": Verb(commands.data, "SOURCE", "normfree data installed"),
-    "train": Verb(commands.train, "", "normfree train preset=cpu-quick variant=sm-r seed=1"),
-    "study": Verb(commands.study, "STUDY", "normfree study quick"),
-    "evaluate": Verb(model_commands.evaluate, "MODEL", "normfree evaluate runs/quick/sm-r-seed0 text=README.md"),
-    "measure": Verb(model_commands.measure, "MODEL", "normfree measure runs/quick/sm-g-seed0"),
-    "cost": Verb(cost_commands.cost, "MODEL", "normfree cost gpt2-t128 variant=sm-r"),
-    "verify": Verb(commands.verify, "RUN", "normfree verify runs/quick/sm-r-seed0"),
-    "report": Verb(commands.report, "RUNS...", "normfree report runs/quick output=report"),
+    "data": Verb(runs.data, "SOURCE", "normfree data installed"),
+    "train": Verb(runs.train, "", "normfree train preset=cpu-quick variant=sm-r seed=1"),
+    "study": Verb(runs.study, "STUDY", "normfree study quick"),
+    "evaluate": Verb(models.evaluate, "MODEL", "normfree evaluate runs/quick/sm-r-seed0 text=README.md"),
+    "measure": Verb(models.measure, "MODEL", "normfree measure runs/quick/sm-g-seed0"),
+    "cost": Verb(cost.cost, "MODEL", "normfree cost gpt2-t128 variant=sm-r"),
+    "verify": Verb(runs.verify, "RUN", "normfree verify runs/quick/sm-r-seed0"),
+    "report": Verb(runs.report, "RUNS...", "normfree report runs/quick output=report"),
 }
 
 
@@ -58,15 +58,15 @@ class UsageError(ValueError):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit status. Errors are one line, with a stack trace only under --debug."""
+    """Run one command and return its exit status. An error is one line; --debug shows its stack trace."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("normfree").setLevel(logging.INFO)
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: a ± or a name never ends a command
-    os.environ.pop("MPLBACKEND", None)  # a notebook's: matplotlib refuses one that is not here, and ours needs none
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without ± gets \xb1 instead of a stack trace
+    os.environ.pop("MPLBACKEND", None)  # set by notebooks; matplotlib fails where that backend is missing
     try:
         dispatch(words)
         sys.stdout.flush()
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("normfree: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads():
+        if isinstance(error, BrokenPipeError) and _reader_closed_pipe():
             return 128 + signal.SIGPIPE
         if debug:
             raise
@@ -87,17 +87,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _nobody_reads() -> bool:
-    """Whether standard output goes to somebody who has read enough, as `| head`; then what is left goes nowhere."""
+def _reader_closed_pipe() -> bool:
+    """True if the reader closed the pipe, as `| head` does; what is left to print is then dropped."""
     output = select.poll()
     output.register(sys.stdout.fileno(), 0)
-    if gone := bool(output.poll(0)):  # asked for no event, it tells errors only
+    if closed := bool(output.poll(0)):  # registered for no event, so it reports errors only
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return gone
+    return closed
 
 
 def dispatch(words: Sequence[str]) -> None:
-    """Find the verb and call it with its objects and keys. Raises UsageError for words it cannot place."""
+    """Call the verb with its objects and keys. Raises UsageError for words that do not fit."""
     if "--version" in words:
         print(__version__)
         return
@@ -113,42 +113,43 @@ def dispatch(words: Sequence[str]) -> None:
     if any(word in HELP for word in rest):
         print(help_for(name, verb))
         return
-    flags = {}
-    for flag, spellings in {"many": MANY, "show": SHOW}.items():
-        if flag in get_type_hints(verb.run) and any(word in spellings[:2] for word in rest):
-            flags[flag] = True
-            rest = [word for word in rest if word not in spellings]
+    accepted = {flag: words for flag, words in FLAGS.items() if flag in get_type_hints(verb.run)}
+    flags = {flag: True for flag, spellings in accepted.items() if any(word in spellings for word in rest)}
+    rest = [word for word in rest if not any(word in FLAGS[flag] for flag in flags)]
+    if "show" in flags and "job" in rest:
+        rest.remove("job")
     if unknown := [word for word in rest if word.startswith("-")]:
-        known = "--help, --version, --debug, of train -m and --cfg job, and of study --cfg job"
+        known = "--help, --version, --debug, -m (train), --cfg job (train, study)"
         raise UsageError(f"unknown flag {unknown[0]!r}; the flags are {known}; all else is key=value")
     if (name == "study" or "many" in flags) and "show" not in flags and "TORCHELASTIC_RUN_ID" in os.environ:
-        raise UsageError("torchrun starts one run; a study or a sweep is started without it")
+        raise UsageError("torchrun starts one run; start a study or `train -m` without it")
     pairs = [word for word in rest if _is_pair(word)]
-    objects = _objects(name, verb, [word for word in rest if not _is_pair(word)])
-    verb.run(*objects, _keys(name, verb, pairs), **flags)
+    objects = _check_objects(name, verb, [word for word in rest if not _is_pair(word)])
+    verb.run(*objects, _read_keys(name, verb, pairs), **flags)
 
 
 def _is_pair(word: str) -> bool:
-    """Whether a word is key=value; a path may hold an equals sign too, and only Hydra's own keys a slash."""
+    """Whether a word is key=value; a path may contain an equals sign too, but no key contains a slash."""
     key, equals, _ = word.partition("=")
-    return bool(equals) and ("/" not in key or key.startswith("hydra/"))
+    return bool(equals) and ("/" not in key or key.startswith("hydra/"))  # so that the error can say what replaced it
 
 
-def _objects(name: str, verb: Verb, given: list[str]) -> list[Any]:
+def _check_objects(name: str, verb: Verb, objects: list[str]) -> list[Any]:
     many = verb.objects.endswith("...")
-    if bool(given) != bool(verb.objects) or (len(given) > 1 and not many):
-        takes, got = verb.objects or "key=value only", " ".join(given) or "nothing"
+    if bool(objects) != bool(verb.objects) or (len(objects) > 1 and not many):
+        takes, got = verb.objects or "key=value only", " ".join(objects) or "nothing"
         raise UsageError(f"normfree {name} takes {takes}, got {got}; example: {verb.example}")
-    return [given] if many else given
+    return [objects] if many else objects
 
 
-def _keys(name: str, verb: Verb, pairs: list[str]) -> Any:
+def _read_keys(name: str, verb: Verb, pairs: list[str]) -> Any:
+    """The verb's options; for a verb of runs its words as they are."""
     if verb.options is not None:
         try:
             return build(verb.options, dict(pair.split("=", 1) for pair in pairs))
         except ValueError as error:
             raise UsageError(str(error)) from None
-    if name == "data" and (wrong := [pair for pair in pairs if not _decides_a_corpus(pair.partition("=")[0])]):
+    if name == "data" and (wrong := [pair for pair in pairs if not _decides_corpus(pair.partition("=")[0])]):
         raise UsageError(f"normfree data takes data.* keys, preset= and cache_dir=, got {wrong[0]!r}")
     return pairs
 
@@ -177,15 +178,19 @@ def _key_help(name: str, verb: Verb) -> list[str]:
     if name == "data":
         lines = [_key_line("preset", None, f"whose corpus: {', '.join(members('preset'))}")]
         lines += [_key_line("cache_dir", None, "where corpora are kept")]
-        lines += [_key_line(*row) for row in rows if _decides_a_corpus(row[0])]
+        lines += [_key_line(*row) for row in rows if _decides_corpus(row[0])]
         return [*lines, "", "Values shown are those of preset=cpu with the source `installed`."]
     return [
         *(f"  {group + '=':<12}{', '.join(members(group))}" for group in GROUPS),
         f"  {'studies':<12}{', '.join(members('studies'))}",
         "",
-        "  workers=1       study only: processes that share its runs and this machine's cores",
         "  runs_dir=runs   where runs are kept",
         "  cache_dir=      where corpora are kept",
+        "",
+        "  --cfg prints the runs as YAML and trains nothing. `train -m variant=sm-r,sm-g seed=0,1` trains one run for",
+        "  each combination of comma-separated values. With study, and with train -m:",
+        "  workers=1       processes that share the runs and this machine's cores",
+        "  submit=         slurm: one cluster job for each run, with submit.NAME=VALUE for submitit (docs/training.md)",
         "",
         *(_key_line(*row) for row in rows),
         "",
@@ -194,7 +199,7 @@ def _key_help(name: str, verb: Verb) -> list[str]:
     ]
 
 
-def _decides_a_corpus(key: str) -> bool:
+def _decides_corpus(key: str) -> bool:
     return key.startswith("data.") or key in ("preset", "cache_dir")
 
 

@@ -1,4 +1,4 @@
-"""What `normfree evaluate` and `normfree measure` do with a model. Imports are local, as in commands.py."""
+"""The verbs `evaluate` and `measure`. Imports are local, so that --help stays fast."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ConfigDict
 
 from normfree.cli.runs import check_writable
+from normfree.files import sha256_bytes
 from normfree.store.runs import RUN_FILE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from normfree.data import Corpus
+    from normfree.measures.measurement import Measurement
     from normfree.measures.text import Evaluation
     from normfree.store.runs import Run
 
@@ -81,12 +83,12 @@ class MeasureOptions:
 def evaluate(name: str, options: EvaluateOptions) -> None:
     """Print token-weighted perplexity and bits per byte."""
     from normfree.measures.text import checked_context, leading_ids, perplexity
-    from normfree.measures.windows import check_memory, evaluation_estimate
-    from normfree.pretrained.load import load_pretrained, outline, usable_device
+    from normfree.measures.windows import evaluation_estimate
+    from normfree.pretrained.load import load_pretrained, outline
     from normfree.training.bf16 import products_for
     from normfree.training.process import prepare_process
 
-    if _takes_own_text(name, options, "context", "stride", "bos"):
+    if _uses_own_text(name, options, "context", "stride", "bos"):
         evaluate_run(Path(name), options)
         return
     prepare_process()
@@ -94,9 +96,7 @@ def evaluate(name: str, options: EvaluateOptions) -> None:
     loading: dict[str, Any] = {"dtype": options.dtype, "trust_remote_code": options.trust_remote_code}
     if model := outline(name, **loading):
         longest = min(checked_context(model, options.context), len(text.encode()))  # no text has more tokens than bytes
-        needed = evaluation_estimate(model, context=longest)
-        enough = check_memory(needed, usable_device(options.device), advice="a smaller context= needs less")
-        logger.info("windows of up to %d tokens: %s", longest, enough)
+        _check_memory(evaluation_estimate(model, context=longest), options, longest, "a smaller context= needs less")
     model, tokenizer = load_pretrained(name, device=options.device, **loading)
     context = checked_context(model, options.context)
     with products_for(options.dtype, model.device):
@@ -104,9 +104,8 @@ def evaluate(name: str, options: EvaluateOptions) -> None:
             model, tokenizer, text, context=context, stride=options.stride, bos=options.bos, progress=True
         )
     leading = tokenizer.convert_ids_to_tokens(leading_ids(model, tokenizer, options.bos))
-    after = f", every window begins with {''.join(leading)}" if leading else ""
     print(f"text           {options.text or 'held-out Python code of this machine (text=FILE takes another)'}")
-    print_evaluation(result, after)
+    _print_evaluation(result, f", every window begins with {''.join(leading)}" if leading else "")
 
 
 def evaluate_run(folder: Path, options: EvaluateOptions) -> None:
@@ -117,88 +116,41 @@ def evaluate_run(folder: Path, options: EvaluateOptions) -> None:
     import torch
 
     from normfree.measures.perplexity import evaluate_blocks
-    from normfree.measures.windows import check_memory, evaluation_estimate
-    from normfree.pretrained.load import load_pretrained, outline, usable_device
+    from normfree.measures.windows import evaluation_estimate
+    from normfree.pretrained.load import load_pretrained, outline
     from normfree.store.runs import read_run
     from normfree.training.bf16 import products_for
     from normfree.training.process import prepare_process
 
     prepare_process()
     run = read_run(folder)
-    batch = max(1, 1024 // run.spec["data"]["context"])
+    context = run.spec["data"]["context"]
+    batch = max(1, 1024 // context)
     if model := outline(str(folder), dtype=options.dtype):
-        needed = evaluation_estimate(model, context=batch * run.spec["data"]["context"])
-        advice = "a text= with a smaller context= needs less"
-        logger.info("held-out blocks: %s", check_memory(needed, usable_device(options.device), advice=advice))
+        needed = evaluation_estimate(model, context=batch * context)
+        _check_memory(needed, options, context, "a text= with a smaller context= needs less")
     model, _ = load_pretrained(str(folder), dtype=options.dtype, device=options.device)
-    corpus = own_corpus(run, options.cache_dir)
+    corpus = corpus_of_run(run, options.cache_dir)
     with products_for(options.dtype, model.device):
         blocks_NT, size = torch.from_numpy(corpus.held_out_ids()), corpus.predicted_bytes()
         result = evaluate_blocks(model, blocks_NT, predicted_bytes=size, batch_sequences=batch, progress=True)
     print("text           the run's own held-out blocks (text=FILE takes another)")
-    print_evaluation(result, f"; run.json, in {run.spec['train']['precision']}, has {run.perplexity:.4f}")
-
-
-def own_corpus(run: Run, cache: Path | None) -> Corpus:
-    """The corpus behind a run's numbers. Raises ValueError where this machine has none, or gives another."""
-    from normfree.data import prepare, prepared
-    from normfree.spec.run import RunSpec
-
-    if found := prepared(run.facts["corpus"], cache=cache):
-        return found
-    spec = RunSpec.from_dict(run.spec)
-    try:
-        corpus = prepare(spec.data, cache=cache)
-    except ValueError as error:
-        raise ValueError(f"the text of {run.folder} is not here ({error}); give text=FILE") from error
-    if corpus.fingerprint != run.corpus:
-        raise ValueError(
-            f"{run.folder} has corpus {run.corpus[:12]}, and its settings of data give {corpus.fingerprint[:12]} here "
-            "(another Python, other packages or files): give text=FILE"
-        )
-    return corpus
-
-
-def _takes_own_text(name: str, options: EvaluateOptions | MeasureOptions, *cutting: str) -> bool:
-    """Whether MODEL is a run and no text is given. Raises ValueError for keys that are not read then, or only then."""
-    own = options.text is None and (Path(name) / RUN_FILE).is_file()
-    if not own and options.cache_dir is not None:
-        raise ValueError("cache_dir= is read for the text of a run only: leave it out")
-    if given := [key for key in cutting if own and getattr(options, key) is not None]:
-        raise ValueError(f"{given[0]}= cuts a text, and a run's own is cut already: give text=FILE too")
-    return own
-
-
-def print_evaluation(result: Evaluation, after: str) -> None:
-    """Print the lines that say how well a text was predicted; `after` follows the number of tokens."""
-    print(f"perplexity     {result.perplexity:.4f} (over {result.tokens} predicted tokens{after})")
-    print(f"cross-entropy  {result.loss_nats:.4f} nats per token")
-    if result.bytes:
-        print(f"bits per byte  {result.bits_per_byte:.4f} (over {result.bytes} bytes of predicted tokens)")
-    else:
-        print("bits per byte  not known: this tokenizer does not say which bytes a token stands for")
+    _print_evaluation(result, f"; run.json, in {run.spec['train']['precision']}, has {run.perplexity:.4f}")
 
 
 def measure(name: str, options: MeasureOptions) -> None:
-    """Measure a model on a text; write a folder that `normfree report` reads, and its page; print the main tables."""
-    from hashlib import sha256
-
-    from normfree.analysis.groups import group_runs
+    """Measure a model on a text; write records that `normfree report` reads, and a page; print the main tables."""
     from normfree.entropy import EntropyProbe
     from normfree.measures import periods_of
     from normfree.measures.measurement import measure as measure_model
-    from normfree.measures.perplexity import sees_later_tokens
-    from normfree.measures.windows import check_memory, default_context, memory_estimate
-    from normfree.pretrained.load import load_pretrained, outline, usable_device
+    from normfree.pretrained.load import load_pretrained
     from normfree.report import build_report
-    from normfree.report.tables import layer_table, to_markdown, verdict_table
     from normfree.store.measurements import check_output, write_measurement
-    from normfree.store.runs import read_run
     from normfree.training.bf16 import products_for
     from normfree.training.environment import command_line, environment
     from normfree.training.process import prepare_process
 
-    own = _takes_own_text(name, options, "context", "bos")
+    own = _uses_own_text(name, options, "context", "bos")
     measures = list(periods_of([word.strip() for word in options.measures.split(",")], 1))
     if options.sequences < 1 or options.batch < 1:
         raise ValueError(f"sequences={options.sequences} and batch={options.batch} must be at least 1")
@@ -208,38 +160,17 @@ def measure(name: str, options: MeasureOptions) -> None:
     check_writable(output)  # before the work, not after it
     loading: dict[str, Any] = {"dtype": options.dtype, "trust_remote_code": options.trust_remote_code}
     loading["attention"] = "eager" if options.method == "eager" else None
-    if model := outline(name, **loading):
-        longest = read_run(name).spec["data"]["context"] if own else default_context(model, options.context)
-        longest = longest if own else min(longest, len(read_text(options.text).encode()))
-        batch = min(options.batch, options.sequences)
-        needed = memory_estimate(model, batch=batch, context=longest, method=options.method)
-        advice = "a smaller context= or batch= needs less"
-        enough = check_memory(needed, usable_device(options.device), advice=advice)
-        logger.info("windows of up to %d tokens: %s", longest, enough)
+    _check_memory_to_measure(name, options, loading, own=own)
     model, tokenizer = load_pretrained(name, device=options.device, **loading)
-    if "heads" in measures:
-        EntropyProbe(model, options.method)  # refuses what cannot be measured
+    method = {"heads": {"method": options.method}} if "heads" in measures else {}
+    if method:
+        EntropyProbe(model, options.method)  # refuses, before the text is read, a model that cannot be measured
     windows_NT, text, leading = _windows_of(name, model, tokenizer, options, own=own)
-    sequences, context = windows_NT.shape
-    facts = {
-        "name": name,
-        "label": label,
-        "text": text,
-        "tokens_sha256": sha256(windows_NT.numpy().tobytes()).hexdigest(),
-        "context": context,
-        "sequences": sequences,
-        "leading_tokens": leading,
-        "precision": options.dtype,
-        "measures": measures,
-        "method": options.method,
-        "causal": not sees_later_tokens(model, windows_NT),
-        "device": str(model.device),
-        "vocab_size": model.config.get_text_config().vocab_size,
-    }
+    facts = {"name": name, "label": label, "text": text, "leading_tokens": leading, "measures": measures}
+    facts |= _measurement_facts(model, windows_NT, options)
     check_output(output, facts)
-    chosen = {"heads": {"method": options.method}} if "heads" in measures else {}
     with products_for(options.dtype, model.device):
-        measured = measure_model(model, windows_NT, measures, batch=options.batch, progress=True, **chosen)
+        measured = measure_model(model, windows_NT, measures, batch=options.batch, progress=True, **method)
     run = write_measurement(
         output,
         facts | {"peak_memory_mib": measured.peak_memory_mib},
@@ -251,29 +182,38 @@ def measure(name: str, options: MeasureOptions) -> None:
         wall_seconds=measured.seconds,
     )
     page = build_report([run], output / "report")
-    groups = group_runs([run])
-    tables = [table for make in (layer_table, verdict_table) if (table := make(groups)).rows]
-    print("\n".join(map(to_markdown, tables)))
-    for quantity, value in measured.values.items():
-        if not value.ndim:
-            print(f"{quantity}  {value:.4f}")
-    if not facts["causal"]:
-        print("not causal: queries see later tokens; ceilings are means of ln(visible)")
-    print(f"{measured.seconds:.1f} s, peak memory {measured.peak_memory_mib:.0f} MiB")
+    _print_measurement(run, measured)
     print(f"The page: {page}")
 
 
-def _model_facts(model: Any) -> dict[str, Any]:
-    config = model.config.get_text_config()
-    named = {"layers": "num_hidden_layers", "heads": "num_attention_heads", "hidden_size": "hidden_size"}
-    sizes = {name: getattr(config, key, None) for name, key in named.items()}
-    return {"parameters": model.num_parameters(), "type": model.config.model_type, **sizes}
+def _check_memory_to_measure(name: str, options: MeasureOptions, loading: dict[str, Any], *, own: bool) -> None:
+    from normfree.measures.windows import default_context, memory_estimate
+    from normfree.pretrained.load import outline
+    from normfree.store.runs import read_run
+
+    if not (model := outline(name, **loading)):
+        return
+    if own:
+        longest = read_run(name).spec["data"]["context"]
+    else:
+        longest = min(default_context(model, options.context), len(read_text(options.text).encode()))
+    batch = min(options.batch, options.sequences)
+    needed = memory_estimate(model, batch=batch, context=longest, method=options.method)
+    _check_memory(needed, options, longest, "a smaller context= or batch= needs less")
+
+
+def _check_memory(needed: int, options: EvaluateOptions | MeasureOptions, longest: int, advice: str) -> None:
+    from normfree.measures.windows import check_memory
+    from normfree.pretrained.load import usable_device
+
+    enough = check_memory(needed, usable_device(options.device), advice=advice)
+    logger.info("windows of up to %d tokens: %s", longest, enough)
 
 
 def _windows_of(
     name: str, model: Any, tokenizer: Any, options: MeasureOptions, *, own: bool
 ) -> tuple[Tensor, str, list[str]]:
-    """(N, T) token ids, what text they are of, and the tokens that every window begins with. `own`: a run's blocks."""
+    """(N, T) token ids, the text they are from, and the tokens that every window begins with. `own`: a run's blocks."""
     import torch
 
     from normfree.measures.text import leading_ids, spread
@@ -281,13 +221,89 @@ def _windows_of(
     from normfree.store.runs import read_run
 
     if own:
-        blocks_NT = torch.from_numpy(own_corpus(read_run(name), options.cache_dir).held_out_ids())
+        blocks_NT = torch.from_numpy(corpus_of_run(read_run(name), options.cache_dir).held_out_ids())
         return spread(blocks_NT, options.sequences), "the run's own held-out blocks", []
     windows_NT = token_windows(
         model, tokenizer, read_text(options.text), context=options.context, sequences=options.sequences, bos=options.bos
     )
     leading = tokenizer.convert_ids_to_tokens(leading_ids(model, tokenizer, options.bos))
     return windows_NT, str(options.text or "held-out Python code of this machine"), leading
+
+
+def _measurement_facts(model: Any, windows_NT: Tensor, options: MeasureOptions) -> dict[str, Any]:
+    from normfree.measures.perplexity import sees_later_tokens
+
+    sequences, context = windows_NT.shape
+    return {
+        "tokens_sha256": sha256_bytes(windows_NT.numpy().tobytes()),
+        "context": context,
+        "sequences": sequences,
+        "precision": options.dtype,
+        "method": options.method,
+        "causal": not sees_later_tokens(model, windows_NT),
+        "device": str(model.device),
+        "vocab_size": model.config.get_text_config().vocab_size,
+    }
+
+
+def _model_facts(model: Any) -> dict[str, Any]:
+    config = model.config.get_text_config()
+    names = {"layers": "num_hidden_layers", "heads": "num_attention_heads", "hidden_size": "hidden_size"}
+    sizes = {name: getattr(config, key, None) for name, key in names.items()}
+    return {"parameters": model.num_parameters(), "type": model.config.model_type, **sizes}
+
+
+def _print_evaluation(result: Evaluation, after_tokens: str) -> None:
+    print(f"perplexity     {result.perplexity:.4f} (over {result.tokens} predicted tokens{after_tokens})")
+    print(f"cross-entropy  {result.loss_nats:.4f} nats per token")
+    if result.bytes:
+        print(f"bits per byte  {result.bits_per_byte:.4f} (over {result.bytes} bytes of predicted tokens)")
+    else:
+        print("bits per byte  not known: this tokenizer does not say which bytes a token stands for")
+
+
+def _print_measurement(run: Run, measured: Measurement) -> None:
+    from normfree.analysis.groups import group_runs
+    from normfree.report.tables import layer_table, to_markdown, verdict_table
+
+    groups = group_runs([run])
+    tables = [table for make in (layer_table, verdict_table) if (table := make(groups)).rows]
+    print("\n".join(map(to_markdown, tables)))
+    for quantity, value in measured.values.items():
+        if not value.ndim:
+            print(f"{quantity}  {value:.4f}")
+    if not run.facts["measurement"]["causal"]:
+        print("not causal: queries see later tokens; ceilings are means of ln(visible)")
+    print(f"{measured.seconds:.1f} s, peak memory {measured.peak_memory_mib:.0f} MiB")
+
+
+def corpus_of_run(run: Run, cache: Path | None) -> Corpus:
+    """The corpus behind a run's numbers. Raises ValueError where this machine has none, or gives another."""
+    from normfree.data import prepare, prepared
+    from normfree.spec.run import RunSpec
+
+    if corpus := prepared(run.facts["corpus"], cache=cache):
+        return corpus
+    try:
+        corpus = prepare(RunSpec.from_dict(run.spec).data, cache=cache)
+    except ValueError as error:
+        raise ValueError(f"the text of {run.folder} is not here ({error}); give text=FILE") from error
+    if corpus.fingerprint != run.corpus:
+        raise ValueError(
+            f"{run.folder} has corpus {run.corpus[:12]}, and its data settings give {corpus.fingerprint[:12]} here "
+            "(another Python, other packages or files): give text=FILE"
+        )
+    return corpus
+
+
+def _uses_own_text(name: str, options: EvaluateOptions | MeasureOptions, *cutting: str) -> bool:
+    """Whether MODEL is a run and no text is given. Raises ValueError for keys that have no effect here."""
+    own = options.text is None and (Path(name) / RUN_FILE).is_file()
+    if not own and options.cache_dir is not None:
+        raise ValueError("cache_dir= is read for the text of a run only: leave it out")
+    if ignored := [key for key in cutting if own and getattr(options, key) is not None]:
+        raise ValueError(f"{ignored[0]}= cuts a text, and a run's own is cut already: give text=FILE too")
+    return own
 
 
 def read_text(path: Path | None) -> str:

@@ -1,4 +1,4 @@
-"""What each verb of the command line does. Imports are local, so that `normfree --help` and `report` stay light."""
+"""The verbs `data`, `train`, `study`, `verify` and `report`. Imports are local, so that --help stays fast."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 if TYPE_CHECKING:
-    from normfree.spec.compose import Composed
+    from normfree.spec.compose import Job
 
 OPTIONS = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -35,60 +35,69 @@ class ReportOptions:
     """Put runs of different recipes or precisions into one table."""
 
 
-def data(source: str, overrides: Sequence[str]) -> None:
+def data(source: str, words: Sequence[str]) -> None:
     """Prepare a corpus and describe it."""
     from normfree.data import prepare
     from normfree.spec.compose import compose_run
     from normfree.training.process import prepare_process
 
     prepare_process()
-    composed = compose_run([f"data={source}", *overrides])
-    print(prepare(composed.spec.data, cache=composed.cache_dir).describe())
+    job = compose_run([f"data={source}", *words])
+    print(prepare(job.spec.data, cache=job.cache_dir).describe())
 
 
-def train(overrides: Sequence[str], *, many: bool = False, show: bool = False) -> None:
-    """Train one run; many with -m; print it as YAML and train nothing with --cfg."""
+def train(words: Sequence[str], *, many: bool = False, show: bool = False) -> None:
+    """Train one run, or one for each combination of comma-separated values with -m."""
     from accelerate import PartialState
 
-    from normfree.spec.compose import compose_run
+    from normfree.spec.compose import compose_run, compose_runs
+    from normfree.store.runs import RUN_FILE
     from normfree.training import train as train_run
+    from normfree.training.launch import read_launch, summary, train_jobs
     from normfree.training.process import prepare_process
-    from normfree.training.study import summary
-    from normfree.training.sweep import jobs_of, sweep
 
+    launch, of_runs = read_launch(words) if many else (None, words)
+    jobs = compose_runs(of_runs) if many else [compose_run(of_runs)]
     if show:
-        _show(jobs_of(overrides) if many else [compose_run(overrides)])
-        return
-    if many:
-        sweep(overrides)
+        _show(jobs)
         return
     prepare_process()
-    composed = compose_run(overrides)
-    folder = train_run(composed.spec, runs_dir=composed.runs_dir, cache=composed.cache_dir)
+    if many:
+        failures = train_jobs(jobs, launch)
+        for job in jobs:
+            if (job.folder / RUN_FILE).is_file():
+                print(job.folder)
+        if failures:
+            raise RuntimeError(f"{len(failures)} of {len(jobs)} runs failed: {'; '.join(failures)}")
+        return
+    folder = train_run(jobs[0].spec, runs_dir=jobs[0].runs_dir, cache=jobs[0].cache_dir)
     if PartialState().is_main_process:
         print(f"{summary(folder)}\n{folder}")
 
 
-def study(name: str, overrides: Sequence[str], *, show: bool = False) -> None:
-    """Train all runs of a study, then report; print them as YAML and train nothing with --cfg."""
+def study(name: str, words: Sequence[str], *, show: bool = False) -> None:
+    """Train all runs of a study, then report."""
+    from normfree.spec.compose import read_words
+    from normfree.spec.study import load_study
+    from normfree.training.launch import read_launch
     from normfree.training.process import prepare_process
-    from normfree.training.study import load_study, run_study
+    from normfree.training.study import run_study
 
-    of_runs = [word for word in overrides if not word.startswith("workers=")]
-    workers = [word.removeprefix("workers=") for word in overrides if word.startswith("workers=")] or ["1"]
-    if not workers[-1].isdigit():
-        raise ValueError(f"workers={workers[-1]}: give a whole number of processes, e.g. workers=2")
+    launch, of_runs = read_launch(words)
     if show:
-        _show(load_study(name).runs_with(of_runs))
+        _show(load_study(name).jobs(read_words(of_runs)))
         return
     prepare_process()
-    page = run_study(name, of_runs, workers=int(workers[-1]))
+    page = run_study(name, of_runs, launch)
     print((page.parent / "tables" / "perplexity.md").read_text(encoding="utf-8"))
     print(f"The page: {page}")
 
 
-def _show(runs: Sequence[Composed]) -> None:
-    print(yaml.safe_dump_all([run.spec.to_dict() for run in runs], sort_keys=False), end="")
+def _show(jobs: Sequence[Job]) -> None:
+    from normfree.training.launch import check_jobs
+
+    check_jobs(jobs)
+    print(yaml.safe_dump_all([job.spec.to_dict() for job in jobs], sort_keys=False), end="")
 
 
 def verify(name: str, options: VerifyOptions) -> None:

@@ -1,237 +1,222 @@
-"""From Hydra's YAML and the user's `key=value` to a checked RunSpec. Nothing behind this file sees OmegaConf."""
+"""Compose a run: a preset, a corpus, a variant and `key=value` words become one dict, and that a checked RunSpec."""
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Sequence
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from normfree.spec.keys import describe_keys, nearest
 from normfree.spec.run import NOT_SET_ALONE, RunSpec
-
-if TYPE_CHECKING:
-    from normfree.model import NormFreeConfig  # loads torch, which --help and report do not need
+from normfree.spec.variants import check_fields_are_read, check_label, model_fields
 
 CONF = Path(__file__).parent / "conf"
-GROUPS = ("data", "preset", "variant")
+GROUPS = {"data": "installed", "preset": "cpu", "variant": "sm-ln-g"}
+"""Folders of `conf` from which a run takes one file each, and the file that it takes unless told otherwise."""
 PLACES = ("runs_dir", "cache_dir")
 NAMES = ("study", "tag")
-OF_THE_CORPUS = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id")
-"""Fields of a model that a run has from its corpus where none is given."""
-_EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")  # 1e-3 is text to PyYAML
-_FIELD = re.compile(r'^    (\w+): (.+) = (.+)\n    """(.+)"""$', re.MULTILINE)  # of NormFreeConfig
+"""Keys whose value is text, whatever it looks like: tag=1e-3."""
+FROM_CORPUS = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id")
+"""Fields of the model that a run takes from its corpus unless they are set."""
+_MODEL_FIELD = re.compile(r'^    (\w+): (.+) = (.+)\n    """(.+)"""$', re.MULTILINE)
+_WHOLE_OR_BRACKETED = re.compile(r"""(?:\[[^]]*\]|\{[^}]*\}|'[^']*'|"[^"]*"|[^,\[\]{}'"])+""")
 _HINTS = {
     "batch_size": "did you mean train.batch_sequences?",
     "gradient_accumulation_steps": "did you mean train.micro_batch_sequences?",
     "learning_rate": "did you mean train.peak_learning_rate?",
     "lr": "did you mean train.peak_learning_rate?",
     "max_steps": "did you mean train.steps?",
-    "source": "say data=NAME, which also sets how that text is cut",
-    "workers": "it is a key of `normfree study`",
+    "optimizer": "the optimiser is AdamW (train.adam_beta1, adam_beta2, adam_epsilon, weight_decay)",
+    "lr_scheduler_type": "the rate rises over train.warmup_share, then falls linearly to train.final_learning_rate",
+    "source": "use data=NAME, which also sets the packing of that source",
+    "workers": "it is a key of `normfree study` and `normfree train -m`",
 }
-"""The end of an error line on keys that other programs or other commands have."""
+"""What to use for a key that other programs, or other commands of ours, have."""
 
 
 @dataclass(frozen=True)
-class Composed:
-    """A run and where it is to be put."""
+class Job:
+    """A run to train, its folders, and the command that trains it alone (None: the command line of the process)."""
 
     spec: RunSpec
-    runs_dir: Path
-    cache_dir: Path | None
+    runs_dir: Path = Path("runs")
+    cache_dir: Path | None = None
+    command: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where the run's records go."""
+        return self.runs_dir / self.spec.study / self.spec.name
 
 
-def compose_run(overrides: Sequence[str]) -> Composed:
-    """Compose the configuration with `key=value` overrides, the last one winning.
+def compose_run(words: Sequence[str] = ()) -> Job:
+    """Compose one run from `key=value` words; the last value of a key wins.
 
-    Raises ValueError, with the nearest valid names, for an unknown key, group member or value.
+    Raises ValueError, with the nearest valid names, for an unknown key, preset, variant or value.
     """
-    with initialize_config_dir(str(CONF), version_base=None):
-        try:
-            composed = compose("config", [forced(text) for text in checked(overrides, many=False)])
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ValueError(str(error).strip().splitlines()[0]) from error
-    return from_hydra(composed)
+    return compose(read_words(words))
 
 
-def from_hydra(composed: DictConfig) -> Composed:
-    """Plain, checked values from what Hydra composed."""
-    from normfree.model import NormFreeConfig
+def read_words(words: Sequence[str]) -> dict[str, Any]:
+    """Values by dotted key from `key=value` words; the last value of a key wins.
 
-    values: Any = OmegaConf.to_container(composed, resolve=True)
-    runs_dir, cache_dir = (values.pop(name) for name in PLACES)
+    Raises ValueError for a word that is not of that form, or that has several values.
+    """
+    texts = _texts_by_key(words)
+    for key, alternatives in texts.items():
+        if len(alternatives) > 1:
+            raise ValueError(
+                f"'{key}={','.join(alternatives)}' has several values: `normfree train -m` trains one run for each"
+            )
+    return {key: _read_value(key, text) for key, (text,) in texts.items()}
+
+
+def compose_runs(words: Sequence[str]) -> list[Job]:
+    """Compose one run for each combination of comma-separated values, as in `seed=0,1 variant=sm-r,sm-g`.
+
+    Raises ValueError as `compose_run` does, and for two runs with one folder.
+    """
+    texts = _texts_by_key(words)
+    jobs = []
+    for combination in itertools.product(*texts.values()):
+        chosen = dict(zip(texts, combination, strict=True))
+        command = shlex.join(["normfree", "train", *(f"{key}={text}" for key, text in chosen.items())])
+        jobs.append(compose({key: _read_value(key, text) for key, text in chosen.items()}, command=command))
+    check_folders_differ(
+        jobs,
+        advice="put what differs into the tag, e.g. 'tag=lr${train.peak_learning_rate}', or, for orders of the data "
+        "that count as seeds, into the study: 'study=order${data_seed}'",
+    )
+    return jobs
+
+
+def compose(values: Mapping[str, Any], *, command: str | None = None) -> Job:
+    """Compose one run from values by dotted key, e.g. `{"preset": "cpu", "train.steps": 10}`.
+
+    Raises ValueError, with the nearest valid names, for an unknown key, preset, variant or value.
+    """
+    for key in values:
+        if key not in allowed_keys():
+            raise ValueError(f"unknown key {key!r}; {_advice_on_key(key)}")
+    merged = _merge(values)
+    runs_dir, cache_dir = merged.pop("runs_dir", "runs"), merged.pop("cache_dir", None)
     if not runs_dir:
         raise ValueError(f"runs_dir={runs_dir}: name a folder, e.g. runs_dir=runs")
-    model = values["model"]
-    names, layers = model.get("activation"), model["num_hidden_layers"]
-    as_declared = isinstance(names, list) and names == _declared_by(values["variant"]).get("activation")
-    if as_declared and isinstance(layers, int):
-        model["activation"] = _stretched(names, layers)
-    config = NormFreeConfig(**model)
-    # 1 and 1.0 are one model, so one identity.
-    values["model"] = {
-        name: float(value) if isinstance(getattr(config, name), float) else value for name, value in model.items()
-    }
-    spec = RunSpec.from_dict(values)
-    _check_read(spec, config)
-    _check_label(spec, config)
-    return Composed(spec=spec, runs_dir=Path(runs_dir), cache_dir=Path(cache_dir) if cache_dir else None)
+    merged["model"] = model_fields(merged["model"], declared_by(merged["variant"]))
+    spec = RunSpec.from_dict(merged)
+    check_fields_are_read(spec)
+    check_label(spec, {name: declared_by(name) for name in members("variant") if name != "custom"})
+    return Job(spec, Path(runs_dir), Path(cache_dir) if cache_dir else None, command)
 
 
-def _declared_by(variant: str) -> dict[str, Any]:
-    """What makes a variant; the value of a slope does not, a tag tells runs with other slopes apart."""
-    model = yaml.safe_load((CONF / "variant" / f"{variant}.yaml").read_text(encoding="utf-8")).get("model", {})
-    return {key: value for key, value in model.items() if key != "negative_slope"}
-
-
-def _stretched(names: str | list[str], layers: int) -> list[str]:
-    """The activation of each layer: each name takes an equal part of the layers, the first ones one more."""
-    names = [names] if isinstance(names, str) else names
-    return [names[layer * len(names) // layers] for layer in range(layers)]
-
-
-def _check_label(spec: RunSpec, config: NormFreeConfig) -> None:
-    """Raises ValueError for a model that is not the variant's: folder, label and the published numbers beside a run go
-    by that."""
-    if spec.variant == "custom" and (unsaid := [key for key in ("norm", "activation") if key not in spec.model]):
-        raise ValueError(
-            f"variant=custom does not say model.{' and model.'.join(unsaid)}: give both, e.g. model.norm=none "
-            "model.activation=relu"
-        )
-
-    def differing(variant: str) -> list[str]:
-        declared = _declared_by(variant)
-        if "activation" in declared:
-            declared["activation"] = _stretched(declared["activation"], config.num_hidden_layers)
-        actual = config.to_dict() | {"activation": config.layer_activations}
-        return [key for key, value in declared.items() if actual[key] != value]
-
-    if not (wrong := differing(spec.variant)):
-        return
-    fitting = [name for name in members("variant") if name != "custom" and not differing(name)]
-    advice = f"that is variant={fitting[0]}" if fitting else "say variant=custom, with a tag that names it"
-    given = ", model.".join(f"{key}={getattr(config, key)!r}" for key in wrong)
-    raise ValueError(f"variant={spec.variant} with model.{given} would bear a wrong label: {advice}")
-
-
-def _check_read(spec: RunSpec, config: NormFreeConfig) -> None:
-    """Raises ValueError for a setting other than the default that nothing in this model reads."""
-    from normfree.model.activations import IN_THIS_FILE
-
-    names = set(config.layer_activations)
-    of_ones_own = bool(names - IN_THIS_FILE.keys())  # such an activation may read and learn slopes
-    rotary = config.position == "rotary", "model.position=rotary"
-    learned = of_ones_own or config.learnable_slope != "none", "model.learnable_slope=per_layer or shared"
-    needs = {
-        "rotary_share": rotary,
-        "rotary_base": rotary,
-        "norm_epsilon": ({config.norm, config.final_norm} != {"none"}, "a norm"),
-        "negative_slope": (of_ones_own or "leaky_relu" in names, "model.activation=leaky_relu"),
-        "decay_slopes": learned,
-        "slope_learning_rate_factor": learned,
-    }
-    for name, (is_read, reader) in needs.items():
-        part, owner = ("model", config) if hasattr(config, name) else ("train", spec.train)
-        if not is_read and (value := getattr(owner, name)) != getattr(type(owner), name):
-            raise ValueError(f"{part}.{name}={value} is read with {reader} only: leave it out")
-
-
-def checked(overrides: Sequence[str], *, many: bool = True) -> list[str]:
-    """The overrides. Raises ValueError for a key or a group member that does not exist, and unless `many`, for what is
-    for several runs."""
-    allowed = allowed_keys()
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"{text!r} is not of the form key=value")
-        if key.startswith("hydra"):
-            if not many:
-                raise ValueError(f"{text!r} is for many runs: `normfree train -m`")
-            continue
-        if key not in allowed:
-            raise ValueError(f"unknown key {key!r}; {_meant(key, allowed)}")
-        for member in value.split(",") if key in GROUPS else ():
-            if member not in members(key):
-                raise ValueError(f"unknown {key} {member!r}; {nearest(member, members(key))}")
-        try:
-            parsed = OverridesParser.create().parse_override(text)
-        except HydraException:
-            quoted = "['...','...']" if value.startswith("[") else "'...'"
-            raise ValueError(f'cannot read {text!r}; quote what has special characters: "{key}={quoted}"') from None
-        if parsed.is_sweep_override() and not many:
-            raise ValueError(f"{text!r} is several values: `normfree train -m` trains one run for each")
-    return list(overrides)
-
-
-def _meant(key: str, allowed: list[str]) -> str:
-    """The end of an error line on a key that does not exist."""
-    last = key.rpartition(".")[2]
-    if "optim" in last:
-        return "the optimiser is AdamW (train.adam_beta1, adam_beta2, adam_epsilon, weight_decay)"
-    if "schedule" in last:
-        return "it rises over train.warmup_share and falls linearly to train.final_learning_rate (the peak: constant)"
-    same = [known for known in allowed if known.rpartition(".")[2] == last]
-    hint = _HINTS.get(last) or (f"did you mean {' or '.join(same)}?" if same else nearest(key, allowed))
-    return "`normfree train --help` has all of them" if hint.startswith("allowed") else hint
-
-
-def forced(override: str) -> str:
-    """Let an override of a nested key add what the YAML leaves at its default, e.g. `++model.bias=all`."""
-    key = override.partition("=")[0]
-    return f"++{override}" if "." in key and not key.startswith("hydra") else override
-
-
-def override(key: str, value: Any) -> str:
-    """The override that gives `key` the value that a YAML file has, whatever characters it has."""
-    bare = key in GROUPS or (key not in NAMES and isinstance(value, str) and _EXPONENT.fullmatch(value))
-    return f"{key}={value if bare else _as_hydra_reads(value)}"
-
-
-def _as_hydra_reads(value: Any) -> str:
-    if isinstance(value, list):
-        return f"[{','.join(map(_as_hydra_reads, value))}]"
-    if isinstance(value, str):
-        return QuotedString(value, Quote.single).with_quotes()
-    return "null" if value is None else str(value)
+def check_folders_differ(jobs: Iterable[Job], *, advice: str) -> None:
+    """Raises ValueError, with `advice`, where two runs would share a folder."""
+    counts = Counter(str(job.folder) for job in jobs)
+    if shared := sorted(folder for folder, count in counts.items() if count > 1):
+        raise ValueError(f"more than one run would be {', '.join(shared)}: {advice}")
 
 
 def members(group: str) -> list[str]:
-    """The members of a configuration group, e.g. the presets; of `studies`, those that come with the package."""
+    """The files of a folder of `conf`, e.g. the presets."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
-def describe_run() -> list[tuple[str, Any, str]]:
-    """(key, value in a run without overrides, meaning) of every key that may be set alone, for --help.
+def declared_by(variant: str) -> dict[str, Any]:
+    """The fields of the model that define a variant. The value of a slope does not: a tag tells such runs apart."""
+    fields = _read_member("variant", variant).get("model", {})
+    return {key: value for key, value in fields.items() if key != "negative_slope"}
 
-    The fields of the model are read off their source: importing them loads torch, which takes seconds.
+
+def describe_run() -> list[tuple[str, Any, str]]:
+    """(key, its value in a run without words, its meaning) of every key that can be set, for --help.
+
+    Fields of the model are read from the text of their module: importing it loads torch, which takes seconds.
     """
     rows = describe_keys(RunSpec)
-    source = (Path(__file__).parents[1] / "model" / "configuration.py").read_text(encoding="utf-8")
-    for name, kind, default, meaning in _FIELD.findall(source):
+    source = (CONF.parents[1] / "model" / "configuration.py").read_text(encoding="utf-8")
+    for name, kind, default, meaning in _MODEL_FIELD.findall(source):
         if kind.startswith("Literal["):
             meaning += f" {kind.removeprefix('Literal')}".replace('"', "").replace(", ", " | ")
-        rows[f"model.{name}"] = (None if name in OF_THE_CORPUS else default.strip('"'), meaning)
-    with initialize_config_dir(str(CONF), version_base=None):
-        parts: Any = OmegaConf.to_container(compose("config"))
-    values = {
-        f"{part}.{key}": value for part in ("data", "train", "probe", "model") for key, value in parts[part].items()
-    }
-    return [(key, values.get(key, row[0]), row[1]) for key, row in rows.items() if key not in NOT_SET_ALONE]
+        rows[f"model.{name}"] = (None if name in FROM_CORPUS else default.strip('"'), meaning)
+    parts = {part: values for part, values in _merge({}).items() if isinstance(values, dict)}
+    shown = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
+    rows = {key: row for key, row in rows.items() if key not in NOT_SET_ALONE}
+    return [(key, shown.get(key, default), meaning) for key, (default, meaning) in rows.items()]
 
 
-def allowed_keys() -> list[str]:
-    """Every key a user may set."""
-    from normfree.model import NormFreeConfig
+@cache
+def allowed_keys() -> frozenset[str]:
+    """Every key that can be set."""
+    return frozenset([*GROUPS, *PLACES, *(key for key, _, _ in describe_run())])
 
-    spec_keys = [key for key in describe_keys(RunSpec) if key not in NOT_SET_ALONE]
-    return [*GROUPS, *PLACES, *spec_keys, *(f"model.{name}" for name in NormFreeConfig.__annotations__)]
+
+def _texts_by_key(words: Sequence[str]) -> dict[str, list[str]]:
+    """The values of each key as text: one, or several with commas between them, outside of brackets and quotes."""
+    texts: dict[str, list[str]] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise ValueError(f"{word!r} is not of the form key=value")
+        alternatives = _WHOLE_OR_BRACKETED.findall(text)
+        texts[key] = alternatives if alternatives and ",".join(alternatives) == text else [text]
+    return texts
+
+
+def _read_value(key: str, text: str) -> Any:
+    """A word's value as YAML reads it. Raises ValueError for text that is not YAML."""
+    try:
+        if key in GROUPS or key in NAMES:
+            value = yaml.load(text, yaml.BaseLoader)
+            return value if isinstance(value, str) else text
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # pyright: ignore
+    except yaml.YAMLError:
+        quoted = "['...','...']" if text.startswith("[") else "'...'"
+        raise ValueError(f'cannot read {f"{key}={text}"!r}; quote special characters: "{key}={quoted}"') from None
+
+
+def _merge(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The corpus, then the preset over it, then the variant, then single values, with ${...} resolved."""
+    presets = [_read_member("preset", values.get("preset", GROUPS["preset"]))]
+    while "extends" in presets[0]:
+        presets.insert(0, _read_member("preset", presets[0].pop("extends")))
+    corpora = [preset.pop("corpus") for preset in presets if "corpus" in preset]
+    corpus = values.get("data", corpora[-1] if corpora else GROUPS["data"])
+    layers = [{"data": _read_member("data", corpus)}, *presets]
+    layers.append(_read_member("variant", values.get("variant", GROUPS["variant"])))
+    try:
+        merged = OmegaConf.merge({"study": "single", "tag": "", "seed": 0, "data_seed": 0}, *layers)
+        for key, value in values.items():
+            if key not in GROUPS:
+                OmegaConf.update(merged, key, value, merge=False)
+        container: Any = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(str(error).strip().splitlines()[0]) from error
+    return container
+
+
+def _read_member(group: str, name: str) -> dict[str, Any]:
+    if name not in members(group):
+        raise ValueError(f"unknown {group} {name!r}; {nearest(str(name), members(group))}")
+    return OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml"))  # pyright: ignore[reportReturnType]
+
+
+def _advice_on_key(key: str) -> str:
+    """The end of an error line about a key that does not exist."""
+    last = key.rpartition(".")[2]
+    if last in _HINTS:
+        return _HINTS[last]
+    if key.startswith("hydra"):
+        return "Hydra's launchers are gone: workers=N or submit=slurm, with `normfree train -m` and `normfree study`"
+    same = sorted(known for known in allowed_keys() if known.rpartition(".")[2] == last)
+    hint = f"did you mean {' or '.join(same)}?" if same else nearest(key, sorted(allowed_keys()))
+    return "`normfree train --help` lists all" if hint.startswith("allowed") else hint

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
 from typing import IO, Any
 
@@ -22,12 +23,14 @@ class StoppedError(Exception):
         self.signal_number = signal_number
 
 
-def run_side_by_side(command: Sequence[str], *, count: int, environment: dict[str, str]) -> list[int]:
-    """Start `count` processes of one command and wait; returns their exit statuses. Their standard output is dropped.
+def run_side_by_side(
+    command: Sequence[str], *, count: int, environment: dict[str, str], standard_input: str = ""
+) -> list[int]:
+    """Start `count` processes of one command, each with that text on its standard input; returns their exit statuses.
 
-    Their standard error is passed on line by line: at a terminal they would draw progress bars over each other.
-    Stopping signals (SIGHUP as SIGTERM) are handed on once: the processes live in sessions of their own, since a Ctrl-C
-    that reached them twice would make a run leave without a checkpoint.
+    Standard output is dropped. Standard error is passed on line by line: at a terminal the processes would draw
+    progress bars over each other. Stopping signals (SIGHUP as SIGTERM) are passed on once: the processes have sessions
+    of their own, since a Ctrl-C that reached them twice would make a run leave without a checkpoint.
 
     Raises StoppedError after such a signal, once every process has ended; OSError when one could not be started, after
     the others were stopped.
@@ -51,6 +54,7 @@ def run_side_by_side(command: Sequence[str], *, count: int, environment: dict[st
             process = subprocess.Popen(
                 command,
                 env=os.environ | environment,
+                stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 encoding="utf-8",
@@ -62,6 +66,7 @@ def run_side_by_side(command: Sequence[str], *, count: int, environment: dict[st
                 process.send_signal(signal.SIGTERM)
             readers.append(threading.Thread(target=_pass_on, args=(process.stderr,), daemon=True))
             readers[-1].start()
+            _write_all(process.stdin, standard_input)
         statuses = [process.wait() for process in processes]
         for reader in readers:
             reader.join(timeout=5)
@@ -76,6 +81,12 @@ def run_side_by_side(command: Sequence[str], *, count: int, environment: dict[st
     if received:
         raise StoppedError(received[0])
     return statuses
+
+
+def _write_all(pipe: IO[str] | None, text: str) -> None:
+    assert pipe is not None
+    with suppress(BrokenPipeError), pipe:  # a process that has ended says why by its exit status
+        pipe.write(text)
 
 
 def _pass_on(lines: IO[str]) -> None:

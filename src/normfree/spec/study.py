@@ -1,0 +1,87 @@
+"""A study: its YAML file, and the runs it stands for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from normfree.spec.compose import CONF, NAMES, Job, check_folders_differ, compose, members
+from normfree.spec.keys import build, nearest
+
+_CONFIG = ConfigDict(extra="forbid", coerce_numbers_to_str=True)  # tag: 100 is a name
+_EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
+EXAMPLE = f"{CONF / 'studies' / 'quick.yaml'} shows one"
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class Group:
+    """Runs that differ in variant and seed only."""
+
+    variants: Annotated[list[str], Field(min_length=1)]
+    seeds: Annotated[list[int], Field(min_length=1)] = field(default_factory=lambda: [0])
+    tag: str = ""
+    set: dict[str, Any] = field(default_factory=dict)
+    """More `key: value` for these runs."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_CONFIG)
+class Study:
+    """A study's YAML file."""
+
+    name: str
+    preset: str
+    groups: Annotated[list[Group], Field(min_length=1)]
+    mix: bool = False
+    """Allow runs that differ in more than variant and seed, e.g. in learning rate, in one report."""
+    note: str = ""
+    """What the report says about the study's weight as evidence."""
+    set: dict[str, Any] = field(default_factory=dict)
+    """More `key: value` for all runs."""
+
+    def jobs(self, values: Mapping[str, Any] | None = None) -> list[Job]:
+        """The study's runs in their order, each with `values` on top.
+
+        Raises ValueError for a run that cannot be composed, for two with one name, and for different recipes unless
+        `mix`.
+        """
+        jobs = []
+        for group in self.groups:
+            common = {"study": self.name, "preset": self.preset, "tag": group.tag} | self.set | group.set
+            for seed in group.seeds:
+                for variant in group.variants:
+                    settings = {key: _number(key, value) for key, value in common.items()}
+                    jobs.append(compose(settings | {"variant": variant, "seed": seed} | dict(values or {})))
+        check_folders_differ(jobs, advice="give each group its own tag")
+        recipes = {(job.spec.recipe(), job.spec.data.paths, job.spec.data.validation_paths) for job in jobs}
+        if not self.mix and len(recipes) > 1:
+            raise ValueError(
+                f"the runs of {self.name} differ in more than variant and seed, so one table cannot compare them: add "
+                "mix: true to the study's file, or make it two studies"
+            )
+        return jobs
+
+
+def load_study(name: str) -> Study:
+    """Load a study by name, or from a YAML file. Raises ValueError for an unknown name or a wrong file."""
+    is_file = name.endswith((".yaml", ".yml"))
+    path = Path(name) if is_file else CONF / "studies" / f"{name}.yaml"
+    if not path.is_file():
+        unknown = f"unknown study {name!r}; {nearest(name, members('studies'))} (or give a YAML file of your own)"
+        raise ValueError(f"{name} does not exist; {EXAMPLE}" if is_file else unknown)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        return build(Study, {"name": path.stem, **values})
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a study: {str(error).splitlines()[0]}; {EXAMPLE}") from None
+
+
+def _number(key: str, value: Any) -> Any:
+    """1e-3 as a number: PyYAML reads it as text."""
+    return float(value) if isinstance(value, str) and key not in NAMES and _EXPONENT.fullmatch(value) else value

@@ -1,0 +1,38 @@
+"""Study files: the runs they stand for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from normfree.spec.compose import members
+from normfree.spec.study import load_study
+
+
+@pytest.mark.parametrize("name", members("studies"))
+def test_every_run_of_the_studies_that_come_along_is_a_run_of_its_own(name: str) -> None:
+    specs = [job.spec for job in load_study(name).jobs()]
+    assert {spec.study for spec in specs} == {name}
+    assert len({spec.name for spec in specs}) == len({spec.identity() for spec in specs}) == len(specs)
+
+
+def test_names_that_look_like_numbers_stay_names(tmp_path: Path) -> None:
+    (tmp_path / "2024_11.yaml").write_text(
+        "preset: cpu\ngroups: [{variants: [sm], tag: 1e-3}, {variants: [sm], tag: 100}]\n"
+    )
+    specs = [job.spec for job in load_study(str(tmp_path / "2024_11.yaml")).jobs()]
+    assert [(spec.study, spec.name) for spec in specs] == [("2024_11", "sm-1e-3-seed0"), ("2024_11", "sm-100-seed0")]
+
+
+def test_values_of_a_study_file_reach_the_run_whatever_characters_they_have(tmp_path: Path) -> None:
+    paths = ["my corpus/a=b, c.py", "it's \\ here/*.txt", "2023_01"]
+    values = {"data": "files", "data.paths": paths, "train.peak_learning_rate": "1e-3", "data.tokenizer": "true"}
+    file = {"preset": "cpu", "groups": [{"variants": ["sm"], "tag": "it's, mine"}], "set": values}
+    (tmp_path / "dave's.yaml").write_text(yaml.safe_dump(file))
+    (job,) = load_study(str(tmp_path / "dave's.yaml")).jobs()
+    spec = job.spec
+    assert (spec.study, spec.tag) == ("dave's", "it's, mine")
+    assert list(spec.data.paths) == paths
+    assert (spec.data.source, spec.data.tokenizer, spec.train.peak_learning_rate) == ("files", "true", 1e-3)
