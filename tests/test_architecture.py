@@ -68,7 +68,7 @@ def rooms_named_in(code: str, package: tuple[str, ...]) -> set[str]:
             names = [f"{node.value.id}.{node.attr}"]
         else:
             continue
-        names = [normfree._DOORS.get(name.removeprefix("normfree."), name) for name in names]
+        names = [normfree._PUBLIC.get(name.removeprefix("normfree."), name) for name in names]
         found |= {name.split(".")[1] for name in names if name.startswith("normfree.")}
     return found & ROOMS
 

@@ -48,7 +48,7 @@ def test_the_readme_shows_every_verb() -> None:
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
-def test_the_tables_of_a_page_are_what_the_committed_records_give(page: Path) -> None:
+def test_tables_match_the_committed_records(page: Path) -> None:
     text = page.read_text()
     assert filled(text) == text, "run `make tables`"
     assert page.name != "README.md" or MARKER.search(text)
@@ -60,7 +60,7 @@ def test_a_number_that_was_changed_by_hand_is_seen() -> None:
     assert filled(changed) == README
 
 
-def test_every_committed_run_that_did_not_diverge_learned_more_than_token_frequencies() -> None:
+def test_every_finished_committed_run_beats_token_frequencies() -> None:
     finished = [run for run in find_runs([ROOT / "results"]) if (run.kind, run.status) == ("run", "finished")]
     assert len(finished) > 50
     for run in finished:
@@ -71,7 +71,7 @@ def test_every_committed_run_that_did_not_diverge_learned_more_than_token_freque
     ("name", "folder", "original"),
     [("sm-r", "cpu-repeated", "cpu"), ("sm-r", "gpu-repeated", "cpu-lr1e-3"), ("sm-g", "gpu-repeated", "cpu-lr1e-3")],
 )
-def test_a_row_that_was_run_again_elsewhere_is_within_the_spread_of_its_seeds(
+def test_a_repeated_row_lies_within_its_seed_spread(
     name: str, folder: str, original: str
 ) -> None:
     (again,) = find_runs([ROOT / "results" / folder / f"{name}-seed0"])

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_DOORS = {
+_PUBLIC = {
     "EntropyProbe": "normfree.entropy",
     "HeadEntropy": "normfree.entropy",
     "MeasureCallback": "normfree.measures.measurement",
@@ -54,9 +54,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name not in _DOORS:
-        raise AttributeError(f"module 'normfree' has no attribute {name!r}; it has {', '.join(sorted(_DOORS))}")
-    return getattr(import_module(_DOORS[name]), name)
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'normfree' has no attribute {name!r}; it has {', '.join(sorted(_PUBLIC))}")
+    return getattr(import_module(_PUBLIC[name]), name)
 
 
 def __dir__() -> list[str]:

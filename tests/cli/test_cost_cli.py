@@ -52,7 +52,7 @@ def test_a_preset_says_which_vocabulary_it_takes(capsys: pytest.CaptureFixture[s
     assert "stand for" not in run("cost", "cpu", capsys=capsys)[1]
 
 
-def test_a_model_shorter_than_the_default_is_priced_at_its_own_length(
+def test_a_short_model_is_priced_at_its_own_length(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     GPT2Config(n_positions=64, n_embd=32, n_head=2, n_layer=2).save_pretrained(tmp_path)

@@ -24,7 +24,7 @@ def test_evaluate_prints_perplexity_and_bits_per_byte(
     assert "bits per byte" in out
 
 
-def test_a_saved_run_evaluated_again_gives_the_perplexity_in_its_record(
+def test_evaluating_a_run_gives_its_recorded_perplexity(
     trained: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status, out, err = run("evaluate", str(trained), f"cache_dir={cache}", capsys=capsys)
@@ -68,7 +68,7 @@ def test_bf16_without_bf16_units_says_how_products_are_made(
     assert "no bf16 units" in caplog.text
 
 
-def test_heads_of_a_run_are_measured_on_its_own_held_out_blocks(
+def test_a_run_is_measured_on_its_own_held_out_blocks(
     trained: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["measure", str(trained), f"output={tmp_path / 'heads'}", f"cache_dir={cache}"]

@@ -59,12 +59,12 @@ def test_a_spec_survives_its_own_json() -> None:
         ({"sed": 3}, "did you mean seed"),
     ],
 )
-def test_a_wrong_value_names_what_was_given_and_what_is_allowed(values: dict[str, Any], message: str) -> None:
+def test_a_wrong_value_says_what_is_allowed(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         spec(**values)
 
 
-def test_a_path_in_place_of_a_list_is_not_read_letter_by_letter() -> None:
+def test_a_path_in_place_of_a_list_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^data\.paths='corpus' must be a list, e\.g\. data\.paths=\[corpus\]$"):
         spec(data={"source": "files", "paths": "corpus"})
 
@@ -82,7 +82,7 @@ def test_a_name_of_digits_is_a_name() -> None:
     assert (named.study, named.name) == ("2024", "sm-r-100-seed0")
 
 
-def test_variant_seed_and_watching_share_a_recipe_but_a_learning_rate_does_not() -> None:
+def test_variant_seed_and_logging_do_not_change_the_recipe() -> None:
     base = spec()
     same = [
         spec(variant="sm-g", label="SM+G", seed=3, tag="x", model={"norm": "none", "activation": "gelu"}),

@@ -12,7 +12,7 @@ from normfree.spec.study import load_study
 
 
 @pytest.mark.parametrize("name", members("studies"))
-def test_every_run_of_the_studies_that_come_along_is_a_run_of_its_own(name: str) -> None:
+def test_runs_of_a_shipped_study_all_differ(name: str) -> None:
     specs = [job.spec for job in load_study(name).jobs()]
     assert {spec.study for spec in specs} == {name}
     assert len({spec.name for spec in specs}) == len({spec.identity() for spec in specs}) == len(specs)
@@ -26,7 +26,7 @@ def test_names_that_look_like_numbers_stay_names(tmp_path: Path) -> None:
     assert [(spec.study, spec.name) for spec in specs] == [("2024_11", "sm-1e-3-seed0"), ("2024_11", "sm-100-seed0")]
 
 
-def test_values_of_a_study_file_reach_the_run_whatever_characters_they_have(tmp_path: Path) -> None:
+def test_special_characters_in_a_study_file_reach_the_run(tmp_path: Path) -> None:
     paths = ["my corpus/a=b, c.py", "it's \\ here/*.txt", "2023_01"]
     values = {"data": "files", "data.paths": paths, "train.peak_learning_rate": "1e-3", "data.tokenizer": "true"}
     file = {"preset": "cpu", "groups": [{"variants": ["sm"], "tag": "it's, mine"}], "set": values}

@@ -39,7 +39,7 @@ def done(tmp_path_factory: pytest.TempPathFactory, tiny: list[str], cache: Path)
     return folder / "small.yaml", overrides, run_study(str(folder / "small.yaml"), overrides)
 
 
-def test_every_run_is_there_and_one_that_diverges_does_not_stop_the_others(
+def test_a_diverging_run_does_not_stop_the_others(
     done: tuple[Path, list[str], Path],
 ) -> None:
     runs = {run.name: run.status for run in find_runs([done[2].parents[1]])}
@@ -98,7 +98,7 @@ def one_run(folder: Path, overrides: list[str]) -> tuple[str, list[str]]:
     return str(folder / "alike.yaml"), [*overrides, f"runs_dir={folder}"]
 
 
-def test_runs_of_another_recipe_or_corpus_are_seen_before_anything_is_trained(
+def test_earlier_results_of_another_recipe_or_corpus_are_refused(
     done: tuple[Path, list[str], Path], tmp_path: Path
 ) -> None:
     file, words = one_run(tmp_path, done[1])
@@ -116,7 +116,7 @@ def test_runs_of_another_recipe_or_corpus_are_seen_before_anything_is_trained(
 
 
 @pytest.mark.slow
-def test_a_damaged_record_does_not_keep_a_study_from_going_on(
+def test_a_damaged_record_of_the_study_is_trained_again(
     done: tuple[Path, list[str], Path], tmp_path: Path
 ) -> None:
     file, words = one_run(tmp_path, done[1])
@@ -127,7 +127,7 @@ def test_a_damaged_record_does_not_keep_a_study_from_going_on(
     assert [run.status for run in find_runs([tmp_path / "alike"])] == ["finished"]
 
 
-def test_a_damaged_record_that_no_run_will_mend_is_named_before_anything_is_trained(
+def test_another_damaged_record_is_named_before_training(
     done: tuple[Path, list[str], Path], tmp_path: Path
 ) -> None:
     file, words = one_run(tmp_path, done[1])
@@ -151,10 +151,10 @@ def test_a_report_that_cannot_be_made_hides_no_failure(
         raise RuntimeError("no more memory")
 
     monkeypatch.setattr("normfree.training.launch.train", fail_and_damage)
-    told = (
+    message = (
         r"no report: .*older-seed0.*not readable as JSON.* 1 of 1 runs failed: sm-seed0 \(RuntimeError: no more memory"
     )
-    with pytest.raises(RuntimeError, match=told):
+    with pytest.raises(RuntimeError, match=message):
         run_study(file, words)
 
 
@@ -186,7 +186,7 @@ def test_a_run_that_another_process_trains_is_left_to_it(
     assert {run.name for run in find_runs([page.parents[1]])} == {"sm-seed0", "sm-r-wild-seed0"}
 
 
-def test_a_run_that_cannot_begin_is_named_at_the_end_and_the_others_are_trained(
+def test_a_failing_run_is_named_after_the_others(
     done: tuple[Path, list[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = tmp_path / "half.yaml"
@@ -203,7 +203,7 @@ def test_a_run_that_cannot_begin_is_named_at_the_end_and_the_others_are_trained(
 
 
 @pytest.mark.slow
-def test_a_run_that_a_worker_saw_fail_is_not_tried_again_now_but_the_next_time(
+def test_a_run_that_failed_in_a_worker_waits_until_next_time(
     done: tuple[Path, list[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, words = one_run(tmp_path, done[1])
@@ -253,7 +253,7 @@ def test_two_workers_share_the_runs_and_get_the_same_numbers(
     assert [run.facts["final"] for run in together] == [run.facts["final"] for run in alone]
 
 
-def test_what_workers_leave_is_trained_here_with_their_threads_and_said(
+def test_runs_left_by_workers_are_trained_here(
     done: tuple[Path, list[str], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

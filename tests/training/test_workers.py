@@ -98,7 +98,7 @@ def test_a_signal_while_a_process_is_being_started_reaches_it(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_reaches_every_process_once_and_all_are_waited_for(tmp_path: Path, number: int) -> None:
+def test_a_signal_reaches_every_process_once(tmp_path: Path, number: int) -> None:
     def before(*_: object) -> None:
         """Harmless where the signal comes too late, and not SIG_IGN, which a test run under nohup has."""
 
