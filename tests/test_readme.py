@@ -71,9 +71,7 @@ def test_every_finished_committed_run_beats_token_frequencies() -> None:
     ("name", "folder", "original"),
     [("sm-r", "cpu-repeated", "cpu"), ("sm-r", "gpu-repeated", "cpu-lr1e-3"), ("sm-g", "gpu-repeated", "cpu-lr1e-3")],
 )
-def test_a_repeated_row_lies_within_its_seed_spread(
-    name: str, folder: str, original: str
-) -> None:
+def test_a_repeated_row_lies_within_its_seed_spread(name: str, folder: str, original: str) -> None:
     (again,) = find_runs([ROOT / "results" / folder / f"{name}-seed0"])
     seeds = {run.seed: run for run in find_runs(sorted((ROOT / "results" / original).glob(f"{name}-seed*")))}
     record = seeds[again.seed]

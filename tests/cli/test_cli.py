@@ -72,9 +72,7 @@ def test_help_lists_every_field_and_loads_no_torch() -> None:
 
 
 @pytest.mark.parametrize("verb", ["train", "data"])
-def test_help_shows_defaults_and_explains_every_key(
-    verb: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_help_shows_defaults_and_explains_every_key(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     lines = run(verb, "--help", capsys=capsys)[1].splitlines()
     matches = [re.fullmatch(r"  (\w+\.\w+)=(\S*)(?: +(\S.*))?", line) for line in lines]
     rows = {match[1]: match.groups()[1:] for match in matches if match}

@@ -52,9 +52,7 @@ def test_a_preset_says_which_vocabulary_it_takes(capsys: pytest.CaptureFixture[s
     assert "stand for" not in run("cost", "cpu", capsys=capsys)[1]
 
 
-def test_a_short_model_is_priced_at_its_own_length(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_short_model_is_priced_at_its_own_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     GPT2Config(n_positions=64, n_embd=32, n_head=2, n_layer=2).save_pretrained(tmp_path)
     assert "One sequence of 64 tokens" in run("cost", str(tmp_path), capsys=capsys)[1]
 

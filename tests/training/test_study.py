@@ -116,9 +116,7 @@ def test_earlier_results_of_another_recipe_or_corpus_are_refused(
 
 
 @pytest.mark.slow
-def test_a_damaged_record_of_the_study_is_trained_again(
-    done: tuple[Path, list[str], Path], tmp_path: Path
-) -> None:
+def test_a_damaged_record_of_the_study_is_trained_again(done: tuple[Path, list[str], Path], tmp_path: Path) -> None:
     file, words = one_run(tmp_path, done[1])
     run_study(file, words)
     record = tmp_path / "alike" / "sm-seed0" / "run.json"
@@ -127,9 +125,7 @@ def test_a_damaged_record_of_the_study_is_trained_again(
     assert [run.status for run in find_runs([tmp_path / "alike"])] == ["finished"]
 
 
-def test_another_damaged_record_is_named_before_training(
-    done: tuple[Path, list[str], Path], tmp_path: Path
-) -> None:
+def test_another_damaged_record_is_named_before_training(done: tuple[Path, list[str], Path], tmp_path: Path) -> None:
     file, words = one_run(tmp_path, done[1])
     record = tmp_path / "alike" / "older-seed0" / "run.json"
     record.parent.mkdir(parents=True)
