@@ -155,3 +155,15 @@ def folder_lock(folder: Path, *, on_wait: Callable[[str], None] | None = None) -
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a living process holds `folder`. False where it has no lock file, or its file system has no locks."""
+    try:
+        with (folder / LOCK_NAME).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False

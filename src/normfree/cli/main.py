@@ -48,6 +48,7 @@ VERBS = {
     "evaluate": Verb(models.evaluate, "MODEL", "normfree evaluate runs/quick/sm-r-seed0 text=README.md"),
     "measure": Verb(models.measure, "MODEL", "normfree measure runs/quick/sm-g-seed0"),
     "cost": Verb(cost.cost, "MODEL", "normfree cost gpt2-t128 variant=sm-r"),
+    "status": Verb(runs.status, "RUNS...", "normfree status runs/quick"),
     "verify": Verb(runs.verify, "RUN", "normfree verify runs/quick/sm-r-seed0"),
     "report": Verb(runs.report, "RUNS...", "normfree report runs/quick output=report"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +34,14 @@ class ReportOptions:
     """Folder for the page, its figures and tables."""
     mix: bool = False
     """Put runs of different recipes or precisions into one table."""
+
+
+@dataclass(frozen=True, kw_only=True, config=OPTIONS)
+class StatusOptions:
+    """Keys of `normfree status`."""
+
+    watch: bool = False
+    """Print again every ten seconds until no run is under way (Ctrl-C ends it)."""
 
 
 def data(source: str, words: Sequence[str]) -> None:
@@ -98,6 +107,20 @@ def _show(jobs: Sequence[Job]) -> None:
 
     check_jobs(jobs)
     print(yaml.safe_dump_all([job.spec.to_dict() for job in jobs], sort_keys=False), end="")
+
+
+def status(places: Sequence[str], options: StatusOptions) -> None:
+    """Print how far runs are: step, loss, tokens per second, time left, running or stopped."""
+    from normfree.store.progress import find_progress, progress_line
+
+    while True:
+        runs = find_progress(places)
+        width = max(len(run.name) for run in runs)
+        print("\n".join(progress_line(run, width=width) for run in runs), flush=True)
+        if not options.watch or not any(run.state == "running" for run in runs):
+            return
+        time.sleep(10)
+        print()
 
 
 def verify(name: str, options: VerifyOptions) -> None:
