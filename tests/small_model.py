@@ -1,4 +1,4 @@
-"""A small model of ours whose weights are far from their start."""
+"""A small model whose weights are far from their initial values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZES = {
 
 
 def small_model(*, seed: int = 0, attention: str = "sdpa", spread: float = 0.2, **fields: Any) -> NormFreeForCausalLM:
-    """On the CPU, in evaluation mode; `spread` is the standard deviation of what is added to its first weights."""
+    """On the CPU, in evaluation mode, with noise of standard deviation `spread` added to its initial weights."""
     torch.manual_seed(seed)
     config = NormFreeConfig(**(SIZES | fields))
     model = NormFreeForCausalLM._from_config(config, attn_implementation=attention).eval()

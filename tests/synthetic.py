@@ -66,13 +66,7 @@ def write_run(
     if status == "finished":
         value = perplexity or PERPLEXITY.get(label, 36.8) * (1 + 0.01 * seed)
         loss = math.log(value)
-        final = {
-            "loss_nats": loss,
-            "perplexity": value,
-            "bits_per_byte": loss / 2.1,
-            "tokens": 9000,
-            "bytes": 27000,
-        }
+        final = {"loss_nats": loss, "perplexity": value, "bits_per_byte": loss / 2.1, "tokens": 9000, "bytes": 27000}
         entropy_LH = _entropy(label, shape, 1.0, seed)
         if broken_probe:
             entropy_LH[1:] = math.nan
@@ -135,13 +129,7 @@ def _facts(spec: RunSpec, shape: tuple[int, int], done: int, more: dict[str, Any
             "hidden_size": 128,
             **_slope_layers(spec),
         },
-        "environment": {
-            "normfree": "0.1.0",
-            "python": "3.11.2",
-            "torch": "2.13.0",
-            "processor": "x86",
-            "cores": 2,
-        },
+        "environment": {"normfree": "0.1.0", "python": "3.11.2", "torch": "2.13.0", "processor": "x86", "cores": 2},
         "started": "2025-01-01T00:00:00",
         "steps": spec.train.steps,
         "wall_seconds": 95.0,

@@ -26,14 +26,14 @@ def sealed(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_sealed_folder_has_no_damage_and_keeps_its_facts(sealed: Path) -> None:
+def test_a_sealed_folder_keeps_its_facts(sealed: Path) -> None:
     assert damages(sealed) == []
     assert read_manifest(sealed)["step"] == 3
     assert set(read_manifest(sealed)["files"]) == {"a.bin", "sub/b.txt"}
 
 
 @pytest.mark.parametrize("name", ["a.bin", "sub/b.txt"])
-def test_one_flipped_byte_a_cut_and_a_removal_are_each_found_by_name(sealed: Path, name: str) -> None:
+def test_flips_cuts_and_removals_are_named(sealed: Path, name: str) -> None:
     path = sealed / name
     whole = path.read_bytes()
     path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
@@ -55,7 +55,7 @@ def test_a_missing_or_broken_manifest_is_damage(sealed: Path) -> None:
     assert "never finished" in damages(sealed)[0]
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_only_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "facts.json"
     write_atomically(path, "old")
     with pytest.raises(TypeError):
@@ -69,9 +69,7 @@ def test_a_fingerprint_does_not_depend_on_the_order_of_keys() -> None:
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})
 
 
-def test_a_second_process_is_refused_with_the_name_of_the_first_and_a_dead_one_holds_nothing(
-    tmp_path: Path,
-) -> None:
+def test_a_lock_names_its_process_and_dies_with_it(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from normfree.files import folder_lock\n"
         f"with folder_lock(Path({str(tmp_path)!r})): print('held', flush=True); time.sleep(60)"

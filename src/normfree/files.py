@@ -1,6 +1,6 @@
 """Hashes, atomic writes, manifests and locks.
 
-A manifest is a JSON file that names every other file of its folder with its sha256 and size; it is written last.
+A manifest is a JSON file with the sha256 and size of every other file in its folder; it is written last.
 """
 
 from __future__ import annotations
@@ -25,23 +25,18 @@ def sha256_bytes(content: bytes) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    """Hexadecimal sha256 of a file's bytes, read in blocks."""
+    """Hexadecimal sha256 of a file, read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def canonical_json(value: Any) -> str:
-    """One spelling for one value: sorted keys, no spaces. NaN is refused, since its text would not be JSON."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
 def fingerprint(value: Any) -> str:
-    """sha256 of the canonical JSON of `value`."""
-    return sha256_bytes(canonical_json(value).encode())
+    """sha256 of the JSON of `value` with sorted keys and no spaces. Raises ValueError for NaN."""
+    return sha256_bytes(json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode())
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a whole file or leave the old one: temporary name, fsync, rename, fsync of the folder."""
+    """Write the whole file or leave the old one: temporary name, fsync, rename, fsync of the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -56,7 +51,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Make the bytes of a file, or the renames inside a folder, survive a power cut."""
+    """Make the content of a file, or the renames in a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -65,7 +60,7 @@ def sync(path: Path) -> None:
 
 
 def files_under(folder: Path) -> list[Path]:
-    """Every regular file under `folder` but its manifest, in a fixed order."""
+    """Every file under `folder` except its manifest, sorted."""
     return sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_NAME)
 
 
@@ -79,9 +74,9 @@ def describe_files(folder: Path, paths: Iterable[Path] | None = None) -> dict[st
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Sync every file under `folder`, hash it, and write the manifest last.
+    """Sync and hash every file under `folder`, and write the manifest last.
 
-    It holds `facts`, the key "files", and the key "seal": a fingerprint of the rest, so that its own damage shows too.
+    It has `facts`, the key "files", and the key "seal": a fingerprint of the rest, which reveals damage to itself.
     """
     for path in files_under(folder):
         sync(path)
@@ -91,7 +86,7 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of `folder`. Raises ValueError when it is missing, cannot be read or is not what was written."""
+    """Read the manifest of `folder`. Raises ValueError if it is missing, cannot be read or was changed."""
     path = folder / MANIFEST_NAME
     try:
         manifest = json.loads(path.read_bytes())
@@ -99,8 +94,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} has no {MANIFEST_NAME}: it was never finished") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError):
-        raise ValueError(f"{path} is not readable as JSON: it is damaged") from None
+    except ValueError:
+        raise ValueError(f"{path} is not valid JSON: it is damaged") from None
     content = {key: value for key, value in manifest.items() if key != "seal"}
     if manifest.get("seal") != fingerprint(content):
         raise ValueError(f"{path} does not match its own seal: it is damaged")
@@ -108,7 +103,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def damages(folder: Path) -> list[str]:
-    """What is wrong with a folder that has a manifest, one sentence each; empty when it is sound."""
+    """Problems of a folder that should match its manifest, one sentence each; empty if it is undamaged."""
     try:
         manifest = read_manifest(folder)
     except ValueError as error:
@@ -120,7 +115,7 @@ def damages(folder: Path) -> list[str]:
             if size != expected["bytes"]:
                 sentences.append(f"{name} has {size} bytes, not {expected['bytes']}")
             elif sha256_file(folder / name) != expected["sha256"]:
-                sentences.append(f"{name} has another sha256 than its manifest says")
+                sentences.append(f"{name} does not have the sha256 of its manifest")
         except FileNotFoundError:
             sentences.append(f"{name} is missing")
         except OSError as error:
@@ -130,10 +125,10 @@ def damages(folder: Path) -> list[str]:
 
 @contextmanager
 def folder_lock(folder: Path, *, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Hold `folder` for this process; the system lets go of it when the process dies, however it dies.
+    """Lock `folder` for this process; the system releases it when the process dies, however it dies.
 
-    Raises BlockingIOError that names the process and host that hold it; with `on_wait`, calls it with their names and
-    waits. Raises OSError where the file system has no locks.
+    If another process holds the lock, raises BlockingIOError with its id and host; with `on_wait`, calls that with them
+    and waits. Raises OSError if the file system has no locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK_NAME).open("a+", encoding="utf-8") as file:
@@ -147,10 +142,8 @@ def folder_lock(folder: Path, *, on_wait: Callable[[str], None] | None = None) -
             on_wait(owner)
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
-            raise OSError(
-                f"{folder} cannot be locked ({error.strerror}): its file system has no flock; mount it with locks "
-                "(Lustre: -o flock), or choose another disk"
-            ) from error
+            advice = "mount its file system with flock (Lustre: -o flock) or choose another disk"
+            raise OSError(f"{folder} cannot be locked ({error.strerror}): {advice}") from error
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

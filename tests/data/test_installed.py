@@ -1,7 +1,8 @@
-"""The installed source: what is kept, what is left out, and that no package lies in both splits."""
+"""The installed source: filters, splits, and the corpus behind the committed results."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from importlib.util import find_spec
@@ -13,26 +14,40 @@ import pytest
 from normfree.data.installed import InstalledSource, excluded_path, excluded_text, installed_facts
 from normfree.data.sources import normalised_hash
 from normfree.files import fingerprint
+from normfree.spec.compose import compose_run
 from normfree.spec.run import DataSpec
+from tests.data.prepare import make
 
 ROOT = Path(__file__).parents[2]
 CODE = "def area(width, height):\n    return width * height\n" * 4
 
 
-def test_distributions_read_and_not_read_are_those_of_the_lock_file() -> None:
+def test_the_lists_cover_the_lock_file() -> None:
     pins = re.findall(r"^([\w.-]+)==", (ROOT / "requirements.lock").read_text(), re.M)
     facts = installed_facts()
     listed = sorted([*facts["distributions"], *facts["not_read"]])
     assert listed == sorted(re.sub(r"[-_.]+", "-", pin).lower() for pin in pins)
 
 
-def test_the_packages_behind_the_committed_results_stay_the_same() -> None:
-    """Another list is another corpus: every run in results/ would be made on other text. See `not_read`."""
+@pytest.mark.slow
+def test_the_committed_fingerprint_is_rebuilt(tmp_path: Path) -> None:
+    """Another list of packages, filter, tokenizer or packing would put every run in results/ on another text."""
+    spec = compose_run(["preset=cpu-quick", "variant=sm-r"]).spec.data
+    recorded = json.loads((ROOT / "results" / "quick" / "sm-r-seed0" / "run.json").read_text())["corpus"]
+    here, there = InstalledSource(spec).versions, recorded["versions"]
+    packages = [name for name, pin in there["packages"].items() if here["packages"].get(name) != pin]
+    if packages or here["python"] != there["python"]:
+        pytest.skip(f"other packages ({packages}) or Python {here['python']}, not {there['python']}: another text")
+    facts = make(spec, tmp_path).facts()
+    assert facts["fingerprint"] == recorded["fingerprint"] == spec.expected_fingerprint
+    assert facts | {"dropped": recorded["dropped"]} == recorded
+
+
+def test_the_committed_lists_stay_the_same() -> None:
+    """Where the pinned packages are not installed, this is what guards the text of results/. See `not_read`."""
     facts = installed_facts()
-    assert (
-        fingerprint([facts["distributions"], facts["validation"]])
-        == "731616643336c91aabdcc8be8144429a603a7d0bae1555212655faae432a5b85"
-    )
+    lists = [facts["distributions"], facts["validation"]]
+    assert fingerprint(lists) == "731616643336c91aabdcc8be8144429a603a7d0bae1555212655faae432a5b85"
 
 
 @pytest.mark.parametrize(
@@ -49,7 +64,7 @@ def test_the_packages_behind_the_committed_results_stay_the_same() -> None:
         ("conversion.py", None),
     ],
 )
-def test_paths_of_tests_and_vendored_code_are_left_out(name: str, reason: str | None) -> None:
+def test_tests_and_vendored_code_are_left_out(name: str, reason: str | None) -> None:
     assert excluded_path(name) == reason
 
 
@@ -75,21 +90,17 @@ def test_each_filter_keeps_and_drops(text: str, reason: str | None) -> None:
     assert excluded_text(text) == reason
 
 
-@pytest.fixture(scope="module")
-def source() -> InstalledSource:
-    return InstalledSource(DataSpec(max_bytes_per_package=200_000))
-
-
 def texts_of(package: str) -> set[str]:
     """The text of every Python file of an importable package or module."""
-    found = find_spec(package)
-    assert found
-    folders = found.submodule_search_locations
-    places = [place for folder in folders for place in Path(folder).rglob("*.py")] if folders else [found.origin]
+    module = find_spec(package)
+    assert module
+    folders = module.submodule_search_locations
+    places = [place for folder in folders for place in Path(folder).rglob("*.py")] if folders else [module.origin]
     return {Path(place).read_bytes().decode(errors="ignore") for place in places if place} - {""}
 
 
-def test_splits_share_no_package_and_no_text(source: InstalledSource) -> None:
+def test_splits_share_no_package_and_no_text() -> None:
+    source = InstalledSource(DataSpec(max_bytes_per_package=200_000))
     dropped: Counter[str] = Counter()
     documents = [*source.documents("validation", Counter())], [*source.documents("train", dropped)]
     validation, train = map(set, documents)
@@ -107,17 +118,16 @@ def test_splits_share_no_package_and_no_text(source: InstalledSource) -> None:
     assert dropped["duplicate"] > 0
 
 
-def test_held_out_text_is_enough_without_limits() -> None:
-    documents = InstalledSource(DataSpec()).documents("validation", Counter())
-    assert sum(len(document.encode()) for document in documents) > 1_500_000
-
-
-def test_order_depends_on_the_seed_only(source: InstalledSource) -> None:
-    def first(source: InstalledSource) -> list[str]:
+def test_order_depends_on_the_seed_only() -> None:
+    def first_documents(seed: int, vocab_size: int) -> list[str]:
+        source = InstalledSource(DataSpec(max_bytes_per_package=200_000, vocab_size=vocab_size, shuffle_seed=seed))
         return list(islice(source.documents("validation", Counter()), 20))
 
-    def another(seed: int) -> InstalledSource:
-        return InstalledSource(DataSpec(max_bytes_per_package=200_000, vocab_size=300, shuffle_seed=seed))
+    assert first_documents(0, 300) == first_documents(0, 2048) != first_documents(1, 2048)
 
-    assert first(another(seed=0)) == first(source)
-    assert first(another(seed=1)) != first(source)
+
+def test_installed_code_makes_a_corpus_offline(tmp_path: Path) -> None:
+    limits = {"max_bytes": 300_000, "max_bytes_per_package": 50_000, "validation_documents": 10}
+    facts = make(DataSpec(vocab_size=400, context=64, **limits), tmp_path).facts()
+    assert 200_000 < facts["train_bytes"] <= 300_000
+    assert facts["validation_documents"] == 10

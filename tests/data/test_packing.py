@@ -32,7 +32,7 @@ def all_blocks(blocks) -> np.ndarray:
 
 
 @given(lengths=LENGTHS, context=CONTEXT)
-def test_windows_keep_every_token_but_the_tails_and_never_cross_documents(lengths: list[int], context: int) -> None:
+def test_windows_keep_all_but_tails_and_cross_no_document(lengths: list[int], context: int) -> None:
     documents = numbered(lengths)
     expected = [token for document in documents for token in document[: len(document) // context * context, 0].tolist()]
     blocks = list(windows(documents, context))
@@ -44,16 +44,12 @@ def test_windows_keep_every_token_but_the_tails_and_never_cross_documents(length
 
 
 @given(lengths=LENGTHS, context=CONTEXT)
-def test_concatenation_keeps_every_token_in_order_with_ends_between(lengths: list[int], context: int) -> None:
+def test_concatenation_keeps_all_tokens_with_ends_between(lengths: list[int], context: int) -> None:
     documents = numbered(lengths)
     stream = [token for document in documents for token in [*document[:, 0].tolist(), END]]
-    assert all_blocks(concatenated(documents, context, end=END)).tolist() == stream[: len(stream) // context * context]
-
-
-@given(lengths=LENGTHS, context=CONTEXT)
-def test_concatenation_gives_the_end_token_no_bytes(lengths: list[int], context: int) -> None:
-    for block in concatenated(numbered(lengths), context, end=END):
-        assert (block[block[:, :, 0] == END][:, 1] == 0).all()
+    blocks = list(concatenated(documents, context, end=END))
+    assert all_blocks(blocks).tolist() == stream[: len(stream) // context * context]
+    assert all((block[block[:, :, 0] == END][:, 1] == 0).all() for block in blocks)  # the end token has no bytes
 
 
 @pytest.mark.parametrize("cut", [windows, partial(concatenated, end=END)])
@@ -64,11 +60,7 @@ def test_time_is_linear_in_documents_that_fill_no_block(cut: Callable, tmp_path:
     assert time.process_time() - began < 5  # a minute and more where it is quadratic
 
 
-def test_unigram_perplexity_of_unseen_uniform_tokens_is_the_vocabulary() -> None:
-    nothing_V, once_V = np.zeros(50, dtype=int), np.ones(50, dtype=int)
-    assert unigram_perplexity(nothing_V, once_V) == pytest.approx(50)
-
-
 def test_unigram_perplexity_is_add_one_smoothed() -> None:
+    assert unigram_perplexity(np.zeros(50, dtype=int), np.ones(50, dtype=int)) == pytest.approx(50)
     # Training "aab", vocabulary of 3: p(a) = 3/6, p(c) = 1/6; perplexity of "ac" is sqrt(2 * 6).
     assert unigram_perplexity(np.array([2, 1, 0]), np.array([1, 0, 1])) == pytest.approx(12**0.5)

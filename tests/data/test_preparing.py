@@ -1,4 +1,4 @@
-"""prepare() beside other processes, on a full disk and in a log: who waits, what is left, what is said."""
+"""prepare() beside other processes, on a full disk and in a log."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import logging
 import logging.handlers
 import multiprocessing
 import os
-import re
 import resource
-import shutil
 import signal
 import socket
 import time
@@ -20,25 +18,21 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import datasets
 import pytest
 
 from normfree.data import Corpus, prepare
 from normfree.files import damages
 from normfree.spec.run import DataSpec
+from tests.data.prepare import make
 
 
-def make(spec: DataSpec, cache: Path) -> Corpus:
-    return prepare(spec, cache=cache, progress=False)
-
-
-def make_and_tell(spec: DataSpec, cache: Path) -> tuple[Corpus, list[str]]:
-    """The corpus, and what was logged on the way."""
-    told = logging.handlers.BufferingHandler(capacity=10_000)
+def make_and_log(spec: DataSpec, cache: Path) -> tuple[Corpus, list[str]]:
+    """Prepare a corpus; returns it with the messages logged."""
+    handler = logging.handlers.BufferingHandler(capacity=10_000)
     logger = logging.getLogger("normfree")
-    logger.addHandler(told)
+    logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    return make(spec, cache), [record.getMessage() for record in told.buffer]
+    return make(spec, cache), [record.getMessage() for record in handler.buffer]
 
 
 def encoded(lines: list[str]) -> bool:
@@ -46,11 +40,9 @@ def encoded(lines: list[str]) -> bool:
 
 
 @pytest.mark.slow
-def test_of_two_processes_preparing_at_once_one_encodes_and_both_end_with_a_sound_corpus(
-    spec: DataSpec, tmp_path: Path
-) -> None:
+def test_one_of_two_processes_prepares_the_corpus(spec: DataSpec, tmp_path: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        (first, lines), (second, other_lines) = pool.starmap(make_and_tell, [(spec, tmp_path)] * 2)
+        (first, lines), (second, other_lines) = pool.starmap(make_and_log, [(spec, tmp_path)] * 2)
     assert first == second
     assert damages(first.folder) == []
     assert encoded(lines) != encoded(other_lines)
@@ -58,7 +50,7 @@ def test_of_two_processes_preparing_at_once_one_encodes_and_both_end_with_a_soun
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [False, True])
-def test_who_waits_for_a_preparer_says_so_and_takes_over_from_a_killed_one(
+def test_a_waiting_process_takes_over_from_a_killed_one(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, killed: bool
 ) -> None:
     (tmp_path / "long.txt").write_text("".join(f"value_{n} = {n * n % 9973}\n" for n in range(200_000)))
@@ -67,7 +59,7 @@ def test_who_waits_for_a_preparer_says_so_and_takes_over_from_a_killed_one(
     other.start()
     assert other.pid is not None
     try:
-        wait_until(lambda: list(tmp_path.glob("corpora/.preparing-*/.lock")))
+        wait_until(lambda: list(tmp_path.glob("corpora/.preparing-*")))
         os.kill(other.pid, signal.SIGSTOP)
         assert not list(tmp_path.glob("corpora/*/manifest.json"))
         with ThreadPoolExecutor() as pool, caplog.at_level(logging.INFO, "normfree"):
@@ -90,9 +82,7 @@ def wait_until(happened: Callable[[], object]) -> None:
         time.sleep(0.002)
 
 
-def test_without_locks_a_corpus_is_not_prepared_and_one_that_is_there_is_used(
-    spec: DataSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_without_locks_is_read_only(spec: DataSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = make(spec, tmp_path)
 
     def refuse(*_: object) -> None:
@@ -100,37 +90,23 @@ def test_without_locks_a_corpus_is_not_prepared_and_one_that_is_there_is_used(
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     assert make(spec, tmp_path) == corpus
-    with pytest.raises(OSError, match=r"cannot be locked \(No locks available\): its file system has no flock; mount"):
+    with pytest.raises(OSError, match=r"cannot be locked \(No locks available\): mount its file system with flock"):
         make(replace(spec, context=8), tmp_path)
 
 
-def leave_scratch(corpora: Path, name: str, *, age_seconds: float) -> Path:
-    """What a process that writes no more, or whose lock is not seen, has in `corpora`."""
-    scratch = corpora / f".preparing-{name}"
-    (scratch / "corpus").mkdir(parents=True)
-    (scratch / "corpus" / "train.arrow").write_bytes(b"half")
-    (scratch / ".lock").write_text("process 1 on elsewhere")
-    for path in (*scratch.rglob("*"), scratch):
-        os.utime(path, (time.time() - age_seconds,) * 2)
-    return scratch
-
-
-def test_what_a_killed_preparation_left_is_removed_and_a_running_one_stays(spec: DataSpec, tmp_path: Path) -> None:
-    corpora, hour = tmp_path / "corpora", 3600
-    leave_scratch(corpora, "dead", age_seconds=25 * hour)
-    begins = leave_scratch(corpora, "begins", age_seconds=hour)
-    writes = leave_scratch(corpora, "writes", age_seconds=25 * hour)
-    os.utime(writes / "corpus" / "train.arrow")
-    alive = leave_scratch(corpora, "alive", age_seconds=25 * hour)
-    with (alive / ".lock").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        corpus = make(spec, tmp_path)
-    assert sorted(corpora.iterdir()) == sorted([begins, writes, alive, corpus.folder])
+def test_scratch_of_a_killed_preparation_is_removed(spec: DataSpec, tmp_path: Path) -> None:
+    corpus = make(spec, tmp_path)
+    scratch = corpus.folder.with_name(f".preparing-{corpus.folder.name}-{socket.gethostname()}")
+    corpus.folder.rename(scratch)
+    (scratch / "half.arrow").write_bytes(b"half")
+    assert make(spec, tmp_path) == corpus
+    assert list((tmp_path / "corpora").iterdir()) == [corpus.folder]
+    assert damages(corpus.folder) == []
 
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """No file may grow beyond `size` bytes: the system then answers EFBIG."""
+    """Let no file grow beyond `size` bytes: the system then returns EFBIG."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -139,70 +115,20 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_corpus_that_may_not_grow_says_where_and_is_prepared_afterwards(spec: DataSpec, tmp_path: Path) -> None:
-    with largest_file(5000), pytest.raises(OSError, match=r"File too large.* GB are free .*NORMFREE_CACHE") as caught:
+def test_a_full_disk_is_named_and_left_clean(spec: DataSpec, tmp_path: Path) -> None:
+    message = rf"no room for the corpus in {tmp_path / 'corpora'} \(.*File too large.*NORMFREE_CACHE"
+    with largest_file(5000), pytest.raises(OSError, match=message):
         make(spec, tmp_path)
-    assert f"no room for the corpus in {tmp_path / 'corpora'} " in str(caught.value)
     assert list((tmp_path / "corpora").iterdir()) == []
     assert damages(make(spec, tmp_path).folder) == []
 
 
-def test_a_data_set_that_may_not_grow_says_why_and_where_and_is_prepared_afterwards(
-    hub_folder: Path, tmp_path: Path
+@pytest.mark.parametrize("progress", [True, False])
+def test_a_log_shows_progress_only_if_asked(
+    spec: DataSpec, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch, progress: bool
 ) -> None:
-    spec = DataSpec(source="hub", dataset=str(hub_folder), vocab_size=300, context=16)
-    refused = pytest.raises(ValueError, match=r"cannot be prepared \(OSError: \[Errno 27\] File too large\)")
-    with largest_file(5000), refused as caught:
-        make(spec, tmp_path)
-    place, free = re.findall(r"kept in (\S+), where (\S+) GB are free .* HF_HOME", str(caught.value))[0]
-    assert place == str(tmp_path / "hub-cache")
-    assert float(free) == pytest.approx(shutil.disk_usage(tmp_path).free / 1e9, abs=1, rel=0.05)
-    assert "\n" not in str(caught.value)
-    assert make(spec, tmp_path).facts()["train_documents"] == 50
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
-        OSError("Not enough disk space. Needed: 7 GiB"),
-        RuntimeError("Data processing error:\nDisk quota exceeded"),
-    ],
-)
-def test_a_download_that_finds_no_room_is_not_called_a_hub_that_cannot_be_reached(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise error
-
-    monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(ValueError, match=r"cannot be prepared \(.*(quota exceeded|Needed: 7 GiB)\); it is kept in"):
-        make(DataSpec(source="hub", dataset="some/name"), tmp_path)
-
-
-def test_a_log_has_lines_of_how_far_a_preparation_is_and_one_before_a_download(
-    hub_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("normfree.data.progress.A_MINUTE", 0.0)
-    spec = DataSpec(source="hub", dataset=str(hub_folder), vocab_size=300, context=16, train_documents=30)
-    with caplog.at_level(logging.INFO, "normfree"):
-        corpus = prepare(spec, cache=tmp_path)
-    size = corpus.facts()["train_bytes"] / 1e6
-    for task in ("training the tokenizer", "encoding train text"):
-        lines = [line for line in caplog.messages if line.startswith(f"{task}: ")]
-        assert len(lines) == 30
-        assert lines[-1] == f"{task}: 30 of at most 30 documents, {size:.1f} MB after 0 min"
-    before = [line for line in caplog.messages if line.startswith(f"loading data set {hub_folder}, split train: ")]
-    assert len(before) == 1
-    assert f"what {tmp_path / 'hub-cache'} lacks is downloaded" in before[0]
-    assert caplog.messages.index(before[0]) < caplog.messages.index(lines[0])
-
-
-def test_no_line_comes_within_a_minute_nor_without_progress(
-    spec: DataSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with caplog.at_level(logging.INFO, "normfree"):
-        prepare(spec, cache=tmp_path / "one")
-        monkeypatch.setattr("normfree.data.progress.A_MINUTE", 0.0)
-        make(spec, tmp_path / "other")
-    assert "documents" not in caplog.text
+    prepare(spec, cache=tmp_path / "first", progress=progress)
+    assert capsys.readouterr().err == ""  # it took less than a minute
+    monkeypatch.setattr("normfree.data.corpus.LOG_SECONDS", 0.0)
+    prepare(spec, cache=tmp_path / "second", progress=progress)
+    assert ("encoding train text: " in capsys.readouterr().err) == progress

@@ -10,14 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from normfree.data.tokenizer import (
-    END_TOKEN,
-    Encoder,
-    load_tokenizer,
-    tokenizer_hash,
-    train_tokenizer,
-    vocabulary_size,
-)
+from normfree.data.tokenizer import END_TOKEN, Encoder, load_tokenizer, tokenizer_hash, train_tokenizer, vocabulary_size
 
 TEXTS = [f"for index_{number} in range({number}):\n    print('naive caf\u00e9 {number}')\n" for number in range(200)]
 TOKENIZER = train_tokenizer(TEXTS, 320)
@@ -43,7 +36,7 @@ def test_text_that_spells_the_end_token_stays_text() -> None:
 
 
 def test_too_little_text_for_the_pieces_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"data.vocab_size=5000: .* holds only \d+ pieces"):
+    with pytest.raises(ValueError, match=r"data.vocab_size=5000: .* has only \d+ pieces"):
         train_tokenizer(["short"], 5000)
 
 
@@ -54,8 +47,8 @@ def test_bytes_of_a_word_tokenizer_come_from_offsets() -> None:
     assert document_SC.tolist() == [[1, 5], [2, 6], [0, 2]]
 
 
-def test_bytes_add_up_with_added_words_that_text_does_give() -> None:
-    """As runs of blanks in tokenizers for code; the last one takes the blanks before it along."""
+def test_bytes_add_up_with_added_words() -> None:
+    """As runs of blanks in tokenizers for code; the last one includes the blanks before it."""
     tokenizer = train_tokenizer(TEXTS, 320)
     tokenizer.add_tokens([" " * count for count in range(2, 9)])
     tokenizer.add_tokens([AddedToken("indeed", lstrip=True, normalized=False)])

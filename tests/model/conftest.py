@@ -1,4 +1,4 @@
-"""Small models for the tests of this room."""
+"""Small models and token ids."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tests.small_model import small_model
 
 @pytest.fixture
 def build():
-    """`build(**fields)`: a small model in eval mode whose weights are far from their start."""
+    """`build(**fields)`: a small model in eval mode, its weights far from their initial values."""
     return small_model
 
 

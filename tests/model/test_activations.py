@@ -1,4 +1,4 @@
-"""Slopes: free truths, learning, sharing."""
+"""Activations: slopes at 0 and 1, learning, sharing, one activation for each layer."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ LEARNABLE = ["none", "per_layer", "shared"]
 @pytest.mark.parametrize("learnable", LEARNABLE)
 @pytest.mark.parametrize(("slope", "same_as"), [(0.0, "relu"), (1.0, "identity")])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_leaky_relu_at_its_ends_is_relu_and_identity_bit_for_bit(build, ids, learnable, slope, same_as, autocast):
+def test_leaky_relu_at_its_ends_is_relu_and_identity(build, ids, learnable, slope, same_as, autocast):
     leaky = build(activation="leaky_relu", negative_slope=slope, learnable_slope=learnable)
     plain = build(activation=same_as)
     plain.load_state_dict({k: v for k, v in leaky.state_dict().items() if not k.endswith("slope")})
@@ -25,17 +25,12 @@ def test_leaky_relu_at_its_ends_is_relu_and_identity_bit_for_bit(build, ids, lea
     assert all(torch.equal(p.grad, gradients[name].grad) for name, p in plain.named_parameters())
 
 
-@pytest.mark.parametrize("learnable", LEARNABLE)
-def test_another_slope_changes_the_logits(build, ids, learnable):
-    gentle = build(activation="leaky_relu", negative_slope=0.1, learnable_slope=learnable)
-    steep = build(activation="leaky_relu", negative_slope=0.5, learnable_slope=learnable)
-    assert not torch.allclose(gentle(ids).logits, steep(ids).logits)
-
-
-def test_fixed_and_learnable_slopes_agree(build, ids):
-    logits = [build(activation="leaky_relu", negative_slope=0.3, learnable_slope=x)(ids).logits for x in LEARNABLE]
-    assert torch.equal(logits[0], logits[1])
-    assert torch.equal(logits[0], logits[2])
+def test_the_slope_changes_the_logits_however_it_is_kept(build, ids):
+    gentle, *others = [
+        build(activation="leaky_relu", negative_slope=0.3, learnable_slope=kind)(ids).logits for kind in LEARNABLE
+    ]
+    assert all(torch.equal(gentle, logits) for logits in others)
+    assert not torch.allclose(build(activation="leaky_relu", negative_slope=0.5)(ids).logits, gentle)
 
 
 def test_per_layer_slopes_are_one_parameter_each(build, ids):
@@ -46,7 +41,7 @@ def test_per_layer_slopes_are_one_parameter_each(build, ids):
     assert all(model.get_parameter(name).grad.abs() > 0 for name in expected)
 
 
-def test_the_shared_slope_is_one_parameter_that_every_layer_uses(build, ids):
+def test_every_layer_uses_the_one_shared_slope(build, ids):
     model = build(activation="leaky_relu", learnable_slope="shared")
     assert list(model.negative_slopes()) == ["model.shared_negative_slope"]
     assert model.slope_layers() == []
@@ -68,8 +63,8 @@ def test_negative_slopes_are_float_copies(build):
     assert build(activation="leaky_relu").negative_slopes() == {}
 
 
-def test_a_slope_for_every_feature_is_a_parameter_and_no_recorded_slope(build, monkeypatch):
-    class OfEveryFeature(nn.Module):
+def test_a_slope_for_each_feature_is_not_recorded(build, monkeypatch):
+    class SlopePerFeature(nn.Module):
         def __init__(self, config):
             super().__init__()
             self.negative_slope = nn.Parameter(torch.empty(config.intermediate_size))
@@ -77,13 +72,13 @@ def test_a_slope_for_every_feature_is_a_parameter_and_no_recorded_slope(build, m
         def forward(self, features, shared_slope):
             return features.where(features > 0, self.negative_slope * features)
 
-    monkeypatch.setitem(ACTIVATIONS, "of_every_feature", OfEveryFeature)
-    model = build(activation="of_every_feature", negative_slope=0.25)
+    monkeypatch.setitem(ACTIVATIONS, "per_feature", SlopePerFeature)
+    model = build(activation="per_feature", negative_slope=0.25)
     assert model.negative_slopes() == {}
     assert (model.model.layers[0].feed_forward.activation.negative_slope == 0.25).all()
 
 
-def test_each_layer_has_the_activation_it_is_given(build, ids):
+def test_each_layer_has_the_activation_of_its_place(build, ids):
     mixed = build(activation=["relu", "gelu", "identity"])
     for changed in (["gelu", "gelu", "identity"], ["relu", "relu", "identity"], ["relu", "gelu", "gelu"]):
         assert not torch.allclose(mixed(ids).logits, build(activation=changed)(ids).logits)
@@ -95,12 +90,3 @@ def test_only_leaky_layers_of_a_list_learn_a_slope(build):
     model = build(activation=["relu", "leaky_relu", "gelu"], learnable_slope="per_layer")
     assert list(model.negative_slopes()) == ["model.layers.1.feed_forward.activation.negative_slope"]
     assert model.slope_layers() == [1]
-
-
-@pytest.mark.parametrize("learnable", LEARNABLE)
-def test_slopes_train_under_bf16_autocast(build, ids, learnable):
-    model = build(activation="leaky_relu", learnable_slope=learnable).train()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = model(ids, labels=ids).loss
-    loss.backward()
-    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""Attention written out: what it computes, how exactly in bf16, and where it takes the fused kernel's place."""
+"""Explicit attention: what it computes, how exactly in bf16, and when it replaces the fused kernel."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def test_written_out_attention_is_causal_softmax_attention(tokens):
     torch.testing.assert_close(mixed, truth, atol=2e-6, rtol=1e-5)
 
 
-def test_written_out_attention_in_bf16_has_the_gradients_of_float64_up_to_the_rounding_of_bf16():
+def test_written_out_attention_in_bf16_has_gradients_of_float64():
     exact = torch.randn(3, 2, 4, 128, 8, generator=torch.Generator().manual_seed(1)).bfloat16().double()
 
     def gradient(attend, inputs):
@@ -33,7 +33,7 @@ def test_written_out_attention_in_bf16_has_the_gradients_of_float64_up_to_the_ro
     assert error.norm() < 0.01 * truth.norm()  # a bf16 number is good to 0.4 %
 
 
-def test_bf16_training_is_written_out_where_that_is_the_same_and_nowhere_else():
+def test_only_short_bf16_training_is_written_out():
     query = torch.randn(1, 2, 8, 4, dtype=torch.bfloat16, requires_grad=True)
     mask = torch.ones(1, 1, 8, 8, dtype=torch.bool)
     assert attention.trains_faster_written_out(query, None)
@@ -44,7 +44,7 @@ def test_bf16_training_is_written_out_where_that_is_the_same_and_nowhere_else():
 
 
 def test_a_probe_sees_bf16_passes_with_gradients_too(build, ids):
-    """There attention would be written out, past the function that measures."""
+    """Explicit attention would bypass the function that measures."""
     model = build().train()
     with EntropyProbe(model) as probe, torch.autocast("cpu", torch.bfloat16):
         model(ids, labels=ids).loss.backward()

@@ -1,4 +1,6 @@
-"""What the decoder promises: causality, caching, padding, initial weights, gradients."""
+"""The decoder: causality, caching, padding, initial weights, gradients."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -7,10 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
 
 FORMS = [
-    pytest.param(
-        {"position": position, "residual": residual, "norm": norm},
-        id=f"{position}-{residual}-{norm}",
-    )
+    pytest.param({"position": position, "residual": residual, "norm": norm}, id=f"{position}-{residual}-{norm}")
     for position in ("learned", "rotary")
     for residual in ("sequential", "parallel")
     for norm in ("layernorm", "none")
@@ -35,7 +34,7 @@ def test_sdpa_and_eager_attention_agree(build, ids, form):
     torch.testing.assert_close(build(**form)(ids).logits, build(attention="eager", **form)(ids).logits)
 
 
-def test_a_boolean_mask_of_ones_own_hides_keys_in_both(build, ids):
+def test_a_boolean_mask_hides_keys_in_sdpa_and_eager(build, ids):
     near = torch.ones(12, 12, dtype=torch.bool).tril().triu(-2).expand(2, 1, 12, 12)
     fused = build(norm="none")(ids, attention_mask=near)
     written = build(norm="none", attention="eager")(ids, attention_mask=near, output_attentions=True)
@@ -49,7 +48,7 @@ def test_eager_attention_of_a_float64_model_is_exact(build, ids):
     torch.testing.assert_close(written, exact, atol=1e-11, rtol=0)
 
 
-def test_texts_in_one_row_are_kept_apart_in_training_and_in_evaluation(build, ids):
+def test_texts_in_one_row_are_separate(build, ids):
     model = build()
     positions = torch.cat([torch.arange(5), torch.arange(7)])[None].expand(2, -1)
     alone = torch.cat([model(ids[:, :5]).logits, model(ids[:, 5:]).logits], dim=1)
@@ -59,7 +58,6 @@ def test_texts_in_one_row_are_kept_apart_in_training_and_in_evaluation(build, id
 
 @pytest.mark.parametrize("position", ["learned", "rotary"])
 def test_a_model_of_shapes_only_runs(build, ids, position):
-    """As estimates of memory and operations run it."""
     model = build(position=position)
     assert model.to("meta")(ids.to("meta")).logits.shape == (2, 12, 61)
     positions = torch.arange(12, device="meta")[None]
@@ -70,13 +68,13 @@ def test_a_model_of_shapes_only_runs(build, ids, position):
 
 
 @pytest.mark.parametrize("form", FORMS[:2])
-def test_an_exported_model_keeps_texts_in_one_row_apart(build, ids, form, monkeypatch):
-    monkeypatch.setattr(torch.backends, "fp32_precision", "none")  # a command that ran here has set it: no export then
+def test_an_exported_model_separates_texts_in_one_row(build, ids, form, monkeypatch):
+    monkeypatch.setattr(torch.backends, "fp32_precision", "none")  # export fails if a command has set it here
     model = build(**form)
     positions = torch.cat([torch.arange(5), torch.arange(7)])[None].expand(2, -1)
-    asked = {"input_ids": ids, "position_ids": positions, "use_cache": False}
-    exported = torch.export.export(model, (), asked, strict=False).module()
-    torch.testing.assert_close(exported(**asked).logits, model(**asked).logits)
+    inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+    exported = torch.export.export(model, (), inputs, strict=False).module()
+    torch.testing.assert_close(exported(**inputs).logits, model(**inputs).logits)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -126,10 +124,10 @@ def test_rotation_depends_on_distances_only(build, ids):
 
 
 def test_more_tokens_than_learned_positions_are_refused(build):
-    with pytest.raises(ValueError, match="33 tokens, but max_position_embeddings=32"):
-        build()(torch.zeros(1, 33, dtype=torch.long))
-    with pytest.raises(ValueError, match="33 tokens, but max_position_embeddings=32"):
-        build().generate(torch.zeros(1, 12, dtype=torch.long), max_new_tokens=40, do_sample=False, pad_token_id=0)
+    options = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
+    for run, tokens in ((build(), 33), (partial(build().generate, **options), 12)):
+        with pytest.raises(ValueError, match="33 tokens, but max_position_embeddings=32"):
+            run(torch.zeros(1, tokens, dtype=torch.long))
 
 
 def test_padding_takes_no_learned_position(build):
@@ -150,7 +148,7 @@ def test_loss_is_the_mean_cross_entropy_of_the_next_token(build, ids):
     torch.testing.assert_close(halves, output.loss / 2)
 
 
-def test_logits_to_keep_are_the_last_ones(build, ids):
+def test_logits_to_keep_selects_positions(build, ids):
     model = build()
     full = model(ids).logits
     torch.testing.assert_close(model(ids, logits_to_keep=2).logits, full[:, -2:])
@@ -259,7 +257,7 @@ def test_bias_qk_leaves_values_without_bias(build, ids):
 @pytest.mark.parametrize("training", [False, True], ids=["fused", "written out in bf16"])
 @pytest.mark.parametrize("part", [0, 1, 2], ids=["query", "key", "value"])
 def test_a_nan_weight_of_any_projection_reaches_the_logits(build, ids, part, training):
-    """Fused attention answers 0 where all scores of a row are NaN on some CPUs; every row must be NaN here."""
+    """On some CPUs fused attention returns 0 for rows whose scores are all NaN."""
     model = build(norm="none").train(training)
     weight = model.model.layers[0].attention.qkv.weight
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A saved model is the same model, also where normfree does not exist."""
+"""A saved model is the same model, even where normfree is not installed."""
 
 import json
 import os
@@ -80,16 +80,7 @@ def test_a_saved_model_loads_where_normfree_cannot_be_imported(build, ids, tmp_p
     saved, again = tmp_path / "saved", tmp_path / "again"
     model.save_pretrained(saved)
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [
-        sys.executable,
-        "-W",
-        "error",
-        "-c",
-        ELSEWHERE,
-        str(saved),
-        json.dumps(ids.tolist()),
-        str(again),
-    ]
+    command = [sys.executable, "-W", "error", "-c", ELSEWHERE, str(saved), json.dumps(ids.tolist()), str(again)]
     finished = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     answer = json.loads(finished.stdout.strip().splitlines()[-1])

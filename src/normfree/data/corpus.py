@@ -1,18 +1,22 @@
-"""Prepare a corpus once: text to a folder of packed blocks with a manifest, reused while it is sound.
+"""Prepare a corpus once: text becomes a folder of packed blocks with a manifest, reused while it is undamaged.
 
-A corpus folder lies at `cache/corpora/<key>` and holds tokenizer files, train.arrow, validation.arrow
-and manifest.json. The key is made of the spec and the versions of the sources; the fingerprint of the
-content (token ids and tokenizer), so it is equal wherever the same text met the same tokenizer.
+A corpus folder lies at `cache/corpora/<key>` and holds tokenizer files, train.arrow, validation.arrow and
+manifest.json. The key is made of the spec and the versions of the sources; the fingerprint is made of the content
+(token ids and tokenizer), so it is equal wherever the same text meets the same tokenizer.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import shutil
+import socket
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -20,43 +24,31 @@ from typing import Any, cast
 
 import numpy as np
 from datasets import Dataset
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from normfree.data.fast import FastEncoder, NotReproducibleError
 from normfree.data.installed import InstalledSource
 from normfree.data.packing import BlockWriter, concatenated, unigram_perplexity, windows
-from normfree.data.progress import TextProgress
-from normfree.data.scratch import NO_ROOM, free_room, scratch_folder
 from normfree.data.sources import FilesSource, HubSource, Source, Split, limited
 from normfree.data.tokenizer import Encoder, load_tokenizer, tokenizer_hash, train_tokenizer, vocabulary_size
-from normfree.files import (
-    MANIFEST_NAME,
-    damages,
-    describe_files,
-    fingerprint,
-    folder_lock,
-    read_manifest,
-    write_manifest,
-)
+from normfree.files import damages, describe_files, fingerprint, folder_lock, read_manifest, write_manifest
 from normfree.spec.run import DataSpec
 
 FORMAT = 1
 SOURCES = {"installed": InstalledSource, "codeparrot": HubSource, "hub": HubSource, "files": FilesSource}
+SPLITS: tuple[Split, ...] = ("train", "validation")
 CHUNK_CHARACTERS = 4_000_000
 """Text that is encoded together: large enough for all cores, small enough for any memory."""
-
-TOKENIZER_TASK = "training the tokenizer"
-_HELD_OUT_TOO = " (duplicates are those of held-out text too)"
+LOG_SECONDS = 60.0
+"""Time between lines of progress where standard error is not a terminal."""
 
 log = logging.getLogger("normfree")
 
 
 def default_cache() -> Path:
     """Where corpora lie: the environment variable NORMFREE_CACHE, else ~/.cache/normfree."""
-    try:
-        return Path(os.environ.get("NORMFREE_CACHE") or Path.home() / ".cache" / "normfree")
-    except RuntimeError:
-        raise ValueError("there is no home folder to keep corpora in: set NORMFREE_CACHE or cache_dir=FOLDER") from None
+    return Path(os.environ.get("NORMFREE_CACHE") or Path.home() / ".cache" / "normfree")
 
 
 @dataclass(frozen=True)
@@ -91,7 +83,7 @@ class Corpus:
         return np.stack(self.validation.with_format("numpy")["input_ids"][:]).astype(np.int64)
 
     def predicted_bytes(self) -> int:
-        """UTF-8 bytes of all tokens that held-out blocks predict."""
+        """UTF-8 bytes of all tokens that the held-out blocks ask a model to predict."""
         return int(np.sum(self.validation["predicted_bytes"]))
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -99,11 +91,11 @@ class Corpus:
         return PreTrainedTokenizerFast.from_pretrained(self.folder)
 
     def facts(self) -> dict[str, Any]:
-        """What run.json says of the corpus: plain JSON values."""
+        """What run.json records of the corpus: plain JSON values."""
         return dict(self.manifest["corpus"])
 
     def left_out(self, split: Split) -> str:
-        """How many documents are not in the corpus, and why."""
+        """How many documents of a split are not in the corpus, and why."""
         return _counts(self.manifest["corpus"]["dropped"][split])
 
     def describe(self) -> str:
@@ -115,21 +107,22 @@ class Corpus:
             f"source       {facts['source']}, packing {facts['packing']}, T = {facts['context']}",
             f"tokenizer    {facts['vocab_size']:,} pieces, {facts['bytes_per_token']:.2f} bytes a token",
         ]
-        splits: tuple[Split, ...] = ("train", "validation")
-        for split in splits:
-            units = ("documents", "bytes", "blocks", "tokens")
-            documents, size, blocks, tokens = (facts[f"{split}_{unit}"] for unit in units)
-            text = f"{documents:,} documents, {size / 1e6:.2f} MB, {blocks:,} blocks, {tokens:,} tokens"
-            lines += [f"{split:<12} {text}", f"  left out   {self.left_out(split)}"]
+        for split in SPLITS:
+            documents, blocks, tokens = (facts[f"{split}_{unit}"] for unit in ("documents", "blocks", "tokens"))
+            megabytes = facts[f"{split}_bytes"] / 1e6
+            lines += [
+                f"{split:<12} {documents:,} documents, {megabytes:.2f} MB, {blocks:,} blocks, {tokens:,} tokens",
+                f"  left out   {self.left_out(split)}",
+            ]
         lines.append(f"to beat      unigram perplexity {facts['unigram_perplexity']:.1f}")
         return "\n".join(lines)
 
 
 def prepare(spec: DataSpec, *, cache: Path | None = None, progress: bool = True) -> Corpus:
-    """The corpus of `spec`, from the cache or prepared now.
+    """Load the corpus of `spec` from the cache, or prepare it.
 
     Every file is checked against its sha256 before reuse; a damaged corpus is prepared again, with a warning. Of
-    several processes one prepares, and the others wait for it.
+    several processes one prepares the corpus, and the others wait for it.
 
     Raises ValueError for a source that cannot be read or gives too little text; OSError for a disk that is full or has
     no locks.
@@ -140,50 +133,55 @@ def prepare(spec: DataSpec, *, cache: Path | None = None, progress: bool = True)
     if folder.exists() and not damages(folder):
         return Corpus(folder, read_manifest(folder))
 
-    said = "waiting for %s, which prepares the same corpus, %s"
-    with folder_lock(cache / "locks" / folder.name, on_wait=lambda owner: log.info(said, owner, folder)):
+    message = "waiting for %s, which prepares the same corpus, %s"
+    with folder_lock(cache / "locks" / folder.name, on_wait=lambda owner: log.info(message, owner, folder)):
         if folder.exists():
             if not (problems := damages(folder)):
-                return Corpus(folder, read_manifest(folder))  # prepared by another process meanwhile
+                return Corpus(folder, read_manifest(folder))  # another process prepared it meanwhile
             log.warning("corpus %s is damaged and prepared again: %s", folder, "; ".join(problems))
         _make(spec, source, folder, progress)
     return Corpus(folder, read_manifest(folder))
 
 
 def _make(spec: DataSpec, source: Source, folder: Path, progress: bool) -> None:
-    with scratch_folder(folder.parent) as scratch:
-        built = scratch / "corpus"
-        built.mkdir()
-        try:
-            facts = _Preparation(spec, source, built, progress).run()
-        except OSError as error:
-            if error.errno not in NO_ROOM:
-                raise
-            raise OSError(
-                f"no room for the corpus in {folder.parent} ({error}), where {free_room(folder.parent)}; "
-                "cache_dir=FOLDER or NORMFREE_CACHE choose another place"
-            ) from None
-        write_manifest(built, {"format": FORMAT, "corpus": facts})
-        _install(built, folder)
+    """Prepare a corpus in a scratch folder and move it to its place."""
+    # Some clusters show locks on their own node only, so each machine has a scratch folder of its own.
+    scratch = folder.with_name(f".preparing-{folder.name}-{socket.gethostname()}")
+    shutil.rmtree(scratch, ignore_errors=True)  # left by a killed process
+    scratch.mkdir(parents=True)
+    try:
+        facts = _Preparation(spec, source, scratch, quiet=not progress).run()
+        write_manifest(scratch, {"format": FORMAT, "corpus": facts})
+        if folder.exists() and damages(folder):
+            shutil.rmtree(folder)
+        scratch.rename(folder)
+    except OSError as error:
+        if folder.exists() and not damages(folder):
+            return  # a machine whose lock is not visible here was faster
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        advice = "set cache_dir=FOLDER or NORMFREE_CACHE to a folder on a larger disk"
+        raise OSError(f"no room for the corpus in {folder.parent} ({error}): {advice}") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def prepared(recorded: Mapping[str, Any], *, cache: Path | None = None) -> Corpus | None:
-    """A sound corpus of the cache that has the recorded fingerprint and bytes, wherever its text came from and whether
-    or not it is there."""
-    for manifest in sorted(((cache or default_cache()) / "corpora").glob(f"*/{MANIFEST_NAME}")):
-        with suppress(ValueError, KeyError, OSError):
-            found = read_manifest(manifest.parent)
-            same = all(found["corpus"][key] == recorded[key] for key in ("fingerprint", "bytes_per_token"))
-            if same and not damages(manifest.parent):
-                return Corpus(manifest.parent, found)
+    """Find the undamaged cached corpus with the recorded fingerprint and bytes, even if its text is gone or moved."""
+    for folder in sorted(((cache or default_cache()) / "corpora").glob("*")):
+        with suppress(ValueError, KeyError):
+            manifest = read_manifest(folder)
+            same = all(manifest["corpus"][key] == recorded[key] for key in ("fingerprint", "bytes_per_token"))
+            if same and not damages(folder):
+                return Corpus(folder, manifest)
     return None
 
 
 def corpus_key(spec: DataSpec, source: Source) -> str:
-    """Name of the folder that may be reused: one for each spec and each version of its inputs."""
+    """Name of a corpus's folder: one for each spec and each version of its inputs."""
     fields = asdict(spec)
     del fields["expected_fingerprint"]
-    if spec.source == "files":  # `versions` says what the files hold, wherever they lie
+    if spec.source == "files":  # `versions` describes the content of the files, wherever they lie
         fields |= {"paths": (), "validation_paths": bool(spec.validation_paths)}
     place = Path(spec.tokenizer) if spec.tokenizer else None
     tokenizer = describe_files(place) if place and place.is_dir() else spec.tokenizer
@@ -191,39 +189,34 @@ def corpus_key(spec: DataSpec, source: Source) -> str:
     return fingerprint([FORMAT, fields, source.versions, tokenizer, version("tokenizers"), *counted])
 
 
-def _install(built: Path, folder: Path) -> None:
-    """Move a finished corpus to its place; a sound one that another process put there first stays."""
-    if folder.exists() and damages(folder):
-        folder.rename(built.with_name("damaged"))
-    try:
-        built.rename(folder)
-    except OSError:
-        if damages(folder):
-            raise
+def _count_splits() -> dict[Split, Counter[str]]:
+    return {split: Counter() for split in SPLITS}
 
 
+@dataclass
 class _Preparation:
     """One pass from documents to blocks, in `folder`."""
 
-    def __init__(self, spec: DataSpec, source: Source, folder: Path, progress: bool) -> None:
-        self.spec = spec
-        self.source = source
-        self.folder = folder
-        self.progress = progress
-        self.kept = {"train": Counter(), "validation": Counter()}
-        self.dropped: dict[str, Counter[str]] = {"train": Counter(), "validation": Counter()}
+    spec: DataSpec
+    source: Source
+    folder: Path
+    quiet: bool
+    read: dict[Split, Counter[str]] = field(default_factory=_count_splits)
+    """Documents and bytes of each split."""
+    dropped: dict[Split, Counter[str]] = field(default_factory=_count_splits)
+    """Documents left out of each split, by reason."""
 
     def run(self) -> dict[str, Any]:
         """Write tokenizer and blocks; returns the facts of the corpus."""
         tokenizer = self._tokenizer()
-        written = self._write_splits(tokenizer)
+        writers = self._write_splits(tokenizer)
         tokenizer.save_pretrained(self.folder)
-        train, validation = written["train"], written["validation"]
+        train, validation = writers["train"], writers["validation"]
         sha256 = tokenizer_hash(tokenizer)
-        content = [FORMAT, sha256, self.spec.context, train.content_hash, validation.content_hash]
+        hashes = train.content_hash, validation.content_hash
         predicted_tokens = int(validation.predicted_counts_V.sum())
         facts: dict[str, Any] = {
-            "fingerprint": fingerprint(content),
+            "fingerprint": fingerprint([FORMAT, sha256, self.spec.context, *hashes]),
             "source": self.spec.source,
             "context": self.spec.context,
             "packing": self.spec.packing,
@@ -236,57 +229,57 @@ class _Preparation:
         }
         if isinstance(self.source, HubSource):
             facts["revisions"] = self.source.revisions
-        for split, writer in written.items():
+        for split, writer in writers.items():
             facts[f"{split}_blocks"] = writer.blocks
             facts[f"{split}_tokens"] = writer.blocks * self.spec.context
-            facts[f"{split}_documents"] = self.kept[split]["documents"]
-            facts[f"{split}_bytes"] = self.kept[split]["bytes"]
+            facts[f"{split}_documents"] = self.read[split]["documents"]
+            facts[f"{split}_bytes"] = self.read[split]["bytes"]
         return facts
 
     def _tokenizer(self) -> PreTrainedTokenizerFast:
         if self.spec.tokenizer:
             tokenizer = load_tokenizer(self.spec.tokenizer)
         else:
-            tokenizer = train_tokenizer(self._documents("train", TOKENIZER_TASK), self.spec.vocab_size)
+            texts = self._documents("train", "training the tokenizer", count_rest=False)
+            tokenizer = train_tokenizer(texts, self.spec.vocab_size)
         if self.spec.packing == "concatenate" and tokenizer.eos_token_id is None:
             raise ValueError(
-                "data.packing=concatenate puts an end token between documents, and "
-                f"data.tokenizer={self.spec.tokenizer!r} has none; use data.packing=windows"
+                f"data.packing=concatenate needs an end token, and data.tokenizer={self.spec.tokenizer!r} has none; "
+                "use data.packing=windows"
             )
         return tokenizer
 
-    def _documents(self, split: Split, task: str) -> Iterator[str]:
-        """The documents of a split within the limits of the spec, counted and shown."""
-        self.kept[split].clear()
+    def _documents(self, split: Split, task: str, *, count_rest: bool = True) -> Iterator[str]:
+        """Yield the documents of a split within the limits of the spec; count and show them."""
+        self.read[split].clear()
         self.dropped[split].clear()
         most = {"train": self.spec.train_documents, "validation": self.spec.validation_documents}[split]
         most_bytes = self.spec.max_bytes if split == "train" else None
         documents, beyond = self.source.documents(split, self.dropped[split]), Counter[str]()
-        with TextProgress(task, shown=self.progress, most_documents=most) as progress:
+        pause = 0.1 if sys.stderr.isatty() else LOG_SECONDS
+        with tqdm(desc=task, unit="B", unit_scale=True, delay=pause, mininterval=pause, disable=self.quiet) as bar:
             for document in limited(documents, most_documents=most, most_bytes=most_bytes, beyond=beyond):
                 size = len(document.encode())
-                self.kept[split].update(documents=1, bytes=size)
-                progress.update(size)
+                self.read[split].update(documents=1, bytes=size)
+                bar.update(size)
                 yield document
-        for limit in beyond if task != TOKENIZER_TASK else ():  # once is enough
-            by_rows = self.source if isinstance(self.source, HubSource) else None  # can be many: counted, not read
-            beyond[limit] += by_rows.rows_left if by_rows else sum(1 for _ in documents)
+        if beyond and count_rest:
+            # A data set may have millions of rows left, which are counted without reading them.
+            hub = self.source if isinstance(self.source, HubSource) else None
+            beyond[next(iter(beyond))] += hub.rows_left if hub else sum(1 for _ in documents)
         self.dropped[split].update(beyond)
-        if not self.kept[split]["documents"]:
-            raise ValueError(
-                f"data={self.spec.source} gives no {split} text ({self._given()}); left out: "
-                f"{_counts(self.dropped[split])}{_HELD_OUT_TOO if self.dropped['train']['duplicate'] else ''}"
-            )
+        if not self.read[split]["documents"]:
+            left_out = _counts(self.dropped[split])
+            raise ValueError(f"data={self.spec.source} gives no {split} text ({self._limits()}); left out: {left_out}")
 
     def _write_splits(self, tokenizer: PreTrainedTokenizerFast) -> dict[Split, BlockWriter]:
-        """Both splits with tiktoken if its ids are those of tokenizers, else both again with tokenizers."""
-        splits: tuple[Split, ...] = ("validation", "train")
+        """Write both splits with tiktoken if its ids are those of tokenizers, else with tokenizers."""
         try:
             encoder = FastEncoder(tokenizer)
-            return {split: self._write(split, tokenizer, encoder) for split in splits}
+            return {split: self._write(split, tokenizer, encoder) for split in reversed(SPLITS)}
         except NotReproducibleError as reason:
             log.warning("the text is encoded with tokenizers, several times slower than with tiktoken: %s", reason)
-        return {split: self._write(split, tokenizer, Encoder(tokenizer)) for split in splits}
+        return {split: self._write(split, tokenizer, Encoder(tokenizer)) for split in reversed(SPLITS)}
 
     def _write(self, split: Split, tokenizer: PreTrainedTokenizerFast, encoder: Encoder | FastEncoder) -> BlockWriter:
         encode = encoder.encode if split == "train" else encoder.encode_with_bytes
@@ -299,15 +292,13 @@ class _Preparation:
         writer = BlockWriter(self.folder / f"{split}.arrow", vocab_size=vocabulary_size(tokenizer))
         writer.write_all(blocks)
         if not writer.blocks:
-            kept = self.kept[split]
             raise ValueError(
-                f"the {split} text ({kept['documents']} documents, {kept['bytes']} bytes) fills no block of "
-                f"data.context={self.spec.context} tokens; give more text or a shorter "
-                f"context ({self._given()})"
+                f"the {split} text ({self.read[split]['bytes']} bytes) fills no block of data.context="
+                f"{self.spec.context} tokens; give more text or a shorter context ({self._limits()})"
             )
         return writer
 
-    def _given(self) -> str:
+    def _limits(self) -> str:
         """The settings that decide how much text there is, for messages."""
         names = ("paths", "validation_paths", "dataset", "max_bytes", "train_documents", "validation_documents")
         return ", ".join(f"data.{name}={value}" for name in names if (value := getattr(self.spec, name)))

@@ -1,14 +1,12 @@
-"""The offline default: Python files of the standard library and of the runtime packages on this machine.
+"""The offline default text: Python files of the standard library and of the runtime packages on this machine.
 
-`installed.json` is a committed list: the distributions of requirements.lock, apart from those that became dependencies
-after results were made from this text (`not_read`), and the top-level packages that validation holds. A package lies
-in one split as a whole. The text depends on the version of Python and of every package, which is why they are part of
-`versions`.
+`installed.json` lists the distributions of requirements.lock, except those that became dependencies after the committed
+results were made (`not_read`), and the top-level packages of the validation split. A package lies in one split as a
+whole. The text depends on the versions of Python and of every package, so `versions` contains them.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import os
@@ -19,12 +17,12 @@ import sysconfig
 from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
-from importlib.resources import files
+from importlib.metadata import PackageNotFoundError, distribution
+from importlib.resources import files as resources
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from normfree.data.sources import Split, hashes_of_validation, limited, normalised_hash
+from normfree.data.sources import Split, limited, normalised_hash, validation_hashes
 from normfree.files import sha256_bytes
 from normfree.spec.run import DataSpec
 
@@ -46,15 +44,15 @@ VENDORED_FOLDERS = {
     *("_vendor", "_vendored", "vendor", "vendored", "extern", "externals", "third_party"),
     *("site-packages", "dist-packages", "ensurepip"),
 }
-# Facts of one build (version, compiler, CPU or CUDA), which would tie the corpus to it.
+# Facts of one build (version, compiler, CPU or CUDA), which would make the corpus depend on it.
 BUILD_FILES = re.compile(r"_?version\.py|__config__\.py|_sysconfigdata.*\.py")
 
 log = logging.getLogger("normfree")
 
 
 def installed_facts() -> dict[str, list[str]]:
-    """The committed lists: `distributions` and `not_read`, together requirements.lock, and `validation` (packages)."""
-    return json.loads(files("normfree.data").joinpath("installed.json").read_text(encoding="utf-8"))
+    """Load installed.json: `distributions` and `not_read`, together requirements.lock, and `validation` (packages)."""
+    return json.loads(resources("normfree.data").joinpath("installed.json").read_text(encoding="utf-8"))
 
 
 def held_out_text() -> str:
@@ -64,7 +62,7 @@ def held_out_text() -> str:
 
 
 def excluded_path(name: str) -> str | None:
-    """Why a file is left out by its path, or None. `name` is relative to the folder that is on sys.path."""
+    """Why a file is left out by its path, or None. `name` is relative to a folder on sys.path."""
     path = PurePosixPath(name)
     folders = set(path.parts[:-1])
     if folders & TEST_FOLDERS or path.name.startswith("test_") or path.name in ("test.py", "conftest.py"):
@@ -86,7 +84,7 @@ def excluded_text(text: str) -> str | None:
         return "long line"
     if sum(lengths) / len(lengths) > LONGEST_MEAN_LINE:
         return "long lines on average"
-    # Deleting bytes is 30 times faster than asking each character, which only those beyond ASCII are.
+    # Deleting bytes is 30 times faster than testing each character, as those beyond ASCII are.
     letters = len(content) - len(content.translate(None, ALPHANUMERIC))
     if not text.isascii():
         letters += sum(map(str.isalnum, ASCII.sub("", text)))
@@ -99,8 +97,8 @@ def excluded_text(text: str) -> str | None:
 class InstalledSource:
     """Python files of this interpreter's standard library and of the distributions in `installed.json`.
 
-    Validation is read first and whole, so it does not change with `max_bytes`; a training file that
-    repeats a validation file is dropped.
+    Validation is read first and completely, so it does not change with `max_bytes`; a training file that repeats a
+    validation file is dropped.
     """
 
     def __init__(self, spec: DataSpec) -> None:
@@ -110,70 +108,62 @@ class InstalledSource:
 
     @cached_property
     def versions(self) -> dict[str, Any]:
-        found, missing = {}, []
+        """Versions of Python and of the packages, and the packages of the validation split."""
+        packages = {}
         for name in self._facts["distributions"]:
             try:
-                found[name] = distribution(name).version.split("+")[0]
+                packages[name] = distribution(name).version.split("+")[0]
             except PackageNotFoundError:
-                missing.append(name)
-        if missing:
-            log.warning("not installed, so not in the corpus: %s", ", ".join(missing))
-        return {"python": platform.python_version(), "packages": found, "validation": sorted(self._held_out)}
+                log.warning("%s is not installed, so it is not in the corpus", name)
+        return {"python": platform.python_version(), "packages": packages, "validation": sorted(self._held_out)}
 
     @cached_property
     def _paths(self) -> list[tuple[str, str]]:
-        """Name and place of every Python file, in a seeded order that its name decides."""
+        """Name and place of every Python file, ordered by the hash of seed and name."""
         library = sysconfig.get_path("stdlib")
         paths: dict[str, str] = {}
         for folder, subfolders, names in os.walk(library):
-            # What is installed there is not the library's, and perhaps not locked.
+            # Packages installed there are not the library's, and perhaps not locked.
             subfolders[:] = [name for name in subfolders if name not in ("site-packages", "dist-packages")]
             within = "" if folder == library else Path(folder).relative_to(library).as_posix() + "/"
             paths |= {within + name: f"{folder}/{name}" for name in names if name.endswith(".py")}
         for name in self.versions["packages"]:
-            paths |= _python_files(distribution(name))
+            package = distribution(name)
+            files = [file.as_posix() for file in package.files or () if file.suffix == ".py" and ".." not in file.parts]
+            paths |= {file: str(package.locate_file(file)) for file in files}
         seed = self._spec.shuffle_seed
         return sorted(paths.items(), key=lambda item: sha256_bytes(f"{seed}:{item[0]}".encode()))
 
-    _validation_hashes = cached_property(hashes_of_validation)
+    _validation_hashes = cached_property(validation_hashes)
 
     def documents(self, split: Split, dropped: Counter[str]) -> Iterator[str]:
+        """Yield the files of a split that pass every filter, each text once."""
         seen = set(self._validation_hashes) if split == "train" else set()
         room = self._spec.max_bytes_per_package
-        taken_bytes: Counter[str] = Counter()
+        package_bytes: Counter[str] = Counter()
         for name, place in self._paths:
             package = name.partition("/")[0].removesuffix(".py")
             if (package in self._held_out) != (split == "validation"):
                 continue
             path = Path(place)
-            text, reason = "", excluded_path(name) or (None if path.is_file() else "missing")
+            reason = excluded_path(name) or (None if path.is_file() else "missing")
             size = 0 if reason else path.stat().st_size
-            if reason is None and room is not None and taken_bytes[package] + size > room:
+            if reason is None and room is not None and package_bytes[package] + size > room:
                 reason = "package full"
             if reason is None:
                 text, reason = _read(path)
-            digest = b"" if reason else normalised_hash(text)
-            if digest in seen:
-                reason = "duplicate"
+                if reason is None and (digest := normalised_hash(text)) in seen:
+                    reason = "duplicate"
             if reason is not None:
                 dropped[reason] += 1
                 continue
             seen.add(digest)
-            taken_bytes[package] += size
+            package_bytes[package] += size
             yield text
 
 
-def _python_files(installed: Distribution) -> dict[str, str]:
-    """Names and places of its Python files. Reading RECORD here is six times faster than `installed.files`."""
-    record = installed.read_text("RECORD")
-    rows = csv.reader((record or "").splitlines())
-    names = [row[0] for row in rows if row] if record else [file.as_posix() for file in installed.files or []]
-    site = installed.locate_file("")
-    return {name: f"{site}/{name}" for name in names if name.endswith(".py") and ".." not in name.split("/")}
-
-
 def _read(path: Path) -> tuple[str, str | None]:
-    """The text of a file and why it is left out (None keeps it)."""
+    """The text of a file, and why it is left out or None."""
     try:
         text = path.read_bytes().decode()
     except UnicodeDecodeError:

@@ -1,13 +1,14 @@
-"""Documents of token ids to blocks of T tokens, and blocks to Arrow.
+"""Cut documents of token ids into blocks of T tokens, and write blocks to Arrow.
 
-Shapes: S tokens of a document, N blocks, T tokens in a block, V pieces of the vocabulary, C columns: token
-ids, and for held-out text the UTF-8 bytes of each token.
+Shapes: S tokens of a document, N blocks, T tokens in a block, V pieces of the vocabulary, C columns: token ids, and for
+held-out text the UTF-8 bytes of each token.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,9 @@ BLOCKS_AT_ONCE = 4096
 
 
 def windows(documents: Iterable[np.ndarray], context: int) -> Iterator[np.ndarray]:
-    """Each (S, C) document cut into (N, T, C) blocks without overlap; its tail shorter than T is dropped.
+    """Cut each (S, C) document into (N, T, C) blocks without overlap; the tail shorter than T is dropped.
 
-    One array a document, so no block holds tokens of two.
+    No block has tokens of two documents.
     """
     for document_SC in documents:
         count = len(document_SC) // context
@@ -29,9 +30,9 @@ def windows(documents: Iterable[np.ndarray], context: int) -> Iterator[np.ndarra
 
 
 def concatenated(documents: Iterable[np.ndarray], context: int, *, end: int) -> Iterator[np.ndarray]:
-    """All (S, C) documents in a row, token `end` (0 bytes) after each, cut into (N, T, C) blocks.
+    """Join all (S, C) documents, with token `end` (0 bytes) after each, and cut them into (N, T, C) blocks.
 
-    Only the last block, if it is not full, is dropped.
+    Only the last block is dropped, if it is not full.
     """
     rest_SC = None
     for document_SC in documents:
@@ -45,36 +46,33 @@ def concatenated(documents: Iterable[np.ndarray], context: int, *, end: int) -> 
 
 
 class BlockWriter:
-    """Streams blocks into one Arrow file and keeps what the manifest says of them.
+    """Stream blocks into one Arrow file, and count and hash their tokens.
 
-    A block has one column (token ids) or two (token ids, UTF-8 bytes of each token); with two the file
-    gets the column `predicted_bytes`, the sum over tokens 2..T.
+    A block has one column (token ids) or two (token ids, UTF-8 bytes of each token); with two the file has the column
+    `predicted_bytes`, the sum over tokens 2..T.
     """
 
     def __init__(self, path: Path, *, vocab_size: int) -> None:
         self.blocks = 0
         self.predicted_bytes = 0
         self.counts_V = np.zeros(vocab_size, dtype=np.int64)
-        """How often each piece occurs in all blocks."""
+        """Occurrences of each piece in all blocks."""
         self.predicted_counts_V = np.zeros(vocab_size, dtype=np.int64)
-        """How often each piece occurs at places 2..T of a block."""
+        """Occurrences of each piece at positions 2..T of a block."""
         self._path = path
         self._hash = hashlib.sha256()
 
     def write_all(self, blocks: Iterable[np.ndarray]) -> None:
-        """Write every (N, T, C) array of `blocks`, and nothing after the first error."""
-        writer = None
-        try:
+        """Write every (N, T, C) array of `blocks`."""
+        with ExitStack() as stack:  # closes the file after an error too: another encoder may write it again
+            writer = None
             for blocks_NTC in _gathered(blocks):
                 if writer is None:
-                    writer = ArrowWriter(path=str(self._path), features=_features(*blocks_NTC.shape[1:]))
+                    features = _features(*blocks_NTC.shape[1:])
+                    writer = stack.enter_context(ArrowWriter(path=str(self._path), features=features))
                 writer.write_table(self._table(blocks_NTC))
             if writer is not None:
                 writer.finalize()
-        finally:
-            # Closed after an error too: the same file may be written anew by another encoder.
-            if writer is not None:
-                writer.close()
 
     def _table(self, blocks_NTC: np.ndarray) -> pyarrow.Table:
         ids_NT = np.ascontiguousarray(blocks_NTC[:, :, 0], dtype="<i4")
@@ -104,14 +102,13 @@ def _features(context: int, columns: int) -> Features:
 
 
 def _gathered(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """The same blocks in arrays of at least `BLOCKS_AT_ONCE`, since each array costs a count over the vocabulary."""
+    """Join arrays until they have `BLOCKS_AT_ONCE` blocks, since each array costs a count over the vocabulary."""
     waiting: list[np.ndarray] = []
     count = 0
     for blocks_NTC in blocks:
-        if not len(blocks_NTC):  # most documents, where they are short
-            continue
-        waiting.append(blocks_NTC)
-        count += len(blocks_NTC)
+        if len(blocks_NTC):  # short documents fill no block
+            waiting.append(blocks_NTC)
+            count += len(blocks_NTC)
         if count >= BLOCKS_AT_ONCE:
             yield np.concatenate(waiting)
             waiting.clear()

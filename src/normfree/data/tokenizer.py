@@ -1,4 +1,4 @@
-"""Load a tokenizer, or train a byte-level BPE on the training split; encode; count bytes of tokens."""
+"""Load a tokenizer or train a byte-level BPE; encode text; count the bytes of tokens."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ END_TOKEN = "<|endoftext|>"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of exactly `vocab_size` pieces with an end token; the same for the same texts.
+    """Train a byte-level BPE of exactly `vocab_size` pieces with an end token; the same texts give the same tokenizer.
 
-    Raises ValueError where the texts do not hold that many pieces.
+    Raises ValueError if the texts do not contain that many pieces.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
@@ -31,29 +31,28 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() != vocab_size:
         raise ValueError(
-            f"data.vocab_size={vocab_size}: the training text holds only {tokenizer.get_vocab_size()} "
-            "pieces; give more text or fewer pieces"
+            f"data.vocab_size={vocab_size}: the training text has only {tokenizer.get_vocab_size()} pieces; "
+            "give more text or a smaller vocab_size"
         )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_TOKEN, bos_token=END_TOKEN)
 
 
 def load_tokenizer(place: str) -> PreTrainedTokenizerFast:
-    """The fast tokenizer of a folder or hub name. Raises ValueError when there is none."""
+    """Load the fast tokenizer of a folder or hub name. Raises ValueError if there is none."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"data.tokenizer={place!r} cannot be loaded ({type(error).__name__}): it is no folder with a "
-            "tokenizer, and the hub cannot be reached or does not know it; download it elsewhere and set "
-            "HF_HOME, or leave data.tokenizer empty to train one"
+            f"data.tokenizer={place!r} cannot be loaded ({type(error).__name__}): give a folder or hub name (without a "
+            "network: downloaded before, with HF_HOME set), or leave it empty to train one"
         ) from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(f"data.tokenizer={place!r} is {type(tokenizer).__name__}: one with a tokenizer.json is needed")
+        raise ValueError(f"data.tokenizer={place!r} is {type(tokenizer).__name__}: give one with a tokenizer.json")
     return tokenizer
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
-    """How many embeddings its ids ask for; more than it has pieces where ids have gaps."""
+    """Number of embeddings that the ids need: more than there are pieces if the ids have gaps."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
@@ -63,7 +62,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 class Encoder:
-    """Text to token ids, without special tokens: text that spells the end token stays text."""
+    """Encode text without special tokens: text that spells the end token stays text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -71,18 +70,17 @@ class Encoder:
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         self.bytes_V = _bytes_of_pieces(self._tokenizer)
-        """UTF-8 bytes of each piece; None where only offsets say how much text a token stands for."""
+        """UTF-8 bytes of each piece; None if only offsets say how much text a token stands for."""
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """One (S, 1) int32 array of token ids a text."""
+        """One (S, 1) int32 array of token ids for each text."""
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32)[:, None] for encoding in encodings]
 
     def encode_with_bytes(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """One (S, 2) int32 array a text: token ids, and UTF-8 bytes that sum to the size of the text.
+        """One (S, 2) int32 array for each text: token ids, and UTF-8 bytes that sum to the size of the text.
 
-        Exact for byte-level tokenizers. For others a token covers the text from the end of the token
-        before it to its own end.
+        Exact for byte-level tokenizers. For others a token covers the text from the end of the token before it.
         """
         encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         arrays = []
@@ -94,23 +92,22 @@ class Encoder:
 
 
 def _bytes_of_pieces(tokenizer: Tokenizer) -> np.ndarray | None:
-    """Bytes of every piece of a byte-level tokenizer, in which one character is one byte; else None.
+    """Bytes of every piece of a byte-level tokenizer, in which one character is one byte; None for other tokenizers.
 
-    Text never gives a special token. Another added one, such as a run of blanks, is plain text and may take the blanks
-    around it along, so only offsets say how much text it stands for.
+    Text never becomes a special token. Other added tokens, such as a run of blanks, may include the blanks around them,
+    so only offsets say how much text they stand for.
     """
-    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-    if not isinstance(tokenizer.decoder, decoders.ByteLevel) or tokenizer.normalizer is not None:
-        return None
     added = tokenizer.get_added_tokens_decoder()
-    if not all(token.special for token in added.values()):
+    pieces = {piece: number for piece, number in tokenizer.get_vocab().items() if number not in added}
+    if (
+        not isinstance(tokenizer.decoder, decoders.ByteLevel)
+        or tokenizer.normalizer is not None
+        or not all(token.special for token in added.values())
+        or not set(pre_tokenizers.ByteLevel.alphabet()).issuperset("".join(pieces))
+    ):
         return None
     sizes_V = np.zeros(max(tokenizer.get_vocab().values()) + 1, dtype=np.int32)
-    for piece, number in tokenizer.get_vocab().items():
-        if number not in added:
-            if not alphabet.issuperset(piece):
-                return None
-            sizes_V[number] = len(piece)
+    sizes_V[list(pieces.values())] = list(map(len, pieces))
     return sizes_V
 
 

@@ -1,8 +1,8 @@
 """The architecture under study, as Hugging Face classes.
 
-Importing this package registers them with the Auto classes. The modules beside this one import only
-torch, transformers (with its huggingface_hub) and each other: `save_pretrained` copies them into the
-saved folder, which then loads with `trust_remote_code=True` where normfree is not installed.
+Importing this package registers them with the Auto classes. The other modules of this folder import only torch,
+transformers (with its huggingface_hub) and each other: `save_pretrained` copies them into the saved folder, which then
+loads with `trust_remote_code=True` even if normfree is not installed.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM

@@ -1,9 +1,8 @@
-"""Activations of the feed-forward part, one table: a name of `NormFreeConfig.activation` to a builder.
+"""Activations of the feed-forward part: a table from names of `NormFreeConfig.activation` to builders.
 
-A builder takes the config and returns a module called as `activation(features, shared_slope)`:
-`features` has any shape; `shared_slope` is the model's one shared slope, shape (1,), or None. The model
-passes it on each call because a parameter registered in several blocks is lost when an untied model is
-saved and loaded.
+A builder takes the config and returns a module called as `activation(features, shared_slope)`: `features` has any
+shape; `shared_slope` is the model's one shared slope, shape (1,), or None. The model passes it in each call because a
+parameter that several blocks register is lost when an untied model is saved and loaded.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Elementwise(nn.Module):
-    """A fixed function; ignores the shared slope."""
+    """A fixed function, which ignores the shared slope."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -43,7 +42,7 @@ class OwnSlopeLeakyReLU(nn.Module):
 
 
 class SharedSlopeLeakyReLU(nn.Module):
-    """Leaky ReLU with the slope that the model hands to every block."""
+    """Leaky ReLU with the slope that the model passes to every block."""
 
     def forward(self, features: Tensor, shared_slope: Tensor) -> Tensor:
         return _leaky_relu(features, shared_slope)
@@ -66,7 +65,7 @@ LEAKY_RELUS: dict[str, Callable[[NormFreeConfig], nn.Module]] = {
     "per_layer": lambda config: OwnSlopeLeakyReLU(),
     "shared": lambda config: SharedSlopeLeakyReLU(),
 }
-"""A name of `NormFreeConfig.learnable_slope` to a builder of leaky ReLU."""
+"""Builders of leaky ReLU by the name of `NormFreeConfig.learnable_slope`."""
 
 ACTIVATIONS: dict[str, Callable[[NormFreeConfig], nn.Module]] = {
     "gelu": _elementwise(F.gelu),
@@ -76,4 +75,4 @@ ACTIVATIONS: dict[str, Callable[[NormFreeConfig], nn.Module]] = {
     "identity": _elementwise(_identity),
 }
 IN_THIS_FILE = dict(ACTIVATIONS)
-"""The table as it goes with a saved model."""
+"""The entries that are saved with a model: those of this file."""

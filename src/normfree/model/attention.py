@@ -1,4 +1,4 @@
-"""Attention functions as transformers' AttentionInterface calls them, and where torch's fused one needs help."""
+"""Attention functions for transformers' AttentionInterface, and the NaN that torch's fused one loses."""
 
 # B batch, H heads, T query (new tokens), S key (cached and new), D head dim, N batch times heads
 
@@ -22,7 +22,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention written out, for `attn_implementation="eager"`: (B, T, H, D) and the weights (B, H, T, S)."""
+    """Explicit attention for `attn_implementation="eager"`: returns (B, T, H, D) and the weights (B, H, T, S)."""
     scores_BHTS = query_BHTD @ key_BHSD.mT * scaling
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         scores_BHTS = scores_BHTS.masked_fill(~attention_mask, torch.finfo(scores_BHTS.dtype).min)
@@ -35,7 +35,7 @@ def eager_attention_forward(
 
 
 LONGEST_WRITTEN_OUT = 512
-"""Tokens up to which attention in bf16 on the CPU trains faster written out than fused (docs/performance.md)."""
+"""Up to so many tokens, training in bf16 on the CPU is faster with explicit attention (docs/performance.md)."""
 
 
 def written_out_causal_attention(
@@ -49,7 +49,7 @@ def written_out_causal_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of full blocks, (B, T, H, D), in the inputs' dtype; softmax sums in float32 inside its kernel.
+    """Explicit causal attention of full blocks, (B, T, H, D), in the inputs' dtype; the softmax sums in float32.
 
     For training in bf16 on the CPU, where the backward pass of fused attention is slow.
     """
@@ -62,7 +62,7 @@ def written_out_causal_attention(
 
 
 def trains_faster_written_out(query_BHTD: Tensor, attention_mask: Tensor | None) -> bool:
-    """True for full causal blocks in bf16 on the CPU that need gradients and are short."""
+    """True for short, full causal blocks in bf16 on the CPU that need gradients."""
     return (
         attention_mask is None
         and query_BHTD.requires_grad
@@ -74,10 +74,10 @@ def trains_faster_written_out(query_BHTD: Tensor, attention_mask: Tensor | None)
 
 @torch.no_grad()
 def nan_where_all_scores_are(query_BHTD: Tensor, key_BHSD: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """(B, T, 1): NaN where a query of any head is not finite, or its first visible key is not; else 0.
+    """(B, T, 1): NaN if a query of any head or its first visible key is not finite, else 0.
 
-    torch's fused attention answers 0 for a row whose scores are all NaN, on CPUs with AVX512 (seen in 2.13): a broken
-    weight would go on as a number. Under a mask the first visible key is not known here, and queries alone count.
+    On CPUs with AVX512, torch's fused attention returns 0 for a row whose scores are all NaN (seen in 2.13), which
+    would hide a broken weight. With a mask the first visible key is not known here, so only queries count.
     """
     sums_BHT = query_BHTD.sum(-1, dtype=torch.float32)
     if attention_mask is None:

@@ -1,13 +1,12 @@
 """NormFreeConfig: every choice of architecture is one field; the defaults are the paper's GPT-2 baseline.
 
-No `from __future__ import annotations` here: the fields' types are checked when a config is built.
+No `from __future__ import annotations` here: building a config checks the types of its fields.
 """
 
 import math
 from dataclasses import Field, fields
 from difflib import get_close_matches
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import type_validator
 from transformers import PreTrainedConfig
@@ -15,8 +14,8 @@ from transformers import PreTrainedConfig
 from .activations import ACTIVATIONS
 from .norms import NORMS
 
-# Keys that transformers itself writes to config.json or passes on, beside the fields of PreTrainedConfig
-# and everything that starts with an underscore.
+# Keys that transformers writes to config.json or passes on, besides the fields of PreTrainedConfig and all that start
+# with an underscore.
 TRANSFORMERS_KEYS = {
     "attn_implementation",
     "auto_map",
@@ -34,15 +33,15 @@ TRANSFORMERS_KEYS = {
 class NormFreeConfig(PreTrainedConfig):
     """Architecture of a decoder-only language model with or without normalization.
 
-    Raises ValueError for an unknown key, a value of the wrong type or outside its range, and fields that
-    contradict each other.
+    Raises ValueError for an unknown key, a value of the wrong type or out of range, and fields that contradict each
+    other.
     """
 
     model_type = "normfree"
     keys_to_ignore_at_inference = ["past_key_values"]
 
     vocab_size: int = 50257
-    """Tokens in the vocabulary; left out of a run, its tokenizer's."""
+    """Tokens in the vocabulary; a run takes the default from its tokenizer."""
     hidden_size: int = 768
     """Width of the residual stream."""
     num_hidden_layers: int = 12
@@ -50,13 +49,13 @@ class NormFreeConfig(PreTrainedConfig):
     num_attention_heads: int = 12
     """Heads of a block, each hidden_size / num_attention_heads wide."""
     intermediate_size: int | None = None
-    """Width of the feed-forward part; empty means 4 * hidden_size."""
+    """Width of the feed-forward part; None means 4 * hidden_size."""
     max_position_embeddings: int = 128
-    """Longest sequence in tokens; left out of a run, data.context."""
+    """Longest sequence in tokens; a run takes the default from data.context."""
     position: Literal["learned", "rotary"] = "learned"
-    """A learned vector per position, or rotated queries and keys."""
+    """A learned vector for each position, or rotated queries and keys."""
     rotary_share: float = 0.25
-    """position=rotary: share of each head's dimensions that rotates, above 0 and at most 1."""
+    """position=rotary: share of each head's dimensions that rotate, above 0 and at most 1."""
     rotary_base: float = 10000.0
     """position=rotary: pair i of R rotating dimensions turns once in 2 pi * rotary_base^(2i/R) tokens, i from 0."""
     residual: Literal["sequential", "parallel"] = "sequential"
@@ -68,46 +67,44 @@ class NormFreeConfig(PreTrainedConfig):
     final_norm: str = "layernorm"
     """Normalization after the last block: layernorm or none. The paper keeps it in every model."""
     norm_epsilon: float = 1e-5
-    """What a norm adds to the variance before its root."""
+    """Added to the variance before the square root."""
     activation: str | list[str] = "gelu"
     """For all layers, or one per layer: gelu, gelu_tanh, relu, leaky_relu, identity (activations.py)."""
     negative_slope: float = 0.01
-    """activation=leaky_relu: the slope below zero; where it starts if it is learnable."""
+    """activation=leaky_relu: the slope below zero, or its initial value if it is learnable."""
     learnable_slope: Literal["none", "per_layer", "shared"] = "none"
     """activation=leaky_relu: a fixed slope, one parameter per layer, or one parameter for all layers."""
     bias: Literal["none", "qk", "all"] = "qk"
-    """Which projections have a bias: none, queries and keys (the paper's), or all."""
+    """Projections with a bias: none, queries and keys (as in the paper), or all."""
     initializer_range: float = 0.02
-    """Standard deviation of every matrix at the start."""
+    """Standard deviation of the initial value of every matrix."""
     residual_init: Literal["flat", "scaled"] = "flat"
-    """scaled: matrices that write to the residual stream start 1/sqrt(2 * num_hidden_layers) as large."""
+    """scaled: matrices that write to the residual stream start smaller, by 1/sqrt(2 * num_hidden_layers)."""
     embedding_dropout: float = 0.0
-    """After the embeddings."""
+    """Dropout after the embeddings."""
     attention_dropout: float = 0.0
-    """Of attention weights."""
+    """Dropout of attention weights."""
     residual_dropout: float = 0.0
-    """After the attention and the feed-forward projection."""
+    """Dropout after the attention and the feed-forward projection."""
     use_cache: bool = True
-    """Return keys and values for generation (never while training, unless asked)."""
+    """Return keys and values for generation; in training only if forward asks for them."""
     bos_token_id: int | None = None
-    """Token that begins a text; left out of a run, its tokenizer's."""
+    """Token that begins a text; a run takes the default from its tokenizer."""
     eos_token_id: int | list[int] | None = None
-    """Token that ends a text; left out of a run, its tokenizer's."""
+    """Token that ends a text; a run takes the default from its tokenizer."""
     pad_token_id: int | None = None
-    """Token that fills a batch."""
+    """Token that pads a batch."""
 
     def __post_init__(self, **others: Any) -> None:
+        own_fields = [field for field in fields(NormFreeConfig) if field.name in NormFreeConfig.__annotations__]
         for key in others:
             if key not in TRANSFORMERS_KEYS and not key.startswith("_"):
-                raise ValueError(f"unknown model field {key!r}; {_nearest(key, _own_names())}")
-        for name in ("norm", "final_norm"):
-            _check_in_table(name, getattr(self, name), list(NORMS))
-        for field in _own_fields():
+                raise ValueError(f"unknown model field {key!r}; {_nearest(key, [field.name for field in own_fields])}")
+        for field in own_fields:
             self._check_type(field)
-        self._check_activations()
-        self._check_ranges()
+        self._check_names()
+        self._check_numbers()
         self._check_heads()
-        self._check_slopes()
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         super().__post_init__(**others)
@@ -137,78 +134,53 @@ class NormFreeConfig(PreTrainedConfig):
         try:
             type_validator(field.name, value, field.type)
         except TypeError:
-            raise ValueError(f"{field.name}={value!r}; allowed: {_describe(field.type)}") from None
+            allowed = field.type.__name__ if isinstance(field.type, type) else str(field.type).removeprefix("typing.")
+            raise ValueError(f"{field.name}={value!r}; allowed: {allowed}") from None
 
-    def _check_activations(self) -> None:
-        if len(self.layer_activations) != self.num_hidden_layers:
+    def _check_names(self) -> None:
+        activations = self.layer_activations
+        if len(activations) != self.num_hidden_layers:
             raise ValueError(
-                f"activation lists {len(self.layer_activations)} names, but num_hidden_layers is "
-                f"{self.num_hidden_layers}: give one name for all layers or one per layer"
+                f"activation lists {len(activations)} names, but num_hidden_layers is {self.num_hidden_layers}: "
+                "give one name for all layers or one per layer"
             )
-        for name in self.layer_activations:
-            _check_in_table("activation", name, list(ACTIVATIONS))
-
-    def _check_ranges(self) -> None:
-        sizes = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
-        for name in [*sizes, "max_position_embeddings", "norm_epsilon", "initializer_range", "rotary_base"]:
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value} must be above 0")
-        for name in ("norm_epsilon", "initializer_range", "rotary_base", "negative_slope"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name}={getattr(self, name)} must be finite")
-        for name in ("embedding_dropout", "attention_dropout", "residual_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
-
-    def _check_heads(self) -> None:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}"
-            )
-        if self.position != "rotary":
-            return
-        if not 0 < self.rotary_share <= 1:
-            raise ValueError(f"position='rotary' needs rotary_share above 0 and at most 1, got {self.rotary_share}")
-        exact = self.head_dim * self.rotary_share
-        if abs(exact - self.rotary_dim) > 1e-6 or self.rotary_dim % 2:
-            raise ValueError(
-                f"rotary_share={self.rotary_share} of {self.head_dim} dimensions of a head "
-                f"(hidden_size={self.hidden_size} / num_attention_heads={self.num_attention_heads}) "
-                f"is {exact:g}: they rotate in pairs, so this must be an even number"
-            )
-
-    def _check_slopes(self) -> None:
-        if self.learnable_slope != "none" and "leaky_relu" not in self.layer_activations:
+        names = [("norm", self.norm, NORMS), ("final_norm", self.final_norm, NORMS)]
+        for field, name, table in [*names, *(("activation", name, ACTIVATIONS) for name in activations)]:
+            if name not in table:
+                raise ValueError(f"{field}={name!r}; {_nearest(name, list(table))}")
+        if self.learnable_slope != "none" and "leaky_relu" not in activations:
             raise ValueError(
                 f"learnable_slope={self.learnable_slope!r} needs activation='leaky_relu', got {self.activation!r}"
             )
 
+    def _check_numbers(self) -> None:
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+        floats = ("norm_epsilon", "initializer_range", "rotary_base")
+        for name in (*sizes, *floats, "intermediate_size"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name}={value} must be above 0")
+        for name in (*floats, "negative_slope"):
+            if not math.isfinite(value := getattr(self, name)):
+                raise ValueError(f"{name}={value} must be finite")
+        for name in ("embedding_dropout", "attention_dropout", "residual_dropout"):
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name}={value} must be at least 0 and below 1")
 
-def _own_fields() -> list[Field]:
-    return [field for field in fields(NormFreeConfig) if field.name in NormFreeConfig.__annotations__]
-
-
-def _own_names() -> list[str]:
-    return [field.name for field in _own_fields()]
-
-
-def _check_in_table(field: str, name: Any, allowed: list[str]) -> None:
-    if name not in allowed:
-        raise ValueError(f"{field}={name!r}; {_nearest(str(name), allowed)}")
+    def _check_heads(self) -> None:
+        width, heads, share = self.hidden_size, self.num_attention_heads, self.rotary_share
+        if width % heads:
+            raise ValueError(f"hidden_size={width} must be a multiple of num_attention_heads={heads}")
+        if self.position != "rotary":
+            return
+        if not 0 < share <= 1:
+            raise ValueError(f"position='rotary' needs rotary_share above 0 and at most 1, got {share}")
+        if abs(self.head_dim * share - self.rotary_dim) > 1e-6 or self.rotary_dim % 2:
+            raise ValueError(
+                f"rotary_share={share} of head_dim={self.head_dim} (hidden_size={width} / num_attention_heads={heads}) "
+                f"is {self.head_dim * share:g}: dimensions rotate in pairs, so it must be an even number"
+            )
 
 
 def _nearest(word: str, allowed: list[str]) -> str:
     close = get_close_matches(word, allowed, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"allowed: {', '.join(allowed)}"
-
-
-def _describe(kind: Any) -> str:
-    """A type in words: `one of 'a', 'b'`, `int or None`, `str or list of str`."""
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(map(repr, get_args(kind)))}"
-    if get_origin(kind) in (Union, UnionType):
-        return " or ".join(map(_describe, get_args(kind)))
-    if get_origin(kind) is list:
-        return f"list of {_describe(get_args(kind)[0])}"
-    return "None" if kind is type(None) else kind.__name__

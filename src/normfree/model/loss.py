@@ -1,4 +1,4 @@
-"""Next-token cross-entropy without the logits of all tokens alive at once.
+"""Next-token cross-entropy without the logits of all tokens in memory at once.
 
 Shape legend: N tokens, E hidden size, V vocabulary; n tokens of one block.
 """
@@ -13,20 +13,17 @@ from torch import Tensor
 IGNORED = -100
 LARGEST_BLOCK = 1024
 LARGEST_LOGITS = 2**24
-"""Elements of a block's logits: 64 MiB in float32."""
+"""Most elements of a block's logits: 64 MiB in float32."""
 
 
 def next_token_loss(
-    hidden_BTE: Tensor,
-    weight_VE: Tensor,
-    labels_BT: Tensor,
-    num_items_in_batch: Tensor | int | None = None,
+    hidden_BTE: Tensor, weight_VE: Tensor, labels_BT: Tensor, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    """Cross-entropy in nats of each label from the hidden state before it, summed and divided.
+    """Cross-entropy in nats of each label given the hidden state before it, summed and divided.
 
-    `labels_BT` are shifted here, and -100 is left out. The divisor is `num_items_in_batch`, or the number of labels
-    that count; NaN where that is 0. Matmuls run in autocast's dtype where autocast is on; softmax and sums are float32,
-    those of the weight's gradient over blocks too. The same numbers as through all logits, up to rounding.
+    This shifts `labels_BT` and ignores -100. The divisor is `num_items_in_batch` or the number of labels that count;
+    the loss is NaN if that is 0. Matmuls run in autocast's dtype; softmax and sums are float32, also the sum of the
+    weight's gradient over blocks. The result equals that of all logits at once, up to rounding.
     """
     hidden_NE, labels_N = hidden_BTE[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten()
     device = hidden_NE.device.type
@@ -38,15 +35,15 @@ def next_token_loss(
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """Sum of cross-entropies, block by block; the gradients are made in the same pass, while the logits exist."""
+    """Sum of cross-entropies, block by block; forward also computes the gradients, while the logits exist."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_NE: Tensor, weight_VE: Tensor, labels_N: Tensor, wanted: bool) -> Tensor:
+    def forward(ctx: Any, hidden_NE: Tensor, weight_VE: Tensor, labels_N: Tensor, needs_gradients: bool) -> Tensor:
         vocabulary = len(weight_VE)
         size = min(LARGEST_BLOCK, max(1, LARGEST_LOGITS // vocabulary))
         cast_VE = weight_VE.to(hidden_NE.dtype)
-        hidden_gradient_NE = torch.empty_like(hidden_NE) if wanted else None
-        weight_gradient_VE = torch.zeros_like(weight_VE, dtype=torch.float32) if wanted else None
+        hidden_gradient_NE = torch.empty_like(hidden_NE) if needs_gradients else None
+        weight_gradient_VE = torch.zeros_like(weight_VE, dtype=torch.float32) if needs_gradients else None
         total = torch.zeros((), dtype=torch.float32, device=hidden_NE.device)
         with torch.autocast(hidden_NE.device.type, enabled=False):
             for start in range(0, len(hidden_NE), size):
@@ -65,21 +62,21 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        if torch.is_grad_enabled():  # create_graph=True; the gradients kept in forward would pass for constants
-            raise RuntimeError("this loss has first derivatives only; without return_logits=False it has all of them")
+        if torch.is_grad_enabled():  # create_graph=True: it would take the gradients from forward as constants
+            raise RuntimeError("return_logits=False gives first derivatives only: leave it out")
         (of_total,) = gradients
         hidden_gradient_NE, weight_gradient_VE = ctx.saved_tensors
         return of_total * hidden_gradient_NE, (of_total * weight_gradient_VE).to(ctx.weight_dtype), None, None
 
 
-# A compiler would unroll the blocks; outside of it, the layers before stay one graph.
+# A compiler would unroll the blocks; without them the layers before stay one graph.
 _summed_cross_entropy: Any = torch.compiler.disable(_SummedCrossEntropy.apply)
 
 
 def _losses_and_logit_gradient(logits_nV: Tensor, labels_n1: Tensor) -> tuple[Tensor, Tensor]:
-    """-ln softmax at each label, and softmax minus one at the label; both 0 where the label does not count.
+    """-ln softmax at each label, and softmax minus one at the label; both 0 if the label is ignored.
 
-    Overwrites the logits with the gradient: exp is taken once for both.
+    Overwrites the logits with the gradient, so that exp is computed once for both.
     """
     counts_n1 = labels_n1 != IGNORED
     targets_n1 = labels_n1.where(counts_n1, 0)

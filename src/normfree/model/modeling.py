@@ -1,6 +1,6 @@
 """The decoder: attention, feed-forward, blocks, and a language model on top.
 
-Modules are chosen from tables when the model is built; no forward asks which variant it is.
+The constructors choose modules from tables; no forward asks which variant it is.
 """
 
 # B batch, T query (new tokens), S key (cached and new), E hidden size, F feed-forward width,
@@ -56,7 +56,7 @@ QKV_PROJECTIONS = {
 
 
 class ResidualLinear(nn.Linear):
-    """A projection that writes to the residual stream; `residual_init` scales its start."""
+    """A projection that writes to the residual stream; `residual_init` scales its initial weights."""
 
 
 class Attention(nn.Module):
@@ -89,11 +89,11 @@ class Attention(nn.Module):
             query_BHTD, key_BHSD = rotate(query_BHTD, rotation), rotate(key_BHSD, rotation)
         if past_key_values is not None:
             key_BHSD, value_BHSD = past_key_values.update(key_BHSD, value_BHSD, self.layer_idx)
-        chosen = self.config._attn_implementation or "eager"
-        fused = chosen == "sdpa"
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(chosen, eager_attention_forward)
-        unwatched = attend is sdpa_attention_forward  # a probe puts a function of its own there
-        if unwatched and past_key_values is None and trains_faster_written_out(query_BHTD, attention_mask):
+        implementation = self.config._attn_implementation or "eager"
+        fused = implementation == "sdpa"
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        probed = attend is not sdpa_attention_forward  # a probe puts its own function there
+        if not probed and past_key_values is None and trains_faster_written_out(query_BHTD, attention_mask):
             fused, attend = False, written_out_causal_attention
         mixed_BTHD, weights_BHTS = attend(
             self,
@@ -129,7 +129,7 @@ class FeedForward(nn.Module):
 
 
 class Block(GradientCheckpointingLayer):
-    """What both residual forms share.
+    """Base class of both residual forms.
 
     Tensors that need gradients are positional: reentrant checkpointing loses gradients of keywords.
     """
@@ -143,7 +143,7 @@ class Block(GradientCheckpointingLayer):
 
 
 class SequentialBlock(Block):
-    """The feed-forward part reads what attention wrote (GPT-2)."""
+    """The feed-forward part reads the output of attention (GPT-2)."""
 
     def forward(self, hidden_BTE: Tensor, shared_slope: Tensor | None, **context: Any) -> Tensor:
         hidden_BTE = hidden_BTE + self.attention(self.attention_norm(hidden_BTE), **context)[0]
@@ -162,7 +162,7 @@ BLOCKS = {"sequential": SequentialBlock, "parallel": ParallelBlock}
 
 
 class NormFreePreTrainedModel(PreTrainedModel):
-    """Loading, saving, and how weights start."""
+    """Loading, saving and initial weights."""
 
     config: NormFreeConfig
     config_class = NormFreeConfig
@@ -191,10 +191,10 @@ class NormFreePreTrainedModel(PreTrainedModel):
                 init.constant_(parameter, self.config.negative_slope)
 
     def negative_slopes(self) -> dict[str, Tensor]:
-        """Every learnable slope, by parameter name, in layer order: float32 scalars, copied. It is a parameter of one
-        element whose name ends in `slope`.
+        """Copies of all learnable slopes, by parameter name, in layer order: float32 scalars.
 
-        One entry per leaky layer, a single entry for a shared slope, empty when slopes are fixed.
+        A slope is a parameter of one element whose name ends in `slope`: one for each leaky layer, one in all if it is
+        shared, none if slopes are fixed.
         """
         return {
             name: parameter.detach().float().reshape(()).clone()
@@ -203,7 +203,7 @@ class NormFreePreTrainedModel(PreTrainedModel):
         }
 
     def slope_layers(self) -> list[int]:
-        """The layer of each of `negative_slopes`; none for a slope that layers share."""
+        """The layer of each of `negative_slopes`, without the shared slope."""
         places = [name.split(".") for name in self.negative_slopes()]
         return [int(place[place.index("layers") + 1]) for place in places if "layers" in place]
 
@@ -216,7 +216,7 @@ class NormFreeModel(NormFreePreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.positions = POSITIONS[config.position](config)
         self.dropout = nn.Dropout(config.embedding_dropout)
-        # One shared slope, registered here and handed to the blocks: see activations.py.
+        # The shared slope is registered here and passed to the blocks: see activations.py.
         shared = config.learnable_slope == "shared"
         self.shared_negative_slope = nn.Parameter(torch.empty(1)) if shared else None
         self.layers = nn.ModuleList(BLOCKS[config.residual](config, index) for index in range(config.num_hidden_layers))
@@ -241,7 +241,7 @@ class NormFreeModel(NormFreePreTrainedModel):
         tokens_BTE = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        mask = create_causal_mask(  # before an empty cache is made: behind one, texts in one row are not told apart
+        mask = create_causal_mask(  # before the cache exists: with one, this does not separate texts in one row
             config=self.config,
             inputs_embeds=tokens_BTE,
             attention_mask=attention_mask,
@@ -294,16 +294,15 @@ class NormFreeForCausalLM(NormFreePreTrainedModel, GenerationMixin):
         return_logits: bool = True,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits (B, T, V), and with `labels` (B, T) the mean cross-entropy in nats; -100 is left out.
+        """Logits (B, T, V), and with `labels` (B, T) the mean cross-entropy in nats; -100 is ignored.
 
-        `labels` are shifted here: pass `input_ids` itself. `logits_to_keep`: only the last so many
-        positions, or the positions of an index tensor; 0 keeps all. `return_logits=False` (needs `labels`): the
-        loss alone, from blocks of tokens, so that the logits of a batch never lie in memory; training does this.
-        Through another head than the model's own plain one, with hooks on it, or with `shift_labels` or
-        `ignore_index`, the logits are made after all, and the same loss comes back. It has first derivatives only.
+        This shifts `labels`: pass `input_ids` itself. `logits_to_keep`: the last so many positions, or an index tensor;
+        0 keeps all. `return_logits=False` (needs `labels`) returns the loss alone, computed in blocks of tokens to save
+        memory, with first derivatives only. If the output layer has a bias, an adapter or hooks, or with `shift_labels`
+        or `ignore_index`, the loss comes from all logits after all.
         """
         if not return_logits and labels is None:
-            raise ValueError("return_logits=False leaves nothing to return without labels: pass labels=input_ids")
+            raise ValueError("return_logits=False needs labels: pass labels=input_ids")
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
@@ -314,18 +313,16 @@ class NormFreeForCausalLM(NormFreePreTrainedModel, GenerationMixin):
             **kwargs,
         )
         logits_BTV, loss = None, None
-        asked_otherwise = {"shift_labels", "ignore_index"} & kwargs.keys()
-        in_blocks = not return_logits and not asked_otherwise and _is_plain(self.lm_head)
-        if not in_blocks:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits_BTV = self.lm_head(outputs.last_hidden_state[:, kept])
+        other_loss = not {"shift_labels", "ignore_index"}.isdisjoint(kwargs)
+        if labels is None or return_logits or other_loss or not _is_plain(self.lm_head):
+            positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits_BTV = self.lm_head(outputs.last_hidden_state[:, positions])
             if labels is not None:
                 vocab_size = self.config.vocab_size
                 loss = self.loss_function(logits=logits_BTV, labels=labels, vocab_size=vocab_size, **kwargs)
-        elif labels is not None:
-            loss = next_token_loss(
-                outputs.last_hidden_state, self.lm_head.weight, labels, kwargs.get("num_items_in_batch")
-            )
+        else:
+            items = kwargs.get("num_items_in_batch")
+            loss = next_token_loss(outputs.last_hidden_state, self.lm_head.weight, labels, items)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits_BTV if return_logits else None,
@@ -336,11 +333,11 @@ class NormFreeForCausalLM(NormFreePreTrainedModel, GenerationMixin):
 
 
 def _is_plain(head: nn.Module) -> bool:
-    """Whether the weight of a head says all that it does: no bias, adapter or hook, and no weight kept elsewhere."""
+    """True if the weight determines the output: no bias, adapter or hook, and no offloaded weight."""
     return (
         type(head) is nn.Linear
         and head.bias is None
         and not head.weight.is_meta
-        and "forward" not in vars(head)  # accelerate puts one there that moves weights
+        and "forward" not in vars(head)  # accelerate puts one there to move weights
         and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
     )

@@ -1,4 +1,4 @@
-"""Normalizations, one table: a name of `NormFreeConfig.norm` or `.final_norm` to a builder.
+"""Normalizations: a table from names of `NormFreeConfig.norm` and `.final_norm` to builders.
 
 A builder takes the config and returns a module that maps (B, T, E) to (B, T, E).
 """
@@ -14,17 +14,9 @@ if TYPE_CHECKING:
     from .configuration import NormFreeConfig
 
 
-def _layernorm(config: NormFreeConfig) -> nn.Module:
-    return nn.LayerNorm(config.hidden_size, eps=config.norm_epsilon)
-
-
-def _none(config: NormFreeConfig) -> nn.Module:
-    return nn.Identity()  # measured: 8 calls cost under 0.01 % of a 4 x 128 step
-
-
 NORMS: dict[str, Callable[[NormFreeConfig], nn.Module]] = {
-    "layernorm": _layernorm,
-    "none": _none,
+    "layernorm": lambda config: nn.LayerNorm(config.hidden_size, eps=config.norm_epsilon),
+    "none": lambda config: nn.Identity(),  # measured: 8 calls cost under 0.01 % of a 4 x 128 step
 }
 IN_THIS_FILE = dict(NORMS)
-"""The table as it goes with a saved model."""
+"""The entries that are saved with a model: those of this file."""

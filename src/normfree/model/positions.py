@@ -1,4 +1,4 @@
-"""Where a token stands: a learned vector of each position, or angles by which queries and keys rotate."""
+"""Positions of tokens: a learned vector for each, or angles by which queries and keys rotate."""
 
 # B batch, H heads, T tokens, E hidden size, D head dim, R rotating dims of a head
 
@@ -15,7 +15,7 @@ Rotation = tuple[Tensor, Tensor]
 
 
 class LearnedPositions(nn.Module):
-    """A learned vector per position, added to the token's."""
+    """A learned vector for each position, added to the embedding of the token."""
 
     def __init__(self, config: NormFreeConfig) -> None:
         super().__init__()
@@ -23,23 +23,20 @@ class LearnedPositions(nn.Module):
 
     def forward(self, tokens_BTE: Tensor, positions_BT: Tensor) -> tuple[Tensor, None]:
         tokens, longest = tokens_BTE.shape[1], self.vectors.num_embeddings
-        if not (self.training or torch.compiler.is_compiling() or _without_values(positions_BT)):
-            tokens = int(positions_BT.max()) + 1  # behind a cache, or padding, their number does not say it
+        # Estimates of memory and operations run a model on tensors that have shapes only.
+        has_values = not (positions_BT.is_meta or isinstance(positions_BT, FakeTensor))
+        if has_values and not self.training and not torch.compiler.is_compiling():
+            tokens = int(positions_BT.max()) + 1  # with a cache or padding, the number of tokens is not enough
         if tokens > longest:
             raise ValueError(f"{tokens} tokens, but max_position_embeddings={longest}: shorten the text")
         return tokens_BTE + self.vectors(positions_BT), None
 
 
-def _without_values(tensor: Tensor) -> bool:
-    """Whether it is a tensor of shapes only, as estimates of memory and operations run a model on."""
-    return tensor.is_meta or isinstance(tensor, FakeTensor)
-
-
 class RotaryPositions(nn.Module):
     """Angles by which queries and keys rotate (Su et al. 2021, arXiv 2104.09864).
 
-    The frequencies are computed at each call: a buffer would come back as garbage from `from_pretrained`
-    and would be rounded by `.to(torch.bfloat16)`.
+    Each call computes the frequencies: a buffer would have garbage in it after `from_pretrained`, and
+    `.to(torch.bfloat16)` would round it.
     """
 
     def __init__(self, config: NormFreeConfig) -> None:
@@ -62,7 +59,7 @@ def rotate(states_BHTD: Tensor, rotation: Rotation) -> Tensor:
     """Rotate the first R dimensions of each head in float32; dimension i pairs with i + R/2 (GPT-NeoX)."""
     cos_B1TR, sin_B1TR = rotation
     rotary_dim = cos_B1TR.shape[-1]
-    turning, still = states_BHTD[..., :rotary_dim], states_BHTD[..., rotary_dim:]
-    first, second = turning.chunk(2, dim=-1)
-    turned = turning * cos_B1TR + torch.cat([-second, first], dim=-1) * sin_B1TR
-    return torch.cat([turned.to(states_BHTD.dtype), still], dim=-1)
+    states_BHTR, unchanged = states_BHTD[..., :rotary_dim], states_BHTD[..., rotary_dim:]
+    first, second = states_BHTR.chunk(2, dim=-1)
+    rotated_BHTR = states_BHTR * cos_B1TR + torch.cat([-second, first], dim=-1) * sin_B1TR
+    return torch.cat([rotated_BHTR.to(states_BHTD.dtype), unchanged], dim=-1)
