@@ -20,9 +20,9 @@ settings.load_profile("shared machine")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide every GPU unless `-m` selects its tests: the others say what holds without one."""
-    chosen = config.option.markexpr
-    if chosen and not Expression.compile(chosen).evaluate(lambda name, /, **_: name == "gpu"):
+    """Hide every GPU unless `-m` selects the tests that need one."""
+    selection = config.option.markexpr
+    if selection and not Expression.compile(selection).evaluate(lambda name, /, **_: name == "gpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
@@ -35,7 +35,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Overrides for a run of seconds on real Python code: 2 layers x 32, T = 16.
 
-    Its weights begin wide: with a deviation of 0.02 every head attends evenly, within 5e-8 nats of the ceiling.
+    Its initial weights are large: with 0.02 every head attends evenly, within 5e-8 nats of the ceiling.
     """
     folder = tmp_path_factory.mktemp("text")
     for number, module in enumerate((json.decoder, json.encoder, textwrap, inspect)):
@@ -78,7 +78,7 @@ def tiny_spec(tiny: list[str]) -> Callable[..., RunSpec]:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny: list[str], cache: Path) -> Path:
-    """A run folder made by the command; nobody writes into it."""
+    """A run folder made by the command; no test writes into it."""
     runs = tmp_path_factory.mktemp("runs")
     assert main(["train", *tiny, "variant=sm-r", f"runs_dir={runs}", f"cache_dir={cache}"]) == 0
     return runs / "single" / "sm-r-seed0"

@@ -1,4 +1,4 @@
-"""Run folders with made-up but plausible numbers, written through the real `RunWriter`.
+"""Run folders with made-up but plausible numbers, written by `RunWriter`.
 
 L layers, H heads
 """
@@ -52,14 +52,14 @@ def write_run(
     facts: dict[str, Any] | None = None,
     **spec: Any,
 ) -> Run:
-    """One run folder under `root`, read back. `spec`: more fields of RunSpec; `facts`: more of run.json.
+    """Write a run folder under `root` and read it. `spec`: more fields of RunSpec; `facts`: more of run.json.
 
-    `broken_probe`: in the last probe, and at the end, only the first layer is finite, as when held-out text overflows;
-    the other layers have no row to take a ceiling from either.
+    `broken_probe`: in the last probe and at the end only the first layer is finite and has a ceiling, as when held-out
+    text overflows.
     """
     built = _spec(label, seed, steps, spec)
     folder = root / built.study / built.name
-    done = steps if status == "finished" else steps // 2 - (status == "diverged")  # the step it diverged at is not done
+    done = steps if status == "finished" else steps // 2 - (status == "diverged")  # without the step that diverged
     writer = RunWriter(folder, _facts(built, shape, done, facts or {}))
     _log_training(writer, label, shape, done, steps, seed, broken_probe=broken_probe)
     final = None
@@ -89,7 +89,7 @@ def study(root: Path) -> list[Run]:
 
 
 def rewritten(run: Run, metrics: str) -> Run:
-    """The run with other metrics, recorded as its own."""
+    """The run with other metrics, recorded in its run.json."""
     (run.folder / "metrics.jsonl").write_text(metrics)
     RunWriter(run.folder, run.facts).update(status=run.status)
     return read_run(run.folder)
@@ -121,14 +121,8 @@ def _facts(spec: RunSpec, shape: tuple[int, int], done: int, more: dict[str, Any
             "validation_tokens": 90_000,
             "unigram_perplexity": 402.5,
         },
-        "model": {
-            "parameters": 1_234_567,
-            "layers": shape[0],
-            "heads": shape[1],
-            "head_dim": 32,
-            "hidden_size": 128,
-            **_slope_layers(spec),
-        },
+        "model": {"parameters": 1_234_567, "layers": shape[0], "heads": shape[1], "head_dim": 32, "hidden_size": 128}
+        | _slope_layers(spec),
         "environment": {"normfree": "0.1.0", "python": "3.11.2", "torch": "2.13.0", "processor": "x86", "cores": 2},
         "started": "2025-01-01T00:00:00",
         "steps": spec.train.steps,
@@ -142,7 +136,7 @@ def _facts(spec: RunSpec, shape: tuple[int, int], done: int, more: dict[str, Any
 
 
 def _slope_layers(spec: RunSpec) -> dict[str, list[int]]:
-    """As `train` records them; runs with one activation are as from before it did."""
+    """As `train` records them; runs with one activation have no record, like runs from before `train` did so."""
     names = spec.model.get("activation")
     return (
         {"slope_layers": [n for n, name in enumerate(names) if name == "leaky_relu"]} if isinstance(names, list) else {}

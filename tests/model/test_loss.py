@@ -104,8 +104,8 @@ def test_a_loss_without_logits_needs_labels(build, ids):
         build()(ids, return_logits=False)
 
 
-# Over twenty seeds the largest difference is 0.010 in the first ten steps, 0.039 in all fifty, and 0.022 on average over
-# the last ten: two runs that round differently diverge slowly.
+# Over twenty seeds the largest difference is 0.010 in the first ten steps, 0.039 in all fifty, and 0.022 on average
+# over the last ten: two runs that round differently diverge slowly.
 FIRST_TEN_STEPS, ANY_STEP, LAST_TEN_STEPS = 0.02, 0.06, 0.03
 
 

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from glob import glob
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
@@ -162,69 +162,50 @@ def _is_blank(path: Path) -> bool:
 
 
 def find_text_files(patterns: Iterable[str], *, key: str) -> tuple[list[Path], Counter[str]]:
-    """Find the text files behind paths, folders and globs, and count what was left out, by reason.
+    """Find the text files behind paths, folders and globs, and count the files left out.
 
     Symbolic links are followed, and each real file counts once. What is hidden below a folder, such as .git and .venv,
-    is left out. Raises ValueError for a pattern without a text file.
+    is left out. The part of a pattern that exists is a path, even if it contains brackets. Raises ValueError for a
+    pattern without a text file.
     """
     texts: dict[str, Path] = {}
-    left_out: dict[str, str] = {}
+    others: set[str] = set()
     for pattern in patterns:
+        path = Path(pattern).expanduser()
+        existing = next(place for place in (path, *path.parents) if place.exists())
+        rest = str(path.relative_to(existing))
+        names = [""] if rest == "." else glob(rest, root_dir=existing, recursive=True)  # noqa: PTH207, finds no hidden
         matching: dict[str, Path] = {}
-        for file, hidden in sorted(_files_behind(pattern)):
-            real = os.path.realpath(file)
-            if hidden:
-                left_out[real] = "hidden"
-            elif not file.is_file():
-                left_out[real] = "broken link"
-            elif file.suffix in SUFFIXES:
-                matching[real] = file
+        for file, hidden in sorted(chain.from_iterable(_files_at(existing / name) for name in names)):
+            if file.suffix in SUFFIXES and file.is_file() and not hidden:
+                matching[os.path.realpath(file)] = file
             else:
-                left_out[real] = "of another type"
+                others.add(os.path.realpath(file))
         if not matching:
             allowed = f"allowed are folders or globs of {', '.join(SUFFIXES)}, hidden ones only by name"
             raise ValueError(f"{key}: {pattern!r} matches no file; {allowed}")
         texts |= matching
-    return sorted(texts.values()), Counter(reason for real, reason in left_out.items() if real not in texts)
+    return sorted(texts.values()), +Counter({"of another type or hidden": len(others - texts.keys())})
 
 
-def _files_behind(pattern: str) -> Iterator[tuple[Path, bool]]:
-    """Each file that a path, folder or glob names, and whether it is hidden below a folder.
-
-    The part of a pattern that exists is a path, even if it contains brackets. Unlike Python's own glob, `**` follows
-    links to folders and ends if they form a loop.
-    """
-    path = Path(pattern).expanduser()
-    existing = next(place for place in (path, *path.parents) if place.exists())
-    places = [existing]
-    for part in path.relative_to(existing).parts:
-        if part == "**":
-            places = [folder for place in places for folder, _ in _folders_below(place)]
-        else:
-            # Path.glob would match hidden names too.
-            places = [place / name for place in places for name in glob(part, root_dir=place)]  # noqa: PTH207
-    for place in places:
-        if not place.is_dir():
-            yield place, False
-        for folder, names in _folders_below(place):
-            yield from ((folder / name, name[0] == ".") for name in names)
-
-
-def _folders_below(top: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Each real folder at `top` or below once, with the names of its files and of its hidden folders."""
+def _files_at(place: Path) -> Iterator[tuple[Path, bool]]:
+    """A file, or the files below a folder through all links, each real folder once; and whether they are hidden."""
 
     def stop(error: OSError) -> None:
         raise error
 
+    if not place.is_dir():
+        yield place, False
+        return
     seen: set[str] = set()
-    for place, subfolders, names in os.walk(top, followlinks=True, onerror=stop if top.is_dir() else None):
+    for folder, subfolders, names in os.walk(place, followlinks=True, onerror=stop):
+        if (real := os.path.realpath(folder)) in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
         hidden = [name for name in subfolders if name[0] == "."]
         subfolders[:] = sorted(set(subfolders) - set(hidden))
-        if (real := os.path.realpath(place)) in seen:
-            subfolders.clear()
-        else:
-            seen.add(real)
-            yield Path(place), names + hidden
+        yield from ((Path(folder, name), name[0] == ".") for name in names + hidden)
 
 
 def read_texts(path: Path, column: str) -> Iterator[str]:

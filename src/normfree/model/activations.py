@@ -30,26 +30,18 @@ class Elementwise(nn.Module):
         return self.function(features)
 
 
-class OwnSlopeLeakyReLU(nn.Module):
-    """Leaky ReLU with one learnable slope of its own."""
+class LearnableLeakyReLU(nn.Module):
+    """Leaky ReLU with one learnable slope of its own, or with the slope that the model passes to every block."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, own_slope: bool) -> None:
         super().__init__()
-        self.negative_slope = nn.Parameter(torch.empty(1))  # filled by the model's _init_weights
+        # The model's _init_weights fills it.
+        self.negative_slope = nn.Parameter(torch.empty(1)) if own_slope else None
 
     def forward(self, features: Tensor, shared_slope: Tensor | None) -> Tensor:
-        return _leaky_relu(features, self.negative_slope)
-
-
-class SharedSlopeLeakyReLU(nn.Module):
-    """Leaky ReLU with the slope that the model passes to every block."""
-
-    def forward(self, features: Tensor, shared_slope: Tensor) -> Tensor:
-        return _leaky_relu(features, shared_slope)
-
-
-def _leaky_relu(features: Tensor, slope: Tensor) -> Tensor:
-    return F.prelu(features, slope.to(features.dtype))  # under autocast the features are bf16, the slope fp32
+        slope = shared_slope if self.negative_slope is None else self.negative_slope
+        assert slope is not None, "the model has a shared slope if the blocks have none of their own"
+        return F.prelu(features, slope.to(features.dtype))  # under autocast the features are bf16, the slope fp32
 
 
 def _identity(features: Tensor) -> Tensor:
@@ -62,8 +54,8 @@ def _elementwise(function: Callable[[Tensor], Tensor]) -> Callable[[NormFreeConf
 
 LEAKY_RELUS: dict[str, Callable[[NormFreeConfig], nn.Module]] = {
     "none": lambda config: Elementwise(partial(F.leaky_relu, negative_slope=config.negative_slope)),
-    "per_layer": lambda config: OwnSlopeLeakyReLU(),
-    "shared": lambda config: SharedSlopeLeakyReLU(),
+    "per_layer": lambda config: LearnableLeakyReLU(own_slope=True),
+    "shared": lambda config: LearnableLeakyReLU(own_slope=False),
 }
 """Builders of leaky ReLU by the name of `NormFreeConfig.learnable_slope`."""
 
