@@ -24,16 +24,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "SM+leaky, fixed": {"norm": "none", "activation": "leaky_relu", "negative_slope": 0.1},
     "SM+leaky, per layer": {"norm": "none", "activation": "leaky_relu", "learnable_slope": "per_layer"},
     "SM+leaky, shared": {"norm": "none", "activation": "leaky_relu", "learnable_slope": "shared"},
-    "SM+G/leaky": {
-        "norm": "none",
-        "activation": ["gelu", "leaky_relu", "gelu", "leaky_relu"],
-        "learnable_slope": "per_layer",
-    },
-    "SM+G/leaky, last": {
-        "norm": "none",
-        "activation": ["gelu", "gelu", "gelu", "leaky_relu"],
-        "learnable_slope": "per_layer",
-    },
+}
+VARIANTS |= {
+    label: {"norm": "none", "activation": activations, "learnable_slope": "per_layer"}
+    for label, activations in {
+        "SM+G/leaky": ["gelu", "leaky_relu", "gelu", "leaky_relu"],
+        "SM+G/leaky, last": ["gelu", "gelu", "gelu", "leaky_relu"],
+    }.items()
 }
 PERPLEXITY = {"SM+LN+G": 34.2, "SM+LN+R": 34.9, "SM+G": 37.7, "SM+R": 36.1, "SM": 52.0}
 CONTEXT = 32
@@ -138,9 +135,8 @@ def _facts(spec: RunSpec, shape: tuple[int, int], done: int, more: dict[str, Any
 def _slope_layers(spec: RunSpec) -> dict[str, list[int]]:
     """As `train` records them; runs with one activation have no record, like runs from before `train` did so."""
     names = spec.model.get("activation")
-    return (
-        {"slope_layers": [n for n, name in enumerate(names) if name == "leaky_relu"]} if isinstance(names, list) else {}
-    )
+    layers = [layer for layer, name in enumerate(names or ()) if name == "leaky_relu"]
+    return {"slope_layers": layers} if isinstance(names, list) else {}
 
 
 def _log_training(

@@ -9,7 +9,6 @@ import pytest
 from normfree.files import (
     MANIFEST_NAME,
     damages,
-    fingerprint,
     folder_lock,
     read_manifest,
     write_atomically,
@@ -62,11 +61,6 @@ def test_a_failed_write_leaves_only_the_old_file(tmp_path: Path) -> None:
         write_atomically(path, 3)  # pyright: ignore[reportArgumentType]
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_fingerprint_does_not_depend_on_the_order_of_keys() -> None:
-    assert fingerprint({"a": 1, "b": [2.5]}) == fingerprint({"b": [2.5], "a": 1})
-    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
 
 
 def test_a_lock_names_its_process_and_dies_with_it(tmp_path: Path) -> None:

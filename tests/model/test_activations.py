@@ -78,12 +78,11 @@ def test_a_slope_for_each_feature_is_not_recorded(build, monkeypatch):
     assert (model.model.layers[0].feed_forward.activation.negative_slope == 0.25).all()
 
 
-def test_each_layer_has_the_activation_of_its_place(build, ids):
-    mixed = build(activation=["relu", "gelu", "identity"])
-    for changed in (["gelu", "gelu", "identity"], ["relu", "relu", "identity"], ["relu", "gelu", "gelu"]):
-        assert not torch.allclose(mixed(ids).logits, build(activation=changed)(ids).logits)
-    uniform = build(activation=["relu"] * 3)
-    assert torch.equal(uniform(ids).logits, build(activation="relu")(ids).logits)
+def test_a_list_gives_each_layer_its_activation(build, ids):
+    mixed = build(activation=["relu", "gelu", "identity"])(ids).logits
+    for others in (["gelu", "gelu", "identity"], ["relu", "relu", "identity"], ["relu", "gelu", "gelu"]):
+        assert not torch.allclose(mixed, build(activation=others)(ids).logits)
+    assert torch.equal(build(activation=["relu"] * 3)(ids).logits, build(activation="relu")(ids).logits)
 
 
 def test_only_leaky_layers_of_a_list_learn_a_slope(build):

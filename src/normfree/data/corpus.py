@@ -168,7 +168,7 @@ def _make(spec: DataSpec, source: Source, folder: Path, progress: bool) -> None:
 
 def prepared(recorded: Mapping[str, Any], *, cache: Path | None = None) -> Corpus | None:
     """Find the undamaged cached corpus with the recorded fingerprint and bytes, even if its text is gone or moved."""
-    for folder in sorted(((cache or default_cache()) / "corpora").glob("*")):
+    for folder in sorted(((cache or default_cache()) / "corpora").glob("[!.]*")):
         with suppress(ValueError, KeyError):
             manifest = read_manifest(folder)
             same = all(manifest["corpus"][key] == recorded[key] for key in ("fingerprint", "bytes_per_token"))
@@ -189,10 +189,6 @@ def corpus_key(spec: DataSpec, source: Source) -> str:
     return fingerprint([FORMAT, fields, source.versions, tokenizer, version("tokenizers"), *counted])
 
 
-def _count_splits() -> dict[Split, Counter[str]]:
-    return {split: Counter() for split in SPLITS}
-
-
 @dataclass
 class _Preparation:
     """One pass from documents to blocks, in `folder`."""
@@ -201,9 +197,9 @@ class _Preparation:
     source: Source
     folder: Path
     quiet: bool
-    read: dict[Split, Counter[str]] = field(default_factory=_count_splits)
+    read: dict[Split, Counter[str]] = field(default_factory=lambda: {split: Counter() for split in SPLITS})
     """Documents and bytes of each split."""
-    dropped: dict[Split, Counter[str]] = field(default_factory=_count_splits)
+    dropped: dict[Split, Counter[str]] = field(default_factory=lambda: {split: Counter() for split in SPLITS})
     """Documents left out of each split, by reason."""
 
     def run(self) -> dict[str, Any]:

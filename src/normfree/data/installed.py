@@ -146,14 +146,15 @@ class InstalledSource:
             if (package in self._held_out) != (split == "validation"):
                 continue
             path = Path(place)
-            reason = excluded_path(name) or (None if path.is_file() else "missing")
+            text, reason = "", excluded_path(name) or (None if path.is_file() else "missing")
             size = 0 if reason else path.stat().st_size
             if reason is None and room is not None and package_bytes[package] + size > room:
                 reason = "package full"
             if reason is None:
                 text, reason = _read(path)
-                if reason is None and (digest := normalised_hash(text)) in seen:
-                    reason = "duplicate"
+            digest = b"" if reason else normalised_hash(text)
+            if digest in seen:
+                reason = "duplicate"
             if reason is not None:
                 dropped[reason] += 1
                 continue
