@@ -72,7 +72,7 @@ def test_eager_and_sdpa_attention_have_the_same_gradients(form, mask, build):
         torch.testing.assert_close(mine[name], gradient, atol=2e-5, rtol=1e-3, msg=name)
 
 
-def test_the_loss_in_blocks_is_that_of_all_logits_in_float64():
+def test_the_loss_in_blocks_matches_all_logits_in_float64():
     random = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(4, 700, 64, generator=random), torch.randn(5000, 64, generator=random) * 0.1
     labels = torch.randint(0, 5000, (4, 700), generator=random)
