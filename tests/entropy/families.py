@@ -8,77 +8,37 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 VOCABULARY = 96
-TINY = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "d_model": 32,
-    "n_embd": 32,
-    "num_hidden_layers": 2,
-    "num_layers": 2,
-    "decoder_layers": 2,
-    "encoder_layers": 2,
-    "n_layer": 2,
-    "num_attention_heads": 4,
-    "num_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_attention_heads": 4,
-    "n_head": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16,
-    "decoder_ffn_dim": 48,
-    "encoder_ffn_dim": 48,
-    "ffn_dim": 48,
-    "n_inner": 48,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "max_position_embeddings": 64,
-    "n_positions": 64,
-    "n_ctx": 64,
-    "sliding_window": 6,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
-    "hidden_size_per_layer_input": 8,
-    "vocab_size_per_layer_input": VOCABULARY,
-    "mamba_n_heads": 4,
-    "mamba_d_head": 16,
-    "mamba_d_state": 8,
-    "mamba_chunk_size": 8,
+SIZES = {
+    VOCABULARY: "vocab_size vocab_size_per_layer_input",
+    32: "hidden_size d_model n_embd",
+    2: "num_hidden_layers num_layers decoder_layers encoder_layers n_layer num_key_value_heads num_experts_per_tok",
+    4: "num_attention_heads num_heads decoder_attention_heads encoder_attention_heads n_head mamba_n_heads "
+    "num_experts num_local_experts n_routed_experts",
+    8: "head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim hidden_size_per_layer_input mamba_d_state "
+    "mamba_chunk_size",
+    48: "intermediate_size decoder_ffn_dim encoder_ffn_dim ffn_dim n_inner",
+    16: "moe_intermediate_size shared_expert_intermediate_size q_lora_rank kv_lora_rank mamba_d_head",
+    1: "n_group topk_group",
+    64: "max_position_embeddings n_positions n_ctx",
+    6: "sliding_window",
 }
-_LATENT = {"num_key_value_heads": 4}
-OWN: dict[str, dict[str, Any]] = {
-    "axk1": _LATENT,
-    "axk2": _LATENT,
-    "deepseek_v2": _LATENT,
-    "deepseek_v3": _LATENT,
-    "deepseek_v32": _LATENT,
-    "glm_moe_dsa": _LATENT,
-    "glm4_moe_lite": _LATENT,
-    "youtu": _LATENT,
-    "minicpm3": _LATENT,
-    "longcat_flash": _LATENT,
-}
+TINY = {name: size for size, names in SIZES.items() for name in names.split()}
+LATENT = ("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "glm4_moe_lite", "youtu")
+LATENT += ("minicpm3", "longcat_flash")
+"""Families whose latent attention has no grouped queries."""
 
 
 def tiny_config(model_type: str, **own: Any) -> PreTrainedConfig:
-    """The family's configuration, shrunk; `own`: other values for this one."""
+    """The family's configuration, shrunk; `own` has other values for this one."""
     config_class = CONFIG_MAPPING[model_type]
     known = {name for base in config_class.__mro__ for name in getattr(base, "__annotations__", {})}
     attributes = set(config_class.attribute_map.values()) | known
-    asked: dict[str, Any] = {
+    fields: dict[str, Any] = {
         name: value for name, value in TINY.items() if name in attributes and name not in config_class.attribute_map
     }
-    asked |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "is_decoder": True}
-    return config_class(**asked | OWN.get(model_type, {}) | own)
+    fields |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "is_decoder": True}
+    fields |= {"num_key_value_heads": 4} if model_type in LATENT else {}
+    return config_class(**fields | own)
 
 
 def tiny_model(model_type: str, **own: Any) -> PreTrainedModel:

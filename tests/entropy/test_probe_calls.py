@@ -1,4 +1,4 @@
-"""What one call may be: padded on the right, behind a cache, several texts in a row. Measured right, or refused."""
+"""Calls behind a cache, with own masks, with several texts in a row: measured right, or refused."""
 
 from __future__ import annotations
 
@@ -17,17 +17,6 @@ from normfree.entropy import EntropyProbe, UnsupportedModel
 from normfree.measures.measurement import measure as measure_windows
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "mistral"])  # gemma2 runs in eager attention
-def test_queries_of_right_padding_are_no_rows(family):
-    model = tiny_model(family)
-    padded = LEFT_PADDED.flip(1)
-    found = measure(model, mask=padded)
-    assert (found.mean_nats() - by_eager_matrices(model, padded)).abs().max() < 2e-5
-    assert found.rows.unique().tolist() == [34]
-    left = measure(model, mask=LEFT_PADDED).ceiling_nats()
-    torch.testing.assert_close(found.ceiling_nats(), left, atol=1e-9, rtol=0)
-
-
 @pytest.mark.parametrize(
     ("family", "keys"), [("deepseek_v32", "index_topk"), ("glm_moe_dsa", "index_topk"), ("doge", "keep_window_size")]
 )
@@ -36,9 +25,9 @@ def test_a_token_that_no_row_picks_is_not_padding(family, keys, padded):
     """Rows of these families see the few keys that an index picks, often not their own."""
     model = tiny_model(family, **{keys: 4})
     mask = LEFT_PADDED if padded else torch.ones_like(LEFT_PADDED)
-    found = measure(model, mask=mask)
-    assert found.rows.unique().tolist() == [int(mask.sum())]
-    assert (found.mean_nats() - by_eager_matrices(model, mask)).abs().max() < 2e-5
+    heads = measure(model, mask=mask)
+    assert heads.rows.unique().tolist() == [int(mask.sum())]
+    assert (heads.mean_nats() - by_eager_matrices(model, mask)).abs().max() < 2e-5
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "minicpm3"])
@@ -46,9 +35,9 @@ def test_queries_of_another_dtype_than_keys_are_raised_to_it(family):
     """Latent attention under autocast: a part of the queries or keys is rotated in fp32."""
     model = tiny_model(family)
     with torch.autocast("cpu", torch.bfloat16):
-        found = measure(model, mask=LEFT_PADDED)
-    assert found.nonfinite_rows.sum() == 0
-    assert (found.mean_nats() - by_eager_matrices(model, LEFT_PADDED)).abs().max() < 0.05
+        heads = measure(model, mask=LEFT_PADDED)
+    assert heads.nonfinite_rows.sum() == 0
+    assert (heads.mean_nats() - by_eager_matrices(model, LEFT_PADDED)).abs().max() < 0.05
 
 
 def test_generation_with_a_key_cache_counts_every_row():
@@ -60,21 +49,14 @@ def test_generation_with_a_key_cache_counts_every_row():
     torch.testing.assert_close(probe.statistics().mean_nats(), measure(model).mean_nats(), atol=1e-6, rtol=0)
 
 
-def test_first_token_mass_is_refused_where_a_sliding_cache_has_forgotten_the_first_token():
-    model = tiny_model("mistral")
+@pytest.mark.parametrize("family", ["mistral", "llama4_text"])
+def test_patterns_are_refused_behind_sliding_and_chunked_caches(family):
+    model = tiny_model(family)
     with EntropyProbe(model, patterns=True) as probe, torch.no_grad():
         cache = model(input_ids=IDS[:, :12], use_cache=True).past_key_values
-        with pytest.raises(ValueError, match="sliding window, whose cache forgets the first token"):
+        with pytest.raises(ValueError, match="forgets the first token"):
             model(input_ids=IDS[:, 12:13], past_key_values=cache)
     assert probe.statistics().rows.unique().tolist() == [24]
-
-
-def test_first_token_mass_is_refused_behind_the_cache_of_chunked_attention():
-    model = tiny_model("llama4_text")
-    with EntropyProbe(model, patterns=True), torch.no_grad():
-        cache = model(input_ids=IDS[:, :12], use_cache=True).past_key_values
-        with pytest.raises(ValueError, match="whose cache forgets the first token"):
-            model(input_ids=IDS[:, 12:13], past_key_values=cache)
 
 
 def test_a_static_cache_is_measured_but_for_distances():
@@ -84,7 +66,7 @@ def test_a_static_cache_is_measured_but_for_distances():
         with EntropyProbe(model, patterns=patterns) as probe, torch.no_grad():
             model(input_ids=IDS[:, :12], past_key_values=cache)
             if patterns:
-                with pytest.raises(ValueError, match="static cache has room behind the newest token"):
+                with pytest.raises(ValueError, match="distances are unknown in a static cache"):
                     model(input_ids=IDS[:, 12:13], past_key_values=cache)
                 continue
             for position in range(12, 20):
@@ -92,7 +74,7 @@ def test_a_static_cache_is_measured_but_for_distances():
         torch.testing.assert_close(probe.statistics().mean_nats(), measure(model).mean_nats(), atol=1e-6, rtol=0)
 
 
-def test_a_boolean_mask_is_refused_where_eager_attention_would_add_it():
+def test_a_boolean_mask_is_refused_in_eager_attention():
     """Added to the scores, True is 1: nothing is hidden, and the mask does not say what the model did."""
     model = tiny_model("gpt2")
     mask = torch.ones(20, 20, dtype=torch.bool).tril().expand(2, 1, 20, 20)
@@ -100,7 +82,7 @@ def test_a_boolean_mask_is_refused_where_eager_attention_would_add_it():
         model(input_ids=IDS, attention_mask=mask)
     torch.testing.assert_close(fused.statistics().mean_nats(), measure(model).mean_nats(), atol=1e-6, rtol=0)
     model.set_attn_implementation("eager")
-    with EntropyProbe(model), torch.no_grad(), pytest.raises(UnsupportedModel, match="give a float mask"):
+    with EntropyProbe(model), torch.no_grad(), pytest.raises(UnsupportedModel, match="a boolean one hides nothing"):
         model(input_ids=IDS, attention_mask=mask)
 
 
@@ -113,9 +95,9 @@ def test_several_texts_in_one_row_are_refused(key):
 
 @pytest.fixture
 def toy_flash(monkeypatch):
-    """Real flash attention needs a GPU; what the registry hands it is the same here, and its window is its own."""
+    """Real flash attention needs a GPU; this function gets the same arguments, and applies the window itself."""
 
-    def flash(module, query, key, value, attention_mask, *, scaling, sliding_window=None, **asked):
+    def flash(module, query, key, value, attention_mask, *, scaling, sliding_window=None, **options):
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         query_T1 = torch.arange(key.shape[2] - query.shape[2], key.shape[2])[:, None]
@@ -130,18 +112,18 @@ def toy_flash(monkeypatch):
     del ALL_ATTENTION_FUNCTIONS["toy_flash"]
 
 
-def test_texts_that_flash_attention_tells_apart_by_position_are_refused(toy_flash):
+def test_texts_apart_by_position_in_flash_attention_are_refused(toy_flash):
     model = tiny_model("llama")
     model.config._attn_implementation = toy_flash
     packed = torch.arange(10).repeat(2)[None].expand(2, -1)
     with EntropyProbe(model) as probe, torch.no_grad():
         model(input_ids=IDS)
-        with pytest.raises(UnsupportedModel, match="packed into one row"):
+        with pytest.raises(UnsupportedModel, match="several texts in one row"):
             model(input_ids=IDS, position_ids=packed)
     assert probe.statistics().rows.unique().tolist() == [40]
 
 
-def test_a_single_query_of_flash_attention_keeps_its_window_in_a_cache_that_forgets_nothing(toy_flash):
+def test_a_single_flash_query_keeps_its_window(toy_flash):
     model = tiny_model("mistral")
     whole = measure(model)
     model.config._attn_implementation = toy_flash
@@ -150,13 +132,13 @@ def test_a_single_query_of_flash_attention_keeps_its_window_in_a_cache_that_forg
         model(input_ids=IDS[:, :12], past_key_values=cache)
         for position in range(12, 20):
             model(input_ids=IDS[:, position : position + 1], past_key_values=cache)
-    found = probe.statistics()
-    torch.testing.assert_close(found.mean_nats(), whole.mean_nats(), atol=1e-6, rtol=0)
-    torch.testing.assert_close(found.ceiling_nats(), whole.ceiling_nats(), atol=1e-9, rtol=0)
+    heads = probe.statistics()
+    torch.testing.assert_close(heads.mean_nats(), whole.mean_nats(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(heads.ceiling_nats(), whole.ceiling_nats(), atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_first_token_mass_is_refused_where_a_mask_packs_texts_into_a_row(family):
+def test_patterns_are_refused_for_packed_texts(family):
     model = tiny_model(family, sliding_window=16) if family == "mistral" else tiny_model(family)
     packed = torch.arange(10).repeat(2)[None].expand(2, -1)
     with EntropyProbe(model) as probe, torch.no_grad():
@@ -181,9 +163,9 @@ def test_compressed_keys_hide_no_padding_and_have_no_distance():
     assert measure(model, mask=LEFT_PADDED).rows.unique().tolist() == [34]
     with EntropyProbe(model, patterns=True), torch.no_grad(), pytest.raises(ValueError, match="compressed keys"):
         model(input_ids=IDS, use_cache=False)
-    found = measure_windows(model, IDS)
-    assert "distance_tokens" not in found.values
-    assert np.unique(found["rows"]).tolist() == [40]
+    measured = measure_windows(model, IDS)
+    assert "distance_tokens" not in measured.values
+    assert np.unique(measured["rows"]).tolist() == [40]
 
 
 def test_calls_in_and_out_of_inference_mode_add_up():

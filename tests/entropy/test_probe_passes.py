@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -25,17 +24,9 @@ def fail_once(module: torch.nn.Module, error: BaseException) -> None:
     module.forward = failing
 
 
-CALLS = {
-    "whole": lambda model, ids: model(input_ids=ids),
-    "body": lambda model, ids: model.model(input_ids=ids),
-    "forward": lambda model, ids: model.forward(input_ids=ids),
-}
-
-
 @pytest.mark.parametrize("failing", ["model.layers.0.input_layernorm", "model.layers.1.mlp", "lm_head"])
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), KeyboardInterrupt()])
-@pytest.mark.parametrize("call", CALLS)
-def test_a_pass_cut_off_by_an_exception_leaves_no_rows(failing, error, call):
+def test_a_pass_cut_off_by_an_exception_leaves_no_rows(failing, error):
     model = tiny_model("llama", num_hidden_layers=3)
     whole = measure(model)
     with EntropyProbe(model) as probe, torch.no_grad():
@@ -43,21 +34,9 @@ def test_a_pass_cut_off_by_an_exception_leaves_no_rows(failing, error, call):
         with contextlib.suppress(type(error)):
             model(input_ids=IDS)
         for half in IDS.split(1):
-            CALLS[call](model, half)
+            model(input_ids=half)
     assert probe.statistics().rows.unique().tolist() == [40]
     torch.testing.assert_close(probe.statistics().mean_nats(), whole.mean_nats(), atol=1e-6, rtol=0)
-
-
-def test_layers_called_one_by_one_after_an_exception_count():
-    model = tiny_model("gpt2")
-    hidden = torch.randn(2, 20, 32)
-    with EntropyProbe(model) as probe, torch.no_grad():
-        fail_once(model.get_submodule("transformer.h.1.mlp"), MemoryError())
-        with pytest.raises(MemoryError):
-            model(input_ids=IDS)
-        for name in ("transformer.h.0", "transformer.h.1"):
-            model.get_submodule(name)(hidden)
-    assert probe.statistics().rows.unique().tolist() == [40]
 
 
 def test_each_whole_step_of_a_generation_that_fails_counts():
@@ -76,7 +55,7 @@ def test_each_whole_step_of_a_generation_that_fails_counts():
 
 
 @pytest.mark.slow
-def test_a_compiled_pass_cut_off_by_an_exception_leaves_no_rows():
+def test_a_compiled_pass_that_fails_leaves_no_rows():
     model = tiny_model("llama")
     compiled = torch.compile(model, backend="aot_eager")
     with EntropyProbe(compiled) as probe, torch.no_grad():
@@ -99,7 +78,7 @@ def test_matrices_of_a_pass_that_is_refused_leave_no_rows():
     with EntropyProbe(model, "eager") as probe, torch.no_grad():
         model.register_forward_hook(cut_the_last)
         model._forward_hooks.move_to_end(next(iter(model._forward_hooks)))  # ours comes last
-        with pytest.raises(UnsupportedModel, match="no whole distributions"):
+        with pytest.raises(UnsupportedModel, match="returns no probabilities"):
             model(input_ids=IDS)
         model(input_ids=IDS)
     assert probe.statistics().rows.unique().tolist() == [40]
@@ -117,10 +96,10 @@ def test_eight_threads_on_one_probe_lose_nothing(family, method):
 
     with EntropyProbe(model, method) as probe, ThreadPoolExecutor(8) as threads:
         list(threads.map(call_often, range(8)))
-    found = probe.statistics()
-    assert found.rows.unique().tolist() == [8 * 25 * 40]
-    assert found.ceiling_rows.unique().tolist() == [8 * 25 * 40 * 4]
-    torch.testing.assert_close(found.mean_nats(), whole.mean_nats(), atol=1e-6, rtol=0)
+    heads = probe.statistics()
+    assert heads.rows.unique().tolist() == [8 * 25 * 40]
+    assert heads.ceiling_rows.unique().tolist() == [8 * 25 * 40 * 4]
+    torch.testing.assert_close(heads.mean_nats(), whole.mean_nats(), atol=1e-6, rtol=0)
 
 
 def test_an_exception_in_one_thread_leaves_the_passes_of_others():
@@ -134,14 +113,3 @@ def test_an_exception_in_one_thread_leaves_the_passes_of_others():
     with EntropyProbe(model) as probe, ThreadPoolExecutor(4) as threads:
         list(threads.map(call, [False, True, False, True]))
     assert probe.statistics().rows.unique().tolist() == [2 * 10 * 40]
-
-
-@pytest.mark.parametrize(("family", "method"), [("gpt2", "auto"), ("bloom", "eager")])
-def test_a_copy_made_inside_a_probe_is_plain_after_it(family, method):
-    model = tiny_model(family, attn_implementation="eager")
-    with EntropyProbe(model, method) as probe, torch.no_grad():
-        twin = copy.deepcopy(model)
-        twin(input_ids=IDS)
-    with torch.no_grad():
-        assert twin(input_ids=IDS).attentions is None
-    assert probe.statistics().rows.unique().tolist() == [40]

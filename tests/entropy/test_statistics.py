@@ -8,7 +8,7 @@ import torch
 from normfree.entropy import HeadEntropy
 
 
-def some(*, layers=(0, 2), heads=(2, 2), scale=1.0, patterns=False) -> HeadEntropy:
+def example(*, layers=(0, 2), heads=(2, 2), scale=1.0, patterns=False) -> HeadEntropy:
     rows = torch.tensor([[4, 0], [2, 4]])
     extra = {"sum_distance": rows.double() * 2, "sum_first_mass": rows.double() / 4} if patterns else {}
     return HeadEntropy(
@@ -24,14 +24,14 @@ def some(*, layers=(0, 2), heads=(2, 2), scale=1.0, patterns=False) -> HeadEntro
 
 
 def test_a_head_without_a_finite_row_has_no_mean():
-    mean = some().mean_nats()
+    mean = example().mean_nats()
     assert mean[0, 1].isnan()
     assert mean[[0, 1, 1], [0, 0, 1]].tolist() == [0.5, 0.5, 0.75]
-    assert some().ceiling_nats().tolist() == [1.0, 0.75]
+    assert example().ceiling_nats().tolist() == [1.0, 0.75]
 
 
 def test_merging_weighs_by_rows_and_not_by_batches():
-    small, large = some(), some(scale=3.0)
+    small, large = example(), example(scale=3.0)
     merged = small + large + large
     assert merged.mean_nats()[0, 0] == pytest.approx((2 + 6 + 6) / 12)
     assert merged.rows[0, 0] == 12
@@ -39,23 +39,23 @@ def test_merging_weighs_by_rows_and_not_by_batches():
 
 
 @pytest.mark.parametrize("patterns", [False, True])
-def test_all_reduce_adds_up_in_place_what_two_processes_found(monkeypatch, patterns):
-    found, expected = some(patterns=patterns), some(patterns=patterns) + some(patterns=patterns)
+def test_all_reduce_adds_up_two_processes_in_place(monkeypatch, patterns):
+    heads, expected = example(patterns=patterns), example(patterns=patterns) + example(patterns=patterns)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, operation: tensor.mul_(2))
-    found.all_reduce()
-    torch.testing.assert_close(vars(found), vars(expected), atol=0, rtol=0)
+    heads.all_reduce()
+    torch.testing.assert_close(vars(heads), vars(expected), atol=0, rtol=0)
 
 
 def test_patterns_divide_by_the_counted_rows():
-    assert some(patterns=True).mean_distance()[1].tolist() == [2.0, 2.0]
-    assert some(patterns=True).mean_first_mass()[1].tolist() == [0.25, 0.25]
+    assert example(patterns=True).mean_distance()[1].tolist() == [2.0, 2.0]
+    assert example(patterns=True).mean_first_mass()[1].tolist() == [0.25, 0.25]
     with pytest.raises(ValueError, match="patterns=True"):
-        some().mean_distance()
+        example().mean_distance()
 
 
 def test_different_architectures_are_not_merged():
     with pytest.raises(ValueError, match="one architecture"):
-        _ = some() + some(layers=(0, 1))
+        _ = example() + example(layers=(0, 1))
     with pytest.raises(ValueError, match="patterns=True and one without"):
-        _ = some() + some(patterns=True)
+        _ = example() + example(patterns=True)

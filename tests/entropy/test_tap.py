@@ -7,7 +7,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from normfree.entropy import EntropyProbe
-from normfree.entropy.tap import AttentionTap
+from normfree.entropy.swap import AttentionTap
 from tests.entropy.families import tiny_model
 
 IDS = torch.arange(24).view(2, 12) % 20

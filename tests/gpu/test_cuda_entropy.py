@@ -1,9 +1,8 @@
 """attention_entropy on CUDA against softmax and entropy written out in float64 on the CPU."""
 
-# B batch, H query heads, G key heads, T query, S key, D head width
-
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from torch import Tensor
 from normfree.entropy import attention_entropy, functional, fused
 from normfree.entropy.request import Request
 from normfree.entropy.visibility import Visibility
+from tests.entropy.truths import causal, check, random_heads, truth
 
 DEVICE = "cuda"
 pytestmark = [
@@ -24,76 +24,24 @@ TOLERANCE = 1e-5
 MIB = 2**20
 
 
-def heads(*, batch=2, query_heads=6, key_heads=2, queries=70, keys=None, width=64, size=1.0, seed=0):
-    random = torch.Generator().manual_seed(seed)
-    q = torch.randn(batch, query_heads, queries, width, generator=random) * size
-    return q, torch.randn(batch, key_heads, keys or queries, width, generator=random)
-
-
-def causal(queries: int, keys: int) -> Tensor:
-    """(T, S) bool: the last query sees every key."""
-    return torch.arange(keys)[None] <= torch.arange(queries)[:, None] + keys - queries
-
-
-def truth(
-    q: Tensor,
-    k: Tensor,
-    visible: Tensor,
-    *,
-    scale: float | None = None,
-    softcap: float | None = None,
-    bias: Tensor | None = None,
-    sinks: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """What attention_entropy answers, from the definition in float64; NaN where a row sees nothing."""
-    q, k = q.double(), k.double().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    scores = torch.einsum("bhtd,bhsd->bhts", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if bias is not None:
-        scores = scores + bias.double()
-    visible = visible.expand_as(scores)
-    empty = ~visible.any(-1)
-    scores = scores.masked_fill(~visible, -torch.inf).masked_fill(empty[..., None], 0.0)
-    logits = scores
-    if sinks is not None:
-        logits = torch.cat([scores, sinks.double()[None, :, None, None].expand(*scores.shape[:3], 1)], dim=-1)
-    p = logits.softmax(-1)[..., : k.shape[2]]
-    log_p = p.where(p > 0, 1.0).log()
-    position = torch.arange(k.shape[2], dtype=torch.float64)
-    own = torch.arange(k.shape[2] - q.shape[2], k.shape[2])
-    first = visible.any(-2).int().argmax(-1)[..., None, None].expand(*p.shape[:3], 1)
-    found = {
-        "nats": -(p * log_p).sum(-1),
-        "distance": own * p.sum(-1) - p @ position,
-        "first_mass": p.gather(-1, first)[..., 0],
-    }
-    return {name: value.masked_fill(empty, torch.nan) for name, value in found.items()}
+heads = partial(random_heads, query_heads=6, queries=70, width=64)
 
 
 def on_device(value: Any) -> Any:
     return value.to(DEVICE) if isinstance(value, Tensor) else value
 
 
-def measured(q: Tensor, k: Tensor, **asked: Any):
-    result = attention_entropy(on_device(q), on_device(k), **{name: on_device(value) for name, value in asked.items()})
+def measured(q: Tensor, k: Tensor, **options: Any):
+    options = {name: on_device(value) for name, value in options.items()}
+    result = attention_entropy(on_device(q), on_device(k), **options)
     assert result.nats.device.type == DEVICE
     return result
-
-
-def check(value: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
-    value = value.detach().cpu().double()
-    assert torch.equal(value.isnan(), expected.isnan()), (
-        f"NaN in {int(value.isnan().sum())} rows, the truth in {int(expected.isnan().sum())}"
-    )
-    error = (value - expected).abs().nan_to_num()
-    assert error.max() < tolerance, f"largest error {float(error.max()):.2e} at {error.argmax().item()}"
 
 
 @pytest.mark.parametrize("width", [3, 20, 33, 64, 128, 200])
 @pytest.mark.parametrize(("queries", "keys"), [(70, 70), (37, 101), (1, 65)])
 @pytest.mark.parametrize("is_causal", [True, False])
-def test_float32_is_within_1e_5_nats_of_float64_at_every_width(width, queries, keys, is_causal):
+def test_float32_is_within_1e_5_nats_of_float64(width, queries, keys, is_causal):
     q, k = heads(width=width, queries=queries, keys=keys)
     result = measured(q, k, causal=is_causal)
     assert result.path == "fused"
@@ -113,7 +61,7 @@ def test_grouped_queries_over_several_blocks_of_rows(grouping):
 
 
 def masked_cases() -> dict[str, tuple[str, dict[str, Any], dict[str, Any]]]:
-    """name -> (path that serves it, what attention_entropy is asked, what the truth is)."""
+    """name -> (path, arguments of attention_entropy, arguments of truth)."""
     T, S = 45, 53
     random = torch.Generator().manual_seed(1)
     padding = torch.ones(2, S, dtype=torch.bool)
@@ -151,20 +99,20 @@ def masked_cases() -> dict[str, tuple[str, dict[str, Any], dict[str, Any]]]:
 @pytest.mark.parametrize("case", list(masked_cases()))
 @pytest.mark.parametrize("width", [33, 64])
 def test_masks_windows_caps_and_sinks_with_patterns(case, width):
-    path, asked, told = masked_cases()[case]
+    path, options, true_options = masked_cases()[case]
     q, k = heads(queries=45, keys=53, width=width)
-    expected = truth(q, k, **told)
-    result = measured(q, k, patterns=True, **asked)
+    expected = truth(q, k, **true_options)
+    result = measured(q, k, patterns=True, **options)
     assert result.path == path
     check(result.nats, expected["nats"])
     check(result.distance, expected["distance"], 2e-4)
     if case not in ("rows", "causal rows", "one mask for all", "window"):  # there the first key differs from row to row
         check(result.first_mass, expected["first_mass"])
-    check(measured(q, k, **asked).nats, expected["nats"])
-    exact = measured(q, k, method="blocked", **asked)
+    check(measured(q, k, **options).nats, expected["nats"])
+    exact = measured(q, k, method="blocked", **options)
     assert exact.path == "exact"
     check(exact.nats, expected["nats"])
-    check(measured(q, k, method="reference", **asked).nats, expected["nats"])
+    check(measured(q, k, method="reference", **options).nats, expected["nats"])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -179,24 +127,25 @@ def test_half_precision_inputs_are_raised_before_any_sum(dtype, size, path, widt
         check(result.nats, truth(q, k, causal(70, 70))["nats"])
 
 
-def test_float64_inputs_stay_float64():
-    q, k = (value.double() for value in heads(width=33))
+@pytest.mark.parametrize(
+    ("dtype", "size", "path", "tolerance"),
+    [
+        (torch.float64, 1.0, "exact", 1e-11),
+        (torch.float32, 1.0, "fused", TOLERANCE),
+        (torch.float32, 30.0, "exact", TOLERANCE),
+        (torch.float32, 1000.0, "exact", TOLERANCE),
+    ],
+)
+def test_ordinary_and_collapsed_heads(dtype, size, path, tolerance):
+    q, k = (value.to(dtype) for value in heads(queries=300, size=size, width=33))
     result = measured(q, k, causal=True)
-    assert (result.nats.dtype, result.path) == (torch.float64, "exact")
-    check(result.nats, truth(q, k, causal(70, 70))["nats"], 1e-11)
-
-
-@pytest.mark.parametrize(("size", "served"), [(1.0, "fused"), (30.0, "exact"), (1000.0, "exact")])
-def test_ordinary_and_collapsed_heads(size, served):
-    q, k = heads(queries=300, size=size)
-    result = measured(q, k, causal=True)
-    assert result.path == served
-    check(result.nats, truth(q, k, causal(300, 300))["nats"])
+    assert (result.nats.dtype, result.path) == (dtype, path)
+    check(result.nats, truth(q, k, causal(300, 300))["nats"], tolerance)
     assert (result.nats >= 0).all()
 
 
 @pytest.mark.parametrize("width", [20, 64, 128])
-def test_scores_at_the_limit_of_the_fused_path_are_within_1e_5_nats(width):
+def test_scores_at_the_fused_limit_are_within_1e_5(width):
     q, k = heads(batch=1, query_heads=8, key_heads=8, queries=1024, width=width)
     request = Request(q, k, width**-0.5, Visibility(1024, 1024, True, None, None, q.device))
     q = q * (0.999 * functional.SCORE_LIMIT / fused.score_bound(request))[..., None, None]
@@ -216,12 +165,12 @@ def test_only_the_collapsed_head_leaves_the_fused_path():
 
 
 @pytest.mark.parametrize("mask", [None, "padding"])
-def test_a_broken_query_or_key_is_nan_in_the_rows_that_see_it_and_no_number(mask):
+def test_nan_queries_and_keys_spoil_only_their_rows(mask):
     q, k = heads()
     q[0, 1, 5, 3] = torch.nan
     k[1, 1, 20, 0] = torch.nan  # of query heads 3, 4 and 5
-    given = None if mask is None else torch.ones(2, 70, dtype=torch.bool)
-    result = measured(q, k, causal=True, mask=given)
+    padding = None if mask is None else torch.ones(2, 70, dtype=torch.bool)
+    result = measured(q, k, causal=True, mask=padding)
     spoilt = torch.zeros(2, 6, 70, dtype=torch.bool)
     spoilt[0, 1, 5] = True
     spoilt[1, 3:, 20:] = True
@@ -272,27 +221,27 @@ GRADIENT_CASES = ("causal", "full", "left padding", "window", "rows")
 @pytest.mark.parametrize("case", GRADIENT_CASES)
 @pytest.mark.parametrize("key_heads", [6, 2])
 @pytest.mark.parametrize("width", [33, 64])
-def test_gradients_are_those_of_float64_and_rows_without_a_key_spoil_none(case, key_heads, width):
+def test_gradients_agree_with_float64(case, key_heads, width):
     q, k = heads(key_heads=key_heads, width=width)
-    visible, asked = causal(70, 70), {"causal": case != "full" and case != "rows"}
+    visible, options = causal(70, 70), {"causal": case != "full" and case != "rows"}
     if case == "full":
         visible = torch.ones(70, 70, dtype=torch.bool)
     elif case == "left padding":  # rows 0 to 29 of the first text see nothing
         padding = torch.ones(2, 70, dtype=torch.bool)
         padding[0, :30] = False
-        visible, asked = visible & padding[:, None, None], asked | {"mask": padding}
+        visible, options = visible & padding[:, None, None], options | {"mask": padding}
     elif case == "window":
-        visible, asked = visible.triu(-8), asked | {"window": 9}
+        visible, options = visible.triu(-8), options | {"window": 9}
     elif case == "rows":
         visible = torch.rand(2, 1, 70, 70, generator=torch.Generator().manual_seed(1)) < 0.4
         visible[1, 0, 11] = False
-        asked |= {"mask": visible}
+        options |= {"mask": visible}
     weights = torch.randn(2, 6, 70, generator=torch.Generator().manual_seed(3))
     exact = [value.double().requires_grad_() for value in (q, k)]
     expected = truth(*exact, visible)["nats"]
     (expected.nan_to_num() * weights).sum().backward()
     ours = [on_device(value).requires_grad_() for value in (q, k)]
-    nats = attention_entropy(*ours, differentiable=True, **{name: on_device(value) for name, value in asked.items()})
+    nats = attention_entropy(*ours, differentiable=True, **{name: on_device(value) for name, value in options.items()})
     check(nats.nats, expected.detach())
     torch.where(nats.counted, nats.nats * on_device(weights), 0.0).sum().backward()
     for name, mine, theirs in zip("qk", ours, exact, strict=True):

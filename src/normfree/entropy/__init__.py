@@ -1,10 +1,11 @@
 """Attention entropy of any Hugging Face causal language model, without the T x T matrix.
 
-This room imports nothing of ours and knows no model of ours.
+This package imports nothing else of normfree.
 """
 
-from normfree.entropy.functional import AttentionEntropy, attention_entropy
+from normfree.entropy.functional import attention_entropy
 from normfree.entropy.probe import EntropyProbe
+from normfree.entropy.request import AttentionEntropy
 from normfree.entropy.statistics import HeadEntropy
 from normfree.entropy.support import UnsupportedModel
 

@@ -1,8 +1,7 @@
 """The exact path: softmax statistics of a few rows at a time, memory O(rows x S), any kind of score.
 
-Scores are formed in float64 where the device has it; from the distance to the row's maximum on, float32
-is enough: with d_j = m - s_j, l = sum e^-d_j and A = sum d_j e^-d_j, every term is non-negative and
-H = ln l + A / l never comes out below 0.
+Scores are formed in float64 where the device has it. From the distance to the row's maximum on, float32 is enough: with
+d_j = m - s_j, l = sum e^-d_j and A = sum d_j e^-d_j, every term is non-negative and H = ln l + A / l is at least 0.
 """
 
 # B batch, H query heads, N chosen (batch, head) pairs, T query, S key, D head width,
@@ -15,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from normfree.entropy.request import Measured, Request
-from normfree.entropy.visibility import Block, Visibility
+from normfree.entropy.request import AttentionEntropy, Request
+from normfree.entropy.visibility import Block
 
 # Scores held at once. Blocks of this size stay near the cache: 2^20 is 8 MB in float64.
 SCORES_AT_ONCE = 2**20
@@ -25,18 +24,18 @@ SCORES_AT_ONCE = 2**20
 LARGEST_GAP = 80.0
 
 
-def measure(request: Request, pairs: Tensor) -> Measured:
-    """Measure the (batch, head) `pairs`, int64 (N, 2); the fields of the answer have shape (N, T)."""
+def measure(request: Request, pairs: Tensor) -> AttentionEntropy:
+    """Measure the (batch, head) `pairs`, int64 (N, 2); the fields of the result have shape (N, T)."""
     rows = max(16, min(256, 2**17 // request.visibility.keys))
     first_key = request.visibility.first_key() if request.patterns else None
     parts: list[dict[str, Tensor]] = []
     for block in request.visibility.blocks(rows):
         area = max(1, (block.stop - block.start) * (block.last - block.first))
-        chosen = (_Pairs(request, *part.unbind(-1)) for part in pairs.split(max(1, SCORES_AT_ONCE // area)))
-        found = [_measure_block(request, block, some, first_key) for some in chosen]
-        parts.append({name: torch.cat([one[name] for one in found]) for name in found[0]})
+        groups = [_Pairs(request, *part.unbind(-1)) for part in pairs.split(max(1, SCORES_AT_ONCE // area))]
+        results = [_measure_block(request, block, group, first_key) for group in groups]
+        parts.append({name: torch.cat([result[name] for result in results]) for name in results[0]})
     joined = {name: torch.cat([part[name] for part in parts], dim=-1) for name in parts[0]}
-    return Measured(exact=torch.ones(len(pairs), dtype=torch.bool, device=pairs.device), **joined)
+    return AttentionEntropy(exact=torch.ones(len(pairs), dtype=torch.bool, device=pairs.device), **joined)
 
 
 @dataclass(frozen=True)
@@ -45,59 +44,52 @@ class _Pairs:
     batch: Tensor
     head: Tensor
 
-    def of(self, value: Tensor) -> Tensor:
+    def slices(self, value: Tensor) -> Tensor:
         """The slices of these pairs from a tensor whose first two dimensions broadcast to (B, H)."""
         shape = self.request.q.shape[:2]
         return value.expand(*shape, *value.shape[2:])[self.batch, self.head]
 
 
 def _measure_block(request: Request, block: Block, pairs: _Pairs, first_key: Tensor | None) -> dict[str, Tensor]:
-    visible_NRC = pairs.of(block.visible)
-    counts_NR = visible_NRC.sum(-1)
+    visible_NRC = pairs.slices(block.visible)
+    counts_NR = visible_NRC.sum(-1, dtype=torch.int32)
     if block.first == block.last:
         nothing = torch.full(counts_NR.shape, torch.nan, dtype=request.q.dtype, device=request.q.device)
         names = ("nats", "distance", "first_mass") if request.patterns else ("nats",)
         return {"visible": counts_NR} | dict.fromkeys(names, nothing)
     scores_NRC = _scores(request, block, pairs).masked_fill_(~visible_NRC, -torch.inf)
-    sinks_NR1 = _sinks(request, block, pairs, scores_NRC)
+    if request.sinks is None:
+        sinks_NR1 = scores_NRC.new_full((1, 1, 1), -torch.inf)  # adds exp(-inf) = 0 to every sum
+    else:
+        sinks_BHR1 = request.sinks.expand(-1, -1, request.q.shape[2], -1)[:, :, block.start : block.stop]
+        sinks_NR1 = pairs.slices(sinks_BHR1).to(scores_NRC.dtype)
     shift_NR1 = torch.maximum(scores_NRC.amax(-1, keepdim=True), sinks_NR1)
     gap_NRC = (shift_NR1 - scores_NRC).to(request.q.dtype).clamp_(max=LARGEST_GAP)
     mass_NRC = torch.exp(-gap_NRC).masked_fill_(~visible_NRC, 0.0)
     keys_NR = mass_NRC.sum(-1)
     total_NR = keys_NR + torch.exp(sinks_NR1 - shift_NR1).squeeze(-1).to(keys_NR.dtype)
     nats_NR = total_NR.log() * (keys_NR / total_NR) + (mass_NRC * gap_NRC).sum(-1) / total_NR
-    found = {"nats": nats_NR.clamp_min(0.0)}
+    results = {"nats": nats_NR.clamp_min(0.0)}
     if first_key is not None:
-        found |= _patterns(block, mass_NRC / total_NR[..., None], request.visibility, pairs.of(first_key))
-    empty_NR = counts_NR == 0
-    return {"visible": counts_NR} | {name: each.masked_fill(empty_NR, torch.nan) for name, each in found.items()}
+        p_NRC = mass_NRC / total_NR[..., None]
+        offset = request.visibility.keys - request.visibility.queries
+        own_R = torch.arange(block.start + offset, block.stop + offset, device=p_NRC.device, dtype=p_NRC.dtype)
+        position_C = torch.arange(block.first, block.last, device=p_NRC.device)
+        on_first_NC = (position_C == pairs.slices(first_key)[:, None]).to(p_NRC.dtype)
+        results["distance"] = own_R * p_NRC.sum(-1) - p_NRC @ position_C.to(p_NRC.dtype)
+        results["first_mass"] = (p_NRC * on_first_NC[:, None]).sum(-1)
+    return {"visible": counts_NR} | {
+        name: value.masked_fill(counts_NR == 0, torch.nan) for name, value in results.items()
+    }
 
 
 def _scores(request: Request, block: Block, pairs: _Pairs) -> Tensor:
     wide = torch.float32 if request.q.device.type == "mps" else torch.float64
-    q_NRD = pairs.of(request.q[:, :, block.start : block.stop]).to(wide)
+    q_NRD = pairs.slices(request.q[:, :, block.start : block.stop]).to(wide)
     k_NCD = request.k[pairs.batch, pairs.head // request.groups, block.first : block.last].to(wide)
     scores_NRC = (q_NRD @ k_NCD.mT).mul_(request.scale)
     if request.softcap is not None:
         scores_NRC = scores_NRC.div_(request.softcap).tanh_().mul_(request.softcap)
     if block.bias is not None:
-        scores_NRC += pairs.of(block.bias)
+        scores_NRC += pairs.slices(block.bias)
     return scores_NRC
-
-
-def _sinks(request: Request, block: Block, pairs: _Pairs, scores_NRC: Tensor) -> Tensor:
-    if request.sinks is None:
-        return scores_NRC.new_full((1, 1, 1), -torch.inf)  # adds exp(-inf) = 0 to every sum
-    sinks_BHR1 = request.sinks.expand(-1, -1, request.q.shape[2], -1)[:, :, block.start : block.stop]
-    return pairs.of(sinks_BHR1).to(scores_NRC.dtype)
-
-
-def _patterns(block: Block, p_NRC: Tensor, visibility: Visibility, first_N: Tensor) -> dict[str, Tensor]:
-    offset = visibility.keys - visibility.queries
-    own_R = torch.arange(block.start + offset, block.stop + offset, device=p_NRC.device, dtype=p_NRC.dtype)
-    position_C = torch.arange(block.first, block.last, device=p_NRC.device)
-    on_first_NC = (position_C == first_N[:, None]).to(p_NRC.dtype)
-    return {
-        "distance": own_R * p_NRC.sum(-1) - p_NRC @ position_C.to(p_NRC.dtype),
-        "first_mass": (p_NRC * on_first_NC[:, None]).sum(-1),
-    }

@@ -1,4 +1,4 @@
-"""The way in for families that do not use the attention registry: their own eager attention matrices."""
+"""Measure families that do not use the attention registry, by the matrices that their eager attention returns."""
 
 # B batch, H heads, T query, S key
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from normfree.entropy.functional import AttentionEntropy
-from normfree.entropy.recorder import SLOT, Recorder, is_recomputation
+from normfree.entropy.recorder import Recorder, is_recomputation
+from normfree.entropy.request import AttentionEntropy
 from normfree.entropy.routing import routed_attention
 from normfree.entropy.support import UnsupportedModel
 
@@ -24,23 +24,17 @@ _LARGEST_ERROR_OF_A_SUM = 0.01
 
 
 class EagerHooks:
-    """Ask every forward pass for `attentions`, add them up, and hand on what the caller asked for.
+    """Request `attentions` from every forward pass, add them up, and return what the caller requested.
 
     Memory is O(T^2) for every layer. The model must be in eager attention already; its config is not touched.
     """
 
     def __init__(self, model: PreTrainedModel, recorder: Recorder) -> None:
-        chosen = model.config._attn_implementation
-        if chosen not in ("eager", None):
-            raise UnsupportedModel(
-                f"method='eager' needs the model in eager attention, it is in {chosen!r}; load it with "
-                f"attn_implementation='eager'"
-            )
-        if model.config.model_type == "big_bird" and model.config.attention_type != "original_full":
-            raise UnsupportedModel(
-                f"big_bird returns no whole matrices under attention_type={model.config.attention_type!r}; load it "
-                "with attention_type='original_full'"
-            )
+        config = model.config
+        if config._attn_implementation not in ("eager", None):
+            raise UnsupportedModel("method='eager': load the model with attn_implementation='eager'")
+        if config.model_type == "big_bird" and config.attention_type != "original_full":
+            raise UnsupportedModel("method='eager': load big_bird with attention_type='original_full'")
         self._model = model
         self._recorder = recorder
         self._handles: list[RemovableHandle] = []
@@ -48,105 +42,96 @@ class EagerHooks:
         self._call = threading.local()
 
     def attach(self) -> None:
-        """Add the two hooks to the model, and the mark that it is being measured."""
-        setattr(self._model, SLOT, None)
-        # Functions, since copies of a model share those; on a copy they outlive the probe.
+        """Add the two hooks to the model."""
+        # Copies of the model share these functions and keep them, so they end with the probe by themselves.
         self._handles = [
             self._model.register_forward_pre_hook(
-                lambda *call: self._ask(*call) if self._handles else None, with_kwargs=True
+                lambda *call: self._request_matrices(*call) if self._handles else None, with_kwargs=True
             ),
             self._model.register_forward_hook(
-                lambda *call: self._take(*call) if self._handles else None, with_kwargs=True
+                lambda *call: self._read_matrices(*call) if self._handles else None, with_kwargs=True
             ),
         ]
 
     def detach(self) -> None:
-        """Take the hooks away."""
+        """Remove the hooks."""
         while self._handles:
             self._handles.pop().remove()
-        if hasattr(self._model, SLOT):
-            delattr(self._model, SLOT)
 
-    def _ask(self, _model: Any, args: Any, asked: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def _request_matrices(self, _model: Any, args: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         config = self._model.config
         if self._model.training and _drops_attention(config.to_dict()):
             raise UnsupportedModel("method='eager' would read attention after its dropout; call model.eval() first")
-        self._call.wanted = asked.get("output_attentions")
-        chosen = asked.get("return_dict")
-        self._call.as_tuple = not (getattr(config, "return_dict", True) if chosen is None else chosen)
-        return args, asked | {"output_attentions": True, "return_dict": True}
+        attentions, as_dict = named.get("output_attentions"), named.get("return_dict")
+        self._call.returns_attentions = config.output_attentions if attentions is None else attentions
+        self._call.returns_dict = getattr(config, "return_dict", True) if as_dict is None else as_dict
+        return args, named | {"output_attentions": True, "return_dict": True}
 
-    def _take(self, _model: Any, args: Any, asked: dict[str, Any], output: Any) -> Any:
+    def _read_matrices(self, _model: Any, args: Any, named: dict[str, Any], output: Any) -> Any:
         attentions = getattr(output, "attentions", None)
         if not attentions:
-            raise UnsupportedModel(
-                f"{type(self._model).__name__} returned no attention matrices; it cannot be measured"
-            )
-        given = inspect.signature(self._model.forward).bind_partial(*args, **asked).arguments
-        if getattr(given.get("past_key_values"), "is_compileable", False):
+            raise UnsupportedModel(f"{type(self._model).__name__} returned no attention matrices")
+        arguments = inspect.signature(self._model.forward).bind_partial(*args, **named).arguments
+        if getattr(arguments.get("past_key_values"), "is_compileable", False):
             raise UnsupportedModel("method='eager' does not read a static cache; use a dynamic one, or none")
-        padding = given.get("attention_mask")
-        layers = _attention_layers(self._model.config, attentions)
         if not is_recomputation():
             self._recorder.enter(0)
-            for layer, p_BHTS in layers.items():
+            for layer, p_BHTS in _attention_layers(self._model.config, attentions).items():
                 if p_BHTS is not None:
-                    self._recorder.add(layer, self._measured(layer, p_BHTS, padding))
+                    self._recorder.add(layer, self._measure(layer, p_BHTS, arguments.get("attention_mask")))
             self._recorder.leave(0)
-        if not (self._model.config.output_attentions if self._call.wanted is None else self._call.wanted):
+        if not self._call.returns_attentions:
             output.attentions = None
-        return output.to_tuple() if self._call.as_tuple else output
+        return output if self._call.returns_dict else output.to_tuple()
 
-    def _measured(self, layer: int, p_BHTS: Tensor, padding: Tensor | None) -> AttentionEntropy:
+    def _measure(self, layer: int, p_BHTS: Tensor, padding: Tensor | None) -> AttentionEntropy:
         if p_BHTS.dtype == torch.float16:
-            raise UnsupportedModel(
-                "method='eager' reads matrices as the model rounds them, and fp16 rounds small shares to 0, as if "
-                "their keys were hidden; load the model in float32 or bfloat16"
-            )
+            raise UnsupportedModel("fp16 rounds small probabilities to 0; load the model in float32 or bfloat16")
         if padding is not None and padding.dim() != 2:
             raise UnsupportedModel(
-                "method='eager' knows padding by an attention_mask of (batch, tokens), and got one of "
-                f"{tuple(padding.shape)}; give no mask of rows, and in generation no static cache"
+                f"attention_mask has shape {tuple(padding.shape)}; method='eager' needs (batch, tokens), and in "
+                "generation no static cache"
             )
         config = self._model.config
         is_local = getattr(config, "attention_layers", [])[layer : layer + 1] == ["local"]  # gpt_neo
         visible = None if self._routed else _causally_visible(p_BHTS, padding, config.window_size if is_local else None)
-        found = entropy_of_probabilities(p_BHTS, padding, visible)
-        # What routes is served better by method='auto', and some of it reports weights without their sink.
+        entropies = entropy_of_probabilities(p_BHTS, padding, visible)
+        # Some routed families report weights without their sinks; method='auto' serves those better.
         if not self._routed:
             total_BHT = p_BHTS.sum(-1, dtype=torch.float32)
-            off_BHT = found.counted & ((total_BHT - 1).abs() > _LARGEST_ERROR_OF_A_SUM)
+            off_BHT = entropies.counted & ((total_BHT - 1).abs() > _LARGEST_ERROR_OF_A_SUM)
             if bool(off_BHT.any()):
                 raise UnsupportedModel(
-                    f"{type(self._model).__name__} returns matrices whose rows are no whole distributions (layer "
-                    f"{layer}: one sums to {float(total_BHT[off_BHT].min()):.3f}); it cannot be measured"
+                    f"{type(self._model).__name__} returns no probabilities: a row of layer {layer} sums to "
+                    f"{float(total_BHT[off_BHT].min()):.3f}"
                 )
-        return found
+        return entropies
 
 
 def _attention_layers(config: Any, attentions: Sequence[Tensor]) -> dict[int, Tensor]:
-    """The matrices by layer. Hybrid models return those of their attention layers alone, or (minimax) the states of
-    linear attention among them, which are left out."""
+    """The matrices by layer. Hybrid models return those of their attention layers alone, or add the states of linear
+    attention (minimax), which are left out."""
     config = config.get_text_config()
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
-    softmax = [kind == "hybrid" or (kind.endswith("attention") and kind != "linear_attention") for kind in kinds]
-    attend = [layer for layer, is_one in enumerate(softmax) if is_one]
-    if len(attend) == len(attentions):
-        return dict(zip(attend, attentions, strict=True))
-    softmax = softmax if len(softmax) == len(attentions) else [True] * len(attentions)
-    return {layer: p_BHTS for layer, p_BHTS in enumerate(attentions) if softmax[layer]}
+    is_softmax = [kind == "hybrid" or (kind.endswith("attention") and kind != "linear_attention") for kind in kinds]
+    layers = [layer for layer, softmax in enumerate(is_softmax) if softmax]
+    if len(layers) == len(attentions):
+        return dict(zip(layers, attentions, strict=True))
+    if len(is_softmax) != len(attentions):
+        return dict(enumerate(attentions))
+    return {layer: attentions[layer] for layer in layers}
 
 
 def _drops_attention(config: dict[str, Any]) -> bool:
-    """Whether a config has a dropout above 0 that may be attention's: attn_pdrop, attention_dropout, dropout, ..."""
+    """True if a config has a dropout above 0 that may be attention's: attn_pdrop, attention_dropout, dropout, ..."""
     named = {name: value for name, value in config.items() if isinstance(value, float) and "drop" in name}
     nested = [value for name, value in config.items() if isinstance(value, dict) and "att" in name]
-    found = any(value > 0 for name, value in named.items() if "att" in name or name in ("dropout", "dropout_p"))
-    return found or any(_drops_attention(part) for part in nested)
+    drops = any(value > 0 for name, value in named.items() if "att" in name or name in ("dropout", "dropout_p"))
+    return drops or any(_drops_attention(part) for part in nested)
 
 
 def _causally_visible(p_BHTS: Tensor, padding: Tensor | None, window: int | None) -> Tensor | None:
-    """(B or 1, 1, T, S): what causality, a window and padding leave to see; None where a row sees a later token."""
+    """(B or 1, 1, T, S): the keys visible under causality, window and padding; None if a row sees a later token."""
     queries, keys = p_BHTS.shape[-2:]
     padding = None if padding is None or padding.shape[-1] != keys else padding[:, None]
     later_BHT = (p_BHTS.triu(keys - queries + 1) > 0).any(-1)
@@ -163,20 +148,20 @@ def _causally_visible(p_BHTS: Tensor, padding: Tensor | None, window: int | None
 def entropy_of_probabilities(
     p_BHTS: Tensor, padding: Tensor | None = None, visible_B1TS: Tensor | None = None
 ) -> AttentionEntropy:
-    """Entropy of given attention matrices (B, H, T, S); a key counts as visible if any head puts mass on it, or
-    `visible_B1TS` says so: shares of very sharp heads are rounded to 0.
+    """Entropy of attention matrices (B, H, T, S).
 
-    `padding` (B, up to and with the queries), 0 for padding, leaves out the rows of padded queries. Where it is shorter
-    than T, what the model itself put before the tokens (the image of git) is no padding.
+    A key counts as visible if any head puts mass on it, or `visible_B1TS` says so: sharp heads round small
+    probabilities to 0. `padding` (B, up to and with the queries) is 0 for padded queries, whose rows are left out.
+    Where it is shorter than T, what the model puts before the tokens (the image of git) is no padding.
     """
     p_BHTS = p_BHTS.to(torch.promote_types(p_BHTS.dtype, torch.float32))
     nats_BHT = torch.special.entr(p_BHTS).sum(-1)
     seen_B1TS = (p_BHTS > 0).any(1, keepdim=True)
-    # Where a head is NaN the others tell what may be seen; where all are, nobody does.
-    untold_B1T1 = p_BHTS.isnan().any(-1, keepdim=True).all(1, keepdim=True)
+    # Where a head is NaN the others show which keys are visible; where all are NaN, none does.
+    unknown_B1T1 = p_BHTS.isnan().any(-1, keepdim=True).all(1, keepdim=True)
     if visible_B1TS is not None:
         seen_B1TS = seen_B1TS | visible_B1TS
-    visible_B1T = (seen_B1TS | (untold_B1T1 & p_BHTS.isnan().any(1, keepdim=True))).sum(-1)
+    visible_B1T = (seen_B1TS | (unknown_B1T1 & p_BHTS.isnan().any(1, keepdim=True))).sum(-1)
     if padding is not None:
         queries = p_BHTS.shape[2]
         own_BT = torch.nn.functional.pad(padding[:, -queries:], (max(0, queries - padding.shape[1]), 0), value=1)

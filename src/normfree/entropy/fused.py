@@ -1,8 +1,8 @@
 """Entropy from one call of a fused attention kernel, with no T x S matrix.
 
 With s_j = scale q.k_j the kernel's log-sum-exp and an output made with V = K give
-H = LSE(s) - scale q.(sum_j p_j k_j). Entropy does not change when every key moves by the same vector, so
-the mean key is taken off first, which keeps the two terms, and their rounding, small.
+H = LSE(s) - scale q.(sum_j p_j k_j). Entropy does not change when every key moves by the same vector, so the mean key
+is subtracted first, which keeps the two terms, and their rounding, small.
 """
 
 # B batch, H query heads, G key heads, T query, S key, R rows of one block, D head width
@@ -12,34 +12,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from normfree.entropy.request import Measured, Request
+from normfree.entropy.request import AttentionEntropy, Request
 from normfree.entropy.visibility import ROWS
 
 ALIGNED = 4
-"""float32 numbers between two rows of what CUDA's kernel reads must be a multiple of this (16 bytes)."""
+"""CUDA's kernel reads rows at multiples of this many float32 numbers (16 bytes)."""
 
 
 def has_kernel(q: Tensor) -> bool:
-    """Whether a fused kernel that hands out its log-sum-exp serves this device and dtype."""
+    """True if a fused kernel that returns its log-sum-exp serves this device and dtype."""
     return q.device.type == "cpu" or (q.device.type == "cuda" and q.dtype == torch.float32)
 
 
 def centre(k_BGSD: Tensor) -> Tensor:
-    """Keys minus the mean key of their head. A head with broken keys is left as it is."""
+    """Subtract the mean key of each head. A head with NaN or infinite keys stays as it is."""
     mean_BG1D = k_BGSD.mean(-2, keepdim=True)
     return k_BGSD - torch.where(mean_BG1D.isfinite(), mean_BG1D, 0.0)
 
 
 def score_bound(request: Request) -> Tensor:
-    """No centred score of a (batch, head) pair is larger than this (Cauchy-Schwarz); NaN or inf if broken."""
+    """Upper bound on the centred scores of each (batch, head) pair (Cauchy-Schwarz); not finite if q or k is not."""
     q_BH = request.q.norm(dim=-1).amax(-1)
     k_BG = centre(request.k).norm(dim=-1).amax(-1)
     return abs(request.scale) * q_BH * k_BG.repeat_interleave(request.groups, dim=1)
 
 
-def measure(request: Request) -> Measured:
-    """Measure every head; shapes (B, H, T). Trust heads whose `score_bound` is within the caller's limit."""
-    visibility = request.visibility
+def measure(request: Request) -> AttentionEntropy:
+    """Measure every head. Results hold for heads whose `score_bound` is within the caller's limit."""
+    visibility, width = request.visibility, request.q.shape[-1]
     k_BGSD = centre(request.k)
     q_BHTD, values_BGSE = request.q, k_BGSD
     if request.patterns:
@@ -47,24 +47,22 @@ def measure(request: Request) -> Measured:
         q_BHTD = torch.nn.functional.pad(q_BHTD, (0, 2))
         values_BGSE = torch.cat([k_BGSD, _features(request)], dim=-1)
     output_BHTE, lse_BHT = _attend(q_BHTD, values_BGSE, request)
-    counts_BHT = visibility.counts().expand(request.q.shape[:3])
-    empty_BHT = counts_BHT == 0
-    width = request.q.shape[-1]
+    counts_BHT = visibility.counts().expand(request.q.shape[:3]).contiguous()
     nats_BHT = lse_BHT - request.scale * (request.q * output_BHTE[..., :width]).sum(-1)
-    found = {"nats": nats_BHT.clamp_min(0.0)}
+    results = {"nats": nats_BHT.clamp_min(0.0)}
     if request.patterns:
         own_T = torch.arange(visibility.keys - visibility.queries, visibility.keys, device=request.q.device)
-        found["distance"] = own_T - output_BHTE[..., width] * visibility.keys
-        found["first_mass"] = output_BHTE[..., width + 1]
-    return Measured(
+        results["distance"] = own_T - output_BHTE[..., width] * visibility.keys
+        results["first_mass"] = output_BHTE[..., width + 1]
+    return AttentionEntropy(
         visible=counts_BHT,
         exact=torch.zeros(request.q.shape[:2], dtype=torch.bool, device=request.q.device),
-        **{name: value.masked_fill(empty_BHT, torch.nan) for name, value in found.items()},
+        **{name: value.masked_fill(counts_BHT == 0, torch.nan) for name, value in results.items()},
     )
 
 
 def _features(request: Request) -> Tensor:
-    """Position / S and a one on the first token, for every key: (B, G, S, 2)."""
+    """Two features of every key, (B, G, S, 2): its position / S, and 1 for the first token."""
     position_S = torch.arange(request.visibility.keys, device=request.k.device)
     # A mask that differs between heads still has one first token per sequence.
     first_B = request.visibility.first_key().amin(-1).expand(len(request.k))
@@ -81,13 +79,12 @@ def _attend(q_BHTE: Tensor, k_BGSE: Tensor, request: Request) -> tuple[Tensor, T
     for block in visibility.blocks(ROWS):
         q_BHRE = q_BHTE[:, :, block.start : block.stop]
         if block.first == block.last:
-            outputs.append(torch.zeros_like(q_BHRE))
-            lses.append(q_BHRE.new_zeros(q_BHRE.shape[:3]))
-            continue
-        additive = torch.zeros(block.visible.shape, dtype=q_BHTE.dtype, device=q_BHTE.device)
-        additive.masked_fill_(~block.visible, -torch.inf)
-        k_BGCE = k_BGSE[:, :, block.first : block.last]
-        output, lse = kernel(q_BHRE, k_BGCE, scale=request.scale, additive_mask=additive)
+            output, lse = torch.zeros_like(q_BHRE), q_BHRE.new_zeros(q_BHRE.shape[:3])
+        else:
+            additive = torch.zeros(block.visible.shape, dtype=q_BHTE.dtype, device=q_BHTE.device)
+            additive.masked_fill_(~block.visible, -torch.inf)
+            k_BGCE = k_BGSE[:, :, block.first : block.last]
+            output, lse = kernel(q_BHRE, k_BGCE, scale=request.scale, additive_mask=additive)
         outputs.append(output)
         lses.append(lse)
     return torch.cat(outputs, dim=2), torch.cat(lses, dim=2)
@@ -96,10 +93,10 @@ def _attend(q_BHTE: Tensor, k_BGSE: Tensor, request: Request) -> tuple[Tensor, T
 def kernel(
     q_BHRE: Tensor, k_BGCE: Tensor, *, scale: float, causal: bool = False, additive_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention with V = K and its log-sum-exp: the only lines that touch private operators of torch.
+    """Attention with V = K and its log-sum-exp, from private operators of torch that only this function calls.
 
-    A test checks that they exist and agree with the definition. The CPU kernel answers 0 for a row that
-    sees no key; callers put NaN there. It reads rows as if their numbers lay side by side, so they do here.
+    The CPU kernel returns 0 for a row that sees no key; callers put NaN there. It assumes that the numbers of a row are
+    contiguous, so they are made so.
     """
     q_BHRE, k_BGCE = (value if value.stride(-1) == 1 else value.contiguous() for value in (q_BHRE, k_BGCE))
     if q_BHRE.device.type == "cpu":
@@ -108,7 +105,7 @@ def kernel(
     *shape, rows, width = q_BHRE.shape
     q_BHRE, k_BHCE = padded(q_BHRE), padded(k_BGCE.repeat_interleave(shape[1] // k_BGCE.shape[1], dim=1))
     bias = None
-    if additive_mask is not None:  # padded in memory, then seen at its own width
+    if additive_mask is not None:  # padded in memory, then sliced to its own width
         bias = padded(additive_mask)[..., : additive_mask.shape[-1]].expand(*shape, -1, -1)
     attend = torch.ops.aten._scaled_dot_product_efficient_attention
     output, lse, _, _ = attend(q_BHRE, k_BHCE, k_BHCE, bias, True, 0.0, causal, scale=scale)
@@ -116,5 +113,5 @@ def kernel(
 
 
 def padded(value: Tensor) -> Tensor:
-    """Zeros at the end of each row, until its length is a multiple of `ALIGNED`: no score changes by them."""
+    """Append zeros to each row until its length is a multiple of `ALIGNED`; scores do not change."""
     return torch.nn.functional.pad(value, (0, -value.shape[-1] % ALIGNED))

@@ -1,8 +1,8 @@
 """EntropyProbe: measure the attention heads of any Hugging Face causal LM while it runs.
 
-Inside the context the entry in use in the registry of attention functions is one that measures and then
-calls the function it stands for, and hooks tell when a forward pass is whole; on leaving, also after an
-exception, all is as it was. Config and training mode are never touched.
+Inside the context the current entry in the registry of attention functions measures and then calls the function that it
+replaces, and hooks tell when a forward pass is whole. On leaving, also after an exception, everything is as before.
+Config and training mode are never touched.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable
-from types import TracebackType
 from typing import Literal, cast
 
 from torch import nn
@@ -21,13 +20,13 @@ from normfree.entropy.recorder import SLOT, Recorder
 from normfree.entropy.routing import registry_of, routed_attention
 from normfree.entropy.statistics import HeadEntropy
 from normfree.entropy.support import UnsupportedModel, refusal, without_rows
-from normfree.entropy.swap import PASSES, RECORDERS, install, watch
+from normfree.entropy.swap import RECORDERS, install, watch
 
 ProbeMethod = Literal["auto", "eager"]
 _next_slot = itertools.count()
-_NO_SLOT = object()
 # A module keeps its number for life: code compiled inside one probe serves the next.
-_slots_of: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+_slots: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+_measured_now: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class EntropyProbe:
@@ -38,12 +37,12 @@ class EntropyProbe:
         model(input_ids=ids, attention_mask=mask)
     probe.statistics().mean_nats()    # (L, H), nats
     ```
-    method: 'auto' measures through the attention registry, memory linear in the context; 'eager' asks the
-        model for its attention matrices (O(T^2) memory), for families that do not use the registry.
+    method: 'auto' measures through the attention registry, memory linear in the context; 'eager' reads the
+        attention matrices that the model returns (O(T^2) memory), for families that do not use the registry.
     patterns: also measure mean attended distance and the mass on the first token.
 
-    The model may be wrapped (DDP, torch.compile) and in any mode, dtype or autocast; dropout plays no part
-    in what is measured. Probes of different models may be nested; a second one on a model is refused.
+    The model may be wrapped (DDP, torch.compile) and in any mode, dtype or autocast; dropout does not affect what is
+    measured. Probes of different models may be nested; a second one on a model is refused.
     Raises UnsupportedModel for a model without softmax attention or one that needs method='eager'.
     """
 
@@ -59,19 +58,16 @@ class EntropyProbe:
         self._recorder = Recorder()
         self._hooks = EagerHooks(self._model, self._recorder) if method == "eager" else None
         self._modules = {} if self._hooks else routed_attention(self._model)
-        attend = set(self._modules.values())  # and the modules around them: each may be the one that is called
-        self._watched = [part for part in self._model.modules() if not attend.isdisjoint(part.modules())]
         if not self._hooks and not self._modules:
             raise UnsupportedModel(refusal(self._model.config.model_type))
+        attention = set(self._modules.values())  # and the modules around them: each may be the one that is called
+        self._watched = [part for part in self._model.modules() if not attention.isdisjoint(part.modules())]
         self._undo: list[Callable[[], None]] = []
-        self._names: dict[str, str] = {}
+        self._implementations: dict[str, str] = {}
 
     def __enter__(self) -> EntropyProbe:
-        if any(_is_measured(module) for module in self._model.modules()):
+        if any(module in _measured_now for module in self._model.modules()):
             raise ValueError("this model is being measured by another EntropyProbe; leave that one first")
-        if self._hooks:
-            self._hooks.attach()
-            return self
         try:
             self._attach()
         except BaseException:
@@ -79,79 +75,65 @@ class EntropyProbe:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._hooks:
-            self._hooks.detach()
-            return
-        changed = any(self._implementation(self._modules[name]) != used for name, used in self._names.items())
+    def __exit__(self, _kind: object, error: object, _trace: object) -> None:
+        used = self._implementations.items()
+        changed = any(self._implementation(self._modules[name]) != implementation for name, implementation in used)
         self._detach()
         if changed and error is None:
-            raise ValueError(
-                "the attention implementation was changed inside the probe, and what ran after that was not measured; "
-                "change it before"
-            )
+            raise ValueError("the attention implementation was changed inside the probe; change it before")
 
     def statistics(self) -> HeadEntropy:
         """Sums and counts over all whole forward passes so far. Raises ValueError if there was none."""
         if not self._recorder.sums:
             raise ValueError(
-                "nothing was measured: call the model inside `with EntropyProbe(model) as probe:`; if you did, its "
-                "attention passes the registry by (gpt2 with reorder_and_upcast_attn in eager attention): load it with "
-                "attn_implementation='sdpa'"
+                "nothing was measured: call the model inside the `with`; if you did, its attention bypasses the "
+                "registry: load it with attn_implementation='sdpa'"
             )
         return self._recorder.statistics()
 
     def _attach(self) -> None:
-        entries = {}
+        _measured_now.update(self._model.modules())
+        if self._hooks:
+            self._hooks.attach()
         for module in self._watched:
-            slot = _slots_of.setdefault(module, next(_next_slot))
-            PASSES[slot] = self._recorder
+            slot = _slots.setdefault(module, next(_next_slot))
+            RECORDERS[slot] = (self._recorder, cast(int, getattr(module, "layer_idx", -1)), self._patterns)
             self._undo += [handle.remove for handle in watch(module, slot)]
-        for key, module in self._modules.items():
-            slot = _slots_of[module]
-            RECORDERS[slot] = (self._recorder, cast(int, module.layer_idx), self._patterns)
-            setattr(module, SLOT, slot)
+        entries = {}
+        for name, module in self._modules.items():
+            setattr(module, SLOT, _slots[module])
             registry = registry_of(module)
-            name = self._names[key] = self._implementation(module)
-            entries[id(registry), name] = (registry, name)
-        for registry, name in entries.values():
-            self._undo.append(install(registry, name))
+            implementation = self._implementations[name] = self._implementation(module)
+            entries[id(registry), implementation] = (registry, implementation)
+        for registry, implementation in entries.values():
+            self._undo.append(install(registry, implementation))
 
     def _implementation(self, module: nn.Module) -> str:
         return cast(str, getattr(module, "config", self._model.config)._attn_implementation)
 
     def _detach(self) -> None:
+        if self._hooks:
+            self._hooks.detach()
         while self._undo:
             self._undo.pop()()
         for module in self._watched:
-            PASSES.pop(_slots_of.get(module, -1), None)
-        for module in self._modules.values():
-            if hasattr(module, SLOT):
-                delattr(module, SLOT)
-                RECORDERS.pop(_slots_of[module], None)
-
-
-def _is_measured(module: nn.Module) -> bool:
-    """Whether a probe is at work on this module; a copy that was made inside one bears its number, and is not."""
-    slot = getattr(module, SLOT, _NO_SLOT)
-    return slot is None or (slot is not _NO_SLOT and _slots_of.get(module) == slot)
+            RECORDERS.pop(_slots.get(module, -1), None)
+            vars(module).pop(SLOT, None)
+        for module in self._model.modules():
+            _measured_now.discard(module)
 
 
 def _pretrained(model: nn.Module) -> PreTrainedModel:
-    found: dict[str, PreTrainedModel] = {}
+    """The Hugging Face model, which may be wrapped."""
+    outermost: dict[str, PreTrainedModel] = {}
     for name, part in model.named_modules():
-        if isinstance(part, PreTrainedModel) and not any(f"{name}.".startswith(f"{outer}.") for outer in found):
-            found[name] = part
-        if "" in found:
+        if isinstance(part, PreTrainedModel) and not any(f"{name}.".startswith(f"{outer}.") for outer in outermost):
+            outermost[name] = part
+        if "" in outermost:
             break
-    if len(found) > 1:
-        raise ValueError(
-            f"{type(model).__name__} holds several Hugging Face models ({', '.join(found)}): give each a probe"
-        )
-    if not found:
-        raise UnsupportedModel(
-            f"{type(model).__name__} is not a Hugging Face model; load one with AutoModelForCausalLM"
-        )
-    return next(iter(found.values()))
+    if len(outermost) > 1:
+        names = ", ".join(outermost)
+        raise ValueError(f"{type(model).__name__} holds several Hugging Face models ({names}); use one probe for each")
+    if not outermost:
+        raise UnsupportedModel(f"{type(model).__name__} is no Hugging Face model; load one with AutoModelForCausalLM")
+    return next(iter(outermost.values()))

@@ -4,45 +4,40 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from normfree.entropy.functional import AttentionEntropy
+from normfree.entropy.request import AttentionEntropy
 from normfree.entropy.statistics import HeadEntropy
 
 SLOT = "_normfree_slot"
-"""Attribute of a measured module, present only inside its probe."""
-
-COUNTS = ("rows", "nonfinite_rows", "ceiling_rows")
+"""Attribute of a measured attention module, present only inside its probe."""
 
 
 def is_recomputation() -> bool:
-    """Whether a backward pass is under way: then a forward call is gradient checkpointing's second one.
+    """True inside a backward pass, where a forward call is the second one of gradient checkpointing.
 
-    torch.utils.checkpoint asks the same private function; tests run both of its kinds.
+    torch.utils.checkpoint calls the same private function.
     """
     return torch._C._current_graph_task_id() != -1
 
 
 class _Pass(threading.local):
-    """The forward pass under way in this thread: the modules it is inside of, outermost first, and its sums."""
+    """The current forward pass of this thread: the modules that it is inside of, outermost first, and its sums."""
 
     def __init__(self) -> None:
         self.inside: list[int] = []
-        self.frame: FrameType | None = None
         self.attended: tuple[Tensor | None, ...] = ()
         self.sums: dict[int, dict[str, Tensor]] = {}
 
 
 @dataclass
 class Recorder:
-    """Adds calls up by layer. Sums stay on the device, so that recording waits for nothing.
+    """Add up attention calls by layer. Sums stay on the device, so recording never synchronises with it.
 
     A forward pass counts once its outermost module has returned; one that ends in an exception leaves nothing.
     """
@@ -52,41 +47,43 @@ class Recorder:
     _pass: _Pass = field(default_factory=_Pass)
     _lock: Any = field(default_factory=threading.Lock)
 
-    def enter(self, slot: int, frame: FrameType | None = None) -> None:
-        """Begin a module's forward call, `frame` where Python runs it: a pass whose frame is gone has ended in an
-        exception, also one in compiled code (without a frame) that seems to enter a module twice."""
+    def enter(self, slot: int) -> None:
+        """Begin the forward call of a module. If it never returned from the last one, that pass is dropped."""
         inside = self._pass.inside
-        if not inside or slot in inside or not _is_running(self._pass.frame):
+        if not inside or slot in inside:
             inside.clear()
-            self._pass.sums, self._pass.frame = {}, frame
+            self._pass.sums = {}
         inside.append(slot)
         self._pass.attended = ()
 
     def leave(self, slot: int) -> None:
-        """End a module's forward call, and with the outermost one the pass."""
+        """End the forward call of a module, and the pass if it is the outermost one."""
         inside = self._pass.inside
         self._pass.attended = ()
         if slot in inside:
             del inside[inside.index(slot) :]
             if not inside:
-                self._pass.frame = None
                 self._count()
 
-    def attends_again(self, *tensors: Tensor | None) -> bool:
-        """Whether the module under way has just attended with these very tensors: diffllama does for each half of its
-        values, and that is one row for a query and head."""
+    def is_repeated(self, *tensors: Tensor | None) -> bool:
+        """True if the current module has just attended with these very tensors.
+
+        diffllama does so for each half of its values; both calls are one row for a query and head.
+        """
         before, self._pass.attended = self._pass.attended, tensors if self._pass.inside else ()
         return bool(before) and [_place(tensor) for tensor in before] == [_place(tensor) for tensor in tensors]
 
-    def add(self, layer: int, measured: AttentionEntropy, *, slot: int = 0) -> None:
-        """Add the rows of one attention call; `slot` says of which module. Raises ValueError for a second module that
-        has the same layer index: its heads are other heads."""
+    def add(self, layer: int, entropies: AttentionEntropy, *, slot: int = 0) -> None:
+        """Add the rows of one attention call of the module with this slot.
+
+        Raises ValueError for a second module with the same layer number, whose heads are other heads.
+        """
         if self._slots.setdefault(layer, slot) != slot:
             raise ValueError(
-                f"two attention modules call themselves layer {layer} (an encoder and a decoder, or parts side by "
-                "side); probe one part alone, of an encoder and a decoder EntropyProbe(model.get_decoder())"
+                f"two attention modules have the layer number {layer}; probe an encoder or a decoder alone, e.g. "
+                "EntropyProbe(model.get_decoder())"
             )
-        self._pass.sums = _plus(self._pass.sums, {layer: _sums(measured)})
+        self._pass.sums = _plus(self._pass.sums, {layer: _sums(entropies)})
         if not self._pass.inside:
             self._count()
 
@@ -97,23 +94,20 @@ class Recorder:
 
     def statistics(self) -> HeadEntropy:
         """All whole passes so far, on the CPU."""
-        sums = dict(sorted(self.sums.items()))
-        heads = [len(layer["rows"]) for layer in sums.values()]
-        names = next(iter(sums.values()))
-        joined = {name: _join([layer[name] for layer in sums.values()], name, max(heads)) for name in names}
-        return HeadEntropy(list(sums), heads, **joined)
+        layers = sorted(self.sums)
+        heads = [len(self.sums[layer]["rows"]) for layer in layers]
+        joined = {}
+        for name in self.sums[layers[0]]:
+            parts = [self.sums[layer][name].cpu() for layer in layers]
+            parts = [part.double() if part.is_floating_point() else part for part in parts]
+            if parts[0].dim():
+                parts = [torch.nn.functional.pad(part, (0, max(heads) - len(part))) for part in parts]
+            joined[name] = torch.stack(parts)
+        return HeadEntropy(layers, heads, **joined)
 
 
 def _place(tensor: Tensor | None) -> tuple[Any, ...] | None:
     return None if tensor is None else (tensor.data_ptr(), tensor.shape, tensor.stride())
-
-
-def _is_running(frame: FrameType | None) -> bool:
-    """Whether this thread is inside of the frame; None, which says nothing, counts as running."""
-    current = sys._getframe()
-    while current is not None and current is not frame:
-        current = current.f_back
-    return current is frame
 
 
 def _plus(sums: dict[int, dict[str, Tensor]], more: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
@@ -124,30 +118,22 @@ def _plus(sums: dict[int, dict[str, Tensor]], more: dict[int, dict[str, Tensor]]
     return joined
 
 
-def _join(parts: list[Tensor], name: str, heads: int) -> Tensor:
-    dtype = torch.int64 if name in COUNTS else torch.float64
-    parts = [part.cpu().to(dtype) for part in parts]
-    return torch.stack(
-        [torch.nn.functional.pad(part, (0, heads - len(part))) if part.dim() else part for part in parts]
-    )
-
-
-def _sums(measured: AttentionEntropy) -> dict[str, Tensor]:
-    wide = torch.float32 if measured.nats.device.type == "mps" else torch.float64
-    seen_BHT, counted_BHT = measured.visible > 0, measured.counted
+def _sums(entropies: AttentionEntropy) -> dict[str, Tensor]:
+    wide = torch.float32 if entropies.nats.device.type == "mps" else torch.float64
+    seen_BHT, counted_BHT = entropies.visible > 0, entropies.counted
 
     def over_rows(value_BHT: Tensor) -> Tensor:
         return torch.where(counted_BHT, value_BHT, 0.0).to(wide).sum((0, 2))
 
-    log_visible_BHT = measured.visible.clamp(min=1).to(wide).log()
+    log_visible_BHT = entropies.visible.clamp(min=1).to(wide).log()
     sums = {
-        "sum_nats": over_rows(measured.nats),
+        "sum_nats": over_rows(entropies.nats),
         "rows": counted_BHT.sum((0, 2)),
         "nonfinite_rows": (seen_BHT & ~counted_BHT).sum((0, 2)),
         "sum_ceiling_nats": torch.where(counted_BHT, log_visible_BHT, 0.0).sum(),
         "ceiling_rows": counted_BHT.sum(),
     }
-    if measured.distance is not None and measured.first_mass is not None:
-        sums["sum_distance"] = over_rows(measured.distance)
-        sums["sum_first_mass"] = over_rows(measured.first_mass)
+    if entropies.distance is not None and entropies.first_mass is not None:
+        sums["sum_distance"] = over_rows(entropies.distance)
+        sums["sum_first_mass"] = over_rows(entropies.first_mass)
     return sums

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import torch
 
-from normfree.entropy.request import Measured, Request
+from normfree.entropy.request import AttentionEntropy, Request
 
 
-def measure(request: Request) -> Measured:
-    """-sum_j p_j ln p_j in the dtype of `request.q` (pass float64 for the truth)."""
+def measure(request: Request) -> AttentionEntropy:
+    """Compute -sum_j p_j ln p_j in the dtype of `request.q` (pass float64 for the truth)."""
     q_BHTD, visibility = request.q, request.visibility
     k_BHSD = request.k.repeat_interleave(request.groups, dim=1)
     visible, bias = visibility.whole()
@@ -21,7 +21,6 @@ def measure(request: Request) -> Measured:
     if bias is not None:
         scores_BHTS = scores_BHTS + bias
     visible_BHTS = visible.expand_as(scores_BHTS)
-    counts_BHT = visible_BHTS.sum(-1)
     # A finite stand-in for -inf: rows without a key would otherwise poison the gradient of every row.
     scores_BHTS = scores_BHTS.masked_fill(~visible_BHTS, torch.finfo(scores_BHTS.dtype).min)
     logits_BHTK = scores_BHTS
@@ -31,15 +30,17 @@ def measure(request: Request) -> Measured:
     log_p_BHTS = logits_BHTK.log_softmax(-1)[..., : visibility.keys].masked_fill(~visible_BHTS, 0.0)
     p_BHTS = log_p_BHTS.exp().masked_fill(~visible_BHTS, 0.0)
 
-    empty_BHT = counts_BHT == 0
-    position_S = torch.arange(visibility.keys, device=q_BHTD.device, dtype=q_BHTD.dtype)
-    own_T = torch.arange(visibility.keys - visibility.queries, visibility.keys, device=q_BHTD.device)
-    first_BH = visibility.first_key().expand(q_BHTD.shape[:2]).clamp(max=visibility.keys - 1)
-    first_BHT1 = first_BH[..., None, None].expand(*counts_BHT.shape, 1)
-    return Measured(
-        nats=(-(p_BHTS * log_p_BHTS).sum(-1)).masked_fill(empty_BHT, torch.nan),
+    results = {"nats": -(p_BHTS * log_p_BHTS).sum(-1)}
+    if request.patterns:
+        position_S = torch.arange(visibility.keys, device=q_BHTD.device, dtype=q_BHTD.dtype)
+        own_T = torch.arange(visibility.keys - visibility.queries, visibility.keys, device=q_BHTD.device)
+        first_BH = visibility.first_key().expand(q_BHTD.shape[:2]).clamp(max=visibility.keys - 1)
+        first_BHT1 = first_BH[..., None, None].expand(*p_BHTS.shape[:-1], 1)
+        results["distance"] = own_T * p_BHTS.sum(-1) - p_BHTS @ position_S
+        results["first_mass"] = p_BHTS.gather(-1, first_BHT1).squeeze(-1)
+    counts_BHT = visible_BHTS.sum(-1, dtype=torch.int32)
+    return AttentionEntropy(
         visible=counts_BHT,
         exact=torch.ones(q_BHTD.shape[:2], dtype=torch.bool, device=q_BHTD.device),
-        distance=(own_T * p_BHTS.sum(-1) - p_BHTS @ position_S).masked_fill(empty_BHT, torch.nan),
-        first_mass=p_BHTS.gather(-1, first_BHT1).squeeze(-1).masked_fill(empty_BHT, torch.nan),
+        **{name: value.masked_fill(counts_BHT == 0, torch.nan) for name, value in results.items()},
     )

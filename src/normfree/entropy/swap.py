@@ -1,16 +1,15 @@
-"""The measuring entry of an attention registry, and the operator that records one attention call.
+"""Replace entries of an attention registry, to record attention calls (EntropyProbe) or to read them (AttentionTap).
 
-The entry and the operator know only a slot number on the module, so that a compiled model stays compiled
-from one probe to the next: what a slot means is looked up when the operator runs.
+The recording entry and its operator know only a slot number on the module, so that a compiled model stays compiled from
+one probe to the next: what a slot means is looked up when the operator runs.
 """
 
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, library, nn
@@ -18,48 +17,56 @@ from torch._dynamo.eval_frame import skip_code
 from torch.utils.hooks import RemovableHandle
 from transformers.modeling_utils import AttentionInterface
 
-from normfree.entropy.functional import attention_entropy
+from normfree.entropy.functional import as_4d, as_request, attention_entropy
 from normfree.entropy.recorder import SLOT, Recorder, is_recomputation
-from normfree.entropy.routing import eager_function, scores_asked
-from normfree.entropy.support import UnsupportedModel
+from normfree.entropy.request import Request
+from normfree.entropy.routing import eager_function, read_call, registry_of, routed_attention
+from normfree.entropy.support import UnsupportedModel, refusal
 from normfree.entropy.visibility import last_key_is_hidden, padding_rows
 
 RECORDERS: dict[int, tuple[Recorder, int, bool]] = {}
-"""slot -> where to add, the layer's index, whether patterns are wanted."""
+"""slot of an attention module, or of one around it -> recorder, number of the layer, whether patterns are measured."""
 
-PASSES: dict[int, Recorder] = {}
-"""slot of an attention module, or of one around it -> the recorder whose passes go through it."""
-
-_covered: dict[tuple[int, str], _Covered] = {}
-# An operator that changes nothing would be dropped by a compiler; this one claims to write here.
+_installed: dict[tuple[int, str], _Installed] = {}
+# A compiler would drop an operator that changes nothing; this one claims to write here.
 _ticket = torch.zeros(())
 
 
 @dataclass
-class _Covered:
-    """A registry entry that is measured: what it stood for, and how many probes are inside."""
-
-    original: Callable[..., Any] | None
+class _Installed:
+    undo: Callable[[], None]
     probes: int = 0
 
 
-def install(registry: AttentionInterface, name: str) -> Callable[[], None]:
-    """Put the measuring entry over `name`; the answer undoes it. Probes of one entry are counted."""
-    key = (id(registry), name)
-    if key not in _covered:
-        _covered[key] = _Covered(registry.get(name))
-        # Item assignment covers the shared mapping for this registry; deletion uncovers it again.
-        registry[name] = _measuring(name, _covered[key].original)
-    covered = _covered[key]
-    covered.probes += 1
+def replace_entry(
+    registry: AttentionInterface, name: str, wrap: Callable[[Callable[..., Any] | None], Callable[..., Any]]
+) -> Callable[[], None]:
+    """Replace an entry of a registry by `wrap` of it, and return a function that undoes this."""
+    original = registry.get(name)
+    # Item assignment covers the mapping that registries share, for this registry; deletion uncovers it again.
+    registry[name] = wrap(original)
 
     def undo() -> None:
-        covered.probes -= 1
-        if covered.probes:
-            return
-        del _covered[key], registry[name]
-        if covered.original is not None and registry.get(name) is not covered.original:
-            registry[name] = covered.original  # the registry had an entry of its own
+        del registry[name]
+        if original is not None and registry.get(name) is not original:
+            registry[name] = original  # the registry had an entry of its own
+
+    return undo
+
+
+def install(registry: AttentionInterface, name: str) -> Callable[[], None]:
+    """Replace an entry by one that measures, and return a function that undoes this. Probes share the entry."""
+    key = (id(registry), name)
+    if key not in _installed:
+        _installed[key] = _Installed(replace_entry(registry, name, functools.partial(_measuring, name)))
+    installed = _installed[key]
+    installed.probes += 1
+
+    def undo() -> None:
+        installed.probes -= 1
+        if not installed.probes:
+            del _installed[key]
+            installed.undo()
 
     return undo
 
@@ -68,32 +75,21 @@ def install(registry: AttentionInterface, name: str) -> Callable[[], None]:
 def _measuring(name: str, original: Callable[..., Any] | None) -> Callable[..., Any]:
     # Cached: the same function object at every probe, so that compiled code stays valid.
     def measured_attention(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Any,
-        *args: Any,
-        **asked: Any,
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **named: Any
     ) -> Any:
         slot = getattr(module, SLOT, None)
         if slot is not None:
-            scores = scores_asked(name, module, query, key, attention_mask, asked)
-            key_seen, mask, sinks = scores["k"].detach(), scores["mask"], scores["sinks"]
-            torch.ops.normfree.record_entropy(
-                _ticket, query.detach(), key_seen, None if mask is None else mask.detach(), sinks,
-                scores["scale"], scores["causal"], scores["window"], scores["softcap"], slot,
-                scores["forgets_first"], scores["chunked"], scores["own_keys"], scores["positions"],
-            )  # fmt: skip
+            with torch.no_grad():
+                call = read_call(name, module, query, key, attention_mask, named)
+                torch.ops.normfree.record_entropy(_ticket, slot, query, *call)
         attend = original if original is not None else eager_function(type(module))
-        return attend(module, query, key, value, attention_mask, *args, **asked)
+        return attend(module, query, key, value, attention_mask, *args, **named)
 
     return measured_attention
 
 
 def watch(module: nn.Module, slot: int) -> list[RemovableHandle]:
-    """Tell the recorder when a forward call of the module begins and when it has returned."""
-
+    """Tell the recorder of a slot when a forward call of the module begins and when it returns."""
     enter, leave = (functools.partial(_cross, slot, enters) for enters in (True, False))
     return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
 
@@ -107,14 +103,9 @@ skip_code(_cross.__code__)  # around a compiled module it runs as it is, instead
 
 @library.custom_op("normfree::cross_module", mutates_args={"ticket"}, tags=(torch.Tag.cudagraph_unsafe,))
 def _cross_module(ticket: Tensor, slot: int, enters: bool) -> None:
-    if slot in PASSES and not is_recomputation():
-        if not enters:
-            PASSES[slot].leave(slot)
-            return
-        frame = sys._getframe()
-        while frame is not None and frame.f_code is not _cross.__code__:
-            frame = frame.f_back
-        PASSES[slot].enter(slot, frame and frame.f_back)  # whoever called the hook
+    if slot in RECORDERS and not is_recomputation():
+        recorder, _, _ = RECORDERS[slot]
+        (recorder.enter if enters else recorder.leave)(slot)
 
 
 @_cross_module.register_fake
@@ -122,14 +113,11 @@ def _(ticket, slot, enters):
     return None
 
 
-def _begins_anew(visible_BHT: Tensor) -> bool:
-    """Whether a row sees one key and the row before it is no padding, so that a text begins in the middle."""
-    return bool(((visible_BHT[..., 1:] == 1) & (visible_BHT[..., :-1] > 0)).any())
-
-
+# From `k` on, the fields of AttentionCall in their order.
 @library.custom_op("normfree::record_entropy", mutates_args={"ticket"}, tags=(torch.Tag.cudagraph_unsafe,))
 def _record(
     ticket: Tensor,
+    slot: int,
     q: Tensor,
     k: Tensor,
     mask: Tensor | None,
@@ -138,62 +126,98 @@ def _record(
     causal: bool,
     window: int | None,
     softcap: float | None,
-    slot: int,
-    forgets_first: bool,
     chunked: bool,
+    forgets_first: bool,
     own_keys: int,
     positions: Tensor | None,
 ) -> None:
     if slot not in RECORDERS or is_recomputation():
         return
     recorder, layer, patterns = RECORDERS[slot]
-    if recorder.attends_again(q, k, mask):
+    if recorder.is_repeated(q.detach(), k.detach(), mask):
         return
-    queries, keys = q.shape[2], k.shape[2]
     if positions is not None and bool((positions.diff(dim=-1) != 1).any()):
-        raise UnsupportedModel(
-            "flash attention was called on texts packed into one row, which only position_ids tell apart: not read "
-            "here; load the model with attn_implementation='sdpa'"
-        )
-    if patterns and own_keys != keys:
-        raise ValueError(
-            f"layer {layer} puts compressed keys behind those of the tokens, so distances and the mass on the first "
-            "token are unknown here; leave out patterns=True"
-        )
-    if patterns and forgets_first and queries < keys:
-        raise ValueError(
-            f"layer {layer} has a sliding window, whose cache forgets the first token: the mass on it is unknown here; "
-            "call the model on whole sequences (use_cache=False), or leave out patterns=True"
-        )
-    if patterns and queries < keys and last_key_is_hidden(mask):
-        raise ValueError(
-            "a static cache has room behind the newest token, so distances to it are unknown here; use a dynamic cache "
-            "or whole sequences (use_cache=False), or leave out patterns=True"
-        )
+        raise UnsupportedModel("flash attention on several texts in one row: load with attn_implementation='sdpa'")
+    queries, keys = q.shape[2], k.shape[2]
+    if patterns:
+        _check_first_token(layer, queries, keys, mask, forgets_first, own_keys)
     both = torch.promote_types(q.dtype, k.dtype)  # under autocast some models rotate queries alone in fp32
     with torch.no_grad():
-        measured = attention_entropy(
-            q.to(both),
-            k.to(both),
-            causal=causal,
-            scale=scale,
-            mask=mask,
-            window=window,
-            softcap=softcap,
-            sinks=sinks,
-            patterns=patterns,
-        )
+        entropies = attention_entropy(
+            q.to(both), k.to(both), causal=causal, scale=scale, mask=mask, window=window, softcap=softcap,
+            sinks=sinks, patterns=patterns,
+        )  # fmt: skip
         padded = padding_rows(None if mask is None else mask[..., :own_keys], queries, own_keys)
         if padded is not None:
-            measured = replace(measured, visible=measured.visible.masked_fill(padded, 0))
-        if patterns and not chunked and _begins_anew(measured.visible):
-            raise ValueError(
-                "a row behind another sees nothing but itself, as where texts are packed into one: the mass on the "
-                "first token of each is unknown here; call the model on a padded batch, or leave out patterns=True"
-            )
-        recorder.add(layer, measured, slot=slot)
+            entropies = replace(entropies, visible=entropies.visible.masked_fill(padded, 0))
+        visible = entropies.visible
+        # A row that sees one key behind a row that is no padding: a second text begins.
+        if patterns and not chunked and bool(((visible[..., 1:] == 1) & (visible[..., :-1] > 0)).any()):
+            raise ValueError("several texts are packed into one row; give a padded batch, or leave out patterns=True")
+        recorder.add(layer, entropies, slot=slot)
 
 
 @_record.register_fake
-def _(ticket, q, k, mask, sinks, scale, causal, window, softcap, slot, forgets_first, chunked, own_keys, positions):
+def _(ticket, slot, q, k, mask, sinks, scale, causal, window, softcap, chunked, forgets_first, own_keys, positions):
     return None
+
+
+def _check_first_token(
+    layer: int, queries: int, keys: int, mask: Tensor | None, forgets_first: bool, own_keys: int
+) -> None:
+    """Raise ValueError if the distances of the keys or the first token are unknown."""
+    if own_keys != keys:
+        raise ValueError(f"layer {layer} appends compressed keys, whose distance is unknown; leave out patterns=True")
+    if queries < keys and forgets_first:
+        raise ValueError(f"the cache of layer {layer} forgets the first token: use none, or leave out patterns=True")
+    if queries < keys and last_key_is_hidden(mask):
+        raise ValueError("distances are unknown in a static cache; use a dynamic one, or leave out patterns=True")
+
+
+Reader = Callable[[int, Request], None]
+"""Takes the number of a layer and one of its attention calls."""
+
+
+class AttentionTap:
+    """Call a reader at every attention call of a model inside the `with`; the registry is as before outside.
+
+    Taps may be nested, with each other and with an EntropyProbe. Raises UnsupportedModel (a ValueError) for a model
+    that does not route its attention through the registry of transformers.
+    """
+
+    def __init__(self, model: nn.Module, read: Reader) -> None:
+        self._modules = set(routed_attention(model).values())
+        if not self._modules:
+            raise UnsupportedModel(refusal(cast(Any, model).config.model_type))
+        if len({cast(Any, module).layer_idx for module in self._modules}) < len(self._modules):
+            raise UnsupportedModel("an encoder and a decoder number their layers alike; give one part alone")
+        self._read = cast(Reader, torch.compiler.disable(read))
+        self._undo: list[Callable[[], None]] = []
+
+    def __enter__(self) -> AttentionTap:
+        entries = {}
+        for module in self._modules:
+            registry = cast(AttentionInterface, registry_of(module))
+            entries[id(registry), cast(Any, module).config._attn_implementation] = registry
+        for (_, name), registry in entries.items():
+            self._undo.append(replace_entry(registry, name, functools.partial(self._tapped, name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    def _tapped(self, name: str, original: Callable[..., Any] | None) -> Callable[..., Any]:
+        def tapped_attention(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **named: Any
+        ) -> Any:
+            if module in self._modules:
+                with torch.no_grad():
+                    call = read_call(name, module, query, key, attention_mask, named)
+                    mask = as_4d(call.mask, query, call.k)
+                    request = as_request(query, call.k, mask, *call[2:7], patterns=False)
+                    self._read(cast(Any, module).layer_idx, request)
+            attend = original if original is not None else eager_function(type(module))
+            return attend(module, query, key, value, attention_mask, *args, **named)
+
+        return tapped_attention

@@ -1,4 +1,4 @@
-"""Measures: context managers that read a model's forward passes and give quantities, in training and out of it."""
+"""Measures: context managers that read a model's forward passes and give quantities."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ MEASURES: dict[str, type[Measure]] = {
 
 
 def periods_of(entries: Sequence[str], default: int) -> dict[str, int]:
-    """`["heads", "spectrum:2500"]` as steps between measurements, by name; an entry without a number has `default`.
+    """`["heads", "logits:2500"]` as steps between measurements, by name; an entry without a number has `default`.
 
-    Raises ValueError for an unknown measure, a number that is no period, a measure that stands twice, two measures
-    that give one quantity, and a quantity without a description.
+    Raises ValueError for an unknown or repeated measure, a number that is no period, and quantities that have no
+    description or come from two measures.
     """
     periods: dict[str, int] = {}
+    measure_of: dict[str, str] = {}
     for entry in entries:
         name, colon, steps = entry.partition(":")
         if name not in MEASURES:
@@ -40,28 +41,23 @@ def periods_of(entries: Sequence[str], default: int) -> dict[str, int]:
         if name in periods:
             raise ValueError(f"probe.measures: {name} stands twice; give it once")
         periods[name] = int(steps) if colon else default
-    given_by: dict[str, str] = {}
-    for name in periods:
         for quantity in MEASURES[name].gives:
             if quantity not in QUANTITIES:
-                raise ValueError(
-                    f"the measure {name} gives {quantity!r}, which has no description: add a Quantity to "
-                    "normfree.store.quantities.QUANTITIES"
-                )
-            if (other := given_by.setdefault(quantity, name)) != name:
+                raise ValueError(f"the measure {name} gives {quantity!r}, which has no description in QUANTITIES")
+            if (other := measure_of.setdefault(quantity, name)) != name:
                 raise ValueError(f"the measures {other} and {name} both give {quantity!r}; choose one of them")
     return periods
 
 
 def open_measures(names: Sequence[str], model: nn.Module, **options: Mapping[str, Any]) -> list[Measure]:
-    """Each measure, built for the model. `options` are keyword arguments by the measure's name.
+    """Build measures for a model. `options` are keyword arguments by the measure's name.
 
     Raises ValueError, with the measure's name, for a model that it cannot serve.
     """
-    opened = []
-    for name in sorted(names, key=lambda name: name != "heads"):  # its entry in the registry outlives it: the lowest
+    measures = []
+    for name in sorted(names, key=lambda name: name != "heads"):  # the first to enter the registry, the last to leave
         try:
-            opened.append(MEASURES[name](model, **options.get(name, {})))
+            measures.append(MEASURES[name](model, **options.get(name, {})))
         except ValueError as error:
             raise type(error)(f"measure {name}: {error}") from error
-    return opened
+    return measures

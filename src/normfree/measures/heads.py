@@ -1,10 +1,8 @@
-"""What every attention head does: entropy, first-token mass, distance."""
+"""Entropy, first-token mass and distance of every attention head."""
 
 from __future__ import annotations
 
 import logging
-from types import TracebackType
-from typing import Self
 
 import torch
 
@@ -17,10 +15,10 @@ logger = logging.getLogger("normfree")
 
 
 class Heads(Measure):
-    """Entropy of every head, exact and without the T x T matrix, with what comes along in the same call.
+    """Exact entropy of every head without the T x T matrix, and two patterns that the same call gives.
 
     First-token mass and distance are left out with method='eager' and in models that compress their keys, where a key
-    has no place of its own. Raises UnsupportedModel (a ValueError) for a model without softmax attention.
+    has no position. Raises UnsupportedModel (a ValueError) for a model without softmax attention.
     """
 
     gives = ("entropy_nats", "ceiling_nats", "rows", "nonfinite_rows", "first_token_mass", "distance_tokens")
@@ -29,18 +27,12 @@ class Heads(Measure):
         super().__init__(model)
         patterns = method == "auto"
         if patterns and any(compresses_keys(module) for module in model.modules()):
-            logger.warning("compressed keys have no place: mean distance and first-token mass are left out")
+            logger.warning("compressed keys have no position: mean distance and first-token mass are left out")
             patterns = False
         self.probe = EntropyProbe(model, method, patterns=patterns)
 
-    def __enter__(self) -> Self:
-        self.probe.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.probe.__exit__(kind, error, trace)
+    def attach(self) -> EntropyProbe:
+        return self.probe
 
     def totals(self) -> dict[str, Total]:
         entropy = self.probe.statistics()

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from normfree.measures.measure import Measure
 LARGEST_LOGITS = 2**26
 """Elements of a batch's logits: 256 MiB in float32."""
 Batch = Mapping[str, Tensor]
-"""Keyword arguments of the model; `labels`, where given, go to the measures and not to the model."""
+"""Keyword arguments of the model; `labels`, if any, go to the measures and not to the model."""
 
 
 @torch.no_grad()
@@ -31,24 +31,27 @@ def measure_batches(
 ) -> None:
     """Pass batches through the model in evaluation mode, without gradients, while the measures read.
 
-    Logits are computed only where a measure needs them. `progress` is the title of a bar, shown on a terminal.
-    Raises ValueError where there is no batch, or a measure refuses the model.
+    Logits are computed only if a measure needs them. `progress` is the title of a bar, shown on a terminal.
+    Raises ValueError if there is no batch, or a measure refuses the model.
     """
     device = next(model.parameters()).device
     total = len(batches) if isinstance(batches, Sized) else None
-    call = partial(model, use_cache=False) if any(m.needs_logits for m in measures) else without_logits(model)
+    call: Callable[..., Any] = partial(model, use_cache=False)
+    if not any(measure.needs_logits for measure in measures):
+        one_logit = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+        call = partial(call, logits_to_keep=1) if one_logit else partial(model.base_model, use_cache=False)
     batches = iter(batches)
     first = next(batches, None)
     if first is None:
         raise ValueError("there is nothing to measure: give at least one sequence")
     for measure in measures:
         measure.check(first)
-    with ExitStack() as inside:
-        inside.enter_context(in_evaluation_mode(model))
+    with ExitStack() as contexts:
+        contexts.enter_context(in_evaluation_mode(model))
         for measure in measures:
-            inside.enter_context(measure)
-        shown = {"total": total, "desc": progress, "disable": None if progress else True, "leave": False}
-        for batch in tqdm(itertools.chain([first], batches), **shown):
+            contexts.enter_context(measure)
+        bar = {"total": total, "desc": progress, "disable": None if progress else True, "leave": False}
+        for batch in tqdm(itertools.chain([first], batches), **bar):
             inputs = {name: value.to(device) for name, value in batch.items()}
             labels_BT, mask_BT = inputs.pop("labels", None), inputs.get("attention_mask")
             for measure in measures:
@@ -59,9 +62,9 @@ def measure_batches(
 def blocks_of(
     model: PreTrainedModel, blocks_NT: Tensor, batch_sequences: int, measures: Sequence[Measure] = ()
 ) -> list[Batch]:
-    """Batches of this process's share of the blocks: all of them where there is one process.
+    """Batches of the blocks of this process, which share all blocks evenly.
 
-    Where a measure needs logits, batches are smaller than `batch_sequences` if their logits would not fit
+    If a measure needs logits, batches are smaller than `batch_sequences` where their logits would not fit
     `LARGEST_LOGITS`.
     """
     if torch.distributed.is_initialized():
@@ -72,23 +75,13 @@ def blocks_of(
     return [{"input_ids": ids_BT} for ids_BT in blocks_NT.split(batch_sequences)]
 
 
-def without_logits(model: PreTrainedModel) -> Callable[..., Any]:
-    """The model's forward pass with at most the logits of one token."""
-    if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
-        return partial(model, use_cache=False, logits_to_keep=1)
-    return partial(model.base_model, use_cache=False)
-
-
-class in_evaluation_mode:  # noqa: N801 - reads as a verb where it is used
-    """Context manager: evaluation mode inside, the modules' own modes as found outside."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        for module, training in self.modes.items():
+@contextmanager
+def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put the model into evaluation mode, and every module back into its own mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
             module.training = training

@@ -1,20 +1,16 @@
 """The largest attention logit of every head."""
 
-from __future__ import annotations
+# B batch, H query heads, D head width, R rows of one block, C columns of one block
 
-from types import TracebackType
-from typing import Self
+from __future__ import annotations
 
 import torch
 from torch import Tensor
 
 from normfree.entropy.request import Request
-from normfree.entropy.tap import AttentionTap
+from normfree.entropy.swap import AttentionTap
+from normfree.entropy.visibility import ROWS
 from normfree.measures.measure import Measure, Total
-
-# B batch, H query heads, D head width, R rows of one block, C columns of one block
-
-_ROWS = 256
 
 
 class Logits(Measure):
@@ -31,18 +27,12 @@ class Logits(Measure):
         self._highest: dict[int, Tensor] = {}
         self._tap = AttentionTap(model, self._read)
 
-    def __enter__(self) -> Self:
-        self._tap.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._tap.__exit__(kind, error, trace)
+    def attach(self) -> AttentionTap:
+        return self._tap
 
     def _read(self, layer: int, request: Request) -> None:
         keys = request.k.repeat_interleave(request.groups, dim=1)
-        for block in request.visibility.blocks(_ROWS):
+        for block in request.visibility.blocks(ROWS):
             if block.first == block.last:  # padding alone
                 continue
             scores_BHRC = (

@@ -1,4 +1,4 @@
-"""`measure(model, inputs, "heads")`: the quantities of one model on one text, as a table, a heatmap, or arrays."""
+"""measure(model, inputs, "heads"): quantities of a model on a text, as arrays, a table or a heatmap."""
 
 from __future__ import annotations
 
@@ -14,14 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from transformers import (
-    AutoTokenizer,
-    PreTrainedModel,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback, TrainerState
 
 from normfree.measures import open_measures, periods_of
 from normfree.measures.held_out import Batch, measure_batches
@@ -37,12 +30,12 @@ Inputs = str | Tensor | Batch | Sequence[Batch]
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured, as arrays by the name of the quantity."""
+    """Measured values, as arrays by the name of the quantity."""
 
     values: dict[str, np.ndarray]
-    """[L, H], [L] or []: the axes are those of `normfree.store.quantities`."""
+    """[L, H], [L] or [], by the axes in `normfree.store.quantities`."""
     layers: dict[str, list[int]]
-    """The model's own numbers of the layers of each quantity."""
+    """The numbers of the layers of each quantity in the model."""
     seconds: float
     peak_memory_mib: float
 
@@ -50,39 +43,39 @@ class Measurement:
         return self.values[quantity]
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a head, a column a quantity; what is measured for each layer stands in each of its heads' rows.
+        """One row a head and a column a quantity; values of a layer or the whole model repeat in each of its rows.
 
-        One row a layer where no quantity is measured for each head, one row in all where none is for each layer.
+        One row a layer if no quantity is measured for each head, a single row if none is for each layer.
         """
         deepest = max((value.ndim for value in self.values.values()), default=0)
-        rows: dict[tuple[int, ...], dict[str, float]] = {(): {}} if deepest == 0 else {}
+        if deepest == 0:
+            return pd.DataFrame([{name: float(value) for name, value in self.values.items()}])
+        axes = ["layer", "head"][:deepest]
+        columns = {}
         for name, value in self.values.items():
             if value.ndim == deepest:
-                for index in np.ndindex(value.shape):
-                    place = (self.layers[name][index[0]], *index[1:]) if index else ()
-                    rows.setdefault(place, {})[name] = float(value[index])
+                places = [self.layers[name], *map(range, value.shape[1:])]
+                index = pd.MultiIndex.from_product(places, names=axes)
+                columns[name] = pd.Series(value.ravel().astype(float), index=index)
+        frame = pd.DataFrame(columns).reset_index()
         for name, value in self.values.items():
-            if value.ndim == 0 < deepest:
-                for row in rows.values():
-                    row[name] = float(value)
-            if value.ndim == 1 < deepest:
-                of_layer = dict(zip(self.layers[name], value.tolist(), strict=True))
-                for place, row in rows.items():
-                    row[name] = of_layer.get(place[0], np.nan)
-        axes = ("layer", "head")[:deepest]
-        return pd.DataFrame([{**dict(zip(axes, place, strict=True)), **row} for place, row in rows.items()])
+            if value.ndim == 0:
+                frame[name] = float(value)
+            elif value.ndim < deepest:
+                frame[name] = frame["layer"].map(dict(zip(self.layers[name], value.tolist(), strict=True)))
+        return frame
 
     def plot(self, quantity: str = "entropy_nats", *, ax: Axes | None = None, title: str = "") -> Axes:
         """A heatmap of a quantity that every head has. Raises ValueError for one that was not measured."""
         from normfree.report.plots import heatmap
 
-        if quantity not in self.values or self.values[quantity].ndim != 2:
-            heads = [name for name, value in self.values.items() if value.ndim == 2]
-            raise ValueError(f"no number a head is called {quantity!r} here; there are: {', '.join(heads) or 'none'}")
+        per_head = [name for name, value in self.values.items() if value.ndim == 2]
+        if quantity not in per_head:
+            raise ValueError(f"{quantity!r} was not measured for each head; there are: {', '.join(per_head) or 'none'}")
         ceiling = QUANTITIES[quantity].ceiling
         top = self.values.get(ceiling) if isinstance(ceiling, str) else ceiling
-        values_LH, numbers = self.values[quantity], self.layers[quantity]
-        return heatmap(values_LH, quantity=quantity, ceiling=top, layers=numbers, ax=ax, title=title)
+        layers = self.layers[quantity]
+        return heatmap(self.values[quantity], quantity=quantity, ceiling=top, layers=layers, ax=ax, title=title)
 
     def _repr_html_(self) -> str:
         return self.to_frame().to_html(index=False, max_rows=40, float_format="%.4g")
@@ -100,18 +93,17 @@ def measure(
 ) -> Measurement:
     """Measure a model on a text, token ids or model inputs, in evaluation mode.
 
-    `batch` is how many sequences of token ids go through the model at once. A text is cut nowhere: it is one sequence,
-    made by `tokenizer` (default: the one saved beside the model). `options` are keyword arguments of single measures,
-    e.g. `heads={"method": "eager"}`.
+    `batch` is the number of sequences of token ids in a forward pass. A text is one sequence, tokenized by `tokenizer`
+    (default: the one saved beside the model). `options` are keyword arguments of single measures, e.g.
+    `heads={"method": "eager"}`.
 
     Raises ValueError for an unknown measure, one that the model cannot serve, or a batch below 1.
     """
     if batch < 1:
         raise ValueError(f"batch={batch} must be at least 1")
-    names = [measures] if isinstance(measures, str) else list(measures)
-    names = list(periods_of(names, 1))
+    names = list(periods_of([measures] if isinstance(measures, str) else measures, 1))
     if unknown := sorted(options.keys() - set(names)):
-        raise ValueError(f"{unknown[0]}= is no chosen measure; options are given as heads={{'method': 'eager'}}")
+        raise ValueError(f"{unknown[0]}= is no chosen measure; give options as heads={{'method': 'eager'}}")
     began = time.perf_counter()
     opened = open_measures(names, model, **options)
     batches = _batches(model, inputs, batch, tokenizer)
@@ -135,8 +127,8 @@ class MeasureCallback(TrainerCallback):
     Trainer(..., callbacks=[callback]).train()
     callback.to_frame()     # one row a head and step
     ```
-    Measures before the first step, every `every` steps and after the last one. Training is not disturbed: no random
-    number is drawn, and modes and hooks are as before.
+    Measures before the first step, every `every` steps and after the last one. Training is not disturbed: random
+    numbers, modes and hooks are as before.
     """
 
     def __init__(self, measures: str | Sequence[str], *, inputs: Inputs, every: int = 100, batch: int = 8) -> None:
@@ -145,12 +137,10 @@ class MeasureCallback(TrainerCallback):
         self.measures, self.inputs, self.every, self.batch = measures, inputs, every, batch
         self.history: dict[int, Measurement] = {}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **more: Any) -> None:
         self._measure(state.global_step, more["model"])
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **more: Any) -> None:
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
             self._measure(state.global_step, more["model"])
 
@@ -158,7 +148,7 @@ class MeasureCallback(TrainerCallback):
         self.history[step] = measure(model, self.inputs, self.measures, batch=self.batch)
 
     def to_frame(self) -> pd.DataFrame:
-        """`Measurement.to_frame` of every step, below each other, with a column `step`."""
+        """The tables of all steps, with a column `step`."""
         frames = [measured.to_frame().assign(step=step) for step, measured in self.history.items()]
         return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
@@ -173,10 +163,10 @@ def _batches(model: PreTrainedModel, inputs: Inputs, batch: int, tokenizer: Any)
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Most memory this process has held so far, in MiB: on a GPU of its own, else of the machine."""
+    """Peak memory of this process in MiB, on the GPU if `device` is one, else of the machine."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     status = Path("/proc/self/status")
-    if status.exists():  # Linux counts in ru_maxrss what the parent held when it started this process
+    if status.exists():  # on Linux ru_maxrss counts the parent's memory at the fork
         return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))[1]) / 2**10  # pyright: ignore
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS

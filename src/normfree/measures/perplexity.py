@@ -1,4 +1,4 @@
-"""How well the next token is predicted."""
+"""Loss and perplexity of the next token."""
 
 # B batch, T tokens, V vocabulary; t tokens of one block of logits
 
@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ _PROOF_TOKENS = 64
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Sums over predicted tokens; `a + b` merges two texts or two processes."""
+    """Sums over the predicted tokens of a text."""
 
     nats: float
     """Sum of cross-entropies."""
@@ -36,12 +36,9 @@ class Evaluation:
     bytes: int = 0
     """UTF-8 bytes of the predicted tokens."""
 
-    def __add__(self, other: Evaluation) -> Evaluation:
-        return Evaluation(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)
-
     @property
     def loss_nats(self) -> float:
-        """Mean cross-entropy per predicted token; NaN where there is none."""
+        """Mean cross-entropy per predicted token; NaN if there is none."""
         return self.nats / self.tokens if self.tokens else math.nan
 
     @property
@@ -51,18 +48,13 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float:
-        """Comparable between tokenizers; NaN where no byte was counted."""
+        """Comparable between tokenizers; NaN if no byte was counted."""
         return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
 
     def to_dict(self) -> dict[str, float | int]:
-        """For run.json and the command line."""
-        return {
-            "loss_nats": self.loss_nats,
-            "perplexity": self.perplexity,
-            "bits_per_byte": self.bits_per_byte,
-            "tokens": self.tokens,
-            "bytes": self.bytes,
-        }
+        """The fields of run.json."""
+        names = ("loss_nats", "perplexity", "bits_per_byte", "tokens", "bytes")
+        return {name: getattr(self, name) for name in names}
 
 
 def next_token_nats(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[float, int]:
@@ -70,22 +62,22 @@ def next_token_nats(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[float, int]:
 
     Softmax and sums are in float64, a few rows at a time: in float32 a vocabulary of 262,144 shifts the mean by 1e-5.
     """
-    logits_BTV, wanted_BT = logits_BTV[:, :-1], labels_BT[:, 1:]
+    logits_BTV, targets_BT = logits_BTV[:, :-1], labels_BT[:, 1:]
     rows = max(1, _LARGEST_BLOCK // logits_BTV.shape[-1])
     total = torch.zeros((), dtype=torch.float64, device=logits_BTV.device)
-    for logits_TV, wanted_T in zip(logits_BTV, wanted_BT, strict=True):
-        for logits_tV, wanted_t in zip(logits_TV.split(rows), wanted_T.split(rows), strict=True):
-            total += F.cross_entropy(logits_tV.double(), wanted_t, ignore_index=IGNORED, reduction="sum")
-    return total.item(), int((wanted_BT != IGNORED).sum())
+    for logits_TV, targets_T in zip(logits_BTV, targets_BT, strict=True):
+        for logits_tV, targets_t in zip(logits_TV.split(rows), targets_T.split(rows), strict=True):
+            total += F.cross_entropy(logits_tV.double(), targets_t, ignore_index=IGNORED, reduction="sum")
+    return total.item(), int((targets_BT != IGNORED).sum())
 
 
 @torch.no_grad()
 def sees_later_tokens(model: PreTrainedModel, ids_BT: Tensor) -> bool:
-    """True if other later tokens move the logits of earlier ones by more than rounding; NaN moves nothing.
+    """True if changing later tokens moves the logits of earlier ones by more than rounding; NaN moves nothing.
 
-    They differ from an odd place on: no block of 2, 4, 8, ... tokens ends there. Both runs make the same products, but
-    for those of experts, which regroup: their rounding is allowed for (1e-5 of the logits' spread in fp32). Our own
-    models are causal as built, and not run.
+    The tokens change from an odd place on, where no block of 2, 4, 8, ... tokens ends. Experts regroup their tokens, so
+    their rounding is allowed for (1e-5 of the logits' spread in fp32). Our own models are causal by construction, and
+    not run.
     """
     if model.config.model_type == "normfree":
         return False
@@ -102,7 +94,7 @@ def sees_later_tokens(model: PreTrainedModel, ids_BT: Tensor) -> bool:
 
 
 class Perplexity(Measure):
-    """Loss and perplexity of the tokens that pass by, each predicted from those before it in its row.
+    """Loss and perplexity of all tokens, each predicted from those before it in its row.
 
     Raises ValueError, before the first pass, for a model that sees later tokens.
     """
@@ -116,23 +108,16 @@ class Perplexity(Measure):
         self._labels_BT: Tensor | None = None
         self._mask_BT: Tensor | None = None
 
-    def __enter__(self) -> Self:
-        self._hook = self.model.register_forward_hook(self._add, with_kwargs=True)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._hook.remove()
+    def attach(self) -> AbstractContextManager[Any]:
+        return self.model.register_forward_hook(self._add, with_kwargs=True)
 
     def check(self, inputs: Mapping[str, Tensor]) -> None:
         if "input_ids" not in inputs or cast(PreTrainedModel, self.model).get_output_embeddings() is None:
             raise ValueError("perplexity needs input_ids and a model with a language-model head")
         if sees_later_tokens(cast(PreTrainedModel, self.model), inputs["input_ids"]):
             raise ValueError(
-                f"{type(self.model).__name__} is not causal: later tokens change what it predicts for earlier ones, so "
-                "it has no perplexity; normfree measure shows its heads (BERT and its kin are causal with "
-                "is_decoder=true)"
+                f"{type(self.model).__name__} is not causal: later tokens change its predictions of earlier ones, so "
+                "it has no perplexity; `normfree measure` shows its heads (BERT is causal with is_decoder=true)"
             )
 
     def expect(self, labels_BT: Tensor | None, mask_BT: Tensor | None) -> None:
@@ -151,7 +136,7 @@ class Perplexity(Measure):
         return dict.fromkeys(self.gives, (self.nats, self.tokens))
 
     def evaluation(self, *, predicted_bytes: int, device: torch.device | str | None = None) -> Evaluation:
-        """Sums, over processes that share the text on `device`, with the bytes of all predicted tokens."""
+        """Sums over processes that share the text on `device`; `predicted_bytes` is that of the whole text."""
         nats, tokens = over_processes(self.nats, device), over_processes(self.tokens, device)
         return Evaluation(nats.item(), int(tokens), predicted_bytes)
 

@@ -8,7 +8,7 @@ from normfree.measures.measure import Measure, Total
 
 
 class Slopes(Measure):
-    """The learnable slopes as they stand; nothing for a model without them."""
+    """The current learnable slopes; nothing for a model without them."""
 
     gives = ("negative_slope",)
 
@@ -21,4 +21,4 @@ class Slopes(Measure):
         if not slopes:
             return {}
         slope_S = torch.stack(list(slopes.values())).detach().double()
-        return {"negative_slope": (slope_S, torch.ones_like(slope_S))}  # equal in all processes, so their mean
+        return {"negative_slope": (slope_S, torch.ones_like(slope_S))}  # the mean of equal values in all processes

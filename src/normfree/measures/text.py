@@ -1,13 +1,10 @@
-"""Perplexity and bits per byte of any causal language model, weighted by token.
+"""Perplexity and bits per byte of any causal language model, weighted by token."""
 
-Sums of nats, tokens and bytes travel apart and are divided once, at the end.
-
-Shape legend: B batch, T tokens, V vocabulary, N blocks.
-"""
+# B batch, T tokens, N blocks
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, cast
 
 import numpy as np
@@ -20,7 +17,7 @@ from normfree.measures.perplexity import IGNORED, Evaluation, Perplexity
 
 _LIMITS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_seq_length", "max_sequence_length")
 _LIMITS += ("seq_length", "model_max_length", "context_length", "max_target_positions")
-"""Names for the most tokens of a window, in configs of transformers and of code that comes with a model."""
+"""Names of the longest context in configs of transformers and of code that comes with a model."""
 
 
 def perplexity(
@@ -35,47 +32,78 @@ def perplexity(
 ) -> Evaluation:
     """The `Evaluation` of one text, with perplexity and bits per byte, in windows of `context` tokens.
 
-    Windows advance by `stride` (default: as far as they reach). Every token is predicted exactly once, from as much of
-    its window as lies before it. Without a BOS token the first of the text, and of each window where windows do not
-    overlap, has nothing before it and is not predicted. A smaller stride gives each token more to look back on and
-    costs context / stride times as much. `bos`: see `leading_ids`; the BOS token is one of the `context` tokens of a
-    window and is not counted. bits_per_byte counts the UTF-8 bytes of predicted tokens only: a character that a window
-    begins inside counts whole or not at all, and with a tokenizer that gives no offsets (written in Python) no byte
-    does.
+    Windows advance by `stride` (default: their own length, without overlap). Every token is predicted exactly once,
+    from the tokens before it in its window. Without a BOS token the first token of the text, and of each window if
+    windows do not overlap, is not predicted. A smaller stride gives each token more context and costs context / stride
+    times as much. `bos`: see `leading_ids`; the BOS token is one of the `context` tokens and is not counted.
+    bits_per_byte counts the UTF-8 bytes of predicted tokens only: a character that a window begins inside counts whole
+    or not at all, and no byte counts with a tokenizer that gives no offsets (written in Python).
 
-    Raises ValueError when the text has fewer than two tokens, context, stride or bos do not fit model and tokenizer, or
+    Raises ValueError if the text has fewer than two tokens, context, stride or bos do not fit model and tokenizer, or
     the model sees later tokens.
     """
-    leading = leading_ids(model, tokenizer, bos)
-    room = room_for_text(checked_context(model, context), leading)
+    encoded, leading, room = encode(model, tokenizer, text, checked_context(model, context), bos)
+    ids, spans = encoded["input_ids"], encoded.get("offset_mapping")
     stride = room if stride is None else stride
     if not 1 <= stride <= room:
         raise ValueError(f"stride={stride} must be between 1 and the tokens of text in a window, {room}")
-    offsets = {"return_offsets_mapping": True} if tokenizer.is_fast else {}
-    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True, **offsets)
-    ids, spans = encoded["input_ids"], encoded.get("offset_mapping")
-    if len(ids) < 2:
-        raise ValueError(f"the text has {len(ids)} token(s); at least 2 are needed to predict one")
-    check_vocabulary(model, leading + ids)
     windows, size = [], 0
     for start, end, first in _windows(len(ids), room, stride, seen_before=len(leading)):
         ids_BT = torch.tensor([leading + ids[start:end]])
         labels_BT = ids_BT.clone()
         labels_BT[:, : len(leading) + first - start] = IGNORED
         windows.append({"input_ids": ids_BT, "labels": labels_BT})
-        # Counted from the end of the token before: offsets of some tokenizers leave out the blank before a word.
-        before = spans[first - 1][1] if spans and first else 0
-        size += len(text[before : spans[end - 1][1]].encode()) if spans else 0
+        if spans:
+            # Counted from the end of the token before: offsets of some tokenizers leave out the blank before a word.
+            size += len(text[spans[first - 1][1] if first else 0 : spans[end - 1][1]].encode())
     measure = Perplexity(model)
     measure_batches(model, windows, [measure], progress="evaluating" if progress else None)
     return measure.evaluation(predicted_bytes=size)
 
 
-def leading_ids(model: PreTrainedModel, tokenizer: Any, bos: bool | None) -> list[int]:
-    """What stands before every window: the BOS token or nothing; `bos=None` takes what the tokenizer puts before texts.
+def _windows(length: int, room: int, stride: int, *, seen_before: int) -> Iterator[tuple[int, int, int]]:
+    """(start, end, first predicted token) of each window of at most `room` tokens of text.
 
-    Models such as Llama, Gemma and Mistral were trained with it and predict badly without; ours never see one, whatever
-    tokenizer they have. Raises ValueError for bos=True where the tokenizer has no BOS token.
+    Each token is predicted once, but for the first of a window if neither text nor a leading token comes before it.
+    """
+    unpredictable = 0 if seen_before else 1
+    predicted_until = unpredictable
+    for start in range(0, length, stride):
+        end = min(start + room, length)
+        first = max(predicted_until, start + unpredictable)
+        if first < end:
+            yield start, end, first
+        predicted_until = end
+        if end == length:
+            return
+
+
+def encode(
+    model: PreTrainedModel, tokenizer: Any, text: str, context: int, bos: bool | None
+) -> tuple[Any, list[int], int]:
+    """Tokenize a text for windows of `context` tokens: the encoding, leading ids, and tokens of text in a window.
+
+    Raises ValueError for fewer than two tokens, a context without room for text, and ids outside the vocabulary.
+    """
+    leading = leading_ids(model, tokenizer, bos)
+    if context <= len(leading):
+        raise ValueError(f"context={context} leaves no room for text behind {len(leading)} leading tokens")
+    offsets = {"return_offsets_mapping": True} if tokenizer.is_fast else {}
+    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True, **offsets)
+    ids = encoded["input_ids"]
+    if len(ids) < 2:
+        raise ValueError(f"the text has {len(ids)} token(s); at least 2 are needed to predict one")
+    rows, highest = len(cast(nn.Embedding, model.get_input_embeddings()).weight), max(leading + ids)
+    if highest >= rows:
+        raise ValueError(f"the tokenizer gives token {highest}, but the model's vocabulary has {rows}: use its own")
+    return encoded, leading, context - len(leading)
+
+
+def leading_ids(model: PreTrainedModel, tokenizer: Any, bos: bool | None) -> list[int]:
+    """What begins every window: the BOS token or nothing; with `bos=None` what the tokenizer puts before texts.
+
+    Models such as Llama, Gemma and Mistral were trained with it and predict badly without. Ours never see one, whatever
+    tokenizer they have. Raises ValueError for bos=True if the tokenizer has no BOS token.
     """
     if bos is None and model.config.model_type != "normfree":
         text, plain = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
@@ -86,24 +114,16 @@ def leading_ids(model: PreTrainedModel, tokenizer: Any, bos: bool | None) -> lis
     return [tokenizer.bos_token_id] if bos else []
 
 
-def _windows(length: int, context: int, stride: int, *, seen_before: int) -> Iterator[tuple[int, int, int]]:
-    """(start, end, first predicted token) of each window; predicted ranges neither overlap nor leave a gap other than
-    the first token of a window that sees nothing before it: no token of the text, and none of `seen_before`."""
-    unpredictable = 0 if seen_before else 1
-    predicted_until = unpredictable
-    for start in range(0, length, stride):
-        end = min(start + context, length)
-        first = max(predicted_until, start + unpredictable)
-        if first < end:
-            yield start, end, first
-        predicted_until = end
-        if end == length:
-            return
-
-
 def checked_context(model: nn.Module, context: int | None) -> int:
-    """`context`, or the model's own; ValueError where it is below 2 or longer than the model allows."""
-    limit = _position_limit(model)
+    """`context`, or the model's limit. Raises ValueError if it is below 2 or longer than the model allows."""
+    config = cast(Any, model.config).get_text_config()
+    limits = [getattr(config, name, None) for name in _LIMITS]
+    limit = next((limit for limit in limits if isinstance(limit, int) and limit > 0), 0)  # XLNet says -1
+    for name, part in model.named_modules():
+        if limit and "position" in name and isinstance(part, nn.Embedding) and part.num_embeddings == limit:
+            if part.padding_idx is not None:  # RoBERTa's positions begin behind that of padding
+                limit -= part.padding_idx + 1
+            break
     if context is None:
         return limit or 1024
     if context < 2 or (limit and context > limit):
@@ -111,37 +131,7 @@ def checked_context(model: nn.Module, context: int | None) -> int:
     return context
 
 
-def _position_limit(model: nn.Module) -> int | None:
-    """The most tokens that the model has positions for, or None. RoBERTa's first is the one after that of padding."""
-    config = cast(Any, model.config).get_text_config()
-    limits = [getattr(config, name, None) for name in _LIMITS]
-    limit = next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)  # XLNet says -1
-    if limit is None:
-        return None
-    for name, part in model.named_modules():
-        if "position" in name and isinstance(part, nn.Embedding) and part.num_embeddings == limit:
-            return limit if part.padding_idx is None else limit - part.padding_idx - 1
-    return limit
-
-
 def spread(blocks_NT: Tensor, count: int) -> Tensor:
-    """At most `count` blocks, evenly spread over all, so that a small sample sees every document group."""
+    """At most `count` blocks, evenly spread over all, so that a small sample has parts of every document group."""
     chosen = np.linspace(0, len(blocks_NT) - 1, min(count, len(blocks_NT))).round().astype(int)
     return blocks_NT[torch.from_numpy(chosen)]
-
-
-def room_for_text(context: int, leading: Sequence[int]) -> int:
-    """Tokens of text in a window behind the `leading` ones; ValueError where there is none."""
-    if context <= len(leading):
-        raise ValueError(f"context={context} leaves no room for text behind {len(leading)} leading tokens")
-    return context - len(leading)
-
-
-def check_vocabulary(model: PreTrainedModel, ids: Sequence[int]) -> None:
-    """ValueError when the tokenizer gives ids that the model has no embedding for."""
-    rows = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
-    if max(ids) >= rows:
-        raise ValueError(
-            f"the tokenizer gives token {max(ids)}, but the model's vocabulary has {rows}: "
-            "use the tokenizer that the model was trained with"
-        )

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from normfree.entropy.probe import ProbeMethod
-from normfree.measures.text import check_vocabulary, checked_context, leading_ids, room_for_text, spread
+from normfree.measures.text import checked_context, encode, spread
 
 DEFAULT_CONTEXT = 1024
 
@@ -20,19 +20,13 @@ def token_windows(
 ) -> Tensor:
     """(N, T) token ids: at most `sequences` windows of `context` tokens, spread evenly over the text.
 
-    `context` defaults to the model's limit, at most 1024. A text shorter than that is one window. With a BOS token
-    (`bos`: see `leading_ids`) each window begins with it, and it is one of the `context`. Raises ValueError for fewer
-    than two tokens, a context that the model does not allow, ids outside its vocabulary, and a BOS that is not there.
+    `context` defaults to the model's limit, at most 1024. A text shorter than that is one window. A BOS token (`bos`:
+    see `leading_ids`) begins each window and is one of the `context`. Raises ValueError for fewer than two tokens, a
+    context that the model does not allow, ids outside its vocabulary, and a BOS token that does not exist.
     """
-    if sequences < 1:
-        raise ValueError(f"sequences={sequences} must be at least 1")
-    context = default_context(model, context)
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    if len(ids) < 2:
-        raise ValueError(f"the text has {len(ids)} token(s); at least 2 are needed")
-    leading = leading_ids(model, tokenizer, bos)
-    check_vocabulary(model, leading + ids)
-    room = min(room_for_text(context, leading), len(ids))
+    encoded, leading, room = encode(model, tokenizer, text, default_context(model, context), bos)
+    ids = encoded["input_ids"]
+    room = min(room, len(ids))
     windows_NT = torch.tensor(ids[: len(ids) // room * room]).view(-1, room)
     chosen_NT = spread(windows_NT, sequences)
     leading_NT = torch.tensor(leading, dtype=torch.long).expand(len(chosen_NT), -1)
@@ -46,7 +40,7 @@ def default_context(model: PreTrainedModel, context: int | None) -> int:
 
 
 def memory_estimate(model: PreTrainedModel, *, batch: int, context: int, method: ProbeMethod) -> int:
-    """Bytes that weights and one forward pass will need, roughly: activations of one layer, and the probe's copies.
+    """Rough number of bytes for weights and one forward pass: activations of one layer, and the probe's copies.
 
     The probe adds queries, keys and outputs in fp32, linear in T. A model in eager attention (gemma2, gpt_oss) makes
     T x T matrices of its own, one layer at a time; method='eager' keeps those of every layer.
@@ -66,26 +60,26 @@ def memory_estimate(model: PreTrainedModel, *, batch: int, context: int, method:
 
 
 def _widest(config: Any, name: str, default: int) -> int:
-    """A size of a config that has one number, one a layer (gemma3n), or none (mamba has no heads)."""
+    """A size of a config that has one number, one for each layer (gemma3n), or none (mamba has no heads)."""
     size = getattr(config, name, None) or default
     return max(size) if isinstance(size, list) else size
 
 
 def evaluation_estimate(model: PreTrainedModel, *, context: int) -> int:
-    """Bytes that weights and the evaluation of one window need, roughly: logits, and two blocks of them in float64."""
+    """Rough number of bytes for weights and the evaluation of one window: logits, and two blocks of them in float64."""
     logits = context * model.config.get_text_config().vocab_size * next(model.parameters()).element_size()
     return memory_estimate(model, batch=1, context=context, method="auto") + logits + 2 * 2**25
 
 
 def check_memory(needed: int, device: torch.device, *, advice: str) -> str:
-    """One line on what will be needed beside what this process holds, and what there is.
+    """Describe in one line the memory that will be needed and that there is; `needed` comes on top of what is in use.
 
-    Raises ValueError, with `advice`, when that is too little.
+    Raises ValueError, with `advice`, if there is too little.
     """
     on_gpu = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
-    held = torch.cuda.memory_allocated(device) if on_gpu else psutil.Process().memory_info().rss
-    line = f"about {_size(held + needed)} needed by this process, {_size(held + free)} to be had"
+    used = torch.cuda.memory_allocated(device) if on_gpu else psutil.Process().memory_info().rss
+    line = f"about {_size(used + needed)} needed by this process, {_size(used + free)} available"
     if needed > free:
         raise ValueError(f"not enough memory: {line}; {advice}")
     return line

@@ -1,1 +1,1 @@
-"""Models that others made: loading, GGUF files, conversion to our classes."""
+"""Pretrained models: loading, GGUF files, conversion to NormFreeForCausalLM."""

@@ -1,4 +1,4 @@
-"""What a .gguf file says and transformers 5.23 does not read: corrected where that is sure, else refused."""
+"""Keys and weights of .gguf files that transformers 5.23 does not read: correct them where possible, else refuse."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 
 _SPLIT_LIKE_GPT2 = {"gpt-2", "phi-2", "mpt", "olmo"}
 _SPLIT_DIGITS_FIRST = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
-"""Each digit is taken alone, and the rest split as GPT-2 does: one entry in llama.cpp's table of pre-tokenizers."""
+"""Each digit is a word of its own, the rest is split as in GPT-2: one entry in llama.cpp's table of pre-tokenizers."""
 _CONFIG_NAMES = {
     "rope.freq_base": "rope_theta",
     "rope.scaling.type": "rope_type",
@@ -27,30 +27,30 @@ _CONFIG_NAMES = {
 _HARMLESS = {
     *("attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon"),  # always read
     *("attention.layer_norm_epsilon", "attention.value_length", "rope.dimension_sections"),
-    *("rope.scaling.finetuned", "rope.scaling.original_context_length"),  # say nothing without a type or factor
+    *("rope.scaling.finetuned", "rope.scaling.original_context_length"),  # without effect unless there is a factor
 }
 
 
 def correct_or_refuse(path: Path, model: Any, tokenizer: Any) -> None:
-    """Split text as the file says. Raises ValueError where a key or weight that changes numbers was not read."""
+    """Split text as the file says. Raises ValueError if a key or weight that changes numbers was not read."""
     metadata, tensors = read_gguf_metadata(str(path))
     architecture = metadata["general.architecture"]
     unread = list(_unread_keys(metadata, architecture, model.config))
-    if architecture not in GGUF_CONFIG_ARCHS:  # the loader of those reports weights without a place itself
+    if architecture not in GGUF_CONFIG_ARCHS:  # for those the loader reports weights without a place itself
         processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config={})
         places = get_gguf_hf_weights_map(model, processor)
         unread += [name for name in tensors if name not in places and name.removesuffix(".weight") not in places]
-    if not (path.parent / "tokenizer.json").is_file():  # which is read in place of the file's own
+    if not (path.parent / "tokenizer.json").is_file():  # which replaces the file's own
         unread += _correct_split(metadata, tokenizer)
     if unread:
         raise ValueError(
-            f"{path} holds {', '.join(unread[:3])}, which transformers does not read: the numbers would not be the "
-            "model's; give the folder or the hub name that the file was made from"
+            f"{path} holds {', '.join(unread[:3])}, which transformers does not read, so numbers would be wrong; give "
+            "the folder or the hub name that the file was made from"
         )
 
 
 def _unread_keys(metadata: dict[str, Any], architecture: str, config: Any) -> Iterator[str]:
-    """The keys of attention and positions that differ from the loaded config: shapes do not show what those say."""
+    """The keys of attention and positions that differ from the loaded config; shapes do not reveal these."""
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     places = [vars(config), {"head_dim": head}, rope, *(part for part in rope.values() if isinstance(part, dict))]
@@ -70,12 +70,12 @@ def _unread_keys(metadata: dict[str, Any], architecture: str, config: Any) -> It
 
 
 def _close(number: Any, value: Any) -> bool:
-    """True for two numbers that differ by the rounding of fp32, as the file has them."""
+    """True for two numbers that differ by the rounding of fp32, in which the file stores them."""
     return isinstance(number, int | float) and isinstance(value, float) and abs(number - value) <= 1e-6 * abs(value)
 
 
 def _correct_split(metadata: dict[str, Any], tokenizer: Any) -> list[str]:
-    """Give a byte-level tokenizer the file's pre-tokenizer; returns what is not known here or was not read."""
+    """Give a byte-level tokenizer the file's pre-tokenizer; return the keys that are unknown or were not read."""
     if metadata["tokenizer.ggml.model"] == "gpt2":
         default = "gpt-2" if metadata["general.architecture"] == "gpt2" else None
         split = metadata.get("tokenizer.ggml.pre", default)

@@ -1,4 +1,4 @@
-"""MODEL on the command line: a run of ours, a folder, a .gguf file or a name on the Hugging Face hub."""
+"""Load MODEL of the command line: a run, a folder, a .gguf file or a name on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import model_info, try_to_load_from_cache
+from huggingface_hub.errors import HTTPError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.import_utils import is_peft_available
@@ -19,12 +20,12 @@ from normfree.spec.keys import nearest
 from normfree.store.runs import RUN_FILE, read_run
 
 _UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError)
-"""What transformers raises for names, configs and weights that it cannot make a model of."""
+"""What transformers raises for names, configs and weights that make no model."""
 _UNUSED = re.compile(
     r"inv_freq$|position_ids$|(attn|attention)\.(masked_)?bias$|causal_mask$"  # buffers that older versions saved
     r"|(^|\.)(pooler|seq_relationship|mtp|vision|visual|audio|multi_modal|multimodal|embed_vision|embed_audio)"
 )
-"""Weights that no prediction of a next token uses: masks, BERT's other heads, multi-token prediction, other senses."""
+"""Weights that no prediction of a next token uses: masks, BERT's other heads, multi-token prediction, images, audio."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -37,11 +38,11 @@ def load_pretrained(
     attention: str | None = None,
 ) -> tuple[Any, Any]:
     """Load (model, tokenizer), the model in evaluation mode on `device` (default: the GPU if there is one).
-    `attention` is transformers' attn_implementation; None lets the model choose.
 
-    Raises ValueError, in one line, when there is no such model, it cannot be reached, it is no causal LM, the files
-    lack its tokenizer or some of its weights, which transformers would fill with random numbers, or they hold what it
-    leaves out: weights without a place, an adapter where peft is not installed, keys of a .gguf file.
+    `attention` is transformers' attn_implementation; None lets the model choose. Raises ValueError, in one line, if
+    there is no such model, it cannot be reached, it is no causal LM, its tokenizer or some of its weights are missing
+    (transformers would fill these with random numbers), or transformers leaves out a part of it: weights without a
+    place, an adapter without peft, keys of a .gguf file.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
@@ -55,19 +56,11 @@ def load_pretrained(
         tokenizer = AutoTokenizer.from_pretrained(**options)
         model, info = loaded[0].to(target).eval(), loaded[1]
     except _UNREADABLE as error:
-        raise ValueError(
-            f"cannot load {name!r} as a causal language model ({_first_line(error)}); give a run folder, a folder "
-            "written by save_pretrained, a .gguf file, or a hub name (needs the network, or HF_HOME with a copy)"
-        ) from error
+        raise _cannot_load(name, error) from error
     if missing := sorted(info["missing_keys"]):
-        raise ValueError(
-            f"{name} lacks {len(missing)} weights of its model, e.g. {missing[0]}: the files are incomplete"
-        )
+        raise ValueError(f"{name} lacks {len(missing)} weights of its model, e.g. {missing[0]}")
     if extra := sorted(key for key in info["unexpected_keys"] if not _UNUSED.search(key)):
-        raise ValueError(
-            f"{name} holds {len(extra)} weight(s) without a place in its model, e.g. {extra[0]}: config.json is of "
-            "another model"
-        )
+        raise ValueError(f"{name} holds {len(extra)} weight(s) without a place in its model, e.g. {extra[0]}")
     if file := options.get("gguf_file"):
         correct_or_refuse(Path(options["pretrained_model_name_or_path"]) / file, model, tokenizer)
     if not tokenizer("text", add_special_tokens=False)["input_ids"]:  # what transformers makes of no files at all
@@ -76,7 +69,10 @@ def load_pretrained(
 
 
 def outline(name: str, *, dtype: str, trust_remote_code: bool = False, attention: str | None = None) -> Any:
-    """The model of a config on the meta device, without weights; None where loading will say why there is none."""
+    """The model on the meta device, without weights; None if its size is unknown or loading will fail.
+
+    Raises ValueError if there is no such model.
+    """
     options: dict[str, Any] = _source(name) | {"trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(**options)
@@ -91,22 +87,27 @@ def outline(name: str, *, dtype: str, trust_remote_code: bool = False, attention
 
 
 def usable_device(device: str | None) -> torch.device:
-    """The device of that name; None takes the GPU if there is one. Raises ValueError where torch cannot use it."""
+    """The device of this name (None: the GPU if there is one). Raises ValueError if torch cannot use it."""
     try:
         return torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
     except (RuntimeError, AssertionError) as error:  # an unknown name, or a build of torch without it
-        raise ValueError(f"device={device} cannot be used here ({_first_line(error)}); cpu always can") from None
+        raise ValueError(f"device={device} cannot be used here ({_first_line(error)}); use cpu") from None
 
 
 def load_config(name: str) -> Any:
-    """The config of a folder or hub name. Raises ValueError, in one line, when it cannot be read or reached."""
+    """The config of a folder or hub name. Raises ValueError, in one line, if it cannot be read or reached."""
+    source = _source(name)
     try:
-        return AutoConfig.from_pretrained(**_source(name))
+        return AutoConfig.from_pretrained(**source)
     except _UNREADABLE as error:
-        raise ValueError(
-            f"cannot read the config of {name!r} ({_first_line(error)}); give a run, a preset, a folder with a "
-            "config.json, or a hub name (needs the network, or HF_HOME with a copy)"
-        ) from error
+        raise _cannot_load(name, error) from error
+
+
+def _cannot_load(name: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"cannot load {name!r} ({_first_line(error)}); give a run, a folder of save_pretrained, a .gguf file, or a hub "
+        "name (needs the network, or HF_HOME with a copy)"
+    )
 
 
 def _first_line(error: Exception) -> str:
@@ -114,6 +115,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _source(name: str) -> dict[str, str]:
+    """Where transformers finds the model. Raises ValueError if it is certain that there is none."""
     path = Path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -125,12 +127,24 @@ def _source(name: str) -> dict[str, str]:
             why = "its folder model/ is not here" if run.status == "finished" else f"the run is {run.status}"
             raise ValueError(f"{name} has no saved model: {why}; only finished runs save one")
         return {"pretrained_model_name_or_path": str(path / "model")}
-    # Names on the hub have one slash at most, and no runs lie beside them.
-    beside_runs = "/" in name and any(path.parent.glob(f"*/{RUN_FILE}"))
-    if not path.exists() and (name.startswith((".", "/")) or name.count("/") > 1 or beside_runs):
-        files = [file for kind in (RUN_FILE, "config.json") for file in path.parent.glob(f"*/{kind}")]
-        beside = sorted({file.parent.name for file in files})
-        raise ValueError(f"{name} does not exist{'; ' + nearest(path.name, beside) if beside else ''}")
-    if path.is_dir() and not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
+    if not path.exists():
+        # Names on the hub have one slash at most, and no runs lie beside them.
+        beside_runs = "/" in name and any(path.parent.glob(f"*/{RUN_FILE}"))
+        if name.startswith((".", "/")) or name.count("/") > 1 or beside_runs:
+            files = [file for kind in (RUN_FILE, "config.json") for file in path.parent.glob(f"*/{kind}")]
+            beside = sorted({file.parent.name for file in files})
+            raise ValueError(f"{name} does not exist{'; ' + nearest(path.name, beside) if beside else ''}")
+        _check_hub(name)
+    elif path.is_dir() and not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
         raise ValueError(f"{name} is neither a run folder nor a saved model: it has no {RUN_FILE} and no config.json")
     return {"pretrained_model_name_or_path": name}
+
+
+def _check_hub(name: str) -> None:
+    """Raise ValueError for a model that is neither cached nor on the hub, at the first failure: loading retries."""
+    try:
+        cached = (try_to_load_from_cache(name, file) for file in ("config.json", "adapter_config.json"))
+        if not any(isinstance(path, str) for path in cached):
+            model_info(name, timeout=10)
+    except (OSError, ValueError, HTTPError) as error:
+        raise _cannot_load(name, error) from error

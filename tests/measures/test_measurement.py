@@ -1,0 +1,97 @@
+"""`measure()` and `MeasureCallback`: the numbers, the table, the heatmap."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from normfree.measures.measurement import MeasureCallback, measure
+
+
+def test_measures_agree_with_the_models_own_attention_matrices(model):
+    ids_NT = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(0))
+    measured = measure(model, ids_NT, batch=3)
+    model.set_attn_implementation("eager")
+    model.eval()
+    with torch.no_grad():
+        attentions = model(ids_NT, output_attentions=True).attentions
+    for layer, p_BHTS in enumerate(attentions):
+        expected_H = torch.special.entr(p_BHTS.double()).sum(-1).mean((0, 2))
+        assert measured["entropy_nats"][layer] == pytest.approx(expected_H.tolist(), abs=2e-5)
+        first_H = p_BHTS[..., 0].double().mean((0, 2))
+        assert measured["first_token_mass"][layer] == pytest.approx(first_H.tolist(), abs=1e-5)
+        back_TS = torch.arange(32)[:, None] - torch.arange(32)
+        distance_H = (p_BHTS.double() * back_TS).sum(-1).mean((0, 2))
+        assert measured["distance_tokens"][layer] == pytest.approx(distance_H.tolist(), abs=1e-4)
+    assert measured["ceiling_nats"] == pytest.approx([math.lgamma(33) / 32] * 3)
+    assert measured["rows"].tolist() == [[4 * 32] * 2] * 3
+
+
+def test_a_measurement_is_a_table_a_heatmap_and_html(model):
+    ids_T = torch.arange(20)
+    measured = measure(model, ids_T, ["heads", "perplexity"])
+    frame = measured.to_frame()
+    assert list(frame.columns[:3]) == ["layer", "head", "entropy_nats"]
+    assert len(frame) == 3 * 2
+    row = frame[(frame.layer == 2) & (frame["head"] == 1)].iloc[0]
+    assert row.entropy_nats == measured["entropy_nats"][2, 1]
+    assert row.ceiling_nats == measured["ceiling_nats"][2]
+    assert row.loss == measured["loss"]
+    model.eval()
+    with torch.no_grad():
+        loss = model(input_ids=ids_T[None], labels=ids_T[None]).loss.item()
+    assert float(measured["loss"]) == pytest.approx(loss, rel=1e-6)
+    assert "entropy_nats" in measured._repr_html_()
+    assert measured.plot("first_token_mass").figure.axes[1].get_xlabel() == "Attention on the first token"
+    with pytest.raises(ValueError, match="'loss' was not measured for each head; there are: entropy_nats, rows"):
+        measured.plot("loss")
+
+
+@pytest.mark.parametrize(("name", "rows"), [("residual", 3), ("perplexity", 1)])
+def test_a_table_has_one_row_a_layer_or_one(model, name, rows):
+    assert len(measure(model, torch.arange(20), name).to_frame()) == rows
+
+
+def test_padding_changes_no_number(model):
+    """Right padding, so that positions stay the same."""
+    ids_BT = torch.arange(60).view(3, 20)
+    padded_BT = torch.cat([ids_BT, torch.zeros(3, 7, dtype=torch.long)], dim=1)
+    mask_BT = (torch.arange(27) < 20).long().expand(3, -1)
+    names = ["heads", "perplexity", "residual"]
+    plain = measure(model, ids_BT, names, batch=3)
+    padded = measure(model, {"input_ids": padded_BT, "attention_mask": mask_BT}, names)
+    for name in ("entropy_nats", "loss", "perplexity", "residual_rms", "rows"):
+        assert np.allclose(padded[name], plain[name], rtol=1e-5, atol=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "eager"}, "method= is no chosen measure"),
+        ({"logits": {}}, "logits= is no chosen measure"),
+        ({"batch": 0}, "batch=0 must be at least 1"),
+    ],
+)
+def test_wrong_options_are_refused(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        measure(model, torch.arange(8), "heads", **options)
+
+
+def test_the_callback_measures_in_any_trainer(model, tmp_path):
+    ids_NT = torch.randint(0, 256, (8, 16), generator=torch.Generator().manual_seed(0))
+    rows = [{"input_ids": ids_T, "labels": ids_T} for ids_T in ids_NT]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=2, use_cpu=True, save_strategy="no",
+        report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    before = measure(model, ids_NT)["entropy_nats"]
+    callback = MeasureCallback("heads", inputs=ids_NT, every=3)
+    Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[callback]).train()
+    assert list(callback.history) == [0, 3, 4]
+    assert np.allclose(callback.history[0]["entropy_nats"], before, atol=1e-6)
+    assert np.allclose(callback.history[4]["entropy_nats"], measure(model, ids_NT)["entropy_nats"], atol=1e-6)
+    assert len(callback.to_frame()) == 3 * 3 * 2

@@ -1,0 +1,127 @@
+"""What makes no whole model is refused in one line, before any number."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from normfree.pretrained.load import load_config, load_pretrained, outline
+from tests.measures.byte_model import byte_gpt2, byte_tokenizer
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    byte_gpt2().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def change_config(folder: Path, **fields: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        ("a layer", r"lacks 12 weights of its model, e\.g\. transformer\.h\.1\."),
+        ("half", "cannot load"),
+        ("config", "cannot load"),
+        ("tokenizer", "has no tokenizer that makes tokens of text"),
+    ],
+)
+def test_incomplete_files_are_refused_in_one_line(saved, harm, message):
+    weights = saved / "model.safetensors"
+    if harm == "a layer":
+        rest = {name: value for name, value in load_file(weights).items() if ".h.1." not in name}
+        save_file(rest, weights, metadata={"format": "pt"})
+    elif harm == "half":
+        weights.write_bytes(weights.read_bytes()[:2000])
+    elif harm == "config":
+        change_config(saved, n_layer="three")
+    else:
+        for file in saved.glob("*token*"):
+            file.unlink()
+    with pytest.raises(ValueError, match=message) as caught:
+        load_pretrained(str(saved))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "refused"),
+    [
+        ("transformer.h.3.ln_1.weight", True),  # config.json says three layers
+        ("transformer.h.0.attn.q_norm.weight", True),
+        ("score.weight", True),
+        ("lm_head.bias", True),
+        ("transformer.h.0.attn.bias", False),
+        ("transformer.h.0.attn.masked_bias", False),
+        ("transformer.rotary_emb.inv_freq", False),
+        ("mtp.layers.0.weight", False),
+        ("model.vision_tower.weight", False),
+        ("lm_head.weight", False),  # tied
+    ],
+)
+def test_unplaced_weights_are_refused_unless_known_as_unused(saved, key, refused):
+    weights = load_file(saved / "model.safetensors")
+    added = weights["transformer.wte.weight"].clone() if key == "lm_head.weight" else torch.ones(32)
+    save_file(weights | {key: added}, saved / "model.safetensors", metadata={"format": "pt"})
+    if not refused:
+        load_pretrained(str(saved))
+        return
+    with pytest.raises(ValueError, match=rf"holds 1 weight\(s\) without a place in its model, e.g. {key}"):
+        load_pretrained(str(saved))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_adapter_without_peft_is_refused(saved, whole, monkeypatch):
+    monkeypatch.setattr("normfree.pretrained.load.is_peft_available", lambda: False)
+    (saved / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "gpt2"}))
+    if not whole:
+        (saved / "config.json").unlink()
+    with pytest.raises(ValueError, match="needs pip install 'peft"):
+        load_pretrained(str(saved))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft uses an old interface of transformers
+def test_an_adapter_is_part_of_the_model(saved):
+    peft = pytest.importorskip("peft", reason="the extra adapters")
+    base = byte_gpt2()
+    config = peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
+    adapted = peft.get_peft_model(copy.deepcopy(base), config)
+    adapted.peft_config["default"].base_model_name_or_path = str(saved)
+    adapted.save_pretrained(saved)
+    loaded, _ = load_pretrained(str(saved), device="cpu")
+    ids_BT = torch.arange(32)[None]
+    with torch.no_grad():
+        plain, expected, logits = (model.eval()(ids_BT).logits for model in (base, adapted, loaded))
+    assert torch.allclose(logits, expected, atol=1e-5)
+    assert not torch.allclose(logits, plain, atol=1e-2)
+
+
+def test_only_a_config_that_tells_weight_sizes_has_an_outline(saved):
+    assert outline(str(saved), dtype="fp32").num_parameters() == load_pretrained(str(saved))[0].num_parameters()
+    change_config(saved, quantization_config={"quant_method": "gptq", "bits": 4})
+    assert outline(str(saved), dtype="fp32") is None
+
+
+def test_a_missing_model_fails_at_the_first_request(monkeypatch):
+    """Loading would retry for half a minute; the outline and the config fail alike, so that nothing is tried twice."""
+    requests = []
+
+    def fail(name, timeout):
+        requests.append(name)
+        raise OSError("no network")
+
+    monkeypatch.setattr("normfree.pretrained.load.model_info", fail)
+    for load in (load_pretrained, load_config, lambda name: outline(name, dtype="fp32")):
+        with pytest.raises(
+            ValueError, match=r"cannot load 'nowhere/model' \(no network\); give a run, .*, or a hub name"
+        ):
+            load("nowhere/model")
+    assert requests == ["nowhere/model"] * 3
