@@ -95,19 +95,6 @@ def test_a_nan_head_is_counted_apart_and_never_as_zero():
     assert heads.mean_nats().isnan().nonzero().tolist() == [[1, 1]]
 
 
-def test_patterns_of_a_probe_match_the_matrices():
-    model = tiny_model("llama")
-    heads = measure(model, patterns=True)
-    twin = copy.deepcopy(model)
-    twin.set_attn_implementation("eager")
-    with torch.no_grad():
-        p_LBHTS = torch.stack(twin(input_ids=IDS, output_attentions=True).attentions)
-    position = torch.arange(20.0)
-    distance = (position - p_LBHTS @ position).mean((1, 3))
-    torch.testing.assert_close(heads.mean_distance().float(), distance, atol=1e-4, rtol=0)
-    torch.testing.assert_close(heads.mean_first_mass().float(), p_LBHTS[..., 0].mean((1, 3)), atol=1e-5, rtol=0)
-
-
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_counts_once(reentrant):
     model = tiny_model("gpt2").train()

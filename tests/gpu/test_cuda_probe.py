@@ -111,16 +111,6 @@ def test_outputs_inside_a_probe_are_bit_equal(name, dtype, family):
     assert torch.equal(plain, after)
 
 
-def test_a_broken_head_is_counted_apart_with_its_layer(family):
-    model = family("gpt2")
-    with torch.no_grad():
-        model.get_parameter("transformer.h.1.attn.c_attn.bias")[8] = torch.nan  # head 1 of 4, a query coordinate
-    heads = measure(model.to(DEVICE))
-    assert heads.nonfinite_rows.nonzero().tolist() == [[1, 1]]
-    assert heads.rows[1].tolist() == [56, 0, 56, 56]
-    assert heads.mean_nats().isnan().nonzero().tolist() == [[1, 1]]
-
-
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_counts_once(reentrant, family):
     """CUDA's backward pass runs in a thread of its own."""

@@ -50,9 +50,7 @@ def bos_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast
     return tokenizer
 
 
-def by_hand(
-    model: GPT2LMHeadModel, ids: list[int], context: int, stride: int, leading: tuple[int, ...] = ()
-) -> list[float]:
+def by_hand(model: GPT2LMHeadModel, ids: list[int], context: int, stride: int, leading: list[int]) -> list[float]:
     """Nats of each predicted token, one forward pass a token, as slowly as possible."""
     model.eval()
     nats = []
@@ -69,25 +67,20 @@ def by_hand(
     return nats
 
 
-@pytest.mark.parametrize(("context", "stride"), [(16, 16), (16, 5), (8, 1), (16, 15)])
-def test_each_token_is_predicted_once_from_its_window(model, tokenizer, context, stride):
+@pytest.mark.parametrize("name", ["tokenizer", "bos_tokenizer"])
+@pytest.mark.parametrize(("context", "stride"), [(16, None), (16, 5), (8, 1), (2, 1)])
+def test_each_token_is_predicted_once_from_its_window(model, name, context, stride, request):
+    """Behind a BOS token every token is predicted, else all but the first of a window without overlap."""
+    tokenizer = request.getfixturevalue(name)
     text = "def f(x):\n    return x + 1  # a comment, rather long"
-    expected = by_hand(model, tokenizer(text)["input_ids"], context, stride)
+    leading = tokenizer(text)["input_ids"][: -len(text)]
+    ids = tokenizer(text)["input_ids"][-len(text) :]
+    expected = by_hand(model, ids, context, stride or context - len(leading), leading)
     result = perplexity(model, tokenizer, text, context=context, stride=stride)
-    assert result.tokens == len(expected)
+    assert result.tokens == result.bytes == len(expected)
+    assert result.tokens == len(text) or not leading
     assert result.nats == pytest.approx(sum(expected), rel=1e-5)
     assert result.perplexity == pytest.approx(math.exp(sum(expected) / len(expected)), rel=1e-5)
-
-
-@pytest.mark.parametrize(("context", "stride"), [(16, 15), (16, 5), (8, 1), (2, 1)])
-def test_behind_a_bos_token_every_token_and_byte_is_predicted(model, bos_tokenizer, context, stride):
-    text = "def f(x):\n    return x + 1  # a comment, rather long"
-    bos, *ids = bos_tokenizer(text)["input_ids"]
-    assert bos == bos_tokenizer.bos_token_id
-    expected = by_hand(model, ids, context, stride, (bos,))
-    result = perplexity(model, bos_tokenizer, text, context=context, stride=stride)
-    assert (result.tokens, result.bytes) == (len(expected), len(text)) == (len(ids), len(text))
-    assert result.nats == pytest.approx(sum(expected), rel=1e-5)
 
 
 def test_bos_follows_the_tokenizer_by_default(model, bos_tokenizer):
@@ -142,13 +135,6 @@ def test_an_uninformed_model_has_the_perplexity_of_its_vocabulary(model):
     assert result.perplexity == pytest.approx(256, rel=1e-6)
 
 
-def test_blocks_are_weighted_by_token_whatever_the_batch_size(model):
-    blocks = torch.randint(0, 256, (10, 16), generator=torch.Generator().manual_seed(1))
-    one, three = (evaluate_blocks(model, blocks, batch_sequences=size) for size in (1, 3))
-    assert one.nats == pytest.approx(three.nats, rel=1e-6)
-    assert one.tokens == three.tokens == 150
-
-
 @pytest.mark.parametrize("vocabulary", [4096, 262_144])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cross_entropy_is_exact_to_eleven_digits_whatever_the_vocabulary(vocabulary, dtype):
@@ -189,17 +175,15 @@ def test_a_nan_stays_a_nan(model):
 
 
 @pytest.mark.parametrize(
-    ("text", "options", "message"),
+    ("options", "message"),
     [
-        ("a", {}, "at least 2"),
-        ("abc", {"context": 17}, "context=17"),
-        ("abc", {"context": 8, "stride": 9}, "stride=9"),
-        ("abc", {"bos": True}, "no BOS token"),
+        ({"context": 8, "stride": 9}, "stride=9"),
+        ({"bos": True}, "no BOS token"),
     ],
 )
-def test_what_cannot_be_evaluated_is_refused(model, tokenizer, text, options, message):
+def test_what_cannot_be_evaluated_is_refused(model, tokenizer, options, message):
     with pytest.raises(ValueError, match=message):
-        perplexity(model, tokenizer, text, **options)
+        perplexity(model, tokenizer, "abc", **options)
 
 
 def test_a_tokenizer_of_another_model_is_refused(model, tokenizer):

@@ -57,7 +57,15 @@ def _measure_block(request: Request, block: Block, pairs: _Pairs, first_key: Ten
         nothing = torch.full(counts_NR.shape, torch.nan, dtype=request.q.dtype, device=request.q.device)
         names = ("nats", "distance", "first_mass") if request.patterns else ("nats",)
         return {"visible": counts_NR} | dict.fromkeys(names, nothing)
-    scores_NRC = _scores(request, block, pairs).masked_fill_(~visible_NRC, -torch.inf)
+    wide = torch.float32 if request.q.device.type == "mps" else torch.float64
+    q_NRD = pairs.slices(request.q[:, :, block.start : block.stop]).to(wide)
+    k_NCD = request.k[pairs.batch, pairs.head // request.groups, block.first : block.last].to(wide)
+    scores_NRC = (q_NRD @ k_NCD.mT).mul_(request.scale)
+    if request.softcap is not None:
+        scores_NRC = scores_NRC.div_(request.softcap).tanh_().mul_(request.softcap)
+    if block.bias is not None:
+        scores_NRC += pairs.slices(block.bias)
+    scores_NRC.masked_fill_(~visible_NRC, -torch.inf)
     if request.sinks is None:
         sinks_NR1 = scores_NRC.new_full((1, 1, 1), -torch.inf)  # adds exp(-inf) = 0 to every sum
     else:
@@ -81,15 +89,3 @@ def _measure_block(request: Request, block: Block, pairs: _Pairs, first_key: Ten
     return {"visible": counts_NR} | {
         name: value.masked_fill(counts_NR == 0, torch.nan) for name, value in results.items()
     }
-
-
-def _scores(request: Request, block: Block, pairs: _Pairs) -> Tensor:
-    wide = torch.float32 if request.q.device.type == "mps" else torch.float64
-    q_NRD = pairs.slices(request.q[:, :, block.start : block.stop]).to(wide)
-    k_NCD = request.k[pairs.batch, pairs.head // request.groups, block.first : block.last].to(wide)
-    scores_NRC = (q_NRD @ k_NCD.mT).mul_(request.scale)
-    if request.softcap is not None:
-        scores_NRC = scores_NRC.div_(request.softcap).tanh_().mul_(request.softcap)
-    if block.bias is not None:
-        scores_NRC += pairs.slices(block.bias)
-    return scores_NRC

@@ -44,8 +44,15 @@ def measure(request: Request) -> AttentionEntropy:
     q_BHTD, values_BGSE = request.q, k_BGSD
     if request.patterns:
         # q gets zeros where k gets features, so scores stay and E_p[feature] comes out beside E_p[k].
+        # The features of a key are its position / S, and 1 for the first token.
         q_BHTD = torch.nn.functional.pad(q_BHTD, (0, 2))
-        values_BGSE = torch.cat([k_BGSD, _features(request)], dim=-1)
+        position_S = torch.arange(visibility.keys, device=k_BGSD.device)
+        # A mask that differs between heads still has one first token per sequence.
+        first_B = visibility.first_key().amin(-1).expand(len(k_BGSD))
+        on_first_BS = position_S == first_B[:, None]
+        features_BS2 = torch.stack([(position_S / visibility.keys).expand_as(on_first_BS), on_first_BS], dim=-1)
+        features_BGS2 = features_BS2.to(k_BGSD.dtype)[:, None].expand(*k_BGSD.shape[:3], 2)
+        values_BGSE = torch.cat([k_BGSD, features_BGS2], dim=-1)
     output_BHTE, lse_BHT = _attend(q_BHTD, values_BGSE, request)
     counts_BHT = visibility.counts().expand(request.q.shape[:3]).contiguous()
     nats_BHT = lse_BHT - request.scale * (request.q * output_BHTE[..., :width]).sum(-1)
@@ -59,16 +66,6 @@ def measure(request: Request) -> AttentionEntropy:
         exact=torch.zeros(request.q.shape[:2], dtype=torch.bool, device=request.q.device),
         **{name: value.masked_fill(counts_BHT == 0, torch.nan) for name, value in results.items()},
     )
-
-
-def _features(request: Request) -> Tensor:
-    """Two features of every key, (B, G, S, 2): its position / S, and 1 for the first token."""
-    position_S = torch.arange(request.visibility.keys, device=request.k.device)
-    # A mask that differs between heads still has one first token per sequence.
-    first_B = request.visibility.first_key().amin(-1).expand(len(request.k))
-    on_first_BS = position_S == first_B[:, None]
-    features_BS2 = torch.stack([(position_S / len(position_S)).expand_as(on_first_BS), on_first_BS], dim=-1)
-    return features_BS2.to(request.k.dtype)[:, None].expand(*request.k.shape[:3], 2)
 
 
 def _attend(q_BHTE: Tensor, k_BGSE: Tensor, request: Request) -> tuple[Tensor, Tensor]:

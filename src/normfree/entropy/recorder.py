@@ -70,8 +70,12 @@ class Recorder:
 
         diffllama does so for each half of its values; both calls are one row for a query and head.
         """
+
+        def places(tensors: tuple[Tensor | None, ...]) -> list[Any]:
+            return [None if t is None else (t.data_ptr(), t.shape, t.stride()) for t in tensors]
+
         before, self._pass.attended = self._pass.attended, tensors if self._pass.inside else ()
-        return bool(before) and [_place(tensor) for tensor in before] == [_place(tensor) for tensor in tensors]
+        return bool(before) and places(before) == places(tensors)
 
     def add(self, layer: int, entropies: AttentionEntropy, *, slot: int = 0) -> None:
         """Add the rows of one attention call of the module with this slot.
@@ -104,10 +108,6 @@ class Recorder:
                 parts = [torch.nn.functional.pad(part, (0, max(heads) - len(part))) for part in parts]
             joined[name] = torch.stack(parts)
         return HeadEntropy(layers, heads, **joined)
-
-
-def _place(tensor: Tensor | None) -> tuple[Any, ...] | None:
-    return None if tensor is None else (tensor.data_ptr(), tensor.shape, tensor.stride())
 
 
 def _plus(sums: dict[int, dict[str, Tensor]], more: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import isclose
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +66,10 @@ def _unread_keys(metadata: dict[str, Any], architecture: str, config: Any) -> It
             loaded = [getattr(config, "is_causal", True)]
         elif value == "none":
             value = "default"
-        if not any(each == value or _close(each, value) for each in loaded):
+        is_number = isinstance(value, float)  # rounded to fp32 in the file
+        numbers = [place for place in loaded if isinstance(place, int | float)]
+        if value not in loaded and not (is_number and any(isclose(number, value, rel_tol=1e-6) for number in numbers)):
             yield f"{key}={value}"
-
-
-def _close(number: Any, value: Any) -> bool:
-    """True for two numbers that differ by the rounding of fp32, in which the file stores them."""
-    return isinstance(number, int | float) and isinstance(value, float) and abs(number - value) <= 1e-6 * abs(value)
 
 
 def _correct_split(metadata: dict[str, Any], tokenizer: Any) -> list[str]:
