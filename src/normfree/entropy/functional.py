@@ -58,23 +58,23 @@ def attention_entropy(
     Raises ValueError for shapes, dtypes and combinations that do not fit.
     """
     _check(q, k, causal, window, softcap, sinks, method)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     mask = as_4d(mask, q, k)
     if sinks is not None and sinks.dim() == 1:
         sinks = sinks.view(1, -1, 1, 1)
     if method == "reference":
         with torch.autocast(q.device.type, enabled=False):
-            return reference.measure(as_request(q, k, mask, sinks, scale, causal, window, softcap, patterns))
+            return reference.measure(as_request(q, k, mask, sinks, factor, causal, window, softcap, patterns))
     if differentiable and not (softcap is None and sinks is None and (mask is None or mask.dtype == torch.bool)):
         raise ValueError("differentiable=True with softcap, sinks or an additive mask needs method='reference'")
     with torch.no_grad():
         outputs = torch.ops.normfree.attention_entropy(
-            q, k, mask, sinks, scale, causal, window, softcap, patterns, method == "blocked"
+            q, k, mask, sinks, factor, causal, window, softcap, patterns, method == "blocked"
         )
     result = AttentionEntropy(*outputs[: 5 if patterns else 3])
     if not differentiable:
         return result
-    return replace(result, nats=_with_gradient(result.nats, q, k, mask, scale, causal, window))
+    return replace(result, nats=_with_gradient(result.nats, q, k, mask, factor, causal, window))
 
 
 # One operator, so that torch.compile keeps it whole: the choice of paths depends on the numbers.

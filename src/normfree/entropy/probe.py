@@ -92,7 +92,7 @@ class EntropyProbe:
         return self._recorder.statistics()
 
     def _attach(self) -> None:
-        _measured_now.update(self._model.modules())
+        _measured_now.update(self._watched or [self._model])
         if self._hooks:
             self._hooks.attach()
         for module in self._watched:
@@ -119,8 +119,7 @@ class EntropyProbe:
         for module in self._watched:
             RECORDERS.pop(_slots.get(module, -1), None)
             vars(module).pop(SLOT, None)
-        for module in self._model.modules():
-            _measured_now.discard(module)
+        _measured_now.difference_update(self._watched or [self._model])
 
 
 def _pretrained(model: nn.Module) -> PreTrainedModel:

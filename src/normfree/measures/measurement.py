@@ -62,7 +62,8 @@ class Measurement:
             if value.ndim == 0:
                 frame[name] = float(value)
             elif value.ndim < deepest:
-                frame[name] = frame["layer"].map(dict(zip(self.layers[name], value.tolist(), strict=True)))
+                of_layer = dict(zip(self.layers[name], value.tolist(), strict=True))
+                frame[name] = [of_layer.get(layer, np.nan) for layer in frame["layer"]]
         return frame
 
     def plot(self, quantity: str = "entropy_nats", *, ax: Axes | None = None, title: str = "") -> Axes:

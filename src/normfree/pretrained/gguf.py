@@ -66,9 +66,9 @@ def _unread_keys(metadata: dict[str, Any], architecture: str, config: Any) -> It
             loaded = [getattr(config, "is_causal", True)]
         elif value == "none":
             value = "default"
-        is_number = isinstance(value, float)  # rounded to fp32 in the file
-        numbers = [place for place in loaded if isinstance(place, int | float)]
-        if value not in loaded and not (is_number and any(isclose(number, value, rel_tol=1e-6) for number in numbers)):
+        # The file rounds numbers to fp32.
+        numbers = [place for place in loaded if isinstance(place, int | float)] if isinstance(value, float) else []
+        if value not in loaded and not any(isclose(number, float(value), rel_tol=1e-6) for number in numbers):
             yield f"{key}={value}"
 
 
