@@ -30,8 +30,8 @@ from normfree.files import write_atomically
 from normfree.measures import MEASURES
 from normfree.report.render import to_png
 from normfree.report.sections import SECTIONS, figures_of
-from normfree.report.tables import Column, Table, to_markdown
 from normfree.report.tables.results import percent_with_interval
+from normfree.report.tables.table import Table, to_markdown
 from normfree.store.quantities import QUANTITIES
 from normfree.store.runs import find_runs
 
@@ -60,8 +60,8 @@ def rate_table(groups: Sequence[Group]) -> Table:
         (label, *(summarise(list(of_label.get(rate, {}).values())).text() for rate in rates))
         for label, of_label in found.items()
     ]
-    columns = (Column("Variant", numeric=False), *(Column(f"{rate:g}") for rate in rates))
-    return Table("rates", "Validation perplexity after training, at each peak learning rate", columns, tuple(rows))
+    titles = ("Variant", *(f"{rate:g}" for rate in rates))
+    return Table("rates", "Validation perplexity after training, at each peak learning rate", titles, rows)
 
 
 def unfinished_table(groups: Sequence[Group]) -> Table:
@@ -83,9 +83,9 @@ def unfinished_table(groups: Sequence[Group]) -> Table:
             against = percent_with_interval(found)
         rows.append((group.label, perplexity.text(), against, near_uniform.text(1), str(len(group.members))))
     steps = max(run.facts["steps"] for run in all_runs(groups))
-    titles = ("Perplexity", "Against SM+G", "Heads near uniform (%)", "Seeds")
+    titles = ("Variant", "Perplexity", "Against SM+G", "Heads near uniform (%)", "Seeds")
     caption = f"Validation perplexity at step {step:,} of {steps:,}, the last at which all of these runs were evaluated"
-    return Table("unfinished", caption, (Column("Variant", numeric=False), *map(Column, titles)), tuple(rows))
+    return Table("unfinished", caption, titles, rows)
 
 
 TABLES: dict[str, Callable[[Sequence[Group]], Table]] = {
@@ -110,7 +110,7 @@ def quantity_table() -> Table:
         for quantity in QUANTITIES.values()
     )
     titles = ("Quantity", "Measure", "Axes", "Unit", "Ceiling", "Meaning")
-    return Table("quantities", "Quantities", tuple(Column(title, numeric=False) for title in titles), rows)
+    return Table("quantities", "Quantities", titles, rows, words=titles)
 
 
 def pages() -> list[Path]:

@@ -25,7 +25,7 @@ from normfree.cli.runs import check_writable
 from normfree.cost.constants import CONSTANTS_FILE, Protocol, find_protocol, load_constants
 from normfree.cost.counts import Rows
 from normfree.files import write_atomically
-from normfree.report.tables import Column, Table, to_markdown
+from normfree.report.tables.table import Table, to_markdown
 
 DEFAULTS = {"python": PYTHON, "protocol": "semi2k", "constants": "", "output": "constants.json"}
 ELEMENTS = (6144, 12288)
@@ -105,9 +105,7 @@ def compare(measured: Sequence[Measured], recorded: Protocol, settings: str) -> 
         rows.append((one.operation, f"{one.row_length}", *sent, f"{one.rounds}", rounds_before))
     titles = ("Row length", "Bytes per element", "Recorded", "Difference %", "Rounds", "Recorded rounds")
     caption = f"{recorded.name} in the SPU simulator, both directions"
-    return Table(
-        "calibration", caption, (Column("Operation", numeric=False), *map(Column, titles)), tuple(rows), (settings,)
-    )
+    return Table("calibration", caption, ("Operation", *titles), rows, (settings,))
 
 
 def replace_prices(content: dict[str, Any], measured: Sequence[Measured], protocol: str, settings: str) -> None:

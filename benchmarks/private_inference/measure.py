@@ -26,13 +26,12 @@ from torch import Tensor
 from benchmarks.private_inference.simulation import PYTHON, check_python, simulate
 from benchmarks.records import read_options
 from normfree.cli.models import read_text
-from normfree.cost import of_run
 from normfree.cost.constants import CONSTANTS_FILE
 from normfree.cost.counts import Matmul
-from normfree.cost.totals import Cost
+from normfree.cost.totals import Cost, of_run
 from normfree.measures.windows import token_windows
 from normfree.pretrained.load import load_pretrained
-from normfree.report.tables import Column, Table, to_markdown
+from normfree.report.tables.table import Table, to_markdown
 from normfree.store.runs import read_run
 from normfree.training.process import prepare_process
 
@@ -190,7 +189,7 @@ def compare(simulated: Simulated, predicted: Traffic, caption: str) -> Table:
     }
     rows = [(name, f"{a / 1e6:.2f}", f"{b / 1e6:.2f}", f"{a / b:.3f}") for name, (a, b) in megabytes.items()]
     rounds = (f"{measured.rounds}", f"{predicted.rounds}", f"{measured.rounds / predicted.rounds:.3f}")
-    titles = (Column("", numeric=False), *map(Column, ("Measured", "Predicted", "Measured / predicted")))
+    titles = ("", "Measured", "Predicted", "Measured / predicted")
     setup = f"The set-up, once per connection, is another {simulated.setup_bytes / 1e6:.1f} MB and is not in the table."
     notes = (setup, simulated.settings) if simulated.setup_bytes else (simulated.settings,)
     return Table("block", caption, titles, (*rows, ("Rounds (SEMI2K)", *rounds)), notes)

@@ -15,7 +15,7 @@ from normfree.cost.constants import find_protocol
 from normfree.cost.counts import Matmul, count
 from normfree.cost.families import read_architecture
 from normfree.cost.totals import of_config
-from normfree.report.tables import Column, Table
+from normfree.report.tables.table import Table
 
 
 class Row(NamedTuple):
@@ -123,7 +123,6 @@ def paper_table() -> Table:
             cheetah, semi2k = (of_config(config, context=context, protocol=name) for name in ("cheetah", "semi2k"))
             values = (f"{cheetah.gigabytes:.2f}", f"{semi2k.gigabytes:.2f}", f"{cheetah.rounds}")
             rows.append((f"{model}, T={context}", label, f"{known:.2f}" if known else "-", *values))
-    columns = (Column("Model", numeric=False), Column("Variant", numeric=False))
-    titles = ("Published GB", "CHEETAH GB", "SEMI2K GB", "Rounds")
+    titles = ("Model", "Variant", "Published GB", "CHEETAH GB", "SEMI2K GB", "Rounds")
     caption = "Communication of one forward pass, both directions"
-    return Table("paper-cost", caption, (*columns, *map(Column, titles)), tuple(rows))
+    return Table("paper-cost", caption, titles, rows, words=("Variant",))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from normfree.measures.text import perplexity
     from normfree.model import NormFreeConfig, NormFreeForCausalLM
     from normfree.report import build_report
-    from normfree.report.plots import heatmap
+    from normfree.report.plots.heatmaps import heatmap
     from normfree.store.runs import load_runs
     from normfree.training import train
 
@@ -29,7 +29,7 @@ _PUBLIC = {
     "NormFreeForCausalLM": "normfree.model",
     "attention_entropy": "normfree.entropy",
     "build_report": "normfree.report",
-    "heatmap": "normfree.report.plots",
+    "heatmap": "normfree.report.plots.heatmaps",
     "load_runs": "normfree.store.runs",
     "measure": "normfree.measures.measurement",
     "perplexity": "normfree.measures.text",

@@ -1,4 +1,4 @@
-"""One real block in the simulator: what is taken out of PyTorch, what is said, and the real thing where it is.
+"""One block in a fake simulator, and in the real one if it is installed.
 
 T tokens, E hidden size, H heads
 """
@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from benchmarks.private_inference.measure import block_inputs, main, predict_traffic, simulate_block
-from normfree.cost import of_config
+from normfree.cost.totals import of_config
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
 from tests.synthetic import write_run
 
@@ -108,7 +108,7 @@ def block_in_numpy(arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]
 
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_what_the_simulator_is_given_makes_the_output_of_pytorch(variant: str, layer: int) -> None:
+def test_the_simulator_s_inputs_give_pytorch_s_output(variant: str, layer: int) -> None:
     inputs = block_inputs(model_of(variant), IDS_1T, layer=layer)
     assert inputs.arrays["hidden"].shape == inputs.output_TE.shape == (12, 32)
     np.testing.assert_allclose(block_in_numpy(inputs.arrays, inputs.settings), inputs.output_TE, atol=2e-5)
@@ -127,7 +127,7 @@ def test_the_block_is_left_without_hooks() -> None:
         (["layer=-1"], "layer=-1 must be 0 to 3"),
         (["context=33"], "context=33 must be 1 to 32, the longest sequence"),
         (["protocol=cheeta"], "unknown protocol 'cheeta'; did you mean cheetah"),
-        (["constants=nowhere.json"], "constants=nowhere.json does not exist"),
+        (["constants=nowhere.json"], "constants=nowhere.json cannot be read"),
         (["python=/no/such/python"], r"cannot run python=/no/such/python \(No such file or directory\); make an"),
         (
             [f"python={sys.executable}"],
@@ -186,7 +186,7 @@ def test_measured_stands_beside_predicted(
 @pytest.mark.slow
 @pytest.mark.skipif("NORMFREE_SPU_PYTHON" not in os.environ, reason="NORMFREE_SPU_PYTHON names no Python with SPU")
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_block_in_the_simulator_sends_what_is_predicted_and_computes_what_pytorch_does(variant: str) -> None:
+def test_a_simulated_block_agrees_with_prediction_and_pytorch(variant: str) -> None:
     model = model_of(variant)
     cost = of_config(model.config, context=12, protocol="semi2k")
     inputs = block_inputs(model, IDS_1T, layer=1)

@@ -9,12 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from normfree.analysis.groups import group_runs
-from normfree.cost import of_run, trade_off
-from normfree.cost.tradeoff import pareto_front
-from normfree.report.tables import trade_off_table
+from normfree.cost.totals import of_run
+from normfree.cost.tradeoff import Point, pareto_front, trade_off
+from normfree.report.tables.cost import trade_off_table
+from normfree.store.runs import Run
 from tests.synthetic import study, write_run
 
 POINTS = st.lists(st.tuples(st.integers(0, 5).map(float), st.integers(0, 5).map(float)), max_size=12)
+
+
+def points_of(runs: list[Run], *, mix: bool = False) -> list[Point]:
+    return trade_off(group_runs(runs, mix=mix))[0]
 
 
 def test_front_by_hand() -> None:
@@ -27,15 +32,15 @@ def test_equal_points_share_the_front() -> None:
 
 
 @given(POINTS)
-def test_whatever_is_off_the_front_is_beaten_by_a_point_on_it(points: list[tuple[float, float]]) -> None:
+def test_a_point_off_the_front_is_beaten_by_one_on_it(points: list[tuple[float, float]]) -> None:
     front = pareto_front(points)
-    kept = [point for point, on_front in zip(points, front, strict=True) if on_front]
+    best_points = [point for point, on_front in zip(points, front, strict=True) if on_front]
     for point, on_front in zip(points, front, strict=True):
-        assert on_front != any(best != point and best[0] <= point[0] and best[1] <= point[1] for best in kept)
+        assert on_front != any(best != point and best[0] <= point[0] and best[1] <= point[1] for best in best_points)
 
 
 def test_a_study_becomes_points_cheapest_first(tmp_path: Path) -> None:
-    points = {point.name: point for point in trade_off(group_runs(study(tmp_path))).points}
+    points = {point.name: point for point in points_of(study(tmp_path))}
     assert next(iter(points)) == "SM"
     assert points["SM+R"].bytes < points["SM+LN+R"].bytes < points["SM+G"].bytes < points["SM+LN+G"].bytes
     assert points["SM+R"].seeds == 1
@@ -44,25 +49,23 @@ def test_a_study_becomes_points_cheapest_first(tmp_path: Path) -> None:
     assert not points["SM"].on_front
 
 
-def test_variants_are_compared_on_the_seeds_that_all_of_them_have(tmp_path: Path) -> None:
+def test_variants_are_compared_on_common_seeds(tmp_path: Path) -> None:
     """Fewer and luckier seeds put no variant onto the front."""
     runs = [write_run(tmp_path, "SM+R", seed=seed, perplexity=ppl) for seed, ppl in enumerate((34.0, 33.0, 32.0))]
     runs += [write_run(tmp_path, "SM+G", seed=0, perplexity=33.5)]
-    points = {point.name: point for point in trade_off(group_runs(runs)).points}
-    assert {name: (point.perplexity, point.seeds) for name, point in points.items()} == {
-        "SM+R": (34.0, 1),
-        "SM+G": (33.5, 1),
-    }
+    points = {point.name: point for point in points_of(runs)}
+    values = {name: (point.perplexity, point.seeds) for name, point in points.items()}
+    assert values == {"SM+R": (34.0, 1), "SM+G": (33.5, 1)}
     assert points["SM+G"].on_front
 
 
 def test_table_marks_the_front_in_words(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, label) for label in ("SM+LN+G", "SM+G", "SM+R")]
-    table = trade_off_table(trade_off(group_runs(runs)))
+    table = trade_off_table(group_runs(runs))
     assert {row[0]: row[-1] for row in table.rows} == {"SM+R": "yes", "SM+G": "no", "SM+LN+G": "yes"}
 
 
-def test_equal_operations_in_another_order_cost_the_same_to_the_last_bit(tmp_path: Path) -> None:
+def test_the_order_of_operations_changes_no_bit(tmp_path: Path) -> None:
     """ReLU in one half and GELU in the other: only the better of the two hybrids is on the front."""
     layers = {"num_hidden_layers": 12}
     halves = {"SM+R/G": ["relu"] * 6 + ["gelu"] * 6, "SM+G/R": ["gelu"] * 6 + ["relu"] * 6}
@@ -70,14 +73,14 @@ def test_equal_operations_in_another_order_cost_the_same_to_the_last_bit(tmp_pat
         write_run(tmp_path, label, perplexity=ppl, model={**layers, "norm": "none", "activation": halves[label]})
         for label, ppl in (("SM+R/G", 32.0), ("SM+G/R", 34.0))
     ]
-    better, worse = sorted(trade_off(group_runs(runs)).points, key=lambda point: point.perplexity)
+    better, worse = sorted(points_of(runs), key=lambda point: point.perplexity)
     assert better.bytes == worse.bytes
     assert (better.on_front, worse.on_front) == (True, False)
 
 
 def test_a_point_costs_what_its_runs_cost(tmp_path: Path) -> None:
     run = write_run(tmp_path, "SM+R")
-    (point,) = trade_off(group_runs([run])).points
+    (point,) = points_of([run])
     assert (point.bytes, point.rounds) == (of_run(run).bytes, of_run(run).rounds)
 
 
@@ -86,7 +89,7 @@ def test_recipes_shown_side_by_side_are_points_of_their_own(tmp_path: Path) -> N
         write_run(tmp_path, "SM+R", perplexity=34.0, model={"initializer_range": 0.02}),
         write_run(tmp_path / "other", "SM+R", perplexity=60.0, model={"initializer_range": 0.05}),
     ]
-    points = trade_off(group_runs(runs, mix=True)).points
+    points = points_of(runs, mix=True)
     assert sorted((point.perplexity, point.seeds) for point in points) == [(34.0, 1), (60.0, 1)]
 
 
@@ -94,11 +97,11 @@ def test_each_corpus_has_a_front_of_its_own(tmp_path: Path) -> None:
     other = {"corpus": {"fingerprint": "decaf" * 8, "unigram_perplexity": 9.0, "vocab_size": 2048}}
     runs = [write_run(tmp_path, "SM+R", perplexity=34.0)]
     runs += [write_run(tmp_path, "SM+R", study="other", perplexity=3.0, facts=other)]
-    assert [point.on_front for point in trade_off(group_runs(runs, mix=True)).points] == [True, True]
+    assert [point.on_front for point in points_of(runs, mix=True)] == [True, True]
 
 
 def test_a_group_without_a_price_is_named_and_has_no_point(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, "SM+R"), write_run(tmp_path, "SM+R2", model={"activation": "squared_relu"})]
-    table = trade_off_table(trade_off(group_runs(runs)))
+    table = trade_off_table(group_runs(runs))
     assert [row[0] for row in table.rows] == ["SM+R"]
     assert "SM+R2 is left out: an operation of it has no price." in table.notes

@@ -1,4 +1,4 @@
-"""One report for all tests of this room: four variants, seeds, a divergence, slopes, an interrupted run."""
+"""One report for all tests here: four variants, seeds, a divergence, slopes, an interrupted run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.synthetic import write_run
 
 @pytest.fixture(scope="session")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a finished report; nobody writes into it."""
+    """Folder of a finished report, read-only."""
     root = tmp_path_factory.mktemp("report")
     runs = [write_run(root / "runs", label) for label in ("SM+LN+G", "SM+LN+R", "SM+G", "SM+R")]
     runs += [write_run(root / "runs", label, seed=1) for label in ("SM+G", "SM+R")]

@@ -9,7 +9,8 @@ import pytest
 from matplotlib.colors import to_rgb
 from numpy.typing import NDArray
 
-from normfree.report import plots
+from normfree.report.plots.curves import LAYER_COLOURS
+from normfree.report.plots.style import COLOURS, variant_styles
 
 # Machado, Oliveira and Fernandes, "A Physiologically-based Model for Simulation of Color Vision Deficiency" (2009),
 # severity 1, on linear sRGB.
@@ -53,25 +54,25 @@ def contrast(one: str | tuple[float, ...], other: str) -> float:
 
 
 @pytest.mark.parametrize("ground", [0, 1])
-def test_any_two_lines_differ_for_every_sight_and_stand_out_from_the_ground(ground: int) -> None:
-    colours = [plots.COLOURS[name][ground] for name in LINES]
+def test_lines_differ_for_every_sight_on_both_backgrounds(ground: int) -> None:
+    colours = [COLOURS[name][ground] for name in LINES]
     assert min(distance(a, b) for a, b in itertools.combinations(colours, 2)) > 20
     assert min(contrast(colour, GROUNDS[ground]) for colour in colours) > 3
 
 
-def test_lines_have_no_other_colours_and_none_that_means_a_failure() -> None:
-    styles = plots.variant_styles(["SM+LN+G", "SM+LN+R", "SM+G", "SM+R", *(f"v{i}" for i in range(6))])
-    assert {style["color"] for style in styles.values()} == {plots.COLOURS[name][0] for name in LINES}
+def test_lines_have_no_other_colours() -> None:
+    styles = variant_styles(["SM+LN+G", "SM+LN+R", "SM+G", "SM+R", *(f"v{i}" for i in range(6))])
+    assert {style["color"] for style in styles.values()} == {COLOURS[name][0] for name in LINES}
     assert "red" not in LINES
 
 
-def test_the_paper_s_variants_differ_in_dash_where_they_are_equal_in_grey() -> None:
-    styles = plots.variant_styles(["SM+LN+G", "SM+LN+R", "SM+G", "SM+R"])
+def test_the_paper_s_variants_differ_in_dash() -> None:
+    styles = variant_styles(["SM+LN+G", "SM+LN+R", "SM+G", "SM+R"])
     assert len({str(style["linestyle"]) for style in styles.values()}) == 4
 
 
 def test_layers_become_lighter_with_depth_for_every_sight() -> None:
-    colours = [plots.LAYER_COLOURS(layer / 11) for layer in range(12)]
+    colours = [LAYER_COLOURS(layer / 11) for layer in range(12)]
     for matrix in SIGHTS.values():
         lightness = [lab(matrix @ linear(colour))[0] for colour in colours]
         assert all(deeper > layer for layer, deeper in itertools.pairwise(lightness))

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,26 +14,40 @@ import numpy as np
 from docs.tables import unfinished_table
 from normfree.analysis.entropy import causal_ceiling
 from normfree.analysis.groups import group_runs
-from normfree.report import tables
-from normfree.report.tables import Column, Table
-from normfree.store.runs import RunWriter, read_run
+from normfree.report.tables.history import gap_table, overload_table
+from normfree.report.tables.results import claim_table, difference_table, perplexity_table, range_table
+from normfree.report.tables.runs import run_table, slope_table, verdict_table
+from normfree.report.tables.table import Table, to_csv, to_html, to_latex, to_markdown
+from normfree.store.runs import Run, RunWriter, read_run
 from tests.synthetic import rewritten, study, write_run
 
 NASTY = "<script>alert(1)</script> & 50%_$#{x}~^\\ | `code` [a](b)"
 
 
 def rows_of(table: Table) -> dict[str, dict[str, str]]:
-    titles = [column.title for column in table.columns]
-    return {row[0]: dict(zip(titles, row, strict=True)) for row in table.rows}
+    return {row[0]: dict(zip(table.titles, row, strict=True)) for row in table.rows}
 
 
-def nasty_table() -> Table:
-    columns = (Column("Variant", numeric=False), Column(NASTY))
-    return Table("nasty", NASTY, columns, ((NASTY, "=1+1"), ("-", "-4.2 %")), (NASTY,))
+def rows_by_name(make: Callable[..., Table], runs: Sequence[Run]) -> dict[str, dict[str, str]]:
+    return rows_of(make(group_runs(runs)))
 
 
-def test_perplexity_has_spread_change_floor_and_the_paper_beside(tmp_path: Path) -> None:
-    rows = rows_of(tables.perplexity_table(group_runs(study(tmp_path))))
+def with_perplexity(run: Run, step: int, value: float) -> Run:
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if (line["split"], line["name"], line["step"]) == ("validation", "perplexity", step):
+            line["value"] = value
+    return rewritten(run, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+NASTY_TABLE = Table("nasty", NASTY, ("Variant", NASTY), ((NASTY, "=1+1"), ("-", "-4.2 %")), (NASTY,))
+
+
+def test_perplexity_has_spread_change_floor_and_paper(tmp_path: Path) -> None:
+    table = perplexity_table(group_runs(study(tmp_path)))
+    rows = rows_of(table)
+    assert rows["SM+LN+R"]["Seeds"] == "1"
+    assert "quick/sm-ln-r-seed1 is left out: interrupted at step 100." in table.notes
     assert rows["SM+LN+G"]["Against SM+LN+G"] == "baseline"
     assert rows["SM+G"]["Perplexity"] == "38.08 +- 0.38"
     assert rows["SM+G"]["Seeds"] == "3"
@@ -42,47 +57,35 @@ def test_perplexity_has_spread_change_floor_and_the_paper_beside(tmp_path: Path)
     assert rows["Unigram"]["Perplexity"] == "402.50"
 
 
-def test_the_paper_stands_beside_one_row_a_variant_and_not_beside_a_sweep(tmp_path: Path) -> None:
+def test_a_sweep_has_no_column_of_the_paper(tmp_path: Path) -> None:
     sweep = [write_run(tmp_path, "SM+G", tag=tag) for tag in ("lr1", "lr2")]
-    table = tables.perplexity_table(group_runs([*sweep, write_run(tmp_path, "SM+R", tag="lr1")]))
-    assert [column.title for column in table.columns][-1] == "Bits per byte"
-    assert {len(row) for row in table.rows} == {len(table.columns)}
+    table = perplexity_table(group_runs([*sweep, write_run(tmp_path, "SM+R", tag="lr1")]))
+    assert table.titles[-1] == "Bits per byte"
+    assert {len(row) for row in table.rows} == {len(table.titles)}
     assert not [note for note in table.notes if note.startswith("Paper")]
-    alone = tables.perplexity_table(group_runs(sweep[:1]))
+    alone = perplexity_table(group_runs(sweep[:1]))
     assert rows_of(alone)["SM+G (lr1)"]["Paper's model"] == "GPT-2 125M, T=128"
-
-
-def test_an_unfinished_run_is_left_out_and_named(tmp_path: Path) -> None:
-    table = tables.perplexity_table(group_runs(study(tmp_path)))
-    assert rows_of(table)["SM+LN+R"]["Seeds"] == "1"
-    assert "quick/sm-ln-r-seed1 is left out: interrupted at step 100." in table.notes
 
 
 def test_another_corpus_than_expected_is_said(tmp_path: Path) -> None:
     same = write_run(tmp_path, "SM+G", data={"expected_fingerprint": "c0ffee" * 10})
     other = write_run(tmp_path, "SM+R", data={"expected_fingerprint": "deadbeef" * 8})
-    assert not [n for n in tables.perplexity_table(group_runs([same])).notes if n.startswith("Corpus")]
-    (note,) = (n for n in tables.perplexity_table(group_runs([same, other])).notes if n.startswith("Corpus"))
+    assert not [n for n in perplexity_table(group_runs([same])).notes if n.startswith("Corpus")]
+    (note,) = (n for n in perplexity_table(group_runs([same, other])).notes if n.startswith("Corpus"))
     assert "c0ffeec0ffee" in note
     assert "deadbeefdead" in note
 
 
-def test_differences_pair_seeds_and_stand_beside_the_paper(tmp_path: Path) -> None:
-    rows = rows_of(tables.difference_table(group_runs(study(tmp_path))))
+def test_differences_pair_seeds(tmp_path: Path) -> None:
+    rows = rows_by_name(difference_table, study(tmp_path))
     row = rows["SM+R against SM+G"]
     assert (row["Difference in perplexity"], row["Pairs"], row["Paper"]) == ("-4.2 %", "3", "-8.2 %")
     assert rows["SM+LN+R against SM+LN+G"]["95 % interval"] == "-"
 
 
-def test_a_diverged_pair_has_no_difference(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path, "SM+G", status="diverged"), write_run(tmp_path, "SM+R")]
-    row = rows_of(tables.difference_table(group_runs(runs)))["SM+R against SM+G"]
-    assert (row["Difference in perplexity"], row["95 % interval"]) == ("NaN (1/1)", "-")
-
-
 def test_claims_hold_only_where_their_interval_says_so(tmp_path: Path) -> None:
     """By hand: 36.1 against 37.7 scaled by 1 + seed/100 is the same ratio for each seed."""
-    rows = rows_of(tables.claim_table(group_runs(study(tmp_path))))
+    rows = rows_by_name(claim_table, study(tmp_path))
     better = rows["(b) Without it, ReLU is better"]
     assert (better["Difference"], better["Pairs"], better["Verdict"]) == ("-4.2 %", "3", "holds")
     assert rows["(a) With LayerNorm, ReLU is worse than GELU"]["Verdict"] == "undecided"  # one pair
@@ -94,14 +97,14 @@ def test_claims_hold_only_where_their_interval_says_so(tmp_path: Path) -> None:
 def test_a_claim_that_is_contradicted_does_not_hold(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, "SM+G", seed=seed, perplexity=30.0 + seed) for seed in range(3)]
     runs += [write_run(tmp_path, "SM+R", seed=seed, perplexity=33.1 + 1.1 * seed) for seed in range(3)]
-    row = rows_of(tables.claim_table(group_runs(runs)))["(b) Without it, ReLU is better"]
+    row = rows_by_name(claim_table, runs)["(b) Without it, ReLU is better"]
     assert (row["Verdict"], row["Difference"]) == ("does not hold", "+10.3 %")
 
 
-def test_the_gap_over_training_pairs_seeds_and_stands_beside_the_paper(tmp_path: Path) -> None:
+def test_the_gap_over_training_pairs_seeds(tmp_path: Path) -> None:
     """Synthetic losses depend on step and seed, not on the variant: paired by seed they differ by nothing."""
     runs = [write_run(tmp_path, label, seed=seed) for label in ("SM+G", "SM+R") for seed in (0, 1)]
-    rows = rows_of(tables.gap_table(group_runs(runs)))
+    rows = rows_by_name(gap_table, runs)
     row = rows["SM+R against SM+G"]
     assert row["At 100 %"] == "+0.0 % (+0.0 to +0.0)"
     assert row["At 10 %"] == "-"  # evaluated at steps 50, 100, 150 and 200 of 200
@@ -110,16 +113,12 @@ def test_the_gap_over_training_pairs_seeds_and_stands_beside_the_paper(tmp_path:
     assert paper["At 40 %"] == "-6.8 %"  # exp(1.45 - 1.52) - 1
 
 
-def test_unfinished_runs_are_compared_at_the_last_step_that_all_reached(tmp_path: Path) -> None:
+def test_unfinished_runs_are_compared_at_their_last_common_step(tmp_path: Path) -> None:
     """By hand: synthetic losses at step 100 of 200, against a perplexity of 20 there."""
     runs = [write_run(tmp_path, "SM+G", seed=0), write_run(tmp_path, "SM+G", seed=1, status="interrupted")]
     for seed in (0, 1):
         run = write_run(tmp_path, "SM+R", seed=seed, status="interrupted")
-        lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-        for line in lines:
-            if (line["split"], line["name"], line["step"]) == ("validation", "perplexity", 100):
-                line["value"] = 20.0
-        runs.append(rewritten(run, "".join(json.dumps(line) + "\n" for line in lines)))
+        runs.append(with_perplexity(run, 100, 20.0))
     table = unfinished_table(group_runs(runs))
     losses = [3.5 + 3.5 * math.exp(-100 / 60) + 0.05 * math.sin(100 + seed) for seed in (0, 1)]
     change = np.mean([20 / math.exp(loss) - 1 for loss in losses])
@@ -132,15 +131,9 @@ def test_unfinished_runs_are_compared_at_the_last_step_that_all_reached(tmp_path
 
 def test_the_gap_takes_the_evaluation_of_its_own_share(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, label, steps=500) for label in ("SM+G", "SM+R")]
-    lines = [
-        line.replace(line[line.index('"value"') :], '"value": 20.0}')
-        if '"step": 200, "split": "validation", "name": "perplexity"' in line
-        else line
-        for line in (runs[1].folder / "metrics.jsonl").read_text().splitlines()
-    ]
-    changed = rewritten(runs[1], "\n".join(lines) + "\n")
+    changed = with_perplexity(runs[1], 200, 20.0)
     theirs = dict(runs[0].series("validation", "perplexity"))[200]
-    row = rows_of(tables.gap_table(group_runs([runs[0], changed])))["SM+R against SM+G"]
+    row = rows_by_name(gap_table, [runs[0], changed])["SM+R against SM+G"]
     assert row["At 40 %"] == f"{100 * (20.0 / theirs - 1):+.1f} %"
     assert row["At 60 %"] == "+0.0 %"
 
@@ -148,7 +141,7 @@ def test_the_gap_takes_the_evaluation_of_its_own_share(tmp_path: Path) -> None:
 def test_a_diverged_seed_makes_the_gap_nan_from_then_on(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, label, steps=500, seed=seed) for label in ("SM+G", "SM+R") for seed in (0, 1)]
     runs[0] = write_run(tmp_path / "other", "SM+G", steps=500, status="diverged")  # at step 250
-    row = rows_of(tables.gap_table(group_runs(runs)))["SM+R against SM+G"]
+    row = rows_by_name(gap_table, runs)["SM+R against SM+G"]
     assert row["At 20 %"].startswith("+0.0 %")
     assert [row[f"At {share} %"] for share in (60, 80, 100)] == ["NaN (1/2)"] * 3
 
@@ -157,40 +150,33 @@ def test_an_evaluation_after_a_divergence_drops_no_seed(tmp_path: Path) -> None:
     """At 40 % of 120 steps the nearest evaluation is step 50, before the divergence at 60; at 60 % none is near."""
     runs = [write_run(tmp_path, label, steps=120, seed=seed) for label in ("SM+G", "SM+R") for seed in (0, 1)]
     runs[0] = write_run(tmp_path / "other", "SM+G", steps=120, status="diverged")
-    row = rows_of(tables.gap_table(group_runs(runs)))["SM+R against SM+G"]
+    row = rows_by_name(gap_table, runs)["SM+R against SM+G"]
     assert row["At 40 %"].startswith("+0.0 %")
     assert row["At 60 %"] == "-"
     assert row["At 80 %"] == "NaN (1/2)"  # step 100
 
 
-def test_a_claim_about_heads_is_undecided_with_a_run_that_diverged(tmp_path: Path) -> None:
+def test_a_diverged_run_leaves_a_claim_undecided(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, label, seed=seed) for label in ("SM+G", "SM+R") for seed in (0, 1, 2)]
     folder = runs[1].folder
     facts = json.loads((folder / "run.json").read_text()) | {"status": "diverged", "divergence": {"step": 200}}
     (folder / "run.json").write_text(json.dumps(facts))
     runs[1] = read_run(folder)
-    row = rows_of(tables.claim_table(group_runs(runs)))["(c) GELU puts more heads into the top quarter"]
+    row = rows_by_name(claim_table, runs)["(c) GELU puts more heads into the top quarter"]
     assert (row["Difference"], row["Verdict"]) == ("NaN (1/3)", "undecided")
 
 
 def test_what_was_not_measured_is_a_dash_and_no_nan(tmp_path: Path) -> None:
     """Two layers have no late third; probes of 30 steps come at 0 and 20 only."""
-    row = rows_of(tables.overload_table(group_runs([write_run(tmp_path, "SM+G", shape=(2, 4), steps=30)])))["SM+G"]
+    row = rows_by_name(overload_table, [write_run(tmp_path, "SM+G", shape=(2, 4), steps=30)])["SM+G"]
     assert (row["Late third"], row["At 10 %"], row["At 100 %"]) == ("-", "-", "-")
     assert row["Early third"] == "100.0"
-
-
-def test_the_paper_s_rows_stand_beside_its_own_shape_only(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path, label, model={"position": "rotary"}) for label in ("SM+G", "SM+R")]
-    assert not [name for name in rows_of(tables.gap_table(group_runs(runs))) if "paper" in name]
-    assert not [name for name in rows_of(tables.overload_table(group_runs(runs))) if "paper" in name]
-    assert {row[-1] for row in tables.range_table(group_runs(runs)).rows} == {"-"}
 
 
 def test_overload_is_told_by_depth_and_over_training(tmp_path: Path) -> None:
     """SM+G falls with depth from 1.0 to 0.4 of the ceiling (+- 0.08): of 4 layers 0 and 1 are early."""
     runs = study(tmp_path)
-    rows = rows_of(tables.overload_table(group_runs(runs)))
+    rows = rows_by_name(overload_table, runs)
     row = rows["SM+G"]
     final = [np.array(run.series("final", "entropy_nats")[-1][1]) for run in runs if run.label == "SM+G"]
     early = [100 * (entropy_LH[:2] >= 0.75 * causal_ceiling(32)).mean() for entropy_LH in final]
@@ -203,11 +189,11 @@ def test_overload_is_told_by_depth_and_over_training(tmp_path: Path) -> None:
     assert (paper["All layers"], paper["At 10 %"]) == ("57.6", "-")
 
 
-def test_ranges_pool_seeds_and_count_broken_heads_apart(tmp_path: Path) -> None:
+def test_ranges_pool_seeds_and_count_broken_heads(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, "SM", seed=seed, broken_probe=bool(seed)) for seed in (0, 1)]
-    table = tables.range_table(group_runs(runs))
+    table = range_table(group_runs(runs))
     row = next(row for row in table.rows if row[:2] == ("SM", "causal"))
-    values = dict(zip([column.title for column in table.columns], row, strict=True))
+    values = dict(zip(table.titles, row, strict=True))
     assert (values["Seeds"], values["Heads"], values["NaN heads"]) == ("2", "32", "12")
     shares = [float(values[title].rstrip(" %")) for title in ("[0, 1/4)", "[1/4, 1/2)", "[1/2, 3/4)", "[3/4, 1]")]
     assert abs(sum(shares) - 100 * 20 / 32) < 0.2
@@ -215,44 +201,43 @@ def test_ranges_pool_seeds_and_count_broken_heads_apart(tmp_path: Path) -> None:
 
 def test_ranges_say_of_how_many_seeds_they_are(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, "SM+G", seed=seed, status="diverged" if seed == 2 else "finished") for seed in range(3)]
-    table = tables.range_table(group_runs(runs))
-    seeds = [column.title for column in table.columns].index("Seeds")
+    table = range_table(group_runs(runs))
+    seeds = table.titles.index("Seeds")
     assert {row[seeds] for row in table.rows} == {"2 of 3"}
     assert any("quick/sm-g-seed2" in note for note in table.notes)
 
 
 def test_a_run_that_was_killed_is_as_far_as_its_metrics(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+R", status="running", facts={"steps_done": 20})]
-    rows = rows_of(tables.run_table(group_runs(runs)))
+    rows = rows_by_name(run_table, runs)
     batch = runs[1].spec["train"]["batch_sequences"]
-    assert (rows["quick/sm-r-seed0"]["Steps"], rows["quick/sm-r-seed0"]["Tokens"]) == ("100", f"{100 * batch * 32:,}")
-    assert "quick/sm-r-seed0 is left out: running at step 100." in tables.perplexity_table(group_runs(runs)).notes
+    row = rows["quick/sm-r-seed0"]
+    assert (row["Steps"], row["Tokens"]) == ("100", f"{100 * batch * 32:,}")
+    assert "quick/sm-r-seed0 is left out: running at step 100." in perplexity_table(group_runs(runs)).notes
 
 
 def test_verdicts_name_layers_heads_and_steps(tmp_path: Path) -> None:
-    rows = rows_of(tables.verdict_table(group_runs(study(tmp_path))))
+    rows = rows_by_name(verdict_table, study(tmp_path))
     assert rows["quick/sm-g-seed0"]["Overload"] == "yes: 100 % of the heads in layers 0-1, since step 0"
     assert rows["quick/sm-r-seed0"]["Overload"].startswith("no: ")
-    one_layer = rows_of(tables.verdict_table(group_runs([write_run(tmp_path / "one", "SM+G", shape=(1, 4))])))
+    one_layer = rows_by_name(verdict_table, [write_run(tmp_path / "one", "SM+G", shape=(1, 4))])
     assert one_layer["quick/sm-g-seed0"]["Overload"] == "yes: 100 % of the heads in layer 0, since step 0"
     assert rows["quick/sm-seed1"]["Collapse"] == "undecided"
     slopes = rows["quick/sm-leaky--per-layer-seed0"]["Slopes"]
     assert slopes.startswith("apart: from -0.090 (layer 3) to 0.210 (layer 0)")
 
 
-def test_runs_say_where_they_diverged_and_how_fast_they_were(tmp_path: Path) -> None:
-    rows = rows_of(tables.run_table(group_runs(study(tmp_path))))
-    assert (
-        rows["quick/sm-seed1"]["Status"]
-        == "diverged: non-finite activation at step 100, layer 1 (model.layers.1.attention)"
-    )
+def test_runs_say_where_they_diverged_and_their_speed(tmp_path: Path) -> None:
+    rows = rows_by_name(run_table, study(tmp_path))
+    place = "step 100, layer 1 (model.layers.1.attention)"
+    assert rows["quick/sm-seed1"]["Status"] == f"diverged: non-finite activation at {place}"
     assert (rows["quick/sm-seed1"]["Perplexity"], rows["quick/sm-g-seed0"]["Perplexity"]) == ("-", "37.70")
     assert rows["quick/sm-g-seed0"]["Time"] == "1 min 35 s"
     assert rows["quick/sm-g-seed0"]["Tokens per second"] == "21,105"
 
 
-def test_slopes_run_from_relu_to_identity_with_the_first_broken_step(tmp_path: Path) -> None:
-    table = tables.slope_table(group_runs(study(tmp_path)))
+def test_slopes_run_from_relu_to_identity(tmp_path: Path) -> None:
+    table = slope_table(group_runs(study(tmp_path)))
     assert [row[0] for row in table.rows][:3] == ["SM+R", "SM+leaky, fixed", "SM"]
     rows = rows_of(table)
     assert (rows["SM"]["First non-finite step"], rows["SM"]["Non-finite rows"]) == ("80", "768")
@@ -262,7 +247,7 @@ def test_slopes_run_from_relu_to_identity_with_the_first_broken_step(tmp_path: P
 
 
 def test_a_single_slope_of_its_layer_is_not_a_shared_one(tmp_path: Path) -> None:
-    row = rows_of(tables.slope_table(group_runs([write_run(tmp_path, "SM+G/leaky, last")])))
+    row = rows_by_name(slope_table, [write_run(tmp_path, "SM+G/leaky, last")])
     assert row["SM+G/leaky, last"]["Slope at the end"] == "0.210 (layer 3), the only layer with one"
 
 
@@ -271,31 +256,33 @@ def test_a_slope_that_is_no_number_is_shown_as_such(tmp_path: Path) -> None:
     writer = RunWriter(run.folder, run.facts)
     writer.log(100, "probe", [("negative_slope", [0.1, math.nan, 0.2, 0.3])])
     writer.update(status="diverged")
-    row = rows_of(tables.slope_table(group_runs([read_run(run.folder)])))["SM+leaky, per layer"]
+    row = rows_by_name(slope_table, [read_run(run.folder)])["SM+leaky, per layer"]
     assert row["Slope at the end"].startswith("apart at step 100: from nan (layer 1) to nan (layer 1)")
 
 
-def test_a_slope_of_a_diverged_run_ends_at_its_last_probe_and_went_nowhere(tmp_path: Path) -> None:
-    row = rows_of(tables.slope_table(group_runs([write_run(tmp_path, "SM+leaky, shared", status="diverged")])))
+def test_a_diverged_slope_ends_at_its_last_probe(tmp_path: Path) -> None:
+    row = rows_by_name(slope_table, [write_run(tmp_path, "SM+leaky, shared", status="diverged")])
     assert row["SM+leaky, shared"]["Gone to zero"] == "diverged"
     assert row["SM+leaky, shared"]["Slope at the end"] == "one shared slope, 0.050 at step 80"
 
 
-def test_a_skipped_step_is_the_first_that_was_not_finite(tmp_path: Path) -> None:
-    skipped = {"skipped_steps": [{"step": 7, "layer": 0, "module": "model.layers.0", "kind": "loss"}]}
-    run = write_run(tmp_path, "SM", status="diverged", facts=skipped)
-    assert rows_of(tables.slope_table(group_runs([run])))["SM"]["First non-finite step"] == "7"
+def test_skipped_steps_are_shown(tmp_path: Path) -> None:
+    skipped = [{"step": step, "layer": 0, "module": "model.layers.0", "kind": "loss"} for step in (7, 9)]
+    run = write_run(tmp_path, "SM", facts={"skipped_steps": skipped})
+    assert rows_by_name(slope_table, [run])["SM"]["First non-finite step"] == "7"
+    (row,) = rows_by_name(run_table, [run]).values()
+    assert row["Status"] == "finished, 2 non-finite steps skipped (first: 7)"
 
 
 def test_a_baseline_that_diverged_is_not_a_missing_one(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+LN+G", status="diverged")]
-    table = tables.perplexity_table(group_runs(runs))
+    table = perplexity_table(group_runs(runs))
     assert rows_of(table)["SM+G"]["Against SM+LN+G"] == "NaN (1/1)"
     assert "NaN (k/n): k of n seeds diverged or have no finite perplexity. The others are not averaged." in table.notes
 
 
 def test_html_escapes_every_cell() -> None:
-    text = tables.to_html(nasty_table())
+    text = to_html(NASTY_TABLE)
     assert "<script" not in text
     assert text.count("&lt;script&gt;") == 4
     assert 'scope="col"' in text
@@ -303,35 +290,22 @@ def test_html_escapes_every_cell() -> None:
 
 
 def test_markdown_rows_keep_their_columns() -> None:
-    lines = [line for line in tables.to_markdown(nasty_table()).splitlines() if line.startswith("|")]
+    lines = [line for line in to_markdown(NASTY_TABLE).splitlines() if line.startswith("|")]
     assert {line.replace("\\|", "").count("|") for line in lines} == {3}
     assert "<script" not in "".join(lines)
 
 
 def test_latex_escapes_what_it_would_obey() -> None:
-    text = tables.to_latex(nasty_table())
+    text = to_latex(NASTY_TABLE)
     assert r"50\%\_\$\#\{x\}\textasciitilde{}\textasciicircum{}\textbackslash{}" in text
     assert r"\textless{}script\textgreater{}" in text
     assert text.count(r"\begin{tabular}{lr}") == 1
-
-
-def test_latex_and_markdown_write_plus_minus() -> None:
-    table = Table("t", "c", (Column("a"), Column("b")), (("x", "1.0 +- 0.1"),))
-    assert r"1.0 $\pm$ 0.1" in tables.to_latex(table)
-    assert "1.0 \N{PLUS-MINUS SIGN} 0.1" in tables.to_markdown(table)
+    table = Table("t", "c", ("a", "b"), (("x", "1.0 +- 0.1"),))
+    assert r"1.0 $\pm$ 0.1" in to_latex(table)
+    assert "1.0 \N{PLUS-MINUS SIGN} 0.1" in to_markdown(table)
 
 
 def test_csv_round_trips_and_runs_no_formula() -> None:
-    cells = list(csv.reader(io.StringIO(tables.to_csv(nasty_table()))))
+    cells = list(csv.reader(io.StringIO(to_csv(NASTY_TABLE))))
     assert cells[1] == [NASTY, "'=1+1"]
     assert cells[2] == ["-", "-4.2 %"]
-
-
-def test_skipped_steps_are_shown(tmp_path: Path) -> None:
-    skipped = [
-        {"step": 7, "layer": 1, "module": "m", "kind": "loss"},
-        {"step": 9, "layer": 1, "module": "m", "kind": "loss"},
-    ]
-    run = write_run(tmp_path, "SM+R", facts={"skipped_steps": skipped})
-    (row,) = rows_of(tables.run_table(group_runs([run]))).values()
-    assert row["Status"] == "finished, 2 non-finite steps skipped (first: 7)"

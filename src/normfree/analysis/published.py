@@ -1,4 +1,4 @@
-"""The paper's numbers, to stand beside ours. One seed each, without error bars.
+"""The paper's numbers for comparison: one seed each, without error bars.
 
 Jha and Reagen, "ReLU's Revival: On the Entropic Overload in Normalization-Free Large Language Models"
 (arXiv 2410.09637). SM+LN comes from the same authors' Entropy-Guided Attention (arXiv 2501.03489).
@@ -19,39 +19,21 @@ BASELINE = "SM+LN+G"
 ORDER = (BASELINE, "SM+LN+R", "SM+G", "SM+R", "SM+LN", "SM")
 """The paper's variants, in the order of its tables."""
 GELU_OF = {"SM+R": "SM+G", "SM+LN+R": "SM+LN+G"}
-"""The variant that differs from one with ReLU in its activation alone."""
+"""The GELU variant that differs from a ReLU variant only in its activation."""
 SETTING = {"SM+R": "Without LayerNorm", "SM+LN+R": "With LayerNorm"}
 COMPARISONS = (*GELU_OF.items(), ("SM+G", BASELINE), ("SM+R", BASELINE))
-"""Which variant against which other, as the paper discusses them."""
+"""Pairs of variants that the paper compares."""
 
 SOURCE = "Jha and Reagen, arXiv 2410.09637 (SM+LN: arXiv 2501.03489); one seed each"
 HEATMAP_CONTEXT = 128
-"""Block length behind the published heatmaps, so their causal ceiling is ln(128!)/128 = 3.878 nats."""
+"""Block length of the published heatmaps; their causal ceiling is ln(128!)/128 = 3.878 nats."""
 OBSERVED_MAX_NATS = 3.87
 """The highest head entropy in the published heatmaps; the paper's ranges are quarters of it."""
 
 PERPLEXITY: dict[str, dict[str, float]] = {
-    "GPT-2 125M, T=128": {
-        "SM+LN+G": 2.688,
-        "SM+LN+R": 2.757,
-        "SM+G": 3.197,
-        "SM+R": 2.936,
-        "SM+LN": 3.38,
-    },
-    "Pythia-70M, T=128": {
-        "SM+LN+G": 3.512,
-        "SM+LN+R": 3.590,
-        "SM+G": 4.086,
-        "SM+R": 3.736,
-        "SM+LN": 4.445,
-    },
-    "Pythia-70M, T=256": {
-        "SM+LN+G": 3.054,
-        "SM+LN+R": 3.107,
-        "SM+G": 3.570,
-        "SM+R": 3.273,
-        "SM+LN": 3.836,
-    },
+    "GPT-2 125M, T=128": {"SM+LN+G": 2.688, "SM+LN+R": 2.757, "SM+G": 3.197, "SM+R": 2.936, "SM+LN": 3.38},
+    "Pythia-70M, T=128": {"SM+LN+G": 3.512, "SM+LN+R": 3.590, "SM+G": 4.086, "SM+R": 3.736, "SM+LN": 4.445},
+    "Pythia-70M, T=256": {"SM+LN+G": 3.054, "SM+LN+R": 3.107, "SM+G": 3.570, "SM+R": 3.273, "SM+LN": 3.836},
 }
 
 RANGE_PERCENT: dict[str, tuple[int, int, int, int]] = {
@@ -68,16 +50,16 @@ LOSS_NATS: dict[str, dict[float, float]] = {
     "SM+G": {0.1: 1.90, 0.2: 1.71, 0.4: 1.52, 0.6: 1.37, 0.8: 1.26, 1.0: 1.17},
     "SM+R": {0.1: 1.83, 0.2: 1.65, 0.4: 1.45, 0.6: 1.29, 0.8: 1.18, 1.0: 1.07},
 }
-"""Evaluation loss (nats) of GPT-2 125M over the share of training, read off a figure (+- 0.02)."""
+"""Evaluation loss (nats) of GPT-2 125M at shares of training, read off a figure (+- 0.02)."""
 
 
 def is_gpt2(spec: Mapping[str, Any]) -> bool:
-    """Whether a run stands beside GPT-2 125M, the only one with published heatmaps, ranges and curves."""
+    """Whether a run is compared with GPT-2 125M, the only model with published heatmaps, ranges and curves."""
     return counterpart(spec).startswith("GPT-2")
 
 
 def counterpart(spec: Mapping[str, Any]) -> str:
-    """The published model whose shape is nearest to that of a run: rotary positions mean Pythia."""
+    """The published model closest to a run in shape: Pythia for rotary positions, else GPT-2."""
     if spec["model"].get("position") != "rotary":
         return "GPT-2 125M, T=128"
     return "Pythia-70M, T=256" if spec["data"]["context"] >= 256 else "Pythia-70M, T=128"

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
+from normfree.analysis.entropy import Floats
 from normfree.analysis.groups import Group
 from normfree.store.quantities import Quantity
 from normfree.store.runs import Run
-
-Floats = NDArray[np.float64]
 
 
 def values_over_training(run: Run, name: str) -> list[tuple[int, Floats]]:
@@ -23,7 +21,7 @@ def values_over_training(run: Run, name: str) -> list[tuple[int, Floats]]:
 
 
 def newest_values(run: Run, name: str) -> Floats | None:
-    """The values after training, else the newest before that; None where the quantity was never measured."""
+    """The values after training, else the newest before that; None if the quantity was never measured."""
     final = run.last("final", name)
     if final is not None:
         return np.array(final, dtype=float)

@@ -1,14 +1,41 @@
-"""Heads per range of entropy, pooled over the seeds of each group."""
+"""Heads per quarter of a maximum entropy, pooled over the seeds of each group.  L layers, H heads, R ranges"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
-from operator import add
 
-from normfree.analysis.entropy import NORMALISERS, RangeCounts, normaliser_maxima, range_counts, trained_heads
+import numpy as np
+from numpy.typing import ArrayLike
+
+from normfree.analysis.entropy import Floats, Heads, trained_heads
 from normfree.analysis.groups import Group
+from normfree.store.runs import Run
+
+RANGES = ("[0, 1/4)", "[1/4, 1/2)", "[1/2, 3/4)", "[3/4, 1]")
+NORMALISERS = {
+    "observed": "the highest entropy measured here (the paper's Max)",
+    "log_t": "ln T, which only the last row of a causal matrix can reach",
+    "causal": "ln(T!)/T, the entropy if every token looked equally at all tokens up to itself",
+}
+
+
+@dataclass(frozen=True)
+class RangeCounts:
+    """How many heads lie in each quarter; heads without a finite entropy are in none of them."""
+
+    finite_R: tuple[int, ...]
+    nonfinite: int
+
+    @property
+    def heads(self) -> int:
+        return sum(self.finite_R) + self.nonfinite
+
+    @property
+    def shares(self) -> list[float]:
+        """Shares of all heads; they sum to 1 only if every head is finite."""
+        return [count / self.heads for count in self.finite_R]
 
 
 @dataclass(frozen=True)
@@ -17,27 +44,50 @@ class PooledRanges:
 
     counts: RangeCounts
     maximum_nats: float
-    """What counts as 1: the mean over layers."""
+    """The entropy that counts as 1, averaged over layers."""
     seeds: int
+
+
+def range_counts(entropy_LH: ArrayLike, maximum: ArrayLike) -> RangeCounts:
+    """Count heads per quarter of `maximum` in nats (one number, or one per layer).
+
+    A quarter contains its lower edge. The last one also contains its upper edge and values that rounding puts above it.
+    A head of 0 nats is in the first one, even if the maximum is 0.
+    """
+    entropy_LH = np.asarray(entropy_LH, dtype=float)
+    maximum_L1 = np.broadcast_to(np.asarray(maximum, dtype=float), entropy_LH.shape[:1])[:, None]
+    finite_LH = np.isfinite(entropy_LH)
+    share_LH = np.divide(entropy_LH, maximum_L1, out=np.zeros_like(entropy_LH), where=entropy_LH != 0)
+    quarter = np.floor(4 * share_LH[finite_LH]).clip(0, 3).astype(int)
+    return RangeCounts(tuple(np.bincount(quarter, minlength=4).tolist()), int((~finite_LH).sum()))
 
 
 def pooled_ranges(groups: Sequence[Group]) -> dict[str, dict[str, PooledRanges]]:
     """`{normaliser: {group: ranges}}` for all groups with a run that was measured after training.
 
-    The last probe of a run that diverged is left out: the less a model is trained, the nearer its heads are to uniform.
-    Empty when nothing was measured. Under `observed` all groups share one maximum.
+    A diverged run is left out: it was trained for less time, so its heads are closer to uniform.
+    Under `observed`, all groups share one maximum. Empty if nothing was measured.
     """
-    measured = [(g, run, heads) for g in groups for run in g.runs if (heads := trained_heads(run)) is not None]
-    contexts = [run.spec["data"]["context"] for _, run, _ in measured]
+    measured: dict[str, list[tuple[Run, Heads]]] = {}
+    for group in groups:
+        if seeds := [(run, heads) for run in group.runs if (heads := trained_heads(run)) is not None]:
+            measured[group.name] = seeds
+    finite = [h.entropy_LH[np.isfinite(h.entropy_LH)] for seeds in measured.values() for _, h in seeds]
+    observed = max((values.max() for values in finite if values.size), default=math.nan)
     pooled: dict[str, dict[str, PooledRanges]] = {}
     for normaliser in NORMALISERS if measured else ():
-        maxima = normaliser_maxima(normaliser, [heads for *_, heads in measured], contexts)
-        found: dict[str, list[tuple[RangeCounts, float]]] = {}
-        for (group, _, heads), maximum_L in zip(measured, maxima, strict=True):
-            counted = range_counts(heads.entropy_LH, maximum_L)
-            found.setdefault(group.name, []).append((counted, float(maximum_L.mean())))
-        pooled[normaliser] = {
-            name: PooledRanges(reduce(add, (counts for counts, _ in seeds)), seeds[-1][1], len(seeds))
-            for name, seeds in found.items()
-        }
+        pooled[normaliser] = {}
+        for name, seeds in measured.items():
+            maxima = [_maxima(normaliser, run, heads, observed) for run, heads in seeds]
+            counts = range_counts(np.concatenate([heads.entropy_LH for _, heads in seeds]), np.concatenate(maxima))
+            pooled[normaliser][name] = PooledRanges(counts, float(maxima[-1].mean()), len(seeds))
     return pooled
+
+
+def _maxima(normaliser: str, run: Run, heads: Heads, observed: float) -> Floats:
+    """The entropy that counts as 1 in each layer."""
+    if normaliser == "causal":
+        return heads.ceiling_L
+    return np.full(
+        len(heads.ceiling_L), observed if normaliser == "observed" else math.log(run.spec["data"]["context"])
+    )

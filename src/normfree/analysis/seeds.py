@@ -18,17 +18,17 @@ _T_95 = (
 
 @dataclass(frozen=True)
 class Summary:
-    """One cell of a table: a number over n seeds."""
+    """Mean and spread of a number over n seeds."""
 
     mean: float
-    """NaN as soon as one seed is not finite: there is no mean of survivors."""
+    """NaN as soon as one seed is not finite, so that it is never a mean of the survivors."""
     standard_deviation: float
     """Of the sample (n - 1); NaN for fewer than two seeds."""
     n: int
     nonfinite: int
 
     def text(self, digits: int = 2) -> str:
-        """`36.1 +- 0.4`, `36.1` for one seed, `NaN (2/3)` when 2 of 3 seeds are not finite, `-` for none."""
+        """`36.1 +- 0.4`, `36.1` for one seed, `NaN (2/3)` if 2 of 3 seeds are not finite, `-` for none."""
         if self.n == 0:
             return "-"
         if self.nonfinite:
@@ -37,58 +37,39 @@ class Summary:
         return f"{decimals(self.mean, digits)}{spread}"
 
 
+@dataclass(frozen=True)
+class Difference(Summary):
+    """Summary of paired differences with a 95 % confidence interval; its ends are NaN for fewer than two pairs."""
+
+    low: float
+    high: float
+
+
 def decimals(value: float, digits: int = 2) -> str:
-    """`36.12`, or `1.1e+77` from a million on, where decimals say nothing."""
+    """`36.12`, or `1.1e+77` from a million on."""
     return f"{value:.1e}" if 1e6 <= abs(value) < math.inf else f"{value:.{digits}f}"
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Mean of paired differences and the interval that holds the true one in 95 of 100 studies."""
-
-    mean: float
-    standard_deviation: float
-    n: int
-    low: float
-    """Lower end of the 95 % interval; NaN for fewer than two pairs."""
-    high: float
-    nonfinite: int
-    """Pairs in which a member is not finite; one of them is enough to make the mean NaN."""
-
-
 def summarise(values: Sequence[float]) -> Summary:
-    """Mean and sample standard deviation of one number a seed."""
+    """Mean and sample standard deviation of one number per seed."""
     nonfinite = sum(not math.isfinite(value) for value in values)
     usable = [] if nonfinite else list(values)
-    return Summary(
-        mean=statistics.fmean(usable) if usable else math.nan,
-        standard_deviation=statistics.stdev(usable) if len(usable) > 1 else math.nan,
-        n=len(values),
-        nonfinite=nonfinite,
-    )
+    mean = statistics.fmean(usable) if usable else math.nan
+    return Summary(mean, statistics.stdev(usable) if len(usable) > 1 else math.nan, len(values), nonfinite)
 
 
 def student_t_95(degrees: int) -> float:
     """Two-sided 95 % critical value; above 30 degrees of freedom that of 30, at most 4 % too wide."""
-    if degrees < 1:
-        raise ValueError(f"degrees={degrees}: an interval needs at least 2 pairs, so 1 degree of freedom")
     return _T_95[min(degrees, len(_T_95)) - 1]
 
 
 def paired_difference(
     ours: Mapping[Hashable, float], theirs: Mapping[Hashable, float], *, relative: bool = False
 ) -> Difference:
-    """`ours - theirs` over the keys (seeds) that both have, as a share of `theirs` when `relative`."""
+    """`ours - theirs` over the keys (seeds) that both have, as a share of `theirs` if `relative`."""
     pairs = [(ours[key], theirs[key]) for key in ours if key in theirs]
     summary = summarise([(a - b) / b if relative else a - b for a, b in pairs])
     reach = math.nan
     if summary.n > 1:
         reach = student_t_95(summary.n - 1) * summary.standard_deviation / math.sqrt(summary.n)
-    return Difference(
-        mean=summary.mean,
-        standard_deviation=summary.standard_deviation,
-        n=summary.n,
-        low=summary.mean - reach,
-        high=summary.mean + reach,
-        nonfinite=summary.nonfinite,
-    )
+    return Difference(**vars(summary), low=summary.mean - reach, high=summary.mean + reach)

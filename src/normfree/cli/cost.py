@@ -38,7 +38,7 @@ def cost(name: str, options: CostOptions) -> None:
     """Print what one forward pass costs in private inference, by operation and by layer."""
     from normfree.cost import of_config
     from normfree.cost.constants import CONSTANTS_FILE
-    from normfree.report.tables import cost_markdown
+    from normfree.report.tables.cost import cost_markdown
     from normfree.spec.compose import members
 
     read_config = _config_of_preset if name in members("preset") else _config_of_model

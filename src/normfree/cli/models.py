@@ -264,7 +264,9 @@ def _print_evaluation(result: Evaluation, after_tokens: str) -> None:
 
 def _print_measurement(run: Run, measured: Measurement) -> None:
     from normfree.analysis.groups import group_runs
-    from normfree.report.tables import layer_table, to_markdown, verdict_table
+    from normfree.report.tables.heads import layer_table
+    from normfree.report.tables.runs import verdict_table
+    from normfree.report.tables.table import to_markdown
 
     groups = group_runs([run])
     tables = [table for make in (layer_table, verdict_table) if (table := make(groups)).rows]

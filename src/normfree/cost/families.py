@@ -1,31 +1,24 @@
-"""From a model's config to the sizes that decide its cost, one reader per family; nothing here needs torch.
+"""The sizes and operations of a model that decide its cost, from its config; one reader per family. No torch needed.
 
-A reader names the operations of the model. It prices nothing, so that an operation without a constant is refused
-where the constants are (`constants.py`), by name.
+A reader prices nothing: `constants.py` refuses an operation without a price by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from normfree.spec.keys import nearest
 
 
 class NoPriceError(ValueError):
-    """An operation that nobody has measured: it is not free, so nothing is said about its model."""
-
-
-class HasToDict(Protocol):
-    """A config object of transformers."""
-
-    def to_dict(self) -> dict[str, Any]: ...
+    """An operation without a measured price, so that the cost of its model is unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """Sizes of a decoder-only model. Norms and activations are names of operations; an empty tuple does nothing."""
+    """Sizes of a decoder-only model. Norms and activations are names of operations; an empty tuple means none."""
 
     family: str
     vocab_size: int
@@ -34,31 +27,23 @@ class Architecture:
     key_heads: int
     head_dim: int
     rotary_dim: int
-    """Dimensions of a head that rotate; 0 without rotary positions."""
+    """Rotated dimensions of a head; 0 without rotary positions."""
     feed_forward: int
-    gated: bool
-    """The feed-forward part multiplies its activation by a second projection (Llama)."""
     norm: tuple[str, ...]
     """Before attention and before the feed-forward part."""
     final_norm: tuple[str, ...]
     activations: tuple[tuple[str, ...], ...]
     """Operations of each layer's activation, per element."""
     max_tokens: int
-
-    def __post_init__(self) -> None:
-        sizes = ("vocab_size", "layers", "width", "query_heads", "key_heads", "head_dim", "feed_forward", "max_tokens")
-        for name in sizes:
-            if not getattr(self, name) >= 1:
-                raise ValueError(f"the config of this {self.family} model gives {name}={getattr(self, name)}")
-        if not 0 <= self.rotary_dim <= self.head_dim:
-            raise ValueError(f"{self.rotary_dim} of {self.head_dim} dimensions of a head rotate: not a share of them")
+    gated: bool = False
+    """The feed-forward part multiplies its activation by a second projection (Llama)."""
 
     @property
     def layers(self) -> int:
         return len(self.activations)
 
 
-# A name in a config to the operations it runs on every element.
+# Operations on every element, by the name of an activation in a config.
 TRANSFORMERS_ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "gelu": ("gelu_erf",),
     "gelu_new": ("gelu_tanh",),
@@ -74,14 +59,10 @@ NORMFREE_ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "identity": (),
 }
 # slope * (x - relu(x)) + relu(x): one product, with a public number or with a secret one (a weight of the model).
-LEAKY_RELU = {
-    "none": ("relu", "public_product"),
-    "per_layer": ("relu", "product"),
-    "shared": ("relu", "product"),
-}
+LEAKY_RELU = {"none": ("relu", "public_product"), "per_layer": ("relu", "product"), "shared": ("relu", "product")}
 NORMFREE_NORMS: dict[str, tuple[str, ...]] = {"layernorm": ("layernorm",), "none": ()}
 
-# What a run's spec leaves out; a test holds these against NormFreeConfig.
+# Defaults of NormFreeConfig (a test compares them), because importing it would load torch.
 NORMFREE_DEFAULTS: dict[str, Any] = {
     "vocab_size": 50257,
     "hidden_size": 768,
@@ -98,10 +79,10 @@ NORMFREE_DEFAULTS: dict[str, Any] = {
 }
 
 
-def read_architecture(config: HasToDict | Mapping[str, Any]) -> Architecture:
-    """The sizes in a config of transformers, or in the content of a config.json.
+def read_architecture(config: Any) -> Architecture:
+    """The sizes in a transformers config object, or in the content of a config.json.
 
-    Raises ValueError for a family that no reader knows and for a field that is missing.
+    Raises ValueError for an unknown family or a missing field.
     """
     values = config if isinstance(config, Mapping) else config.to_dict()
     family = values.get("model_type")
@@ -115,29 +96,22 @@ def read_architecture(config: HasToDict | Mapping[str, Any]) -> Architecture:
 
 def _normfree(values: Mapping[str, Any]) -> Architecture:
     values = {**NORMFREE_DEFAULTS, **values}
-    layers, width, heads = values["num_hidden_layers"], values["hidden_size"], values["num_attention_heads"]
-    several = isinstance(values["activation"], (list, tuple))
-    names = values["activation"] if several else [values["activation"]] * layers
+    layers, width = values["num_hidden_layers"], values["hidden_size"]
+    names = values["activation"]
+    names = list(names) if isinstance(names, (list, tuple)) else [names] * layers
     if len(names) != layers:
         raise ValueError(f"activation lists {len(names)} names, but num_hidden_layers is {layers}")
-    head_dim = _head_dim(values, width="hidden_size", heads="num_attention_heads")
     if values["position"] not in ("learned", "rotary"):
         raise ValueError(f"position={values['position']!r}: allowed are learned and rotary")
-    known = {
-        **NORMFREE_ACTIVATIONS,
-        "leaky_relu": _operations(LEAKY_RELU, "learnable_slope", values["learnable_slope"]),
-    }
-    rotary = values["position"] == "rotary"
+    leaky_relu = _operations(LEAKY_RELU, "learnable_slope", values["learnable_slope"])
+    known = {**NORMFREE_ACTIVATIONS, "leaky_relu": leaky_relu}
+    sizes = _sizes(values)
+    rotary_share = values["rotary_share"] if values["position"] == "rotary" else 0
     return Architecture(
         family="normfree",
-        vocab_size=values["vocab_size"],
-        width=width,
-        query_heads=heads,
-        key_heads=heads,
-        head_dim=head_dim,
-        rotary_dim=round(head_dim * values["rotary_share"]) if rotary else 0,
+        **sizes,
+        rotary_dim=round(sizes["head_dim"] * rotary_share),
         feed_forward=values["intermediate_size"] or 4 * width,
-        gated=False,
         norm=_operations(NORMFREE_NORMS, "norm", values["norm"]),
         final_norm=_operations(NORMFREE_NORMS, "final_norm", values["final_norm"]),
         activations=tuple(_operations(known, "activation", name) for name in names),
@@ -147,45 +121,31 @@ def _normfree(values: Mapping[str, Any]) -> Architecture:
 
 def _gpt2(values: Mapping[str, Any]) -> Architecture:
     if values.get("add_cross_attention"):
-        raise NoPriceError(
-            "add_cross_attention=True has no known cost, and nothing counts as free; use add_cross_attention=False"
-        )
-    width, heads = values["n_embd"], values["n_head"]
-    activation = values["activation_function"]
+        raise NoPriceError("add_cross_attention=True has no known cost; use add_cross_attention=False")
+    activation = _operations(TRANSFORMERS_ACTIVATIONS, "activation_function", values["activation_function"])
     return Architecture(
         family="gpt2",
-        vocab_size=values["vocab_size"],
-        width=width,
-        query_heads=heads,
-        key_heads=heads,
-        head_dim=_head_dim(values, width="n_embd", heads="n_head"),
+        **_sizes(values, width="n_embd", heads="n_head"),
         rotary_dim=0,
-        feed_forward=values.get("n_inner") or 4 * width,
-        gated=False,
+        feed_forward=values.get("n_inner") or 4 * values["n_embd"],
         norm=("layernorm",),
         final_norm=("layernorm",),
-        activations=(_operations(TRANSFORMERS_ACTIVATIONS, "activation_function", activation),) * values["n_layer"],
+        activations=(activation,) * values["n_layer"],
         max_tokens=values["n_positions"],
     )
 
 
 def _gpt_neox(values: Mapping[str, Any]) -> Architecture:
-    width, heads = values["hidden_size"], values["num_attention_heads"]
-    head_dim = _head_dim(values, width="hidden_size", heads="num_attention_heads")
+    sizes = _sizes(values)
     # transformers 4 wrote rotary_pct, transformers 5 writes rope_parameters.
     share = (values.get("rope_parameters") or {}).get("partial_rotary_factor")
     share = values["rotary_pct"] if share is None else share
     activation = _operations(TRANSFORMERS_ACTIVATIONS, "hidden_act", values["hidden_act"])
     return Architecture(
         family="gpt_neox",
-        vocab_size=values["vocab_size"],
-        width=width,
-        query_heads=heads,
-        key_heads=heads,
-        head_dim=head_dim,
-        rotary_dim=int(head_dim * share),  # as transformers rounds it
+        **sizes,
+        rotary_dim=int(sizes["head_dim"] * share),  # as transformers rounds it
         feed_forward=values["intermediate_size"],
-        gated=False,
         norm=("layernorm",),
         final_norm=("layernorm",),
         activations=(activation,) * values["num_hidden_layers"],
@@ -194,17 +154,12 @@ def _gpt_neox(values: Mapping[str, Any]) -> Architecture:
 
 
 def _llama(values: Mapping[str, Any]) -> Architecture:
-    width, heads = values["hidden_size"], values["num_attention_heads"]
-    head_dim = values.get("head_dim") or _head_dim(values, width="hidden_size", heads="num_attention_heads")
+    sizes = _sizes(values)
     activation = _operations(TRANSFORMERS_ACTIVATIONS, "hidden_act", values["hidden_act"])
     return Architecture(
         family="llama",
-        vocab_size=values["vocab_size"],
-        width=width,
-        query_heads=heads,
-        key_heads=values.get("num_key_value_heads") or heads,
-        head_dim=head_dim,
-        rotary_dim=head_dim,
+        **sizes,
+        rotary_dim=sizes["head_dim"],
         feed_forward=values["intermediate_size"],
         gated=True,
         norm=("rmsnorm",),
@@ -214,17 +169,22 @@ def _llama(values: Mapping[str, Any]) -> Architecture:
     )
 
 
-def _head_dim(values: Mapping[str, Any], *, width: str, heads: str) -> int:
-    if values[heads] < 1 or values[width] % values[heads]:
+def _sizes(values: Mapping[str, Any], width: str = "hidden_size", heads: str = "num_attention_heads") -> dict[str, int]:
+    """Vocabulary, width and heads. `width` and `heads` are the names of these fields in the config."""
+    if not values.get("head_dim") and (values[heads] < 1 or values[width] % values[heads]):
         raise ValueError(f"{width}={values[width]} must be a multiple of {heads}={values[heads]}")
-    return values[width] // values[heads]
+    return {
+        "vocab_size": values["vocab_size"],
+        "width": values[width],
+        "query_heads": values[heads],
+        "key_heads": values.get("num_key_value_heads") or values[heads],
+        "head_dim": values.get("head_dim") or values[width] // values[heads],
+    }
 
 
 def _operations(known: Mapping[str, tuple[str, ...]], field: str, name: str) -> tuple[str, ...]:
     if name not in known:
-        raise NoPriceError(
-            f"{field}={name!r} has no known cost, and nothing counts as free; {nearest(name, list(known))}"
-        )
+        raise NoPriceError(f"{field}={name!r} has no known cost; {nearest(name, list(known))}")
     return known[name]
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from normfree.cost.constants import CONSTANTS_FILE, Network, Protocol, find_network, find_protocol
 from normfree.cost.counts import Count, count
-from normfree.cost.families import Architecture, HasToDict, read_architecture
+from normfree.cost.families import Architecture, read_architecture
 from normfree.store.runs import Run
 
 
@@ -26,7 +25,7 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What one forward pass over one sequence costs, operation by operation."""
+    """The cost of one forward pass over one sequence."""
 
     architecture: Architecture
     context: int
@@ -46,17 +45,17 @@ class Cost:
 
     @property
     def rounds(self) -> int:
-        """Messages that wait for each other when operations run one after another."""
+        """Messages that wait for each other if operations run one after another."""
         return sum(item.rounds for item in self.items)
 
     @property
     def seconds_at_least(self) -> float:
-        """A lower bound for these bytes and rounds, from bandwidth and delay alone; computing takes further time."""
+        """Lower bound of the time for network traffic; computing is extra."""
         return self.network.seconds_at_least(self.bytes, self.rounds)
 
     @property
     def assumptions(self) -> str:
-        """What the numbers rest on, in one line."""
+        """The assumptions behind the numbers, in one line."""
         return (
             f"One sequence of {self.context} tokens, one full forward pass, two honest-but-curious parties, all "
             f"weights secret; {self.protocol.about}; rounds: {self.protocol.rounds_origin}; bytes of both directions; "
@@ -65,7 +64,7 @@ class Cost:
 
 
 def of_config(
-    config: HasToDict | Mapping[str, Any],
+    config: Any,
     *,
     context: int = 128,
     protocol: str = "cheetah",
@@ -74,11 +73,10 @@ def of_config(
     delay_ms: float | None = None,
     constants: Path | str = CONSTANTS_FILE,
 ) -> Cost:
-    """The cost of a model from its config: an object of transformers, or the content of a config.json.
-    `constants` is a file of prices like the package's own, which is the default.
+    """The cost of a model from its transformers config object, or from the content of a config.json.
 
-    Raises ValueError for a family, a protocol or a network that the tables do not know, and NoPriceError (a
-    ValueError) for an activation or a norm without a price.
+    Raises ValueError for an unknown family, protocol or network, and NoPriceError (a ValueError) for an activation or
+    norm without a price.
     """
     prices = find_protocol(protocol, constants)
     link = find_network(network, bandwidth_mbps=bandwidth_mbps, delay_ms=delay_ms, constants=constants)
@@ -88,11 +86,7 @@ def of_config(
 
 
 def of_run(
-    run: Run,
-    *,
-    context: int | None = None,
-    protocol: str = "cheetah",
-    constants: Path | str = CONSTANTS_FILE,
+    run: Run, *, context: int | None = None, protocol: str = "cheetah", constants: Path | str = CONSTANTS_FILE
 ) -> Cost:
     """The cost of a run's model on its own context (or a shorter one) and vocabulary, from run.json alone."""
     tokens = run.spec["data"]["context"] if context is None else context
@@ -100,6 +94,6 @@ def of_run(
 
 
 def config_of_run(run: Run) -> dict[str, Any]:
-    """The content of the config.json that a run's model has, from run.json alone."""
+    """The content of the config.json of a run's model, from run.json alone."""
     facts = {"vocab_size": run.facts["corpus"]["vocab_size"], "max_position_embeddings": run.spec["data"]["context"]}
     return {"model_type": "normfree", **facts, **run.spec["model"]}

@@ -13,28 +13,17 @@ from normfree.cost.totals import of_run
 
 @dataclass(frozen=True)
 class Point:
-    """One group of runs."""
+    """Perplexity and cost of one group of runs."""
 
     name: str
-    """The group's."""
     corpus: str
     """Fingerprint of its text."""
     perplexity: float
-    """Mean over the seeds that all rivals have (over its own where none is common); NaN when any run has none."""
+    """Mean over the seeds that all groups on this corpus have, else over its own; NaN if any run has none."""
     seeds: int
     bytes: float
     rounds: int
     on_front: bool
-
-
-@dataclass(frozen=True)
-class TradeOff:
-    """The groups of a report in the plane of perplexity and bytes of CHEETAH."""
-
-    points: tuple[Point, ...]
-    """Cheapest first."""
-    unpriced: tuple[str, ...]
-    """Groups with an operation that has no price: they are not free, so they have no point."""
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
@@ -46,10 +35,10 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
     return [not any(map(math.isnan, p)) and not any(beats(other, p) for other in points) for p in points]
 
 
-def trade_off(groups: Iterable[Group]) -> TradeOff:
-    """One point per group that has a result; groups without a price are named and cost nothing else.
+def trade_off(groups: Iterable[Group]) -> tuple[list[Point], list[str]]:
+    """One point per group that has a result and a price, cheapest first, and the names of groups without a price.
 
-    Each corpus has a Pareto front of its own: perplexities on other text, tokens or lengths are no rivals.
+    Each corpus has its own Pareto front, because perplexities on different text cannot be compared.
     """
     priced, unpriced = [], []
     for group in groups:
@@ -62,10 +51,10 @@ def trade_off(groups: Iterable[Group]) -> TradeOff:
     points = []
     for corpus in dict.fromkeys(group.runs[0].corpus for group, _ in priced):
         rivals = [(group, cost) for group, cost in priced if group.runs[0].corpus == corpus]
-        found = perplexities_on_common_seeds([group for group, _ in rivals])
-        front = pareto_front([(found[group.name].mean, cost.bytes) for group, cost in rivals])
+        cells = perplexities_on_common_seeds([group for group, _ in rivals])
+        front = pareto_front([(cells[group.name].mean, cost.bytes) for group, cost in rivals])
         points += [
-            Point(group.name, corpus, found[group.name].mean, found[group.name].n, cost.bytes, cost.rounds, best)
-            for (group, cost), best in zip(rivals, front, strict=True)
+            Point(group.name, corpus, cells[group.name].mean, cells[group.name].n, cost.bytes, cost.rounds, on_front)
+            for (group, cost), on_front in zip(rivals, front, strict=True)
         ]
-    return TradeOff(tuple(sorted(points, key=lambda point: (point.bytes, point.name))), tuple(unpriced))
+    return sorted(points, key=lambda point: (point.bytes, point.name)), unpriced

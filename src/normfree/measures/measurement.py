@@ -68,7 +68,7 @@ class Measurement:
 
     def plot(self, quantity: str = "entropy_nats", *, ax: Axes | None = None, title: str = "") -> Axes:
         """A heatmap of a quantity that every head has. Raises ValueError for one that was not measured."""
-        from normfree.report.plots import heatmap
+        from normfree.report.plots.heatmaps import heatmap
 
         per_head = [name for name, value in self.values.items() if value.ndim == 2]
         if quantity not in per_head:

@@ -1,111 +1,70 @@
-"""Run folders in, a folder with a page out."""
+"""Build a report: read runs, write one page with its figures, tables and numbers."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from markupsafe import Markup
 from tqdm import tqdm
 
 from normfree.analysis.groups import all_runs, group_runs
 from normfree.files import write_atomically
-from normfree.report import tables
-from normfree.report.figure import PageFigure
-from normfree.report.numbers import write_numbers
-from normfree.report.page import figure_values, main_page, slopes_page
+from normfree.report.numbers import number_frames
+from normfree.report.page import render_page, section_values
 from normfree.report.render import to_pdf, to_png
-from normfree.report.sections import members_of, sections_of
+from normfree.report.sections import sections_of
+from normfree.report.tables.table import to_csv, to_latex, to_markdown
 from normfree.store.runs import Run
 
 WRITTEN = "report.json"
-"""Names what a report wrote, so that the next one removes what it does not write again, and no other file."""
-_OURS = {"figures", "tables", "numbers", "slopes.html"}
-_SPELLINGS = {"md": tables.to_markdown, "tex": tables.to_latex, "csv": tables.to_csv}
+"""Lists the files of a report, so that the next one can remove those that it does not replace."""
+_FOLDERS = {"figures", "tables", "numbers"}
 
 
 def build_report(runs: Sequence[Run], output: Path, *, mix: bool = False, progress: bool = False) -> Path:
-    """Write `output`/index.html, slopes.html if a run has a slope, figures/*.pdf|png, tables/*.md|tex|csv and
-    numbers/*.csv.
+    """Write `output`/index.html, figures/*.pdf|png, tables/*.md|tex|csv and numbers/*.csv; returns the page's path.
 
-    The same runs give the same bytes. Every file is replaced as a whole and index.html comes last; what an
-    earlier report of other runs wrote is removed. Returns the path of index.html.
-    `progress` shows a bar over the sections, on a terminal.
+    The same runs give the same bytes. Files are replaced atomically, index.html last, and files of an earlier report
+    are removed. `progress` shows a bar on a terminal.
 
-    Raises ValueError when there is no run, when runs differ in precision or recipe and `mix` is false, and for an
-    output folder that holds something else than a report.
+    Raises ValueError if there is no run, if runs differ in their recipe and `mix` is false, and if the output folder
+    contains anything but a report.
     """
     groups = group_runs(runs, mix=mix)
-    earlier = _written_before(output)
-    paths = write_numbers(all_runs(groups), output)
-    with_slopes = any(tables.has_negative_slope(run) for run in all_runs(groups))
-    pages: dict[str, list[dict[str, Any]]] = {"index": [], "slopes": []}
-    chosen = [section for section in sections_of(groups) if section.page == "index" or with_slopes]
-    for section in tqdm(chosen, desc="report", disable=None if progress else True, leave=False):
-        members = members_of(section, groups)
-        if not members:
-            continue
-        figures = [figure for figure in section.figures(members) if figure is not None]
-        made = [table for make in section.tables.values() if (table := make(members)).rows]
+    earlier = _earlier_files(output)
+    written = []
+
+    def write(name: str, content: str | bytes) -> None:
+        write_atomically(output / name, content)
+        written.append(name)
+
+    for name, frame in number_frames(all_runs(groups)).items():
+        write(f"numbers/{name}.csv", frame.to_csv(index=False, na_rep="NaN", lineterminator="\n"))
+    shown = []
+    for section in tqdm(sections_of(groups), desc="report", disable=None if progress else True, leave=False):
+        figures, tables = section.draw(groups), section.make_tables(groups)
         for figure in figures:
-            paths |= write_figure(figure, output)
-        paths |= write_tables(made, output)
-        if figures or made:
-            pages[section.page].append(
-                {
-                    "name": section.name,
-                    "title": section.title,
-                    "menu": section.menu or section.title,
-                    "folded": section.folded,
-                    "figures": [figure_values(figure) for figure in figures],
-                    "tables": [Markup(tables.to_html(table)) for table in made],
-                    "note": section.note(members),
-                }
-            )
-    texts = {"slopes.html": slopes_page(groups, pages["slopes"])} if with_slopes else {}
-    texts["index.html"] = main_page(groups, pages["index"], with_slopes=with_slopes)
-    for name, text in texts.items():
-        write_atomically(output / name, text)
-        paths.add(output / name)
-    names = sorted(path.relative_to(output).as_posix() for path in paths)
-    for name in earlier - set(names):
+            whole = figure.whole()
+            write(f"figures/{figure.name}.pdf", to_pdf(whole))
+            write(f"figures/{figure.name}.png", to_png(whole))
+        for table in tables:
+            for suffix, convert in (("md", to_markdown), ("tex", to_latex), ("csv", to_csv)):
+                write(f"tables/{table.name}.{suffix}", convert(table))
+        if figures or tables:
+            shown.append(section_values(section, figures, tables, section.note(section.members(groups))))
+    write("index.html", render_page(groups, shown))
+    for name in earlier - set(written):
         (output / name).unlink(missing_ok=True)
-    write_atomically(output / WRITTEN, json.dumps(names, indent=1) + "\n")
+    write_atomically(output / WRITTEN, json.dumps(sorted(written), indent=1) + "\n")
     return output / "index.html"
 
 
-def write_tables(made: Sequence[tables.Table], output: Path) -> set[Path]:
-    """Write `output`/tables/NAME.md|tex|csv; returns the paths."""
-    paths = set()
-    for table in made:
-        for suffix, spell in _SPELLINGS.items():
-            path = output / "tables" / f"{table.name}.{suffix}"
-            write_atomically(path, spell(table))
-            paths.add(path)
-    return paths
-
-
-def write_figure(figure: PageFigure, output: Path) -> set[Path]:
-    """Write `output`/figures/NAME.pdf|png; returns the paths."""
-    paths = set()
-    whole = figure.whole()
-    for suffix, render in (("pdf", to_pdf), ("png", to_png)):
-        path = output / "figures" / f"{figure.name}.{suffix}"
-        write_atomically(path, render(whole))
-        paths.add(path)
-    return paths
-
-
-def _written_before(output: Path) -> set[str]:
-    """Names of the files of an earlier report. Raises ValueError for a folder that holds something else."""
+def _earlier_files(output: Path) -> set[str]:
+    """Names of the files of an earlier report. Raises ValueError if the folder contains anything else."""
     if (output / WRITTEN).is_file():
         return set(json.loads((output / WRITTEN).read_text(encoding="utf-8")))
-    page = output / "index.html"
-    if page.is_file() and b"Made by normfree" in page.read_bytes():
-        return set()
     names = {path.name for path in output.glob("[!.]*")}
-    if foreign := sorted(names - _OURS):  # another process may be writing the same
+    if foreign := sorted(names - _FOLDERS):  # these exist if an earlier report was interrupted
         raise ValueError(f"output={output} holds {foreign[0]}, so it is no report; name a new or empty folder")
     return set()

@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 
-from normfree.analysis.entropy import layer_means
+from normfree.analysis.entropy import Floats, layer_means
 from normfree.analysis.groups import Group
-from normfree.analysis.quantities import Floats, newest_values, values_over_training
-from normfree.report import plots
-from normfree.report.figure import PageFigure, chunks_of, largest, open_ends
-from normfree.report.plots.heatmaps import highest_finite
+from normfree.analysis.quantities import newest_values, values_over_training
+from normfree.report.figure import PageFigure, curve_figure, largest
+from normfree.report.plots.curves import LAYER_COLOURS, depth_profile, layer_curves, scalar_curves
+from normfree.report.plots.heatmaps import heatmap, heatmap_key, highest_finite
+from normfree.report.plots.style import colour_key
 from normfree.store.quantities import Quantity
 from normfree.store.runs import Run
 
-_FIRST_SEED = (
-    "First finished seed of each variant; where none finished, the first that diverged, else an unfinished one."
-)
-
-
-def quantity_figures(groups: Sequence[Group], quantity: Quantity) -> list[PageFigure]:
-    """Every figure of a quantity that these runs can give."""
-    if quantity.axes == ("layer", "head"):
-        figures = [_heatmaps(groups, quantity), _layer_curves(groups, quantity)]
-    elif quantity.axes == ("layer",):
-        figures = [_profile(groups, quantity), _layer_curves(groups, quantity)]
-    else:
-        figures = [_curves(groups, quantity)]
-    return [figure for figure in figures if figure is not None]
+_FIRST_SEED = "One seed each: the first finished; otherwise diverged; otherwise unfinished."
 
 
 def ceilings(run: Run, quantity: Quantity) -> Floats | None:
-    """The highest value that the quantity can have in this run, [] or [L]; None where there is none."""
+    """The highest possible value of the quantity in this run, [] or [L]; None if there is none."""
     if isinstance(quantity.ceiling, str):
         return newest_values(run, quantity.ceiling)
     return None if quantity.ceiling is None else np.array(quantity.ceiling)
@@ -45,120 +35,106 @@ def _heatmaps(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
         return None
     shown = [values_LH for _, _, values_LH in measured]
     tops = [ceilings(run, quantity) for _, run, _ in measured]
-    unit, scale = quantity.unit, "up to the highest value here"
+    unit, scale, mark = quantity.unit, "up to the highest value here", ""
     limit = max(map(highest_finite, shown))
     bounded = [top for top in tops if top is not None and np.isfinite(top).any()]
     if bounded:
         limit = max(map(highest_finite, bounded))
         scale = f"up to the ceiling of {limit:.2f} {unit}".rstrip()
+        mark = f" Heads above the mark count as {quantity.mark[1]}." if quantity.mark else ""
         if len({run.spec["data"]["context"] for _, run, _ in measured}) > 1 and isinstance(quantity.ceiling, str):
-            limit, unit, scale = 1.0, "share of the ceiling", "in shares of each one's ceiling"
+            limit, unit, scale = 1.0, "share of the ceiling", "as shares of each model's ceiling"
             shown = [
                 values_LH if top is None else values_LH / np.atleast_1d(top)[:, None]
                 for values_LH, top in zip(shown, tops, strict=True)
             ]
-    mark = f" From the mark on a head counts as {quantity.mark[1]}." if quantity.mark and bounded else ""
     unfinished = [
-        f"{group.name} (step {_step(run, quantity)})" for group, run, _ in measured if run.status != "finished"
+        f"{group.name} (step {values_over_training(run, quantity.name)[-1][0]})"
+        for group, run, _ in measured
+        if run.status != "finished"
     ]
-    note = f" Newest probe, for want of a final measurement: {', '.join(unfinished)}." if unfinished else ""
+    note = f" Not finished, so from the newest probe: {', '.join(unfinished)}." if unfinished else ""
+    panels = []
+    for values_LH, (group, run, _) in zip(shown, measured, strict=True):
+        layers = run.layer_numbers(quantity.name, len(values_LH))
+        panels.append(partial(heatmap, values_LH, ceiling=limit, title=group.name, layers=layers))
     return PageFigure(
         name=f"{quantity.name}-heads",
         title=f"{quantity.title} of every head",
-        caption=f"{quantity.meaning} One cell a head, layers downwards; one colour scale, {scale}.{mark} "
+        caption=f"{quantity.meaning} One cell per head, layers downwards, on one colour scale {scale}.{mark} "
         f"{_FIRST_SEED}{note}",
-        panels=tuple(
-            partial(
-                plots.heatmap,
-                values_LH,
-                ceiling=limit,
-                title=group.name,
-                layers=run.layer_numbers(quantity.name, len(values_LH)),
-            )
-            for values_LH, (group, run, _) in zip(shown, measured, strict=True)
-        ),
+        panels=panels,
         panel_inches=largest([values_LH.shape for values_LH in shown]),
-        key=plots.heatmap_key(quantity, limit, unit=unit, marked=bool(bounded)),
+        key=heatmap_key(quantity, limit, unit=unit, marked=bool(bounded)),
     )
 
 
 def _layer_curves(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
     shown = [
-        (group, history)
+        (group.name, history, ceilings(group.shown, quantity))
         for group in groups
         if group.shown and len(history := values_over_training(group.shown, quantity.name)) > 1
     ]
     if not shown:
         return None
-    layers = max(len(history[-1][1]) for _, history in shown)
-    tops = {group.name: None if group.shown is None else ceilings(group.shown, quantity) for group, _ in shown}
+    layers = max(len(history[-1][1]) for _, history, _ in shown)
+    panels = []
+    for name, history, ceiling in shown:
+        top = None if ceiling is None else highest_finite(ceiling)
+        panels.append(partial(layer_curves, history, label=quantity.label, title=name, layers=layers, ceiling=top))
     return PageFigure(
         name=f"{quantity.name}-layers",
         title=f"{quantity.title} of the layers over training",
-        caption="One line a layer, coloured by its depth; over heads the mean, in which a single head can hide. "
+        caption="One line per layer, coloured by depth. It is the mean over heads, which can hide a single head. "
         f"A dashed line is the ceiling. {_FIRST_SEED}",
-        panels=tuple(
-            partial(
-                plots.layer_curves,
-                history,
-                label=quantity.label,
-                title=group.name,
-                layers=layers,
-                ceiling=None if (top := tops[group.name]) is None else highest_finite(top),
-            )
-            for group, history in shown
-        ),
-        key=plots.colour_key(plots.LAYER_COLOURS, limit=(0, max(layers - 1, 1)), label="layer", whole=True),
+        panels=panels,
+        key=colour_key(LAYER_COLOURS, limit=(0, max(layers - 1, 1)), label="layer", whole=True),
     )
 
 
 def _profile(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
-    measured = {group.name: (group, run, values) for group, run, values in _measured(groups, quantity)}
-    if not measured:
-        return None
-    styles = plots.variant_styles([group.name for group in groups])
-    chunks = chunks_of([group for group, _, _ in measured.values()])
-    profiles = [
-        {
-            name: (run.layer_numbers(quantity.name, len(values)), layer_means(values))
-            for name, (_, run, values) in measured.items()
-            if name in {group.name for group in chunk}
-        }
-        for chunk in chunks
-    ]
-    return PageFigure(
+    profiles = {
+        group.name: (run.layer_numbers(quantity.name, len(values)), layer_means(values))
+        for group, run, values in _measured(groups, quantity)
+    }
+
+    def draw(some: Sequence[Group], **options: Any) -> Axes:
+        values = {group.name: profiles[group.name] for group in some}
+        return depth_profile(values, label=quantity.label, **options)
+
+    return curve_figure(
+        [group for group in groups if group.name in profiles],
+        draw,
+        shown=lambda _run: True,
         name=f"{quantity.name}-depth",
         title=f"{quantity.title} over the layers",
         caption=f"{quantity.meaning} {_FIRST_SEED}",
-        panels=tuple(partial(plots.depth_profile, p, label=quantity.label, styles=styles) for p in profiles),
-        panel_inches=plots.curves_size(chunks),
     )
 
 
 def _curves(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
-    chunks = chunks_of([g for g in groups if any(len(values_over_training(run, quantity.name)) > 1 for run in g.drawn)])
-    if not chunks:
-        return None
-    styles = plots.variant_styles([group.name for group in groups])
-    return PageFigure(
+    return curve_figure(
+        groups,
+        partial(scalar_curves, name=quantity.name, label=quantity.label),
+        shown=lambda run: len(values_over_training(run, quantity.name)) > 1,
         name=f"{quantity.name}-curves",
         title=f"{quantity.title} over training",
-        caption=f"{quantity.meaning} A thin line is a seed, the other its variant's mean.{open_ends(groups)}",
-        panels=tuple(
-            partial(plots.scalar_curves, chunk, quantity.name, label=quantity.label, styles=styles) for chunk in chunks
-        ),
-        panel_inches=plots.curves_size(chunks),
+        caption=f"{quantity.meaning} Thin lines are seeds, thick lines their mean.",
     )
 
 
+FIGURES: dict[tuple[str, ...], tuple[Callable[[Sequence[Group], Quantity], PageFigure | None], ...]] = {
+    ("layer", "head"): (_heatmaps, _layer_curves),
+    ("layer",): (_profile, _layer_curves),
+    (): (_curves,),
+}
+"""The figures of a quantity, by its axes."""
+
+
 def _measured(groups: Sequence[Group], quantity: Quantity) -> list[tuple[Group, Run, Floats]]:
-    """The run that is drawn of each group, with its newest values."""
+    """Each group's run that is drawn, with its newest values."""
     return [
         (group, run, values)
         for group in groups
         if (run := group.shown) is not None and (values := newest_values(run, quantity.name)) is not None
     ]
-
-
-def _step(run: Run, quantity: Quantity) -> int:
-    return values_over_training(run, quantity.name)[-1][0]

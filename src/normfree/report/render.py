@@ -1,6 +1,6 @@
-"""A matplotlib figure as bytes that are equal whenever the figure is: SVG for the page, PDF, PNG.
+"""Reproducible bytes of a matplotlib figure: SVG for the page, PDF, PNG.
 
-Drawn under the settings that it was laid out under: how many ticks fit depends on them, and so how wide labels are.
+It is drawn with the settings of its layout, because they decide how many ticks fit and how wide labels are.
 """
 
 from __future__ import annotations
@@ -28,9 +28,13 @@ def to_svg(figure: Figure, prefix: str) -> str:
     used = set(_USED.findall(text))
     text = _ID.sub(lambda found: f' id="{prefix}-{found[1]}"' if found[1] in used else "", text)
     text = _USED.sub(lambda found: found[0][: -len(found[1])] + f"{prefix}-{found[1]}", text)
-    for name, (on_white, _) in COLOURS.items():  # the page has its own for light and for dark surroundings
+    for name, (on_white, _) in COLOURS.items():  # the page defines them for light and dark mode
         text = text.replace(on_white, f"var(--{name})")
-    return _responsive(re.sub(r"\n\s*", "\n", text))
+    # As wide as the box around it, and hidden from screen readers, which read the name of the figure.
+    head, _, drawing = text.partition(">")
+    head = re.sub(r' (?:width|height|xmlns(?::\w+)?|version)="[^"]*"', "", head)
+    drawing = re.sub(r"\n\s*", "\n", drawing)
+    return f'{head} aria-hidden="true" focusable="false">{drawing}'
 
 
 def to_pdf(figure: Figure) -> bytes:
@@ -47,10 +51,3 @@ def to_png(figure: Figure) -> bytes:
     with drawing_settings():
         figure.savefig(file, format="png", dpi=150, facecolor="white")
     return file.getvalue()
-
-
-def _responsive(text: str) -> str:
-    """As wide as the box around it. The figure has the name, so the drawing is hidden from screen readers."""
-    start, end = text.index("<svg"), text.index(">")
-    head = re.sub(r' (?:width|height|xmlns(?::\w+)?|version)="[^"]*"', "", text[start:end])
-    return f'{head} aria-hidden="true" focusable="false">{text[end + 1 :]}'

@@ -1,36 +1,37 @@
-"""What was found, in sentences. Every number in them comes from the runs."""
+"""The findings of a report in sentences. Every number in them comes from the runs."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 from normfree.analysis import published
-from normfree.analysis.entropy import top_quarter_share, trained_heads
+from normfree.analysis.entropy import Heads, top_quarter_share, trained_heads
 from normfree.analysis.groups import Group
 from normfree.analysis.seeds import Difference, summarise
 from normfree.analysis.verdicts import overload
-from normfree.report.tables.claims import top_quarter_difference
-from normfree.report.tables.results import comparable_pairs, perplexity_difference
+from normfree.report.tables.results import comparable_pairs, perplexity_difference, top_quarter_difference
 from normfree.store.runs import Run, divergence_text
 
-_NAMED = 4
-"""Variants with one seed that are named; more are counted."""
 _LISTED = 8
-"""Variants whose numbers one sentence holds; of more it has the lowest and the highest, and tables have all."""
+"""A sentence names at most this many variants; of more it gives the extremes or a count."""
+_OVERLOAD = {True: "overloaded", False: "not overloaded", None: "undecided"}
 
 
 def sentences(groups: Sequence[Group]) -> list[str]:
-    """The findings, most important first; careful where there is one seed, plain where a run diverged."""
+    """The findings, most important first."""
     trained = [group for group in groups if group.members[0].kind == "run"]
     pairs = [(a, b) for a, b in comparable_pairs(trained) if published.GELU_OF.get(a.label) == b.label]
-    found = [_comparison(a, b) for a, b in sorted(pairs, key=_without_norm_then_most_seeds)]
-    found += [_more_uniform(gelu, relu) for relu, gelu in pairs if relu.label == "SM+R"]
-    found += [text for text in (_top_quarter(groups), _overloaded(groups)) if text]
+    findings = [_comparison(a, b) for a, b in sorted(pairs, key=_without_norm_then_most_seeds)]
+    findings += [_more_uniform(gelu, relu) for relu, gelu in pairs if relu.label == "SM+R"]
+    heads = {group.name: [trained_heads(run) for run in group.runs] for group in groups if group.runs}
+    if any(measured for of_group in heads.values() for measured in of_group):
+        findings += [_near_uniform(heads), _overloaded(heads)]
     if trained:
-        found += [_diverged(group) for group in trained if _diverged_runs(group)]
-        found += [text for text in (_floor(trained), _one_seed(trained), _unfinished(trained)) if text]
-    return found
+        findings += [_diverged(group) for group in trained if _diverged_runs(group)]
+        findings += [_floor(trained), _one_seed(trained), *_unfinished(trained)]
+    return [sentence for sentence in findings if sentence]
 
 
 def _without_norm_then_most_seeds(pair: tuple[Group, Group]) -> tuple[int, int]:
@@ -40,89 +41,74 @@ def _without_norm_then_most_seeds(pair: tuple[Group, Group]) -> tuple[int, int]:
 
 def _comparison(ours: Group, theirs: Group) -> str:
     difference = perplexity_difference(ours, theirs)
-    # A tag or recipe that tells them apart: once where both have it.
-    of_ours, of_theirs = (group.name.removeprefix(group.label) for group in (ours, theirs))
-    setting, gelu = f"{published.SETTING[ours.label]}{of_ours}", f"GELU{'' if of_ours == of_theirs else of_theirs}"
+    # A tag or recipe that distinguishes them is named once if both have it.
+    ours_more, theirs_more = (group.name.removeprefix(group.label) for group in (ours, theirs))
+    setting = f"{published.SETTING[ours.label]}{ours_more}"
+    gelu = "GELU" if ours_more == theirs_more else f"GELU{theirs_more}"
     if difference.nonfinite:
-        return (
-            f"{setting}, ReLU and {gelu} cannot be compared: {difference.nonfinite} of {difference.n} pairs "
-            "of runs diverged on one side or both."
-        )
+        pairs = f"{difference.nonfinite} of {difference.n} pairs"
+        return f"{setting}, ReLU and {gelu} cannot be compared: {pairs} of runs diverged on one side or both."
     common = ours.perplexities.keys() & theirs.perplexities.keys()
     a, b = (summarise([g.perplexities[key] for key in common]).mean for g in (ours, theirs))
-    verb = "below" if difference.mean < 0 else "above"
-    seeds = "1 seed" if difference.n == 1 else f"{difference.n} seeds"
     paper = published.relative_difference(published.counterpart(ours.runs[0].spec), ours.label, theirs.label)
-    beside = "" if paper is None else f"; the paper: {100 * abs(paper):.1f} % {'below' if paper < 0 else 'above'}"
-    size = f"{100 * abs(difference.mean):.1f} %"
-    numbers = f"{a:.1f} against {b:.1f}, {seeds}{beside}"
-    text = f"{setting}, ReLU ends {size} {verb} {gelu} in perplexity ({numbers})"
+    beside = "" if paper is None else f"; the paper: {_above_or_below(paper)}"
+    numbers = f"{a:.1f} against {b:.1f}, {_seeds(difference)}{beside}"
+    text = f"{setting}, ReLU ends {_above_or_below(difference.mean)} {gelu} in perplexity ({numbers})"
     if difference.n < 2:
         return f"{text}."
+    interval = f"{100 * difference.low:+z.1f} % to {100 * difference.high:+z.1f} %"
     if difference.low < 0 < difference.high:
-        return f"{text}; the 95 % interval, {_interval(difference)}, includes no difference at all."
-    return f"{text}; 95 % interval {_interval(difference)}."
+        return f"{text}; the 95 % interval, {interval}, includes 0."
+    return f"{text}; 95 % interval {interval}."
 
 
-def _interval(difference: Difference) -> str:
-    return f"{100 * difference.low:+z.1f} % to {100 * difference.high:+z.1f} %"
+def _above_or_below(share: float) -> str:
+    return f"{100 * abs(share):.1f} % {'below' if share < 0 else 'above'}"
+
+
+def _seeds(difference: Difference) -> str:
+    return "1 seed" if difference.n == 1 else f"{difference.n} seeds"
 
 
 def _more_uniform(gelu: Group, relu: Group) -> str:
-    """The paper's claim about heads, seed by seed."""
-    found = top_quarter_difference(gelu, relu)
-    if found.nonfinite:
+    """The paper's claim about heads, paired by seed."""
+    difference = top_quarter_difference(gelu, relu)
+    if difference.nonfinite:
         return (
-            f"Heads of {gelu.name} and {relu.name} in the top quarter of the causal ceiling cannot be compared: not "
-            f"measured after training, or not finite, in {found.nonfinite} of {found.n} pairs of runs."
+            f"Near-uniform heads of {gelu.name} and {relu.name} cannot be compared: not "
+            f"measured after training, or not finite, in {difference.nonfinite} of {difference.n} pairs of runs."
         )
-    seeds = "1 seed" if found.n == 1 else f"{found.n} seeds"
-    interval = f"; 95 % interval {100 * found.low:+z.1f} to {100 * found.high:+z.1f}" if found.n > 1 else ""
+    low, high = 100 * difference.low, 100 * difference.high
+    interval = f"; 95 % interval {low:+z.1f} to {high:+z.1f}" if difference.n > 1 else ""
     return (
-        f"Heads in the top quarter of the causal ceiling, {gelu.name} less {relu.name}: "
-        f"{100 * found.mean:+z.1f} points ({seeds}{interval})."
+        f"{gelu.name} has {100 * difference.mean:+z.1f} percentage points of near-uniform heads compared with "
+        f"{relu.name} ({_seeds(difference)}{interval})."
     )
 
 
-def _top_quarter(groups: Sequence[Group]) -> str:
-    if not any(trained_heads(run) for group in groups for run in group.runs):
-        return ""
-    found = [
-        (group.name, summarise([100 * top_quarter_share(trained_heads(run)) for run in group.runs]))
-        for group in groups
-        if group.runs
-    ]
-    texts = [f"{name} {shares.text() if shares.nonfinite else f'{shares.mean:.0f} %'}" for name, shares in found]
-    start = "Heads in the top quarter of the causal ceiling, mean over seeds"
-    ranked = sorted((shares.mean, text) for text, (_, shares) in zip(texts, found, strict=True) if not shares.nonfinite)
+def _near_uniform(heads: dict[str, list[Heads | None]]) -> str:
+    shares = {name: summarise([100 * top_quarter_share(h) for h in of_group]) for name, of_group in heads.items()}
+    texts = {name: f"{name} {s.text() if s.nonfinite else f'{s.mean:.0f} %'}" for name, s in shares.items()}
+    ranked = sorted((s.mean, texts[name]) for name, s in shares.items() if not s.nonfinite)
+    start = "Near-uniform heads (in the top quarter of the causal ceiling), mean over seeds"
     if len(texts) <= _LISTED or not ranked:
-        return f"{start}: {', '.join(texts)}."
-    broken = len(texts) - len(ranked)
-    rest = f"; NaN in {broken}" if broken else ""
-    return f"{start}: from {ranked[0][1]} to {ranked[-1][1]}, {len(texts)} variants in all{rest}."
+        return f"{start}: {', '.join(texts.values())}."
+    return f"{start}: from {ranked[0][1]} to {ranked[-1][1]}; the table has all {len(texts)} variants."
 
 
-def _overloaded(groups: Sequence[Group]) -> str:
-    if not any(trained_heads(run) for group in groups for run in group.runs):
-        return ""
-    held, unknown, unmeasured = {}, {}, {}
-    for group in groups:
-        heads = [trained_heads(run) for run in group.runs]
-        verdicts = [overload(found).holds for found in heads if found is not None]
-        held[group.name] = (verdicts.count(True), len(heads))
-        unknown[group.name] = (verdicts.count(None), len(heads))
-        unmeasured[group.name] = (heads.count(None), len(heads))
-    parts = [_counted(held, "") or "in no run", _counted(unknown, "undecided "), _counted(unmeasured, "not measured ")]
-    return f"Entropic overload of the early layers at the end: {', '.join(filter(None, parts))}."
-
-
-def _counted(counts: dict[str, tuple[int, int]], word: str) -> str:
-    """`SM+G (2 of 3)` of each variant with such a run, or of many variants their number."""
-    some = {name: pair for name, pair in counts.items() if pair[0]}
-    if len(some) <= _LISTED:
-        return ", ".join(f"{name} {word}({found} of {runs})" for name, (found, runs) in some.items())
-    runs = sum(found for found, _ in some.values())
-    return f"{word}in {runs} of {sum(runs for _, runs in counts.values())} runs, {len(some)} variants"
+def _overloaded(heads: dict[str, list[Heads | None]]) -> str:
+    """How many runs of each variant are overloaded, undecided and not measured; of many variants only the sum."""
+    counts = {
+        name: Counter("not measured" if h is None else _OVERLOAD[overload(h).holds] for h in of_group)
+        for name, of_group in heads.items()
+    }
+    if len(counts) > _LISTED:
+        counts = {"all variants": sum(counts.values(), Counter())}
+    parts = []
+    for name, verdicts in counts.items():
+        others = [f"{verdicts[word]} {word}" for word in ("undecided", "not measured") if verdicts[word]]
+        parts.append(", ".join([f"{name} {verdicts['overloaded']} of {verdicts.total()} runs", *others]))
+    return f"Early layers are overloaded with near-uniform heads at the end: {'; '.join(parts)}."
 
 
 def _diverged_runs(group: Group) -> list[Run]:
@@ -136,19 +122,21 @@ def _diverged(group: Group) -> str:
 
 
 def _floor(groups: Sequence[Group]) -> str:
+    """Whether the finished runs learned more than token frequencies."""
     ended = [(run, group.name) for group in groups for run in group.runs if run.status == "finished"]
     if not ended:
         return "No run finished."
     if broken := [f"{name}, seed {run.seed}" for run, name in ended if not math.isfinite(run.perplexity)]:
         return f"Finished without a finite perplexity: {'; '.join(broken)}."
-    floors = [(run.facts["corpus"]["unigram_perplexity"], run, name) for run, name in ended]
-    share, name, floor = max((run.perplexity / floor, name, floor) for floor, run, name in floors)
-    if share < 1:
-        return (
-            f"Every finished run learned: the weakest, {name}, ends at {100 * share:.0f} % of the unigram "
-            f"perplexity of {floor:.0f}."
-        )
-    return f"{name} did not learn: it ends at {100 * share:.0f} % of the unigram perplexity of {floor:.0f}."
+    floors = [(run.perplexity / run.facts["corpus"]["unigram_perplexity"], name, run) for run, name in ended]
+    share, name, run = max(floors, key=lambda floor: floor[0])
+    bar = f"{100 * share:.0f} % of the unigram perplexity of {run.facts['corpus']['unigram_perplexity']:.0f}"
+    failed = list(dict.fromkeys(name for share, name, _ in floors if share >= 1))
+    if not failed:
+        return f"Every finished run learned: the weakest, {name}, ends at {bar}."
+    return (
+        f"{', '.join(failed)} did not learn: the weakest, {name}, ends at {bar}. Such runs may be too short to judge."
+    )
 
 
 def _one_seed(groups: Sequence[Group]) -> str:
@@ -156,17 +144,17 @@ def _one_seed(groups: Sequence[Group]) -> str:
     single = [group.name for group in with_runs if len(group.runs) == 1]
     if not single:
         return ""
-    whose = "One seed a variant"
+    whose = "One seed per variant"
     if len(single) < len(with_runs):
-        named = ", ".join(single) if len(single) <= _NAMED else f"{len(single)} of the {len(with_runs)} variants"
-        whose = f"One seed of {named}"
+        names = ", ".join(single) if len(single) <= _LISTED else f"{len(single)} of the {len(with_runs)} variants"
+        whose = f"One seed of {names}"
     return f"{whose}: there is no error bar, and a small difference may be chance."
 
 
-def _unfinished(groups: Sequence[Group]) -> str:
+def _unfinished(groups: Sequence[Group]) -> list[str]:
     drawn = [f"{run.place} ({run.status})" for group in groups if group.drawn for run in group.unfinished]
     left_out = [f"{run.place} ({run.status})" for group in groups if not group.drawn for run in group.unfinished]
-    told = [f"In the curves only, because not finished: {', '.join(drawn)}."] if drawn else []
-    if left_out:
-        told.append(f"Left out, because not finished and of another recipe or corpus: {', '.join(left_out)}.")
-    return " ".join(told)
+    return [
+        f"Not finished, so only in the curves: {', '.join(drawn)}." if drawn else "",
+        f"Not finished and of another recipe or corpus, so left out: {', '.join(left_out)}." if left_out else "",
+    ]

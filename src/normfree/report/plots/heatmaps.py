@@ -1,4 +1,4 @@
-"""One cell a head: layers downwards, heads to the right.  L layers, H heads"""
+"""Heatmaps with one cell per head: layers downwards, heads to the right.  L layers, H heads"""
 
 from __future__ import annotations
 
@@ -32,19 +32,17 @@ def heatmap(
     title: str = "",
     layers: Sequence[int] | None = None,
 ) -> Axes:
-    """Draw one number a head, [layers, heads]; title and unit of the colour bar are the quantity's.
+    """Draw one number per head, [layers, heads]. Non-finite heads are hatched and labelled NaN.
 
-    `ceiling` is the value of the brightest colour (one number, or one a layer of which the highest counts);
-    give several heatmaps the same one to make them comparable. Without it the highest finite value is used.
-    `layers` are the numbers of the rows where they are not 0, 1, ... as in models with attention in some layers only.
-    Non-finite heads are hatched and say NaN. Values are written with two decimals where they fit.
-    Without `ax` a figure with its own colour bar is made; it is `.figure` of what is returned.
+    `ceiling`: the value of the brightest colour (one number, or the highest of one per layer), by default the highest
+    finite value; heatmaps with the same ceiling are comparable. `layers`: the numbers of the rows if not 0, 1, ...
+    Without `ax` a figure with a colour bar is made, which is `.figure` of the result.
 
     Raises ValueError for values of another shape.
     """
     values_LH = np.asarray(values_LH, dtype=float)
     if values_LH.ndim != 2 or values_LH.size == 0:
-        raise ValueError(f"values have shape {values_LH.shape}; give one row a layer and one column a head")
+        raise ValueError(f"values have shape {values_LH.shape}; give [layers, heads]")
     if isinstance(quantity, str):
         quantity = QUANTITIES[quantity]
     highest = highest_finite(values_LH if ceiling is None else np.asarray(ceiling, dtype=float))
@@ -57,23 +55,23 @@ def heatmap(
 
 
 def heatmap_key(quantity: Quantity, highest: float, *, unit: str | None = None, marked: bool = True) -> Key:
-    """The colour bar of heatmaps of a quantity up to `highest`, with the quantity's mark if that is its ceiling."""
+    """The colour bar of heatmaps up to `highest`, with the quantity's mark if `highest` is its ceiling."""
     label = quantity.label if unit is None else f"{quantity.title} ({unit})"
     mark = None
     if quantity.mark is not None and marked:
-        share, words = quantity.mark
-        mark = (share * highest, f"{words} from {share * highest:.2f}")
+        edge = quantity.mark[0] * highest
+        mark = (edge, f"{quantity.mark[1]} from {edge:.2f}")
     return colour_key(HEATMAP_COLOURS, limit=(0, highest), label=label, mark=mark)
 
 
 def difference_heatmap(values_LH: ArrayLike, *, ax: Axes, limit: float, title: str = "", layers: Sequence[int]) -> Axes:
-    """Draw differences of a number a head between two models: white is none, the two colours are the two signs."""
+    """Draw the difference of a quantity between two models: white is 0, red positive, blue negative."""
     colours = {"lowest": -limit, "highest": limit, "colours": DIFFERENCE_COLOURS}
     return _draw(np.asarray(values_LH, dtype=float), ax=ax, title=title, numbers=layers, **colours)
 
 
 def heatmap_size(layers: int, heads: int) -> tuple[float, float]:
-    """Inches that give every cell room for its number, within what a page can show."""
+    """Size in inches with room for a number in every cell, limited to the width of the page."""
     return min(max(0.9 + 0.3 * heads, 3.0), 9.0), min(max(0.9 + 0.24 * layers, 2.2), 9.0)
 
 
@@ -105,7 +103,7 @@ def _draw(
 
 
 def _write_values(values_LH: np.ndarray, image: AxesImage) -> None:
-    """Two decimals in every cell, if the cells are wide and high enough for letters one can read."""
+    """Two decimals in every cell, if the cells are large enough to read them."""
     layers, heads = values_LH.shape
     box = image.axes.get_window_extent()
     points = 72 / image.axes.get_figure(root=True).dpi  # pyright: ignore[reportOptionalMemberAccess]
@@ -123,5 +121,5 @@ def _write_values(values_LH: np.ndarray, image: AxesImage) -> None:
 
 
 def highest_finite(values: np.ndarray) -> float:
-    """The highest finite value, or 1 where there is none above 0."""
+    """The highest finite value, or 1 if none is above 0."""
     return float(values[np.isfinite(values)].max(initial=0.0)) or 1.0

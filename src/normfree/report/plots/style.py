@@ -1,7 +1,6 @@
-"""How every figure looks: colours that colour-blind readers can tell apart (a test holds them to it), sizes that a
-phone can show.
+"""The look of every figure: colours that colour-blind readers can tell apart (tested), and the layout of panels.
 
-Figures are built as objects, without pyplot, so that no state outlives a call.
+Figures are built without pyplot, so that no state outlives a call.
 """
 
 from __future__ import annotations
@@ -9,8 +8,9 @@ from __future__ import annotations
 import itertools
 import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 from matplotlib import style
@@ -23,9 +23,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 Panel = Callable[..., Any]
-"""Draws itself into the Axes it is given as `ax`."""
+"""Draws into the Axes `ax`."""
 Key = Callable[[Figure, list[Axes]], Any]
-"""Draws what all panels of a figure share."""
+"""Draws the colour bar that the panels of a figure share."""
 Styles = Mapping[str, Mapping[str, Any]]
 """Colour and dash of each variant's line, by its name."""
 
@@ -44,10 +44,10 @@ COLOURS = {
     "grey": ("#454955", "#dcdddc"),
     "red": ("#b23a48", "#ff8794"),
 }
-"""Each colour on white, as files have it, and on the dark ground of the page. Red is for what is not finite."""
+"""Each colour on white and on the dark background of the page. Red is for values that are not finite."""
 _ON_WHITE = {name: on_white for name, (on_white, _) in COLOURS.items()}
 INK, MUTED, GRID, GREEN, RED = (_ON_WHITE[name] for name in ("ink", "muted", "grid", "green", "red"))
-# Blues have LayerNorm, orange and green have none; in grey the dash alone tells them apart.
+# Blue with LayerNorm, orange and green without; the dash distinguishes them in greyscale.
 _VARIANTS = {
     "SM+LN+G": {"color": _ON_WHITE["blue"], "linestyle": "--"},
     "SM+LN+R": {"color": _ON_WHITE["sky"], "linestyle": "-."},
@@ -56,38 +56,20 @@ _VARIANTS = {
 }
 _OTHERS = tuple(_ON_WHITE[name] for name in ("purple", "gold", "violet", "olive", "grey"))
 _KEY_INCHES = 0.3
-LEGEND_LETTERS = 22
+PANEL_INCHES = (3.9, 3.1)
+_LEGEND_LETTERS = 20
 
-RC: dict[Any, Any] = {
-    **dict.fromkeys(("axes.labelcolor", "axes.titlecolor", "text.color", "xtick.labelcolor", "ytick.labelcolor"), INK),
+_TEXT = ("axes.labelcolor", "axes.titlecolor", "text.color", "xtick.labelcolor", "ytick.labelcolor")
+_COLOURED: dict[Any, Any] = {
+    **dict.fromkeys(_TEXT, INK),
     **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), MUTED),
-    "font.family": "DejaVu Sans",
-    "font.size": 8.5,
-    "text.hinting": "no_hinting",  # text is as wide in a file as it was when the figure was laid out
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelsize": 8.5,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.fontsize": 7.5,
-    "legend.frameon": False,
-    "legend.handlelength": 2.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "text.parse_math": False,  # a tag may have dollar signs
-    "axes.grid": True,
     "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "lines.linewidth": 1.4,
-    "hatch.linewidth": 0.6,
 }
 
 
 def drawing_settings(**more: Any) -> AbstractContextManager[None]:
-    """Only our settings, whatever the user's matplotlibrc or script has set; theirs come back afterwards."""
-    return style.context(["default", RC, more])
+    """Use these settings instead of the user's, and restore the user's afterwards."""
+    return style.context(["default", Path(__file__).with_name("figure.mplstyle"), _COLOURED, more])
 
 
 def variant_styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -102,11 +84,10 @@ def panel_figure(
     panels: Sequence[Panel],
     *,
     columns: int = 2,
-    panel_inches: tuple[float, float] = (3.9, 2.9),
+    panel_inches: tuple[float, float] = PANEL_INCHES,
     key: Key | None = None,
 ) -> Figure:
-    """Panels side by side in one figure, with one legend below for what they label; `key` may add a colour bar that all
-    of them share."""
+    """Panels side by side in one figure, with one legend below and, with `key`, a shared colour bar."""
     columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
     width, height = panel_inches
@@ -120,7 +101,9 @@ def panel_figure(
             ax.set_axis_off()
         if key is not None:
             key(figure, grid)
-        _add_legend(figure, grid)
+        labelled = [pair for ax in grid for pair in zip(*ax.get_legend_handles_labels(), strict=True)]
+        if entries := {wrapped(label, _LEGEND_LETTERS): handle for handle, label in labelled}:
+            figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=2 * columns)
         # Run once here: a figure that keeps its layout engine is drawn twice by every savefig.
         ConstrainedLayoutEngine().execute(figure)
     return figure
@@ -134,21 +117,16 @@ def colour_key(
     whole: bool = False,
     mark: tuple[float, str] | None = None,
 ) -> Key:
-    """A horizontal colour bar for `panel_figure`; `whole` puts ticks on whole numbers only.
-
-    `mark` is a value with a line across the bar, and what stands above it.
-    """
+    """A horizontal colour bar for `panel_figure`. `whole`: ticks on whole numbers; `mark`: a value with its label."""
 
     def draw(figure: Figure, axes: list[Axes]) -> None:
         scale = ScalarMappable(Normalize(*limit), colours)
         alone = len(axes) == 1 and not axes[0].has_data()
-        fraction = _KEY_INCHES / figure.get_figheight()  # of the height of all rows of panels
+        fraction = _KEY_INCHES / figure.get_figheight()
         shared = {"ax": axes, "shrink": 0.6, "aspect": 40, "fraction": fraction, "pad": 0.02, "use_gridspec": False}
         place: dict[str, Any] = {"cax": axes[0]} if alone else shared
-        bar = figure.colorbar(scale, orientation="horizontal", label=label, **place)
-        if whole:
-            bar.locator = MaxNLocator(integer=True)
-            bar.update_ticks()
+        ticks = MaxNLocator(integer=True) if whole else None
+        bar = figure.colorbar(scale, orientation="horizontal", label=label, ticks=ticks, **place)
         if mark is not None:
             value, text = mark
             bar.ax.axvline(value, color="#000000", linewidth=1.5)
@@ -160,25 +138,18 @@ def colour_key(
 
 
 def wrapped(name: str, letters: int = 30) -> str:
-    """A name of a variant over as many lines as it needs: what tells mixed recipes apart can be long."""
+    """A name of a variant on several lines: names of mixed recipes can be long."""
     return textwrap.fill(name, letters, break_long_words=False, break_on_hyphens=False)
 
 
-def _add_legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    """One entry a name under all panels, in as few rows as are no wider than the figure."""
-    labelled = [pair for ax in axes for pair in zip(*ax.get_legend_handles_labels(), strict=True)]
-    entries = {wrapped(label, LEGEND_LETTERS): handle for handle, label in labelled}
-    for rows in range(1, len(entries) + 1):
-        columns = math.ceil(len(entries) / rows)
-        legend = figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
-        if legend.get_window_extent().width <= figure.bbox.width or columns == 1:
-            break
-        legend.remove()
+def row_panel_inches(names: Iterable[str]) -> tuple[float, float]:
+    """Size of a panel with one row per name."""
+    names = [wrapped(name) for name in names]
+    return 4.0, 1.3 + len(names) * max(0.27, 0.15 * max(name.count("\n") + 1 for name in names))
 
 
 def empty(ax: Axes, text: str) -> Axes:
-    """An Axes that says in words that there is nothing to draw."""
+    """An Axes with a sentence instead of data."""
     ax.text(0.5, 0.5, text, ha="center", va="center", transform=ax.transAxes, color=MUTED, wrap=True)
-    ax.set_xticks([])
-    ax.set_yticks([])
+    ax.set(xticks=[], yticks=[])
     return ax

@@ -1,85 +1,60 @@
-"""What came out: perplexity beside the paper's, differences over seeds, heads per range of entropy."""
+"""Tables of results: perplexity beside the paper's, differences over seeds, the paper's claims, ranges of entropy."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from normfree.analysis import published
-from normfree.analysis.entropy import NORMALISERS, RANGES, trained_heads
+from normfree.analysis.entropy import top_quarter_share, trained_heads
 from normfree.analysis.groups import Group, counterparts
 from normfree.analysis.published import BASELINE, COMPARISONS
-from normfree.analysis.ranges import pooled_ranges
+from normfree.analysis.ranges import NORMALISERS, RANGES, pooled_ranges
 from normfree.analysis.seeds import Difference, paired_difference, summarise
-from normfree.report.tables.table import Column, Table
+from normfree.report.tables.table import Table
 
 
 def perplexity_table(groups: Sequence[Group]) -> Table:
-    """Final validation perplexity a variant: mean, sample deviation, n, change, the bar of token frequencies.
+    """Final validation perplexity of each variant, its change against the baseline, and the unigram perplexity.
 
-    The paper's numbers stand beside, unless a variant is there more than once, as in a sweep.
+    The paper's numbers are added, unless the runs have a variant more than once, as in a sweep.
     """
-    titles = ("Perplexity", "Seeds", f"Against {BASELINE}", "Bits per byte")
-    columns = [Column("Variant", numeric=False), *map(Column, titles)]
-    rows = [_perplexity_row(group, groups) for group in groups if group.runs] + _unigram_rows(groups)
+    with_runs = [group for group in groups if group.runs]
+    rows = []
+    for group in with_runs:
+        summary = summarise(list(group.perplexities.values()))
+        bits = summarise([(run.facts.get("final") or {}).get("bits_per_byte", math.nan) for run in group.runs])
+        rows.append((group.name, summary.text(), str(summary.n), _against_baseline(group, groups), bits.text(3)))
+    corpora = {run.corpus: run.facts["corpus"] for group in with_runs for run in group.runs}
+    for fingerprint, corpus in sorted(corpora.items()):
+        name = "Unigram" if len(corpora) == 1 else f"Unigram (corpus {fingerprint[:12]})"
+        rows.append((name, f"{corpus['unigram_perplexity']:.2f}", "-", "-", "-"))
+    titles = ("Variant", "Perplexity", "Seeds", f"Against {BASELINE}", "Bits per byte")
     if _has_paper(groups):
-        columns += [
-            Column("Paper"),
-            Column(f"Paper, against {BASELINE}"),
-            Column("Paper's model", numeric=False),
-        ]
-        beside = {group.name: _paper_cells(group) for group in groups if group.runs}
-        rows = [(*row, *beside.get(row[0], ("-", "-", "-"))) for row in rows]
+        titles += ("Paper", f"Paper, against {BASELINE}", "Paper's model")
+        of_paper = {group.name: _paper_cells(group) for group in with_runs}
+        rows = [(*row, *of_paper.get(row[0], ("-", "-", "-"))) for row in rows]
     caption = "Validation perplexity after training: mean and sample standard deviation over seeds, lower is better"
-    return Table("perplexity", caption, tuple(columns), tuple(rows), _notes(groups))
+    return Table("perplexity", caption, titles, rows, _perplexity_notes(groups), words=("Paper's model",))
 
 
 def difference_table(groups: Sequence[Group]) -> Table:
     """Relative differences of perplexity, paired by seed, with a 95 % Student-t interval."""
     rows = []
     for ours, theirs in comparable_pairs(groups):
-        found = perplexity_difference(ours, theirs)
+        difference = perplexity_difference(ours, theirs)
         model = published.counterpart(ours.runs[0].spec)
-        paper = published.relative_difference(model, ours.label, theirs.label)
-        interval = f"{percent(found.low)} to {percent(found.high)}" if math.isfinite(found.low) else "-"
-        rows.append((comparison(ours, theirs), mean_text(found), interval, str(found.n), percent(paper)))
-    titles = ("Difference in perplexity", "95 % interval", "Pairs", "Paper")
-    columns = (Column("Comparison", numeric=False), *map(Column, titles))
-    notes = (
+        paper = percent(published.relative_difference(model, ours.label, theirs.label))
+        interval = "-"
+        if math.isfinite(difference.low):
+            interval = f"{percent(difference.low)} to {percent(difference.high)}"
+        rows.append((comparison(ours, theirs), mean_text(difference), interval, str(difference.n), paper))
+    titles = ("Comparison", "Difference in perplexity", "95 % interval", "Pairs", "Paper")
+    notes = [
         "Seeds are paired: the same seed and the same order of the data on both sides. "
-        "Student's t over the pairs; one pair has no interval.",
-    )
-    return Table("differences", "Paired relative differences of perplexity", columns, tuple(rows), notes)
-
-
-def range_table(groups: Sequence[Group]) -> Table:
-    """Share of heads per quarter of the maximum under each normaliser, pooled over seeds."""
-    pooled, rows = pooled_ranges(groups), []
-    for group in groups:
-        for normaliser, by_group in pooled.items():
-            if found := by_group.get(group.name):
-                shares = (f"{100 * share:.1f} %" for share in found.counts.shares)
-                of_all = "" if found.seeds == len(group.runs) else f" of {len(group.runs)}"
-                counted = (f"{found.seeds}{of_all}", str(found.counts.heads), str(found.counts.nonfinite))
-                is_theirs = normaliser == "observed" and published.is_gpt2(group.runs[0].spec)
-                beside = published.RANGE_PERCENT.get(group.label) if is_theirs else None
-                paper = " / ".join(map(str, beside or "-"))
-                rows.append((group.name, normaliser, f"{found.maximum_nats:.3f}", *shares, *counted, paper))
-    titles = ("Max (nats)", *RANGES, "Seeds", "Heads", "NaN heads", "Paper, GPT-2 125M (%)")
-    columns = (Column("Variant", numeric=False), Column("Normaliser", numeric=False), *map(Column, titles))
-    notes = tuple(f"{name}: {meaning}." for name, meaning in NORMALISERS.items())
-    if missing := [run.place for group in groups for run in group.runs if trained_heads(run) is None]:
-        notes += (f"Not measured after training, so not counted: {', '.join(missing)}.",)
-    caption = "Share of heads per quarter of the maximum entropy"
-    return Table("ranges", caption, columns, tuple(rows), (*notes, "NaN heads are in no range."))
-
-
-def comparable_pairs(
-    groups: Sequence[Group], comparisons: Iterable[tuple[str, str]] = COMPARISONS
-) -> list[tuple[Group, Group]]:
-    """The groups behind each comparison of two labels: `counterparts` of each other."""
-    ours_first = [(ours, other) for label, other in comparisons for ours in groups if ours.label == label]
-    return [(ours, theirs) for ours, other in ours_first for theirs in counterparts(ours, other, groups)]
+        "Student's t over the pairs; one pair has no interval."
+    ]
+    return Table("differences", "Paired relative differences of perplexity", titles, rows, notes)
 
 
 def perplexity_difference(ours: Group, theirs: Group) -> Difference:
@@ -87,42 +62,115 @@ def perplexity_difference(ours: Group, theirs: Group) -> Difference:
     return paired_difference(ours.perplexities, theirs.perplexities, relative=True)
 
 
+def top_quarter_difference(ours: Group, theirs: Group) -> Difference:
+    """Paired difference of the share of heads at or above 3/4 of the causal ceiling."""
+    shares = [
+        {seed: top_quarter_share(trained_heads(run)) for seed, run in zip(group.perplexities, group.runs, strict=True)}
+        for group in (ours, theirs)
+    ]
+    return paired_difference(*shares)
+
+
+# Claim, two variants, the difference between them, and whether the claim says that it is above 0.
+CLAIMS: tuple[tuple[str, str, str, Callable[[Group, Group], Difference], bool], ...] = (
+    ("(a) With LayerNorm, ReLU is worse than GELU", "SM+LN+R", "SM+LN+G", perplexity_difference, True),
+    ("(b) Without it, ReLU is better", "SM+R", "SM+G", perplexity_difference, False),
+    ("(c) GELU puts more heads into the top quarter", "SM+G", "SM+R", top_quarter_difference, True),
+    ("(g) ReLU early, GELU late beats GELU", "SM+R/G", "SM+G", perplexity_difference, False),
+    ("(g) GELU early, ReLU late beats GELU", "SM+G/R", "SM+G", perplexity_difference, False),
+    ("(g) ReLU early, GELU late beats ReLU", "SM+R/G", "SM+R", perplexity_difference, False),
+    ("(g) ReLU belongs into the early half", "SM+R/G", "SM+G/R", perplexity_difference, False),
+)
+
+
+def claim_table(groups: Sequence[Group]) -> Table:
+    """The paper's claims that these runs can test, each with a verdict that the 95 % interval decides."""
+    rows = []
+    for claim, label, other, measure, above in CLAIMS:
+        measured, unit = ("perplexity", "%") if measure is perplexity_difference else ("share of heads", "points")
+        for ours, theirs in comparable_pairs(groups, [(label, other)]):
+            difference = measure(ours, theirs)
+            low, high = (difference.low, difference.high) if above else (-difference.high, -difference.low)
+            verdict = "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
+            interval = "-"
+            if math.isfinite(difference.low):
+                interval = f"{100 * difference.low:+z.1f} to {percent(difference.high, unit)}"
+            numbers = (mean_text(difference, unit), interval, str(difference.n))
+            rows.append((claim, verdict, comparison(ours, theirs), measured, *numbers))
+    titles = ("Claim", "Verdict", "Compared", "Measured", "Difference", "95 % interval", "Pairs")
+    notes = [
+        "Holds or does not hold: the 95 % Student-t interval over paired seeds lies entirely on one side of 0. "
+        "Undecided: it contains 0, or there is only one pair, or a run diverged. The interval is valid only if the "
+        "number of seeds was fixed in advance, and for its own claim only: of twenty true differences of 0, one "
+        "interval misses 0 on average.",
+        "Share of heads: those at or above 3/4 of the causal ceiling; the difference is in percentage points.",
+    ]
+    return Table("claims", "The paper's claims at this scale", titles, rows, notes, words=titles[:4])
+
+
+def range_table(groups: Sequence[Group]) -> Table:
+    """Share of heads per quarter of the maximum under each normaliser, pooled over seeds."""
+    pooled, rows = pooled_ranges(groups), []
+    for group in groups:
+        for normaliser, of_group in pooled.items():
+            if (ranges := of_group.get(group.name)) is None:
+                continue
+            shares = (f"{100 * share:.1f} %" for share in ranges.counts.shares)
+            seeds = f"{ranges.seeds}" + ("" if ranges.seeds == len(group.runs) else f" of {len(group.runs)}")
+            counts = (seeds, str(ranges.counts.heads), str(ranges.counts.nonfinite))
+            comparable = normaliser == "observed" and published.is_gpt2(group.runs[0].spec)
+            paper = published.RANGE_PERCENT.get(group.label) if comparable else None
+            paper_text = " / ".join(map(str, paper or "-"))
+            rows.append((group.name, normaliser, f"{ranges.maximum_nats:.3f}", *shares, *counts, paper_text))
+    titles = ("Variant", "Normaliser", "Max (nats)", *RANGES, "Seeds", "Heads", "NaN heads", "Paper, GPT-2 125M (%)")
+    notes = [f"{name}: {meaning}." for name, meaning in NORMALISERS.items()]
+    if missing := [run.place for group in groups for run in group.runs if trained_heads(run) is None]:
+        notes.append(f"Not measured after training, so not counted: {', '.join(missing)}.")
+    notes.append("NaN heads are in no range.")
+    return Table("ranges", "Share of heads per quarter of the maximum entropy", titles, rows, notes, ("Normaliser",))
+
+
+def comparable_pairs(
+    groups: Sequence[Group], comparisons: Iterable[tuple[str, str]] = COMPARISONS
+) -> list[tuple[Group, Group]]:
+    """The groups behind each comparison of two labels, as `counterparts` pairs them."""
+    ours_first = [(ours, other) for label, other in comparisons for ours in groups if ours.label == label]
+    return [(ours, theirs) for ours, other in ours_first for theirs in counterparts(ours, other, groups)]
+
+
 def comparison(ours: Group, theirs: Group) -> str:
-    """`SM+R against SM+G`; the recipe or tag that both have is said once."""
+    """`SM+R against SM+G`; a recipe or tag that both have is named once."""
     same = ours.name.removeprefix(ours.label) == theirs.name.removeprefix(theirs.label)
     return f"{ours.label if same else ours.name} against {theirs.name}"
 
 
-def percent_with_interval(found: Difference) -> str:
-    """`-5.1 % (-8.6 to -1.6)`: a relative difference, and its 95 % interval where it has one."""
-    interval = f" ({100 * found.low:+z.1f} to {100 * found.high:+z.1f})" if math.isfinite(found.low) else ""
-    return mean_text(found) + interval
+def percent_with_interval(difference: Difference) -> str:
+    """`-5.1 % (-8.6 to -1.6)`: a relative difference, and its 95 % interval if it has one."""
+    low, high = difference.low, difference.high
+    interval = f" ({100 * low:+z.1f} to {100 * high:+z.1f})" if math.isfinite(low) else ""
+    return mean_text(difference) + interval
 
 
-def mean_text(found: Difference, unit: str = "%") -> str:
-    """`+4.3 %`, or `NaN (1/3)` where 1 of 3 pairs is not finite."""
-    return f"NaN ({found.nonfinite}/{found.n})" if found.nonfinite else percent(found.mean, unit)
+def mean_text(difference: Difference, unit: str = "%") -> str:
+    """`+4.3 %`, or `NaN (1/3)` if 1 of 3 pairs is not finite."""
+    if difference.nonfinite:
+        return f"NaN ({difference.nonfinite}/{difference.n})"
+    return percent(difference.mean, unit)
 
 
 def percent(share: float | None, unit: str = "%") -> str:
-    """`+4.3 %`, or `-` for a share that does not exist."""
+    """`+4.3 %`, or `-` for NaN or None."""
     return "-" if share is None or math.isnan(share) else f"{100 * share:+z.1f} {unit}"
 
 
-def _perplexity_row(group: Group, groups: Sequence[Group]) -> tuple[str, ...]:
-    summary = summarise(list(group.perplexities.values()))
-    bits = summarise([(run.facts.get("final") or {}).get("bits_per_byte", math.nan) for run in group.runs])
-    return group.name, summary.text(), str(summary.n), _against_baseline(group, groups), bits.text(3)
-
-
 def _has_paper(groups: Sequence[Group]) -> bool:
-    """Whether the paper has one of these variants, and each stands for one row of its tables."""
-    theirs = [
+    """Whether the paper has some of these variants, each of them once."""
+    in_paper = [
         (model, group.label)
         for group in groups
         if group.runs and group.label in published.PERPLEXITY[model := published.counterpart(group.runs[0].spec)]
     ]
-    return 0 < len(theirs) == len(set(theirs))
+    return 0 < len(in_paper) == len(set(in_paper))
 
 
 def _paper_cells(group: Group) -> tuple[str, str, str]:
@@ -133,53 +181,46 @@ def _paper_cells(group: Group) -> tuple[str, str, str]:
 
 
 def _against_baseline(group: Group, groups: Sequence[Group]) -> str:
-    """The mean over the pairs, and their number where not every seed of the group has a partner."""
+    """The mean over the pairs, with their number if some seeds of the group have no partner."""
     if group.label == BASELINE:
         return "baseline"
     bases = counterparts(group, BASELINE, groups)
     if len(bases) != 1:
         return "-"
-    found = perplexity_difference(group, bases[0])
-    some = not found.nonfinite and 0 < found.n < len(group.perplexities)
-    return mean_text(found) + (f" (n = {found.n})" if some else "")
+    difference = perplexity_difference(group, bases[0])
+    some = not difference.nonfinite and 0 < difference.n < len(group.perplexities)
+    return mean_text(difference) + (f" (n = {difference.n})" if some else "")
 
 
-def _unigram_rows(groups: Sequence[Group]) -> list[tuple[str, ...]]:
-    corpora = {run.corpus: run.facts["corpus"] for g in groups for run in g.runs}
-    rows = []
-    for fingerprint, corpus in sorted(corpora.items()):
-        name = "Unigram" if len(corpora) == 1 else f"Unigram (corpus {fingerprint[:12]})"
-        rows.append((name, f"{corpus['unigram_perplexity']:.2f}", "-", "-", "-"))
-    return rows
-
-
-def _notes(groups: Sequence[Group]) -> tuple[str, ...]:
+def _perplexity_notes(groups: Sequence[Group]) -> list[str]:
+    runs = [run for group in groups for run in group.runs]
     notes = ["Unigram: the perplexity of token frequencies alone, which any model has to beat."]
     if any(group.label == BASELINE and group.runs for group in groups):
         notes.append(
-            f"Against {BASELINE}: the mean of the differences within a seed, over the seeds that both have; their "
-            "number n is given where it is not that of the row."
+            f"Against {BASELINE}: the mean of the differences between runs of the same seed. "
+            "It uses seeds that both variants have; n is shown if these are fewer."
         )
     if several := [group.name for group in groups if group.runs and len(counterparts(group, BASELINE, groups)) > 1]:
-        notes.append(f"More than one {BASELINE} has the recipe and none the tag of {', '.join(several)}.")
-    if any(not math.isfinite(run.perplexity) for group in groups for run in group.runs):
+        notes.append(f"No change is shown for {', '.join(several)}: more than one {BASELINE} has the same recipe.")
+    if not all(math.isfinite(run.perplexity) for run in runs):
         notes.append("NaN (k/n): k of n seeds diverged or have no finite perplexity. The others are not averaged.")
     if _has_paper(groups):
         notes.append(
             f"Paper: {published.SOURCE}; another corpus and size, so compare changes "
             "(computed from its perplexities), not values."
         )
-    data_met = [(run.corpus, run.spec["data"]) for group in groups for run in group.runs]
-    installed = {
-        (corpus, data.get("expected_fingerprint")) for corpus, data in data_met if data.get("source") == "installed"
+    corpora = {
+        (run.corpus, run.spec["data"].get("expected_fingerprint"))
+        for run in runs
+        if run.spec["data"].get("source") == "installed"
     }
     notes += [
         f"Corpus {corpus[:12]} is not the one behind the committed results ({expected[:12]}): "
         "compare changes with them, not perplexities."
-        for corpus, expected in sorted(installed, key=str)
+        for corpus, expected in sorted(corpora, key=str)
         if expected and expected != corpus
     ]
     for group in groups:
         notes += [f"{run.place} is left out: {run.status} at step {run.steps_done}." for run in group.unfinished]
         notes += [f"{r.folder} ({r.status}) is left out: it repeats a seed of {group.name}." for r in group.repeated]
-    return tuple(notes)
+    return notes

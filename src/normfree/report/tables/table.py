@@ -1,10 +1,10 @@
-"""A table of text cells, and its four spellings. Every spelling escapes what its format would obey."""
+"""A table of text cells, and functions that write it as Markdown, LaTeX, CSV or HTML and escape its text."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,40 +16,37 @@ _LATEX = str.maketrans(
     | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
 )
 _MARKDOWN = str.maketrans(
-    {mark: "\\" + mark for mark in "\\`*_[]|~"}
-    | {"<": "&lt;", ">": "&gt;", "&": "&amp;", "\n": " ", "\r": " "}
-)  # fmt: skip
+    {mark: "\\" + mark for mark in "\\`*_[]|~"} | {"<": "&lt;", ">": "&gt;", "&": "&amp;", "\n": " ", "\r": " "}
+)
 _HTML = Template(
     Path(__file__).with_name("table.html.j2").read_text(encoding="utf-8"), autoescape=True, trim_blocks=True
 )
-# A spreadsheet runs a cell that begins like this.
-_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column; numbers are set flush right."""
-
-    title: str
-    numeric: bool = True
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # spreadsheets run cells that begin like this
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells are finished text. The first cell of a row names the row."""
+    """Rows of finished text. The first cell of a row names the row."""
 
     name: str
     """Name of its files."""
     caption: str
-    columns: tuple[Column, ...]
-    rows: tuple[tuple[str, ...], ...]
-    notes: tuple[str, ...] = ()
+    titles: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    notes: Sequence[str] = ()
+    words: tuple[str, ...] = ()
+    """Titles of columns of words, beside the first. They are aligned left, numbers right."""
+
+    @property
+    def is_numeric(self) -> list[bool]:
+        """Whether each column holds numbers."""
+        return [number > 0 and title not in self.words for number, title in enumerate(self.titles)]
 
 
 def to_markdown(table: Table) -> str:
     """GitHub's pipe table, with the caption above and the notes below."""
     titles, *rows = _escaped(table, lambda text: text.translate(_MARKDOWN))
-    rules = ["---:" if column.numeric else "---" for column in table.columns]
+    rules = ["---:" if is_numeric else "---" for is_numeric in table.is_numeric]
     lines = "\n".join(f"| {' | '.join(cells)} |" for cells in (titles, rules, *rows))
     notes = "\n".join(f"- {note.translate(_MARKDOWN)}" for note in table.notes)
     parts = (f"**{table.caption.translate(_MARKDOWN)}**", lines, notes)
@@ -58,40 +55,39 @@ def to_markdown(table: Table) -> str:
 
 def to_latex(table: Table) -> str:
     """A booktabs table."""
-    layout = "".join("r" if column.numeric else "l" for column in table.columns)
+    layout = "".join("r" if is_numeric else "l" for is_numeric in table.is_numeric)
     titles, *rows = (" & ".join(cells) + r" \\" for cells in _escaped(table, lambda text: text.translate(_LATEX)))
-    notes = [rf"\par\smallskip\footnotesize {note.translate(_LATEX)}" for note in table.notes]
     lines = [
-        r"\begin{table}",
-        r"\centering",
-        rf"\caption{{{table.caption.translate(_LATEX)}}}",
-        rf"\label{{tab:{table.name}}}",
+        *(r"\begin{table}", r"\centering", rf"\caption{{{table.caption.translate(_LATEX)}}}"),
+        *(rf"\label{{tab:{table.name}}}", rf"\begin{{tabular}}{{{layout}}}"),
+        *(r"\toprule", titles, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}"),
+        *(rf"\par\smallskip\footnotesize {note.translate(_LATEX)}" for note in table.notes),
+        *(r"\end{table}", ""),
     ]
-    lines += [rf"\begin{{tabular}}{{{layout}}}", r"\toprule", titles, r"\midrule", *rows, r"\bottomrule"]
-    return "\n".join([*lines, r"\end{tabular}", *notes, r"\end{table}", ""]).replace("+-", r"$\pm$")
+    return "\n".join(lines).replace("+-", r"$\pm$")
 
 
 def to_csv(table: Table) -> str:
-    """Comma-separated cells under a header line, without caption and notes.
+    """Comma-separated cells below a header line, without caption and notes.
 
     Text that a spreadsheet would run as a formula gets a leading apostrophe; numbers stay as they are.
     """
     file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows(_escaped(table, _inert))
+    csv.writer(file, lineterminator="\n").writerows(_escaped(table, _without_formula))
     return file.getvalue()
 
 
 def to_html(table: Table) -> str:
     """A `<table>` with caption, scopes and notes."""
-    return _HTML.render(vars(table)).replace("+-", "\N{PLUS-MINUS SIGN}")
+    return _HTML.render(table=table).replace("+-", "\N{PLUS-MINUS SIGN}")
 
 
 def _escaped(table: Table, escape: Callable[[str], str]) -> list[list[str]]:
     """The titles, then the rows."""
-    return [[escape(cell) for cell in row] for row in ([column.title for column in table.columns], *table.rows)]
+    return [[escape(cell) for cell in row] for row in (table.titles, *table.rows)]
 
 
-def _inert(cell: str) -> str:
+def _without_formula(cell: str) -> str:
     if not cell.startswith(_FORMULA_STARTS) or cell == "-":
         return cell
     try:
