@@ -21,7 +21,7 @@ from normfree.cost.totals import of_config, of_run
 from normfree.model.activations import ACTIVATIONS
 from normfree.model.configuration import NormFreeConfig
 from normfree.model.norms import NORMS
-from normfree.report.tables.cost import cost_markdown, layer_cost_table, matmul_cost_table, operation_cost_table
+from normfree.report.tables.cost import cost_markdown, cost_tables
 from tests.synthetic import CONTEXT, write_run
 
 
@@ -155,9 +155,15 @@ def test_bound_of_time_charges_half_the_bytes_and_every_round() -> None:
     assert of_config(small(), context=16).network.bandwidth_mbps == 100
 
 
-def test_matrix_products_are_listed_by_shape() -> None:
-    rows = {row[0]: row[1] for row in matmul_cost_table(of_config(GPT2Config())).rows}
-    assert rows == {
+def test_tables_add_up() -> None:
+    found = of_config(GPT2Config())
+    *tables, products = cost_tables(found)
+    for table in tables:
+        *rows, total = table.rows
+        assert sum(int(row[-1]) for row in rows) == int(total[-1]) == found.rounds
+        assert sum(float(row[-3]) for row in rows) == pytest.approx(found.gigabytes, rel=0.002)
+        assert sum(float(row[-2]) for row in rows) == pytest.approx(100, abs=0.05 * len(rows))
+    assert {row[0]: row[1] for row in products.rows} == {
         "1 x (128 x 50257)(50257 x 768)": "1",
         "1 x (128 x 768)(768 x 2304)": "12",
         "12 x (128 x 64)(64 x 128)": "12",
@@ -167,15 +173,6 @@ def test_matrix_products_are_listed_by_shape() -> None:
         "1 x (128 x 3072)(3072 x 768)": "12",
         "1 x (128 x 768)(768 x 50257)": "1",
     }
-
-
-def test_tables_add_up() -> None:
-    found = of_config(GPT2Config())
-    for table in (operation_cost_table(found), layer_cost_table(found)):
-        *rows, total = table.rows
-        assert sum(int(row[-1]) for row in rows) == int(total[-1]) == found.rounds
-        assert sum(float(row[-3]) for row in rows) == pytest.approx(found.gigabytes, rel=0.002)
-        assert sum(float(row[-2]) for row in rows) == pytest.approx(100, abs=0.05 * len(rows))
     text = cost_markdown(found)
     assert "for network traffic alone on wan (100 Mbps each way, 40 ms one way); computing is extra." in text
     assert found.assumptions in text
@@ -220,44 +217,29 @@ def test_an_operation_without_a_price_is_never_free() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("place", "value", "message"),
     [
+        ("protocols.cheetah.operations.relu.bytes_per_element", -98.5, "cheetah.relu would cost -[0-9,]* bytes"),
+        ("protocols.cheetah.operations.relu.bytes_per_element", math.inf, "cheetah.relu would cost inf bytes"),
+        ("protocols.cheetah.operations.relu.bytes_per_element", "98.5", "cheetah.relu is incomplete or no number"),
+        ("protocols.cheetah.operations.relu.rounds", 2.5, "and 2.5 rounds"),
         (
-            {"bytes_per_element": -98.5},
-            "cheetah.relu: bytes_per_element=-98.5: it should be greater than or equal to 0",
+            "protocols.cheetah.operations.relu",
+            {"rounds": 1},
+            "cheetah.relu is incomplete or no number: 'bytes_per_elem",
         ),
-        ({"bytes_per_element": "many"}, "cheetah.relu: bytes_per_element='many'"),
-        ({"bytes_per_element": math.inf}, "cheetah.relu: bytes_per_element=inf"),
-        ({"rounds": None}, "cheetah.relu: rounds=None: it should be a valid integer"),
-        ({"rounds": 2.5}, "cheetah.relu: rounds=2.5"),
-        ({"bytes_per_row": -1e9}, "cheetah.relu would cost -[0-9,]* bytes"),
+        ("protocols.cheetah.about", None, "about=None"),
+        ("networks.wan", {"bandwidth_mbps": 100}, "delay_ms is missing"),
+        ("version", 7, "has version 7, not 1"),
     ],
 )
-def test_a_wrong_price_in_a_file_is_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_a_wrong_part_of_a_file_is_named(place: str, value: Any, message: str, tmp_path: Path) -> None:
     content, file = load_constants(), tmp_path / "mine.json"
-    content["protocols"]["cheetah"]["operations"]["relu"] |= change
+    *outer, last = place.split(".")
+    reduce(dict.__getitem__, outer, content)[last] = value
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         of_config(small(activation="relu"), context=16, constants=file)
-
-
-@pytest.mark.parametrize(
-    ("place", "message"),
-    [
-        ("protocols.cheetah.operations.relu.bytes_per_row", "cheetah.relu: bytes_per_row is missing"),
-        ("protocols.cheetah.operations.matmul.rounds", "cheetah.matmul: rounds is missing"),
-        ("protocols.cheetah.about", "cheetah: about is missing"),
-        ("networks.wan.delay_ms", "delay_ms is missing"),
-        ("version", "version None, not 1"),
-    ],
-)
-def test_a_missing_part_of_a_file_is_named(place: str, message: str, tmp_path: Path) -> None:
-    content, file = load_constants(), tmp_path / "mine.json"
-    *outer, last = place.split(".")
-    del reduce(dict.__getitem__, outer, content)[last]
-    file.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=message):
-        of_config(small(), context=16, constants=file)
 
 
 def test_cost_needs_no_torch() -> None:

@@ -16,16 +16,14 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from normfree.analysis.entropy import final_heads
 from normfree.analysis.groups import group_runs
 from normfree.analysis.quantities import values_over_training
-from normfree.analysis.ranges import RangeCounts
 from normfree.cost.tradeoff import Point
 from normfree.report.plots.curves import layer_curves, loss_curves, nonfinite_curves, overload_curves, slope_curves
 from normfree.report.plots.heatmaps import heatmap
-from normfree.report.plots.points import perplexity_points, range_bars, slope_perplexity, trade_off_points
+from normfree.report.plots.points import perplexity_points, slope_perplexity, trade_off_points
 from normfree.report.plots.style import panel_figure, variant_styles
 from normfree.store.runs import Run
 from tests.synthetic import rewritten, write_run
@@ -177,13 +175,6 @@ def test_a_seed_far_above_the_others_is_a_number(tmp_path: Path) -> None:
     ax = curves(perplexity_points, [write_run(tmp_path, label, perplexity=value) for label, value in values])
     assert ax.get_xlim()[1] < 40
     assert "90.0 >" in texts(ax)
-
-
-def test_range_bars_add_up_with_the_broken_hatched() -> None:
-    ax = range_bars({"a": RangeCounts((1, 0, 2, 0), 1)}, ax=Figure().subplots())
-    bars = [patch for patch in ax.patches if isinstance(patch, Rectangle) and patch.get_width()]
-    assert sum(bar.get_width() for bar in bars) == pytest.approx(100)
-    assert [bar.get_hatch() for bar in bars] == [None, None, "////"]
 
 
 def test_slopes_have_a_line_per_layer_in_its_colour(tmp_path: Path) -> None:

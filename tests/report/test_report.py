@@ -63,7 +63,7 @@ def limit_of_key(figure: PageFigure) -> tuple[float, float]:
 
 
 def test_every_figure_and_table_is_also_a_file(report: Path) -> None:
-    figures = {"entropy_nats-heads", "entropy_nats-layers", "published", "overload", "ranges", "losses", "nonfinite"}
+    figures = {"entropy_nats-heads", "entropy_nats-layers", "published", "overload", "losses", "nonfinite"}
     figures |= {"perplexity", "private-inference", "slope-trajectories", "slope-perplexity"}
     names = {"perplexity", "differences", "gap", "claims", "overload", "ranges", "verdicts", "runs", "slopes"}
     names |= {"perplexity-communication"}
@@ -118,10 +118,10 @@ def test_ids_are_unique_and_references_resolve(report: Path) -> None:
 def test_every_figure_has_a_name_and_a_sentence(report: Path) -> None:
     page = Page(report / "index.html")
     figures = page.all("figure")
-    assert len(figures) == 11
+    assert len(figures) == 10
     assert all(figure["role"] == "figure" and figure["aria-label"] for figure in figures)
     captions = re.findall(r"<figcaption>(.*?)<span", (report / "index.html").read_text(), re.DOTALL)
-    assert len(captions) == 11
+    assert len(captions) == 10
     assert all(len(caption.strip()) > 40 for caption in captions)
 
 

@@ -6,21 +6,19 @@ Every price names its origin. Bytes are summed over both directions; rounds are 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from normfree.cost.counts import PRODUCTS, Count, Matmul, Rows
+from normfree.cost.counts import Count, Matmul
 from normfree.cost.families import NoPriceError
 from normfree.spec.keys import build, nearest
 from normfree.spec.run import NotNegative, Positive
 
 CONSTANTS_FILE = Path(__file__).with_name("constants.json")
 VERSION = 1
-_Whole = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,58 +37,35 @@ class Network:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowPrice:
-    """Price of an operation on rows."""
-
-    bytes_per_element: NotNegative
-    bytes_per_row: Annotated[float, Field(allow_inf_nan=False)]
-    """May be below 0: bytes are a line fitted through two row lengths."""
-    rounds: _Whole
-    rounds_per_row_doubling: _Whole = 0
-    """The maximum of a row is a tree of comparisons, one level per doubling of the row."""
-
-    def price(self, item: Rows) -> tuple[float, int]:
-        """(bytes, rounds) of one call."""
-        transferred = self.bytes_per_element * item.elements + self.bytes_per_row * item.rows
-        return transferred, self.rounds + self.rounds_per_row_doubling * (item.length - 1).bit_length()
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProductPrice:
-    """Price of a matrix product."""
-
-    bytes_per_left_element: NotNegative
-    bytes_per_right_element: NotNegative
-    bytes_per_result_element: NotNegative
-    rounds: _Whole
-
-    def price(self, item: Matmul) -> tuple[float, int]:
-        """(bytes, rounds) of one call."""
-        inputs = self.bytes_per_left_element * item.left + self.bytes_per_right_element * item.right
-        return inputs + self.bytes_per_result_element * item.elements, self.rounds
-
-
-@dataclass(frozen=True, kw_only=True)
 class Protocol:
     """Prices of one protocol."""
 
     name: str
     about: str
     rounds_origin: str
-    operations: dict[str, Any]
-    """A RowPrice or ProductPrice by operation."""
+    operations: dict[str, dict[str, Any]]
+    """Bytes per element, row or side of a product, and rounds, by operation."""
 
     def price(self, item: Count) -> tuple[float, int]:
         """(bytes over both directions, rounds) of one call.
 
-        Raises NoPriceError for an operation without a price, ValueError for a negative number of bytes.
+        Raises NoPriceError for an operation without a price, ValueError for a price that is incomplete or below 0.
         """
         if item.operation not in self.operations:
             known = nearest(item.operation, list(self.operations))
             raise NoPriceError(f"{self.name} has no price for {item.operation!r}; {known}")
-        transferred, rounds = self.operations[item.operation].price(item)
-        if transferred < 0:
-            raise ValueError(f"{self.name}.{item.operation} would cost {transferred:,.0f} bytes for {item}")
+        price = self.operations[item.operation]
+        if isinstance(item, Matmul):
+            sizes, levels = {"left_element": item.left, "right_element": item.right, "result_element": item.elements}, 0
+        else:  # the maximum of a row is a tree of comparisons, one level per doubling of the row
+            sizes, levels = {"element": item.elements, "row": item.rows}, (item.length - 1).bit_length()
+        try:
+            transferred = sum(price[f"bytes_per_{name}"] * size for name, size in sizes.items())
+            rounds = price["rounds"] + price.get("rounds_per_row_doubling", 0) * levels
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the price of {self.name}.{item.operation} is incomplete or no number: {error}") from None
+        if not (0 <= transferred < math.inf and isinstance(rounds, int) and rounds >= 0):
+            raise ValueError(f"{self.name}.{item.operation} would cost {transferred:,.0f} bytes and {rounds} rounds")
         return transferred, rounds
 
 
@@ -109,20 +84,11 @@ def load_constants(path: Path | str = CONSTANTS_FILE) -> dict[str, Any]:
 
 
 def find_protocol(name: str, constants: Path | str = CONSTANTS_FILE) -> Protocol:
-    """Prices of a protocol. Raises ValueError with the nearest valid name, or for a price that is missing or wrong."""
+    """Prices of a protocol. Raises ValueError with the nearest valid name."""
     known = load_constants(constants)["protocols"]
     if name not in known:
         raise ValueError(f"unknown protocol {name!r}; {nearest(name, list(known))}")
-    place = f"constants={constants}: {name}"
-    try:
-        protocol = build(Protocol, {"name": name, **known[name]})
-        prices = {}
-        for operation, price in protocol.operations.items():
-            place = f"constants={constants}: {name}.{operation}"
-            prices[operation] = build(ProductPrice if operation in PRODUCTS else RowPrice, price)
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from None
-    return replace(protocol, operations=prices)
+    return build(Protocol, {"name": name, **known[name]})
 
 
 def find_network(

@@ -30,7 +30,7 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class Matmul:
-    """`batch` products of an m x k with a k x n matrix, in one call; `operation` is one of `PRODUCTS`."""
+    """`batch` products of an m x k with a k x n matrix, in one call; all other operations are `Rows`."""
 
     layer: int | None
     part: str
@@ -55,8 +55,6 @@ class Matmul:
 
 
 Count = Rows | Matmul
-PRODUCTS = ("embedding", "matmul", "attention_product")
-"""Operations of a `Matmul`; all others work on `Rows`."""
 
 
 def count(model: Architecture, context: int) -> list[Count]:

@@ -28,12 +28,11 @@ class PageFigure:
     """Unless given, the section's, as is the title."""
     title: str = ""
     panel_inches: tuple[float, float] = PANEL_INCHES
-    columns: int = 2
     key: Key | None = None
 
     def whole(self) -> Figure:
         """All panels and the colour bar in one figure."""
-        return panel_figure(self.panels, columns=self.columns, panel_inches=self.panel_inches, key=self.key)
+        return panel_figure(self.panels, panel_inches=self.panel_inches, key=self.key)
 
     def parts(self) -> Iterator[Figure]:
         """One figure per panel."""

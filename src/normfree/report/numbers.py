@@ -29,7 +29,7 @@ def quantity_frame(runs: Sequence[Run], *axes: str) -> pd.DataFrame:
     One row per layer (axes `layer`) or head (`layer`, `head`). `run` is study/name; layers have the model's
     own numbers, heads count from 0. NaN is a value that is not finite; a missing value was not recorded.
     """
-    rows: dict[tuple[Any, ...], dict[str, float]] = {}
+    rows: dict[Any, dict[str, float]] = {}
     for run in runs:
         finals = {name: run.last("final", name) for name, quantity in run.quantities.items() if quantity.axes == axes}
         columns = {name: np.array(value) for name, value in finals.items() if run.status == "finished" and value}
@@ -39,7 +39,7 @@ def quantity_frame(runs: Sequence[Run], *axes: str) -> pd.DataFrame:
             numbers = run.layer_numbers("entropy_nats" if name == "share_of_ceiling" else name, len(values))
             for index, value in np.ndenumerate(values):
                 place = (run.place, run.label, run.seed, numbers[index[0]], *index[1:])
-                rows.setdefault(place, {})[name] = float(value)
+                rows.setdefault((values.shape, place), {})[name] = float(value)  # a shared slope has its own row
     keys = ["run", "label", "seed", *axes]
-    records = [{**dict(zip(keys, place, strict=True)), **values} for place, values in rows.items()]
+    records = [{**dict(zip(keys, place, strict=True)), **values} for (_, place), values in rows.items()]
     return pd.DataFrame(records, columns=None if records else keys)

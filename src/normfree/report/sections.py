@@ -12,24 +12,18 @@ from normfree.analysis import published
 from normfree.analysis.entropy import causal_ceiling, probed_heads, shares_of_ceiling, trained_heads
 from normfree.analysis.groups import Group, all_runs, is_over, recipes
 from normfree.analysis.quantities import recorded_quantities
-from normfree.analysis.ranges import NORMALISERS, pooled_ranges
 from normfree.analysis.verdicts import fixed_slope, slope_layers
 from normfree.cost.tradeoff import trade_off
 from normfree.report.figure import PageFigure, curve_figure, largest
 from normfree.report.plots import curves, points
 from normfree.report.plots.heatmaps import DIFFERENCE_COLOURS, difference_heatmap, heatmap, heatmap_key
-from normfree.report.plots.style import colour_key, row_panel_inches, variant_styles
+from normfree.report.plots.style import colour_key, variant_styles, wrapped
 from normfree.report.quantities import FIGURES
-from normfree.report.tables.cost import trade_off_table
-from normfree.report.tables.heads import extreme_head_table, head_pair, layer_table, mover_table
-from normfree.report.tables.history import gap_table, overload_table
-from normfree.report.tables.results import claim_table, difference_table, perplexity_table, range_table
-from normfree.report.tables.runs import has_negative_slope, has_slope, run_table, slope_table, verdict_table
+from normfree.report.tables import cost, heads, history, results, runs
 from normfree.report.tables.table import Table
 from normfree.store.quantities import QUANTITIES
 
 Groups = Sequence[Group]
-_MAXIMA = {"observed": "Of the highest head here", "log_t": "Of ln T", "causal": "Of the causal ceiling"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +96,7 @@ def _perplexity(groups: Groups) -> PageFigure | None:
         "deviation. NaN (k/n): k of n seeds diverged, so there is no mean. A number at the edge is a seed far above "
         f"the others.{note if len(corpora) > 1 else ''}",
         panels=[partial(points.perplexity_points, some, styles=styles) for some in of_corpus],
-        panel_inches=row_panel_inches(group.name for group in with_runs),
+        panel_inches=(4.2, 0.8 + 0.14 * sum(2 + wrapped(group.name).count("\n") for group in with_runs)),
     )
 
 
@@ -111,12 +105,12 @@ def _published(groups: Groups) -> PageFigure | None:
     draw = partial(heatmap, ceiling=1.0)
     panels, shapes = [], []
     for group in groups:
-        heads = trained_heads(group.shown) if group.shown else None
+        final = trained_heads(group.shown) if group.shown else None
         paper_LH = published.heatmaps().get(group.label)
-        if paper_LH is not None and heads is not None and published.is_gpt2(group.members[0].spec):
+        if paper_LH is not None and final is not None and published.is_gpt2(group.members[0].spec):
             panels.append(partial(draw, paper_LH / ceiling, title=f"{group.label}, paper's GPT-2 125M"))
-            panels.append(partial(draw, shares_of_ceiling(heads), title=f"{group.name}, ours"))
-            shapes += [paper_LH.shape, heads.entropy_LH.shape]
+            panels.append(partial(draw, shares_of_ceiling(final), title=f"{group.name}, ours"))
+            shapes += [paper_LH.shape, final.entropy_LH.shape]
     if not panels:
         return None
     return PageFigure(
@@ -136,23 +130,6 @@ def _overload(groups: Groups) -> PageFigure | None:
         caption="Heads at or above 3/4 of the causal ceiling, in percent of all heads; one line per seed. "
         "Untrained heads are nearly uniform, so lines begin at the top; what counts is where they end. The verdict of "
         "overload counts only the first third of the layers, which the table below shows separately.",
-    )
-
-
-def _ranges(groups: Groups) -> PageFigure | None:
-    pooled = pooled_ranges(groups)
-    if not pooled:
-        return None
-    panels = []
-    for normaliser, of_group in pooled.items():
-        counts = {name: ranges.counts for name, ranges in of_group.items()}
-        panels.append(partial(points.range_bars, counts, title=_MAXIMA[normaliser]))
-    return PageFigure(
-        caption="Share of heads in each quarter of the maximum, over all seeds that were measured after training. The "
-        f"maximum of each panel: {'; '.join(f'{normaliser}, {NORMALISERS[normaliser]}' for normaliser in pooled)}.",
-        panels=panels,
-        panel_inches=row_panel_inches(pooled["causal"]),
-        columns=3,
     )
 
 
@@ -209,8 +186,8 @@ def _trajectories(groups: Groups) -> PageFigure | None:
 
 
 def _slope_perplexity(groups: Groups) -> PageFigure | None:
-    fixed = [g for g in groups if g.runs and has_slope(g.runs[0]) and fixed_slope(g.runs[0]) is not None]
-    if not fixed or not any(has_negative_slope(run) for run in all_runs(groups)):
+    fixed = [g for g in groups if g.runs and runs.has_slope(g.runs[0]) and fixed_slope(g.runs[0]) is not None]
+    if not fixed or not any(runs.has_negative_slope(run) for run in all_runs(groups)):
         return None
     recipe_of = {name: recipe for recipe, names in recipes(fixed).items() for name in names}
     panels: dict[tuple[str, str], list[Group]] = {}
@@ -231,7 +208,7 @@ def _slope_perplexity(groups: Groups) -> PageFigure | None:
 
 
 def _slopes(groups: Groups) -> Table:
-    return slope_table(groups if any(has_negative_slope(run) for run in all_runs(groups)) else [])
+    return runs.slope_table(groups if any(runs.has_negative_slope(run) for run in all_runs(groups)) else [])
 
 
 def _private_inference(groups: Groups) -> PageFigure | None:
@@ -246,7 +223,6 @@ def _private_inference(groups: Groups) -> PageFigure | None:
         "others, with its perplexity. Read differences between variants, not totals (docs/private-inference.md).",
         panels=[partial(points.trade_off_points, priced)],
         panel_inches=(5.8 + 0.06 * max(0, longest - 25), max(2.9, 0.8 + 0.17 * len(priced))),
-        columns=1,
     )
 
 
@@ -257,7 +233,7 @@ def _difference(groups: Groups) -> PageFigure | None:
     first, second = groups
     panels, shapes = [], []
     for quantity in (q for drawn in ("open", "folded") for q in recorded_quantities(groups, drawn=drawn)):
-        if quantity.axes == ("layer", "head") and (pair := head_pair(groups, quantity.name)) is not None:
+        if quantity.axes == ("layer", "head") and (pair := heads.head_pair(groups, quantity.name)) is not None:
             difference_LH = pair[0] - pair[1]
             limit = float(np.nanmax(np.abs(difference_LH), initial=0.0)) or 1.0
             title = f"{quantity.label}: up to {limit:.2f}"
@@ -280,25 +256,25 @@ def _finite_rows(groups: Groups) -> str:
 
 SECTIONS: tuple[Section, ...] = (
     Section(name="perplexity", title="Perplexity", figures=[_perplexity],
-            tables={"perplexity": perplexity_table, "differences": difference_table,
-                    "gap": gap_table, "claims": claim_table}),
+            tables={"perplexity": results.perplexity_table, "differences": results.difference_table,
+                    "gap": history.gap_table, "claims": results.claim_table}),
     Section(name="difference", title="Two models, head by head", menu="Difference", figures=[_difference],
-            tables={"movers": mover_table}, measurements=True),
+            tables={"movers": heads.mover_table}, measurements=True),
     Section(name="published", title="The paper's heads beside ours", menu="Beside the paper", figures=[_published]),
     Section(name="overload", title="Heads near uniform", menu="Near uniform", figures=[_overload],
-            tables={"overload": overload_table}),
-    Section(name="ranges", title="Heads per range of entropy", menu="Ranges", figures=[_ranges],
-            tables={"ranges": range_table}, measurements=True),
+            tables={"overload": history.overload_table}),
+    Section(name="ranges", title="Heads per range of entropy", menu="Ranges",
+            tables={"ranges": results.range_table}, measurements=True),
     Section(name="losses", title="Loss", figures=[_losses]),
     Section(name="nonfinite", title="Non-finite attention rows", menu="Non-finite", figures=[_nonfinite]),
     Section(name="private-inference", title="Perplexity against communication in private inference",
             menu="Private inference", figures=[_private_inference],
-            tables={"perplexity-communication": trade_off_table}),
+            tables={"perplexity-communication": cost.trade_off_table}),
     Section(name="slopes", title="Slopes below zero", menu="Slopes", figures=[_trajectories, _slope_perplexity],
             tables={"slopes": _slopes}, folded=True),
     Section(name="layers", title="Layers and extreme heads", menu="Layers",
-            tables={"layers": layer_table, "heads": extreme_head_table}, measurements=True),
-    Section(name="verdicts", title="Verdicts", tables={"verdicts": verdict_table}, note=_finite_rows,
+            tables={"layers": heads.layer_table, "heads": heads.extreme_head_table}, measurements=True),
+    Section(name="verdicts", title="Verdicts", tables={"verdicts": runs.verdict_table}, note=_finite_rows,
             measurements=True),
-    Section(name="runs", title="Runs", tables={"runs": run_table}),
+    Section(name="runs", title="Runs", tables={"runs": runs.run_table}),
 )  # fmt: skip

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from normfree.analysis import published
 from normfree.analysis.entropy import Heads, top_quarter_share, trained_heads
 from normfree.analysis.groups import Group
-from normfree.analysis.seeds import Difference, summarise
+from normfree.analysis.seeds import summarise
 from normfree.analysis.verdicts import overload
-from normfree.report.tables.results import comparable_pairs, perplexity_difference, top_quarter_difference
-from normfree.store.runs import Run, divergence_text
+from normfree.report.tables.results import comparable_pairs, perplexity_difference
+from normfree.store.runs import divergence_text
 
 _LISTED = 8
 """A sentence names at most this many variants; of more it gives the extremes or a count."""
@@ -24,12 +24,11 @@ def sentences(groups: Sequence[Group]) -> list[str]:
     trained = [group for group in groups if group.members[0].kind == "run"]
     pairs = [(a, b) for a, b in comparable_pairs(trained) if published.GELU_OF.get(a.label) == b.label]
     findings = [_comparison(a, b) for a, b in sorted(pairs, key=_without_norm_then_most_seeds)]
-    findings += [_more_uniform(gelu, relu) for relu, gelu in pairs if relu.label == "SM+R"]
     heads = {group.name: [trained_heads(run) for run in group.runs] for group in groups if group.runs}
     if any(measured for of_group in heads.values() for measured in of_group):
         findings += [_near_uniform(heads), _overloaded(heads)]
     if trained:
-        findings += [_diverged(group) for group in trained if _diverged_runs(group)]
+        findings += map(_diverged, trained)
         findings += [_floor(trained), _one_seed(trained), *_unfinished(trained)]
     return [sentence for sentence in findings if sentence]
 
@@ -52,7 +51,8 @@ def _comparison(ours: Group, theirs: Group) -> str:
     a, b = (summarise([g.perplexities[key] for key in common]).mean for g in (ours, theirs))
     paper = published.relative_difference(published.counterpart(ours.runs[0].spec), ours.label, theirs.label)
     beside = "" if paper is None else f"; the paper: {_above_or_below(paper)}"
-    numbers = f"{a:.1f} against {b:.1f}, {_seeds(difference)}{beside}"
+    seeds = "1 seed" if difference.n == 1 else f"{difference.n} seeds"
+    numbers = f"{a:.1f} against {b:.1f}, {seeds}{beside}"
     text = f"{setting}, ReLU ends {_above_or_below(difference.mean)} {gelu} in perplexity ({numbers})"
     if difference.n < 2:
         return f"{text}."
@@ -64,26 +64,6 @@ def _comparison(ours: Group, theirs: Group) -> str:
 
 def _above_or_below(share: float) -> str:
     return f"{100 * abs(share):.1f} % {'below' if share < 0 else 'above'}"
-
-
-def _seeds(difference: Difference) -> str:
-    return "1 seed" if difference.n == 1 else f"{difference.n} seeds"
-
-
-def _more_uniform(gelu: Group, relu: Group) -> str:
-    """The paper's claim about heads, paired by seed."""
-    difference = top_quarter_difference(gelu, relu)
-    if difference.nonfinite:
-        return (
-            f"Near-uniform heads of {gelu.name} and {relu.name} cannot be compared: not "
-            f"measured after training, or not finite, in {difference.nonfinite} of {difference.n} pairs of runs."
-        )
-    low, high = 100 * difference.low, 100 * difference.high
-    interval = f"; 95 % interval {low:+z.1f} to {high:+z.1f}" if difference.n > 1 else ""
-    return (
-        f"{gelu.name} has {100 * difference.mean:+z.1f} percentage points of near-uniform heads compared with "
-        f"{relu.name} ({_seeds(difference)}{interval})."
-    )
 
 
 def _near_uniform(heads: dict[str, list[Heads | None]]) -> str:
@@ -111,14 +91,10 @@ def _overloaded(heads: dict[str, list[Heads | None]]) -> str:
     return f"Early layers are overloaded with near-uniform heads at the end: {'; '.join(parts)}."
 
 
-def _diverged_runs(group: Group) -> list[Run]:
-    return [run for run in group.runs if run.status == "diverged"]
-
-
 def _diverged(group: Group) -> str:
-    runs = _diverged_runs(group)
+    runs = [run for run in group.runs if run.status == "diverged"]
     places = [f"seed {run.seed}, {divergence_text(run.facts['divergence'])}" for run in runs]
-    return f"{group.name} diverged in {len(runs)} of {len(group.runs)} runs: {'; '.join(places)}."
+    return f"{group.name} diverged in {len(runs)} of {len(group.runs)} runs: {'; '.join(places)}." if runs else ""
 
 
 def _floor(groups: Sequence[Group]) -> str:
@@ -144,10 +120,8 @@ def _one_seed(groups: Sequence[Group]) -> str:
     single = [group.name for group in with_runs if len(group.runs) == 1]
     if not single:
         return ""
-    whose = "One seed per variant"
-    if len(single) < len(with_runs):
-        names = ", ".join(single) if len(single) <= _LISTED else f"{len(single)} of the {len(with_runs)} variants"
-        whose = f"One seed of {names}"
+    names = ", ".join(single) if len(single) <= _LISTED else f"{len(single)} of the {len(with_runs)} variants"
+    whose = f"One seed of {names}" if len(single) < len(with_runs) else "One seed per variant"
     return f"{whose}: there is no error bar, and a small difference may be chance."
 
 

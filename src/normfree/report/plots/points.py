@@ -1,19 +1,17 @@
-"""Points and bars: perplexity of every seed, heads per range, perplexity over slopes and against communication."""
+"""Points: perplexity of every seed, over slopes, and against communication."""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
 from normfree.analysis.groups import Group, perplexities_on_common_seeds
-from normfree.analysis.ranges import RANGES, RangeCounts
 from normfree.analysis.seeds import decimals, summarise
 from normfree.analysis.verdicts import fixed_slope
 from normfree.cost.tradeoff import Point
@@ -21,10 +19,6 @@ from normfree.report.plots.style import GREEN, GRID, INK, MUTED, RED, Styles, em
 
 _BELOW_DOTS = 0.27
 """Distance of the mean below its seeds, in rows."""
-_PIECES: list[dict[str, Any]] = [{"color": mpl.colormaps["viridis"](x)} for x in (0.05, 0.37, 0.68, 0.98)]
-_PIECES.append({"color": "none", "edgecolor": MUTED, "hatch": "////", "linewidth": 0})
-_INKS = ("#ffffff", "#ffffff", "#000000", "#000000", "none")
-_ROOM_FOR_TEXT = 9
 
 
 def perplexity_points(groups: Sequence[Group], *, ax: Axes, styles: Styles) -> Axes:
@@ -61,24 +55,6 @@ def far_above(values: Sequence[float]) -> float:
         return math.inf
     lowest, upper = min(finite), float(np.quantile(finite, 0.75))
     return max(upper + 3 * (upper - lowest), lowest)
-
-
-def range_bars(counts: Mapping[str, RangeCounts], *, ax: Axes, title: str = "") -> Axes:
-    """One stacked bar per model: percent of its heads in each quarter; non-finite heads are hatched."""
-    percent_MR = 100 * np.array([[*each.shares, each.nonfinite / each.heads] for each in counts.values()])
-    left_M = np.zeros(len(counts))
-    for name, width_M, style, ink in zip((*RANGES, "NaN"), percent_MR.T, _PIECES, _INKS, strict=True):
-        if name in RANGES or width_M.any():
-            bars = ax.barh(range(len(counts)), width_M, left=left_M, height=0.72, label=name, **style)
-            texts = [f"{width:.0f}" if width >= _ROOM_FOR_TEXT else "" for width in width_M]
-            ax.bar_label(bars, texts, label_type="center", color=ink, fontsize=7.5)
-        left_M = left_M + width_M
-    ax.set_yticks(range(len(counts)), [wrapped(name) for name in counts])
-    ax.set(title=title, xlabel="heads (%)", xlim=(0, 100), ylim=(len(counts) - 0.5, -0.5))
-    ax.grid(visible=False)
-    ax.tick_params(length=0)
-    ax.spines["left"].set_visible(False)
-    return ax
 
 
 def slope_perplexity(groups: Sequence[Group], *, ax: Axes, title: str = "") -> Axes:

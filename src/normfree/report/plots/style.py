@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -81,14 +81,10 @@ def variant_styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def panel_figure(
-    panels: Sequence[Panel],
-    *,
-    columns: int = 2,
-    panel_inches: tuple[float, float] = PANEL_INCHES,
-    key: Key | None = None,
+    panels: Sequence[Panel], *, panel_inches: tuple[float, float] = PANEL_INCHES, key: Key | None = None
 ) -> Figure:
-    """Panels side by side in one figure, with one legend below and, with `key`, a shared colour bar."""
-    columns = min(columns, len(panels))
+    """Panels in two columns of one figure, with one legend below and, with `key`, a shared colour bar."""
+    columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
     width, height = panel_inches
     with drawing_settings():
@@ -140,12 +136,6 @@ def colour_key(
 def wrapped(name: str, letters: int = 30) -> str:
     """A name of a variant on several lines: names of mixed recipes can be long."""
     return textwrap.fill(name, letters, break_long_words=False, break_on_hyphens=False)
-
-
-def row_panel_inches(names: Iterable[str]) -> tuple[float, float]:
-    """Size of a panel with one row per name."""
-    names = [wrapped(name) for name in names]
-    return 4.0, 1.3 + len(names) * max(0.27, 0.15 * max(name.count("\n") + 1 for name in names))
 
 
 def empty(ax: Axes, text: str) -> Axes:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from normfree.analysis.groups import Group
-from normfree.cost.counts import Matmul
+from normfree.cost.counts import Count, Matmul
 from normfree.cost.totals import Cost, Item
 from normfree.cost.tradeoff import trade_off
 from normfree.report.tables.table import Table, to_markdown
@@ -15,33 +14,21 @@ from normfree.report.tables.table import Table, to_markdown
 _TITLES = ("Calls", "Elements", "GB", "% of bytes", "Rounds")
 
 
-def operation_cost_table(cost: Cost) -> Table:
-    """One row per operation and place in the model, summed over layers."""
-    rows = _grouped_rows(cost, cost.items, lambda item: (item.count.operation, item.count.part))
-    caption = f"{_model(cost)}: by operation"
-    total = ("all", "", *_cells(cost, cost.items))
-    return Table("cost-operations", caption, ("Operation", "Where", *_TITLES), [*rows, total], words=("Where",))
-
-
-def layer_cost_table(cost: Cost) -> Table:
-    """One row per layer, and one for each part outside the blocks."""
-
-    def place(item: Item) -> tuple[str]:
-        return (item.count.part if item.count.layer is None else f"layer {item.count.layer}",)
-
-    rows = [*_grouped_rows(cost, cost.items, place), ("all", *_cells(cost, cost.items))]
-    return Table("cost-layers", f"{_model(cost)}: by layer", ("Where", *_TITLES), rows)
-
-
-def matmul_cost_table(cost: Cost) -> Table:
-    """One row per shape of a matrix product."""
-
-    def shape(item: Item) -> tuple[str]:
-        assert isinstance(item.count, Matmul)
-        return (f"{item.count.batch} x ({item.count.m} x {item.count.k})({item.count.k} x {item.count.n})",)
-
-    rows = _grouped_rows(cost, [item for item in cost.items if isinstance(item.count, Matmul)], shape)
-    return Table("cost-matmuls", f"{_model(cost)}: matrix products", ("batch x (m x k)(k x n)", *_TITLES), rows)
+def cost_tables(cost: Cost) -> list[Table]:
+    """Tables of a model's cost: by operation and place in the model, by layer, and by shape of the matrix products."""
+    model = f"{cost.architecture.family}, T={cost.context}, {cost.protocol.name}"
+    total = _cells(cost, cost.items)
+    operations = _grouped_rows(cost, lambda count: (count.operation, count.part))
+    layers = _grouped_rows(cost, lambda count: (count.part if count.layer is None else f"layer {count.layer}",))
+    products = _grouped_rows(cost, _shape)
+    titles = ("Operation", "Where", *_TITLES)
+    return [
+        Table(
+            "cost-operations", f"{model}: by operation", titles, [*operations, ("all", "", *total)], words=("Where",)
+        ),
+        Table("cost-layers", f"{model}: by layer", ("Where", *_TITLES), [*layers, ("all", *total)]),
+        Table("cost-matmuls", f"{model}: matrix products", ("batch x (m x k)(k x n)", *_TITLES), products),
+    ]
 
 
 def cost_markdown(cost: Cost) -> str:
@@ -52,8 +39,7 @@ def cost_markdown(cost: Cost) -> str:
         f"At least {duration} for network traffic alone on {network.name} ({network.bandwidth_mbps:g} Mbps each way, "
         f"{network.delay_ms:g} ms one way); computing is extra."
     )
-    tables = [to_markdown(make(cost)) for make in (operation_cost_table, layer_cost_table, matmul_cost_table)]
-    return "\n".join([*tables, cost.assumptions, "", bound]) + "\n"
+    return "\n".join([*map(to_markdown, cost_tables(cost)), cost.assumptions, "", bound]) + "\n"
 
 
 def trade_off_table(groups: Sequence[Group]) -> Table:
@@ -83,19 +69,21 @@ def gigabytes(transferred: float) -> str:
     return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
 
 
-def _model(cost: Cost) -> str:
-    return f"{cost.architecture.family}, T={cost.context}, {cost.protocol.name}"
+def _shape(count: Count) -> tuple[str, ...]:
+    if not isinstance(count, Matmul):
+        return ()
+    return (f"{count.batch} x ({count.m} x {count.k})({count.k} x {count.n})",)
 
 
-def _grouped_rows(cost: Cost, items: Iterable[Item], key: Callable[[Item], tuple[Any, ...]]) -> list[tuple[str, ...]]:
-    groups: dict[tuple[Any, ...], list[Item]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return [(*names, *_cells(cost, group)) for names, group in groups.items()]
+def _grouped_rows(cost: Cost, key: Callable[[Count], tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """One row per key; operations with an empty key are left out."""
+    groups: dict[tuple[str, ...], list[Item]] = {}
+    for item in cost.items:
+        groups.setdefault(key(item.count), []).append(item)
+    return [(*names, *_cells(cost, items)) for names, items in groups.items() if names]
 
 
-def _cells(cost: Cost, items: Iterable[Item]) -> tuple[str, ...]:
-    items = list(items)
+def _cells(cost: Cost, items: Sequence[Item]) -> tuple[str, ...]:
     transferred = sum(item.bytes for item in items)
     elements, rounds = sum(item.count.elements for item in items), sum(item.rounds for item in items)
     share = f"{100 * transferred / cost.bytes:.1f}"
