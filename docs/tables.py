@@ -48,17 +48,18 @@ FIGURE = re.compile(
 
 def rate_table(groups: Sequence[Group]) -> Table:
     """Final validation perplexity: a row a variant, a column a peak learning rate. Tags are not looked at."""
-    found: dict[str, dict[float, dict[int, float]]] = {}
+    perplexities: dict[str, dict[float, dict[int, float]]] = {}
     for group in groups:
         for run in group.runs:
-            at_rate = found.setdefault(group.label, {}).setdefault(run.spec["train"]["peak_learning_rate"], {})
+            rate = run.spec["train"]["peak_learning_rate"]
+            at_rate = perplexities.setdefault(group.label, {}).setdefault(rate, {})
             if run.seed in at_rate:
                 raise ValueError(f"{run.place} repeats a seed of {group.label} at its learning rate")
             at_rate[run.seed] = run.perplexity
-    rates = sorted({rate for of_label in found.values() for rate in of_label})
+    rates = sorted({rate for of_label in perplexities.values() for rate in of_label})
     rows = [
         (label, *(summarise(list(of_label.get(rate, {}).values())).text() for rate in rates))
-        for label, of_label in found.items()
+        for label, of_label in perplexities.items()
     ]
     titles = ("Variant", *(f"{rate:g}" for rate in rates))
     return Table("rates", "Validation perplexity after training, at each peak learning rate", titles, rows)
@@ -79,8 +80,7 @@ def unfinished_table(groups: Sequence[Group]) -> Table:
         near_uniform = summarise([100 * top_quarter_share(heads) for heads in newest])
         perplexity, against = summarise(list(reached[group.label].values())), "baseline"
         if group.label != "SM+G":
-            found = paired_difference(reached[group.label], reached["SM+G"], relative=True)
-            against = percent_with_interval(found)
+            against = percent_with_interval(paired_difference(reached[group.label], reached["SM+G"], relative=True))
         rows.append((group.label, perplexity.text(), against, near_uniform.text(1), str(len(group.members))))
     steps = max(run.facts["steps"] for run in all_runs(groups))
     titles = ("Variant", "Perplexity", "Against SM+G", "Heads near uniform (%)", "Seeds")
@@ -136,7 +136,7 @@ def draw_figures(page: Path) -> None:
     """Write the figures that the page marks. Raises ValueError for a figure that its runs do not give."""
     for match in FIGURE.finditer(page.read_text()):
         groups = group_runs(find_runs(_folders(match["places"])), mix=bool(match["mixed"]))
-        figures = {one.name: one for one in figures_of(groups)}
+        figures = {figure.name: figure for figure in figures_of(groups)}
         if match["name"] not in figures:
             raise ValueError(f"no figure {match['name']!r} of these runs; there are: {', '.join(figures)}")
         write_atomically(page.parent / match["path"], to_png(figures[match["name"]].whole()))
@@ -144,10 +144,10 @@ def draw_figures(page: Path) -> None:
 
 def _folders(places: str) -> list[Path]:
     """The folders behind names with wildcards. Raises ValueError for a name that matches nothing."""
-    found = {place: sorted(ROOT.glob(place)) for place in places.split()}
-    if missing := [place for place, folders in found.items() if not folders]:
+    matches = {place: sorted(ROOT.glob(place)) for place in places.split()}
+    if missing := [place for place, folders in matches.items() if not folders]:
         raise ValueError(f"no folder {', '.join(missing)}")
-    return [folder for folders in found.values() for folder in folders]
+    return [folder for folders in matches.values() for folder in folders]
 
 
 def main() -> None:

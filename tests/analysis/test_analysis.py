@@ -274,11 +274,6 @@ def test_recipes_list_what_only_a_tag_names(tmp_path: Path) -> None:
     assert recipes(group_runs(runs[1:2])) == {"": ["SM+R (b)"]}
 
 
-def test_equal_values_of_different_keys_are_different_recipes(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path / key, "SM+G", model={key: 0.1}) for key in ("attention_dropout", "embedding_dropout")]
-    assert len(group_runs(runs, mix=True)) == 2
-
-
 def test_another_data_order_is_another_seed(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, "SM+G", study=f"order{order}", data_seed=order) for order in (0, 1)]
     (group,) = group_runs(runs)

@@ -95,19 +95,6 @@ def test_runs_of_one_tag_are_compared_with_each_other(tmp_path: Path) -> None:
     assert any("Without LayerNorm (c), ReLU ends 16.7 % above GELU (b)" in text for text in sentences(lonely))
 
 
-def test_the_summary_names_the_recipe_of_each_comparison(tmp_path: Path) -> None:
-    runs = [
-        write_run(tmp_path, label, tag=tag, study=tag, train={"peak_learning_rate": rate})
-        for label in ("SM+G", "SM+R")
-        for tag, rate in (("low", 2.5e-4), ("high", 7.5e-4))
-    ]
-    found = [text for text in sentences(group_runs(runs, mix=True)) if "ReLU ends" in text]
-    assert [text.split(", ReLU")[0].split(" [")[0] for text in found] == [
-        "Without LayerNorm (high)",
-        "Without LayerNorm (low)",
-    ]
-
-
 def test_the_summary_says_when_an_interval_includes_zero(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, "SM+G", seed=seed, perplexity=40.0) for seed in (0, 1)]
     runs += [write_run(tmp_path, "SM+R", seed=seed, perplexity=value) for seed, value in ((0, 36.0), (1, 39.0))]

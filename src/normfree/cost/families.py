@@ -169,7 +169,7 @@ def _llama(values: Mapping[str, Any]) -> Architecture:
     )
 
 
-def _sizes(values: Mapping[str, Any], width: str = "hidden_size", heads: str = "num_attention_heads") -> dict[str, int]:
+def _sizes(values: Mapping[str, Any], width: str = "hidden_size", heads: str = "num_attention_heads") -> dict[str, Any]:
     """Vocabulary, width and heads. `width` and `heads` are the names of these fields in the config."""
     if not values.get("head_dim") and (values[heads] < 1 or values[width] % values[heads]):
         raise ValueError(f"{width}={values[width]} must be a multiple of {heads}={values[heads]}")

@@ -52,7 +52,7 @@ def build_report(runs: Sequence[Run], output: Path, *, mix: bool = False, progre
             for suffix, convert in (("md", to_markdown), ("tex", to_latex), ("csv", to_csv)):
                 write(f"tables/{table.name}.{suffix}", convert(table))
         if figures or tables:
-            shown.append(section_values(section, figures, tables, section.note(section.members(groups))))
+            shown.append(section_values(section, figures, tables))
     write("index.html", render_page(groups, shown))
     for name in earlier - set(written):
         (output / name).unlink(missing_ok=True)

@@ -10,7 +10,6 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from normfree.analysis.groups import Group, is_over
-from normfree.report.plots.heatmaps import heatmap_size
 from normfree.report.plots.style import PANEL_INCHES, Key, Panel, panel_figure, variant_styles
 from normfree.store.runs import Run
 
@@ -52,7 +51,8 @@ def curve_figure(
     *,
     shown: Callable[[Run], Any],
     caption: str,
-    **names: str,
+    name: str = "",
+    title: str = "",
 ) -> PageFigure | None:
     """Curves of the groups with a run that `shown` accepts, at most six per panel; None without such a run.
 
@@ -65,9 +65,4 @@ def curve_figure(
     if any(not is_over(run) for group in some for run in group.drawn):
         caption += " An open circle ends the line of an unfinished run."
     panels = [partial(draw, chunk, styles=styles) for chunk in chunks for draw in draws]
-    return PageFigure(caption, panels, **names) if panels else None
-
-
-def largest(shapes: Sequence[tuple[int, ...]]) -> tuple[float, float]:
-    """Size in inches of a panel for a heatmap of any of these shapes."""
-    return heatmap_size(max(shape[0] for shape in shapes), max(shape[1] for shape in shapes))
+    return PageFigure(caption, panels, name, title) if panels else None

@@ -46,9 +46,7 @@ def render_page(groups: Sequence[Group], sections: Sequence[dict[str, Any]]) -> 
     )
 
 
-def section_values(
-    section: Section, figures: Sequence[PageFigure], tables: Sequence[Table], note: str
-) -> dict[str, Any]:
+def section_values(section: Section, figures: Sequence[PageFigure], tables: Sequence[Table]) -> dict[str, Any]:
     """The values of a section for the template, with its figures as SVG and its tables as HTML."""
     drawn = []
     for figure in figures:
@@ -62,7 +60,7 @@ def section_values(
                 "pixels": round(width * _PIXELS_PER_INCH),
             }
         )
-    return {"section": section, "figures": drawn, "tables": [Markup(to_html(table)) for table in tables], "note": note}
+    return {"section": section, "figures": drawn, "tables": [Markup(to_html(table)) for table in tables]}
 
 
 def _facts(groups: Sequence[Group]) -> dict[str, list[str]]:

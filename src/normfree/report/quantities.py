@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from normfree.analysis.entropy import Floats, layer_means
 from normfree.analysis.groups import Group
 from normfree.analysis.quantities import newest_values, values_over_training
-from normfree.report.figure import PageFigure, curve_figure, largest
+from normfree.report.figure import PageFigure, curve_figure
 from normfree.report.plots.curves import LAYER_COLOURS, depth_profile, layer_curves, scalar_curves
-from normfree.report.plots.heatmaps import heatmap, heatmap_key, highest_finite
+from normfree.report.plots.heatmaps import heatmap, heatmap_key, heatmap_size, highest_finite
 from normfree.report.plots.style import colour_key
 from normfree.store.quantities import Quantity
 from normfree.store.runs import Run
@@ -64,7 +64,7 @@ def _heatmaps(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
         caption=f"{quantity.meaning} One cell per head, layers downwards, on one colour scale {scale}.{mark} "
         f"{_FIRST_SEED}{note}",
         panels=panels,
-        panel_inches=largest([values_LH.shape for values_LH in shown]),
+        panel_inches=heatmap_size(*(values_LH.shape for values_LH in shown)),
         key=heatmap_key(quantity, limit, unit=unit, marked=bool(bounded)),
     )
 
@@ -123,7 +123,7 @@ def _curves(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
     )
 
 
-FIGURES: dict[tuple[str, ...], tuple[Callable[[Sequence[Group], Quantity], PageFigure | None], ...]] = {
+FIGURES: dict[tuple[str, ...], tuple[Callable[..., PageFigure | None], ...]] = {
     ("layer", "head"): (_heatmaps, _layer_curves),
     ("layer",): (_profile, _layer_curves),
     (): (_curves,),

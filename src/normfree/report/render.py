@@ -26,8 +26,8 @@ def to_svg(figure: Figure, prefix: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = text[text.index("<svg") :]
     used = set(_USED.findall(text))
-    text = _ID.sub(lambda found: f' id="{prefix}-{found[1]}"' if found[1] in used else "", text)
-    text = _USED.sub(lambda found: found[0][: -len(found[1])] + f"{prefix}-{found[1]}", text)
+    text = _ID.sub(lambda match: f' id="{prefix}-{match[1]}"' if match[1] in used else "", text)
+    text = _USED.sub(lambda match: match[0][: -len(match[1])] + f"{prefix}-{match[1]}", text)
     for name, (on_white, _) in COLOURS.items():  # the page defines them for light and dark mode
         text = text.replace(on_white, f"var(--{name})")
     # As wide as the box around it, and hidden from screen readers, which read the name of the figure.

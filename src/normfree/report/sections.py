@@ -14,9 +14,9 @@ from normfree.analysis.groups import Group, all_runs, is_over, recipes
 from normfree.analysis.quantities import recorded_quantities
 from normfree.analysis.verdicts import fixed_slope, slope_layers
 from normfree.cost.tradeoff import trade_off
-from normfree.report.figure import PageFigure, curve_figure, largest
+from normfree.report.figure import PageFigure, curve_figure
 from normfree.report.plots import curves, points
-from normfree.report.plots.heatmaps import DIFFERENCE_COLOURS, difference_heatmap, heatmap, heatmap_key
+from normfree.report.plots.heatmaps import DIFFERENCE_COLOURS, difference_heatmap, heatmap, heatmap_key, heatmap_size
 from normfree.report.plots.style import colour_key, variant_styles, wrapped
 from normfree.report.quantities import FIGURES
 from normfree.report.tables import cost, heads, history, results, runs
@@ -38,8 +38,6 @@ class Section:
     figures: Sequence[Callable[[Groups], PageFigure | None]] = ()
     tables: Mapping[str, Callable[[Groups], Table]] = field(default_factory=dict)
     """By the name of their files."""
-    note: Callable[[Groups], str] = lambda _groups: ""
-    """A sentence below the tables."""
     measurements: bool = False
     """Whether it includes models that were only measured, besides those trained here."""
     folded: bool = False
@@ -117,7 +115,7 @@ def _published(groups: Groups) -> PageFigure | None:
         caption="Entropies as shares of each model's causal ceiling: 1 is uniform attention to all tokens up to "
         f"itself. Compare where the bright layers are, not single heads. {published.SOURCE}.",
         panels=panels,
-        panel_inches=largest(shapes),
+        panel_inches=heatmap_size(*shapes),
         key=heatmap_key(QUANTITIES["entropy_nats"], 1.0, unit="share of the ceiling"),
     )
 
@@ -147,14 +145,8 @@ def _losses(groups: Groups) -> PageFigure | None:
     )
 
 
-def _rows_are_finite(groups: Groups) -> bool:
-    """Whether attention was probed, and no probe found a row with NaN or infinity."""
-    counts = [value for group in groups for run in group.drawn for _, value in run.series("probe", "nonfinite_rows")]
-    return bool(counts) and not any(sum(map(sum, rows_LH)) for rows_LH in counts)
-
-
 def _nonfinite(groups: Groups) -> PageFigure | None:
-    if _rows_are_finite(groups):
+    if runs.rows_are_finite(groups):
         return None
     return curve_figure(
         groups,
@@ -245,13 +237,9 @@ def _difference(groups: Groups) -> PageFigure | None:
         caption=f"{first.name} minus {second.name}. Red: higher in the first. Blue: higher in the second. Each "
         "panel has its own scale, up to the largest difference, which its title gives.",
         panels=panels,
-        panel_inches=largest(shapes),
+        panel_inches=heatmap_size(*shapes),
         key=colour_key(DIFFERENCE_COLOURS, limit=(-1, 1), label="share of the largest difference"),
     )
-
-
-def _finite_rows(groups: Groups) -> str:
-    return "No probe of any run found an attention row with NaN or infinity." if _rows_are_finite(groups) else ""
 
 
 SECTIONS: tuple[Section, ...] = (
@@ -274,7 +262,6 @@ SECTIONS: tuple[Section, ...] = (
             tables={"slopes": _slopes}, folded=True),
     Section(name="layers", title="Layers and extreme heads", menu="Layers",
             tables={"layers": heads.layer_table, "heads": heads.extreme_head_table}, measurements=True),
-    Section(name="verdicts", title="Verdicts", tables={"verdicts": runs.verdict_table}, note=_finite_rows,
-            measurements=True),
+    Section(name="verdicts", title="Verdicts", tables={"verdicts": runs.verdict_table}, measurements=True),
     Section(name="runs", title="Runs", tables={"runs": runs.run_table}),
 )  # fmt: skip

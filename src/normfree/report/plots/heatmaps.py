@@ -51,7 +51,7 @@ def heatmap(
     if ax is not None:
         return draw(ax=ax)
     key = heatmap_key(quantity, highest, marked=ceiling is not None)
-    return panel_figure([draw], panel_inches=heatmap_size(*values_LH.shape), key=key).axes[0]
+    return panel_figure([draw], panel_inches=heatmap_size(values_LH.shape), key=key).axes[0]
 
 
 def heatmap_key(quantity: Quantity, highest: float, *, unit: str | None = None, marked: bool = True) -> Key:
@@ -70,8 +70,9 @@ def difference_heatmap(values_LH: ArrayLike, *, ax: Axes, limit: float, title: s
     return _draw(np.asarray(values_LH, dtype=float), ax=ax, title=title, numbers=layers, **colours)
 
 
-def heatmap_size(layers: int, heads: int) -> tuple[float, float]:
-    """Size in inches with room for a number in every cell, limited to the width of the page."""
+def heatmap_size(*shapes: tuple[int, ...]) -> tuple[float, float]:
+    """Size in inches with room for a number in every cell of any of these shapes, limited to the width of the page."""
+    layers, heads = max(shape[0] for shape in shapes), max(shape[1] for shape in shapes)
     return min(max(0.9 + 0.3 * heads, 3.0), 9.0), min(max(0.9 + 0.24 * layers, 2.2), 9.0)
 
 

@@ -30,10 +30,9 @@ def perplexity_table(groups: Sequence[Group]) -> Table:
         name = "Unigram" if len(corpora) == 1 else f"Unigram (corpus {fingerprint[:12]})"
         rows.append((name, f"{corpus['unigram_perplexity']:.2f}", "-", "-", "-"))
     titles = ("Variant", "Perplexity", "Seeds", f"Against {BASELINE}", "Bits per byte")
-    if _has_paper(groups):
+    if paper := _paper_cells(groups):
         titles += ("Paper", f"Paper, against {BASELINE}", "Paper's model")
-        of_paper = {group.name: _paper_cells(group) for group in with_runs}
-        rows = [(*row, *of_paper.get(row[0], ("-", "-", "-"))) for row in rows]
+        rows = [(*row, *paper.get(row[0], ("-", "-", "-"))) for row in rows]
     caption = "Validation perplexity after training: mean and sample standard deviation over seeds, lower is better"
     return Table("perplexity", caption, titles, rows, _perplexity_notes(groups), words=("Paper's model",))
 
@@ -163,21 +162,17 @@ def percent(share: float | None, unit: str = "%") -> str:
     return "-" if share is None or math.isnan(share) else f"{100 * share:+z.1f} {unit}"
 
 
-def _has_paper(groups: Sequence[Group]) -> bool:
-    """Whether the paper has some of these variants, each of them once."""
-    in_paper = [
-        (model, group.label)
-        for group in groups
-        if group.runs and group.label in published.PERPLEXITY[model := published.counterpart(group.runs[0].spec)]
-    ]
-    return 0 < len(in_paper) == len(set(in_paper))
-
-
-def _paper_cells(group: Group) -> tuple[str, str, str]:
-    model = published.counterpart(group.runs[0].spec)
-    if (paper := published.PERPLEXITY[model].get(group.label)) is None:
-        return "-", "-", "-"
-    return f"{paper:.3f}", percent(published.relative_difference(model, group.label, BASELINE)), model
+def _paper_cells(groups: Sequence[Group]) -> dict[str, tuple[str, str, str]]:
+    """The paper's perplexity, its change and its model by group; empty if the paper has none, or one of them twice."""
+    cells, in_paper = {}, []
+    for group in groups:
+        model = published.counterpart(group.members[0].spec)
+        paper = published.PERPLEXITY[model].get(group.label)
+        if group.runs and paper is not None:
+            in_paper.append((model, group.label))
+            change = percent(published.relative_difference(model, group.label, BASELINE))
+            cells[group.name] = (f"{paper:.3f}", change, model)
+    return cells if len(in_paper) == len(set(in_paper)) else {}
 
 
 def _against_baseline(group: Group, groups: Sequence[Group]) -> str:
@@ -204,7 +199,7 @@ def _perplexity_notes(groups: Sequence[Group]) -> list[str]:
         notes.append(f"No change is shown for {', '.join(several)}: more than one {BASELINE} has the same recipe.")
     if not all(math.isfinite(run.perplexity) for run in runs):
         notes.append("NaN (k/n): k of n seeds diverged or have no finite perplexity. The others are not averaged.")
-    if _has_paper(groups):
+    if _paper_cells(groups):
         notes.append(
             f"Paper: {published.SOURCE}; another corpus and size, so compare changes "
             "(computed from its perplexities), not values."

@@ -46,6 +46,8 @@ def verdict_table(groups: Sequence[Group]) -> Table:
         f"Slopes: apart if the highest is {SLOPE_SPREAD} or more above the lowest.",
         "Undecided: some heads are NaN and could change the verdict. Layers and heads count from 0.",
     ]
+    if rows_are_finite(groups):
+        notes.append("No probe of any run found an attention row with NaN or infinity.")
     titles = ("Run", "Measured at step", "Overload", "Collapse", "Slopes")
     return Table("verdicts", "Verdicts on every run", titles, rows, notes, words=("Overload", "Collapse", "Slopes"))
 
@@ -113,6 +115,12 @@ def has_slope(run: Run) -> bool:
 def has_negative_slope(run: Run) -> bool:
     """Whether every layer's activation is a leaky ReLU, or some layers learn a slope."""
     return only_activation(run) == "leaky_relu" or bool(run.series("probe", "negative_slope"))
+
+
+def rows_are_finite(groups: Sequence[Group]) -> bool:
+    """Whether attention was probed, and no probe found a row with NaN or infinity."""
+    counts = [value for group in groups for run in group.drawn for _, value in run.series("probe", "nonfinite_rows")]
+    return bool(counts) and not any(np.sum(rows_LH) for rows_LH in counts)
 
 
 def first_nonfinite_step(run: Run) -> int | None:
