@@ -28,7 +28,7 @@ def test_front_by_hand() -> None:
 
 
 @given(POINTS)
-def test_a_point_off_the_front_is_beaten_by_one_on_it(points: list[tuple[float, float]]) -> None:
+def test_a_point_off_the_front_is_beaten(points: list[tuple[float, float]]) -> None:
     front = pareto_front(points)
     best_points = [point for point, on_front in zip(points, front, strict=True) if on_front]
     for point, on_front in zip(points, front, strict=True):
@@ -75,7 +75,7 @@ def test_each_corpus_has_a_front_of_its_own(tmp_path: Path) -> None:
     assert [point.on_front for point in points_of(runs, mix=True)] == [True, True]
 
 
-def test_a_group_without_a_price_is_named_and_has_no_point(tmp_path: Path) -> None:
+def test_a_group_without_a_price_has_no_point(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, label) for label in ("SM+LN+G", "SM+G", "SM+R")]
     runs.append(write_run(tmp_path, "SM+R2", model={"activation": "squared_relu"}))
     table = trade_off_table(group_runs(runs))

@@ -198,7 +198,7 @@ def test_heads_of_mixed_contexts_are_shares_of_the_ceiling(tmp_path: Path) -> No
         assert limit_of_key(figure) == (0, pytest.approx(limit))
 
 
-def test_no_label_is_cut_off_at_the_edge_of_a_figure(tmp_path: Path) -> None:
+def test_no_label_is_cut_off_at_the_edge(tmp_path: Path) -> None:
     """With these losses the axis has one decimal or two, as the settings give its numbers room."""
     runs = [write_run(tmp_path, "SM", seed=1), write_run(tmp_path, "SM+leaky, per layer")]
     figure = figure_named("losses", runs)

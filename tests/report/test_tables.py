@@ -209,7 +209,7 @@ def test_ranges_say_of_how_many_seeds_they_are(tmp_path: Path) -> None:
     assert any("quick/sm-g-seed2" in note for note in table.notes)
 
 
-def test_a_run_that_was_killed_is_as_far_as_its_metrics(tmp_path: Path) -> None:
+def test_a_killed_run_is_as_far_as_its_metrics(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+R", status="running", facts={"steps_done": 20})]
     rows = rows_by_name(run_table, runs)
     batch = runs[1].spec["train"]["batch_sequences"]
