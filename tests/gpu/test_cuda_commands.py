@@ -1,4 +1,4 @@
-"""`evaluate`, `measure` and `verify` on runs that were trained on CUDA, without a word about the device."""
+"""`evaluate`, `measure` and `verify` on runs trained on CUDA, without a key for the device."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ pytestmark = [
 ]
 
 
-def said(output: str, name: str) -> float:
-    found = re.search(rf"^{name} +([0-9.]+) ", output, re.MULTILINE)
-    assert found, output
-    return float(found[1])
+def printed_value(output: str, name: str) -> float:
+    match = re.search(rf"^{name} +([0-9.]+) ", output, re.MULTILINE)
+    assert match, output
+    return float(match[1])
 
 
 def test_evaluate_repeats_the_recorded_perplexity(
@@ -31,29 +31,29 @@ def test_evaluate_repeats_the_recorded_perplexity(
     status, out, err = run("evaluate", str(trained), f"cache_dir={cache}", capsys=capsys)
     assert status == 0, err
     recorded = read_run(trained).facts["final"]
-    assert said(out, "perplexity") == pytest.approx(recorded["perplexity"], rel=1e-5, abs=1e-4)
-    assert said(out, "bits per byte") == pytest.approx(recorded["bits_per_byte"], rel=1e-5, abs=1e-4)
+    assert printed_value(out, "perplexity") == pytest.approx(recorded["perplexity"], rel=1e-5, abs=1e-4)
+    assert printed_value(out, "bits per byte") == pytest.approx(recorded["bits_per_byte"], rel=1e-5, abs=1e-4)
     for dtype, tolerance in (("bf16", 0.02), ("fp16", 0.005)):
         status, out, err = run("evaluate", str(trained), f"cache_dir={cache}", f"dtype={dtype}", capsys=capsys)
         assert status == 0, err
-        assert said(out, "perplexity") == pytest.approx(recorded["perplexity"], rel=tolerance)
+        assert printed_value(out, "perplexity") == pytest.approx(recorded["perplexity"], rel=tolerance)
 
 
-def test_evaluate_of_a_text_is_the_same_on_both_devices(
+def test_evaluating_a_text_agrees_on_both_devices(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "text.py").write_text("def f(x):\n    return x\n" * 20)
-    found = []
+    perplexities = []
     for device in (DEVICE, "cpu"):
         words = [f"text={tmp_path / 'text.py'}", "stride=4", f"device={device}"]
         status, out, err = run("evaluate", str(trained), *words, capsys=capsys)
         assert status == 0, err
-        found.append(said(out, "perplexity"))
-    assert found[0] == pytest.approx(found[1], rel=1e-5, abs=2e-4)
+        perplexities.append(printed_value(out, "perplexity"))
+    assert perplexities[0] == pytest.approx(perplexities[1], rel=1e-5, abs=2e-4)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-4), ("bf16", 0.02), ("fp16", 0.005)])
-def test_entropy_repeats_the_final_entropies_and_names_the_device(
+def test_measure_repeats_the_final_entropies(
     dtype: str, tolerance: float, trained: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "heads"

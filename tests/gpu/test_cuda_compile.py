@@ -31,7 +31,7 @@ def fresh_compiler() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_compiled_run_has_the_losses_of_the_plain_one_and_leaves_products_in_fp32(
+def test_a_compiled_run_has_plain_losses_and_fp32_products(
     precision: str, tiny_spec: Callable[..., RunSpec], tmp_path: Path, cache: Path
 ) -> None:
     """transformers turns TF32 on for all of the process where a compiled run does not say what it wants."""
@@ -53,7 +53,7 @@ def test_a_compiled_run_has_the_losses_of_the_plain_one_and_leaves_products_in_f
     assert curves[1] == pytest.approx(curves[0], rel=1e-4 if precision == "fp32" else 2e-3)
 
 
-def test_a_compiled_model_is_measured_as_the_plain_one(build: Callable[..., Any]) -> None:
+def test_a_compiled_model_is_measured_as_plain(build: Callable[..., Any]) -> None:
     model = build(norm="none").to(DEVICE)
     ids = IDS.to(DEVICE)
 
@@ -63,14 +63,14 @@ def test_a_compiled_model_is_measured_as_the_plain_one(build: Callable[..., Any]
         return logits, probe.statistics()
 
     logits, plain = measured(model)
-    compiled_logits, found = measured(torch.compile(model))
+    compiled_logits, compiled = measured(torch.compile(model))
     torch.testing.assert_close(compiled_logits, logits, atol=1e-4, rtol=1e-4)
-    assert found.rows.unique().tolist() == [80]
-    torch.testing.assert_close(found.mean_nats(), plain.mean_nats(), atol=1e-5, rtol=0)
+    assert compiled.rows.unique().tolist() == [80]
+    torch.testing.assert_close(compiled.mean_nats(), plain.mean_nats(), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_a_compiled_entropy_and_its_gradient_are_the_plain_ones(mode: str) -> None:
+def test_a_compiled_entropy_has_plain_values_and_gradients(mode: str) -> None:
     """reduce-overhead captures CUDA graphs, in which nothing may wait for the GPU."""
     random = torch.Generator().manual_seed(0)
     q, k = (torch.randn(2, heads, 50, 32, generator=random).to(DEVICE).requires_grad_() for heads in (4, 2))
@@ -82,19 +82,19 @@ def test_a_compiled_entropy_and_its_gradient_are_the_plain_ones(mode: str) -> No
     expected = loss(q, k)
     gradients = torch.autograd.grad(expected, (q, k))
     for _ in range(3):
-        found = compiled(q, k)
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-        for mine, theirs in zip(torch.autograd.grad(found, (q, k)), gradients, strict=True):
+        entropy_loss = compiled(q, k)
+        torch.testing.assert_close(entropy_loss, expected, atol=1e-5, rtol=1e-5)
+        for mine, theirs in zip(torch.autograd.grad(entropy_loss, (q, k)), gradients, strict=True):
             torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-4)
 
 
-def test_flex_attention_has_the_logits_of_sdpa_and_is_refused_by_a_probe(build: Callable[..., Any]) -> None:
+def test_flex_attention_matches_sdpa_and_refuses_a_probe(build: Callable[..., Any]) -> None:
     model = build(norm="none").to(DEVICE)
     ids = IDS.to(DEVICE)
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
         model.set_attn_implementation("flex_attention")
-        found = model(ids, use_cache=False).logits
-        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+        logits = model(ids, use_cache=False).logits
+        torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-3)
         with EntropyProbe(model), pytest.raises(ValueError, match="attn_implementation='sdpa'"):
             model(ids, use_cache=False)

@@ -29,7 +29,7 @@ class PowerCutError(Exception):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_a_resumed_run_has_the_losses_of_the_uninterrupted_one(
+def test_a_resumed_run_has_the_losses_of_the_whole(
     precision: str,
     dropout: float,
     tiny_spec: Callable[..., RunSpec],

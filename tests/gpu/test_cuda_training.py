@@ -37,12 +37,7 @@ def on_the_cpu(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Ite
     words = ["train", *tiny, *LONGER, "variant=leaky-per-layer", f"runs_dir={place}", f"cache_dir={place / 'cache'}"]
     with (place / "log").open("w") as log:
         process = subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                "import sys; from normfree.cli.main import main; sys.exit(main(sys.argv[1:]))",
-                *words,
-            ],
+            [sys.executable, "-m", "normfree", *words],
             env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"},
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -72,29 +67,29 @@ def losses(run: Run) -> list[float]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_run_finishes_and_says_where_and_what_it_measured(precision: str, run: Callable[..., Run]) -> None:
-    found = run(f"train.precision={precision}", "variant=leaky-per-layer")
-    curve = losses(found)
-    assert (len(curve), found.facts["steps_done"]) == (STEPS, STEPS)
+def test_a_run_finishes_and_records_its_measurements(precision: str, run: Callable[..., Run]) -> None:
+    measured = run(f"train.precision={precision}", "variant=leaky-per-layer")
+    curve = losses(measured)
+    assert (len(curve), measured.facts["steps_done"]) == (STEPS, STEPS)
     assert all(math.isfinite(loss) for loss in curve)
     assert curve[-1] < curve[0]
-    assert found.facts["environment"]["device"] == torch.cuda.get_device_name()
+    assert measured.facts["environment"]["device"] == torch.cuda.get_device_name()
     ceiling = math.lgamma(17) / 16
     for split, steps in (("probe", [0, 10, 20]), ("final", [20])):
-        series = found.series(split, "entropy_nats")
+        series = measured.series(split, "entropy_nats")
         assert [step for step, _ in series] == steps
         entropy = torch.tensor([value for _, value in series])
         assert entropy.shape[1:] == (2, 2)
         assert ((entropy > 0) & (entropy <= ceiling + 1e-5)).all()
-    assert found.last("probe", "ceiling_nats") == pytest.approx([ceiling] * 2)
-    assert not torch.tensor(found.last("probe", "nonfinite_rows")).any()
-    slopes = found.series("probe", "negative_slope")
+    assert measured.last("probe", "ceiling_nats") == pytest.approx([ceiling] * 2)
+    assert not torch.tensor(measured.last("probe", "nonfinite_rows")).any()
+    slopes = measured.series("probe", "negative_slope")
     assert slopes[0][1] == pytest.approx([0.01, 0.01])
     assert slopes[-1][1] != pytest.approx([0.01, 0.01], abs=1e-5)
-    assert 1 < found.perplexity < 300
+    assert 1 < measured.perplexity < 300
 
 
-def test_the_first_losses_in_half_precision_are_near_those_of_fp32(run: Callable[..., Run]) -> None:
+def test_first_losses_in_half_precision_are_near_fp32(run: Callable[..., Run]) -> None:
     exact = losses(run("train.precision=fp32"))
     for precision, tolerance in (("bf16", 2e-3), ("fp16", 1e-3)):
         assert losses(run(f"train.precision={precision}"))[:10] == pytest.approx(exact[:10], rel=tolerance), precision
@@ -108,26 +103,24 @@ def test_micro_batches_and_repeated_activations_change_no_loss(precision: str, r
         other = run(f"train.precision={precision}", override)
         assert losses(other) == pytest.approx(losses(whole), rel=tolerance), override
         assert other.perplexity == pytest.approx(whole.perplexity, rel=5 * tolerance)
-        norms = [[value for _, value in one.series("train", "gradient_norm")] for one in (whole, other)]
+        norms = [[value for _, value in each.series("train", "gradient_norm")] for each in (whole, other)]
         assert norms[1][:5] == pytest.approx(norms[0][:5], rel=50 * tolerance)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32", "fp16"])
-def test_a_learning_rate_that_breaks_the_model_is_recorded_as_divergence(
-    precision: str, run: Callable[..., Run]
-) -> None:
-    found = run(
+def test_a_learning_rate_that_breaks_the_model_diverges(precision: str, run: Callable[..., Run]) -> None:
+    measured = run(
         f"train.precision={precision}",
         "variant=sm-g",
         "train.peak_learning_rate=1e18",
         "train.final_learning_rate=0",
         "train.max_gradient_norm=1e9",
     )
-    assert found.status == "diverged", f"{found.status}, losses {[v for _, v in found.series('train', 'loss')]}"
-    divergence = found.facts["divergence"]
-    assert found.facts["steps_done"] == divergence["step"] - 1 < STEPS
-    assert all(math.isfinite(value) for _, value in found.series("train", "loss"))
-    assert math.isnan(found.perplexity)
+    assert measured.status == "diverged", f"{measured.status}: {measured.series('train', 'loss')}"
+    divergence = measured.facts["divergence"]
+    assert measured.facts["steps_done"] == divergence["step"] - 1 < STEPS
+    assert all(math.isfinite(value) for _, value in measured.series("train", "loss"))
+    assert math.isnan(measured.perplexity)
 
 
 def injecting(monkeypatch: pytest.MonkeyPatch, act: Callable[[NormFreeTrainer, int], Any]) -> None:
@@ -141,7 +134,7 @@ def injecting(monkeypatch: pytest.MonkeyPatch, act: Callable[[NormFreeTrainer, i
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_nan_weight_is_a_divergence_of_that_step_and_layer(
+def test_a_nan_weight_diverges_at_its_step_and_layer(
     precision: str, run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def breaking(trainer: NormFreeTrainer, step: int) -> None:
@@ -150,13 +143,13 @@ def test_a_nan_weight_is_a_divergence_of_that_step_and_layer(
                 trainer.network.model.layers[1].attention.qkv.weight[0, 0] = math.nan
 
     injecting(monkeypatch, breaking)
-    found = run(f"train.precision={precision}")
-    assert found.status == "diverged"
-    divergence = found.facts["divergence"]
+    measured = run(f"train.precision={precision}")
+    assert measured.status == "diverged"
+    divergence = measured.facts["divergence"]
     assert (divergence["step"], divergence["layer"], divergence["kind"]) == (4, 1, "weight")
 
 
-def test_steps_that_fp16s_scaler_leaves_out_are_no_divergence(
+def test_steps_skipped_by_the_fp16_scaler_are_no_divergence(
     run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a first scale of 2^30 gradients overflow until it has been halved often enough."""
@@ -171,19 +164,19 @@ def test_steps_that_fp16s_scaler_leaves_out_are_no_divergence(
             scales[step] = scaler.get_scale()
 
     injecting(monkeypatch, watching)
-    found = run("train.precision=fp16", "train.steps=40")
-    assert found.status == "finished", found.facts["divergence"]
-    assert scales[2] == 2.0**29, f"the first step was not left out: scales {scales}"
+    measured = run("train.precision=fp16", "train.steps=40")
+    assert measured.status == "finished", measured.facts["divergence"]
+    assert scales[2] == 2.0**29, f"the first step was not skipped: scales {scales}"
     assert scales[40] == scales[30], f"the scale never settled: {scales}"
-    curve = losses(found)
+    curve = losses(measured)
     assert len(curve) == 40
     assert all(math.isfinite(loss) for loss in curve)
     assert curve[-1] < curve[0]
-    assert found.facts["skipped_steps"] == []
+    assert measured.facts["skipped_steps"] == []
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_step_that_is_left_out_by_policy_touches_no_weight(
+def test_a_step_skipped_by_policy_changes_no_weight(
     precision: str, run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights: dict[int, list[Tensor]] = {}
@@ -199,22 +192,22 @@ def test_a_step_that_is_left_out_by_policy_touches_no_weight(
             handles.pop().remove()
 
     injecting(monkeypatch, breaking)
-    found = run(f"train.precision={precision}", "train.on_nonfinite=skip:2")
-    assert found.status == "finished", found.facts["divergence"]
-    assert [(one["step"], one["kind"]) for one in found.facts["skipped_steps"]] == [(6, "activation")]
+    measured = run(f"train.precision={precision}", "train.on_nonfinite=skip:2")
+    assert measured.status == "finished", measured.facts["divergence"]
+    assert [(skip["step"], skip["kind"]) for skip in measured.facts["skipped_steps"]] == [(6, "activation")]
     assert all(torch.equal(a, b) for a, b in zip(weights[6], weights[7], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(weights[7], weights[8], strict=True))
 
 
-def test_the_first_losses_in_fp32_are_those_of_the_cpu(run: Callable[..., Run], on_the_cpu: tuple[Any, Path]) -> None:
-    found = run("train.precision=fp32", "variant=leaky-per-layer")
+def test_first_losses_in_fp32_match_the_cpu(run: Callable[..., Run], on_the_cpu: tuple[Any, Path]) -> None:
+    measured = run("train.precision=fp32", "variant=leaky-per-layer")
     process, place = on_the_cpu
     status = process.wait(timeout=60)
     assert status == 0, (place / "log").read_text()[-2000:]
     reference = read_run(next(place.glob("single/*/run.json")).parent)
     assert reference.facts["environment"]["device"] == "cpu"
-    assert reference.corpus == found.corpus
-    assert losses(found) == pytest.approx(losses(reference), rel=1e-3)
-    assert found.perplexity == pytest.approx(reference.perplexity, rel=1e-3)
-    entropy, expected = (torch.tensor(one.last("final", "entropy_nats")) for one in (found, reference))
+    assert reference.corpus == measured.corpus
+    assert losses(measured) == pytest.approx(losses(reference), rel=1e-3)
+    assert measured.perplexity == pytest.approx(reference.perplexity, rel=1e-3)
+    entropy, expected = (torch.tensor(each.last("final", "entropy_nats")) for each in (measured, reference))
     torch.testing.assert_close(entropy, expected, atol=1e-3, rtol=0)

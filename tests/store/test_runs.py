@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from normfree.files import read_manifest
 from normfree.spec.run import RunSpec
 from normfree.store.runs import DamagedRunError, RunWriter, find_runs, load_runs, read_lines, read_run
 from tests.synthetic import write_run
@@ -20,7 +19,8 @@ def begin(folder: Path, **facts: object) -> RunWriter:
     return RunWriter(folder, {"spec": spec.to_dict(), "corpus": corpus, "steps": 2, **facts})
 
 
-def test_what_is_logged_is_read_back_with_nan_still_nan(tmp_path: Path) -> None:
+def test_logged_values_are_read_back_with_nan(tmp_path: Path) -> None:
+    """And every line is JSON for any reader."""
     writer = begin(tmp_path)
     writer.log(1, "probe", [("entropy_nats", [[1.5, math.nan]]), ("loss", math.inf)])
     run = read_run(tmp_path)
@@ -29,10 +29,6 @@ def test_what_is_logged_is_read_back_with_nan_still_nan(tmp_path: Path) -> None:
     assert run.series("probe", "loss") == [(1, math.inf)]
     assert run.last("probe", "never logged") is None
 
-
-def test_every_line_is_json_for_any_reader(tmp_path: Path) -> None:
-    begin(tmp_path).log(1, "train", [("loss", math.nan), ("gradient_norm", -math.inf)])
-
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
 
@@ -40,7 +36,7 @@ def test_every_line_is_json_for_any_reader(tmp_path: Path) -> None:
         json.loads(line, parse_constant=refuse)
 
 
-def test_a_torn_last_line_is_left_out_and_damage_elsewhere_is_named(tmp_path: Path) -> None:
+def test_a_torn_last_line_is_ignored_but_damage_is_not(tmp_path: Path) -> None:
     writer = begin(tmp_path)
     writer.log(1, "train", [("loss", 2.0)])
     path = tmp_path / "metrics.jsonl"
@@ -71,39 +67,29 @@ def test_only_a_finished_run_has_a_perplexity(tmp_path: Path) -> None:
     assert load_runs(tmp_path)["perplexity"].tolist() == [3.0]
 
 
-def test_an_unknown_status_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="allowed: running"):
-        begin(tmp_path).update(status="done")
-
-
-def test_places_without_runs_and_other_formats_are_refused_by_name(tmp_path: Path) -> None:
+def test_folders_without_readable_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         find_runs([tmp_path / "nowhere"])
     with pytest.raises(ValueError, match="holds no run"):
         find_runs([tmp_path])
-    (tmp_path / "run.json").write_text('{"format": 99}')
-    with pytest.raises(ValueError, match="format 99"):
-        find_runs([tmp_path])
-    (tmp_path / "run.json").write_text("{")
-    with pytest.raises(ValueError, match="not readable as JSON"):
-        find_runs([tmp_path])
+    for content, message in (('{"format": 99}', "format 99"), ("{", "not readable as JSON"), ("[]", "has no format")):
+        (tmp_path / "run.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            find_runs([tmp_path])
 
 
-@pytest.mark.parametrize("key", ["steps", "corpus.vocab_size", "spec.data.context", "divergence.step"])
-def test_a_record_that_lacks_what_readers_need_is_named_with_its_place(tmp_path: Path, key: str) -> None:
-    begin(tmp_path).update(status="diverged", divergence={"step": 1})
+@pytest.mark.parametrize("key", ["steps", "corpus.vocab_size", "spec.data"])
+def test_a_record_without_a_needed_key_is_damaged(tmp_path: Path, key: str) -> None:
+    begin(tmp_path)
     facts = json.loads((tmp_path / "run.json").read_text())
-    inner = facts
-    *parents, last = key.split(".")
-    for name in parents:
-        inner = inner[name]
-    del inner[last]
+    part, _, name = key.rpartition(".")
+    del (facts[part] if part else facts)[name]
     (tmp_path / "run.json").write_text(json.dumps(facts))
-    with pytest.raises(ValueError, match=rf"{tmp_path}/run\.json lacks {re.escape(key)}: restore it"):
+    with pytest.raises(DamagedRunError, match=rf"{tmp_path}/run\.json lacks {re.escape(key)}: restore it"):
         find_runs([tmp_path])
 
 
-def test_metrics_that_are_not_those_of_the_end_of_the_run_are_refused(tmp_path: Path) -> None:
+def test_changed_metrics_of_a_finished_run_are_refused(tmp_path: Path) -> None:
     """A truncated copy would look like a run that nobody measured."""
     writer = begin(tmp_path)
     writer.log(1, "train", [("loss", 1.0), ("learning_rate", 0.1)])
@@ -111,14 +97,14 @@ def test_metrics_that_are_not_those_of_the_end_of_the_run_are_refused(tmp_path: 
     assert read_run(tmp_path).last("train", "loss") == 1.0
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text(metrics.read_text().splitlines(keepends=True)[0])
-    with pytest.raises(DamagedRunError, match=r"not the file that run\.json recorded"):
+    with pytest.raises(DamagedRunError, match=r"does not match the sha256 in run\.json"):
         _ = read_run(tmp_path).metrics
     metrics.unlink()
-    with pytest.raises(DamagedRunError, match=r"not the file that run\.json recorded"):
+    with pytest.raises(DamagedRunError, match=r"does not match the sha256 in run\.json"):
         _ = read_run(tmp_path).metrics
 
 
-def test_a_table_of_runs_has_what_tells_them_apart(tmp_path: Path) -> None:
+def test_a_table_of_runs_has_their_settings(tmp_path: Path) -> None:
     write_run(tmp_path, "SM+R", seed=2, tag="high", data_seed=1, train={"peak_learning_rate": 0.1})
     write_run(tmp_path, "SM+G", status="diverged")
     rows = load_runs(tmp_path).set_index("label")
@@ -132,16 +118,3 @@ def test_a_table_of_runs_has_what_tells_them_apart(tmp_path: Path) -> None:
 def test_a_run_named_twice_is_found_once(tmp_path: Path) -> None:
     begin(tmp_path / "study" / "run")
     assert len(find_runs([tmp_path, tmp_path / "study", tmp_path / "study" / "run"])) == 1
-
-
-@pytest.mark.parametrize("value", ["7" * 5000, "[" * 100_000 + "]" * 100_000])
-def test_json_that_python_refuses_is_damage_with_a_name(tmp_path: Path, value: str) -> None:
-    (tmp_path / "run.json").write_text(f'{{"format": 1, "status": {value}}}')
-    with pytest.raises(DamagedRunError, match=r"run\.json is not readable as JSON"):
-        read_run(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "split": "train", "name": "loss", "value": {value}}}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl line 1 is not a metric"):
-        list(read_lines(tmp_path / "metrics.jsonl"))
-    (tmp_path / "manifest.json").write_text(f'{{"files": {value}}}')
-    with pytest.raises(ValueError, match=r"manifest\.json is not readable as JSON"):
-        read_manifest(tmp_path)

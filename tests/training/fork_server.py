@@ -1,6 +1,6 @@
-"""A process that imports everything once and forks a `normfree` command for each order: killing one costs a second.
+"""A server that imports everything once and forks a `normfree` command per request, so that killing one is cheap.
 
-Orders are JSON lines on standard input, answers JSON lines on standard output:
+Requests are JSON lines on standard input, answers JSON lines on standard output:
 {"start": [words], "errors": path, "dies": null or [step, place]} -> process id;
 {"wait": process id} -> exit status, negative for a signal.
 """
@@ -18,31 +18,24 @@ from pathlib import Path
 from typing import Any
 
 PLACES = ("half of optimizer.pt", "before the manifest", "before the rename")
-"""Where in a save a command can be told to kill itself."""
+"""Where in a save a command can kill itself."""
 
 
 class ForkServer:
-    """The tests' side: `start` a command, kill it as you like, `wait` for its end.
-
-    A question that is cut short, as by the time limit of a test, ends the server with all its commands: its answer
-    would be taken for that of the next question. The next start has a new one.
-    """
+    """The client: `start` a command, kill it as you like, `wait` for its end."""
 
     def __init__(self) -> None:
-        self.process: subprocess.Popen[str] | None = None
+        self.process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+            text=True,
+            start_new_session=True,
+        )
 
     def start(self, words: list[str], errors: Path, *, dies: tuple[int, str] | None = None) -> int:
-        """Process id of the command; with `dies`, (step, place), it kills itself at that one of PLACES in that save."""
-        if self.process is None:
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-            self.process = subprocess.Popen(
-                [sys.executable, __file__],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=environment,
-                text=True,
-                start_new_session=True,
-            )
+        """Start a command and return its process id; with `dies` it kills itself at that step and place of a save."""
         process = self._ask({"start": words, "errors": str(errors), "dies": dies})
         assert process > 0
         return process
@@ -51,62 +44,49 @@ class ForkServer:
         return self._ask({"wait": process})
 
     def close(self) -> None:
-        if self.process is not None:
-            with suppress(subprocess.TimeoutExpired):
-                self.process.communicate(timeout=10)
-            self._kill()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
-    def _ask(self, order: dict[str, Any]) -> int:
-        assert self.process is not None, "the server has ended, and its commands with it"
+    def _ask(self, request: dict[str, Any]) -> int:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
-            self.process.stdin.write(json.dumps(order) + "\n")
+            self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
             return json.loads(self.process.stdout.readline())
-        except BaseException:
-            self._kill()
+        except BaseException:  # a test's time limit: a late answer must not reach the next request
+            self.close()
             raise
-
-    def _kill(self) -> None:
-        process, self.process = self.process, None
-        assert process is not None
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        for stream in (process.stdin, process.stdout):
-            assert stream is not None
-            with suppress(BrokenPipeError):  # half an order
-                stream.close()
 
 
 def serve() -> None:
     from normfree.cli.main import main
     from normfree.training.study import run_study
 
-    assert run_study  # with it come training, the model and every library underneath
+    assert run_study  # imports training, the model and every library
     for line in sys.stdin:
-        order = json.loads(line)
-        if "start" in order:
+        request = json.loads(line)
+        if "start" in request:
             answer = os.fork()
             if not answer:
-                _become(order, main)
+                _become(request, main)
         else:
-            answer = os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1])
+            answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
         print(answer, flush=True)
 
 
-def _become(order: dict[str, Any], main: Any) -> None:
-    """The child: never returns."""
+def _become(request: dict[str, Any], main: Any) -> None:
+    """Run the command in the child; never returns."""
     status = 99
     try:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # else ignored where the tests run under nohup
-        if order["dies"]:
-            _die(*order["dies"])
-        errors = os.open(order["errors"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        if request["dies"]:
+            _die(*request["dies"])
+        errors = os.open(request["errors"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         for stream in (1, 2):
             os.dup2(errors, stream)
-        status = main(order["start"])
+        status = main(request["start"])
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
@@ -114,10 +94,10 @@ def _become(order: dict[str, Any], main: Any) -> None:
 
 
 def _die(step: int, place: str) -> None:
-    """Let this process kill itself inside the save of `step`."""
+    """Make this process kill itself inside the save of `step`."""
     import torch
 
-    from normfree.training import checkpoints
+    from normfree.store import checkpoints
     from normfree.training.trainer import NormFreeTrainer
 
     assert place in PLACES

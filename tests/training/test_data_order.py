@@ -14,9 +14,7 @@ from normfree.training.data_order import BlockOrder
     start=st.integers(0, 100),
     seed=st.integers(0, 9),
 )
-def test_a_resumed_order_is_the_rest_of_the_uninterrupted_one(
-    blocks: int, sequences: int, start: int, seed: int
-) -> None:
+def test_a_resumed_order_is_the_rest_of_the_whole(blocks: int, sequences: int, start: int, seed: int) -> None:
     start = min(start, sequences)
     whole = list(BlockOrder(blocks=blocks, sequences=sequences, seed=seed))
     rest = list(BlockOrder(blocks=blocks, sequences=sequences, seed=seed, start=start))
@@ -37,11 +35,11 @@ def test_passes_and_seeds_differ() -> None:
     assert order != list(BlockOrder(blocks=50, sequences=100, seed=1))
 
 
-def test_the_length_is_that_of_the_whole_run_also_after_a_resume() -> None:
+def test_the_length_is_that_of_the_whole_run() -> None:
     assert len(BlockOrder(blocks=5, sequences=40, seed=0, start=39)) == 40
 
 
-def test_the_millionth_step_costs_no_more_to_find_than_the_first() -> None:
+def test_the_millionth_step_is_found_as_fast_as_the_first() -> None:
     """One permutation each; an order that walked there would draw a thousand."""
 
     def seconds(start_step: int) -> float:

@@ -1,4 +1,4 @@
-"""A disk that is full, or a file that may not grow, in the middle of what is being written."""
+"""A disk that fills up, or a file that may not grow, in the middle of a write."""
 
 from __future__ import annotations
 
@@ -6,25 +6,17 @@ import os
 import resource
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from normfree.files import damages
-from normfree.spec.run import RunSpec
 from normfree.store.checkpoints import CheckpointError, checkpoints_in
 from normfree.store.runs import METRICS_FILE, RunWriter, read_lines, read_run
-from normfree.training import train
 from normfree.training.trainer import NormFreeTrainer
-
-Build = Callable[..., RunSpec]
-SAVE_OPTIMIZER = NormFreeTrainer._save_optimizer_and_scheduler
-SAVE = NormFreeTrainer._save_checkpoint
+from tests.training.runs import act_in, check_equal_runs
 
 
 @contextmanager
@@ -38,51 +30,38 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def whole_weights(tmp_path: Path, cache: Path, spec: RunSpec) -> dict[str, torch.Tensor]:
-    folder = train(spec, runs_dir=tmp_path / "whole", cache=cache, progress=False)
-    return load_file(folder / "model" / "model.safetensors")
-
-
-def check_that_nothing_older_is_lost(folder: Path, checkpoint_step: int, metrics_until: int) -> None:
+def check_older_files(folder: Path) -> None:
+    """Checkpoint 2 and the metrics of step 4 survived the failed save of step 4."""
     checkpoints = checkpoints_in(folder / "checkpoints")
-    assert checkpoints[0].name == f"checkpoint-{checkpoint_step}"
+    assert checkpoints[0].name == "checkpoint-2"
     assert not any(damages(checkpoint) for checkpoint in checkpoints)
     assert not (folder / "checkpoints" / ".staging").exists()
-    steps = [line["step"] for line in read_lines(folder / METRICS_FILE) if line["name"] == "loss"]
-    assert max(steps) == metrics_until
+    assert max(line["step"] for line in read_lines(folder / METRICS_FILE) if line["name"] == "loss") == 4
 
 
-def check_that_the_run_can_go_on(folder: Path, cache: Path, spec: RunSpec, expected: dict[str, torch.Tensor]) -> None:
-    train(spec, runs_dir=folder.parents[1], cache=cache, progress=False)
-    found = load_file(folder / "model" / "model.safetensors")
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert read_run(folder).status == "finished"
-
-
-def test_a_checkpoint_that_may_not_grow_leaves_the_older_one_and_the_metrics(
-    tmp_path: Path, cache: Path, tiny_spec: Build, monkeypatch: pytest.MonkeyPatch
+def test_a_failed_save_leaves_older_files_and_the_run_resumes(
+    train_tiny, tiny_folder: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = tiny_spec()
-    expected = whole_weights(tmp_path, cache, spec)
+    save_optimizer = NormFreeTrainer._save_optimizer_and_scheduler
 
-    def save(trainer: NormFreeTrainer, folder: Any) -> None:
+    def save(trainer: NormFreeTrainer, folder: str | None) -> None:
         with largest_file(200_000 if trainer.state.global_step == 4 else resource.RLIM_INFINITY):
-            SAVE_OPTIMIZER(trainer, folder)
+            save_optimizer(trainer, folder)
 
-    monkeypatch.setattr(NormFreeTrainer, "_save_optimizer_and_scheduler", save)
-    with pytest.raises(CheckpointError, match=r"step 4 could not be written .*older ones are untouched") as failed:
-        train(spec, runs_dir=tmp_path / "broken", cache=cache, progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(NormFreeTrainer, "_save_optimizer_and_scheduler", save)
+        with pytest.raises(CheckpointError, match=r"step 4 failed .*older ones are unchanged") as failed:
+            train_tiny()
     assert "\n" not in str(failed.value)
-    folder = tmp_path / "broken" / "single" / spec.name
-    assert read_run(folder).status == "failed"
-    assert "CheckpointError" in read_run(folder).facts["error"]
-    check_that_nothing_older_is_lost(folder, 2, 4)
-    monkeypatch.undo()
-    check_that_the_run_can_go_on(folder, cache, spec, expected)
+    assert read_run(tiny_folder).status == "failed"
+    assert "CheckpointError" in read_run(tiny_folder).facts["error"]
+    check_older_files(tiny_folder)
+    train_tiny()
+    check_equal_runs(tiny_folder, trained)
 
 
 @pytest.mark.parametrize("room", [0, 1, 40, 5000])
-def test_a_metrics_file_that_may_not_grow_stays_as_it_was(tmp_path: Path, room: int) -> None:
+def test_a_metrics_file_that_may_not_grow_stays_unchanged(tmp_path: Path, room: int) -> None:
     writer = RunWriter(tmp_path, {"spec": {}})
     writer.log(1, "train", [("loss", 2.0)])
     path = tmp_path / METRICS_FILE
@@ -95,20 +74,17 @@ def test_a_metrics_file_that_may_not_grow_stays_as_it_was(tmp_path: Path, room: 
     assert [line["step"] for line in read_lines(path)] == [1, 2]
 
 
-def test_a_run_that_cannot_fit_the_disk_is_refused_before_it_begins(
-    tmp_path: Path, cache: Path, tiny_spec: Build
-) -> None:
+def test_a_run_too_large_for_the_disk_is_refused(train_tiny, tiny_folder: Path) -> None:
     huge = ("model.hidden_size=65536", "model.num_hidden_layers=200", "model.num_attention_heads=512")
-    spec = tiny_spec(*huge, "train.checkpoints_kept=5")
-    with pytest.raises(OSError, match=r"MiB free, and a run with 6 more checkpoints takes about [\d,]+ MiB: make room"):
-        train(spec, runs_dir=tmp_path, cache=cache, progress=False)
-    assert not list(tmp_path.rglob("run.json"))
+    with pytest.raises(OSError, match=r"MiB free, but 6 more checkpoints need [\d,]+ MiB: free space"):
+        train_tiny(*huge, "train.checkpoints_kept=5")
+    assert not (tiny_folder / "run.json").exists()
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 24 MiB in memory."""
-    place = tmp_path / "disk"
+    """A file system of 24 MiB in memory, where `train_tiny` trains."""
+    place = tmp_path / "runs"
     place.mkdir()
     done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(place)], capture_output=True, text=True, check=False
@@ -121,72 +97,47 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
-def fill(disk: Path, *, leave: int) -> None:
-    size = shutil.disk_usage(disk).free - leave
-    with (disk / "filler").open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, size)
+def fill_in(method: str, step: int, disk: Path, monkeypatch: pytest.MonkeyPatch, *, leave: int) -> None:
+    """Fill the disk but for `leave` bytes before that method of the trainer is called after `step`."""
+
+    def fill(trainer: NormFreeTrainer) -> None:
+        if trainer.state.global_step == step:
+            with (disk / "filler").open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - leave)
+
+    act_in(method, fill, monkeypatch)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("leave", [0, 4096, 100_000, 300_000])
-def test_a_disk_that_fills_up_inside_a_save_loses_nothing_older(
-    small_disk: Path, tmp_path: Path, cache: Path, tiny_spec: Build, monkeypatch: pytest.MonkeyPatch, leave: int
+def test_a_disk_that_fills_during_a_save_loses_nothing(
+    small_disk: Path, train_tiny, tiny_folder: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, leave: int
 ) -> None:
-    spec = tiny_spec("train.checkpoints_kept=1")
-    expected = whole_weights(tmp_path, cache, spec)
-
-    def save(trainer: NormFreeTrainer, folder: Any) -> None:
-        if trainer.state.global_step == 4:
-            fill(small_disk, leave=leave)
-        SAVE_OPTIMIZER(trainer, folder)
-
-    monkeypatch.setattr(NormFreeTrainer, "_save_optimizer_and_scheduler", save)
-    with pytest.raises(CheckpointError, match="step 4"):
-        train(spec, runs_dir=small_disk, cache=cache, progress=False)
-    monkeypatch.undo()
-    folder = small_disk / "single" / spec.name
-    check_that_nothing_older_is_lost(folder, 2, 4)
+    with monkeypatch.context() as patch:
+        fill_in("_save_optimizer_and_scheduler", 4, small_disk, patch, leave=leave)
+        with pytest.raises(CheckpointError, match="step 4"):
+            train_tiny("train.checkpoints_kept=1")
+    check_older_files(tiny_folder)
     (small_disk / "filler").unlink()
-    check_that_the_run_can_go_on(folder, cache, spec, expected)
+    train_tiny("train.checkpoints_kept=1")
+    check_equal_runs(tiny_folder, trained)
 
 
 @pytest.mark.slow
-def test_space_is_looked_for_before_each_save(
-    small_disk: Path, tmp_path: Path, cache: Path, tiny_spec: Build, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = tiny_spec("train.checkpoints_kept=1")
-
-    def save(trainer: NormFreeTrainer, model: Any, trial: Any) -> None:
-        if trainer.state.global_step == 4:
-            fill(small_disk, leave=2**20)
-        SAVE(trainer, model, trial)
-
-    monkeypatch.setattr(NormFreeTrainer, "_save_checkpoint", save)
-    with pytest.raises(
-        CheckpointError, match=r"step 4 could not be written .*1 MiB free, and a checkpoint takes about"
-    ):
-        train(spec, runs_dir=small_disk, cache=cache, progress=False)
-    check_that_nothing_older_is_lost(small_disk / "single" / spec.name, 2, 4)
+def test_each_save_checks_the_free_space(small_disk: Path, train_tiny, tiny_folder: Path, monkeypatch) -> None:
+    fill_in("_save_checkpoint", 4, small_disk, monkeypatch, leave=2**20)
+    with pytest.raises(CheckpointError, match=r"step 4 failed .*1 MiB free, but 1 more checkpoints need"):
+        train_tiny("train.checkpoints_kept=1")
+    check_older_files(tiny_folder)
 
 
 @pytest.mark.slow
-def test_metrics_on_a_full_disk_stay_whole(
-    small_disk: Path, cache: Path, tiny_spec: Build, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = tiny_spec("train.checkpoints_kept=1", "train.checkpoint_every=4", "train.steps=8")
-    step = NormFreeTrainer.training_step
-
-    def training_step(trainer: NormFreeTrainer, *rest: Any, **named: Any) -> torch.Tensor:
-        if trainer.state.global_step == 5:
-            fill(small_disk, leave=0)
-        return step(trainer, *rest, **named)
-
-    monkeypatch.setattr(NormFreeTrainer, "training_step", training_step)
+def test_metrics_on_a_full_disk_stay_whole(small_disk: Path, train_tiny, tiny_folder: Path, monkeypatch) -> None:
+    fill_in("training_step", 5, small_disk, monkeypatch, leave=0)
     with pytest.raises(OSError, match=r"No space left|could not be written"):
-        train(spec, runs_dir=small_disk, cache=cache, progress=False)
-    folder = small_disk / "single" / spec.name
-    assert not damages(folder / "checkpoints" / "checkpoint-4")
-    raw = (folder / METRICS_FILE).read_bytes()
+        train_tiny("train.checkpoints_kept=1", "train.checkpoint_every=4", "train.steps=8")
+    assert not damages(tiny_folder / "checkpoints" / "checkpoint-4")
+    raw = (tiny_folder / METRICS_FILE).read_bytes()
     assert raw.endswith(b"}\n")
-    assert len(list(read_lines(folder / METRICS_FILE))) == raw.count(b"\n")
-    assert read_run(folder).facts["steps_done"] == 4
+    assert len(list(read_lines(tiny_folder / METRICS_FILE))) == raw.count(b"\n")
+    assert read_run(tiny_folder).facts["steps_done"] == 4

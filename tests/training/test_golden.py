@@ -1,8 +1,7 @@
 """The first twenty losses of every preset, shrunk in width, against numbers that were committed.
 
-A change of tests/golden/losses.json changes what the project computes: it needs a line in CHANGELOG.md that says why.
-`python -m tests.training.test_golden` writes the file anew. The text is fixed, so no version of Python or of a package
-changes it.
+A change of tests/golden/losses.json changes what the project computes: explain it in CHANGELOG.md.
+`python -m tests.training.test_golden` writes the file anew. The text is fixed, independent of Python and packages.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 LOSSES = GOLDEN / "losses.json"
 TOLERANCE = 5e-6  # 25 times what AVX512, AVX2 and a processor without vector units differ by
 STEPS = 20
-# Each pairs a preset with a variant that another preset does not have.
+# Presets take these variants in turn.
 VARIANTS = ("sm-g", "sm-r", "sm-ln-g", "leaky-per-layer")
 
 
 def shrunk(preset: str, variant: str) -> RunSpec:
-    """A preset at width 32 on the fixed text; all else as the preset says it, but fp32 and the batch."""
+    """A preset at width 32 on the fixed text, in fp32 and with a small batch, otherwise unchanged."""
     overrides = [
         f"preset={preset}",
         f"variant={variant}",
@@ -68,11 +67,10 @@ def pairs() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("preset", "variant"), pairs())
 def test_the_first_losses_are_those_committed(preset: str, variant: str, tmp_path: Path, cache: Path) -> None:
-    """A change of the committed file needs a line in CHANGELOG.md."""
     committed = json.loads(LOSSES.read_text())[f"{preset} {variant}"]
-    found = losses(preset, variant, tmp_path, cache)
-    assert len(found) == STEPS
-    assert found == pytest.approx(committed, rel=TOLERANCE)
+    measured = losses(preset, variant, tmp_path, cache)
+    assert len(measured) == STEPS
+    assert measured == pytest.approx(committed, rel=TOLERANCE)
 
 
 def test_the_losses_tell_presets_apart_and_fall() -> None:
@@ -84,11 +82,11 @@ def test_the_losses_tell_presets_apart_and_fall() -> None:
 
 def write() -> None:
     with tempfile.TemporaryDirectory() as place:
-        found = {
+        values = {
             f"{preset} {variant}": losses(preset, variant, Path(place), Path(place) / "cache")
             for preset, variant in pairs()
         }
-    LOSSES.write_text(json.dumps(found, indent=1) + "\n")
+    LOSSES.write_text(json.dumps(values, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
-from normfree.training.guard import Divergence, NonFiniteError, earliest, locate, total_gradient_norm
+from normfree.training.guard import Divergence, NonFiniteError, earliest, locate
 
 
 @pytest.fixture
@@ -29,47 +29,41 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": ids_BT, "labels": ids_BT}
 
 
-def parameter_of_layer(model: NormFreeForCausalLM, layer: int) -> torch.nn.Parameter:
+def matrix_of_layer(model: NormFreeForCausalLM, layer: int) -> torch.nn.Parameter:
     return next(p for name, p in model.named_parameters() if f".{layer}." in name and p.ndim == 2)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_nonfinite_weight_is_found_with_its_layer(
-    model: NormFreeForCausalLM, batch: dict[str, torch.Tensor], bad: float
-) -> None:
+def test_a_nonfinite_weight_is_found_with_its_layer(model, batch, bad: float) -> None:
     with torch.no_grad():
-        parameter_of_layer(model, 1)[0, 0] = bad
-    found = locate(model, [batch], step=7)
-    assert (found.step, found.layer, found.kind) == (7, 1, "weight")
-    assert "layer 1" in str(NonFiniteError(found))
+        matrix_of_layer(model, 1)[0, 0] = bad
+    divergence = locate(model, [batch], step=7)
+    assert (divergence.step, divergence.layer, divergence.kind) == (7, 1, "weight")
+    assert "layer 1" in str(NonFiniteError(divergence))
 
 
-def test_an_activation_that_overflows_is_found_where_it_first_does(
-    model: NormFreeForCausalLM, batch: dict[str, torch.Tensor]
-) -> None:
+def test_an_overflow_is_found_in_its_first_layer(model, batch) -> None:
     with torch.no_grad():
-        parameter_of_layer(model, 2).fill_(3e38)
-    assert (found := locate(model, [batch], step=1)).kind == "activation"
-    assert found.layer == 2
+        matrix_of_layer(model, 2).fill_(3e38)
+    divergence = locate(model, [batch], step=1)
+    assert (divergence.kind, divergence.layer) == ("activation", 2)
+    assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_a_nonfinite_gradient_is_found_in_the_layer_nearest_to_the_loss(
-    model: NormFreeForCausalLM, batch: dict[str, torch.Tensor]
-) -> None:
+def test_the_gradient_nearest_to_the_loss_is_named(model, batch) -> None:
     model(**batch).loss.backward()
-    assert torch.isfinite(total_gradient_norm(model.parameters()))
     for layer in (0, 1):
-        gradient = parameter_of_layer(model, layer).grad
+        gradient = matrix_of_layer(model, layer).grad
         assert gradient is not None
         gradient[0, 0] = math.nan
-    assert not torch.isfinite(total_gradient_norm(model.parameters()))
-    found = locate(model, [batch], step=2)
-    assert (found.kind, found.layer) == ("gradient", 1)
+    before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    divergence = locate(model, [batch], step=2)
+    assert (divergence.kind, divergence.layer) == ("gradient", 1)
+    after = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, after, strict=True))
 
 
-def test_backward_meets_the_final_norm_before_the_layers_and_the_embedding_last(
-    model: NormFreeForCausalLM, batch: dict[str, torch.Tensor]
-) -> None:
+def test_backward_meets_the_final_norm_first(model, batch) -> None:
     model(**batch).loss.backward()
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, math.nan)
@@ -79,18 +73,7 @@ def test_backward_meets_the_final_norm_before_the_layers_and_the_embedding_last(
     assert locate(model, [batch], step=2).layer == 2
 
 
-def test_of_several_processes_the_one_that_saw_it_first_is_believed() -> None:
-    """Gradients are averaged, so that a NaN in the batch of one is in the gradients of all."""
+def test_the_process_that_saw_it_first_is_believed() -> None:
+    """Gradients are averaged, so that a NaN in the batch of one process is in the gradients of all."""
     elsewhere, here = (Divergence(3, layer, "m", kind) for layer, kind in ((1, "gradient"), (2, "activation")))
     assert earliest([elsewhere, here]) == here
-
-
-def test_looking_leaves_gradients_and_hooks_as_found(
-    model: NormFreeForCausalLM, batch: dict[str, torch.Tensor]
-) -> None:
-    model(**batch).loss.backward()
-    before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    locate(model, [batch], step=1)
-    after = [p.grad for p in model.parameters() if p.grad is not None]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert not any(module._forward_hooks for module in model.modules())

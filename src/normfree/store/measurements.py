@@ -1,4 +1,4 @@
-"""A model that was measured once, in the folder format of a run."""
+"""Measurements of a model, recorded in the folder format of a run."""
 
 from __future__ import annotations
 
@@ -11,20 +11,17 @@ from normfree.store.runs import RUN_FILE, Run, RunWriter, read_run
 
 STUDY = "measurements"
 _IDENTITY = ("name", "tokens_sha256", "context", "sequences", "precision", "measures", "method")
-"""What makes two measurements the same one: model, text, and how it was measured."""
+"""Facts that must match for a measurement to replace an earlier one."""
 
 
 def check_output(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Raises ValueError for a folder that holds anything but this same measurement."""
+    """Raise ValueError if the folder holds anything but this same measurement."""
     if not folder.is_dir() or not any(folder.iterdir()):
         return
-    if not (folder / RUN_FILE).is_file():
+    old = read_run(folder).facts.get("measurement") if (folder / RUN_FILE).is_file() else None
+    if old is None:
         raise ValueError(f"output={folder} holds something else; name a new or empty folder")
-    other = read_run(folder)
-    if other.kind != "measurement":
-        raise ValueError(f"output={folder} holds the run {other.place}; name a new or empty folder")
-    old, new = other.facts["measurement"], dict(facts)
-    if differing := [name for name in _IDENTITY if old.get(name) != new[name]]:
+    if differing := [name for name in _IDENTITY if old.get(name) != facts[name]]:
         words = ", ".join("text" if name == "tokens_sha256" else name for name in differing)
         raise ValueError(f"output={folder} holds a measurement with another {words}; name a new or empty folder")
 
@@ -40,10 +37,9 @@ def write_measurement(
     environment: Mapping[str, Any],
     wall_seconds: float,
 ) -> Run:
-    """Write run.json and metrics.jsonl of a measurement, and read it back.
+    """Write run.json and metrics.jsonl of a measurement, then read it back.
 
-    `facts` are those that tell measurements apart, with label, text, leading_tokens, vocab_size, device and
-    peak_memory_mib. `layers` are the model's own numbers of the layers of a quantity.
+    `facts` describe model, text and method. `layers` are the model's indices of the layers of a quantity.
     """
     descriptions = describe(values)
     for name, numbers in layers.items():

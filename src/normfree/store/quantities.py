@@ -1,7 +1,7 @@
-"""What can be measured: the name, unit, axes and meaning of every quantity, declared once.
+"""Every quantity that can be measured: its name, unit, axes and meaning.
 
-Training records these descriptions beside the values, the report draws a quantity from its description alone, and the
-table in docs/quantities.md is made from this file.
+Runs record these descriptions beside the values, and the report draws each quantity from its description.
+docs/quantities.md is generated from this file.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ Merge = Literal["mean", "root of the mean", "exponential of the mean", "sum", "m
 
 @dataclass(frozen=True, kw_only=True)
 class Quantity:
-    """One number that is measured, for each layer and head, for each layer, or for the whole model."""
+    """A number measured per head, per layer, or for the whole model."""
 
     name: str
-    """Its key in metrics.jsonl, with the unit where it has one."""
+    """Its key in metrics.jsonl, including the unit."""
     title: str
-    """What figures and tables call it, e.g. `Entropy`."""
+    """Its name in figures and tables, e.g. `Entropy`."""
     unit: str = ""
     axes: tuple[Axis, ...] = ()
     meaning: str
     """One sentence."""
     merges: Merge = "mean"
-    """How batches and processes add up. Means are sums and counts until the end."""
+    """How values of batches and processes are combined. Means are kept as sums and counts until the end."""
     ceiling: float | str | None = None
-    """The highest possible value: a number, or the name of a quantity. Colour scales end there."""
+    """The highest possible value: a number, or the name of another quantity. Colour scales end there."""
     mark: tuple[float, str] | None = None
-    """A share of the ceiling worth a mark on the colour bar, and what to call it."""
+    """A share of the ceiling to mark on the colour bar, and its label."""
     drawn: Literal["open", "folded", "no"] = "folded"
-    """Where the report draws it: in full view, folded, or nowhere, as bookkeeping is."""
+    """How the report shows it: open, folded, or not at all (bookkeeping)."""
 
     @property
     def label(self) -> str:
@@ -110,12 +110,12 @@ QUANTITIES = {quantity.name: quantity for quantity in _DECLARED}
 
 
 def describe(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Plain values of these quantities' descriptions, by name, for run.json."""
+    """Return the descriptions of these quantities as plain values for run.json."""
     return {name: {k: v for k, v in asdict(QUANTITIES[name]).items() if k != "name"} for name in names}
 
 
 def read_description(name: str, values: Mapping[str, Any]) -> Quantity:
-    """The quantity that `describe` wrote. Unknown fields of a newer version are left out."""
+    """Read back what `describe` wrote, ignoring unknown fields of newer versions."""
     known = {key: value for key, value in values.items() if key in Quantity.__dataclass_fields__}
     options: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in known.items()}
     return Quantity(name=name, **options)

@@ -29,19 +29,19 @@ STATUSES = ("running", "finished", "diverged", "interrupted", "failed")
 OVER = ("finished", "diverged")
 """Statuses of a run that has a result."""
 
-_NEEDED = (
-    *(f"spec.{name}" for name in ("study", "variant", "label", "seed", "model", "data.context", "train.precision")),
-    *(f"corpus.{name}" for name in ("fingerprint", "unigram_perplexity", "vocab_size")),
-    "steps",
-)
-"""What readers of run.json rely on, by dotted name."""
+_REQUIRED = {
+    "spec": ("study", "variant", "label", "seed", "model", "data", "train"),
+    "corpus": ("fingerprint", "unigram_perplexity", "vocab_size"),
+}
+"""Keys that every reader of run.json relies on."""
+_REPAIR = "restore it or move the folder away"
 _LINE_KEYS = {"step", "split", "name", "value"}
 _TEXT_OF = {math.inf: "Infinity", -math.inf: "-Infinity"}
 _FLOAT_OF = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def encode(value: Any) -> Any:
-    """JSON-safe form of numbers, lists and dicts; non-finite floats become their names."""
+    """Make numbers, lists and dicts safe for JSON: non-finite floats become the strings NaN, Infinity, -Infinity."""
     if isinstance(value, dict):
         return {str(key): encode(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -54,7 +54,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(value: Any) -> Any:
-    """The inverse of `encode`: names of non-finite floats become floats again."""
+    """Undo `encode`."""
     if isinstance(value, dict):
         return {key: decode(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -65,12 +65,12 @@ def decode(value: Any) -> Any:
 
 
 class DamagedRunError(ValueError):
-    """run.json, or the metrics beside it, are there, but not as they were written."""
+    """run.json or metrics.jsonl exists but is damaged."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder, read."""
+    """The records of one run folder."""
 
     folder: Path
     facts: dict[str, Any]
@@ -86,12 +86,12 @@ class Run:
 
     @property
     def place(self) -> str:
-        """`study/name`, which tells it from a run of another study."""
+        """`study/name`: unique across studies."""
         return f"{self.spec['study']}/{self.name}"
 
     @property
     def label(self) -> str:
-        """The variant in the paper's notation, with the tag that tells it from its siblings."""
+        """The variant in the paper's notation, followed by the run's tag."""
         tag = self.spec.get("tag")
         return f"{self.spec['label']} ({tag})" if tag else self.spec["label"]
 
@@ -105,12 +105,12 @@ class Run:
 
     @property
     def corpus(self) -> str:
-        """Fingerprint of the text it was trained on."""
+        """Fingerprint of the training corpus."""
         return self.facts["corpus"]["fingerprint"]
 
     @property
     def steps_done(self) -> int:
-        """Optimiser steps on record: run.json is written with each checkpoint, metrics between them too."""
+        """Optimiser steps on record. Metrics can be ahead of run.json, which is written with each checkpoint."""
         recorded = self.facts.get("steps_done", 0)
         if self.status in OVER:
             return recorded
@@ -118,46 +118,50 @@ class Run:
 
     @property
     def tokens_seen(self) -> int:
-        """Training tokens of those steps."""
+        """Tokens trained on in `steps_done` steps."""
         return self.steps_done * self.spec["train"]["batch_sequences"] * self.spec["data"]["context"]
 
     @property
     def perplexity(self) -> float:
-        """Final validation perplexity; NaN for a run that did not finish with a finite loss."""
+        """Final validation perplexity; NaN unless the run finished."""
         final = self.facts.get("final")
         return final["perplexity"] if self.status == "finished" and final else math.nan
 
     @property
     def kind(self) -> str:
-        """`run` for a training run, `measurement` for a model that was measured once."""
+        """`run` for a training run, `measurement` for a model measured once."""
         return self.facts.get("kind", "run")
 
     @cached_property
     def quantities(self) -> dict[str, Quantity]:
-        """What it recorded, by name. Records from before descriptions were kept have those of today."""
+        """Recorded quantities by name. Records without descriptions get today's."""
         descriptions = self.facts.get("quantities")
         if descriptions is None:
             return {name: QUANTITIES[name] for name in self.metrics["name"].unique() if name in QUANTITIES}
         return {name: read_description(name, values) for name, values in descriptions.items()}
 
     def layer_numbers(self, name: str, count: int) -> list[int]:
-        """The model's own numbers of the `count` layers in which a quantity was measured."""
+        """The model's indices of the `count` layers in which a quantity was measured."""
         return (self.facts.get("quantities") or {}).get(name, {}).get("layers") or list(range(count))
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
         """Columns step, split, name, value (a number or nested lists), in the order written.
 
-        Raises DamagedRunError where a run that is over has other metrics than its run.json recorded.
+        Raises DamagedRunError when the file does not match the hash recorded at the end of the run.
         """
-        path, recorded = self.folder / METRICS_FILE, self.facts.get("metrics_file")
-        if recorded and (not path.exists() or describe_files(self.folder, [path])[METRICS_FILE] != recorded):
+        path = self.folder / METRICS_FILE
+        if not self.metrics_match_record():
             raise DamagedRunError(
-                f"{path} is not the file that {RUN_FILE} recorded at the end of the run: restore it, or, if it was "
-                f"changed on purpose, take metrics_file out of {RUN_FILE}"
+                f"{path} does not match the sha256 in {RUN_FILE}: restore it, or, if you edited it, remove "
+                f"metrics_file from {RUN_FILE}"
             )
-        rows = list(read_lines(self.folder / METRICS_FILE))
-        return pd.DataFrame(rows, columns=["step", "split", "name", "value"])
+        return pd.DataFrame(read_lines(path), columns=["step", "split", "name", "value"])
+
+    def metrics_match_record(self) -> bool:
+        """True if metrics.jsonl has the recorded sha256, or none was recorded because the run is not over."""
+        path, recorded = self.folder / METRICS_FILE, self.facts.get("metrics_file")
+        return not recorded or (path.exists() and describe_files(self.folder, [path])[METRICS_FILE] == recorded)
 
     def series(self, split: str, name: str) -> list[tuple[int, Any]]:
         """`[(step, value), ...]` of one metric."""
@@ -166,13 +170,13 @@ class Run:
         return list(zip(chosen["step"].tolist(), chosen["value"].tolist(), strict=True))
 
     def last(self, split: str, name: str) -> Any | None:
-        """The newest value of one metric, or None."""
+        """The latest value of one metric, or None."""
         series = self.series(split, name)
         return series[-1][1] if series else None
 
 
 def divergence_text(facts: Mapping[str, Any]) -> str:
-    """A divergence, as run.json has it, in words: `non-finite loss at step 9, layer 1 (model.layers.1)`."""
+    """Describe a recorded divergence: `non-finite loss at step 9, layer 1 (model.layers.1)`."""
     place = "outside the blocks" if facts.get("layer") is None else f"layer {facts['layer']}"
     return f"non-finite {facts['kind']} at step {facts['step']}, {place} ({facts['module']})"
 
@@ -180,7 +184,7 @@ def divergence_text(facts: Mapping[str, Any]) -> str:
 def read_run(folder: Path | str) -> Run:
     """Read a run folder.
 
-    Raises ValueError when it is not one or has another format, DamagedRunError (a ValueError) when it is damaged.
+    Raises ValueError when it is no run folder or has another format, DamagedRunError (a ValueError) when it is damaged.
     """
     folder = Path(folder)
     path = folder / RUN_FILE
@@ -188,41 +192,30 @@ def read_run(folder: Path | str) -> Run:
         facts = decode(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise ValueError(f"{folder} is not a run folder: it has no {RUN_FILE}") from None
-    except (ValueError, RecursionError):  # not JSON, not UTF-8, or thousands of digits or brackets
-        raise DamagedRunError(f"{path} is not readable as JSON: restore it or move the folder away") from None
-    version = facts.get("format") if isinstance(facts, dict) else None
-    if not isinstance(version, int):
-        raise DamagedRunError(f"{path} has no format: restore it or move the folder away")
-    if version != FORMAT:
-        raise ValueError(
-            f"{path} has format {version!r}; this normfree reads format {FORMAT}: see CHANGELOG.md for the way to move"
-        )
+    except ValueError:  # not JSON or not UTF-8
+        raise DamagedRunError(f"{path} is not readable as JSON: {_REPAIR}") from None
+    if not isinstance(facts, dict) or not isinstance(facts.get("format"), int):
+        raise DamagedRunError(f"{path} has no format: {_REPAIR}")
+    if facts["format"] != FORMAT:
+        raise ValueError(f"{path} has format {facts['format']}; this version reads format {FORMAT}: see CHANGELOG.md")
     if facts.get("status") not in STATUSES:
-        raise DamagedRunError(f"{path} has no known status: restore it or move the folder away")
-    needed = _NEEDED + (("divergence.step",) if facts["status"] == "diverged" else ())
-    if missing := [name for name in needed if not _has(facts, name)]:
-        raise DamagedRunError(f"{path} lacks {', '.join(missing)}: restore it or move the folder away")
+        raise DamagedRunError(f"{path} has no known status: {_REPAIR}")
+    missing = [f"{part}.{key}" for part, keys in _REQUIRED.items() for key in keys if key not in facts.get(part, ())]
+    if missing or "steps" not in facts:
+        raise DamagedRunError(f"{path} lacks {', '.join(missing) or 'steps'}: {_REPAIR}")
     return Run(folder=folder, facts=facts)
 
 
-def _has(facts: Any, dotted: str) -> bool:
-    for name in dotted.split("."):
-        if not isinstance(facts, dict) or name not in facts:
-            return False
-        facts = facts[name]
-    return True
-
-
 def find_runs(places: Iterable[Path | str]) -> list[Run]:
-    """Every run under the given folders (run folders, studies, or folders of studies), sorted by path.
+    """Read every run under the given folders (run folders, studies, or folders of studies), sorted by path.
 
-    Raises ValueError for a place that does not exist or holds no run.
+    Raises ValueError for a folder that does not exist or holds no run.
     """
     runs: dict[Path, Run] = {}
     for place in map(Path, places):
         if not place.exists():
             raise ValueError(f"{place} does not exist; give a run folder or a folder of runs")
-        files = sorted(place.rglob(RUN_FILE)) if place.is_dir() else []
+        files = sorted(place.rglob(RUN_FILE))
         if not files:
             raise ValueError(f"{place} holds no run: no {RUN_FILE} in it or below it")
         for file in files:
@@ -231,15 +224,15 @@ def find_runs(places: Iterable[Path | str]) -> list[Run]:
 
 
 def load_runs(*places: Path | str) -> pd.DataFrame:
-    """`run_frame` of every run under the given folders."""
+    """Read every run under the given folders into one table; see `run_frame`."""
     return run_frame(find_runs(places))
 
 
 def run_frame(runs: Iterable[Run]) -> pd.DataFrame:
-    """One row a run: where it lies, what was trained how, how it ended and how well, and fingerprints; then every
-    setting of its spec under its key, as `train.batch_sequences`.
+    """Build a table with one row per run: folder, variant, outcome and fingerprints, then every setting of its spec
+    under its key, e.g. `train.batch_sequences`.
 
-    `diverged_at` is the step at which a run became non-finite, missing for all others.
+    `diverged_at` is the step at which a run became non-finite.
     """
     rows = [
         {
@@ -276,31 +269,31 @@ def run_frame(runs: Iterable[Run]) -> pd.DataFrame:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics file. A torn last line (a kill in mid-write) is left out.
+    """Yield the lines of a metrics file, without a torn last line (a kill during a write). A missing file has none.
 
-    Raises ValueError for damage anywhere else. A missing file has no lines.
+    Raises ValueError for damage anywhere else.
     """
     for number, line in _parsed_lines(path):
         if line is None:
-            raise ValueError(f"{path} line {number} is not a metric: the file is damaged")
+            raise ValueError(f"{path} is damaged: line {number} is not a metric")
         yield line
 
 
 def _parsed_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """(number, line), with None for a line that is damaged; a torn last line is left out."""
+    """Yield (number, line), with None for a damaged line; without a torn last line."""
     if not path.exists():
         return
     *whole, _torn = path.read_bytes().split(b"\n")
     for number, text in enumerate(whole, start=1):
         try:
             line = decode(json.loads(text))
-        except (ValueError, RecursionError):
+        except ValueError:
             line = None
         yield number, line if isinstance(line, dict) and line.keys() == _LINE_KEYS else None
 
 
 class RunWriter:
-    """Writes one run folder: facts atomically, metrics by appending."""
+    """Writes the records of a run: run.json atomically, metrics.jsonl by appending."""
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         self.folder = folder
@@ -308,12 +301,10 @@ class RunWriter:
         self._write_facts()
 
     def update(self, **facts: Any) -> None:
-        """Change facts of run.json. With the end of a run, the sha256 and size of its metrics are recorded too."""
-        if facts.get("status", "running") not in STATUSES:
-            raise ValueError(f"status {facts['status']!r}; allowed: {', '.join(STATUSES)}")
+        """Change facts of run.json. The end of a run also records the sha256 and size of its metrics."""
         metrics = self.folder / METRICS_FILE
         if facts.get("status") in OVER and metrics.exists():
-            self.sync()  # the end of a run never promises metrics that a power cut could take
+            self.sync()  # a power cut must not take metrics whose hash is recorded
             facts["metrics_file"] = describe_files(self.folder, [metrics])[METRICS_FILE]
         self.facts |= facts
         self._write_facts()
@@ -323,16 +314,16 @@ class RunWriter:
         sync(self.folder / METRICS_FILE)
 
     def log(self, step: int, split: str, values: Iterable[tuple[str, Any]]) -> None:
-        """Append one line a metric; the lines of one call reach the file together or not at all.
+        """Append one line per metric, all or none.
 
-        Raises OSError where the disk is full; the file is then as it was.
+        Raises OSError when the disk is full; the file is then as it was.
         """
         lines = [{"step": step, "split": split, "name": name, "value": encode(value)} for name, value in values]
         content = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode()
         descriptor = os.open(self.folder / METRICS_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         size = os.fstat(descriptor).st_size
         try:
-            while content:  # on a disk that is almost full, os.write takes a part and says so only by its result
+            while content:  # on an almost full disk, os.write writes a part and returns its size
                 content = content[os.write(descriptor, content) :]
         except BaseException:
             os.ftruncate(descriptor, size)
@@ -341,17 +332,17 @@ class RunWriter:
             os.close(descriptor)
 
     def forget_after(self, step: int) -> list[int]:
-        """Drop what a resumed run will measure again: later steps, the final measurement, a torn last line.
+        """Drop what a resumed run measures again: later steps, the final measurement, a torn last line.
 
-        Returns the numbers of damaged lines. They are dropped too, and the file as found is kept beside the new one.
+        Returns the numbers of damaged lines, which are dropped too; the old file is kept as metrics.jsonl.damaged.
         """
         path = self.folder / METRICS_FILE
         lines = list(_parsed_lines(path))
         damaged = [number for number, line in lines if line is None]
         if damaged:
             write_atomically(path.with_name(f"{METRICS_FILE}.damaged"), path.read_bytes())
-        kept = [line for _, line in lines if line and line["step"] <= step and line["split"] != "final"]
-        write_atomically(path, "".join(json.dumps(encode(line), allow_nan=False) + "\n" for line in kept))
+        earlier = [line for _, line in lines if line and line["step"] <= step and line["split"] != "final"]
+        write_atomically(path, "".join(json.dumps(encode(line), allow_nan=False) + "\n" for line in earlier))
         return damaged
 
     def _write_facts(self) -> None:

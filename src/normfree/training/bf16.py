@@ -1,8 +1,8 @@
-"""bf16 matrix products where the processor has no bf16 units: fp32 units, same rounding.
+"""bf16 matrix products on processors without bf16 units, computed by fp32 units with the same rounding.
 
-A bf16 unit multiplies bf16 operands, sums in fp32 and rounds the sum to bf16. fp32 units do the same when the operands
-are widened first, which is exact; only the order of the sum differs. With torch's own bf16 kernels for such processors
-a training step takes about thirteen times as long (docs/performance.md).
+A bf16 unit multiplies bf16 operands, sums in fp32 and rounds the sum to bf16. fp32 units do the same on operands
+converted to fp32, which is exact; only the order of the sum differs. torch's own bf16 kernels for such processors make
+a training step about thirteen times slower (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _PRODUCTS = {
     torch.ops.aten.bmm.default,
     torch.ops.aten.baddbmm.default,
 }
-"""What linear layers, attention written out and the loss become, forward and backward."""
+"""The operators behind linear layers, eager attention and the loss, forward and backward."""
 
 
 def has_bf16_units() -> bool:
-    """True where torch has bf16 kernels made for this processor."""
+    """True if torch has bf16 kernels for this processor."""
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -37,9 +37,9 @@ def needs_fp32_units(precision: str, device: torch.device) -> bool:
 
 
 class ProductsInFp32(TorchDispatchMode):
-    """Context manager: bf16 matrix products on the CPU are computed by fp32 units and rounded once, to bf16.
+    """Context manager that computes bf16 matrix products on the CPU in fp32 and rounds them to bf16.
 
-    Holds for the thread that enters it, backward passes included. torch.compile compiles nothing inside.
+    It covers the current thread, backward passes included. torch.compile compiles nothing inside.
     """
 
     def __torch_dispatch__(
@@ -52,8 +52,8 @@ class ProductsInFp32(TorchDispatchMode):
 
 
 def products_for(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """ProductsInFp32 where `needs_fp32_units`, said in the log; else nothing."""
+    """Return a ProductsInFp32 if this device needs it, else a context manager that does nothing."""
     if not needs_fp32_units(precision, device):
         return nullcontext()
-    logger.info("this processor has no bf16 units: its fp32 units compute bf16 products, rounded alike")
+    logger.info("this processor has no bf16 units: bf16 products are computed in fp32 and rounded to bf16")
     return ProductsInFp32()

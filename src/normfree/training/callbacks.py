@@ -1,6 +1,6 @@
-"""What is watched while a run trains. Each callback hands (name, value) pairs to the run's writer.
+"""Trainer callbacks: log lines, measurements, signals and the progress bar.
 
-Values are computed on every process and reduced; only rank 0 has a writer.
+Every process computes the values and reduces them; only rank 0 writes.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -24,31 +23,46 @@ from normfree.measures import open_measures
 from normfree.measures.held_out import blocks_of, measure_batches
 from normfree.measures.measure import values_of
 from normfree.model.modeling import NormFreePreTrainedModel
+from normfree.spec.run import RunSpec
+from normfree.training.distributed import highest_of_all_processes
 from normfree.training.signals import WARNINGS, stopping_signals, warning_signals
 
 logger = logging.getLogger("normfree")
 
 TOGETHER_SECONDS = 3.0
-"""Signals this close are one request that came twice: to the process, and through a parent that hands it on."""
+"""Signals this close are one request that came twice: to the process, and passed on by its parent."""
 
-Measurements = Iterator[tuple[str, Any]]
-Log = Callable[[int, str, Measurements], None]
-
-
-class OwnIntervals(TrainerCallback):
-    """Log lines and checkpoints come at the intervals of this start: Trainer goes on with those of the checkpoint."""
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        state.compute_steps(args, state.max_steps)
+Log = Callable[[int, str, Iterable[tuple[str, Any]]], None]
+"""Writes (name, value) pairs of a step and split."""
 
 
-class TrainingLog(TrainerCallback):
-    """Writes Trainer's own log lines, with the speed of the steps alone, without loading, probing, saving."""
+@dataclass(frozen=True)
+class Schedule:
+    """Measures to run before the first step, every `every` steps and after the last step."""
 
-    def __init__(self, log: Log, *, tokens_per_step: int) -> None:
-        self.log = log
-        self.tokens_per_step = tokens_per_step
+    split: str
+    every: int
+    measures: list[str]
+    blocks_NT: Tensor
+
+
+class Recorder(TrainerCallback):
+    """Writes Trainer's log lines and makes the scheduled measurements, whose scalars also go to `log_to_trackers`."""
+
+    def __init__(
+        self, spec: RunSpec, log: Log, schedules: list[Schedule], *, log_to_trackers: Callable[[dict[str, float]], None]
+    ) -> None:
+        self.log, self.schedules, self.log_to_trackers = log, schedules, log_to_trackers
+        self.tokens_per_step = spec.train.batch_sequences * spec.data.context
+        self.batch_sequences = spec.train.micro_batch_sequences
         self._steps, self._seconds, self._began = 0, 0.0, 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any
+    ) -> None:
+        state.compute_steps(args, state.max_steps)  # Trainer would log and save at the intervals of the checkpoint
+        if state.global_step == 0:
+            self._measure(state, control, self.schedules, rest["model"])
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._began = time.perf_counter()
@@ -59,77 +73,48 @@ class TrainingLog(TrainerCallback):
         self._seconds += time.perf_counter() - self._began
         self._steps += 1
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **of_trainer: Any) -> None:
-        logs: dict[str, float] = of_trainer["logs"]
-        if "loss" in logs:
-            self.log(state.global_step, "train", self._measurements(state, logs))
-
-    def _measurements(self, state: TrainerState, logs: dict[str, float]) -> Measurements:
-        yield "loss", logs["loss"]
-        yield "learning_rate", logs["learning_rate"]
-        if "grad_norm" in logs:
-            yield "gradient_norm", logs["grad_norm"]
-        yield "tokens_seen", state.global_step * self.tokens_per_step
-        if self._seconds:
-            yield "tokens_per_second", self._steps * self.tokens_per_step / self._seconds
-        self._steps, self._seconds = 0, 0.0
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """One measurement, made before the first step, every `every` steps and after the last one."""
-
-    split: str
-    every: int
-    measure: Callable[[NormFreePreTrainedModel], Measurements]
-
-
-class Watch(TrainerCallback):
-    """Makes the scheduled measurements, each once a step. `tell` hands those that are one number to trackers."""
-
-    def __init__(self, log: Log, schedules: list[Schedule], *, tell: Callable[[dict[str, float]], None]) -> None:
-        self.log, self.schedules, self.tell = log, schedules, tell
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **of_trainer: Any
-    ) -> None:
-        if state.global_step == 0:
-            self._measure(state, control, self.schedules, of_trainer["model"])
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **of_trainer: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any) -> None:
         last = state.global_step == state.max_steps
-        due = [one for one in self.schedules if last or state.global_step % one.every == 0]
-        self._measure(state, control, due, of_trainer["model"])
+        due = [schedule for schedule in self.schedules if last or state.global_step % schedule.every == 0]
+        self._measure(state, control, due, rest["model"])
 
     def _measure(
         self, state: TrainerState, control: TrainerControl, due: list[Schedule], model: NormFreePreTrainedModel
     ) -> None:
         for schedule in due:
-            values = list(schedule.measure(model))
-            self.log(state.global_step, schedule.split, iter(values))
-            numbers = {f"eval_{name}": value for name, value in values if isinstance(value, float)}
-            if numbers:
+            values = measurements(model, schedule.blocks_NT, schedule.measures, batch_sequences=self.batch_sequences)
+            self.log(state.global_step, schedule.split, values)
+            if scalars := {f"eval_{name}": value for name, value in values if isinstance(value, float)}:
                 training_loss_due = control.should_log
-                self.tell(numbers)
-                control.should_log = training_loss_due  # Trainer takes any log line for the one that was due
+                self.log_to_trackers(scalars)
+                control.should_log = training_loss_due  # Trainer takes any log call for the one that was due
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any) -> None:
+        logs: dict[str, float] = rest["logs"]
+        if "loss" not in logs:
+            return
+        values = {"loss": logs["loss"], "learning_rate": logs["learning_rate"]}
+        if "grad_norm" in logs:
+            values["gradient_norm"] = logs["grad_norm"]
+        values["tokens_seen"] = state.global_step * self.tokens_per_step
+        if self._seconds:  # of the steps alone, without loading, measuring and saving
+            values["tokens_per_second"] = self._steps * self.tokens_per_step / self._seconds
+        self._steps, self._seconds = 0, 0.0
+        self.log(state.global_step, "train", values.items())
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM, SIGINT or SIGHUP (not under nohup) ends training at the next step boundary, with a checkpoint.
+    """Stops training at the next step boundary, with a checkpoint, when a signal arrives inside `with`.
 
-    So do SIGUSR1 and SIGUSR2 in a SLURM job, and where somebody listens to them, as submitit does for the warning
-    before a time limit; `signals.pass_on` tells the listener afterwards.
-
-    A second SIGINT, a signal but these two some seconds after the first (SLURM preempts with SIGTERM, then sends the
-    warning), or one that comes when no step will follow (`at_once`) raises KeyboardInterrupt where the program stands.
-    Python delivers signals to the main thread only; in another thread this class does nothing.
+    The signals are those of `stopping_signals` and `warning_signals`. It raises KeyboardInterrupt at once on a second
+    SIGINT, on a second signal after `TOGETHER_SECONDS`, or when no step will follow (`at_once`). SIGUSR1 and SIGUSR2
+    never count as a second signal: SLURM preempts with SIGTERM and then sends the warning. Python delivers signals to
+    the main thread only; in other threads this class does nothing.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        """By this process, or by another one that it agreed with."""
+        """The signal that this or another process of the run received."""
         self.at_once = False
         self._first_seconds: float | None = None
         self._previous: dict[int, Any] = {}
@@ -137,29 +122,26 @@ class StopOnSignal(TrainerCallback):
     def __enter__(self) -> StopOnSignal:
         if threading.current_thread() is threading.main_thread():
             for number in (*stopping_signals(), *warning_signals()):
-                self._previous[number] = signal.signal(number, self._note)
+                self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not installed by Python
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: installed outside Python
 
-    def _note(self, number: int, _frame: FrameType | None) -> None:
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
         now = time.monotonic()
         first, self._first_seconds = self._first_seconds, self._first_seconds or now
-        late = first is not None and now - first > TOGETHER_SECONDS and number not in WARNINGS
-        again = late or (first is not None and number == signal.SIGINT)
         self.received = number
-        if again or self.at_once:
+        late = first is not None and now - first > TOGETHER_SECONDS and number not in WARNINGS
+        if self.at_once or late or (first is not None and number == signal.SIGINT):
             raise KeyboardInterrupt
 
     def agree(self, device: torch.device) -> int | None:
-        """The signal that any process has received, the same answer in all of them. One that comes while they ask each
-        other is for the next time."""
-        agreed = _highest_of_all_processes(self.received, device)
-        if agreed is not None:
+        """Return the signal that any process received, the same in all. One that arrives meanwhile counts next time."""
+        if agreed := highest_of_all_processes(self.received or 0, device):
             self.received = agreed
-        return agreed
+        return agreed or None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.agree(args.device) is not None and state.global_step < state.max_steps:
@@ -168,7 +150,7 @@ class StopOnSignal(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """One bar with the loss; where standard error is no terminal, a line at each evaluation."""
+    """Shows a bar with the loss; if standard error is no terminal, logs a line per evaluation."""
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -178,50 +160,44 @@ class Progress(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._began, self._first_step = time.perf_counter(), state.global_step
         if state.is_world_process_zero:
-            self.bar = tqdm(
-                total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", disable=None
-            )
+            self.bar = tqdm(total=state.max_steps, initial=self._first_step, desc=self.title, unit="step", disable=None)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **of_trainer: Any) -> None:
-        logs: dict[str, float] = of_trainer["logs"]
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any) -> None:
+        logs: dict[str, float] = rest["logs"]
         if self.bar is None:
             return
         if "loss" in logs:
             self.bar.set_postfix_str(f"loss {logs['loss']:.3f} nats")
         if self.bar.disable and "eval_perplexity" in logs and state.global_step > self._first_step:
             done, left = state.global_step - self._first_step, state.max_steps - state.global_step
-            minutes = (time.perf_counter() - self._began) / done * left / 60
-            where, perplexity = f"step {state.global_step} of {state.max_steps}", logs["eval_perplexity"]
-            line = f"{self.title}: {where}, validation perplexity {perplexity:.2f}, about {minutes:.0f} min left"
-            logger.info("%s", line)
+            logger.info(
+                "%s: step %d of %d, validation perplexity %.2f, about %.0f min left",
+                self.title,
+                state.global_step,
+                state.max_steps,
+                logs["eval_perplexity"],
+                (time.perf_counter() - self._began) / done * left / 60,
+            )
 
     def close(self) -> None:
-        """End the bar; also called when training raised."""
+        """Close the bar."""
         if self.bar is not None:
             self.bar.close()
 
 
 def measurements(
     model: NormFreePreTrainedModel, blocks_NT: Tensor, names: Sequence[str], *, batch_sequences: int
-) -> Measurements:
-    """What these measures find on full blocks, in evaluation mode, over all processes.
+) -> list[tuple[str, Any]]:
+    """Measure full blocks in evaluation mode, over all processes.
 
-    In a run that trains in bf16 or fp16 the forward pass is in that precision too, as Trainer's model has it; measures
-    compute in fp32 and add up in fp64.
+    A run in bf16 or fp16 also runs this forward pass in that precision, as Trainer's model does; measures compute in
+    fp32 and sum in fp64.
     """
     measures = open_measures(names, model)
     measure_batches(model, blocks_of(model, blocks_NT, batch_sequences, measures), measures)
-    for name, value in values_of(measures, next(model.parameters()).device).items():
-        yield name, value if value.dim() else value.item()
-
-
-def _highest_of_all_processes(signal_number: int | None, device: torch.device) -> int | None:
-    if not torch.distributed.is_initialized():
-        return signal_number
-    number = torch.tensor(signal_number or 0, device=device)
-    torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
-    return int(number) or None
+    values = values_of(measures, next(model.parameters()).device)
+    return [(name, value if value.dim() else value.item()) for name, value in values.items()]

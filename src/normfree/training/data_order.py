@@ -1,4 +1,4 @@
-"""The order of training blocks as a pure function of (data seed, position)."""
+"""The order of training blocks: a pure function of data seed and position."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from torch.utils.data import Sampler
 
 
 class BlockOrder(Sampler[int]):
-    """Indices of training blocks for a whole run: a new permutation of all blocks for each pass.
+    """Samples training blocks for a whole run, in a new permutation for each pass.
 
-    Position p, counted over the whole run, is element p mod N of the permutation of pass p div N, so a run that
-    resumes at step 1,000,000 computes one permutation and starts there. The length is that of the whole run, also
-    after a resume: Trainer derives its schedule from it.
+    Position p of the run is element p mod N of the permutation of pass p div N, so a resume at any step computes one
+    permutation. The length is that of the whole run even after a resume: Trainer derives its schedule from it.
     """
 
     def __init__(self, *, blocks: int, sequences: int, seed: int, start: int = 0) -> None:

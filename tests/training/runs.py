@@ -1,0 +1,74 @@
+"""Helpers of the training tests: compare runs, act inside a step, damage a file."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from normfree.files import damages
+from normfree.store.checkpoints import checkpoints_in
+from normfree.store.runs import read_run
+from normfree.training.trainer import NormFreeTrainer
+
+DAMAGES = ("flip", "cut", "remove")
+
+
+def damage(path: Path, how: str) -> None:
+    """Flip one bit in the middle of a file, cut its last two bytes, or remove it."""
+    content = path.read_bytes()
+    middle = len(content) // 2
+    if how == "remove":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(content[:-2])  # more than the newline at the end
+    else:
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def same_weights(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
+    return some.keys() == others.keys() and all(torch.equal(some[name], others[name]) for name in some)
+
+
+def check_equal_runs(folder: Path, whole: Path) -> None:
+    """A resumed run ends with the weights of the uninterrupted one and holds each of its measurements once."""
+    run, expected = read_run(folder), read_run(whole)
+    assert run.status == "finished"
+    assert same_weights(weights(folder), weights(whole))
+    columns = ["step", "split", "name"]
+    assert sorted(run.metrics[columns].values.tolist()) == sorted(expected.metrics[columns].values.tolist())
+    for split, name in (("train", "loss"), ("probe", "entropy_nats"), ("validation", "loss")):
+        assert run.series(split, name) == expected.series(split, name)
+    assert not any(damages(checkpoint) for checkpoint in checkpoints_in(folder / "checkpoints"))
+    assert not (folder / "checkpoints" / ".staging").exists()
+
+
+def act_in(method: str, action: Callable[[NormFreeTrainer], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Call `action(trainer)` before each call of a method of the trainer."""
+    original = getattr(NormFreeTrainer, method)
+
+    def acting(trainer: NormFreeTrainer, *rest: Any, **named: Any) -> Any:
+        action(trainer)
+        return original(trainer, *rest, **named)
+
+    monkeypatch.setattr(NormFreeTrainer, method, acting)
+
+
+def send_in_step(step: int, monkeypatch: pytest.MonkeyPatch, *numbers: signal.Signals) -> None:
+    """Send signals, SIGTERM by default, to this process within the training step after `step`."""
+
+    def send(trainer: NormFreeTrainer) -> None:
+        for number in (numbers or (signal.SIGTERM,)) if trainer.state.global_step == step else ():
+            os.kill(os.getpid(), number)
+
+    act_in("training_step", send, monkeypatch)
