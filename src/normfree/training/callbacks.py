@@ -19,9 +19,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from normfree.measures import open_measures
+from normfree.measures import open_measures, periods_of
 from normfree.measures.held_out import blocks_of, measure_batches
 from normfree.measures.measure import values_of
+from normfree.measures.text import spread
 from normfree.model.modeling import NormFreePreTrainedModel
 from normfree.spec.run import RunSpec
 from normfree.training.distributed import highest_of_all_processes
@@ -47,15 +48,22 @@ class Schedule:
 
 
 class Recorder(TrainerCallback):
-    """Writes Trainer's log lines and makes the scheduled measurements, whose scalars also go to `log_to_trackers`."""
+    """Writes Trainer's log lines and measures held-out blocks on schedule; scalars also go to `log_to_trackers`."""
 
     def __init__(
-        self, spec: RunSpec, log: Log, schedules: list[Schedule], *, log_to_trackers: Callable[[dict[str, float]], None]
+        self, spec: RunSpec, held_out_NT: Tensor, log: Log, *, log_to_trackers: Callable[[dict[str, float]], None]
     ) -> None:
-        self.log, self.schedules, self.log_to_trackers = log, schedules, log_to_trackers
+        self.log, self.log_to_trackers = log, log_to_trackers
         self.tokens_per_step = spec.train.batch_sequences * spec.data.context
         self.batch_sequences = spec.train.micro_batch_sequences
         self._steps, self._seconds, self._began = 0, 0.0, 0.0
+        names_by_period: dict[int, list[str]] = {}
+        for name, every in periods_of(spec.probe.measures, spec.probe.every_steps).items():
+            names_by_period.setdefault(every, []).append(name)
+        probe_NT = spread(held_out_NT, spec.probe.sequences)
+        self.schedules = [Schedule("probe", every, names, probe_NT) for every, names in names_by_period.items()]
+        validation_NT = spread(held_out_NT, spec.train.evaluation_sequences or len(held_out_NT))
+        self.schedules.append(Schedule("validation", spec.train.evaluate_every, ["perplexity"], validation_NT))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any

@@ -202,7 +202,7 @@ class _Training:
             data_collator=_collate,
             processing_class=self.corpus.tokenizer(),
         )
-        recorder = callbacks.Recorder(spec, self._log, self._schedules(), log_to_trackers=trainer.log)
+        recorder = callbacks.Recorder(spec, self.held_out, self._log, log_to_trackers=trainer.log)
         for callback in (recorder, progress, stop):  # in this order: a signal during a measurement ends the same step
             trainer.add_callback(callback)
         for callback in trainer.callback_handler.callbacks:
@@ -216,18 +216,6 @@ class _Training:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             progress.close()
-
-    def _schedules(self) -> list[callbacks.Schedule]:
-        spec = self.spec
-        probe_NT = spread(self.held_out, spec.probe.sequences)
-        validation_NT = spread(self.held_out, spec.train.evaluation_sequences or len(self.held_out))
-        names_by_period: dict[int, list[str]] = {}
-        for name, every in self.periods.items():
-            names_by_period.setdefault(every, []).append(name)
-        return [
-            *(callbacks.Schedule("probe", every, names, probe_NT) for every, names in names_by_period.items()),
-            callbacks.Schedule("validation", spec.train.evaluate_every, ["perplexity"], validation_NT),
-        ]
 
     def _publish(self, step: int, unlogged: dict[str, Any]) -> None:
         if torch.distributed.is_initialized():
