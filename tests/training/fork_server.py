@@ -44,9 +44,8 @@ class ForkServer:
         return self._ask({"wait": process})
 
     def close(self) -> None:
-        with suppress(ProcessLookupError):
+        with self.process, suppress(ProcessLookupError):  # leaving it closes the pipes and waits
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
 
     def _ask(self, request: dict[str, Any]) -> int:
         assert self.process.stdin is not None

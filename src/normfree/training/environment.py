@@ -80,8 +80,9 @@ def device_name(device: torch.device) -> str:
 
 def processor_name() -> str:
     """Return the processor's model name, or its architecture if the system does not tell."""
-    facts = Path("/proc/cpuinfo")
-    match = re.search(r"^model name\s*: (.+)$", facts.read_text(), re.MULTILINE) if facts.exists() else None
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
+    match = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
     return match[1] if match else platform.processor() or platform.machine()
 
 
