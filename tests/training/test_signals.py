@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 import torch
 
+from normfree.spec.compose import compose_runs
 from normfree.store.checkpoints import CheckpointError, checkpoints_in
 from normfree.store.runs import Run, read_run
 from normfree.training import InterruptedRunError
 from normfree.training.callbacks import StopOnSignal
-from normfree.training.sweep import sweep
+from normfree.training.launch import train_jobs
 from tests.training.runs import act_in, check_equal_runs, send_in_step
 
 CPU = torch.device("cpu")
@@ -186,11 +187,11 @@ def test_a_resume_logs_and_saves_at_its_new_intervals(interrupt, train_tiny, mon
     assert [step for step, _ in run.series("train", "loss")][-4:] == [3, 4, 5, 6]
 
 
-def test_a_signal_ends_a_sweep(tmp_path: Path, cache: Path, tiny: list[str], monkeypatch) -> None:
+def test_a_signal_ends_many_runs(tmp_path: Path, cache: Path, tiny: list[str], monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     send_in_step(3, monkeypatch)
     with pytest.raises(InterruptedRunError, match="and saved"):
-        sweep([*tiny, "variant=sm-r", "seed=0,1,2", f"cache_dir={cache}"])
+        train_jobs(compose_runs([*tiny, "variant=sm-r", "seed=0,1,2", f"cache_dir={cache}"]))
     assert [path.parent.name for path in tmp_path.glob("runs/single/*/run.json")] == ["sm-r-seed0"]
 
 
