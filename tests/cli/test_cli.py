@@ -127,7 +127,7 @@ def test_cfg_prints_the_composed_run_and_trains_nothing(
             "the wrong label",
         ),
         (["train", "variant=sm-r", "model.activation=leaky_relu"], "the wrong label: use variant=leaky-fixed"),
-        (["train", "model.norm=null"], "norm=None; did you mean none?"),
+        (["train", "model.norm=null"], "norm=None; allowed: str, e.g. 'none'"),
         (["train", "--cfg", "model.num_attention_heads=5"], "must be a multiple of num_attention_heads=5"),
         (["train", "variant=custom", "tag=mine", "model.activation=relu"], "variant=custom needs model.norm, e.g."),
         (["train", "data.source=files"], "use data=NAME"),

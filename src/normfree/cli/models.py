@@ -84,7 +84,7 @@ def evaluate(name: str, options: EvaluateOptions) -> None:
     """Print token-weighted perplexity and bits per byte."""
     from normfree.measures.text import checked_context, leading_ids, perplexity
     from normfree.measures.windows import evaluation_estimate
-    from normfree.pretrained.load import load_pretrained, outline
+    from normfree.pretrained.load import load_pretrained, outline, usable_device
     from normfree.training.bf16 import products_for
     from normfree.training.process import prepare_process
 
@@ -92,6 +92,7 @@ def evaluate(name: str, options: EvaluateOptions) -> None:
         evaluate_run(Path(name), options)
         return
     prepare_process()
+    usable_device(options.device)
     text = read_text(options.text)
     loading: dict[str, Any] = {"dtype": options.dtype, "trust_remote_code": options.trust_remote_code}
     if model := outline(name, **loading):
@@ -143,7 +144,7 @@ def measure(name: str, options: MeasureOptions) -> None:
     from normfree.entropy import EntropyProbe
     from normfree.measures import periods_of
     from normfree.measures.measurement import measure as measure_model
-    from normfree.pretrained.load import load_pretrained
+    from normfree.pretrained.load import load_pretrained, usable_device
     from normfree.report import build_report
     from normfree.store.measurements import check_output, write_measurement
     from normfree.training.bf16 import products_for
@@ -155,6 +156,7 @@ def measure(name: str, options: MeasureOptions) -> None:
     if options.sequences < 1 or options.batch < 1:
         raise ValueError(f"sequences={options.sequences} and batch={options.batch} must be at least 1")
     prepare_process()
+    usable_device(options.device)
     label = Path(name).name if Path(name).exists() else name
     output = options.output or Path("measured") / label.replace("/", "--")
     check_writable(output)  # before the work, not after it

@@ -135,7 +135,8 @@ class NormFreeConfig(PreTrainedConfig):
             type_validator(field.name, value, field.type)
         except TypeError:
             allowed = field.type.__name__ if isinstance(field.type, type) else str(field.type).removeprefix("typing.")
-            raise ValueError(f"{field.name}={value!r}; allowed: {allowed}") from None
+            example = ", e.g. 'none'" if value is None and field.type is str else ""
+            raise ValueError(f"{field.name}={value!r}; allowed: {allowed}{example}") from None
 
     def _check_names(self) -> None:
         activations = self.layer_activations
