@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from normfree.data import default_cache, prepared
+from normfree.data.ngram import kneser_ney_perplexity
 from normfree.files import damages
 from normfree.spec.run import DataSpec
 from tests.data.prepare import make, token_ids
@@ -49,6 +50,15 @@ def test_unigram_perplexity_matches_a_plain_count(spec: DataSpec, tmp_path: Path
     predicted = token_ids(corpus, "validation")[:, 1:].reshape(-1).tolist()
     nats = [-np.log(counts[token] / sum(counts.values())) for token in predicted]
     assert corpus.facts()["unigram_perplexity"] == pytest.approx(np.exp(np.mean(nats)))
+
+
+def test_an_ngram_model_of_the_corpus_is_the_yardstick(spec: DataSpec, tmp_path: Path) -> None:
+    corpus = make(spec, tmp_path)
+    blocks = [token_ids(corpus, split) for split in ("train", "validation")]
+    for order, perplexity in corpus.facts()["ngram_perplexity"].items():
+        assert perplexity == kneser_ney_perplexity(*blocks, vocab_size=corpus.vocab_size, order=int(order))
+        assert f"{order}-gram {perplexity:.1f}" in corpus.describe()
+    assert list(corpus.facts()["ngram_perplexity"]) == ["2", "5"]
 
 
 def test_a_prepared_corpus_is_reused_and_described(spec: DataSpec, tmp_path: Path) -> None:

@@ -268,7 +268,7 @@ def test_an_unfinished_run_of_another_recipe_needs_mix(tmp_path: Path) -> None:
     assert len(figures["entropy_nats-heads"].panels) == 1
     assert "shares" not in figures["entropy_nats-heads"].caption
     assert "open circle" not in figures["losses"].caption
-    left_out = "Not finished and of another recipe or corpus, so left out: quick/sm-r-seed0 (failed)."
+    left_out = "Not finished and of another recipe or corpus, so left out: quick/sm-r-seed0 (failed at step 100)."
     assert left_out in sentences(group_runs(runs))
     mixed = {figure.name: figure for figure in figures_of(group_runs(runs, mix=True))}
     assert len(mixed["entropy_nats-heads"].panels) == 2

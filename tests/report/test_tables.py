@@ -215,7 +215,7 @@ def test_a_killed_run_is_as_far_as_its_metrics(tmp_path: Path) -> None:
     batch = runs[1].spec["train"]["batch_sequences"]
     row = rows["quick/sm-r-seed0"]
     assert (row["Steps"], row["Tokens"]) == ("100", f"{100 * batch * 32:,}")
-    assert "quick/sm-r-seed0 is left out: running at step 100." in perplexity_table(group_runs(runs)).notes
+    assert "quick/sm-r-seed0 is left out: stopped at step 100." in perplexity_table(group_runs(runs)).notes
 
 
 def test_verdicts_name_layers_heads_and_steps(tmp_path: Path) -> None:

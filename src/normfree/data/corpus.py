@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerFast
 
 from normfree.data.fast import FastEncoder, NotReproducibleError
 from normfree.data.installed import InstalledSource
+from normfree.data.ngram import ORDERS, kneser_ney_perplexity
 from normfree.data.packing import BlockWriter, concatenated, unigram_perplexity, windows
 from normfree.data.sources import FilesSource, HubSource, Source, Split, limited
 from normfree.data.tokenizer import Encoder, load_tokenizer, tokenizer_hash, train_tokenizer, vocabulary_size
@@ -80,7 +81,7 @@ class Corpus:
 
     def held_out_ids(self) -> np.ndarray:
         """(N, T) int64 token ids of the held-out blocks, read into memory."""
-        return np.stack(self.validation.with_format("numpy")["input_ids"][:]).astype(np.int64)
+        return _read_blocks(self.validation)
 
     def predicted_bytes(self) -> int:
         """UTF-8 bytes of all tokens that the held-out blocks ask a model to predict."""
@@ -114,7 +115,9 @@ class Corpus:
                 f"{split:<12} {documents:,} documents, {megabytes:.2f} MB, {blocks:,} blocks, {tokens:,} tokens",
                 f"  left out   {self.left_out(split)}",
             ]
-        lines.append(f"to beat      unigram perplexity {facts['unigram_perplexity']:.1f}")
+        yardsticks = [f"unigram perplexity {facts['unigram_perplexity']:.1f}"]
+        yardsticks += [f"{order}-gram {value:.1f}" for order, value in facts.get("ngram_perplexity", {}).items()]
+        lines.append(f"to beat      {', '.join(yardsticks)}")
         return "\n".join(lines)
 
 
@@ -223,6 +226,7 @@ class _Preparation:
             "dropped": {split: dict(sorted(counts.items())) for split, counts in self.dropped.items()},
             "versions": self.source.versions,
         }
+        facts["ngram_perplexity"] = self._ngram_perplexities(train.blocks * self.spec.context, facts["vocab_size"])
         if isinstance(self.source, HubSource):
             facts["revisions"] = self.source.revisions
         for split, writer in writers.items():
@@ -231,6 +235,19 @@ class _Preparation:
             facts[f"{split}_documents"] = self.read[split]["documents"]
             facts[f"{split}_bytes"] = self.read[split]["bytes"]
         return facts
+
+    def _ngram_perplexities(self, train_tokens: int, vocab_size: int) -> dict[str, float]:
+        """Perplexity by order, of the orders that the training text is small enough for: `{"2": 92.4, "5": 49.5}`."""
+        orders = [order for order, most_tokens in ORDERS.items() if train_tokens <= most_tokens]
+        if not orders:
+            return {}
+        train_NT, held_out_NT = (
+            _read_blocks(Dataset.from_file(str(self.folder / f"{split}.arrow"))) for split in SPLITS
+        )
+        return {
+            str(order): kneser_ney_perplexity(train_NT, held_out_NT, vocab_size=vocab_size, order=order)
+            for order in orders
+        }
 
     def _tokenizer(self) -> PreTrainedTokenizerFast:
         if self.spec.tokenizer:
@@ -298,6 +315,11 @@ class _Preparation:
         """The settings that decide how much text there is, for messages."""
         names = ("paths", "validation_paths", "dataset", "max_bytes", "train_documents", "validation_documents")
         return ", ".join(f"data.{name}={value}" for name in names if (value := getattr(self.spec, name)))
+
+
+def _read_blocks(blocks: Dataset) -> np.ndarray:
+    """(N, T) int64 token ids."""
+    return np.stack(blocks.with_format("numpy")["input_ids"][:]).astype(np.int64)
 
 
 def _counts(dropped: Mapping[str, int]) -> str:

@@ -17,6 +17,10 @@ from numpy.typing import NDArray
 Ids = NDArray[np.int64]
 
 
+ORDERS = {2: 100_000_000, 5: 20_000_000}
+"""Orders of the yardstick, and the most training tokens for which each is counted (about 150 bytes a token)."""
+
+
 @dataclass(frozen=True)
 class _Order:
     """The n-grams of one length: `keys_U` are sorted, (number of the first n - 1 tokens) * vocabulary + last token."""

@@ -126,8 +126,9 @@ def _one_seed(groups: Sequence[Group]) -> str:
 
 
 def _unfinished(groups: Sequence[Group]) -> list[str]:
-    drawn = [f"{run.place} ({run.status})" for group in groups if group.drawn for run in group.unfinished]
-    left_out = [f"{run.place} ({run.status})" for group in groups if not group.drawn for run in group.unfinished]
+    runs = [(run, group.drawn) for group in groups for run in group.unfinished]
+    drawn = [f"{run.place} ({run.state} at step {run.steps_done})" for run, is_drawn in runs if is_drawn]
+    left_out = [f"{run.place} ({run.state} at step {run.steps_done})" for run, is_drawn in runs if not is_drawn]
     return [
         f"Not finished, so only in the curves: {', '.join(drawn)}." if drawn else "",
         f"Not finished and of another recipe or corpus, so left out: {', '.join(left_out)}." if left_out else "",

@@ -8,7 +8,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from normfree.files import is_locked
 from normfree.store.runs import METRICS_FILE, RUN_FILE, Run, find_runs
 
 
@@ -38,10 +37,7 @@ class Progress:
 
 def progress_of(run: Run) -> Progress:
     """Read a run's progress. A run that is recorded as running is `stopped` unless a process holds its lock."""
-    state = run.status
-    if state == "running" and not is_locked(run.folder):
-        state = "stopped"
-    step, steps = run.steps_done, run.facts["steps"]
+    state, step, steps = run.state, run.steps_done, run.facts["steps"]
     speed = run.last("train", "tokens_per_second")
     tokens_per_step = run.tokens_seen / step if step else 0
     seconds_left = (steps - step) * tokens_per_step / speed if state == "running" and speed and step else None

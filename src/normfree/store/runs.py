@@ -18,7 +18,7 @@ from typing import Any
 
 import pandas as pd
 
-from normfree.files import describe_files, sync, write_atomically
+from normfree.files import describe_files, is_locked, sync, write_atomically
 from normfree.spec.run import recipe_of
 from normfree.store.quantities import QUANTITIES, Quantity, read_description
 
@@ -102,6 +102,11 @@ class Run:
     @property
     def status(self) -> str:
         return self.facts["status"]
+
+    @property
+    def state(self) -> str:
+        """`status`, or "stopped" for a run that is recorded as running and that no process holds: it was killed."""
+        return "stopped" if self.status == "running" and not is_locked(self.folder) else self.status
 
     @property
     def corpus(self) -> str:

@@ -25,11 +25,14 @@ from normfree.measures.measure import values_of
 from normfree.measures.text import spread
 from normfree.model.modeling import NormFreePreTrainedModel
 from normfree.spec.run import RunSpec
+from normfree.store.progress import duration
 from normfree.training.distributed import highest_of_all_processes
 from normfree.training.signals import WARNINGS, stopping_signals, warning_signals
 
 logger = logging.getLogger("normfree")
 
+LINE_SECONDS = 60.0
+"""Time between two lines of progress where standard error is no terminal."""
 TOGETHER_SECONDS = 3.0
 """Signals this close are one request that came twice: to the process, and passed on by its parent."""
 
@@ -158,16 +161,20 @@ class StopOnSignal(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """Shows a bar with the loss; if standard error is no terminal, logs a line per evaluation."""
+    """Shows a bar with the loss; if standard error is no terminal, logs a line per evaluation and per minute."""
 
     def __init__(self, title: str) -> None:
         self.title = title
         self.bar: tqdm | None = None
-        self._began, self._first_step = 0.0, 0
+        self._began = self._last_line = 0.0
+        self._first_step = 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._began, self._first_step = time.perf_counter(), state.global_step
+        self._began = self._last_line = time.perf_counter()
+        self._first_step = state.global_step
         if state.is_world_process_zero:
+            if self._first_step:
+                logger.info("%s: resumed at step %d of %d", self.title, self._first_step, state.max_steps)
             self.bar = tqdm(total=state.max_steps, initial=self._first_step, desc=self.title, unit="step", disable=None)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -180,16 +187,19 @@ class Progress(TrainerCallback):
             return
         if "loss" in logs:
             self.bar.set_postfix_str(f"loss {logs['loss']:.3f} nats")
-        if self.bar.disable and "eval_perplexity" in logs and state.global_step > self._first_step:
-            done, left = state.global_step - self._first_step, state.max_steps - state.global_step
-            logger.info(
-                "%s: step %d of %d, validation perplexity %.2f, about %.0f min left",
-                self.title,
-                state.global_step,
-                state.max_steps,
-                logs["eval_perplexity"],
-                (time.perf_counter() - self._began) / done * left / 60,
-            )
+        done, now = state.global_step - self._first_step, time.perf_counter()
+        if not self.bar.disable or not done:
+            return
+        if "eval_perplexity" in logs:
+            measured = f"validation perplexity {logs['eval_perplexity']:.2f}"
+        elif "loss" in logs and now - self._last_line >= LINE_SECONDS:
+            measured = f"loss {logs['loss']:.3f} nats"
+        else:
+            return
+        self._last_line = now
+        left = duration((now - self._began) / done * (state.max_steps - state.global_step))
+        place = f"step {state.global_step} of {state.max_steps}"
+        logger.info("%s: %s, %s, about %s left", self.title, place, measured, left)
 
     def close(self) -> None:
         """Close the bar."""

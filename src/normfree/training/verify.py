@@ -50,12 +50,19 @@ def verify(folder: Path | str, *, cache: Path | None = None) -> list[Finding]:
     if run.status == "finished" and not run.facts.get("final"):
         problems.append("it is finished but has no result")
     return [
-        _finding(RUN_FILE, problems, f"{run.label}, seed {run.seed}: {run.status}, {run.facts['steps_done']} steps"),
+        _finding(RUN_FILE, problems, f"{run.label}, seed {run.seed}: {run.state}, {_steps(run)} steps"),
         _metrics(run),
         *_checkpoints(folder, spec),
         _model(run),
         _corpus(run, spec, cache or default_cache()),
     ]
+
+
+def _steps(run: Run) -> int:
+    try:
+        return run.steps_done
+    except ValueError:  # damaged metrics, which have a finding of their own
+        return run.facts["steps_done"]
 
 
 def _metrics(run: Run) -> Finding:
@@ -111,7 +118,7 @@ def _corpus(run: Run, spec: RunSpec, cache: Path) -> Finding:
     if not problems:
         facts: dict[str, Any] = read_manifest(folder).get("corpus", {})
         recorded = run.facts["corpus"]
-        compared = (facts | recorded).keys() - {"dropped"}  # other files beside the text may differ between machines
+        compared = facts.keys() & recorded.keys() - {"dropped"}  # files beside the text may differ between machines
         if changed := sorted(key for key in compared if facts.get(key) != recorded.get(key)):
             problems = [f"its {MANIFEST_NAME} and {RUN_FILE} differ in {', '.join(changed)}"]
     return _finding("corpus", problems, f"every file of {folder} matches its sha256")

@@ -216,6 +216,6 @@ def _perplexity_notes(groups: Sequence[Group]) -> list[str]:
         if expected and expected != corpus
     ]
     for group in groups:
-        notes += [f"{run.place} is left out: {run.status} at step {run.steps_done}." for run in group.unfinished]
+        notes += [f"{run.place} is left out: {run.state} at step {run.steps_done}." for run in group.unfinished]
         notes += [f"{r.folder} ({r.status}) is left out: it repeats a seed of {group.name}." for r in group.repeated]
     return notes
