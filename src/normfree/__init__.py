@@ -1,7 +1,6 @@
 """Train transformers without LayerNorm and measure what their attention heads do.
 
-The public names are imported on first use, so that `import normfree` and everything behind
-`records` (tables, plots, report) work without loading torch.
+Public names are imported on first use, so that `import normfree`, reading runs and making reports do not load torch.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def train(words: Sequence[str], *, many: bool = False, show: bool = False) -> No
     from normfree.spec.compose import compose_run, compose_runs
     from normfree.store.runs import RUN_FILE
     from normfree.training import train as train_run
-    from normfree.training.launch import read_launch, summary, train_jobs
+    from normfree.training.launch import failure_message, read_launch, summary, train_jobs
     from normfree.training.process import prepare_process
 
     launch, of_runs = read_launch(words) if many else (None, words)
@@ -77,7 +77,7 @@ def train(words: Sequence[str], *, many: bool = False, show: bool = False) -> No
             if (job.folder / RUN_FILE).is_file():
                 print(job.folder)
         if failures:
-            raise RuntimeError(f"{len(failures)} of {len(jobs)} runs failed: {'; '.join(failures)}")
+            raise RuntimeError(failure_message(jobs, failures))
         return
     folder = train_run(jobs[0].spec, runs_dir=jobs[0].runs_dir, cache=jobs[0].cache_dir)
     if PartialState().is_main_process:

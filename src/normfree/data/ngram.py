@@ -23,13 +23,14 @@ ORDERS = {2: 100_000_000, 5: 20_000_000}
 
 @dataclass(frozen=True)
 class _Order:
-    """The n-grams of one length: `keys_U` are sorted, (number of the first n - 1 tokens) * vocabulary + last token."""
+    """The n-grams of one length."""
 
     keys_U: Ids
+    """Each n-gram as one integer: number of its first n - 1 tokens * vocabulary + last token; sorted."""
     smoothed_U: NDArray[np.float64]
     """(count - discount) / count of the context."""
     backoff: NDArray[np.float64]
-    """By number of the context: the share that goes to the order below."""
+    """Share of probability that each context, by its number, passes on to the next shorter order."""
 
 
 def kneser_ney_perplexity(train_NT: Ids, held_out_NT: Ids, *, vocab_size: int, order: int = 5) -> float:
@@ -39,13 +40,16 @@ def kneser_ney_perplexity(train_NT: Ids, held_out_NT: Ids, *, vocab_size: int, o
     """
     if order < 1 or held_out_NT.shape[1] < 2:
         raise ValueError(f"order={order} must be at least 1, and blocks must have at least 2 tokens")
-    orders = _count(train_NT.astype(np.int64), vocab_size, min(order, train_NT.shape[1]))
+    orders = _build_orders(train_NT.astype(np.int64), vocab_size, min(order, train_NT.shape[1]))
     nats = -np.log(_probabilities(held_out_NT.astype(np.int64), orders, vocab_size)[:, 1:])
     return float(np.exp(nats.mean()))
 
 
-def _count(ids_NT: Ids, vocab_size: int, order: int) -> list[_Order]:
-    """Orders 1 to `order`. All but the longest count in how many different contexts an n-gram occurs."""
+def _build_orders(ids_NT: Ids, vocab_size: int, order: int) -> list[_Order]:
+    """Build the tables of orders 1 to `order`.
+
+    The longest order counts occurrences; shorter ones count the distinct tokens that precede an n-gram.
+    """
     numbers_by_order, keys_by_order, counts_by_order = [], [], []
     numbers_NT = np.zeros((len(ids_NT), ids_NT.shape[1] + 1), dtype=np.int64)  # the empty n-gram
     for length in range(1, order + 1):

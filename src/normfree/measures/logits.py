@@ -33,7 +33,7 @@ class Logits(Measure):
     def _read(self, layer: int, request: Request) -> None:
         keys = request.k.repeat_interleave(request.groups, dim=1)
         for block in request.visibility.blocks(ROWS):
-            if block.first == block.last:  # padding alone
+            if block.first == block.last:  # no row of this block sees a key
                 continue
             scores_BHRC = (
                 request.scale * request.q[:, :, block.start : block.stop] @ keys[:, :, block.first : block.last].mT
@@ -48,8 +48,10 @@ class Logits(Measure):
 
     def totals(self) -> dict[str, Total]:
         if not self._highest:
-            raise ValueError("nothing was measured: no attention call reached transformers' registry")
-        highest = [self._highest[layer].double().cpu() for layer in self.layers]
+            raise ValueError(
+                "no attention call reached transformers' registry; run a forward pass inside the `with` block"
+            )
+        highest = [self._highest[layer].double().cpu() for layer in self.layers]  # layers may differ in heads
         return {"max_logit": torch.nn.utils.rnn.pad_sequence(highest, batch_first=True, padding_value=torch.nan)}
 
     @property

@@ -12,6 +12,8 @@ class Slopes(Measure):
 
     gives = ("negative_slope",)
 
+    # Models of other libraries have no `slope_layers` and `negative_slopes`, and measures may not import our model.
+
     @property
     def layers(self) -> list[int] | None:
         return getattr(self.model, "slope_layers", list)() or None
@@ -21,4 +23,4 @@ class Slopes(Measure):
         if not slopes:
             return {}
         slope_S = torch.stack(list(slopes.values())).detach().double()
-        return {"negative_slope": (slope_S, torch.ones_like(slope_S))}  # the mean of equal values in all processes
+        return {"negative_slope": (slope_S, torch.ones_like(slope_S))}  # every process has the same slopes

@@ -83,6 +83,11 @@ def train_jobs(jobs: Sequence[Job], launch: Launch | None = None, *, note: str =
     return _train_each(jobs, began, note)
 
 
+def failure_message(jobs: Sequence[Job], failures: Sequence[str]) -> str:
+    """One sentence that names the runs that failed."""
+    return f"{len(failures)} of {len(jobs)} runs failed: {'; '.join(failures)}"
+
+
 def check_jobs(jobs: Sequence[Job]) -> None:
     """Raises ValueError for a measure that does not exist: `train` refuses it too, but after the runs before it."""
     for job in jobs:

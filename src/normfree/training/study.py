@@ -12,7 +12,7 @@ from normfree.spec.compose import Job, read_words
 from normfree.spec.run import RunSpec
 from normfree.spec.study import Study, load_study
 from normfree.store.runs import RUN_FILE, DamagedRunError, find_runs, read_run
-from normfree.training.launch import Launch, train_jobs
+from normfree.training.launch import Launch, failure_message, train_jobs
 
 
 def run_study(name: str, words: Sequence[str] = (), launch: Launch | None = None) -> Path:
@@ -20,31 +20,31 @@ def run_study(name: str, words: Sequence[str] = (), launch: Launch | None = None
 
     `words` (`key=value`) apply to every run.
 
-    Raises RuntimeError at the end when a run failed or the report cannot be made; ValueError for a wrong study, word,
-    launch or record in the study's folder; InterruptedRunError or StoppedError on a signal.
+    Raises RuntimeError at the end when a run failed or the report cannot be made; ValueError for an invalid study, key
+    or launch option, or an unreadable run in the study's folder; InterruptedRunError or StoppedError on a signal.
     """
     study = load_study(name)
     jobs = study.jobs(read_words(words))
     folder = jobs[0].folder.parent
     _check_earlier_results(study, folder, jobs)
     failures = train_jobs(jobs, launch, note=study.note)
-    failed = f"{len(failures)} of {len(jobs)} runs failed: {'; '.join(failures)}"
     if not list(folder.glob(f"*/{RUN_FILE}")):
-        raise RuntimeError(f"{failed}; there is nothing to report")
+        raise RuntimeError(f"{failure_message(jobs, failures)}; there is nothing to report")
     try:
         page = build_report(find_runs([folder]), folder / "report", mix=study.mix, progress=True)
     except ValueError as error:
-        raise RuntimeError(f"no report: {error}" + (f". {failed}" if failures else "")) from error
+        cause = f". {failure_message(jobs, failures)}" if failures else ""
+        raise RuntimeError(f"no report: {error}{cause}") from error
     if failures:
-        raise RuntimeError(f"{failed}; the report {page} has the rest")
+        raise RuntimeError(f"{failure_message(jobs, failures)}; the report {page} has the rest")
     return page
 
 
 def _check_earlier_results(study: Study, folder: Path, jobs: Sequence[Job]) -> None:
-    """Raises ValueError for results in the study's folder that its report could not hold, before anything is trained:
-    unreadable ones and, unless the study mixes, those of another recipe or corpus.
+    """Raises ValueError, before training, if the folder holds a run that the report could not include.
 
-    `train` repairs a damaged record of a run of the study itself.
+    That is an unreadable run or, unless the study mixes, one with another recipe or corpus. A damaged record of one of
+    the study's own runs is allowed: `train` repairs it.
     """
     results = []
     for file in sorted(folder.glob(f"*/{RUN_FILE}")):
