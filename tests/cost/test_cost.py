@@ -12,11 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, OPTConfig
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Qwen2Config,
+)
 
 from normfree.cost.constants import find_protocol, load_constants
 from normfree.cost.counts import Matmul, count
-from normfree.cost.families import NORMFREE_ACTIVATIONS, NORMFREE_DEFAULTS, NORMFREE_NORMS, read_architecture
+from normfree.cost.families import (
+    NORMFREE_ACTIVATIONS,
+    NORMFREE_DEFAULTS,
+    NORMFREE_NORMS,
+    SHAPES,
+    read_architecture,
+)
 from normfree.cost.totals import of_config, of_run
 from normfree.model.activations import ACTIVATIONS
 from normfree.model.configuration import NormFreeConfig
@@ -82,6 +99,48 @@ def test_llama_has_gates_rms_norms_and_fewer_keys() -> None:
     ]
 
 
+@pytest.mark.parametrize("kind", [MistralConfig, Qwen2Config])
+def test_mistral_and_qwen2_cost_what_llama_costs(kind: type) -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"intermediate_size": 96, "vocab_size": 100}
+    assert elements(kind(**sizes), 10) == elements(LlamaConfig(**sizes), 10)
+    assert of_config(kind(**sizes), context=10).name == kind.model_type
+
+
+def test_gemma2_has_four_norms_a_layer_and_capped_scores() -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Gemma2Config(**sizes, head_dim=32, intermediate_size=96, vocab_size=100)
+    capped = elements(config, 10)
+    assert capped["rmsnorm"] == (3 * 4 + 1) * 10 * 64
+    assert capped["gelu_tanh"] == capped["product"] == 3 * 10 * 96
+    assert capped["public_product"] == 3 * 2 * (4 + 2) * 32 * 10
+    assert capped["silu"] == 3 * 4 * 10 * 10 + 10 * 100  # the price of a soft cap
+    config.attn_logit_softcapping = config.final_logit_softcapping = None
+    assert elements(config, 10) == capped - Counter(silu=capped["silu"])
+
+
+PARAMETERS = {  # of the model cards; llama-7b: of the released weights
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+    "pythia-70m": 70_426_624,
+    "pythia-160m": 162_322_944,
+    "pythia-410m": 405_334_016,
+    "pythia-1b": 1_011_781_632,
+    "llama-7b": 6_738_415_616,
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_shape_has_the_published_number_of_parameters(name: str) -> None:
+    fields = dict(SHAPES[name])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
+    assert model.num_parameters() == PARAMETERS[name]
+    assert read_architecture(fields) == read_architecture(model.config)
+
+
 def test_leaky_relu_is_a_relu_and_a_product() -> None:
     fixed = elements(small(activation="leaky_relu"), 16)
     learnt = elements(small(activation="leaky_relu", learnable_slope="shared"), 16)
@@ -110,7 +169,7 @@ def test_defaults_are_those_of_the_config() -> None:
 
 
 def test_every_activation_and_norm_of_the_model_has_a_price() -> None:
-    assert {*NORMFREE_ACTIVATIONS, "leaky_relu"} == set(ACTIVATIONS)
+    assert {*NORMFREE_ACTIVATIONS, "leaky_relu"} == {*ACTIVATIONS, "silu"}
     assert set(NORMFREE_NORMS) == set(NORMS)
     for protocol, name in ((p, n) for p in load_constants()["protocols"] for n in ACTIVATIONS):
         assert of_config(small(activation=name), context=16, protocol=protocol).rounds > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ class CostOptions:
     variant: str | None = None
     """MODEL=PRESET only: which variant of it; unless given, sm-ln-g."""
     activation: str | None = None
-    """MODEL=PRESET only: in place of the variant's, e.g. gelu_tanh, the form behind the published totals of GPT-2; or
-    one a layer, [relu,gelu,...]."""
+    """MODEL=PRESET only: in place of the variant's, e.g. gelu_tanh, the form behind the published totals of GPT-2, or
+    silu; or one a layer, [relu,gelu,...]."""
     context: int | None = None
     """Tokens in the one sequence; unless given, a run's or preset's own, else 128 or the model's longest."""
     protocol: str = "cheetah"
@@ -32,19 +33,25 @@ class CostOptions:
     """Overrides the network's delay, one way (half of a ping), charged once a round."""
     constants: Path | None = None
     """File of prices (docs/private-inference.md); unless given, the package's own."""
+    output: Path | None = None
+    """Also write the numbers to this file: .json or .csv."""
 
 
 def cost(name: str, options: CostOptions) -> None:
     """Print what one forward pass costs in private inference, by operation and by layer."""
     from normfree.cost import of_config
     from normfree.cost.constants import CONSTANTS_FILE
-    from normfree.report.tables.cost import cost_markdown
+    from normfree.files import write_atomically
+    from normfree.report.tables.cost import cost_csv, cost_markdown, cost_record
     from normfree.spec.compose import members
 
+    if options.output and options.output.suffix not in (".json", ".csv"):
+        raise ValueError(f"output={options.output}: name a file that ends in .json or .csv")
     read_config = _config_of_preset if name in members("preset") else _config_of_model
-    config, own_context, note = read_config(name, options)
+    config, own_context, facts = read_config(name, options)
     model_cost = of_config(
         config,
+        **facts,
         context=own_context if options.context is None else options.context,
         protocol=options.protocol,
         network=options.network,
@@ -52,37 +59,43 @@ def cost(name: str, options: CostOptions) -> None:
         delay_ms=options.delay_ms,
         constants=options.constants or CONSTANTS_FILE,
     )
-    print(cost_markdown(model_cost) + note)
+    print(cost_markdown(model_cost), end="")
+    if options.output:
+        as_json = json.dumps(cost_record(model_cost), indent=1) + "\n"
+        write_atomically(options.output, as_json if options.output.suffix == ".json" else cost_csv(model_cost))
+        print(f"\nThe numbers: {options.output}")
 
 
-def _config_of_preset(name: str, options: CostOptions) -> tuple[Any, int, str]:
-    """(config, context, a note on its vocabulary)."""
+def _config_of_preset(name: str, options: CostOptions) -> tuple[Any, int, dict[str, str]]:
+    """(config, context, the model's name and a note on its vocabulary)."""
     from normfree.cost.families import NORMFREE_DEFAULTS
-    from normfree.spec.compose import compose_run
+    from normfree.spec.compose import read_preset
 
-    if options.variant == "custom":
-        raise ValueError("variant=custom says no norm: take another variant with activation=, or price a saved run")
     variant = "sm-ln-g" if options.variant is None else options.variant
-    spec = compose_run([f"preset={name}", f"variant={variant}"]).spec
+    if variant == "custom":
+        raise ValueError("variant=custom says no norm: take another variant with activation=, or price a saved run")
+    if "," in variant:
+        raise ValueError(f"`normfree cost` takes one variant, got variant={variant}: run it once per variant")
+    spec = read_preset(name, variant)
     context = spec.data.context if options.context is None else options.context
     longest = max(context, spec.data.context)  # learned positions cost nothing
     config: dict[str, Any] = {"model_type": "normfree", "max_position_embeddings": longest}
     config |= {"vocab_size": spec.data.vocab_size, **spec.model}
+    facts = {"name": f"{name} {spec.label}"}
     if (activation := options.activation) is not None:
         several = activation.strip().startswith("[")
         config["activation"] = [each.strip() for each in activation.strip()[1:-1].split(",")] if several else activation
-    if not spec.data.tokenizer:
-        return config, context, ""
-    config["vocab_size"] = vocab_size = NORMFREE_DEFAULTS["vocab_size"]
-    stands_for = f"{vocab_size:,} pieces stand for {spec.data.tokenizer}, whose size is known only where it was loaded."
-    return config, context, f"\nVocabulary: GPT-2's {stands_for}"
+        facts["name"] = f"{name} variant={variant} activation={activation}"
+    if spec.data.tokenizer:
+        config["vocab_size"] = vocab_size = NORMFREE_DEFAULTS["vocab_size"]
+        facts["note"] = f"Assumed GPT-2's {vocab_size:,} tokens because the real tokenizer is not downloaded."
+    return config, context, facts
 
 
-def _config_of_model(name: str, options: CostOptions) -> tuple[Any, int, str]:
-    """(config, context, no note) of a run, a folder or a name on the hub."""
-    from normfree.cost.families import read_architecture
+def _config_of_model(name: str, options: CostOptions) -> tuple[Any, int, dict[str, str]]:
+    """(config, context, the model's name) of a run, a folder, a published shape or a name on the hub."""
+    from normfree.cost.families import SHAPES, read_architecture
     from normfree.cost.totals import config_of_run
-    from normfree.pretrained.load import load_config
     from normfree.spec.compose import members
     from normfree.spec.keys import nearest
     from normfree.store.runs import RUN_FILE, read_run
@@ -92,12 +105,16 @@ def _config_of_model(name: str, options: CostOptions) -> tuple[Any, int, str]:
             raise ValueError(f"{key}={value} is for a preset, and {name} is none of {', '.join(members('preset'))}")
     if (Path(name) / RUN_FILE).is_file():
         run = read_run(name)
-        return config_of_run(run), run.spec["data"]["context"], ""
-    try:
-        config = load_config(name)
-    except ValueError as error:
-        if Path(name).exists() or "/" in name:
-            raise
-        raise ValueError(f"{error}; presets: {nearest(name, members('preset'))}") from None
+        return config_of_run(run), run.spec["data"]["context"], {"name": name}
+    config: Any = SHAPES.get(name)
+    if config is None or Path(name).exists():
+        from normfree.pretrained.load import load_config  # loads torch
+
+        try:
+            config = load_config(name).to_dict()
+        except ValueError as error:
+            if Path(name).exists() or "/" in name:
+                raise
+            raise ValueError(f"{error}; presets and shapes: {nearest(name, [*members('preset'), *SHAPES])}") from None
     longest = read_architecture(config).max_tokens
-    return config, longest if config.model_type == "normfree" else min(128, longest), ""
+    return config, longest if config["model_type"] == "normfree" else min(128, longest), {"name": name}

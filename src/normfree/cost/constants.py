@@ -84,8 +84,11 @@ def load_constants(path: Path | str = CONSTANTS_FILE) -> dict[str, Any]:
 
 
 def find_protocol(name: str, constants: Path | str = CONSTANTS_FILE) -> Protocol:
-    """Prices of a protocol. Raises ValueError with the nearest valid name."""
-    known = load_constants(constants)["protocols"]
+    """Prices of a protocol. Raises ValueError with the nearest valid name, or with the reason why it has no prices."""
+    content = load_constants(constants)
+    known, reasons = content["protocols"], content.get("unpriced", {})
+    if name in reasons and name not in known:
+        raise NoPriceError(f"protocol={name} has no prices: {reasons[name]}; allowed: {', '.join(known)}")
     if name not in known:
         raise ValueError(f"unknown protocol {name!r}; {nearest(name, list(known))}")
     return build(Protocol, {"name": name, **known[name]})

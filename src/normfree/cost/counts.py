@@ -68,7 +68,8 @@ def count(model: Architecture, context: int) -> list[Count]:
         counts += _attention(model, layer, context)
         counts += _feed_forward(model, layer, context)
     counts += _rows(None, "final norm", model.final_norm, context, model.width)
-    return [*counts, Matmul(layer=None, part="head", m=context, k=model.width, n=model.vocab_size)]
+    counts.append(Matmul(layer=None, part="head", m=context, k=model.width, n=model.vocab_size))
+    return [*counts, *_rows(None, "logits soft-cap", model.logits_cap, context, model.vocab_size)]
 
 
 def _attention(model: Architecture, layer: int, context: int) -> Iterator[Count]:
@@ -81,9 +82,11 @@ def _attention(model: Architecture, layer: int, context: int) -> Iterator[Count]
         yield from _rows(layer, "rotary", ("public_product",), context, rotated)
     heads = {"layer": layer, "part": "attention", "operation": "attention_product", "batch": model.query_heads}
     yield Matmul(**heads, m=context, k=model.head_dim, n=context)
+    yield from _rows(layer, "scores soft-cap", model.scores_cap, model.query_heads * context, context)
     yield from _rows(layer, "attention", ("softmax",), model.query_heads * context, context)
     yield Matmul(**heads, m=context, k=context, n=model.head_dim)
     yield Matmul(layer=layer, part="attention", m=context, k=queries, n=model.width)
+    yield from _rows(layer, "norm", model.post_norm, context, model.width)
 
 
 def _feed_forward(model: Architecture, layer: int, context: int) -> Iterator[Count]:
@@ -94,6 +97,7 @@ def _feed_forward(model: Architecture, layer: int, context: int) -> Iterator[Cou
     if model.gated:
         yield from _rows(layer, "gate", ("product",), context, width)
     yield Matmul(layer=layer, part="feed-forward", m=context, k=width, n=model.width)
+    yield from _rows(layer, "norm", model.post_norm, context, model.width)
 
 
 def _rows(layer: int | None, part: str, operations: tuple[str, ...], rows: int, length: int) -> Iterator[Rows]:

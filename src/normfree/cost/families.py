@@ -5,11 +5,16 @@ A reader prices nothing: `constants.py` refuses an operation without a price by 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from normfree.spec.keys import nearest
+
+SHAPES: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("shapes.json").read_bytes())["configs"]
+"""Published configs by short name, which need no network."""
 
 
 class NoPriceError(ValueError):
@@ -37,6 +42,12 @@ class Architecture:
     max_tokens: int
     gated: bool = False
     """The feed-forward part multiplies its activation by a second projection (Llama)."""
+    post_norm: tuple[str, ...] = ()
+    """After attention and after the feed-forward part, before the residual sum (Gemma 2)."""
+    scores_cap: tuple[str, ...] = ()
+    """Soft-capping of the attention scores."""
+    logits_cap: tuple[str, ...] = ()
+    """Soft-capping of the logits."""
 
     @property
     def layers(self) -> int:
@@ -57,9 +68,12 @@ NORMFREE_ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "gelu_tanh": ("gelu_tanh",),
     "relu": ("relu",),
     "identity": (),
+    "silu": ("silu",),  # not built in: `normfree cost PRESET activation=silu` answers what it would cost
 }
 # slope * (x - relu(x)) + relu(x): one product, with a public number or with a secret one (a weight of the model).
 LEAKY_RELU = {"none": ("relu", "public_product"), "per_layer": ("relu", "product"), "shared": ("relu", "product")}
+# cap * tanh(x / cap) is cap * (2 sigmoid(2x / cap) - 1). SiLU is a sigmoid and a product, so its price covers that.
+SOFT_CAP = ("silu",)
 NORMFREE_NORMS: dict[str, tuple[str, ...]] = {"layernorm": ("layernorm",), "none": ()}
 
 # Defaults of NormFreeConfig (a test compares them), because importing it would load torch.
@@ -157,7 +171,7 @@ def _llama(values: Mapping[str, Any]) -> Architecture:
     sizes = _sizes(values)
     activation = _operations(TRANSFORMERS_ACTIVATIONS, "hidden_act", values["hidden_act"])
     return Architecture(
-        family="llama",
+        family=values["model_type"],
         **sizes,
         rotary_dim=sizes["head_dim"],
         feed_forward=values["intermediate_size"],
@@ -167,6 +181,13 @@ def _llama(values: Mapping[str, Any]) -> Architecture:
         activations=(activation,) * values["num_hidden_layers"],
         max_tokens=values["max_position_embeddings"],
     )
+
+
+def _gemma2(values: Mapping[str, Any]) -> Architecture:
+    """Llama with norms on both sides of each part, and with soft-capping."""
+    llama = _llama({**values, "hidden_act": values["hidden_activation"]})  # Gemma 2 does not read hidden_act
+    scores, logits = (SOFT_CAP if values[f"{name}_logit_softcapping"] else () for name in ("attn", "final"))
+    return replace(llama, post_norm=("rmsnorm",), scores_cap=scores, logits_cap=logits)
 
 
 def _sizes(values: Mapping[str, Any], width: str = "hidden_size", heads: str = "num_attention_heads") -> dict[str, Any]:
@@ -193,4 +214,7 @@ READERS: dict[str, Callable[[Mapping[str, Any]], Architecture]] = {
     "gpt2": _gpt2,
     "gpt_neox": _gpt_neox,
     "llama": _llama,
+    "mistral": _llama,  # sliding windows change the mask only, which is public and saves nothing
+    "qwen2": _llama,
+    "gemma2": _gemma2,
 }

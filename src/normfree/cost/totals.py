@@ -27,6 +27,10 @@ class Item:
 class Cost:
     """The cost of one forward pass over one sequence."""
 
+    name: str
+    """The model, as titles show it."""
+    note: str
+    """An assumption about this model; empty if there is none."""
     architecture: Architecture
     context: int
     protocol: Protocol
@@ -59,13 +63,15 @@ class Cost:
         return (
             f"One sequence of {self.context} tokens, one full forward pass, two honest-but-curious parties, all "
             f"weights secret; {self.protocol.about}; rounds: {self.protocol.rounds_origin}; bytes of both directions; "
-            "the offline phase and the set-up are not counted."
+            "the offline phase and the set-up are not counted." + (self.note and f" {self.note}")
         )
 
 
 def of_config(
     config: Any,
     *,
+    name: str = "",
+    note: str = "",
     context: int = 128,
     protocol: str = "cheetah",
     network: str = "wan",
@@ -75,14 +81,15 @@ def of_config(
 ) -> Cost:
     """The cost of a model from its transformers config object, or from the content of a config.json.
 
-    Raises ValueError for an unknown family, protocol or network, and NoPriceError (a ValueError) for an activation or
-    norm without a price.
+    `name` stands in titles (default: the family), `note` among the assumptions. Raises ValueError for an unknown
+    family, protocol or network, and NoPriceError (a ValueError) for an activation or norm without a price.
     """
     prices = find_protocol(protocol, constants)
     link = find_network(network, bandwidth_mbps=bandwidth_mbps, delay_ms=delay_ms, constants=constants)
     architecture = read_architecture(config)
     items = tuple(Item(item, *prices.price(item)) for item in count(architecture, context))
-    return Cost(architecture=architecture, context=context, protocol=prices, network=link, items=items)
+    facts = {"name": name or architecture.family, "note": note, "context": context}
+    return Cost(**facts, architecture=architecture, protocol=prices, network=link, items=items)
 
 
 def of_run(

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from normfree.spec.keys import describe_keys, nearest
 from normfree.spec.run import NOT_SET_ALONE, RunSpec
-from normfree.spec.variants import check_fields_are_read, check_label, model_fields
+from normfree.spec.variants import check_fields_are_read, check_label, model_fields, spread_over_layers
 
 CONF = Path(__file__).parent / "conf"
 GROUPS = {"data": "installed", "preset": "cpu", "variant": "sm-ln-g"}
@@ -117,6 +117,14 @@ def compose(values: Mapping[str, Any], *, command: str | None = None) -> Job:
     check_fields_are_read(spec)
     check_label(spec, {name: declared_by(name) for name in members("variant") if name != "custom"})
     return Job(spec, Path(runs_dir), Path(cache_dir) if cache_dir else None, command)
+
+
+def read_preset(preset: str, variant: str) -> RunSpec:
+    """Compose a preset and a variant, with the model's fields unchecked: their check loads torch."""
+    merged = _merge({"preset": preset, "variant": variant})
+    model = merged["model"]
+    model["activation"] = spread_over_layers(model["activation"], model["num_hidden_layers"])
+    return RunSpec.from_dict(merged)
 
 
 def check_folders_differ(jobs: Iterable[Job], *, advice: str) -> None:

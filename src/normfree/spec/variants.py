@@ -19,7 +19,7 @@ def model_fields(fields: dict[str, Any], declared: Fields) -> dict[str, Any]:
 
     names, layers = fields.get("activation"), fields["num_hidden_layers"]
     if isinstance(names, list) and names == declared.get("activation") and isinstance(layers, int):
-        fields = fields | {"activation": _spread_over_layers(names, layers)}
+        fields = fields | {"activation": spread_over_layers(names, layers)}
     config = NormFreeConfig(**fields)
     return {name: float(value) if isinstance(getattr(config, name), float) else value for name, value in fields.items()}
 
@@ -37,7 +37,7 @@ def check_label(spec: RunSpec, variants: Mapping[str, Fields]) -> None:
 
     def differing_keys(variant: str) -> list[str]:
         declared = dict(variants[variant])
-        declared["activation"] = _spread_over_layers(declared["activation"], config.num_hidden_layers)
+        declared["activation"] = spread_over_layers(declared["activation"], config.num_hidden_layers)
         return [key for key, value in declared.items() if actual[key] != value]
 
     if not (differing := differing_keys(spec.variant)):
@@ -72,7 +72,7 @@ def check_fields_are_read(spec: RunSpec) -> None:
             raise ValueError(f"{part}.{name}={value} is read with {reader} only: leave it out")
 
 
-def _spread_over_layers(names: str | list[str], layers: int) -> list[str]:
+def spread_over_layers(names: str | list[str], layers: int) -> list[str]:
     """The activation of each layer: each name takes an equal part of the layers, the first ones one more."""
     names = [names] if isinstance(names, str) else names
     return [names[layer * len(names) // layers] for layer in range(layers)]

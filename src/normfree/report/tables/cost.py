@@ -4,31 +4,56 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from itertools import groupby
+from typing import Any
 
 from normfree.analysis.groups import Group
 from normfree.cost.counts import Count, Matmul
 from normfree.cost.totals import Cost, Item
 from normfree.cost.tradeoff import trade_off
-from normfree.report.tables.table import Table, to_markdown
+from normfree.report.tables.table import Table, to_csv, to_markdown
 
 _TITLES = ("Calls", "Elements", "GB", "% of bytes", "Rounds")
 
 
 def cost_tables(cost: Cost) -> list[Table]:
     """Tables of a model's cost: by operation and place in the model, by layer, and by shape of the matrix products."""
-    model = f"{cost.architecture.family}, T={cost.context}, {cost.protocol.name}"
+    model = f"{cost.name}, T={cost.context}, {cost.protocol.name}"
     total = _cells(cost, cost.items)
-    operations = _grouped_rows(cost, lambda count: (count.operation, count.part))
-    layers = _grouped_rows(cost, lambda count: (count.part if count.layer is None else f"layer {count.layer}",))
-    products = _grouped_rows(cost, _shape)
+    operations, products = (
+        [(*names, *_cells(cost, items)) for names, items in _grouped(cost, key).items()] for key in (_operation, _shape)
+    )
     titles = ("Operation", "Where", *_TITLES)
     return [
         Table(
             "cost-operations", f"{model}: by operation", titles, [*operations, ("all", "", *total)], words=("Where",)
         ),
-        Table("cost-layers", f"{model}: by layer", ("Where", *_TITLES), [*layers, ("all", *total)]),
+        Table("cost-layers", f"{model}: by layer", ("Where", *_TITLES), [*_layer_rows(cost), ("all", *total)]),
         Table("cost-matmuls", f"{model}: matrix products", ("batch x (m x k)(k x n)", *_TITLES), products),
     ]
+
+
+def cost_record(cost: Cost) -> dict[str, Any]:
+    """The cost as plain values: the total, each operation in each part of the model, and each layer."""
+    groups = _grouped(cost, _operation).items()
+    operations = [{"operation": name, "where": where, **_sums(items)} for (name, where), items in groups]
+    layers = [{"where": where, **_sums(items)} for (where,), items in _grouped(cost, _place).items()]
+    facts = {"model": cost.name, "family": cost.architecture.family, "context": cost.context}
+    facts |= {"protocol": cost.protocol.name, "network": asdict(cost.network), "assumptions": cost.assumptions}
+    total = _sums(cost.items) | {"seconds_at_least": cost.seconds_at_least}
+    return facts | {"total": total, "operations": operations, "layers": layers}
+
+
+def cost_csv(cost: Cost) -> str:
+    """`cost_record` as CSV: a row for the total, for each operation and for each layer."""
+    record = cost_record(cost)
+    facts = record | asdict(cost.network) | {"network": cost.network.name}
+    scopes = {"total": [record["total"]], "operation": record["operations"], "layer": record["layers"]}
+    rows = [{**facts, "scope": scope, **row} for scope, rows in scopes.items() for row in rows]
+    titles = ["model", "protocol", "network", "bandwidth_mbps", "delay_ms", "context", "scope", "operation", "where"]
+    titles = (*titles, *record["total"])
+    return to_csv(Table("cost", cost.name, titles, [tuple(str(row.get(key, "")) for key in titles) for row in rows]))
 
 
 def cost_markdown(cost: Cost) -> str:
@@ -69,22 +94,46 @@ def gigabytes(transferred: float) -> str:
     return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
 
 
+def _operation(count: Count) -> tuple[str, ...]:
+    return count.operation, count.part
+
+
+def _place(count: Count) -> tuple[str, ...]:
+    return (count.part if count.layer is None else f"layer {count.layer}",)
+
+
 def _shape(count: Count) -> tuple[str, ...]:
     if not isinstance(count, Matmul):
         return ()
     return (f"{count.batch} x ({count.m} x {count.k})({count.k} x {count.n})",)
 
 
-def _grouped_rows(cost: Cost, key: Callable[[Count], tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """One row per key; operations with an empty key are left out."""
+def _grouped(cost: Cost, key: Callable[[Count], tuple[str, ...]]) -> dict[tuple[str, ...], list[Item]]:
+    """The calls by key; those with an empty key are left out."""
     groups: dict[tuple[str, ...], list[Item]] = {}
     for item in cost.items:
         groups.setdefault(key(item.count), []).append(item)
-    return [(*names, *_cells(cost, items)) for names, items in groups.items() if names]
+    return {names: items for names, items in groups.items() if names}
+
+
+def _layer_rows(cost: Cost) -> list[tuple[str, ...]]:
+    """One row per place in the model; identical layers in a row share one."""
+    rows = []
+    places = _grouped(cost, _place).items()
+    for _, alike in groupby(places, lambda place: [replace(item.count, layer=None) for item in place[1]]):
+        names, calls = zip(*alike, strict=True)
+        name = names[0][0] if len(names) == 1 else f"layers {names[0][0].split()[1]}-{names[-1][0].split()[1]}"
+        rows.append((name, *_cells(cost, [item for items in calls for item in items])))
+    return rows
+
+
+def _sums(items: Sequence[Item]) -> dict[str, Any]:
+    elements, rounds = sum(item.count.elements for item in items), sum(item.rounds for item in items)
+    transferred = math.fsum(item.bytes for item in items)
+    return {"calls": len(items), "elements": elements, "bytes": transferred, "rounds": rounds}
 
 
 def _cells(cost: Cost, items: Sequence[Item]) -> tuple[str, ...]:
-    transferred = sum(item.bytes for item in items)
-    elements, rounds = sum(item.count.elements for item in items), sum(item.rounds for item in items)
+    calls, elements, transferred, rounds = _sums(items).values()
     share = f"{100 * transferred / cost.bytes:.1f}"
-    return f"{len(items)}", f"{elements:,}", gigabytes(transferred), share, f"{rounds}"
+    return f"{calls}", f"{elements:,}", gigabytes(transferred), share, f"{rounds}"
