@@ -15,6 +15,7 @@ from normfree.cost.families import read_architecture
 from normfree.spec.compose import compose_run, members, read_preset
 from tests.cli.commands import run
 
+ROOT = Path(__file__).parents[2]
 SCOPES = ("total", "operation", "layer")
 
 
@@ -84,12 +85,15 @@ def test_cost_of_a_run_and_of_its_saved_model_agree(trained: Path, capsys: pytes
     assert costs[0] == costs[1]
 
 
-@pytest.mark.parametrize("name", ["gpt2-t128", "gpt2"])
+@pytest.mark.parametrize("name", ["gpt2-t128", "gpt2", "results/cpu-lr1e-3/sm-g-seed0"])
 def test_cost_by_name_loads_neither_torch_nor_the_hub(name: str) -> None:
     heavy = "{'torch', 'transformers', 'huggingface_hub'}"
     code = f"import sys; from normfree.cli.main import main; assert main(['cost', {name!r}]) == 0; "
     done = subprocess.run(
-        [sys.executable, "-c", code + f"assert not {heavy} & set(sys.modules)"], capture_output=True, text=True
+        [sys.executable, "-c", code + f"assert not {heavy} & set(sys.modules)"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert f"**{name}" in done.stdout

@@ -100,16 +100,17 @@ def test_llama_has_gates_rms_norms_and_fewer_keys() -> None:
 
 
 @pytest.mark.parametrize("kind", [MistralConfig, Qwen2Config])
-def test_mistral_and_qwen2_cost_what_llama_costs(kind: type) -> None:
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    sizes |= {"intermediate_size": 96, "vocab_size": 100}
+def test_mistral_and_qwen2_cost_what_llama_costs(kind: Any) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 100}
     assert elements(kind(**sizes), 10) == elements(LlamaConfig(**sizes), 10)
     assert of_config(kind(**sizes), context=10).name == kind.model_type
 
 
 def test_gemma2_has_four_norms_a_layer_and_capped_scores() -> None:
-    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = Gemma2Config(**sizes, head_dim=32, intermediate_size=96, vocab_size=100)
+    sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 96, "vocab_size": 100}
+    config = Gemma2Config(**sizes)
     capped = elements(config, 10)
     assert capped["rmsnorm"] == (3 * 4 + 1) * 10 * 64
     assert capped["gelu_tanh"] == capped["product"] == 3 * 10 * 96
