@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 .PHONY: study test check test-all test-gpu bench tables
 
 study: .venv/runtime
-	$(BIN)/normfree study quick
+	$(BIN)/normfree study quick workers=$$(nproc | awk '{ print ($$1 > 1) ? 2 : 1 }')
 
 test: .venv/development
 	$(BIN)/python -m pytest -n 2

@@ -56,6 +56,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "model.num_attention_heads=2",
         "model.initializer_range=0.3",
         "train.steps=6",
+        "train.precision=fp32",
+        "train.peak_learning_rate=1e-3",
         "train.batch_sequences=8",
         "train.micro_batch_sequences=8",
         "train.log_every=1",

@@ -259,7 +259,7 @@ def test_data_describes_a_corpus(
     [("sm-rg", "[relu,relu,gelu,gelu]"), ("sm-g", "[gelu,gelu,gelu,gelu]"), ("custom", "[relu,gelu,gelu,gelu]")],
 )
 def test_a_variant_may_be_spelled_out(variant: str, activation: str) -> None:
-    words = ["preset=cpu-quick", f"variant={variant}", f"model.activation={activation}", "model.norm=none"]
+    words = ["model.num_hidden_layers=4", f"variant={variant}", f"model.activation={activation}", "model.norm=none"]
     assert compose_run(words).spec.variant == variant
 
 

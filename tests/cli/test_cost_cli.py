@@ -33,7 +33,7 @@ SCOPES = ("total", "operation", "layer")
         (["gpt2-t128", "activation=silu"], "| silu | activation |"),
         (["gpt2-t128"], "**gpt2-t128 SM+LN+G, T=128, cheetah: by operation**"),
         (["gpt2-t128", "activation=relu"], "**gpt2-t128 variant=sm-ln-g activation=relu, T=128"),
-        (["cpu-quick", "variant=sm-g", "activation=[relu,gelu,gelu,gelu]"], "relu"),
+        (["cpu-quick", "variant=sm-g", "activation=[relu,gelu,gelu,gelu,gelu,gelu]"], "relu"),
         (["pythia70m-t256"], "T=256"),
     ],
 )
