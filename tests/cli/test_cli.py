@@ -354,7 +354,7 @@ def test_a_study_is_shown_run_by_run_and_not_trained(
     assert status == 0, err
     shown = list(yaml.safe_load_all(out))
     assert [(one["variant"], one["train"]["steps"]) for one in shown] == [
-        (variant, 3) for variant in ("sm-ln-g", "sm-ln-r", "sm-g", "sm-r")
+        (variant, 3) for variant in ("sm-g", "sm-r", "sm-ln-g", "sm-ln-r")
     ]
     assert not list(tmp_path.iterdir())
 
