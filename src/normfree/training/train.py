@@ -29,9 +29,10 @@ from normfree.measures.text import spread
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
 from normfree.spec.run import RunSpec
 from normfree.store import checkpoints
-from normfree.store.runs import RunWriter
+from normfree.store.runs import RunWriter, read_run
 from normfree.training import arguments, callbacks
 from normfree.training.bf16 import products_for
+from normfree.training.card import model_card
 from normfree.training.distributed import broadcast_from_rank_zero, start_processes
 from normfree.training.environment import command_line, device_name, surroundings, usable_cores
 from normfree.training.guard import Divergence, NonFiniteError
@@ -256,7 +257,8 @@ class _Training:
             self.model, self.held_out, predicted_bytes=self.corpus.predicted_bytes(), batch_sequences=size
         )
         if self.writer is not None:
-            _save_model(self.model, self.corpus, self.folder / "model")
+            card = model_card(read_run(self.folder), result.to_dict())
+            _save_model(self.model, self.corpus, card, self.folder / "model")
         self._update(
             status="finished",
             final=result.to_dict(),
@@ -281,13 +283,16 @@ class _Training:
         return self.seconds_before + time.perf_counter() - self.began
 
 
-def _save_model(model: NormFreeForCausalLM, corpus: Corpus, folder: Path) -> None:
-    """Save weights, code and tokenizer with a manifest, atomically."""
+def _save_model(model: NormFreeForCausalLM, corpus: Corpus, card: str, folder: Path) -> None:
+    """Save weights, code, tokenizer and model card with a manifest, atomically."""
     staged = folder.with_name(".model.tmp")
     for old in (staged, folder):
         shutil.rmtree(old, ignore_errors=True)
     model.save_pretrained(staged)
     corpus.tokenizer().save_pretrained(staged)
+    (staged / "README.md").write_text(card, encoding="utf-8")
+    for file in staged.glob("*.safetensors"):
+        shutil.copymode(staged / "config.json", file)  # safetensors makes files that only their owner may read
     write_manifest(staged, {"corpus": corpus.fingerprint})
     staged.rename(folder)
 

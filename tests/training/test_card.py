@@ -1,0 +1,74 @@
+"""Every saved model has a model card, can be read by others, and can be pushed to the hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import EntryNotFoundError
+from transformers import AutoModelForCausalLM
+
+from normfree.files import read_manifest
+from normfree.store.runs import read_run
+from normfree.training.card import model_card
+from tests.synthetic import write_run
+
+
+def test_the_card_holds_the_results_of_the_run(trained: Path) -> None:
+    run, card = read_run(trained), ModelCard.load(trained / "model" / "README.md")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
+    (result,) = card.data.eval_results
+    assert (result.metric_type, result.metric_value) == ("perplexity", run.perplexity)
+    assert f"| Perplexity | {run.perplexity:.3f} |" in card.text
+    assert f"{run.facts['model']['parameters']:,} parameters" in card.text
+    assert f"{run.tokens_seen:,} tokens," in card.text
+    assert "README.md" in read_manifest(trained / "model")["files"]
+
+
+def test_the_code_of_the_card_loads_the_model(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(trained / "model")
+    (code,) = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["model"].num_parameters() == read_run(trained).facts["model"]["parameters"]
+    assert names["tokenizer"]("import json")["input_ids"]
+
+
+def test_a_run_without_finite_perplexity_has_a_card(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "SM")
+    text = model_card(run, run.facts["final"] | {"perplexity": float("nan")})
+    assert ModelCard(text).data.eval_results is None
+    assert "| Perplexity |" not in text
+
+
+def test_every_file_of_a_model_has_one_mode(trained: Path) -> None:
+    assert len({file.stat().st_mode for file in (trained / "model").iterdir()}) == 1
+
+
+def test_a_model_is_pushed_with_its_code(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the upload. transformers keeps the card of the repository, else it writes one of its own."""
+    uploaded: dict[str, bytes] = {}
+
+    class Repository:
+        repo_id = "somebody/sm-r"
+
+    def commit(_api: HfApi, **facts: Any) -> str:
+        for operation in facts["operations"]:
+            with operation.as_file() as file:
+                uploaded[operation.path_in_repo] = file.read()
+        return "done"
+
+    def no_card(*_: Any, **__: Any) -> ModelCard:
+        raise EntryNotFoundError("offline")
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: Repository())
+    monkeypatch.setattr(HfApi, "create_commit", commit)
+    monkeypatch.setattr(ModelCard, "load", no_card)
+    AutoModelForCausalLM.from_pretrained(trained / "model").push_to_hub("somebody/sm-r")
+    saved = {file.name for file in (trained / "model").iterdir()}
+    code = {name for name in saved if name.endswith(".py")}
+    assert code | {"config.json", "model.safetensors", "README.md"} <= uploaded.keys() <= saved
+    assert uploaded["model.safetensors"] == (trained / "model" / "model.safetensors").read_bytes()
