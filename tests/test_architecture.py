@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "cost": {"analysis", "spec", "store"},
     "report": {"analysis", "cost", "files", "spec", "store"},
     "measures": {"entropy", "report", "store"},  # a measurement draws itself
-    "pretrained": {"entropy", "model", "spec", "store"},
+    "pretrained": {"data", "entropy", "model", "spec", "store"},
     "training": {"analysis", "data", "files", "measures", "model", "report", "spec", "store"},
     "cli": {
         "analysis",

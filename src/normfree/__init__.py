@@ -1,4 +1,4 @@
-"""Train transformers without LayerNorm and measure what their attention heads do.
+"""Train transformers without LayerNorm and measure what their attention heads do; docs/python.md shows how.
 
 Public names are imported on first use, so that `import normfree`, reading runs and making reports do not load torch.
 """
@@ -10,46 +10,40 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from normfree.entropy import EntropyProbe, HeadEntropy, attention_entropy
-    from normfree.measures.measurement import MeasureCallback, measure
+    from normfree.measures.measurement import MeasureCallback, Measurement, measure
     from normfree.measures.text import perplexity
     from normfree.model import NormFreeConfig, NormFreeForCausalLM
+    from normfree.pretrained.trained import held_out_blocks, load_model
     from normfree.report import build_report
     from normfree.report.plots.heatmaps import heatmap
-    from normfree.store.runs import load_runs
+    from normfree.report.views import compare, plot_curves, plot_heads
+    from normfree.spec.compose import compose_run
+    from normfree.store.runs import Run, find_runs, load_runs, read_run
     from normfree.training import train
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
-    "EntropyProbe": "normfree.entropy",
-    "HeadEntropy": "normfree.entropy",
-    "MeasureCallback": "normfree.measures.measurement",
-    "NormFreeConfig": "normfree.model",
-    "NormFreeForCausalLM": "normfree.model",
-    "attention_entropy": "normfree.entropy",
-    "build_report": "normfree.report",
-    "heatmap": "normfree.report.plots.heatmaps",
-    "load_runs": "normfree.store.runs",
-    "measure": "normfree.measures.measurement",
-    "perplexity": "normfree.measures.text",
-    "train": "normfree.training",
+_NAMES = {
+    "normfree.entropy": ("EntropyProbe", "HeadEntropy", "attention_entropy"),
+    "normfree.measures.measurement": ("MeasureCallback", "Measurement", "measure"),
+    "normfree.measures.text": ("perplexity",),
+    "normfree.model": ("NormFreeConfig", "NormFreeForCausalLM"),
+    "normfree.pretrained.trained": ("held_out_blocks", "load_model"),
+    "normfree.report": ("build_report",),
+    "normfree.report.plots.heatmaps": ("heatmap",),
+    "normfree.report.views": ("compare", "plot_curves", "plot_heads"),
+    "normfree.spec.compose": ("compose_run",),
+    "normfree.store.runs": ("Run", "find_runs", "load_runs", "read_run"),
+    "normfree.training": ("train",),
 }
+_PUBLIC = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
-    "EntropyProbe",
-    "HeadEntropy",
-    "MeasureCallback",
-    "NormFreeConfig",
-    "NormFreeForCausalLM",
-    "__version__",
-    "attention_entropy",
-    "build_report",
-    "heatmap",
-    "load_runs",
-    "measure",
-    "perplexity",
+    "EntropyProbe", "HeadEntropy", "MeasureCallback", "Measurement", "NormFreeConfig", "NormFreeForCausalLM", "Run",
+    "__version__", "attention_entropy", "build_report", "compare", "compose_run", "find_runs", "heatmap",
+    "held_out_blocks", "load_model", "load_runs", "measure", "perplexity", "plot_curves", "plot_heads", "read_run",
     "train",
-]
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> object:

@@ -54,6 +54,17 @@ def test_patterns_divide_by_the_counted_rows():
         example().mean_distance()
 
 
+def test_a_table_has_a_row_per_head_that_exists():
+    frame = example(heads=(1, 2), patterns=True).to_frame()
+    assert frame[["layer", "head"]].values.tolist() == [[0, 0], [2, 0], [2, 1]]
+    assert frame["entropy_nats"].tolist() == [0.5, 0.5, 0.75]
+    assert frame["ceiling_nats"].tolist() == [1.0, 0.75, 0.75]
+    assert frame["distance_tokens"].tolist() == [2.0] * 3
+    assert "first_token_mass" not in example().to_frame()
+    assert repr(example()) == "HeadEntropy of 2 layers, 4 heads: mean 0.583 nats; to_frame() is a table"
+    assert "<td>0.75</td>" in example()._repr_html_()
+
+
 def test_different_architectures_are_not_merged():
     with pytest.raises(ValueError, match="one architecture"):
         _ = example() + example(layers=(0, 1))

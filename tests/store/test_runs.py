@@ -107,12 +107,26 @@ def test_changed_metrics_of_a_finished_run_are_refused(tmp_path: Path) -> None:
 def test_a_table_of_runs_has_their_settings(tmp_path: Path) -> None:
     write_run(tmp_path, "SM+R", seed=2, tag="high", data_seed=1, train={"peak_learning_rate": 0.1})
     write_run(tmp_path, "SM+G", status="diverged")
-    rows = load_runs(tmp_path).set_index("label")
+    rows = load_runs(tmp_path, all_columns=True).set_index("label")
     names = ["tag", "seed", "data_seed", "norm", "activation", "peak_learning_rate"]
     assert rows.loc["SM+R (high)", names].tolist() == ["high", 2, 1, "none", "relu", 0.1]
     assert rows.loc["SM+G", "diverged_at"] == 100
     assert rows.loc["SM+R (high)", "train.peak_learning_rate"] == 0.1
     assert rows.loc["SM+R (high)", "data.context"] > 1
+
+
+def test_a_table_shows_only_what_tells_runs_apart(tmp_path: Path) -> None:
+    write_run(tmp_path, "SM+R", train={"peak_learning_rate": 0.1})
+    other = write_run(tmp_path, "SM+G")
+    names = ["folder", "label", "seed", "activation", "peak_learning_rate", "status", "perplexity", "bits_per_byte"]
+    assert list(load_runs(tmp_path)) == names
+    assert list(load_runs(other.folder)) == ["folder", "label", "seed", "status", "perplexity"]
+
+
+def test_a_run_prints_as_one_line(tmp_path: Path) -> None:
+    finished, stopped = write_run(tmp_path, "SM+R"), write_run(tmp_path, "SM+G", status="interrupted")
+    assert repr(finished) == f"Run {finished.folder}: SM+R, seed 0, finished, perplexity 36.10"
+    assert repr(stopped) == f"Run {stopped.folder}: SM+G, seed 0, interrupted, step 100"
 
 
 def test_a_run_named_twice_is_found_once(tmp_path: Path) -> None:

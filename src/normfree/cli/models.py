@@ -16,7 +16,6 @@ from normfree.store.runs import RUN_FILE
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from normfree.data import Corpus
     from normfree.measures.measurement import Measurement
     from normfree.measures.text import Evaluation
     from normfree.store.runs import Run
@@ -119,6 +118,7 @@ def evaluate_run(folder: Path, options: EvaluateOptions) -> None:
     from normfree.measures.perplexity import evaluate_blocks
     from normfree.measures.windows import evaluation_estimate
     from normfree.pretrained.load import load_pretrained, outline
+    from normfree.pretrained.trained import corpus_of_run
     from normfree.store.runs import read_run
     from normfree.training.bf16 import products_for
     from normfree.training.process import prepare_process
@@ -216,15 +216,16 @@ def _windows_of(
     name: str, model: Any, tokenizer: Any, options: MeasureOptions, *, own: bool
 ) -> tuple[Tensor, str, list[str]]:
     """(N, T) token ids, the text they are from, and the tokens that every window begins with. `own`: a run's blocks."""
-    import torch
-
     from normfree.measures.text import leading_ids, spread
     from normfree.measures.windows import token_windows
-    from normfree.store.runs import read_run
+    from normfree.pretrained.trained import held_out_blocks
 
     if own:
-        blocks_NT = torch.from_numpy(corpus_of_run(read_run(name), options.cache_dir).held_out_ids())
-        return spread(blocks_NT, options.sequences), "the run's own held-out blocks", []
+        return (
+            spread(held_out_blocks(name, cache=options.cache_dir), options.sequences),
+            "the run's own held-out blocks",
+            [],
+        )
     windows_NT = token_windows(
         model, tokenizer, read_text(options.text), context=options.context, sequences=options.sequences, bos=options.bos
     )
@@ -279,25 +280,6 @@ def _print_measurement(run: Run, measured: Measurement) -> None:
     if not run.facts["measurement"]["causal"]:
         print("not causal: queries see later tokens; ceilings are means of ln(visible)")
     print(f"{measured.seconds:.1f} s, peak memory {measured.peak_memory_mib:.0f} MiB")
-
-
-def corpus_of_run(run: Run, cache: Path | None) -> Corpus:
-    """The corpus behind a run's numbers. Raises ValueError where this machine has none, or gives another."""
-    from normfree.data import prepare, prepared
-    from normfree.spec.run import RunSpec
-
-    if corpus := prepared(run.facts["corpus"], cache=cache):
-        return corpus
-    try:
-        corpus = prepare(RunSpec.from_dict(run.spec).data, cache=cache)
-    except ValueError as error:
-        raise ValueError(f"the text of {run.folder} is not here ({error}); give text=FILE") from error
-    if corpus.fingerprint != run.corpus:
-        raise ValueError(
-            f"{run.folder} has corpus {run.corpus[:12]}, and its data settings give {corpus.fingerprint[:12]} here "
-            "(another Python, other packages or files): give text=FILE"
-        )
-    return corpus
 
 
 def _uses_own_text(name: str, options: EvaluateOptions | MeasureOptions, *cutting: str) -> bool:

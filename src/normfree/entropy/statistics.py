@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -54,6 +55,25 @@ class HeadEntropy:
     def mean_first_mass(self) -> Tensor:
         """(L, H) float64: mean probability on the first real token (attention sink)."""
         return self._mean(self._pattern("sum_first_mass"))
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a head: its entropy, ceiling and rows and, with patterns, distance and mass on the first token."""
+        exists_LH = torch.arange(self.rows.shape[1]) < torch.tensor(self.heads)[:, None]
+        layer_N, head_N = exists_LH.nonzero(as_tuple=True)
+        columns = {"layer": torch.tensor(self.layers)[layer_N], "head": head_N}
+        columns |= {"entropy_nats": self.mean_nats()[exists_LH], "ceiling_nats": self.ceiling_nats()[layer_N]}
+        if self.sum_distance is not None:
+            columns["distance_tokens"] = self.mean_distance()[exists_LH]
+            columns["first_token_mass"] = self.mean_first_mass()[exists_LH]
+        columns |= {"rows": self.rows[exists_LH], "nonfinite_rows": self.nonfinite_rows[exists_LH]}
+        return pd.DataFrame({name: value.numpy() for name, value in columns.items()})
+
+    def __repr__(self) -> str:
+        sizes = f"{len(self.layers)} layers, {sum(self.heads)} heads"
+        return f"HeadEntropy of {sizes}: mean {self.mean_nats().nanmean():.3f} nats; to_frame() is a table"
+
+    def _repr_html_(self) -> str:
+        return self.to_frame().to_html(index=False, max_rows=40, float_format="%.4g")
 
     def __add__(self, other: HeadEntropy) -> HeadEntropy:
         """Merge two measurements of the same heads over different rows."""

@@ -19,7 +19,6 @@ from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback, Traine
 from normfree.measures import open_measures, periods_of
 from normfree.measures.held_out import Batch, measure_batches
 from normfree.measures.measure import values_of
-from normfree.store.quantities import QUANTITIES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,16 +66,17 @@ class Measurement:
         return frame
 
     def plot(self, quantity: str = "entropy_nats", *, ax: Axes | None = None, title: str = "") -> Axes:
-        """A heatmap of a quantity that every head has. Raises ValueError for one that was not measured."""
-        from normfree.report.plots.heatmaps import heatmap
+        """A heatmap of a quantity that every head has; see `normfree.plot_heads`."""
+        from normfree.report.views import plot_heads
 
-        per_head = [name for name, value in self.values.items() if value.ndim == 2]
-        if quantity not in per_head:
-            raise ValueError(f"{quantity!r} was not measured for each head; there are: {', '.join(per_head) or 'none'}")
-        ceiling = QUANTITIES[quantity].ceiling
-        top = self.values.get(ceiling) if isinstance(ceiling, str) else ceiling
-        layers = self.layers[quantity]
-        return heatmap(self.values[quantity], quantity=quantity, ceiling=top, layers=layers, ax=ax, title=title)
+        return plot_heads(self, quantity, ax=ax, title=title)
+
+    def __repr__(self) -> str:
+        sizes = (
+            f"{name} {list(value.shape)}" if value.ndim else f"{name} {value:.4g}"
+            for name, value in self.values.items()
+        )
+        return f"Measurement of {', '.join(sizes)}; to_frame() is a table"
 
     def _repr_html_(self) -> str:
         return self.to_frame().to_html(index=False, max_rows=40, float_format="%.4g")

@@ -34,6 +34,8 @@ _REQUIRED = {
     "corpus": ("fingerprint", "unigram_perplexity", "vocab_size"),
 }
 """Keys that every reader of run.json relies on."""
+_ALWAYS_SHOWN = ("folder", "label", "seed", "status", "perplexity")
+_NEVER_SHOWN = ("variant", "tag", "recipe", "corpus", "data.expected_fingerprint")
 _REPAIR = "restore it or move the folder away"
 _LINE_KEYS = {"step", "split", "name", "value"}
 _TEXT_OF = {math.inf: "Infinity", -math.inf: "-Infinity"}
@@ -75,6 +77,10 @@ class Run:
     folder: Path
     facts: dict[str, Any]
     """The content of run.json."""
+
+    def __repr__(self) -> str:
+        result = f"perplexity {self.perplexity:.2f}" if self.status == "finished" else f"step {self.steps_done}"
+        return f"Run {self.folder}: {self.label}, seed {self.seed}, {self.status}, {result}"
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -211,13 +217,13 @@ def read_run(folder: Path | str) -> Run:
     return Run(folder=folder, facts=facts)
 
 
-def find_runs(places: Iterable[Path | str]) -> list[Run]:
-    """Read every run under the given folders (run folders, studies, or folders of studies), sorted by path.
+def find_runs(places: Path | str | Iterable[Path | str]) -> list[Run]:
+    """Read every run under the given folder or folders (of runs, studies, or folders of studies), sorted by path.
 
     Raises ValueError for a folder that does not exist or holds no run.
     """
     runs: dict[Path, Run] = {}
-    for place in map(Path, places):
+    for place in map(Path, [places] if isinstance(places, (str, Path)) else places):
         if not place.exists():
             raise ValueError(f"{place} does not exist; give a run folder or a folder of runs")
         files = sorted(place.rglob(RUN_FILE))
@@ -228,9 +234,18 @@ def find_runs(places: Iterable[Path | str]) -> list[Run]:
     return [runs[key] for key in sorted(runs)]
 
 
-def load_runs(*places: Path | str) -> pd.DataFrame:
-    """Read every run under the given folders into one table; see `run_frame`."""
-    return run_frame(find_runs(places))
+def load_runs(*places: Path | str, all_columns: bool = False) -> pd.DataFrame:
+    """Read every run under the given folders into one table: a row a run, and the columns in which rows differ.
+
+    Settings that are equal in all rows or repeat another column are left out, and so are fingerprints. `all_columns`
+    returns every column of `run_frame`.
+    """
+    frame = run_frame(find_runs(places))
+    if all_columns:
+        return frame
+    differing = [name for name in frame if name in _ALWAYS_SHOWN or frame[name].astype(str).nunique() > 1]
+    repeats = frame[differing].astype(str).T.duplicated()
+    return frame[[name for name in differing if name in _ALWAYS_SHOWN or not (repeats[name] or name in _NEVER_SHOWN)]]
 
 
 def run_frame(runs: Iterable[Run]) -> pd.DataFrame:

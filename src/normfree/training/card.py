@@ -24,7 +24,7 @@ is not meant for other use.
 
 ## Training
 
-- **Text**: {text}, tokenized into {run.facts[corpus][vocab_size]:,} pieces; corpus fingerprint `{run.corpus}`.
+- **Text**: {source}, tokenized into {run.facts[corpus][vocab_size]:,} pieces; corpus fingerprint `{run.corpus}`.
 - **Steps**: {run.facts[steps]:,} of {run.spec[train][batch_sequences]} sequences, {tokens:,} tokens, peak learning rate
   {run.spec[train][peak_learning_rate]:g}, precision {run.spec[train][precision]}.
 
@@ -77,7 +77,7 @@ def model_card(run: Run, final: dict[str, Any]) -> str:
     return _CARD.format(
         run=run,
         model={"norm": "layernorm", "activation": "gelu"} | run.spec["model"] | run.facts["model"],
-        text=_TEXT.get(source, f"`{source}` of the Hugging Face hub"),
+        source=_TEXT.get(source, f"`{source}` of the Hugging Face hub"),
         tokens=run.facts["steps"] * run.spec["train"]["batch_sequences"] * data["context"],
         results="\n".join(f"| {name} | {value:.3f} |" for name, value in results.items() if math.isfinite(value)),
         metadata=metadata.to_yaml(),

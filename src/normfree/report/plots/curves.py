@@ -80,11 +80,11 @@ def depth_profile(
 
 
 def scalar_curves(groups: Sequence[Group], name: str, *, ax: Axes, label: str, styles: Styles) -> Axes:
-    """A quantity of the whole model over training: the mean of each variant, and a thin line per seed."""
+    """A quantity over training, averaged over layers and heads: the mean of each variant, and a thin line per seed."""
 
     def series(run: Run) -> Series:
         history = values_over_training(run, name)
-        return [step for step, _ in history], np.array([value for _, value in history])
+        return [step for step, _ in history], np.array([np.mean(value) for _, value in history])
 
     _line_per_seed(groups, series, ax=ax, styles=styles, mean=True)
     ax.set(xlabel="step", ylabel=label)

@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
-from normfree.report.plots.style import MUTED, Key, colour_key, panel_figure, wrapped
+from normfree.report.plots.style import MUTED, Key, Panel, colour_key, current_axes, panel_figure, wrapped
 from normfree.store.quantities import QUANTITIES, Quantity
 
 HEATMAP_COLOURS = mpl.colormaps["viridis"]
@@ -36,7 +36,8 @@ def heatmap(
 
     `ceiling`: the value of the brightest colour (one number, or the highest of one per layer), by default the highest
     finite value; heatmaps with the same ceiling are comparable. `layers`: the numbers of the rows if not 0, 1, ...
-    Without `ax` a figure with a colour bar is made, which is `.figure` of the result.
+    Without `ax` it is drawn with a colour bar into pyplot's current axes or, unless pyplot was imported, into a new
+    figure, which is `.figure` of the result.
 
     Raises ValueError for values of another shape.
     """
@@ -51,7 +52,16 @@ def heatmap(
     if ax is not None:
         return draw(ax=ax)
     key = heatmap_key(quantity, highest, marked=ceiling is not None)
-    return panel_figure([draw], panel_inches=heatmap_size(values_LH.shape), key=key).axes[0]
+    return draw_with_bar(draw, ax=None, size=heatmap_size(values_LH.shape), key=key, label=quantity.label)
+
+
+def draw_with_bar(draw: Panel, *, ax: Axes | None, size: tuple[float, float], key: Key, label: str) -> Axes:
+    """Draw a heatmap and its colour bar into `ax`, else pyplot's current axes, else a new figure with `key`."""
+    ax = ax or current_axes()
+    if ax is None:
+        return panel_figure([draw], panel_inches=size, key=key).axes[0]
+    draw(ax=ax).get_figure(root=True).colorbar(ax.images[-1], ax=ax, label=label)
+    return ax
 
 
 def heatmap_key(quantity: Quantity, highest: float, *, unit: str | None = None, marked: bool = True) -> Key:

@@ -1,12 +1,13 @@
 """The look of every figure: colours that colour-blind readers can tell apart (tested), and the layout of panels.
 
-Figures are built without pyplot, so that no state outlives a call.
+Figures of reports are built without pyplot, so that no state outlives a call.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -70,6 +71,12 @@ _COLOURED: dict[Any, Any] = {
 def drawing_settings(**more: Any) -> AbstractContextManager[None]:
     """Use these settings instead of the user's, and restore the user's afterwards."""
     return style.context(["default", Path(__file__).with_name("figure.mplstyle"), _COLOURED, more])
+
+
+def current_axes() -> Axes | None:
+    """The current axes of pyplot; None unless pyplot was imported."""
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    return pyplot.gca() if pyplot else None
 
 
 def variant_styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:

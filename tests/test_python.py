@@ -1,0 +1,36 @@
+"""What docs/python.md promises: its examples run in their order, and all that it names is at the top level."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import normfree
+
+PAGE = (Path(__file__).parents[1] / "docs" / "python.md").read_text()
+CODE = "\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
+
+
+def test_every_public_name_exists() -> None:
+    for name in normfree.__all__:
+        assert getattr(normfree, name) is not None
+    assert set(normfree.__all__) == {*normfree._PUBLIC, "__version__"}
+
+
+def test_the_examples_of_the_page_run(trained: Path, tiny: list[str], cache: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "runs" / "quick" / "sm-r-seed0")
+    code = CODE.replace('"preset=cpu-quick"', ", ".join(map(repr, tiny)))
+    code += "\nprint(repr(run)); print(repr(measured)); print(repr(probe.statistics()))\n"
+    environment = {**os.environ, "NORMFREE_CACHE": str(cache), "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-W", "error", "-c", code]
+    finished = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert "Run runs/quick/sm-g-seed0: SM+G, seed 0, finished, perplexity" in finished.stdout
+    assert "Measurement of entropy_nats [2, 2]" in finished.stdout
+    assert "HeadEntropy of 2 layers, 4 heads: mean" in finished.stdout
+    for picture in ("heads.png", "curves.png"):
+        assert (tmp_path / picture).stat().st_size > 10_000
