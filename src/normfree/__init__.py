@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from normfree.measures.measurement import MeasureCallback, Measurement, measure
     from normfree.measures.text import perplexity
     from normfree.model import NormFreeConfig, NormFreeForCausalLM
-    from normfree.pretrained.trained import held_out_blocks, load_model
+    from normfree.pretrained.load import held_out_blocks, load_pretrained
     from normfree.report import build_report
     from normfree.report.plots.heatmaps import heatmap
     from normfree.report.views import compare, plot_curves, plot_heads
@@ -28,7 +28,7 @@ _NAMES = {
     "normfree.measures.measurement": ("MeasureCallback", "Measurement", "measure"),
     "normfree.measures.text": ("perplexity",),
     "normfree.model": ("NormFreeConfig", "NormFreeForCausalLM"),
-    "normfree.pretrained.trained": ("held_out_blocks", "load_model"),
+    "normfree.pretrained.load": ("held_out_blocks", "load_pretrained"),
     "normfree.report": ("build_report",),
     "normfree.report.plots.heatmaps": ("heatmap",),
     "normfree.report.views": ("compare", "plot_curves", "plot_heads"),
@@ -41,8 +41,8 @@ _PUBLIC = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = [
     "EntropyProbe", "HeadEntropy", "MeasureCallback", "Measurement", "NormFreeConfig", "NormFreeForCausalLM", "Run",
     "__version__", "attention_entropy", "build_report", "compare", "compose_run", "find_runs", "heatmap",
-    "held_out_blocks", "load_model", "load_runs", "measure", "perplexity", "plot_curves", "plot_heads", "read_run",
-    "train",
+    "held_out_blocks", "load_pretrained", "load_runs", "measure", "perplexity", "plot_curves", "plot_heads",
+    "read_run", "train",
 ]  # fmt: skip
 
 

@@ -61,8 +61,7 @@ def test_a_table_has_a_row_per_head_that_exists():
     assert frame["ceiling_nats"].tolist() == [1.0, 0.75, 0.75]
     assert frame["distance_tokens"].tolist() == [2.0] * 3
     assert "first_token_mass" not in example().to_frame()
-    assert repr(example()) == "HeadEntropy of 2 layers, 4 heads: mean 0.583 nats; to_frame() is a table"
-    assert "<td>0.75</td>" in example()._repr_html_()
+    assert repr(example()) == example().to_frame().to_string()
 
 
 def test_different_architectures_are_not_merged():

@@ -46,7 +46,7 @@ def test_a_measurement_is_a_table_a_heatmap_and_html(model):
         loss = model(input_ids=ids_T[None], labels=ids_T[None]).loss.item()
     assert float(measured["loss"]) == pytest.approx(loss, rel=1e-6)
     assert "entropy_nats" in measured._repr_html_()
-    assert measured.plot("first_token_mass").figure.axes[1].get_xlabel() == "Attention on the first token"
+    assert measured.plot("first_token_mass").figure.axes[1].get_ylabel() == "Attention on the first token"
     with pytest.raises(ValueError, match="'loss' was not measured for each head; there are: entropy_nats, rows"):
         measured.plot("loss")
 

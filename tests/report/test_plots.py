@@ -22,9 +22,10 @@ from normfree.analysis.groups import group_runs
 from normfree.analysis.quantities import values_over_training
 from normfree.cost.tradeoff import Point
 from normfree.report.plots.curves import layer_curves, loss_curves, nonfinite_curves, overload_curves, slope_curves
-from normfree.report.plots.heatmaps import heatmap
+from normfree.report.plots.heatmaps import heatmap, heatmap_key
 from normfree.report.plots.points import perplexity_points, slope_perplexity, trade_off_points
 from normfree.report.plots.style import panel_figure, variant_styles
+from normfree.store.quantities import QUANTITIES
 from normfree.store.runs import Run
 from tests.synthetic import rewritten, write_run
 
@@ -63,7 +64,8 @@ def test_heatmaps_with_one_ceiling_share_a_scale() -> None:
 
 
 def test_colour_bar_marks_near_uniform_below_a_known_ceiling() -> None:
-    known, unknown = (heatmap([[1.0, 2.0]], ceiling=ceiling).figure.axes[1] for ceiling in (3.878, None))
+    keys = (heatmap_key(QUANTITIES["entropy_nats"], 3.878, marked=marked) for marked in (True, False))
+    known, unknown = (panel_figure([partial(heatmap, [[1.0, 2.0]])], key=key).axes[1] for key in keys)
     assert texts(known) == ["near uniform from 2.91"]
     assert points(known, 0)[0].tolist() == pytest.approx([0.75 * 3.878] * 2)
     assert texts(unknown) == []

@@ -117,8 +117,7 @@ def evaluate_run(folder: Path, options: EvaluateOptions) -> None:
 
     from normfree.measures.perplexity import evaluate_blocks
     from normfree.measures.windows import evaluation_estimate
-    from normfree.pretrained.load import load_pretrained, outline
-    from normfree.pretrained.trained import corpus_of_run
+    from normfree.pretrained.load import corpus_of_run, load_pretrained, outline
     from normfree.store.runs import read_run
     from normfree.training.bf16 import products_for
     from normfree.training.process import prepare_process
@@ -218,7 +217,7 @@ def _windows_of(
     """(N, T) token ids, the text they are from, and the tokens that every window begins with. `own`: a run's blocks."""
     from normfree.measures.text import leading_ids, spread
     from normfree.measures.windows import token_windows
-    from normfree.pretrained.trained import held_out_blocks
+    from normfree.pretrained.load import held_out_blocks
 
     if own:
         return (

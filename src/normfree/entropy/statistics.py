@@ -58,22 +58,18 @@ class HeadEntropy:
 
     def to_frame(self) -> pd.DataFrame:
         """One row a head: its entropy, ceiling and rows and, with patterns, distance and mass on the first token."""
-        exists_LH = torch.arange(self.rows.shape[1]) < torch.tensor(self.heads)[:, None]
-        layer_N, head_N = exists_LH.nonzero(as_tuple=True)
-        columns = {"layer": torch.tensor(self.layers)[layer_N], "head": head_N}
-        columns |= {"entropy_nats": self.mean_nats()[exists_LH], "ceiling_nats": self.ceiling_nats()[layer_N]}
+        columns = {"entropy_nats": self.mean_nats(), "ceiling_nats": self.ceiling_nats()[:, None].expand_as(self.rows)}
         if self.sum_distance is not None:
-            columns["distance_tokens"] = self.mean_distance()[exists_LH]
-            columns["first_token_mass"] = self.mean_first_mass()[exists_LH]
-        columns |= {"rows": self.rows[exists_LH], "nonfinite_rows": self.nonfinite_rows[exists_LH]}
-        return pd.DataFrame({name: value.numpy() for name, value in columns.items()})
+            columns |= {"distance_tokens": self.mean_distance(), "first_token_mass": self.mean_first_mass()}
+        columns |= {"rows": self.rows, "nonfinite_rows": self.nonfinite_rows}
+        index = pd.MultiIndex.from_product([self.layers, range(self.rows.shape[1])], names=["layer", "head"])
+        frame = pd.DataFrame(
+            {name: value.flatten().numpy() for name, value in columns.items()}, index=index
+        ).reset_index()
+        return frame[frame["head"] < frame["layer"].map(dict(zip(self.layers, self.heads, strict=True)))]
 
     def __repr__(self) -> str:
-        sizes = f"{len(self.layers)} layers, {sum(self.heads)} heads"
-        return f"HeadEntropy of {sizes}: mean {self.mean_nats().nanmean():.3f} nats; to_frame() is a table"
-
-    def _repr_html_(self) -> str:
-        return self.to_frame().to_html(index=False, max_rows=40, float_format="%.4g")
+        return self.to_frame().to_string(max_rows=40)
 
     def __add__(self, other: HeadEntropy) -> HeadEntropy:
         """Merge two measurements of the same heads over different rows."""

@@ -72,11 +72,7 @@ class Measurement:
         return plot_heads(self, quantity, ax=ax, title=title)
 
     def __repr__(self) -> str:
-        sizes = (
-            f"{name} {list(value.shape)}" if value.ndim else f"{name} {value:.4g}"
-            for name, value in self.values.items()
-        )
-        return f"Measurement of {', '.join(sizes)}; to_frame() is a table"
+        return self.to_frame().to_string(max_rows=40)
 
     def _repr_html_(self) -> str:
         return self.to_frame().to_html(index=False, max_rows=40, float_format="%.4g")

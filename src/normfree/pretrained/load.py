@@ -1,15 +1,17 @@
-"""Load MODEL of the command line: a run, a folder, a .gguf file or a name on the Hugging Face hub."""
+"""Load MODEL of the command line (a run, a folder, a .gguf file or a name on the hub), and the text of a run."""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import model_info, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError, StrictDataclassError  # pyright: ignore[reportPrivateImportUsage]
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.import_utils import is_peft_available
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -17,7 +19,11 @@ from transformers.utils.peft_utils import find_adapter_config_file
 import normfree.model  # noqa: F401 - registers our architecture with the Auto classes
 from normfree.pretrained.gguf import correct_or_refuse
 from normfree.spec.keys import nearest
-from normfree.store.runs import RUN_FILE, read_run
+from normfree.spec.run import RunSpec
+from normfree.store.runs import RUN_FILE, Place, Run, read_run
+
+if TYPE_CHECKING:
+    from normfree.data import Corpus
 
 _UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError)
 """What transformers raises for names, configs and weights that make no model."""
@@ -30,7 +36,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_pretrained(
-    name: str,
+    name: Place,
     *,
     dtype: str = "fp32",
     device: str | None = None,
@@ -39,6 +45,7 @@ def load_pretrained(
 ) -> tuple[Any, Any]:
     """Load (model, tokenizer), the model in evaluation mode on `device` (default: the GPU if there is one).
 
+    `name` is a run, its folder, a folder of save_pretrained, a .gguf file or a name on the Hugging Face hub.
     `attention` is transformers' attn_implementation; None lets the model choose. Raises ValueError, in one line, if
     there is no such model, it cannot be reached, it is no causal LM, its tokenizer or some of its weights are missing
     (transformers would fill these with random numbers), or transformers leaves out a part of it: weights without a
@@ -46,7 +53,7 @@ def load_pretrained(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
-    target = usable_device(device)
+    target, name = usable_device(device), os.fspath(name)
     options: dict[str, Any] = _source(name) | {"trust_remote_code": trust_remote_code}
     loading = {"dtype": DTYPES[dtype], "attn_implementation": attention, "output_loading_info": True}
     try:
@@ -66,6 +73,29 @@ def load_pretrained(
     if not tokenizer("text", add_special_tokens=False)["input_ids"]:  # what transformers makes of no files at all
         raise ValueError(f"{name} has no tokenizer that makes tokens of text; save the model's beside it")
     return model, tokenizer
+
+
+def held_out_blocks(run: Place, *, cache: Path | None = None) -> Tensor:
+    """(N, T) token ids of the held-out text of a run. `cache` is the folder of corpora. See `corpus_of_run`."""
+    return torch.from_numpy(corpus_of_run(read_run(run), cache).held_out_ids())
+
+
+def corpus_of_run(run: Run, cache: Path | None) -> Corpus:
+    """The corpus behind a run's numbers. Raises ValueError where this machine has none, or gives another."""
+    from normfree.data import prepare, prepared
+
+    if corpus := prepared(run.facts["corpus"], cache=cache):
+        return corpus
+    try:
+        corpus = prepare(RunSpec.from_dict(run.spec).data, cache=cache)
+    except ValueError as error:
+        raise ValueError(f"the text of {run.folder} is not here ({error}); give text=FILE") from error
+    if corpus.fingerprint != run.corpus:
+        raise ValueError(
+            f"{run.folder} has corpus {run.corpus[:12]}, and its data settings give {corpus.fingerprint[:12]} here "
+            "(another Python, other packages or files): give text=FILE"
+        )
+    return corpus
 
 
 def outline(name: str, *, dtype: str, trust_remote_code: bool = False, attention: str | None = None) -> Any:

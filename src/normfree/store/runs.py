@@ -22,6 +22,8 @@ from normfree.files import describe_files, is_locked, sync, write_atomically
 from normfree.spec.run import recipe_of
 from normfree.store.quantities import QUANTITIES, Quantity, read_description
 
+Place = str | os.PathLike[str]
+"""A folder, or a Run, which stands for its folder."""
 FORMAT = 1
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -35,7 +37,7 @@ _REQUIRED = {
 }
 """Keys that every reader of run.json relies on."""
 _ALWAYS_SHOWN = ("folder", "label", "seed", "status", "perplexity")
-_NEVER_SHOWN = ("variant", "tag", "recipe", "corpus", "data.expected_fingerprint")
+_NEVER_SHOWN = ("variant", "tag", "recipe", "corpus")
 _REPAIR = "restore it or move the folder away"
 _LINE_KEYS = {"step", "split", "name", "value"}
 _TEXT_OF = {math.inf: "Infinity", -math.inf: "-Infinity"}
@@ -77,6 +79,9 @@ class Run:
     folder: Path
     facts: dict[str, Any]
     """The content of run.json."""
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
 
     def __repr__(self) -> str:
         result = f"perplexity {self.perplexity:.2f}" if self.status == "finished" else f"step {self.steps_done}"
@@ -192,7 +197,7 @@ def divergence_text(facts: Mapping[str, Any]) -> str:
     return f"non-finite {facts['kind']} at step {facts['step']}, {place} ({facts['module']})"
 
 
-def read_run(folder: Path | str) -> Run:
+def read_run(folder: Place) -> Run:
     """Read a run folder.
 
     Raises ValueError when it is no run folder or has another format, DamagedRunError (a ValueError) when it is damaged.
@@ -217,13 +222,13 @@ def read_run(folder: Path | str) -> Run:
     return Run(folder=folder, facts=facts)
 
 
-def find_runs(places: Path | str | Iterable[Path | str]) -> list[Run]:
+def find_runs(places: Place | Iterable[Place]) -> list[Run]:
     """Read every run under the given folder or folders (of runs, studies, or folders of studies), sorted by path.
 
     Raises ValueError for a folder that does not exist or holds no run.
     """
     runs: dict[Path, Run] = {}
-    for place in map(Path, [places] if isinstance(places, (str, Path)) else places):
+    for place in map(Path, [places] if isinstance(places, (str, os.PathLike)) else places):
         if not place.exists():
             raise ValueError(f"{place} does not exist; give a run folder or a folder of runs")
         files = sorted(place.rglob(RUN_FILE))
@@ -234,18 +239,16 @@ def find_runs(places: Path | str | Iterable[Path | str]) -> list[Run]:
     return [runs[key] for key in sorted(runs)]
 
 
-def load_runs(*places: Path | str, all_columns: bool = False) -> pd.DataFrame:
+def load_runs(*places: Place, all_columns: bool = False) -> pd.DataFrame:
     """Read every run under the given folders into one table: a row a run, and the columns in which rows differ.
 
-    Settings that are equal in all rows or repeat another column are left out, and so are fingerprints. `all_columns`
-    returns every column of `run_frame`.
+    Columns that repeat another are left out, and so are fingerprints. `all_columns` keeps every column of `run_frame`.
     """
     frame = run_frame(find_runs(places))
-    if all_columns:
-        return frame
-    differing = [name for name in frame if name in _ALWAYS_SHOWN or frame[name].astype(str).nunique() > 1]
-    repeats = frame[differing].astype(str).T.duplicated()
-    return frame[[name for name in differing if name in _ALWAYS_SHOWN or not (repeats[name] or name in _NEVER_SHOWN)]]
+    texts = frame.drop(columns=[*_NEVER_SHOWN]).astype(str)
+    differing = texts.loc[:, texts.nunique() > 1]
+    shown = {*_ALWAYS_SHOWN, *differing.columns[~differing.T.duplicated()]}
+    return frame if all_columns else frame[[name for name in frame if name in shown]]
 
 
 def run_frame(runs: Iterable[Run]) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
-from normfree.report.plots.style import MUTED, Key, Panel, colour_key, current_axes, panel_figure, wrapped
+from normfree.report.plots.style import MUTED, Key, Panel, axes_to_draw_in, colour_key, wrapped
 from normfree.store.quantities import QUANTITIES, Quantity
 
 HEATMAP_COLOURS = mpl.colormaps["viridis"]
@@ -49,17 +49,12 @@ def heatmap(
     highest = highest_finite(values_LH if ceiling is None else np.asarray(ceiling, dtype=float))
     numbers = range(len(values_LH)) if layers is None else layers
     draw = partial(_draw, values_LH, highest=highest, title=title, numbers=numbers)
-    if ax is not None:
-        return draw(ax=ax)
-    key = heatmap_key(quantity, highest, marked=ceiling is not None)
-    return draw_with_bar(draw, ax=None, size=heatmap_size(values_LH.shape), key=key, label=quantity.label)
+    return draw_with_bar(draw, values_LH.shape, quantity.label) if ax is None else draw(ax=ax)
 
 
-def draw_with_bar(draw: Panel, *, ax: Axes | None, size: tuple[float, float], key: Key, label: str) -> Axes:
-    """Draw a heatmap and its colour bar into `ax`, else pyplot's current axes, else a new figure with `key`."""
-    ax = ax or current_axes()
-    if ax is None:
-        return panel_figure([draw], panel_inches=size, key=key).axes[0]
+def draw_with_bar(draw: Panel, shape: tuple[int, ...], label: str, ax: Axes | None = None) -> Axes:
+    """Draw a heatmap of this shape and its colour bar into `ax`, else pyplot's current axes, else a new figure."""
+    ax = ax or axes_to_draw_in(heatmap_size(shape))
     draw(ax=ax).get_figure(root=True).colorbar(ax.images[-1], ax=ax, label=label)
     return ax
 

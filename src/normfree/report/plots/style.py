@@ -73,10 +73,10 @@ def drawing_settings(**more: Any) -> AbstractContextManager[None]:
     return style.context(["default", Path(__file__).with_name("figure.mplstyle"), _COLOURED, more])
 
 
-def current_axes() -> Axes | None:
-    """The current axes of pyplot; None unless pyplot was imported."""
+def axes_to_draw_in(size: tuple[float, float]) -> Axes:
+    """pyplot's current axes or, unless pyplot was imported, those of a new figure of this size in inches."""
     pyplot = sys.modules.get("matplotlib.pyplot")
-    return pyplot.gca() if pyplot else None
+    return pyplot.gca() if pyplot else Figure(figsize=size, layout="constrained").subplots()
 
 
 def variant_styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:

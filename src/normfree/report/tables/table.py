@@ -40,9 +40,6 @@ class Table:
     def __repr__(self) -> str:
         return to_markdown(self)
 
-    def _repr_html_(self) -> str:
-        return to_html(self)
-
     @property
     def is_numeric(self) -> list[bool]:
         """Whether each column holds numbers."""
