@@ -63,10 +63,9 @@ class HeadEntropy:
             columns |= {"distance_tokens": self.mean_distance(), "first_token_mass": self.mean_first_mass()}
         columns |= {"rows": self.rows, "nonfinite_rows": self.nonfinite_rows}
         index = pd.MultiIndex.from_product([self.layers, range(self.rows.shape[1])], names=["layer", "head"])
-        frame = pd.DataFrame(
-            {name: value.flatten().numpy() for name, value in columns.items()}, index=index
-        ).reset_index()
-        return frame[frame["head"] < frame["layer"].map(dict(zip(self.layers, self.heads, strict=True)))]
+        flat = {name: value.flatten().numpy() for name, value in columns.items()}
+        exists_LH = torch.arange(self.rows.shape[1]) < torch.tensor(self.heads)[:, None]
+        return pd.DataFrame(flat, index=index).reset_index().loc[exists_LH.flatten().numpy()]
 
     def __repr__(self) -> str:
         return self.to_frame().to_string(max_rows=40)

@@ -248,7 +248,7 @@ def load_runs(*places: Place, all_columns: bool = False) -> pd.DataFrame:
     texts = frame.drop(columns=[*_NEVER_SHOWN]).astype(str)
     differing = texts.loc[:, texts.nunique() > 1]
     shown = {*_ALWAYS_SHOWN, *differing.columns[~differing.T.duplicated()]}
-    return frame if all_columns else frame[[name for name in frame if name in shown]]
+    return frame.loc[:, [name for name in frame if all_columns or name in shown]]
 
 
 def run_frame(runs: Iterable[Run]) -> pd.DataFrame:
