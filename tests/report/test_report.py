@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import io
 import json
 import os
@@ -10,6 +12,8 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pandas as pd
@@ -27,7 +31,7 @@ from normfree.report.sections import figures_of
 from normfree.report.summary import sentences
 from normfree.report.tables.results import range_table
 from normfree.store.runs import Run, find_runs
-from tests.synthetic import write_run
+from tests.synthetic import rewritten, write_run
 
 FOUR = ("SM+LN+G", "SM+LN+R", "SM+G", "SM+R")
 
@@ -64,7 +68,14 @@ def limit_of_key(figure: PageFigure) -> tuple[float, float]:
 
 def test_every_figure_and_table_is_also_a_file(report: Path) -> None:
     figures = {"entropy_nats-heads", "entropy_nats-layers", "published", "overload", "losses", "nonfinite"}
-    figures |= {"perplexity", "private-inference", "slope-trajectories", "slope-perplexity"}
+    figures |= {
+        "entropy_nats-means",
+        "entropy_nats-differences",
+        "perplexity",
+        "private-inference",
+        "slope-trajectories",
+        "slope-perplexity",
+    }
     names = {"perplexity", "differences", "gap", "claims", "overload", "ranges", "verdicts", "runs", "slopes"}
     names |= {"perplexity-communication"}
     expected = {f"figures/{name}.{suffix}" for name in figures for suffix in ("pdf", "png")}
@@ -95,13 +106,16 @@ def test_the_page_asks_for_nothing_from_outside(report: Path) -> None:
     policies = [m["content"] for m in page.all("meta") if m.get("http-equiv") == "Content-Security-Policy"]
     assert policies
     assert (policies[0] or "").startswith("default-src 'none'")
-    assert not page.all("script") + page.all("link") + page.all("iframe")
+    (script,) = re.findall("<script>(.*?)</script>", (report / "index.html").read_text(), re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in (policies[0] or "")
+    assert not page.all("link") + page.all("iframe")
     for tag, attributes in page.tags:
         for key in ("src", "href", "xlink:href"):
             value = attributes.get(key) or ""
             assert not re.match(r"(?:https?:)?//", value), (tag, value)
             local = value.split("#")[0]
-            assert not local or local.startswith("data:") or (report / local).is_file()
+            assert not local or local.startswith("data:")  # the page is often shared alone
     assert "@import" not in (report / "index.html").read_text()
 
 
@@ -118,10 +132,10 @@ def test_ids_are_unique_and_references_resolve(report: Path) -> None:
 def test_every_figure_has_a_name_and_a_sentence(report: Path) -> None:
     page = Page(report / "index.html")
     figures = page.all("figure")
-    assert len(figures) == 10
+    assert len(figures) == 12
     assert all(figure["role"] == "figure" and figure["aria-label"] for figure in figures)
-    captions = re.findall(r"<figcaption>(.*?)<span", (report / "index.html").read_text(), re.DOTALL)
-    assert len(captions) == 10
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", (report / "index.html").read_text(), re.DOTALL)
+    assert len(captions) == 12
     assert all(len(caption.strip()) > 40 for caption in captions)
 
 
@@ -156,7 +170,7 @@ def test_facts_of_the_runs_stand_on_the_page(report: Path) -> None:
 def test_a_label_cannot_write_html(tmp_path: Path) -> None:
     run = write_run(tmp_path / "runs", "<script>alert(1)</script>", study="x")
     page = build_report([run], tmp_path / "out")
-    assert not Page(page).all("script")
+    assert len(Page(page).all("script")) == 1  # its own
     assert "&lt;script&gt;alert(1)" in page.read_text()
 
 
@@ -286,6 +300,55 @@ def test_mixed_recipes_are_refused_before_writing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="mix=true"):
         build_report(runs, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_table_on_the_page_contains_its_csv(report: Path) -> None:
+    links = {a["download"]: a["href"] or "" for a in Page(report / "index.html").all("a") if "download" in a}
+    for name in ("perplexity.csv", "claims.tex", "runs.csv"):
+        _, _, text = links[name].partition(",")
+        assert unquote(text) == (report / "tables" / name).read_text()
+
+
+def test_the_answer_comes_before_figures_and_claims_unfolded(report: Path) -> None:
+    text = (report / "index.html").read_text()
+    marks = ('class="answer"', 'id="figure-perplexity"', 'id="figure-entropy_nats-heads"', 'id="claims"')
+    places = [text.index(mark) for mark in (*marks, "<summary><h2")]
+    assert places == sorted(places)
+    assert '<summary><h2 id="perplexity"' not in text
+
+
+def test_each_recipe_has_its_own_part_and_answer(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "runs", label, study="one") for label in ("SM+G", "SM+R")]
+    for rate in (2e-3, 3e-3):
+        of_rate: dict[str, Any] = {"train": {"peak_learning_rate": rate}, "study": "two"}
+        runs += [write_run(tmp_path / f"{rate}", label, **of_rate) for label in ("SM+G", "SM+R")]
+    page = build_report(runs, tmp_path / "out", mix=True).read_text()
+    titles = ["one", "two: peak_learning_rate=0.002", "two: peak_learning_rate=0.003"]
+    assert re.findall('<p class="kicker">(.*)</p>', page)[1:] == titles
+    assert page.count('<p class="answer">Without LayerNorm, ReLU ends 4.2 % below GELU') == 3
+    assert not (tmp_path / "out" / "figures").exists()
+
+
+def test_all_variants_are_compared_with_the_baseline(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "runs", label) for label in ("SM+G", "SM+R", "SM+S")]
+    page = build_report(runs, tmp_path / "out", baseline="SM+R").read_text()
+    rows = pd.read_csv(tmp_path / "out" / "tables" / "differences.csv")
+    assert rows.Comparison.tolist() == ["SM+G against SM+R", "SM+S against SM+R"]
+    assert "How does each variant compare with SM+R?" in page
+    assert "SM+S ends 1.9 % above SM+R in perplexity" in page
+    with pytest.raises(ValueError, match=r"^baseline=SM is not among these runs; their variants are SM.G, SM.R, SM.S$"):
+        build_report(runs, tmp_path / "out", baseline="SM")
+
+
+def test_untrained_heads_are_named_and_their_distance_drawn(tmp_path: Path) -> None:
+    trained, still = write_run(tmp_path, "SM+R"), write_run(tmp_path, "SM+G")
+    text = (still.folder / "metrics.jsonl").read_text()
+    text = re.sub(r'(: "entropy_nats", "value": ).*', r"\1[[2.5, 2.5]]}", text)
+    still = rewritten(still, re.sub(r'(: "ceiling_nats", "value": ).*', r"\1[2.6]}", text))
+    (drawing,) = figure_named("entropy_nats-heads", [still]).drawings
+    assert "SM+G: as before training" in drawing
+    assert "layer 0 head 1: 3.85" in drawing  # percent below 2.6 nats
+    assert "below the ceiling" not in figure_named("entropy_nats-heads", [trained]).caption
 
 
 def test_a_report_needs_no_torch(tmp_path: Path) -> None:

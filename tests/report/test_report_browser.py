@@ -103,6 +103,27 @@ def test_a_broken_page_is_caught(browser: Browser, report: Path, tmp_path: Path,
     assert any(complaint in found for found in problems(browser, broken, width=390, scheme="light"))
 
 
+def test_a_click_on_a_title_sorts_its_column(browser: Browser, report: Path) -> None:
+    page = browser.new_page()
+    page.goto((report / "index.html").as_uri())
+    page.evaluate("document.querySelectorAll('details').forEach((fold) => { fold.open = true })")
+    table = page.locator("table", has_text="Validation perplexity after training")
+    for order, compare in (("ascending", sorted), ("descending", lambda values: sorted(values, reverse=True))):
+        table.locator("th button", has_text="Perplexity").first.click()
+        cells = table.locator("tbody tr td:nth-child(2)").all_inner_texts()
+        numbers = [float(cell.split()[0]) for cell in cells if not cell.startswith("NaN")]
+        assert numbers == compare(numbers), order
+        assert cells[-1].startswith("NaN")
+    page.close()
+
+
+def test_a_folded_page_is_short(browser: Browser, report: Path) -> None:
+    page = browser.new_page(viewport={"width": 1280, "height": 844})
+    page.goto((report / "index.html").as_uri())
+    assert page.evaluate("document.documentElement.scrollHeight") < 6000
+    page.close()
+
+
 def test_the_two_schemes_differ(browser: Browser, report: Path) -> None:
     colours = set()
     for scheme in ("light", "dark"):

@@ -111,4 +111,6 @@ def test_the_summary_compares_nothing_with_a_diverged_run(tmp_path: Path) -> Non
 
 def test_all_variants_that_did_not_learn_are_named(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, label, perplexity=500.0) for label in ("SM+G", "SM+R")]
+    assert any(text.startswith("These runs are too short to judge") for text in sentences(group_runs(runs)))
+    runs.append(write_run(tmp_path, "SM+LN+G"))
     assert any(text.startswith("SM+G, SM+R did not learn") for text in sentences(group_runs(runs)))

@@ -82,6 +82,9 @@ def test_differences_pair_seeds(tmp_path: Path) -> None:
     row = rows["SM+R against SM+G"]
     assert (row["Difference in perplexity"], row["Pairs"], row["Paper"]) == ("-4.2 %", "3", "-8.2 %")
     assert rows["SM+LN+R against SM+LN+G"]["95 % interval"] == "-"
+    kinds = (rows["SM+R against SM+G"]["Kind"], rows["SM against SM+R"]["Kind"])
+    assert kinds == ("the paper's", "exploratory")
+    assert len(rows) == math.comb(10, 2)  # every two of ten variants share seed 0
 
 
 def test_claims_hold_only_where_their_interval_says_so(tmp_path: Path) -> None:

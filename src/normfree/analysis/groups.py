@@ -30,6 +30,8 @@ class Group:
     """Further runs of a seed that `runs` already contains."""
     drawn: tuple[Run, ...]
     """Runs whose curves are drawn: `runs`, and `unfinished` if a run with a result has their recipe."""
+    is_baseline: bool = False
+    """Whether the reader chose it to compare all others with."""
 
     @property
     def tag(self) -> str:
@@ -50,6 +52,15 @@ class Group:
     def perplexities(self) -> dict[Hashable, float]:
         """Final perplexity by seed and data order; NaN for a diverged run."""
         return {_seed(run): run.perplexity for run in self.runs}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Groups that are shown together: those of one recipe, or all if the report does not mix recipes."""
+
+    title: str
+    """Its studies, with the settings that distinguish it from other parts of these studies; empty for the only part."""
+    groups: list[Group]
 
 
 def is_over(run: Run) -> bool:
@@ -89,6 +100,35 @@ def group_runs(runs: Sequence[Run], *, mix: bool = False) -> list[Group]:
     return sorted(groups, key=lambda group: (rank.get(group.label, len(rank)), group.name))
 
 
+def parts_of(runs: Sequence[Run], *, mix: bool = False, baseline: str = "") -> list[Part]:
+    """One part for each recipe and one for measured models if `mix` and the runs have several recipes; else one part.
+
+    `baseline`: the label, variant or name of the groups to compare all others with.
+
+    Raises ValueError as `group_runs` does, and for a baseline that no run has.
+    """
+    groups = group_runs(runs, mix=mix)
+    of_recipe: dict[str, list[Run]] = {}
+    for group in groups:
+        key = group.recipe if group.members[0].kind == "run" else "measured"
+        of_recipe.setdefault(key, []).extend((*group.members, *group.repeated))
+    parts = [Part("", groups)]
+    if mix and len(of_recipe.keys() - {"measured"}) > 1:
+        place = {run.folder: place for place, run in enumerate(runs)}
+        ordered = sorted(of_recipe.values(), key=lambda alike: min(place[run.folder] for run in alike))
+        parts = [
+            Part(title, group_runs(alike, mix=True))
+            for title, alike in zip(_part_titles(ordered), ordered, strict=True)
+        ]
+    if baseline:
+        parts = [Part(part.title, [_marked(group, baseline) for group in part.groups]) for part in parts]
+        every = [group for part in parts for group in part.groups]
+        if not any(group.is_baseline for group in every):
+            labels = ", ".join(dict.fromkeys(group.label for group in every))
+            raise ValueError(f"baseline={baseline} is not among these runs; their variants are {labels}")
+    return parts
+
+
 def all_runs(groups: Sequence[Group]) -> list[Run]:
     """The members of every group."""
     return [run for group in groups for run in group.members]
@@ -126,6 +166,23 @@ def recipes(groups: Sequence[Group]) -> dict[str, list[str]]:
         spec = _flat_spec(run, places=True)
         names.setdefault(", ".join(f"{key}={spec.get(key, 'unset')}" for key in keys), []).append(name)
     return names
+
+
+def _part_titles(parts: Sequence[Sequence[Run]]) -> list[str]:
+    studies = [", ".join(dict.fromkeys(run.spec["study"] for run in runs)) for runs in parts]
+    titles = []
+    for study, runs in zip(studies, parts, strict=True):
+        alike = [others[0] for others, name in zip(parts, studies, strict=True) if name == study]
+        spec = _flat_spec(runs[0], places=True)
+        settings = [f"{key.split('.')[-1]}={spec.get(key, 'unset')}" for key in _differing(alike)]
+        measured = runs[0].kind == "measurement"
+        titles.append("Measured models" if measured else ": ".join(filter(None, (study, ", ".join(settings)))))
+    return titles
+
+
+def _marked(group: Group, baseline: str) -> Group:
+    variant = group.members[0].spec.get("variant")
+    return replace(group, is_baseline=baseline in (group.name, group.label, variant))
 
 
 def _group(name: str, runs: list[Run]) -> Group:

@@ -33,7 +33,9 @@ class ReportOptions:
     output: Path = Path("report")
     """Folder for the page, its figures and tables."""
     mix: bool = False
-    """Put runs of different recipes or precisions into one table."""
+    """Show runs of different recipes or precisions on one page, each recipe in its own part."""
+    baseline: str = ""
+    """Label or variant to compare all others with; by default every pair with a common seed is compared."""
 
 
 @dataclass(frozen=True, kw_only=True, config=OPTIONS)
@@ -143,7 +145,8 @@ def report(places: Sequence[str], options: ReportOptions) -> None:
     from normfree.store.runs import find_runs
 
     check_writable(options.output)
-    print(f"The page: {build_report(find_runs(places), options.output, mix=options.mix, progress=True)}")
+    page = build_report(find_runs(places), options.output, mix=options.mix, baseline=options.baseline, progress=True)
+    print(f"The page: {page}")
 
 
 def check_writable(output: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from normfree.analysis.groups import all_runs, group_runs
+from normfree.analysis.groups import all_runs, parts_of
 from normfree.files import write_atomically
 from normfree.report.numbers import number_frames
 from normfree.report.page import render_page, section_values
@@ -22,16 +24,20 @@ WRITTEN = "report.json"
 _FOLDERS = {"figures", "tables", "numbers"}
 
 
-def build_report(runs: Sequence[Run], output: Path, *, mix: bool = False, progress: bool = False) -> Path:
+def build_report(
+    runs: Sequence[Run], output: Path, *, mix: bool = False, baseline: str = "", progress: bool = False
+) -> Path:
     """Write `output`/index.html, figures/*.pdf|png, tables/*.md|tex|csv and numbers/*.csv; returns the page's path.
 
-    The same runs give the same bytes. Files are replaced atomically, index.html last, and files of an earlier report
-    are removed. `progress` shows a bar on a terminal.
+    With `mix`, each recipe has its own part of the page; only a report on one recipe has figures/. `baseline` is the
+    label or variant to compare all others with; by default all pairs with a common seed are compared. The same runs
+    give the same bytes. Files are replaced atomically, index.html last, and files of an earlier report are removed.
+    `progress` shows a bar on a terminal.
 
-    Raises ValueError if there is no run, if runs differ in their recipe and `mix` is false, and if the output folder
-    contains anything but a report.
+    Raises ValueError if there is no run, if runs differ in their recipe and `mix` is false, if no run has the baseline,
+    and if the output folder contains anything but a report.
     """
-    groups = group_runs(runs, mix=mix)
+    parts = parts_of(runs, mix=mix, baseline=baseline)
     earlier = _earlier_files(output)
     written = []
 
@@ -39,12 +45,17 @@ def build_report(runs: Sequence[Run], output: Path, *, mix: bool = False, progre
         write_atomically(output / name, content)
         written.append(name)
 
-    for name, frame in number_frames(all_runs(groups)).items():
+    members = [run for part in parts for run in all_runs(part.groups)]
+    for name, frame in number_frames(members).items():
         write(f"numbers/{name}.csv", frame.to_csv(index=False, na_rep="NaN", lineterminator="\n"))
-    shown = []
-    for section in tqdm(sections_of(groups), desc="report", disable=None if progress else True, leave=False):
-        figures, tables = section.draw(groups), section.make_tables(groups)
-        for figure in figures:
+    shown: list[list[dict[str, Any]]] = [[] for _ in parts]
+    steps = [(place, section) for place, part in enumerate(parts) for section in sections_of(part.groups)]
+    for place, section in tqdm(steps, desc="report", disable=None if progress else True, leave=False):
+        prefix = f"part{place + 1}-" if len(parts) > 1 else ""
+        figures, tables = section.draw(parts[place].groups), section.make_tables(parts[place].groups)
+        figures = [replace(figure, name=prefix + figure.name) for figure in figures]
+        tables = [replace(table, name=prefix + table.name) for table in tables]
+        for figure in figures if len(parts) == 1 else ():
             whole = figure.whole()
             write(f"figures/{figure.name}.pdf", to_pdf(whole))
             write(f"figures/{figure.name}.png", to_png(whole))
@@ -52,8 +63,8 @@ def build_report(runs: Sequence[Run], output: Path, *, mix: bool = False, progre
             for suffix, convert in (("md", to_markdown), ("tex", to_latex), ("csv", to_csv)):
                 write(f"tables/{table.name}.{suffix}", convert(table))
         if figures or tables:
-            shown.append(section_values(section, figures, tables))
-    write("index.html", render_page(groups, shown))
+            shown[place].append(section_values(replace(section, name=prefix + section.name), figures, tables))
+    write("index.html", render_page(parts, shown))
     for name in earlier - set(written):
         (output / name).unlink(missing_ok=True)
     write_atomically(output / WRITTEN, json.dumps(sorted(written), indent=1) + "\n")

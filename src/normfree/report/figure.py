@@ -7,9 +7,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+from markupsafe import Markup
+from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from normfree.analysis.groups import Group, is_over
+from normfree.report.plots.cells import cells_svg
+from normfree.report.plots.heatmaps import HEATMAP_COLOURS, draw_cells, heatmap_size
 from normfree.report.plots.style import PANEL_INCHES, Key, Panel, panel_figure, variant_styles
 from normfree.store.runs import Run
 
@@ -28,6 +34,8 @@ class PageFigure:
     title: str = ""
     panel_inches: tuple[float, float] = PANEL_INCHES
     key: Key | None = None
+    drawings: Sequence[Markup] = ()
+    """Hand-written panels for the page, instead of drawn ones."""
 
     def whole(self) -> Figure:
         """All panels and the colour bar in one figure."""
@@ -43,6 +51,27 @@ class PageFigure:
         if self.key is None:
             return None
         return panel_figure([lambda ax: ax], panel_inches=(PANEL_INCHES[0], _KEY_INCHES), key=self.key)
+
+
+def cells_figure(
+    named: Sequence[tuple[str, NDArray[np.float64], Sequence[int]]],
+    *,
+    limits: tuple[float, float],
+    key: Key,
+    colours: Colormap = HEATMAP_COLOURS,
+    **words: str,
+) -> PageFigure:
+    """Heatmaps on one scale: titles, values [layers, heads], numbers of the layers. `words`: caption, name, title."""
+    scale = {"lowest": limits[0], "highest": limits[1], "colours": colours}
+    return PageFigure(
+        panels=[partial(draw_cells, v_LH, title=name, numbers=rows, **scale) for name, v_LH, rows in named],
+        panel_inches=heatmap_size(*(values_LH.shape for _, values_LH, _ in named)),
+        key=key,
+        drawings=[
+            cells_svg(v_LH, limits=limits, colours=colours, numbers=rows, title=name) for name, v_LH, rows in named
+        ],
+        **words,
+    )
 
 
 def curve_figure(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,12 +11,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from normfree import __version__
-from normfree.analysis.groups import Group, all_runs, recipes
+from normfree.analysis.groups import Group, Part, all_runs, recipes
 from normfree.report.figure import PageFigure
 from normfree.report.plots.style import COLOURS
 from normfree.report.render import to_svg
 from normfree.report.sections import Section
-from normfree.report.summary import sentences
+from normfree.report.summary import question, sentences
 from normfree.report.tables.runs import duration
 from normfree.report.tables.table import Table, to_html
 from normfree.store.runs import Run
@@ -33,16 +35,29 @@ _PIXELS_PER_INCH = 96
 _SOFTWARE = ("normfree", "python", "torch", "transformers", "datasets")
 
 
-def render_page(groups: Sequence[Group], sections: Sequence[dict[str, Any]]) -> str:
-    """The text of index.html: summary, sections (their `section_values`) and facts."""
+def render_page(parts: Sequence[Part], sections: Sequence[Sequence[dict[str, Any]]]) -> str:
+    """The text of index.html: for each part its question, answer and sections (their `section_values`); facts."""
+    groups = [group for part in parts for group in part.groups]
     runs = all_runs(groups)
+    script = _PAGES.loader.get_source(_PAGES, "script.js")[0]  # pyright: ignore[reportOptionalMemberAccess]
     return _PAGES.get_template("index.html.j2").render(
         version=__version__,
         title=f"normfree: {', '.join(_distinct(runs, lambda run: run.spec['study']))}",
-        sentences=sentences(groups),
-        study_notes=list(filter(None, _distinct(runs, lambda run: run.facts.get("study_note") or ""))),
+        parts=[
+            {
+                "title": part.title,
+                "name": f"part{place + 1}",
+                "question": question(part.groups),
+                "sentences": sentences(part.groups),
+                "notes": filter(None, _distinct(all_runs(part.groups), lambda run: run.facts.get("study_note") or "")),
+                "open": [values for values in of_part if not values["section"].folded],
+                "folded": [values for values in of_part if values["section"].folded],
+            }
+            for place, (part, of_part) in enumerate(zip(parts, sections, strict=True))
+        ],
         facts=_facts(groups),
-        sections=sections,
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
 
 
@@ -54,9 +69,10 @@ def section_values(section: Section, figures: Sequence[PageFigure], tables: Sequ
         drawn.append(
             {
                 "figure": figure,
-                "panels": [Markup(to_svg(part, f"{figure.name}-{i}")) for i, part in enumerate(figure.parts())],
+                "panels": figure.drawings
+                or [Markup(to_svg(part, f"{figure.name}-{i}")) for i, part in enumerate(figure.parts())],
                 "key": None if key is None else Markup(to_svg(key, f"{figure.name}-key")),
-                "wide": width > _NARROW_INCHES,
+                "kind": "cells" if figure.drawings else "wide scroll" if width > _NARROW_INCHES else "",
                 "pixels": round(width * _PIXELS_PER_INCH),
             }
         )

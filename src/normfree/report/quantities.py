@@ -12,13 +12,15 @@ from matplotlib.axes import Axes
 from normfree.analysis.entropy import Floats, layer_means
 from normfree.analysis.groups import Group
 from normfree.analysis.quantities import newest_values, values_over_training
-from normfree.report.figure import PageFigure, curve_figure
+from normfree.report.figure import PageFigure, cells_figure, curve_figure
 from normfree.report.plots.curves import LAYER_COLOURS, depth_profile, layer_curves, scalar_curves
-from normfree.report.plots.heatmaps import heatmap, heatmap_key, heatmap_size, highest_finite
+from normfree.report.plots.heatmaps import DIFFERENCE_COLOURS, HEATMAP_COLOURS, heatmap_key, highest_finite
 from normfree.report.plots.style import colour_key
+from normfree.report.tables.results import main_pairs
 from normfree.store.quantities import Quantity
 from normfree.store.runs import Run
 
+_HARDLY = 0.05
 _FIRST_SEED = "One seed each: the first finished; otherwise diverged; otherwise unfinished."
 
 
@@ -35,38 +37,104 @@ def _heatmaps(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
         return None
     shown = [values_LH for _, _, values_LH in measured]
     tops = [ceilings(run, quantity) for _, run, _ in measured]
-    unit, scale, mark = quantity.unit, "up to the highest value here", ""
+    colours, unit, scale, mark = HEATMAP_COLOURS, quantity.unit, "up to the highest value here", ""
     limit = max(map(highest_finite, shown))
     bounded = [top for top in tops if top is not None and np.isfinite(top).any()]
     if bounded:
         limit = max(map(highest_finite, bounded))
         scale = f"up to the ceiling of {limit:.2f} {unit}".rstrip()
         mark = f" Heads above the mark count as {quantity.mark[1]}." if quantity.mark else ""
-        if len({run.spec["data"]["context"] for _, run, _ in measured}) > 1 and isinstance(quantity.ceiling, str):
+        shares = [
+            v_LH if top is None else v_LH / np.atleast_1d(top)[:, None] for v_LH, top in zip(shown, tops, strict=True)
+        ]
+        if quantity.mark and all((share_LH >= quantity.mark[0]).all() for share_LH in shares):
+            shown, colours = [100 * (1 - share_LH) for share_LH in shares], HEATMAP_COLOURS.reversed()
+            limit, unit, mark = max(map(highest_finite, shown)), "% below the ceiling", ""
+            scale = "in percent below the ceiling, as all heads are near it"
+        elif len({run.spec["data"]["context"] for _, run, _ in measured}) > 1 and isinstance(quantity.ceiling, str):
             limit, unit, scale = 1.0, "share of the ceiling", "as shares of each model's ceiling"
-            shown = [
-                values_LH if top is None else values_LH / np.atleast_1d(top)[:, None]
-                for values_LH, top in zip(shown, tops, strict=True)
-            ]
+            shown = shares
     unfinished = [
         f"{group.name} (step {values_over_training(run, quantity.name)[-1][0]})"
         for group, run, _ in measured
         if run.status != "finished"
     ]
     note = f" Not finished, so from the newest probe: {', '.join(unfinished)}." if unfinished else ""
-    panels = []
-    for values_LH, (group, run, _) in zip(shown, measured, strict=True):
-        layers = run.layer_numbers(quantity.name, len(values_LH))
-        panels.append(partial(heatmap, values_LH, ceiling=limit, title=group.name, layers=layers))
-    return PageFigure(
+    named = [
+        (f"{group.name}{_unchanged(run, quantity)}", values_LH, run.layer_numbers(quantity.name, len(values_LH)))
+        for values_LH, (group, run, _) in zip(shown, measured, strict=True)
+    ]
+    return cells_figure(
+        named,
         name=f"{quantity.name}-heads",
         title=f"{quantity.title} of every head",
         caption=f"{quantity.meaning} One cell per head, layers downwards, on one colour scale {scale}.{mark} "
         f"{_FIRST_SEED}{note}",
-        panels=panels,
-        panel_inches=heatmap_size(*(values_LH.shape for values_LH in shown)),
-        key=heatmap_key(quantity, limit, unit=unit, marked=bool(bounded)),
+        limits=(0, limit),
+        colours=colours,
+        key=heatmap_key(quantity, limit, unit=unit, marked=bool(mark), colours=colours),
     )
+
+
+def _means(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
+    """The mean over the seeds of every group with several."""
+    means = [(name, *mean) for name, mean in _sorted_means(groups, quantity).items() if mean[2] > 1]
+    if not means:
+        return None
+    named = [(f"{name}, {seeds} seeds", values_LH, rows) for name, values_LH, rows, seeds in means]
+    limit = max(highest_finite(values_LH) for _, values_LH, _ in named)
+    return cells_figure(
+        named,
+        name=f"{quantity.name}-means",
+        title=f"{quantity.title}, mean over seeds",
+        caption="Finished seeds. Heads have no fixed place in their layer, so each layer is sorted before averaging.",
+        limits=(0, limit),
+        key=heatmap_key(quantity, limit, marked=False),
+    )
+
+
+def _differences(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
+    """The difference of the means over seeds for the main pairs."""
+    means = _sorted_means(groups, quantity)
+    named = [
+        (f"{ours.name} minus {theirs.name}", means[ours.name][0] - means[theirs.name][0], means[ours.name][1])
+        for ours, theirs in main_pairs([group for group in groups if group.name in means])
+        if means[ours.name][0].shape == means[theirs.name][0].shape
+    ]
+    if not named:
+        return None
+    limit = max(highest_finite(np.abs(values_LH)) for _, values_LH, _ in named)
+    return cells_figure(
+        named,
+        name=f"{quantity.name}-differences",
+        title=f"{quantity.title}, differences",
+        caption="Means over finished seeds, each layer sorted, on one scale. Red: higher in the first. Blue: lower.",
+        limits=(-limit, limit),
+        key=colour_key(DIFFERENCE_COLOURS, limit=(-limit, limit), label=f"difference in {quantity.label.lower()}"),
+        colours=DIFFERENCE_COLOURS,
+    )
+
+
+def _sorted_means(groups: Sequence[Group], quantity: Quantity) -> dict[str, tuple[Floats, list[int], int]]:
+    """Mean over finished seeds with each layer sorted, the layers' numbers, and the number of seeds, by group."""
+    means = {}
+    for group in groups:
+        finals = [(run, np.array(run.last("final", quantity.name), dtype=float)) for run in group.runs
+                  if run.kind == "run" and run.status == "finished" and run.last("final", quantity.name)]  # fmt: skip
+        if finals and len({values_LH.shape for _, values_LH in finals}) == 1:
+            mean_LH = np.mean([-np.sort(-values_LH, axis=1) for _, values_LH in finals], axis=0)
+            means[group.name] = (mean_LH, finals[0][0].layer_numbers(quantity.name, len(mean_LH)), len(finals))
+    return means
+
+
+def _unchanged(run: Run, quantity: Quantity) -> str:
+    """`: as before training` if no head moved from its value at step 0 by more than a twentieth of the ceiling."""
+    first, top = values_over_training(run, quantity.name)[:1], ceilings(run, quantity)
+    last = run.last("final", quantity.name)
+    if not first or first[0][0] != 0 or top is None or not last:
+        return ""
+    moved_LH = np.abs(np.array(last, dtype=float) - first[0][1]) / np.atleast_1d(top)[:, None]
+    return ": as before training" if (moved_LH <= _HARDLY).all() else ""
 
 
 def _layer_curves(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
@@ -129,6 +197,8 @@ FIGURES: dict[tuple[str, ...], tuple[Callable[..., PageFigure | None], ...]] = {
     (): (_curves,),
 }
 """The figures of a quantity, by its axes."""
+OPEN_FIGURES = (_heatmaps, _means, _differences)
+"""The heatmaps at the top of the page, for quantities of heads that are drawn open."""
 
 
 def _measured(groups: Sequence[Group], quantity: Quantity) -> list[tuple[Group, Run, Floats]]:

@@ -14,17 +14,26 @@ from normfree.report.plots.style import COLOURS, drawing_settings
 
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 _ID = re.compile(r' id="([^"]*)"')
+_COORDINATES = re.compile(r' (?:d|x|y)="[^"]*"')
+_SUPERFLUOUS = re.compile(r""" transform="rotate\(-0 [^"]*"|font-family: 'DejaVu Sans'; """)
+_DECIMALS = re.compile(r"(\.\d)\d+")
+_TITLE = re.compile(r' id="title:([^"]*)">')
 _USED = re.compile(r'(?:url\(#|href="#)([^")]+)')
 
 
 def to_svg(figure: Figure, prefix: str) -> str:
-    """Inline SVG without prologue: text stays text, colours follow the page, ids begin with `prefix`."""
+    """Inline SVG without prologue: text stays text, colours follow the page, ids begin with `prefix`.
+
+    An artist whose gid is `title:TEXT` shows the text on hover.
+    """
     with drawing_settings(**{"svg.fonttype": "none", "svg.hashsalt": "normfree"}):
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = _COMMENT.sub("", file.getvalue())
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = text[text.index("<svg") :]
+    text = _TITLE.sub(r"><title>\1</title>", text)
+    text = _COORDINATES.sub(lambda match: _DECIMALS.sub(r"\1", match[0]), _SUPERFLUOUS.sub("", text))
     used = set(_USED.findall(text))
     text = _ID.sub(lambda match: f' id="{prefix}-{match[1]}"' if match[1] in used else "", text)
     text = _USED.sub(lambda match: match[0][: -len(match[1])] + f"{prefix}-{match[1]}", text)

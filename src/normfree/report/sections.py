@@ -14,13 +14,14 @@ from normfree.analysis.groups import Group, all_runs, is_over, recipes
 from normfree.analysis.quantities import recorded_quantities
 from normfree.analysis.verdicts import fixed_slope, slope_layers
 from normfree.cost.tradeoff import trade_off
-from normfree.report.figure import PageFigure, curve_figure
+from normfree.report.figure import PageFigure, cells_figure, curve_figure
 from normfree.report.plots import curves, points
-from normfree.report.plots.heatmaps import DIFFERENCE_COLOURS, difference_heatmap, heatmap, heatmap_key, heatmap_size
+from normfree.report.plots.cells import cells_svg
+from normfree.report.plots.heatmaps import DIFFERENCE_COLOURS, draw_cells, heatmap_key, heatmap_size
 from normfree.report.plots.style import colour_key, variant_styles, wrapped
-from normfree.report.quantities import FIGURES
+from normfree.report.quantities import FIGURES, OPEN_FIGURES
 from normfree.report.tables import cost, heads, history, results, runs
-from normfree.report.tables.table import Table
+from normfree.report.tables.table import Table, without_empty_columns
 from normfree.store.quantities import QUANTITIES
 
 Groups = Sequence[Group]
@@ -40,7 +41,7 @@ class Section:
     """By the name of their files."""
     measurements: bool = False
     """Whether it includes models that were only measured, besides those trained here."""
-    folded: bool = False
+    folded: bool = True
 
     def members(self, groups: Groups) -> Groups:
         """The groups that belong in it."""
@@ -53,26 +54,23 @@ class Section:
         return [replace(f, name=f.name or self.name, title=f.title or self.title) for f in drawn]
 
     def make_tables(self, groups: Groups) -> list[Table]:
-        """Its tables that have rows."""
+        """Its tables that have rows, without columns of dashes."""
         members = self.members(groups)
-        return [table for make in self.tables.values() if (table := make(members)).rows]
+        return [without_empty_columns(table) for make in self.tables.values() if (table := make(members)).rows]
 
 
 def sections_of(groups: Groups) -> list[Section]:
-    """The sections of a report on these groups: `SECTIONS` and one for every recorded quantity."""
-    open_ones, folded = (
-        [
-            Section(
-                name=quantity.name,
-                title=quantity.title,
-                figures=[partial(draw, quantity=quantity) for draw in FIGURES[quantity.axes]],
-                measurements=True,
-                folded=drawn == "folded",
-            )
-            for quantity in recorded_quantities(groups, drawn=drawn)
-        ]
-        for drawn in ("open", "folded")
-    )
+    """The sections of a report on these groups, open ones first: `SECTIONS` and one or two for every quantity."""
+    open_ones, folded = [], []
+    for quantity in recorded_quantities(groups, drawn="open") + recorded_quantities(groups, drawn="folded"):
+        figures = FIGURES[quantity.axes]
+        name, title = quantity.name, quantity.title
+        if quantity.drawn == "open" and quantity.axes == ("layer", "head"):
+            first = [partial(draw, quantity=quantity) for draw in OPEN_FIGURES]
+            open_ones.append(Section(name=name, title=title, figures=first, measurements=True, folded=False))
+            figures, name, title = figures[1:], f"{name}-training", f"{title} over training"
+        rest = [partial(draw, quantity=quantity) for draw in figures]
+        folded.append(Section(name=name, title=title, figures=rest, measurements=True))
     return [*SECTIONS[:1], *open_ones, *SECTIONS[1:-2], *folded, *SECTIONS[-2:]]
 
 
@@ -89,33 +87,42 @@ def _perplexity(groups: Groups) -> PageFigure | None:
     corpora = dict.fromkeys(group.runs[0].corpus for group in with_runs)
     of_corpus = [[group for group in with_runs if group.runs[0].corpus == corpus] for corpus in corpora]
     note = " Each corpus has its own panel, because perplexities on different text cannot be compared."
+    differences = [
+        (results.comparison(a, b), values, results.perplexity_difference(a, b))
+        for a, b in results.main_pairs(with_runs)
+        if (values := [a.perplexities[key] / b.perplexities[key] - 1 for key in a.perplexities.keys() & b.perplexities])
+    ]
+    panels = [partial(points.perplexity_points, some, styles=styles) for some in of_corpus]
+    panels += [partial(points.difference_points, differences)] if differences else []
+    rows = max(sum(2 + wrapped(name).count("\n") for name in names)
+               for names in ([group.name for group in with_runs], [name for name, _, _ in differences]))  # fmt: skip
     return PageFigure(
         caption="Lower (further left) is better. A dot is a seed; the bar below is the mean with the sample standard "
         "deviation. NaN (k/n): k of n seeds diverged, so there is no mean. A number at the edge is a seed far above "
-        f"the others.{note if len(corpora) > 1 else ''}",
-        panels=[partial(points.perplexity_points, some, styles=styles) for some in of_corpus],
-        panel_inches=(4.2, 0.8 + 0.14 * sum(2 + wrapped(group.name).count("\n") for group in with_runs)),
+        f"the others. Differences: a dot is a pair of runs of one seed; the bar is the 95 % interval of their mean."
+        f"{note if len(corpora) > 1 else ''}",
+        panels=panels,
+        panel_inches=(4.2, 0.8 + 0.14 * rows),
     )
 
 
 def _published(groups: Groups) -> PageFigure | None:
     ceiling = causal_ceiling(published.HEATMAP_CONTEXT)
-    draw = partial(heatmap, ceiling=1.0)
-    panels, shapes = [], []
+    named = []
     for group in groups:
         final = trained_heads(group.shown) if group.shown else None
         paper_LH = published.heatmaps().get(group.label)
-        if paper_LH is not None and final is not None and published.is_gpt2(group.members[0].spec):
-            panels.append(partial(draw, paper_LH / ceiling, title=f"{group.label}, paper's GPT-2 125M"))
-            panels.append(partial(draw, shares_of_ceiling(final), title=f"{group.name}, ours"))
-            shapes += [paper_LH.shape, final.entropy_LH.shape]
-    if not panels:
+        if group.shown and paper_LH is not None and final is not None and published.is_gpt2(group.members[0].spec):
+            rows = group.shown.layer_numbers("entropy_nats", len(final.entropy_LH))
+            named.append((f"{group.label}, paper's GPT-2 125M", paper_LH / ceiling, range(len(paper_LH))))
+            named.append((f"{group.name}, ours", shares_of_ceiling(final), rows))
+    if not named:
         return None
-    return PageFigure(
+    return cells_figure(
+        named,
         caption="Entropies as shares of each model's causal ceiling: 1 is uniform attention to all tokens up to "
         f"itself. Compare where the bright layers are, not single heads. {published.SOURCE}.",
-        panels=panels,
-        panel_inches=heatmap_size(*shapes),
+        limits=(0, 1),
         key=heatmap_key(QUANTITIES["entropy_nats"], 1.0, unit="share of the ceiling"),
     )
 
@@ -223,13 +230,15 @@ def _difference(groups: Groups) -> PageFigure | None:
     if len(groups) != 2:
         return None
     first, second = groups
-    panels, shapes = [], []
+    panels, drawings, shapes = [], [], []
     for quantity in (q for drawn in ("open", "folded") for q in recorded_quantities(groups, drawn=drawn)):
         if quantity.axes == ("layer", "head") and (pair := heads.head_pair(groups, quantity.name)) is not None:
             difference_LH = pair[0] - pair[1]
             limit = float(np.nanmax(np.abs(difference_LH), initial=0.0)) or 1.0
             title = f"{quantity.label}: up to {limit:.2f}"
-            panels.append(partial(difference_heatmap, difference_LH, limit=limit, layers=pair[2], title=title))
+            scale = {"colours": DIFFERENCE_COLOURS, "numbers": pair[2], "title": title}
+            panels.append(partial(draw_cells, difference_LH, lowest=-limit, highest=limit, **scale))
+            drawings.append(cells_svg(difference_LH, limits=(-limit, limit), **scale))
             shapes.append(difference_LH.shape)
     if not panels:
         return None
@@ -239,15 +248,19 @@ def _difference(groups: Groups) -> PageFigure | None:
         panels=panels,
         panel_inches=heatmap_size(*shapes),
         key=colour_key(DIFFERENCE_COLOURS, limit=(-1, 1), label="share of the largest difference"),
+        drawings=drawings,
     )
 
 
 SECTIONS: tuple[Section, ...] = (
-    Section(name="perplexity", title="Perplexity", figures=[_perplexity],
-            tables={"perplexity": results.perplexity_table, "differences": results.difference_table,
-                    "gap": history.gap_table, "claims": results.claim_table}),
+    Section(name="perplexity", title="Final perplexity", menu="Perplexity", figures=[_perplexity], folded=False),
+    Section(name="claims", title="The paper's claims", menu="Claims", tables={"claims": results.claim_table},
+            folded=False),
     Section(name="difference", title="Two models, head by head", menu="Difference", figures=[_difference],
-            tables={"movers": heads.mover_table}, measurements=True),
+            tables={"movers": heads.mover_table}, measurements=True, folded=False),
+    Section(name="tables", title="Perplexity and differences in numbers", menu="Numbers",
+            tables={"perplexity": results.perplexity_table, "differences": results.difference_table,
+                    "gap": history.gap_table}),
     Section(name="published", title="The paper's heads beside ours", menu="Beside the paper", figures=[_published]),
     Section(name="overload", title="Heads near uniform", menu="Near uniform", figures=[_overload],
             tables={"overload": history.overload_table}),
@@ -259,7 +272,7 @@ SECTIONS: tuple[Section, ...] = (
             menu="Private inference", figures=[_private_inference],
             tables={"perplexity-communication": cost.trade_off_table}),
     Section(name="slopes", title="Slopes below zero", menu="Slopes", figures=[_trajectories, _slope_perplexity],
-            tables={"slopes": _slopes}, folded=True),
+            tables={"slopes": _slopes}),
     Section(name="layers", title="Layers and extreme heads", menu="Layers",
             tables={"layers": heads.layer_table, "heads": heads.extreme_head_table}, measurements=True),
     Section(name="verdicts", title="Verdicts", tables={"verdicts": runs.verdict_table}, measurements=True),

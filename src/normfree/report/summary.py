@@ -11,7 +11,7 @@ from normfree.analysis.entropy import Heads, top_quarter_share, trained_heads
 from normfree.analysis.groups import Group
 from normfree.analysis.seeds import summarise
 from normfree.analysis.verdicts import overload
-from normfree.report.tables.results import comparable_pairs, perplexity_difference
+from normfree.report.tables.results import all_pairs, baseline_label, perplexity_difference
 from normfree.store.runs import divergence_text
 
 _LISTED = 8
@@ -19,11 +19,22 @@ _LISTED = 8
 _OVERLOAD = {True: "overloaded", False: "not overloaded", None: "undecided"}
 
 
+def question(groups: Sequence[Group]) -> str:
+    """The question that the first sentence answers."""
+    if all(group.members[0].kind == "measurement" for group in groups):
+        return "Which heads attend evenly, and which to single tokens?"
+    if any(group.is_baseline for group in groups):
+        return f"How does each variant compare with {baseline_label(groups)}?"
+    pairs = _compared(groups)
+    if pairs and pairs[0][0].label in published.GELU_OF and pairs[0][1].label == published.GELU_OF[pairs[0][0].label]:
+        return f"{published.SETTING[pairs[0][0].label]}, does ReLU or GELU end with the lower perplexity?"
+    return "Which variant ends with the lower perplexity?" if pairs else "What did these runs learn?"
+
+
 def sentences(groups: Sequence[Group]) -> list[str]:
     """The findings, most important first."""
     trained = [group for group in groups if group.members[0].kind == "run"]
-    pairs = [(a, b) for a, b in comparable_pairs(trained) if published.GELU_OF.get(a.label) == b.label]
-    findings = [_comparison(a, b) for a, b in sorted(pairs, key=_without_norm_then_most_seeds)]
+    findings = [_comparison(a, b) for a, b in _compared(trained)]
     heads = {group.name: [trained_heads(run) for run in group.runs] for group in groups if group.runs}
     if any(measured for of_group in heads.values() for measured in of_group):
         findings += [_near_uniform(heads), _overloaded(heads)]
@@ -33,6 +44,17 @@ def sentences(groups: Sequence[Group]) -> list[str]:
     return [sentence for sentence in findings if sentence]
 
 
+def _compared(groups: Sequence[Group]) -> list[tuple[Group, Group]]:
+    """Pairs with a sentence: ReLU against GELU, or each variant against the baseline, or the first other pairs."""
+    trained = [group for group in groups if group.members[0].kind == "run"]
+    pairs = all_pairs(trained)
+    if not any(group.is_baseline for group in trained):
+        gelu = [(a, b) for a, b in pairs if published.GELU_OF.get(a.label) == b.label]
+        if gelu:
+            return sorted(gelu, key=_without_norm_then_most_seeds)
+    return sorted(pairs, key=lambda pair: -len(pair[0].perplexities.keys() & pair[1].perplexities.keys()))[:_LISTED]
+
+
 def _without_norm_then_most_seeds(pair: tuple[Group, Group]) -> tuple[int, int]:
     ours, theirs = pair
     return tuple(published.GELU_OF).index(ours.label), -len(ours.perplexities.keys() & theirs.perplexities.keys())
@@ -40,20 +62,22 @@ def _without_norm_then_most_seeds(pair: tuple[Group, Group]) -> tuple[int, int]:
 
 def _comparison(ours: Group, theirs: Group) -> str:
     difference = perplexity_difference(ours, theirs)
-    # A tag or recipe that distinguishes them is named once if both have it.
-    ours_more, theirs_more = (group.name.removeprefix(group.label) for group in (ours, theirs))
-    setting = f"{published.SETTING[ours.label]}{ours_more}"
-    gelu = "GELU" if ours_more == theirs_more else f"GELU{theirs_more}"
+    subject, other = ours.name, theirs.name
+    if published.GELU_OF.get(ours.label) == theirs.label:
+        # A tag or recipe that distinguishes them is named once if both have it.
+        ours_more, theirs_more = (group.name.removeprefix(group.label) for group in (ours, theirs))
+        subject = f"{published.SETTING[ours.label]}{ours_more}, ReLU"
+        other = "GELU" if ours_more == theirs_more else f"GELU{theirs_more}"
     if difference.nonfinite:
         pairs = f"{difference.nonfinite} of {difference.n} pairs"
-        return f"{setting}, ReLU and {gelu} cannot be compared: {pairs} of runs diverged on one side or both."
+        return f"{subject} and {other} cannot be compared: {pairs} of runs diverged on one side or both."
     common = ours.perplexities.keys() & theirs.perplexities.keys()
     a, b = (summarise([g.perplexities[key] for key in common]).mean for g in (ours, theirs))
     paper = published.relative_difference(published.counterpart(ours.runs[0].spec), ours.label, theirs.label)
     beside = "" if paper is None else f"; the paper: {_above_or_below(paper)}"
     seeds = "1 seed" if difference.n == 1 else f"{difference.n} seeds"
     numbers = f"{a:.1f} against {b:.1f}, {seeds}{beside}"
-    text = f"{setting}, ReLU ends {_above_or_below(difference.mean)} {gelu} in perplexity ({numbers})"
+    text = f"{subject} ends {_above_or_below(difference.mean)} {other} in perplexity ({numbers})"
     if difference.n < 2:
         return f"{text}."
     interval = f"{100 * difference.low:+z.1f} % to {100 * difference.high:+z.1f} %"
@@ -70,7 +94,8 @@ def _near_uniform(heads: dict[str, list[Heads | None]]) -> str:
     shares = {name: summarise([100 * top_quarter_share(h) for h in of_group]) for name, of_group in heads.items()}
     texts = {name: f"{name} {s.text() if s.nonfinite else f'{s.mean:.0f} %'}" for name, s in shares.items()}
     ranked = sorted((s.mean, texts[name]) for name, s in shares.items() if not s.nonfinite)
-    start = "Near-uniform heads (in the top quarter of the causal ceiling), mean over seeds"
+    mean = ", mean over seeds" if any(len(of_group) > 1 for of_group in heads.values()) else ""
+    start = f"Near-uniform heads (in the top quarter of the causal ceiling){mean}"
     if len(texts) <= _LISTED or not ranked:
         return f"{start}: {', '.join(texts.values())}."
     return f"{start}: from {ranked[0][1]} to {ranked[-1][1]}; the table has all {len(texts)} variants."
@@ -110,9 +135,9 @@ def _floor(groups: Sequence[Group]) -> str:
     failed = list(dict.fromkeys(name for share, name, _ in floors if share >= 1))
     if not failed:
         return f"Every finished run learned: the weakest, {name}, ends at {bar}."
-    return (
-        f"{', '.join(failed)} did not learn: the weakest, {name}, ends at {bar}. Such runs may be too short to judge."
-    )
+    if len(failed) == len({name for _, name, _ in floors}):
+        return f"These runs are too short to judge: no variant learned, and the weakest, {name}, ends at {bar}."
+    return f"{', '.join(failed)} did not learn: the weakest, {name}, ends at {bar}."
 
 
 def _one_seed(groups: Sequence[Group]) -> str:

@@ -181,9 +181,14 @@ class Run:
 
     def series(self, split: str, name: str) -> list[tuple[int, Any]]:
         """`[(step, value), ...]` of one metric."""
-        frame = self.metrics
-        chosen = frame[(frame["split"] == split) & (frame["name"] == name)]
-        return list(zip(chosen["step"].tolist(), chosen["value"].tolist(), strict=True))
+        return list(self._series.get((split, name), ()))
+
+    @cached_property
+    def _series(self) -> dict[tuple[str, str], list[tuple[int, Any]]]:
+        series: dict[tuple[str, str], list[tuple[int, Any]]] = {}
+        for step, split, name, value in zip(*(self.metrics[column].tolist() for column in self.metrics), strict=True):
+            series.setdefault((split, name), []).append((step, value))
+        return series
 
     def last(self, split: str, name: str) -> Any | None:
         """The latest value of one metric, or None."""

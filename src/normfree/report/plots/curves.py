@@ -21,7 +21,7 @@ from normfree.store.runs import Run
 LAYER_COLOURS = LinearSegmentedColormap.from_list(
     "layers", ["#005cab", "#5e5bb2", "#9e55ad", "#d34e89", "#e95c67", "#ea7945", "#d49c2a"]
 )
-_MOST_POINTS = 200
+_MOST_POINTS = 100
 _TRAIN_WINDOWS = 50
 _SEED_BESIDE_MEAN: dict[str, Any] = {"linewidth": 0.6, "linestyle": "-", "alpha": 0.55}
 
@@ -73,7 +73,7 @@ def depth_profile(
 ) -> Axes:
     """A quantity over the layers, one line per variant: its layer numbers and values [L], by name."""
     for name, (numbers, value_L) in values.items():
-        ax.plot(numbers, value_L, marker=".", label=name, **styles[name])
+        ax.plot(numbers, value_L, marker=".", label=name, gid=f"title:{name}", **styles[name])
     ax.set(xlabel="layer", ylabel=label)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return ax
@@ -156,8 +156,9 @@ def overload_curves(groups: Sequence[Group], *, ax: Axes, styles: Styles) -> Axe
 def _layer_lines(ax: Axes, steps: Sequence[int], values_SN: np.ndarray, layer_S: Sequence[int], layers: int) -> None:
     """One line per layer, coloured by depth, or a grey one without layer; the first non-finite step is marked."""
     colours = [LAYER_COLOURS(layer / max(1, layers - 1)) for layer in layer_S] or [MUTED]
-    for value_N, colour in zip(values_SN, colours, strict=True):
-        _line(ax, steps, value_N, color=colour)
+    for layer, value_N, colour in zip(layer_S or [None], values_SN, colours, strict=True):
+        name = "all layers" if layer is None else f"layer {layer}"
+        _line(ax, steps, value_N, color=colour, gid=f"title:{name}, ends at {value_N[-1]:.3f}")
     bad = np.flatnonzero(~np.isfinite(values_SN).all(axis=0))
     if bad.size:
         step = steps[bad[0]]
@@ -186,20 +187,20 @@ def _line_per_seed(
             lines = [dict(zip(*series(run), strict=True)) for run in group.runs]
             if steps := sorted(set.intersection(*map(set, lines))):
                 average = np.array([[line[step] for step in steps] for line in lines], dtype=float).mean(axis=0)
-                _line(ax, steps, average, label=label, zorder=3, **style)
+                _line(ax, steps, average, label=label, zorder=3, gid=f"title:{label}, mean", **style)
                 label, style = None, {**style, **_SEED_BESIDE_MEAN}
         for run in group.drawn:
             steps, values = series(run)
             if not steps:
                 continue
-            _line(ax, steps, values, label=label, **style)
+            _line(ax, steps, values, label=label, gid=f"title:{group.name}, seed {run.seed}: {values[-1]:.3f}", **style)
             label = None
             if not is_over(run):
                 ax.plot(steps[-1:], values[-1:], "o", fillstyle="none", color=style["color"])
 
 
 def _line(ax: Axes, steps: Sequence[int], values: np.ndarray, **style: Any) -> None:
-    """Draw about 200 of the points, including the last one."""
+    """Draw about 100 of the points, including the last one."""
     stride = max(1, -(-len(steps) // _MOST_POINTS))
     drawn = sorted({*range(0, len(steps), stride), *range(len(steps))[-1:]})
     ax.plot([steps[i] for i in drawn], np.asarray(values)[drawn], **style)

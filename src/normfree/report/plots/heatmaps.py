@@ -48,7 +48,7 @@ def heatmap(
         quantity = QUANTITIES[quantity]
     highest = highest_finite(values_LH if ceiling is None else np.asarray(ceiling, dtype=float))
     numbers = range(len(values_LH)) if layers is None else layers
-    draw = partial(_draw, values_LH, highest=highest, title=title, numbers=numbers)
+    draw = partial(draw_cells, values_LH, highest=highest, title=title, numbers=numbers)
     return draw_with_bar(draw, values_LH.shape, quantity.label) if ax is None else draw(ax=ax)
 
 
@@ -59,20 +59,21 @@ def draw_with_bar(draw: Panel, shape: tuple[int, ...], label: str, ax: Axes | No
     return ax
 
 
-def heatmap_key(quantity: Quantity, highest: float, *, unit: str | None = None, marked: bool = True) -> Key:
+def heatmap_key(
+    quantity: Quantity,
+    highest: float,
+    *,
+    unit: str | None = None,
+    marked: bool = True,
+    colours: Colormap = HEATMAP_COLOURS,
+) -> Key:
     """The colour bar of heatmaps up to `highest`, with the quantity's mark if `highest` is its ceiling."""
     label = quantity.label if unit is None else f"{quantity.title} ({unit})"
     mark = None
     if quantity.mark is not None and marked:
         edge = quantity.mark[0] * highest
         mark = (edge, f"{quantity.mark[1]} from {edge:.2f}")
-    return colour_key(HEATMAP_COLOURS, limit=(0, highest), label=label, mark=mark)
-
-
-def difference_heatmap(values_LH: ArrayLike, *, ax: Axes, limit: float, title: str = "", layers: Sequence[int]) -> Axes:
-    """Draw the difference of a quantity between two models: white is 0, red positive, blue negative."""
-    colours = {"lowest": -limit, "highest": limit, "colours": DIFFERENCE_COLOURS}
-    return _draw(np.asarray(values_LH, dtype=float), ax=ax, title=title, numbers=layers, **colours)
+    return colour_key(colours, limit=(0, highest), label=label, mark=mark)
 
 
 def heatmap_size(*shapes: tuple[int, ...]) -> tuple[float, float]:
@@ -81,7 +82,7 @@ def heatmap_size(*shapes: tuple[int, ...]) -> tuple[float, float]:
     return min(max(0.9 + 0.3 * heads, 3.0), 9.0), min(max(0.9 + 0.24 * layers, 2.2), 9.0)
 
 
-def _draw(
+def draw_cells(
     values_LH: np.ndarray,
     *,
     ax: Axes,
@@ -91,6 +92,7 @@ def _draw(
     lowest: float = 0.0,
     colours: Colormap = HEATMAP_COLOURS,
 ) -> Axes:
+    """Draw one coloured cell per head; heads that are not finite are hatched."""
     layers, heads = values_LH.shape
     colours = colours.with_extremes(bad=_NOT_FINITE)
     image = ax.imshow(values_LH, cmap=colours, vmin=lowest, vmax=highest, aspect="auto", interpolation="none")
@@ -120,7 +122,7 @@ def _write_values(values_LH: np.ndarray, image: AxesImage) -> None:
     is_light_LH = image.to_rgba(np.ma.masked_invalid(values_LH))[..., :3] ** 2.2 @ (0.2126, 0.7152, 0.0722) > 0.179
     style = {"ha": "center", "va": "center", "fontsize": size, "in_layout": False, "clip_on": True}
     for (layer, head), value in np.ndenumerate(values_LH):
-        text = image.axes.text(head, layer, f"{value:.2f}", color="k" if is_light_LH[layer, head] else "w", **style)
+        text = image.axes.text(head, layer, f"{value:z.2f}", color="k" if is_light_LH[layer, head] else "w", **style)
         if not np.isfinite(value):
             text.set_text("NaN")
             text.set_bbox({"facecolor": _NOT_FINITE, "edgecolor": "none", "pad": 0.6})

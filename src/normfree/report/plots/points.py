@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
 from normfree.analysis.groups import Group, perplexities_on_common_seeds
-from normfree.analysis.seeds import decimals, summarise
+from normfree.analysis.seeds import Difference, decimals, summarise
 from normfree.analysis.verdicts import fixed_slope
 from normfree.cost.tradeoff import Point
 from normfree.report.plots.style import GREEN, GRID, INK, MUTED, RED, Styles, empty, wrapped
@@ -34,7 +34,10 @@ def perplexity_points(groups: Sequence[Group], *, ax: Axes, styles: Styles) -> A
         values = list(group.perplexities.values())
         colour, cell = styles[group.name]["color"], summarise(values)
         near = [value for value in values if value <= limit]
-        ax.plot(near, [row] * len(near), "o", color=colour, markersize=4, alpha=0.75)
+        seeds = ", ".join(f"seed {run.seed} {decimals(run.perplexity)}" for run in group.runs)
+        ax.plot(
+            near, [row] * len(near), "o", color=colour, markersize=4, alpha=0.75, gid=f"title:{group.name}: {seeds}"
+        )
         if far := [decimals(value, 1) for value in values if limit < value < math.inf]:
             ax.text(0.99, row, f"{', '.join(far)} >", ha="right", color=INK, **edge, **small)
         if cell.n > 1 and cell.mean <= limit:
@@ -44,6 +47,23 @@ def perplexity_points(groups: Sequence[Group], *, ax: Axes, styles: Styles) -> A
         ax.text(1.02, row, text, color=ink, **edge, **small)
     ax.set_yticks(range(len(rows)), [wrapped(group.name) for group in rows])
     ax.set(ylim=(len(rows) - 0.4, -0.6), xlabel="validation perplexity")
+    ax.tick_params(axis="y", length=0)
+    return ax
+
+
+def difference_points(rows: Sequence[tuple[str, Sequence[float], Difference]], *, ax: Axes) -> Axes:
+    """Paired differences in percent: a dot per seed, and the mean with its 95 % interval below."""
+    for row, (name, values, difference) in enumerate(rows):
+        near = [100 * value for value in values if math.isfinite(value)]
+        seeds = f"title:{name}: {', '.join(f'{value:+.1f} %' for value in near)}"
+        ax.plot(near, [row] * len(near), "o", color=MUTED, markersize=4, alpha=0.75, gid=seeds)
+        if math.isfinite(difference.low):
+            reach = 100 * (difference.high - difference.mean)
+            bar = {"color": INK, "marker": "|", "markersize": 6, "capsize": 3, "linewidth": 1.4}
+            ax.errorbar(100 * difference.mean, row + _BELOW_DOTS, xerr=reach, **bar)
+    ax.axvline(0, color=INK, linewidth=1, zorder=1)
+    ax.set_yticks(range(len(rows)), [wrapped(name) for name, _, _ in rows])
+    ax.set(ylim=(len(rows) - 0.4, -0.6), xlabel="difference in perplexity (%)")
     ax.tick_params(axis="y", length=0)
     return ax
 

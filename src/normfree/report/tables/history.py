@@ -12,7 +12,7 @@ from normfree.analysis import published
 from normfree.analysis.entropy import Heads, causal_ceiling, probed_heads, top_quarter_share, trained_heads
 from normfree.analysis.groups import Group
 from normfree.analysis.seeds import paired_difference, summarise
-from normfree.report.tables.results import comparable_pairs, comparison, percent, percent_with_interval
+from normfree.report.tables.results import comparison, main_pairs, percent, percent_with_interval
 from normfree.report.tables.table import Table
 from normfree.store.runs import Run
 
@@ -26,7 +26,7 @@ _SHARE_TITLES = tuple(f"At {100 * share:.0f} %" for share in SHARES_OF_TRAINING)
 def gap_table(groups: Sequence[Group]) -> Table:
     """Paired relative difference of validation perplexity at shares of the training, beside the paper's curves."""
     rows, published_pairs = [], []
-    for ours, theirs in comparable_pairs(groups):
+    for ours, theirs in main_pairs(groups):
         cells = [_gap(ours, theirs, share) for share in SHARES_OF_TRAINING]
         pairs = len(ours.perplexities.keys() & theirs.perplexities.keys())
         rows.append((comparison(ours, theirs), *cells, str(pairs)))

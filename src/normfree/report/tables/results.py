@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from itertools import combinations
 
 from normfree.analysis import published
 from normfree.analysis.entropy import top_quarter_share, trained_heads
@@ -17,6 +18,8 @@ from normfree.report.tables.table import Table
 def perplexity_table(groups: Sequence[Group]) -> Table:
     """Final validation perplexity of each variant, its change against the baseline, and the unigram perplexity.
 
+    The baseline is the one chosen for the groups, else the paper's.
+
     The paper's numbers are added, unless the runs have a variant more than once, as in a sweep.
     """
     with_runs = [group for group in groups if group.runs]
@@ -29,31 +32,34 @@ def perplexity_table(groups: Sequence[Group]) -> Table:
     for fingerprint, corpus in sorted(corpora.items()):
         name = "Unigram" if len(corpora) == 1 else f"Unigram (corpus {fingerprint[:12]})"
         rows.append((name, f"{corpus['unigram_perplexity']:.2f}", "-", "-", "-"))
-    titles = ("Variant", "Perplexity", "Seeds", f"Against {BASELINE}", "Bits per byte")
+    baseline = baseline_label(groups)
+    titles = ("Variant", "Perplexity", "Seeds", f"Against {baseline}", "Bits per byte")
     if paper := _paper_cells(groups):
-        titles += ("Paper", f"Paper, against {BASELINE}", "Paper's model")
+        titles += ("Paper", f"Paper, against {baseline}", "Paper's model")
         rows = [(*row, *paper.get(row[0], ("-", "-", "-"))) for row in rows]
     caption = "Validation perplexity after training: mean and sample standard deviation over seeds, lower is better"
     return Table("perplexity", caption, titles, rows, _perplexity_notes(groups), words=("Paper's model",))
 
 
 def difference_table(groups: Sequence[Group]) -> Table:
-    """Relative differences of perplexity, paired by seed, with a 95 % Student-t interval."""
+    """Relative differences of perplexity for all pairs, paired by seed, with a 95 % Student-t interval."""
     rows = []
-    for ours, theirs in comparable_pairs(groups):
+    for ours, theirs in all_pairs(groups):
         difference = perplexity_difference(ours, theirs)
         model = published.counterpart(ours.runs[0].spec)
         paper = percent(published.relative_difference(model, ours.label, theirs.label))
         interval = "-"
         if math.isfinite(difference.low):
             interval = f"{percent(difference.low)} to {percent(difference.high)}"
-        rows.append((comparison(ours, theirs), mean_text(difference), interval, str(difference.n), paper))
-    titles = ("Comparison", "Difference in perplexity", "95 % interval", "Pairs", "Paper")
+        kind = "the paper's" if (ours.label, theirs.label) in NAMED else "exploratory"
+        rows.append((comparison(ours, theirs), kind, mean_text(difference), interval, str(difference.n), paper))
+    titles = ("Comparison", "Kind", "Difference in perplexity", "95 % interval", "Pairs", "Paper")
     notes = [
         "Seeds are paired: the same seed and the same order of the data on both sides. "
-        "Student's t over the pairs; one pair has no interval."
+        "Student's t over the pairs; one pair has no interval.",
+        "Exploratory: the paper makes no claim about this pair. Of twenty such intervals, one misses 0 by chance.",
     ]
-    return Table("differences", "Paired relative differences of perplexity", titles, rows, notes)
+    return Table("differences", "Paired relative differences of perplexity", titles, rows, notes, words=("Kind",))
 
 
 def perplexity_difference(ours: Group, theirs: Group) -> Difference:
@@ -80,6 +86,11 @@ CLAIMS: tuple[tuple[str, str, str, Callable[[Group, Group], Difference], bool], 
     ("(g) ReLU early, GELU late beats ReLU", "SM+R/G", "SM+R", perplexity_difference, False),
     ("(g) ReLU belongs into the early half", "SM+R/G", "SM+G/R", perplexity_difference, False),
 )
+
+
+NAMED = (*COMPARISONS, *((label, other) for _, label, other, _, _ in CLAIMS))
+"""Pairs of variants that the paper compares or makes a claim about."""
+_FEW = 12
 
 
 def claim_table(groups: Sequence[Group]) -> Table:
@@ -137,6 +148,34 @@ def comparable_pairs(
     return [(ours, theirs) for ours, other in ours_first for theirs in counterparts(ours, other, groups)]
 
 
+def all_pairs(groups: Sequence[Group]) -> list[tuple[Group, Group]]:
+    """Every variant with the baseline if one was chosen; else the paper's pairs, then every other pair of a recipe
+    with a common seed."""
+    bases = [group for group in groups if group.is_baseline]
+    if bases:
+        of_label = dict.fromkeys(base.label for base in bases)
+        pairs = [(ours, other) for ours in groups for label in of_label for other in counterparts(ours, label, groups)]
+        return [(ours, other) for ours, other in pairs if other.is_baseline and not ours.is_baseline]
+    pairs = {}
+    for ours, theirs in comparable_pairs(groups, NAMED) + [(b, a) for a, b in combinations(groups, 2)]:
+        if ours.recipe == theirs.recipe and ours.perplexities.keys() & theirs.perplexities.keys():
+            pairs.setdefault(frozenset((ours.name, theirs.name)), (ours, theirs))
+    return list(pairs.values())
+
+
+def main_pairs(groups: Sequence[Group]) -> list[tuple[Group, Group]]:
+    """The pairs for figures: all of them if they are few, else those with the baseline or in the paper."""
+    pairs = all_pairs(groups)
+    if len(pairs) <= _FEW or any(group.is_baseline for group in groups):
+        return pairs
+    return [(a, b) for a, b in pairs if (a.label, b.label) in NAMED] or pairs[:_FEW]
+
+
+def baseline_label(groups: Sequence[Group]) -> str:
+    """The label of the chosen baseline, else the paper's."""
+    return next((group.label for group in groups if group.is_baseline), BASELINE)
+
+
 def comparison(ours: Group, theirs: Group) -> str:
     """`SM+R against SM+G`; a recipe or tag that both have is named once."""
     same = ours.name.removeprefix(ours.label) == theirs.name.removeprefix(theirs.label)
@@ -170,16 +209,17 @@ def _paper_cells(groups: Sequence[Group]) -> dict[str, tuple[str, str, str]]:
         paper = published.PERPLEXITY[model].get(group.label)
         if group.runs and paper is not None:
             in_paper.append((model, group.label))
-            change = percent(published.relative_difference(model, group.label, BASELINE))
+            change = percent(published.relative_difference(model, group.label, baseline_label(groups)))
             cells[group.name] = (f"{paper:.3f}", change, model)
     return cells if len(in_paper) == len(set(in_paper)) else {}
 
 
 def _against_baseline(group: Group, groups: Sequence[Group]) -> str:
     """The mean over the pairs, with their number if some seeds of the group have no partner."""
-    if group.label == BASELINE:
+    baseline = baseline_label(groups)
+    if group.label == baseline:
         return "baseline"
-    bases = counterparts(group, BASELINE, groups)
+    bases = counterparts(group, baseline, groups)
     if len(bases) != 1:
         return "-"
     difference = perplexity_difference(group, bases[0])
@@ -190,13 +230,14 @@ def _against_baseline(group: Group, groups: Sequence[Group]) -> str:
 def _perplexity_notes(groups: Sequence[Group]) -> list[str]:
     runs = [run for group in groups for run in group.runs]
     notes = ["Unigram: the perplexity of token frequencies alone, which any model has to beat."]
-    if any(group.label == BASELINE and group.runs for group in groups):
+    baseline = baseline_label(groups)
+    if any(group.label == baseline and group.runs for group in groups):
         notes.append(
-            f"Against {BASELINE}: the mean of the differences between runs of the same seed. "
+            f"Against {baseline}: the mean of the differences between runs of the same seed. "
             "It uses seeds that both variants have; n is shown if these are fewer."
         )
-    if several := [group.name for group in groups if group.runs and len(counterparts(group, BASELINE, groups)) > 1]:
-        notes.append(f"No change is shown for {', '.join(several)}: more than one {BASELINE} has the same recipe.")
+    if several := [group.name for group in groups if group.runs and len(counterparts(group, baseline, groups)) > 1]:
+        notes.append(f"No change is shown for {', '.join(several)}: more than one {baseline} has the same recipe.")
     if not all(math.isfinite(run.perplexity) for run in runs):
         notes.append("NaN (k/n): k of n seeds diverged or have no finite perplexity. The others are not averaged.")
     if _paper_cells(groups):

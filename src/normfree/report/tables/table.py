@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import quote
 
 from jinja2 import Template
 
@@ -46,6 +47,13 @@ class Table:
         return [number > 0 and title not in self.words for number, title in enumerate(self.titles)]
 
 
+def without_empty_columns(table: Table) -> Table:
+    """The table without columns in which every cell is a dash."""
+    filled = [i for i in range(len(table.titles)) if i == 0 or any(row[i] not in ("-", "") for row in table.rows)]
+    titles, *rows = (tuple(row[i] for i in filled) for row in (table.titles, *table.rows))
+    return replace(table, titles=titles, rows=rows)
+
+
 def to_markdown(table: Table) -> str:
     """GitHub's pipe table, with the caption above and the notes below."""
     titles, *rows = _escaped(table, lambda text: text.translate(_MARKDOWN))
@@ -81,8 +89,9 @@ def to_csv(table: Table) -> str:
 
 
 def to_html(table: Table) -> str:
-    """A `<table>` with caption, scopes and notes."""
-    return _HTML.render(table=table).replace("+-", "\N{PLUS-MINUS SIGN}")
+    """A `<table>` with caption, scopes, notes, and links that contain its CSV and LaTeX."""
+    links = {"csv": quote(to_csv(table)), "tex": quote(to_latex(table))}
+    return _HTML.render(table=table, links=links).replace("+-", "\N{PLUS-MINUS SIGN}")
 
 
 def _escaped(table: Table, escape: Callable[[str], str]) -> list[list[str]]:
