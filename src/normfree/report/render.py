@@ -15,7 +15,7 @@ from normfree.report.plots.style import COLOURS, drawing_settings
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 _ID = re.compile(r' id="([^"]*)"')
 _COORDINATES = re.compile(r' (?:d|x|y)="[^"]*"')
-_SUPERFLUOUS = re.compile(r""" transform="rotate\(-0 [^"]*"|font-family: 'DejaVu Sans'; """)
+_SUPERFLUOUS = re.compile(r""" transform="rotate\(-0 [^"]*"|font-family: 'DejaVu Sans'; |; stroke-linecap: square""")
 _DECIMALS = re.compile(r"(\.\d)\d+")
 _TITLE = re.compile(r' id="title:([^"]*)">')
 _USED = re.compile(r'(?:url\(#|href="#)([^")]+)')
@@ -34,9 +34,9 @@ def to_svg(figure: Figure, prefix: str) -> str:
     text = text[text.index("<svg") :]
     text = _TITLE.sub(r"><title>\1</title>", text)
     text = _COORDINATES.sub(lambda match: _DECIMALS.sub(r"\1", match[0]), _SUPERFLUOUS.sub("", text))
-    used = set(_USED.findall(text))
-    text = _ID.sub(lambda match: f' id="{prefix}-{match[1]}"' if match[1] in used else "", text)
-    text = _USED.sub(lambda match: match[0][: -len(match[1])] + f"{prefix}-{match[1]}", text)
+    used = {name: f"{prefix}-{place}" for place, name in enumerate(dict.fromkeys(_USED.findall(text)))}
+    text = _ID.sub(lambda match: f' id="{used[match[1]]}"' if match[1] in used else "", text)
+    text = _USED.sub(lambda match: match[0][: -len(match[1])] + used[match[1]], text)
     for name, (on_white, _) in COLOURS.items():  # the page defines them for light and dark mode
         text = text.replace(on_white, f"var(--{name})")
     # As wide as the box around it, and hidden from screen readers, which read the name of the figure.

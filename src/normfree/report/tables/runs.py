@@ -26,10 +26,14 @@ from normfree.analysis.verdicts import (
 from normfree.report.tables.table import Table
 from normfree.store.runs import Run, divergence_text
 
+_MANY_RUNS = 24
+
 
 def verdict_table(groups: Sequence[Group]) -> Table:
-    """Overload, collapse and slopes of every run."""
+    """Overload, collapse and slopes of every run; of many runs, how often each verdict holds in every variant."""
     rows = []
+    if len(all_runs(groups)) > _MANY_RUNS:
+        return _verdict_counts(groups)
     for run in all_runs(groups):
         heads = final_heads(run)
         if heads is None:
@@ -38,6 +42,36 @@ def verdict_table(groups: Sequence[Group]) -> Table:
         probes, numbers = probed_heads(run), run.layer_numbers("entropy_nats", len(heads.entropy_LH))
         verdicts = (_overload_text(overload(heads, probes), numbers), _collapse_text(collapse(heads, probes), numbers))
         rows.append((run.place, str(heads.step), *verdicts, _slope_text(run)))
+    titles = ("Run", "Measured at step", "Overload", "Collapse", "Slopes")
+    return Table("verdicts", "Verdicts on every run", titles, rows, _verdict_notes(groups), words=titles[2:])
+
+
+def _verdict_counts(groups: Sequence[Group]) -> Table:
+    rows = []
+    for group in groups:
+        heads = [measured for run in group.members if (measured := final_heads(run)) is not None]
+        learned = [measured for run in group.members if (measured := slopes(run)) is not None]
+        verdicts = (
+            [overload(h).holds for h in heads],
+            [collapse(h).holds for h in heads],
+            [s.diverging for s in learned],
+        )
+        rows.append((group.name, *map(_count_text, verdicts), str(len(group.members))))
+    titles = ("Variant", "Overload", "Collapse", "Slopes apart", "Runs")
+    return Table("verdicts", "Verdicts on every variant", titles, rows, _verdict_notes(groups), words=titles[1:4])
+
+
+def _count_text(verdicts: Sequence[bool | None]) -> str:
+    """`yes`, `no`, or `yes in 2 of 5, undecided in 1`."""
+    words = ["undecided" if holds is None else "yes" if holds else "no" for holds in verdicts]
+    if len(set(words)) < 2:
+        return next(iter(words), "-")
+    return f"yes in {words.count('yes')} of {len(words)}" + (
+        f", undecided in {words.count('undecided')}" if "undecided" in words else ""
+    )
+
+
+def _verdict_notes(groups: Sequence[Group]) -> list[str]:
     notes = [
         f"Overload: at least half of the heads in the first third of the layers are at or above "
         f"{100 * OVERLOAD_SHARE:.0f} % of the causal ceiling. Untrained heads are nearly uniform, so a "
@@ -48,8 +82,7 @@ def verdict_table(groups: Sequence[Group]) -> Table:
     ]
     if rows_are_finite(groups):
         notes.append("No probe of any run found an attention row with NaN or infinity.")
-    titles = ("Run", "Measured at step", "Overload", "Collapse", "Slopes")
-    return Table("verdicts", "Verdicts on every run", titles, rows, notes, words=("Overload", "Collapse", "Slopes"))
+    return notes
 
 
 def run_table(groups: Sequence[Group]) -> Table:
