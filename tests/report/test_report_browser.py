@@ -139,11 +139,12 @@ def test_the_keyboard_reaches_every_scroll_area_and_scrolls_it(browser: Browser,
     # wait_for_function evaluates a string again at every frame, which the page's own policy forbids.
     page = browser.new_page(viewport={"width": 390, "height": 844}, bypass_csp=True)
     page.goto((report / "index.html").as_uri())
+    page.evaluate("document.querySelectorAll('details').forEach((fold) => { fold.open = true })")
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip"
     wanted = page.locator(".scroll").count()
     reached = 0
-    for _ in range(200):
+    for _ in range(400):
         page.keyboard.press("Tab")
         if page.evaluate("document.activeElement.classList.contains('scroll')"):
             assert page.evaluate("document.activeElement.getAttribute('tabindex')") == "0"

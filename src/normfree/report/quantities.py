@@ -37,23 +37,22 @@ def _heatmaps(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
         return None
     shown = [values_LH for _, _, values_LH in measured]
     tops = [ceilings(run, quantity) for _, run, _ in measured]
-    colours, unit, scale, mark = HEATMAP_COLOURS, quantity.unit, "up to the highest value here", ""
-    limit = max(map(highest_finite, shown))
+    scale, mark = "up to the highest value here", ""
+    limit, colours = max(map(highest_finite, shown)), HEATMAP_COLOURS
     bounded = [top for top in tops if top is not None and np.isfinite(top).any()]
+    key = None
     if bounded:
         limit = max(map(highest_finite, bounded))
-        scale = f"up to the ceiling of {limit:.2f} {unit}".rstrip()
+        scale = f"up to the ceiling of {limit:.2f} {quantity.unit}".rstrip()
         mark = f" Heads above the mark count as {quantity.mark[1]}." if quantity.mark else ""
-        shares = [
-            v_LH if top is None else v_LH / np.atleast_1d(top)[:, None] for v_LH, top in zip(shown, tops, strict=True)
-        ]
+        shares = [v / np.atleast_1d(1.0 if top is None else top)[:, None] for v, top in zip(shown, tops, strict=True)]
         if quantity.mark and all((share_LH >= quantity.mark[0]).all() for share_LH in shares):
             shown, colours = [100 * (1 - share_LH) for share_LH in shares], HEATMAP_COLOURS.reversed()
-            limit, unit, mark = max(map(highest_finite, shown)), "% below the ceiling", ""
-            scale = "in percent below the ceiling, as all heads are near it"
+            limit, scale, mark = max(map(highest_finite, shown)), "in percent below the ceiling; all are near it", ""
+            key = colour_key(colours, limit=(0, limit), label=f"{quantity.title} (% below the ceiling)")
         elif len({run.spec["data"]["context"] for _, run, _ in measured}) > 1 and isinstance(quantity.ceiling, str):
-            limit, unit, scale = 1.0, "share of the ceiling", "as shares of each model's ceiling"
-            shown = shares
+            shown, limit, scale = shares, 1.0, "as shares of each model's ceiling"
+            key = heatmap_key(quantity, limit, unit="share of the ceiling")
     unfinished = [
         f"{group.name} (step {values_over_training(run, quantity.name)[-1][0]})"
         for group, run, _ in measured
@@ -72,16 +71,16 @@ def _heatmaps(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
         f"{_FIRST_SEED}{note}",
         limits=(0, limit),
         colours=colours,
-        key=heatmap_key(quantity, limit, unit=unit, marked=bool(mark), colours=colours),
+        key=key or heatmap_key(quantity, limit, marked=bool(bounded)),
     )
 
 
 def _means(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
     """The mean over the seeds of every group with several."""
-    means = [(name, *mean) for name, mean in _sorted_means(groups, quantity).items() if mean[2] > 1]
-    if not means:
+    means = _sorted_means(groups, quantity)
+    named = [(f"{name}, {seeds} seeds", *mean) for name, (seeds, *mean) in means.items() if seeds > 1]
+    if not named:
         return None
-    named = [(f"{name}, {seeds} seeds", values_LH, rows) for name, values_LH, rows, seeds in means]
     limit = max(highest_finite(values_LH) for _, values_LH, _ in named)
     return cells_figure(
         named,
@@ -96,11 +95,11 @@ def _means(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
 def _differences(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
     """The difference of the means over seeds for the main pairs."""
     means = _sorted_means(groups, quantity)
-    named = [
-        (f"{ours.name} minus {theirs.name}", means[ours.name][0] - means[theirs.name][0], means[ours.name][1])
-        for ours, theirs in main_pairs([group for group in groups if group.name in means])
-        if means[ours.name][0].shape == means[theirs.name][0].shape
-    ]
+    named = []
+    for ours, theirs in main_pairs([group for group in groups if group.name in means]):
+        (_, our_LH, layers), (_, their_LH, _) = means[ours.name], means[theirs.name]
+        if our_LH.shape == their_LH.shape:
+            named.append((f"{ours.name} minus {theirs.name}", our_LH - their_LH, layers))
     if not named:
         return None
     limit = max(highest_finite(np.abs(values_LH)) for _, values_LH, _ in named)
@@ -115,25 +114,24 @@ def _differences(groups: Sequence[Group], quantity: Quantity) -> PageFigure | No
     )
 
 
-def _sorted_means(groups: Sequence[Group], quantity: Quantity) -> dict[str, tuple[Floats, list[int], int]]:
-    """Mean over finished seeds with each layer sorted, the layers' numbers, and the number of seeds, by group."""
+def _sorted_means(groups: Sequence[Group], quantity: Quantity) -> dict[str, tuple[int, Floats, list[int]]]:
+    """By group: the number of finished seeds, their mean with each layer sorted, the layers' numbers."""
     means = {}
     for group in groups:
-        finals = [(run, np.array(run.last("final", quantity.name), dtype=float)) for run in group.runs
-                  if run.kind == "run" and run.status == "finished" and run.last("final", quantity.name)]  # fmt: skip
-        if finals and len({values_LH.shape for _, values_LH in finals}) == 1:
-            mean_LH = np.mean([-np.sort(-values_LH, axis=1) for _, values_LH in finals], axis=0)
-            means[group.name] = (mean_LH, finals[0][0].layer_numbers(quantity.name, len(mean_LH)), len(finals))
+        seeds = [run for run in group.runs if run.kind == "run" and run.status == "finished"]
+        values = [np.array(v_LH, dtype=float) for run in seeds if (v_LH := run.last("final", quantity.name))]
+        if values and len({values_LH.shape for values_LH in values}) == 1:
+            mean_LH = np.mean([-np.sort(-values_LH, axis=1) for values_LH in values], axis=0)
+            means[group.name] = (len(values), mean_LH, seeds[0].layer_numbers(quantity.name, len(mean_LH)))
     return means
 
 
 def _unchanged(run: Run, quantity: Quantity) -> str:
     """`: as before training` if no head moved from its value at step 0 by more than a twentieth of the ceiling."""
-    first, top = values_over_training(run, quantity.name)[:1], ceilings(run, quantity)
-    last = run.last("final", quantity.name)
-    if not first or first[0][0] != 0 or top is None or not last:
+    history, top = values_over_training(run, quantity.name), ceilings(run, quantity)
+    if top is None or run.status != "finished" or not history or history[0][0] != 0:
         return ""
-    moved_LH = np.abs(np.array(last, dtype=float) - first[0][1]) / np.atleast_1d(top)[:, None]
+    moved_LH = np.abs(newest_values(run, quantity.name) - history[0][1]) / np.atleast_1d(top)[:, None]
     return ": as before training" if (moved_LH <= _HARDLY).all() else ""
 
 

@@ -59,21 +59,14 @@ def draw_with_bar(draw: Panel, shape: tuple[int, ...], label: str, ax: Axes | No
     return ax
 
 
-def heatmap_key(
-    quantity: Quantity,
-    highest: float,
-    *,
-    unit: str | None = None,
-    marked: bool = True,
-    colours: Colormap = HEATMAP_COLOURS,
-) -> Key:
+def heatmap_key(quantity: Quantity, highest: float, *, unit: str | None = None, marked: bool = True) -> Key:
     """The colour bar of heatmaps up to `highest`, with the quantity's mark if `highest` is its ceiling."""
     label = quantity.label if unit is None else f"{quantity.title} ({unit})"
     mark = None
     if quantity.mark is not None and marked:
         edge = quantity.mark[0] * highest
         mark = (edge, f"{quantity.mark[1]} from {edge:.2f}")
-    return colour_key(colours, limit=(0, highest), label=label, mark=mark)
+    return colour_key(HEATMAP_COLOURS, limit=(0, highest), label=label, mark=mark)
 
 
 def heatmap_size(*shapes: tuple[int, ...]) -> tuple[float, float]:

@@ -51,7 +51,7 @@ def difference_table(groups: Sequence[Group]) -> Table:
         interval = "-"
         if math.isfinite(difference.low):
             interval = f"{percent(difference.low)} to {percent(difference.high)}"
-        kind = "the paper's" if (ours.label, theirs.label) in NAMED else "exploratory"
+        kind = "the paper's" if _is_named(ours, theirs) else "exploratory"
         rows.append((comparison(ours, theirs), kind, mean_text(difference), interval, str(difference.n), paper))
     titles = ("Comparison", "Kind", "Difference in perplexity", "95 % interval", "Pairs", "Paper")
     notes = [
@@ -88,7 +88,7 @@ CLAIMS: tuple[tuple[str, str, str, Callable[[Group, Group], Difference], bool], 
 )
 
 
-NAMED = (*COMPARISONS, *((label, other) for _, label, other, _, _ in CLAIMS))
+_NAMED = (*COMPARISONS, *((label, other) for _, label, other, _, _ in CLAIMS))
 """Pairs of variants that the paper compares or makes a claim about."""
 _FEW = 12
 
@@ -157,7 +157,7 @@ def all_pairs(groups: Sequence[Group]) -> list[tuple[Group, Group]]:
         pairs = [(ours, other) for ours in groups for label in of_label for other in counterparts(ours, label, groups)]
         return [(ours, other) for ours, other in pairs if other.is_baseline and not ours.is_baseline]
     pairs = {}
-    for ours, theirs in comparable_pairs(groups, NAMED) + [(b, a) for a, b in combinations(groups, 2)]:
+    for ours, theirs in comparable_pairs(groups, _NAMED) + [(b, a) for a, b in combinations(groups, 2)]:
         if ours.recipe == theirs.recipe and ours.perplexities.keys() & theirs.perplexities.keys():
             pairs.setdefault(frozenset((ours.name, theirs.name)), (ours, theirs))
     return list(pairs.values())
@@ -168,7 +168,11 @@ def main_pairs(groups: Sequence[Group]) -> list[tuple[Group, Group]]:
     pairs = all_pairs(groups)
     if len(pairs) <= _FEW or any(group.is_baseline for group in groups):
         return pairs
-    return [(a, b) for a, b in pairs if (a.label, b.label) in NAMED] or pairs[:_FEW]
+    return [(a, b) for a, b in pairs if _is_named(a, b)] or pairs[:_FEW]
+
+
+def _is_named(ours: Group, theirs: Group) -> bool:
+    return (ours.label, theirs.label) in _NAMED or (theirs.label, ours.label) in _NAMED
 
 
 def baseline_label(groups: Sequence[Group]) -> str:

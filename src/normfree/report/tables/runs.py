@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -62,13 +63,9 @@ def _verdict_counts(groups: Sequence[Group]) -> Table:
 
 
 def _count_text(verdicts: Sequence[bool | None]) -> str:
-    """`yes`, `no`, or `yes in 2 of 5, undecided in 1`."""
-    words = ["undecided" if holds is None else "yes" if holds else "no" for holds in verdicts]
-    if len(set(words)) < 2:
-        return next(iter(words), "-")
-    return f"yes in {words.count('yes')} of {len(words)}" + (
-        f", undecided in {words.count('undecided')}" if "undecided" in words else ""
-    )
+    """`yes`, `no`, or `4 yes, 1 undecided`."""
+    counts = Counter({True: "yes", False: "no", None: "undecided"}[holds] for holds in verdicts)
+    return ", ".join(f"{count} {word}" if len(counts) > 1 else word for word, count in counts.items()) or "-"
 
 
 def _verdict_notes(groups: Sequence[Group]) -> list[str]:

@@ -1,21 +1,16 @@
 for (const table of document.querySelectorAll("table")) {
-  const body = table.tBodies[0];
   [...table.tHead.rows[0].cells].forEach((head, column) => {
     const button = document.createElement("button");
     button.append(...head.childNodes);
     head.append(button);
-    button.addEventListener("click", () => {
-      const up = head.getAttribute("aria-sort") !== "ascending";
+    button.onclick = () => {
+      const way = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
       for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
-      head.setAttribute("aria-sort", up ? "ascending" : "descending");
-      const text = (row) => row.cells[column].textContent.trim();
-      const number = (row) => parseFloat(text(row).replace(/,/g, ""));
-      const compare = (a, b) => {
-        const [x, y] = [number(a), number(b)];
-        if (isNaN(x) || isNaN(y)) return isNaN(x) - isNaN(y) || text(a).localeCompare(text(b)) * (up ? 1 : -1);
-        return up ? x - y : y - x;
-      };
-      body.append(...[...body.rows].sort(compare));
-    });
+      head.setAttribute("aria-sort", way > 0 ? "ascending" : "descending");
+      const read = (row) => [row.cells[column].textContent, parseFloat(row.cells[column].textContent.replace(/,/g, ""))];
+      const rows = [...table.tBodies[0].rows].map((row) => [row, ...read(row)]);
+      rows.sort(([, a, x], [, b, y]) => isNaN(x) - isNaN(y) || way * (isNaN(x) ? a.localeCompare(b) : x - y));
+      table.tBodies[0].append(...rows.map(([row]) => row));
+    };
   });
 }
