@@ -78,7 +78,7 @@ def _heatmaps(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
 def _means(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
     """The mean over the seeds of every group with several."""
     means = _sorted_means(groups, quantity)
-    named = [(f"{name}, {seeds} seeds", *mean) for name, (seeds, *mean) in means.items() if seeds > 1]
+    named = [(f"{name}, {seeds} seeds", mean_LH, rows) for name, (seeds, mean_LH, rows) in means.items() if seeds > 1]
     if not named:
         return None
     limit = max(highest_finite(values_LH) for _, values_LH, _ in named)
@@ -129,9 +129,10 @@ def _sorted_means(groups: Sequence[Group], quantity: Quantity) -> dict[str, tupl
 def _unchanged(run: Run, quantity: Quantity) -> str:
     """`: as before training` if no head moved from its value at step 0 by more than a twentieth of the ceiling."""
     history, top = values_over_training(run, quantity.name), ceilings(run, quantity)
-    if top is None or run.status != "finished" or not history or history[0][0] != 0:
+    newest_LH = newest_values(run, quantity.name)
+    if newest_LH is None or top is None or run.status != "finished" or not history or history[0][0] != 0:
         return ""
-    moved_LH = np.abs(newest_values(run, quantity.name) - history[0][1]) / np.atleast_1d(top)[:, None]
+    moved_LH = np.abs(newest_LH - history[0][1]) / np.atleast_1d(top)[:, None]
     return ": as before training" if (moved_LH <= _HARDLY).all() else ""
 
 

@@ -23,7 +23,7 @@ def cells_svg(
         x, y, finite = _LEFT + head * width, layer * _HEIGHT, np.isfinite(value)
         rgb = np.array(colours((value - low) / (high - low))[:3]) if finite else np.array([0.79, 0.81, 0.84])
         text = f"{value:z.2f}" if finite else "NaN"
-        parts.append(f'<rect x="{x}" y="{y}" fill="{to_hex(rgb)}">')
+        parts.append(f'<rect x="{x}" y="{y}" fill="{to_hex(tuple(rgb))}">')
         parts.append(f"<title>layer {numbers[layer]} head {head}: {text}</title></rect>")
         if width == 30:  # black or white, whichever stands out more (WCAG relative luminance)
             shade = "" if rgb**2.2 @ (0.2126, 0.7152, 0.0722) > 0.179 else ' fill="#fff"'
