@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from normfree.analysis.groups import group_runs
 from normfree.analysis.quantities import newest_values, values_over_training
 from normfree.report.plots.curves import scalar_curves
-from normfree.report.plots.heatmaps import difference_heatmap, draw_with_bar, heatmap, highest_finite
+from normfree.report.plots.heatmaps import DIFFERENCE_COLOURS, draw_cells, draw_with_bar, heatmap, highest_finite
 from normfree.report.plots.style import PANEL_INCHES, axes_to_draw_in, variant_styles
 from normfree.store.quantities import QUANTITIES, Quantity
 from normfree.store.runs import Place, find_runs, read_run
@@ -27,12 +27,13 @@ def plot_heads(
     was not measured for each head.
     """
     described, values_LH, layers, ceiling = _heads(model, quantity)
-    draw, label = partial(heatmap, values_LH, quantity=described, ceiling=ceiling), described.label
+    draw, label = partial(heatmap, values_LH, quantity=described, ceiling=ceiling, layers=layers), described.label
     if minus is not None:
         table = compare(model, minus, quantity).pivot(index="layer", columns="head", values="difference")
         limit = highest_finite(table.abs().to_numpy())
-        draw, label = partial(difference_heatmap, table.to_numpy(), limit=limit), f"Difference: {label}"
-    return draw_with_bar(partial(draw, layers=layers, title=title), values_LH.shape, label, ax)
+        scale = {"lowest": -limit, "highest": limit, "colours": DIFFERENCE_COLOURS}
+        draw, label = partial(draw_cells, table.to_numpy(), numbers=layers, **scale), f"Difference: {label}"
+    return draw_with_bar(partial(draw, title=title), values_LH.shape, label, ax)
 
 
 def plot_curves(*runs: Place, quantity: str = "loss", ax: Axes | None = None) -> Axes:
