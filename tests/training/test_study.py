@@ -11,6 +11,7 @@ import pytest
 
 from normfree.files import folder_lock
 from normfree.store.runs import find_runs
+from normfree.training.environment import command_line
 from normfree.training.launch import Launch
 from normfree.training.study import run_study
 from normfree.training.workers import run_side_by_side
@@ -247,6 +248,7 @@ def test_two_workers_share_the_runs_and_get_the_same_numbers(
     alone, together = find_runs([page.parents[1]]), find_runs([shared.parents[1]])
     assert [run.status for run in together] == [run.status for run in alone]
     assert [run.facts["final"] for run in together] == [run.facts["final"] for run in alone]
+    assert {run.facts["command"] for run in together} == {command_line()}
 
 
 def test_runs_left_by_workers_are_trained_here(

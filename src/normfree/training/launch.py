@@ -22,7 +22,7 @@ from normfree.spec.compose import Job, read_words
 from normfree.spec.keys import build
 from normfree.spec.run import RunSpec
 from normfree.store.runs import divergence_text, read_run
-from normfree.training.environment import usable_cores
+from normfree.training.environment import command_line, usable_cores
 from normfree.training.process import prepare_process
 from normfree.training.train import InterruptedRunError, train
 from normfree.training.workers import run_side_by_side
@@ -75,6 +75,7 @@ def train_jobs(jobs: Sequence[Job], launch: Launch | None = None, *, note: str =
     """
     launch = launch or Launch()
     check_jobs(jobs)
+    jobs = [replace(job, command=job.command or command_line()) for job in jobs]  # other processes do not know it
     if launch.submit:
         return _submit(jobs, launch, note)
     began = datetime.now(UTC).replace(microsecond=0)
