@@ -168,3 +168,24 @@ def opens_text_in_the_locale_s_encoding(call: ast.Call) -> bool:
 def test_every_text_file_and_process_has_an_encoding_of_ours(path: Path) -> None:
     calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
     assert [ast.unparse(call) for call in calls if opens_text_in_the_locale_s_encoding(call)] == []
+
+
+SIZED = [*FILES, *sorted(Path(__file__).parent.rglob("*.py"))]
+
+
+def functions(path: Path) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+
+
+def test_no_file_has_more_than_400_lines() -> None:
+    assert [path.name for path in SIZED if len(path.read_text().splitlines()) > 400] == []
+
+
+def test_no_function_has_more_than_60_lines() -> None:
+    long = [f.name for path in SIZED for f in functions(path) if (f.end_lineno or 0) - f.lineno >= 60]
+    assert long == []
+
+
+def test_names_of_tests_have_at_most_ten_words() -> None:
+    names = [f.name for path in SIZED for f in functions(path) if f.name.startswith("test_")]
+    assert [name for name in names if name.count("_") > 10] == []

@@ -43,7 +43,7 @@ def test_plots_draw_into_the_current_axes_of_pyplot(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 
-def test_heads_of_a_run_have_its_ceiling_and_a_colour_bar(tmp_path: Path) -> None:
+def test_heads_of_a_run_have_its_ceiling(tmp_path: Path) -> None:
     run = write_run(tmp_path, "SM+R")
     ax = plot_heads(run, title="one")
     assert np.allclose(ax.images[0].get_array(), newest_values(run, "entropy_nats"))

@@ -200,7 +200,7 @@ def test_a_failing_run_is_named_after_the_others(
 
 
 @pytest.mark.slow
-def test_a_run_that_failed_in_a_worker_waits_until_next_time(
+def test_a_run_that_failed_in_a_worker_waits(
     done: tuple[Path, list[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, words = one_run(tmp_path, done[1])
