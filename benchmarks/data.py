@@ -67,8 +67,8 @@ def machine_now() -> dict[str, Any]:
 def measure(options: dict[str, str], folder: Path) -> dict[str, Any]:
     """Rates of every stage; `folder` is for files that nobody keeps."""
     from normfree.data.corpus import in_chunks
-    from normfree.data.fast import FastEncoder
     from normfree.data.packing import BlockWriter, concatenated, windows
+    from normfree.data.tiktoken_encoder import FastEncoder
     from normfree.data.tokenizer import Encoder, train_tokenizer
     from normfree.spec.run import DataSpec
 
@@ -139,7 +139,7 @@ FINGERPRINTS: set[str] = set()
 def prepare_megabytes(spec: Any, *, fast: bool) -> float:
     """Prepare the corpus anew with one encoder; returns megabytes of text in both splits."""
     from normfree.data import corpus
-    from normfree.data import fast as fast_encoder
+    from normfree.data import tiktoken_encoder as fast_encoder
 
     error = None if fast else fast_encoder.NotReproducibleError("measured")
     encoder = patch.object(corpus, "FastEncoder", side_effect=error, wraps=fast_encoder.FastEncoder)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from normfree.entropy import EntropyProbe, HeadEntropy, attention_entropy
     from normfree.measures.measurement import MeasureCallback, Measurement, measure
-    from normfree.measures.text import perplexity
+    from normfree.measures.text_perplexity import perplexity
     from normfree.model import NormFreeConfig, NormFreeForCausalLM
     from normfree.pretrained.load import held_out_blocks, load_pretrained
     from normfree.report import build_report
@@ -26,7 +26,7 @@ __version__ = "0.1.0"
 _NAMES = {
     "normfree.entropy": ("EntropyProbe", "HeadEntropy", "attention_entropy"),
     "normfree.measures.measurement": ("MeasureCallback", "Measurement", "measure"),
-    "normfree.measures.text": ("perplexity",),
+    "normfree.measures.text_perplexity": ("perplexity",),
     "normfree.model": ("NormFreeConfig", "NormFreeForCausalLM"),
     "normfree.pretrained.load": ("held_out_blocks", "load_pretrained"),
     "normfree.report": ("build_report",),

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from normfree.analysis.entropy import final_heads
 from normfree.analysis.groups import group_runs
-from normfree.analysis.quantities import values_over_training
+from normfree.analysis.series import values_over_training
 from normfree.cost.tradeoff import Point
 from normfree.report.plots.curves import layer_curves, loss_curves, nonfinite_curves, overload_curves, slope_curves
 from normfree.report.plots.heatmaps import heatmap, heatmap_key

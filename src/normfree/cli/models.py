@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from normfree.measures.measurement import Measurement
-    from normfree.measures.text import Evaluation
+    from normfree.measures.text_perplexity import Evaluation
     from normfree.store.runs import Run
 
 logger = logging.getLogger("normfree")
@@ -81,7 +81,7 @@ class MeasureOptions:
 
 def evaluate(name: str, options: EvaluateOptions) -> None:
     """Print token-weighted perplexity and bits per byte."""
-    from normfree.measures.text import checked_context, leading_ids, perplexity
+    from normfree.measures.text_perplexity import checked_context, leading_ids, perplexity
     from normfree.measures.windows import evaluation_estimate
     from normfree.pretrained.load import load_pretrained, outline, usable_device
     from normfree.training.bf16 import products_for
@@ -215,7 +215,7 @@ def _windows_of(
     name: str, model: Any, tokenizer: Any, options: MeasureOptions, *, own: bool
 ) -> tuple[Tensor, str, list[str]]:
     """(N, T) token ids, the text they are from, and the tokens that every window begins with. `own`: a run's blocks."""
-    from normfree.measures.text import leading_ids, spread
+    from normfree.measures.text_perplexity import leading_ids, spread
     from normfree.measures.windows import token_windows
     from normfree.pretrained.load import held_out_blocks
 

@@ -27,11 +27,11 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from normfree.data.fast import FastEncoder, NotReproducibleError
 from normfree.data.installed import InstalledSource
 from normfree.data.ngram import ORDERS, kneser_ney_perplexity
 from normfree.data.packing import BlockWriter, concatenated, unigram_perplexity, windows
 from normfree.data.sources import FilesSource, HubSource, Source, Split, limited
+from normfree.data.tiktoken_encoder import FastEncoder, NotReproducibleError
 from normfree.data.tokenizer import Encoder, load_tokenizer, tokenizer_hash, train_tokenizer, vocabulary_size
 from normfree.files import damages, describe_files, fingerprint, folder_lock, read_manifest, write_manifest
 from normfree.spec.run import DataSpec

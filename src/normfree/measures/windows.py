@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from normfree.entropy.probe import ProbeMethod
-from normfree.measures.text import checked_context, encode, spread
+from normfree.measures.text_perplexity import checked_context, encode, spread
 
 DEFAULT_CONTEXT = 1024
 

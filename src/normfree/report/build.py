@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from normfree.analysis.groups import all_runs, parts_of
 from normfree.files import write_atomically
-from normfree.report.numbers import number_frames
+from normfree.report.csv_export import number_frames
 from normfree.report.page import render_page, section_values
 from normfree.report.render import to_pdf, to_png
 from normfree.report.sections import sections_of

@@ -11,7 +11,7 @@ import numpy as np
 from normfree.analysis import published
 from normfree.analysis.entropy import causal_ceiling, probed_heads, shares_of_ceiling, trained_heads
 from normfree.analysis.groups import Group, all_runs, is_over, recipes
-from normfree.analysis.quantities import recorded_quantities
+from normfree.analysis.series import recorded_quantities
 from normfree.analysis.verdicts import fixed_slope, slope_layers
 from normfree.cost.tradeoff import trade_off
 from normfree.report.figure import PageFigure, cells_figure, curve_figure
@@ -19,7 +19,7 @@ from normfree.report.plots import curves, points
 from normfree.report.plots.cells import cells_svg
 from normfree.report.plots.heatmaps import DIFFERENCE_COLOURS, draw_cells, heatmap_key, heatmap_size
 from normfree.report.plots.style import colour_key, variant_styles, wrapped
-from normfree.report.quantities import FIGURES, OPEN_FIGURES
+from normfree.report.quantity_figures import FIGURES, OPEN_FIGURES
 from normfree.report.tables import cost, heads, history, results, runs
 from normfree.report.tables.table import Table, without_empty_columns
 from normfree.store.quantities import QUANTITIES

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from normfree.analysis.groups import group_runs
-from normfree.analysis.quantities import newest_values, values_over_training
+from normfree.analysis.series import newest_values, values_over_training
 from normfree.report.plots.curves import scalar_curves
 from normfree.report.plots.heatmaps import DIFFERENCE_COLOURS, draw_cells, draw_with_bar, heatmap, highest_finite
 from normfree.report.plots.style import PANEL_INCHES, axes_to_draw_in, variant_styles

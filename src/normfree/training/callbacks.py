@@ -22,7 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from normfree.measures import open_measures, periods_of
 from normfree.measures.held_out import blocks_of, measure_batches
 from normfree.measures.measure import values_of
-from normfree.measures.text import spread
+from normfree.measures.text_perplexity import spread
 from normfree.model.modeling import NormFreePreTrainedModel
 from normfree.spec.run import RunSpec
 from normfree.store.progress import duration

@@ -25,7 +25,7 @@ from normfree.data import Corpus, prepare
 from normfree.files import folder_lock, write_manifest
 from normfree.measures import open_measures, periods_of
 from normfree.measures.perplexity import evaluate_blocks
-from normfree.measures.text import spread
+from normfree.measures.text_perplexity import spread
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
 from normfree.spec.run import RunSpec
 from normfree.store import checkpoints

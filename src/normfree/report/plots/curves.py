@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from normfree.analysis.entropy import layer_means, probed_heads, top_quarter_share
 from normfree.analysis.groups import Group, is_over
-from normfree.analysis.quantities import values_over_training
+from normfree.analysis.series import values_over_training
 from normfree.analysis.verdicts import slope_layers
 from normfree.report.plots.style import INK, MUTED, RED, Styles, empty, wrapped
 from normfree.store.runs import Run

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from normfree.analysis.entropy import OVERLOAD_SHARE, Heads, final_heads, layer_means, shares_of_ceiling
 from normfree.analysis.groups import Group
-from normfree.analysis.quantities import newest_values, recorded_quantities
+from normfree.analysis.series import newest_values, recorded_quantities
 from normfree.report.tables.table import Table
 from normfree.store.runs import Run
 

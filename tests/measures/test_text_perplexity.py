@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from normfree.measures.perplexity import Evaluation, evaluate_blocks, next_token_nats, sees_later_tokens
-from normfree.measures.text import checked_context, perplexity
+from normfree.measures.text_perplexity import checked_context, perplexity
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
 
 

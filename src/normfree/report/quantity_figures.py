@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 
 from normfree.analysis.entropy import Floats, layer_means
 from normfree.analysis.groups import Group
-from normfree.analysis.quantities import newest_values, values_over_training
+from normfree.analysis.series import newest_values, values_over_training
 from normfree.report.figure import PageFigure, cells_figure, curve_figure
 from normfree.report.plots.curves import LAYER_COLOURS, depth_profile, layer_curves, scalar_curves
 from normfree.report.plots.heatmaps import DIFFERENCE_COLOURS, HEATMAP_COLOURS, heatmap_key, highest_finite

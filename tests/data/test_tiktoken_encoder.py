@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from normfree.data import fast, prepare
-from normfree.data.fast import FastEncoder, NotReproducibleError
+from normfree.data import prepare, tiktoken_encoder
+from normfree.data.tiktoken_encoder import FastEncoder, NotReproducibleError
 from normfree.data.tokenizer import END_TOKEN, Encoder, train_tokenizer
 from normfree.files import damages
 from normfree.spec.run import DataSpec
@@ -102,7 +102,7 @@ def test_any_list_of_merges_is_refused_or_reproduced(pairs: list[tuple[int, int]
             merges.append(f"{left} {right}")
     tokenizer = with_merges(*merges)
     # Without comparisons, only the reasoning about merges can refuse.
-    with patch.multiple(fast, MADE_UP_TEXTS=(), COMPARED_CHARACTERS=0):
+    with patch.multiple(tiktoken_encoder, MADE_UP_TEXTS=(), COMPARED_CHARACTERS=0):
         try:
             encoder = FastEncoder(tokenizer)
         except NotReproducibleError as reason:
@@ -158,8 +158,12 @@ def fingerprint_and_log(spec: DataSpec, cache: Path, caplog: pytest.LogCaptureFi
 # An expression that makes the two differ, the reason logged, and whether that shows before any text is encoded.
 DIFFERENCES = {
     "made-up strings": (r"\S+|\s+", "tiktoken gives other ids for", True),
-    "the text": (r" (?=return)|" + fast.WORDS, "tiktoken gives other ids for", False),
-    "characters": (fast.WORDS.replace(r"\p{L}", r"[\p{L}\u20ac]"), "split words differently at U+20AC", False),
+    "the text": (r" (?=return)|" + tiktoken_encoder.WORDS, "tiktoken gives other ids for", False),
+    "characters": (
+        tiktoken_encoder.WORDS.replace(r"\p{L}", r"[\p{L}\u20ac]"),
+        "split words differently at U+20AC",
+        False,
+    ),
 }
 
 
@@ -174,8 +178,10 @@ def test_other_ids_fall_back_with_the_same_fingerprint(
     assert "encoding with tiktoken" in line
     assert "several times slower" not in line
     words, reason, at_once = DIFFERENCES[difference]
-    monkeypatch.setattr(fast, "WORDS", words)
-    monkeypatch.setattr(fast, "COMPARED_CHARACTERS", fast.COMPARED_CHARACTERS if difference == "the text" else 0)
+    monkeypatch.setattr(tiktoken_encoder, "WORDS", words)
+    monkeypatch.setattr(
+        tiktoken_encoder, "COMPARED_CHARACTERS", tiktoken_encoder.COMPARED_CHARACTERS if difference == "the text" else 0
+    )
     fallen_back, line = fingerprint_and_log(spec, tmp_path / "other", caplog)
     assert fallen_back == usual
     assert "the text is encoded with tokenizers, several times slower than with tiktoken: " in line
