@@ -151,7 +151,7 @@ def folder_lock(folder: Path, *, on_wait: Callable[[str], None] | None = None) -
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a living process holds `folder`. False where it has no lock file, or its file system has no locks."""
+    """True if a living process holds `folder`. False without a lock file, or on a file system without locks."""
     try:
         with (folder / LOCK_NAME).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -19,7 +19,8 @@ from tests.synthetic import write_run
 
 def test_the_card_holds_the_results_of_the_run(trained: Path) -> None:
     run, card = read_run(trained), ModelCard.load(trained / "model" / "README.md")
-    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag.endswith("generation")
     results = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert results == {"perplexity": run.perplexity, "bits_per_byte": run.facts["final"]["bits_per_byte"]}
     assert f"| Perplexity | {run.perplexity:.3f} |" in card.text

@@ -31,7 +31,7 @@ class Group:
     drawn: tuple[Run, ...]
     """Runs whose curves are drawn: `runs`, and `unfinished` if a run with a result has their recipe."""
     is_baseline: bool = False
-    """Whether the reader chose it to compare all others with."""
+    """True for the group that `baseline=` names: all others are compared with it."""
 
     @property
     def tag(self) -> str:
@@ -64,7 +64,7 @@ class Part:
 
 
 def is_over(run: Run) -> bool:
-    """Whether a run finished or diverged, and so has a result."""
+    """True if a run finished or diverged, and so has a result."""
     return run.status in OVER
 
 

@@ -54,7 +54,7 @@ LOSS_NATS: dict[str, dict[float, float]] = {
 
 
 def is_gpt2(spec: Mapping[str, Any]) -> bool:
-    """Whether a run is compared with GPT-2 125M, the only model with published heatmaps, ranges and curves."""
+    """True if a run is compared with GPT-2 125M, the only model with published heatmaps, ranges and curves."""
     return counterpart(spec).startswith("GPT-2")
 
 

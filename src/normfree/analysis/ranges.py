@@ -23,7 +23,7 @@ NORMALISERS = {
 
 @dataclass(frozen=True)
 class RangeCounts:
-    """How many heads lie in each quarter; heads without a finite entropy are in none of them."""
+    """Count the heads in each quarter; heads without a finite entropy are in none."""
 
     finite_R: tuple[int, ...]
     nonfinite: int

@@ -98,7 +98,7 @@ def collapse(heads: Heads, probes: Sequence[Heads] = ()) -> Collapse:
 
 
 def slopes(run: Run) -> Slopes | None:
-    """How far the learnable slopes of a run are apart; None if it learns none."""
+    """Spread between the learnable slopes of a run; None if it learns none."""
     history = [(step, np.array(value, dtype=float)) for step, value in run.series("probe", "negative_slope")]
     if not history:
         return None

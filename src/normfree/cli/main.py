@@ -130,7 +130,7 @@ def dispatch(words: Sequence[str]) -> None:
 
 
 def _is_pair(word: str) -> bool:
-    """Whether a word is key=value; a path may contain an equals sign too, but no key contains a slash."""
+    """True for key=value. A path may contain an equals sign too, but no key contains a slash."""
     key, equals, _ = word.partition("=")
     return bool(equals) and ("/" not in key or key.startswith("hydra/"))  # so that the error can say what replaced it
 

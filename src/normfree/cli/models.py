@@ -282,7 +282,7 @@ def _print_measurement(run: Run, measured: Measurement) -> None:
 
 
 def _uses_own_text(name: str, options: EvaluateOptions | MeasureOptions, *cutting: str) -> bool:
-    """Whether MODEL is a run and no text is given. Raises ValueError for keys that have no effect here."""
+    """True if MODEL is a run and no text is given. Raises ValueError for keys that have no effect then."""
     own = options.text is None and (Path(name) / RUN_FILE).is_file()
     if not own and options.cache_dir is not None:
         raise ValueError("cache_dir= is read for the text of a run only: leave it out")

@@ -74,10 +74,10 @@ def _smooth(keys_U: Ids, counts_U: Ids, vocab_size: int) -> _Order:
     discount = once / (once + 2 * twice) if once and twice else 0.75
     contexts_U = keys_U // vocab_size
     totals = np.bincount(contexts_U, weights=counts_U)
-    kept_U = np.maximum(counts_U - discount, 0)
+    discounted_U = np.maximum(counts_U - discount, 0)
     with np.errstate(invalid="ignore", divide="ignore"):  # a context at the end of every block has no continuation
-        backoff = (totals - np.bincount(contexts_U, weights=kept_U)) / totals
-        smoothed_U = kept_U / totals[contexts_U]
+        backoff = (totals - np.bincount(contexts_U, weights=discounted_U)) / totals
+        smoothed_U = discounted_U / totals[contexts_U]
     return _Order(keys_U, np.nan_to_num(smoothed_U), np.where(totals > 0, backoff, 1.0))
 
 

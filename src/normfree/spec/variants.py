@@ -1,4 +1,4 @@
-"""What a variant promises about the model: its norm and activations, by layer, and no setting that nothing reads."""
+"""Checks that a model is the variant it is labelled as, and that every setting has an effect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a run is, and whether a process is still training it."""
+"""Progress of a run: its step, its speed, and if a process still trains it."""
 
 from __future__ import annotations
 
