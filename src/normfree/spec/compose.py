@@ -202,6 +202,7 @@ def _merge(values: Mapping[str, Any]) -> dict[str, Any]:
     layers = [{"data": _read_member("data", corpus)}, *presets]
     layers.append(_read_member("variant", values.get("variant", GROUPS["variant"])))
     try:
+        # The defaults of RunSpec, so that ${seed} in a tag resolves.
         merged = OmegaConf.merge({"study": "single", "tag": "", "seed": 0, "data_seed": 0}, *layers)
         for key, value in values.items():
             if key not in GROUPS:

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from normfree.analysis.seeds import decimals
@@ -20,7 +20,6 @@ from normfree.data import prepare
 from normfree.measures import periods_of
 from normfree.spec.compose import Job, read_words
 from normfree.spec.keys import build
-from normfree.spec.run import RunSpec
 from normfree.store.runs import divergence_text, read_run
 from normfree.training.environment import command_line, usable_cores
 from normfree.training.process import prepare_process
@@ -28,6 +27,7 @@ from normfree.training.train import InterruptedRunError, train
 from normfree.training.workers import run_side_by_side
 
 logger = logging.getLogger("normfree")
+_JOBS = TypeAdapter(list[Job])
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
@@ -154,7 +154,7 @@ def _share(jobs: Sequence[Job], workers: int, began: datetime, note: str) -> lis
     prepare(jobs[0].spec.data, cache=jobs[0].cache_dir)  # once, with its bar, before the processes ask for it
     most = max(job.spec.train.threads or 1 for job in jobs)
     logger.info("%d processes share %d runs, train.threads=%d each", workers, len(jobs), most)
-    work = {"began": began.isoformat(), "note": note, "jobs": [_to_json(job) for job in jobs]}
+    work = {"began": began.isoformat(), "note": note, "jobs": _JOBS.dump_python(list(jobs), mode="json")}
     command = [sys.executable, "-m", "normfree.training.launch"]
     environment = {"OMP_NUM_THREADS": str(most)}
     for status in run_side_by_side(command, count=workers, environment=environment, standard_input=json.dumps(work)):
@@ -163,23 +163,13 @@ def _share(jobs: Sequence[Job], workers: int, began: datetime, note: str) -> lis
     return list(jobs)
 
 
-def _to_json(job: Job) -> dict[str, Any]:
-    cache_dir = str(job.cache_dir) if job.cache_dir else None
-    return {"spec": job.spec.to_dict(), "runs_dir": str(job.runs_dir), "cache_dir": cache_dir, "command": job.command}
-
-
-def _from_json(values: dict[str, Any]) -> Job:
-    cache_dir = Path(values["cache_dir"]) if values["cache_dir"] else None
-    return Job(RunSpec.from_dict(values["spec"]), Path(values["runs_dir"]), cache_dir, values["command"])
-
-
 def _work() -> int:
     """Train the runs that standard input describes, as one of several processes; returns the exit status."""
     work = json.load(sys.stdin)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logger.setLevel(logging.INFO)
     prepare_process()
-    jobs = [_from_json(values) for values in work["jobs"]]
+    jobs = _JOBS.validate_python(work["jobs"])
     try:
         return bool(_train_each(jobs, datetime.fromisoformat(work["began"]), work["note"]))
     except InterruptedRunError as error:
