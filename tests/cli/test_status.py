@@ -38,7 +38,8 @@ def test_a_run_under_way_shows_speed_and_time_left(tmp_path: Path, capsys: pytes
     assert "running      step     40 of 200  loss 3.250 nats  1,000 tokens/s" in out
     spec = json.loads((place / "run.json").read_text())["spec"]
     tokens_left = 160 * spec["train"]["batch_sequences"] * spec["data"]["context"]
-    assert f"{tokens_left / 1000 / 60:.0f} min left" in out
+    minutes, seconds = divmod(round(tokens_left / 1000), 60)
+    assert f"{minutes} min {seconds:02d} s left" in out
     assert "resumed at step 20" in out
 
 

@@ -17,8 +17,8 @@ from normfree.report.plots.style import COLOURS
 from normfree.report.render import to_svg
 from normfree.report.sections import Section
 from normfree.report.summary import question, sentences
-from normfree.report.tables.runs import duration
 from normfree.report.tables.table import Table, to_html
+from normfree.store.progress import duration
 from normfree.store.runs import Run
 
 _PAGES = Environment(

@@ -25,6 +25,7 @@ from normfree.analysis.verdicts import (
     slopes,
 )
 from normfree.report.tables.table import Table
+from normfree.store.progress import duration
 from normfree.store.runs import Run, divergence_text
 
 _MANY_RUNS = 24
@@ -159,17 +160,6 @@ def first_nonfinite_step(run: Run) -> int | None:
     steps = [event["step"] for event in events if event]
     steps += [step for step, rows_LH in run.series("probe", "nonfinite_rows") if np.sum(rows_LH) > 0]
     return min(steps, default=None)
-
-
-def duration(seconds: float) -> str:
-    """`1 h 05 min`, `6 min 20 s` or `41 s`."""
-    if not math.isfinite(seconds):
-        return "-"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def _overload_text(verdict: Overload, numbers: Sequence[int]) -> str:
