@@ -96,10 +96,10 @@ def test_a_model_is_priced_with_the_constants_given(fake: Path, capsys: pytest.C
     assert "; calibrated 2" in capsys.readouterr().out
     config = {"model_type": "normfree", "activation": "relu"}
     items = of_config(config, protocol="semi2k", constants="mine.json").items
-    found = {item.count.operation: item.bytes for item in items}
-    assert found["layernorm"] == pytest.approx(7 * 128 * 768 + 11 * 128)
+    bytes_by_operation = {item.count.operation: item.bytes for item in items}
+    assert bytes_by_operation["layernorm"] == pytest.approx(7 * 128 * 768 + 11 * 128)
     in_rows_of_128 = 7 + 11 / 128  # what a row costs is in the price of an element
-    assert found["relu"] == pytest.approx(in_rows_of_128 * 128 * 3072, rel=1e-4)
+    assert bytes_by_operation["relu"] == pytest.approx(in_rows_of_128 * 128 * 3072, rel=1e-4)
 
 
 def test_two_protocols_meet_in_one_file(fake: Path) -> None:

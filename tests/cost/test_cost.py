@@ -43,10 +43,10 @@ from tests.synthetic import CONTEXT, write_run
 
 
 def elements(config: Any, context: int) -> Counter[str]:
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for item in count(read_architecture(config), context):
-        found[item.operation] += item.elements
-    return found
+        counts[item.operation] += item.elements
+    return counts
 
 
 def small(**fields: Any) -> dict[str, Any]:
@@ -55,12 +55,12 @@ def small(**fields: Any) -> dict[str, Any]:
 
 
 def test_gpt2_counts_by_hand() -> None:
-    found = elements(GPT2Config(), 128)
-    assert found["gelu_tanh"] == 12 * 128 * 3072
-    assert found["layernorm"] == 25 * 128 * 768
-    assert found["softmax"] == 12 * 12 * 128 * 128
-    assert found["matmul"] == 12 * 128 * (4 * 768 + 3072 + 768) + 128 * 50257
-    assert found["attention_product"] == 12 * 12 * (128 * 128 + 128 * 64)
+    counts = elements(GPT2Config(), 128)
+    assert counts["gelu_tanh"] == 12 * 128 * 3072
+    assert counts["layernorm"] == 25 * 128 * 768
+    assert counts["softmax"] == 12 * 12 * 128 * 128
+    assert counts["matmul"] == 12 * 128 * (4 * 768 + 3072 + 768) + 128 * 50257
+    assert counts["attention_product"] == 12 * 12 * (128 * 128 + 128 * 64)
 
 
 def test_right_sides_of_the_products_are_the_weights() -> None:
@@ -71,23 +71,25 @@ def test_right_sides_of_the_products_are_the_weights() -> None:
 
 def test_neox_rotates_a_quarter_and_has_the_erf_form() -> None:
     config = GPTNeoXConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256)
-    found = elements(config, 10)
-    assert found["gelu_erf"] == 2 * 10 * 256
-    assert found["public_product"] == 2 * 2 * 2 * 4 * 4 * 10  # layers, q and k, cos and sin, heads, 16 / 4, tokens
+    counts = elements(config, 10)
+    assert counts["gelu_erf"] == 2 * 10 * 256
+    assert counts["public_product"] == 2 * 2 * 2 * 4 * 4 * 10  # layers, q and k, cos and sin, heads, 16 / 4, tokens
     old = {key: value for key, value in config.to_dict().items() if key != "rope_parameters"}
-    assert elements({**old, "rotary_pct": 0.25}, 10) == found
+    assert elements({**old, "rotary_pct": 0.25}, 10) == counts
 
 
 def test_llama_has_gates_rms_norms_and_fewer_keys() -> None:
     config = LlamaConfig(
         hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96
     )
-    found = elements(config, 10)
-    assert found["silu"] == found["product"] == 2 * 10 * 96
-    assert found["rmsnorm"] == 5 * 10 * 64
-    assert found["softmax"] == 2 * 4 * 10 * 10  # one a query head
-    assert found["public_product"] == 2 * 2 * (4 + 2) * 16 * 10  # layers, cos and sin, heads that rotate, width, tokens
-    assert found["matmul"] == 2 * 10 * (64 + 2 * 32 + 64 + 2 * 96 + 64) + 10 * 32000
+    counts = elements(config, 10)
+    assert counts["silu"] == counts["product"] == 2 * 10 * 96
+    assert counts["rmsnorm"] == 5 * 10 * 64
+    assert counts["softmax"] == 2 * 4 * 10 * 10  # one a query head
+    assert (
+        counts["public_product"] == 2 * 2 * (4 + 2) * 16 * 10
+    )  # layers, cos and sin, heads that rotate, width, tokens
+    assert counts["matmul"] == 2 * 10 * (64 + 2 * 32 + 64 + 2 * 96 + 64) + 10 * 32000
     products = [item for item in count(read_architecture(config), 10) if isinstance(item, Matmul) and item.layer == 0]
     assert [(item.batch, item.m, item.k, item.n) for item in products] == [
         (1, 10, 64, 64 + 2 * 32),  # queries, and half as many keys and values
@@ -153,13 +155,13 @@ def test_leaky_relu_is_a_relu_and_a_product() -> None:
 
 
 def test_identity_and_no_norm_are_the_only_free_choices() -> None:
-    found = elements(small(norm="none", final_norm="none", activation="identity"), 16)
-    assert set(found) == {"embedding", "matmul", "attention_product", "softmax"}
+    counts = elements(small(norm="none", final_norm="none", activation="identity"), 16)
+    assert set(counts) == {"embedding", "matmul", "attention_product", "softmax"}
 
 
 def test_activations_may_differ_by_layer() -> None:
-    found = elements(small(activation=("relu", "gelu", "relu")), 16)
-    assert (found["relu"], found["gelu_erf"]) == (2 * 16 * 256, 16 * 256)
+    counts = elements(small(activation=("relu", "gelu", "relu")), 16)
+    assert (counts["relu"], counts["gelu_erf"]) == (2 * 16 * 256, 16 * 256)
 
 
 def test_defaults_are_those_of_the_config() -> None:
@@ -210,18 +212,18 @@ def test_removing_norms_saves_rounds_and_relu_saves_bytes() -> None:
 
 
 def test_bound_of_time_charges_half_the_bytes_and_every_round() -> None:
-    found = of_config(small(), context=16, network="lan", bandwidth_mbps=8, delay_ms=1000)
-    assert found.seconds_at_least == pytest.approx(found.bytes / 2 / 1e6 + found.rounds)
+    price = of_config(small(), context=16, network="lan", bandwidth_mbps=8, delay_ms=1000)
+    assert price.seconds_at_least == pytest.approx(price.bytes / 2 / 1e6 + price.rounds)
     assert of_config(small(), context=16).network.bandwidth_mbps == 100
 
 
 def test_tables_add_up() -> None:
-    found = of_config(GPT2Config())
-    *tables, products = cost_tables(found)
+    price = of_config(GPT2Config())
+    *tables, products = cost_tables(price)
     for table in tables:
         *rows, total = table.rows
-        assert sum(int(row[-1]) for row in rows) == int(total[-1]) == found.rounds
-        assert sum(float(row[-3]) for row in rows) == pytest.approx(found.gigabytes, rel=0.002)
+        assert sum(int(row[-1]) for row in rows) == int(total[-1]) == price.rounds
+        assert sum(float(row[-3]) for row in rows) == pytest.approx(price.gigabytes, rel=0.002)
         assert sum(float(row[-2]) for row in rows) == pytest.approx(100, abs=0.05 * len(rows))
     assert {row[0]: row[1] for row in products.rows} == {
         "1 x (128 x 50257)(50257 x 768)": "1",
@@ -233,9 +235,9 @@ def test_tables_add_up() -> None:
         "1 x (128 x 3072)(3072 x 768)": "12",
         "1 x (128 x 768)(768 x 50257)": "1",
     }
-    text = cost_markdown(found)
+    text = cost_markdown(price)
     assert "for network traffic alone on wan (100 Mbps each way, 40 ms one way); computing is extra." in text
-    assert found.assumptions in text
+    assert price.assumptions in text
 
 
 def test_a_run_costs_what_its_config_costs(tmp_path: Path) -> None:

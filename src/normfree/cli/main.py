@@ -107,25 +107,25 @@ def dispatch(words: Sequence[str]) -> None:
     if not words or words[0] == "--help":
         print(overview())
         return
-    name, *rest = words
+    name, *arguments = words
     if name not in VERBS:
         raise UsageError(f"unknown verb {name!r}; {nearest(name, list(VERBS))}")
     verb = VERBS[name]
-    if any(word in HELP for word in rest):
+    if any(word in HELP for word in arguments):
         print(help_for(name, verb))
         return
     accepted = {flag: words for flag, words in FLAGS.items() if flag in get_type_hints(verb.run)}
-    flags = {flag: True for flag, spellings in accepted.items() if any(word in spellings for word in rest)}
-    rest = [word for word in rest if not any(word in FLAGS[flag] for flag in flags)]
-    if "show" in flags and "job" in rest:
-        rest.remove("job")
-    if unknown := [word for word in rest if word.startswith("-")]:
+    flags = {flag: True for flag, spellings in accepted.items() if any(word in spellings for word in arguments)}
+    arguments = [word for word in arguments if not any(word in FLAGS[flag] for flag in flags)]
+    if "show" in flags and "job" in arguments:
+        arguments.remove("job")
+    if unknown := [word for word in arguments if word.startswith("-")]:
         known = "--help, --version, --debug, -m (train), --cfg job (train, study)"
         raise UsageError(f"unknown flag {unknown[0]!r}; the flags are {known}; all else is key=value")
     if (name == "study" or "many" in flags) and "show" not in flags and "TORCHELASTIC_RUN_ID" in os.environ:
         raise UsageError("torchrun starts one run; start a study or `train -m` without it")
-    pairs = [word for word in rest if _is_pair(word)]
-    objects = _check_objects(name, verb, [word for word in rest if not _is_pair(word)])
+    pairs = [word for word in arguments if _is_pair(word)]
+    objects = _check_objects(name, verb, [word for word in arguments if not _is_pair(word)])
     verb.run(*objects, _read_keys(name, verb, pairs), **flags)
 
 

@@ -173,8 +173,8 @@ def find_text_files(patterns: Iterable[str], *, key: str) -> tuple[list[Path], C
     for pattern in patterns:
         path = Path(pattern).expanduser()
         existing = next(place for place in (path, *path.parents) if place.exists())
-        rest = str(path.relative_to(existing))
-        names = [""] if rest == "." else glob(rest, root_dir=existing, recursive=True)  # noqa: PTH207, finds no hidden
+        pattern_below = str(path.relative_to(existing))
+        names = [""] if pattern_below == "." else glob(pattern_below, root_dir=existing, recursive=True)  # noqa: PTH207, finds no hidden
         matching: dict[str, Path] = {}
         for file, hidden in sorted(chain.from_iterable(_files_at(existing / name) for name in names)):
             if file.suffix in SUFFIXES and file.is_file() and not hidden:

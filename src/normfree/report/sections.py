@@ -69,8 +69,8 @@ def sections_of(groups: Groups) -> list[Section]:
             first = [partial(draw, quantity=quantity) for draw in OPEN_FIGURES]
             open_ones.append(Section(name=name, title=title, figures=first, measurements=True, folded=False))
             figures, name, title = figures[1:], f"{name}-training", f"{title} over training"
-        rest = [partial(draw, quantity=quantity) for draw in figures]
-        folded.append(Section(name=name, title=title, figures=rest, measurements=True))
+        drawings = [partial(draw, quantity=quantity) for draw in figures]
+        folded.append(Section(name=name, title=title, figures=drawings, measurements=True))
     return [*SECTIONS[:1], *open_ones, *SECTIONS[1:-2], *folded, *SECTIONS[-2:]]
 
 
