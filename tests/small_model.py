@@ -15,6 +15,21 @@ SIZES = {
     "num_attention_heads": 4,
     "max_position_embeddings": 32,
 }
+CHOICES: list[dict[str, Any]] = [
+    {
+        "norm": "dyt", "placement": "peri", "query_key_norm": "rmsnorm", "branch": "layerscale",
+        "temperature": "head", "attention_gate": "head", "embedding_scale": "learned",
+    },
+    {
+        "norm": "taper", "taper_end_step": 8, "placement": "mix", "linear": "spectral_norm",
+        "attention_sink": "learned", "attention_gate": "channel", "temperature": "position", "branch": "scaled_ffn",
+    },
+    {
+        "norm": "rmsnorm", "placement": "post", "position": "rotary", "attention_sink": "softmax_1",
+        "linear": "weight_norm", "branch": "rezero",
+    },
+]  # fmt: skip
+"""Models that between them take most entries of the tables of choices."""
 
 
 def small_model(*, seed: int = 0, attention: str = "sdpa", spread: float = 0.2, **fields: Any) -> NormFreeForCausalLM:
@@ -26,4 +41,7 @@ def small_model(*, seed: int = 0, attention: str = "sdpa", spread: float = 0.2, 
         for name, parameter in model.named_parameters():
             if not name.endswith("slope"):
                 parameter.add_(torch.randn_like(parameter), alpha=spread)
+        for name, buffer in model.named_buffers():
+            if name.endswith(("share", "mean_inverse_rms")):
+                buffer.fill_(0.6)
     return model

@@ -7,13 +7,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
+from tests.small_model import CHOICES
 
 FORMS = [
     pytest.param({"position": position, "residual": residual, "norm": norm}, id=f"{position}-{residual}-{norm}")
     for position in ("learned", "rotary")
     for residual in ("sequential", "parallel")
     for norm in ("layernorm", "none")
-]
+] + [pytest.param(form, id=f"choices-{number}") for number, form in enumerate(CHOICES)]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -32,7 +33,7 @@ def test_no_gradient_flows_from_a_position_to_later_tokens(build, ids, form, att
 @pytest.mark.parametrize("form", FORMS)
 def test_sdpa_and_eager_attention_agree(build, ids, form):
     fused, written = build(**form).double(), build(attention="eager", **form).double()
-    tolerance = {"learned": 1e-11, "rotary": 1e-6}[form["position"]]  # rotation is float32
+    tolerance = {"learned": 1e-11, "rotary": 1e-6}[form.get("position", "learned")]  # rotation is float32
     torch.testing.assert_close(written(ids).logits, fused(ids).logits, atol=tolerance, rtol=0)
 
 
@@ -144,20 +145,21 @@ def test_recorded_outputs_have_one_entry_per_layer(build, ids):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("residual", ["sequential", "parallel"])
-def test_gradient_checkpointing_gives_equal_gradients(build, ids, residual, reentrant):
+@pytest.mark.parametrize("form", [{"residual": "sequential"}, {"residual": "parallel"}, *CHOICES])
+def test_gradient_checkpointing_gives_equal_gradients(build, ids, form, reentrant):
     def gradients(checkpointing):
-        model = build(residual=residual, activation="leaky_relu", learnable_slope="shared").train()
+        model = build(activation="leaky_relu", learnable_slope="shared", **form).train()
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": reentrant})
-        model(ids, labels=ids).loss.backward()
+        output = model(ids, labels=ids, entropy_layers=(0, 2))
+        (output.loss + output.head_entropies.sum()).backward()
         return {name: parameter.grad for name, parameter in model.named_parameters()}
 
     plain, checkpointed = gradients(False), gradients(True)
     assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
 
 
-@pytest.mark.parametrize("form", [FORMS[0], FORMS[-1]])
+@pytest.mark.parametrize("form", [FORMS[0], *FORMS[7:]])
 def test_compiles_without_graph_breaks(build, ids, form):
     model = build(**form)
     torch.compiler.reset()

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from normfree.model import NormFreeForCausalLM
+from tests.small_model import CHOICES
 
 ELSEWHERE = """
 import json, sys
@@ -64,6 +65,16 @@ def test_rotary_frequencies_survive_loading(build, ids, tmp_path, share):
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
 
 
+@pytest.mark.parametrize("form", CHOICES)
+def test_every_choice_survives_saving(build, ids, tmp_path, form):
+    model = build(**form)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half(ids).logits.dtype == torch.bfloat16
+
+
 def test_attention_and_dtype_can_be_chosen_when_loading(build, ids, tmp_path):
     model = build(position="rotary")
     model.save_pretrained(tmp_path)
@@ -76,7 +87,7 @@ def test_attention_and_dtype_can_be_chosen_when_loading(build, ids, tmp_path):
 
 
 def test_a_saved_model_loads_where_normfree_cannot_be_imported(build, ids, tmp_path):
-    model = build(position="rotary", norm="none", activation="leaky_relu", learnable_slope="shared")
+    model = build(activation="leaky_relu", learnable_slope="shared", **CHOICES[1])
     saved, again = tmp_path / "saved", tmp_path / "again"
     model.save_pretrained(saved)
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}

@@ -128,7 +128,12 @@ def test_a_whole_number_is_the_same_model_as_its_float() -> None:
         (["variant=sm-r", "model.negative_slope=0.3"], "read with model.activation=leaky_relu only: leave it out"),
         (["variant=sm-r", "train.decay_slopes=true"], "read with model.learnable_slope=per_layer or shared only"),
         (["variant=leaky-fixed", "train.slope_learning_rate_factor=7"], "read with model.learnable_slope=per_layer"),
-        (["variant=sm-r", "model.final_norm=none", "model.norm_epsilon=0.1"], "is read with a norm only"),
+        (["variant=sm-dyt-g", "model.norm_epsilon=0.1"], "is read with a norm that divides only"),
+        (["variant=sm-rms-g", "model.norm_steepness=0.5"], "is read with model.norm=dyt or derf only"),
+        (["variant=sm-ln-g", "model.taper_end_step=5"], "is read with model.norm=taper only"),
+        (["variant=sm-peri-g"], "model.placement=peri is read with a norm only"),
+        (["variant=sm-ln-g", "model.post_share=0.3"], "is read with model.placement=mix only"),
+        (["variant=sm-g", "model.linear_groups=[q]"], "is read with model.linear=weight_norm or spectral_norm only"),
         (["model.rotary_share=0.5"], "model.rotary_share=0.5 is read with model.position=rotary only"),
     ],
 )

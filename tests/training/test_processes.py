@@ -20,7 +20,7 @@ from accelerate import PartialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
-from normfree.spec.compose import compose_run, members
+from normfree.spec.compose import compose_run, variants
 from normfree.store.runs import Run, RunWriter, read_run
 from normfree.training.distributed import start_processes
 
@@ -55,7 +55,7 @@ def losses(run: Run) -> list[float]:
 
 
 @pytest.mark.parametrize("preset", ["cpu", "cpu-pythia"])
-@pytest.mark.parametrize("variant", [name for name in members("variant") if name != "custom"])
+@pytest.mark.parametrize("variant", [name for name in variants() if name != "custom"])
 def test_every_parameter_has_a_gradient_to_average(preset: str, variant: str) -> None:
     """DistributedDataParallel is told to expect all of them."""
     spec = compose_run([f"preset={preset}", f"variant={variant}"]).spec
@@ -101,7 +101,7 @@ def test_two_processes_train_the_model_of_one(tiny: list[str], cache: Path, tmp_
 
 SAVES_ITS_FIRST_MASK = """
 import os, sys, torch
-from normfree.spec.compose import compose_run
+from normfree.spec.compose import compose_run, variants
 from normfree.training import train
 
 masks, forward = [], torch.nn.Dropout.forward

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from normfree.model.modeling import FeedForward
+from normfree.model.blocks import FeedForward
 from normfree.spec.compose import compose_run
 from normfree.store.runs import Run, read_run
 from normfree.training import train

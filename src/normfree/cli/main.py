@@ -173,7 +173,8 @@ def help_for(name: str, verb: Verb) -> str:
 def _key_help(name: str, verb: Verb) -> list[str]:
     if verb.options is not None:
         return [_key_line(key, *row) for key, row in describe_keys(verb.options).items()]
-    from normfree.spec.compose import GROUPS, describe_run, members
+    from normfree.spec.compose import CONF, GROUPS, describe_run, members, variants
+    from normfree.spec.variants import part_names
 
     rows = describe_run()
     if name == "data":
@@ -181,9 +182,14 @@ def _key_help(name: str, verb: Verb) -> list[str]:
         lines += [_key_line("cache_dir", None, "where corpora are kept")]
         lines += [_key_line(*row) for row in rows if _decides_corpus(row[0])]
         return [*lines, "", "Values shown are those of preset=cpu with the source `installed`."]
+    groups = {group: members(group) for group in GROUPS} | {"variant": variants()}
+    composed = part_names(CONF / "variant")
     return [
-        *(f"  {group + '=':<12}{', '.join(members(group))}" for group in GROUPS),
+        *(f"  {group + '=':<12}{', '.join(names)}" for group, names in groups.items()),
         f"  {'studies':<12}{', '.join(members('studies'))}",
+        "",
+        "  Any other variant is sm, parts in this order, and one activation, e.g. variant=sm-dyt-scale-g:",
+        *(f"  {kind:<12}{', '.join(names)}" for kind, names in composed.items()),
         "",
         "  runs_dir=runs   where runs are kept",
         "  cache_dir=      where corpora are kept",

@@ -112,7 +112,7 @@ def read_call(
     return AttentionCall(
         k=k,
         mask=_with_bias(mask, arguments.get("position_bias"), k.shape[2]),
-        sinks=arguments.get("s_aux", arguments.get("sinks")) if name != "sdpa" else None,
+        sinks=_sinks(name, arguments),
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
         causal=causal,
         window=window if is_flash and causal else None,
@@ -122,6 +122,19 @@ def read_call(
         own_keys=_own_keys(module, q.shape[2], k.shape[2]),
         positions=arguments.get("position_ids") if is_flash and mask is None and q.shape[2] > 1 else None,
     )
+
+
+def without_sink_key(query: Tensor, key: Tensor, mask: Any, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Any]:
+    """Query, key and mask as they were before one of our models put a sink's key in front (`model/sinks.py`)."""
+    if "before_sink" in arguments:
+        query, key, _, mask, _ = arguments["before_sink"]
+    return query, key, mask
+
+
+def _sinks(name: str, arguments: dict[str, Any]) -> Tensor | None:
+    if "before_sink" in arguments:
+        return arguments["before_sink"][-1]
+    return arguments.get("s_aux", arguments.get("sinks")) if name != "sdpa" else None
 
 
 def _kind(name: str) -> str | None:

@@ -20,7 +20,7 @@ from transformers.modeling_utils import AttentionInterface
 from normfree.entropy.functional import as_4d, as_request, attention_entropy
 from normfree.entropy.recorder import SLOT, Recorder, is_recomputation
 from normfree.entropy.request import Request
-from normfree.entropy.routing import eager_function, read_call, registry_of, routed_attention
+from normfree.entropy.routing import eager_function, read_call, registry_of, routed_attention, without_sink_key
 from normfree.entropy.support import UnsupportedModel, refusal
 from normfree.entropy.visibility import last_key_is_hidden, padding_rows
 
@@ -80,8 +80,8 @@ def _measuring(name: str, original: Callable[..., Any] | None) -> Callable[..., 
         slot = getattr(module, SLOT, None)
         if slot is not None:
             with torch.no_grad():
-                call = read_call(name, module, query, key, attention_mask, named)
-                torch.ops.normfree.record_entropy(_ticket, slot, query, *call)
+                q, k, mask = without_sink_key(query, key, attention_mask, named)
+                torch.ops.normfree.record_entropy(_ticket, slot, q, *read_call(name, module, q, k, mask, named))
         attend = original if original is not None else eager_function(type(module))
         return attend(module, query, key, value, attention_mask, *args, **named)
 
@@ -213,9 +213,9 @@ class AttentionTap:
         ) -> Any:
             if module in self._modules:
                 with torch.no_grad():
-                    call = read_call(name, module, query, key, attention_mask, named)
-                    mask = as_4d(call.mask, query, call.k)
-                    request = as_request(query, call.k, mask, *call[2:7], patterns=False)
+                    q, k, mask = without_sink_key(query, key, attention_mask, named)
+                    call = read_call(name, module, q, k, mask, named)
+                    request = as_request(q, call.k, as_4d(call.mask, q, call.k), *call[2:7], patterns=False)
                     self._read(cast(Any, module).layer_idx, request)
             attend = original if original is not None else eager_function(type(module))
             return attend(module, query, key, value, attention_mask, *args, **named)

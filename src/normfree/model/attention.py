@@ -1,14 +1,27 @@
-"""Attention functions for transformers' AttentionInterface, and the NaN that torch's fused one loses."""
+"""Causal attention: the module, and functions for transformers' AttentionInterface."""
 
-# B batch, H heads, T query (new tokens), S key (cached and new), D head dim, N batch times heads
+# B batch, H heads, T query (new tokens), S key (cached and new), D head dim, E hidden size, N batch times heads
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.cache_utils import Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration import NormFreeConfig
+from .gates import GATES
+from .head_entropy import causal_head_entropies
+from .linears import ResidualProjection, projection, query_key_value_projection
+from .norms import QUERY_KEY_NORMS, NormSite
+from .positions import Rotation, rotate
+from .sinks import SINKS, AttentionInput
+from .temperatures import TEMPERATURES
 
 
 def eager_attention_forward(
@@ -83,3 +96,72 @@ def nan_where_all_scores_are(query_BHTD: Tensor, key_BHSD: Tensor, attention_mas
     if attention_mask is None:
         sums_BHT = sums_BHT + key_BHSD[:, :, :1].sum(-1, dtype=torch.float32)
     return (sums_BHT * 0).sum(1)[..., None].to(query_BHTD.dtype)
+
+
+class Attention(nn.Module):
+    """Causal softmax attention through transformers' AttentionInterface."""
+
+    def __init__(self, config: NormFreeConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = True
+        self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
+        self.qkv = query_key_value_projection(config)
+        site = NormSite("query_key", layer_idx, config.head_dim)
+        self.query_norm, self.key_norm = (QUERY_KEY_NORMS[config.query_key_norm](config, site) for _ in range(2))
+        self.temperature = TEMPERATURES[config.temperature](config)
+        self.sink = SINKS[config.attention_sink](config)
+        self.gate = GATES[config.attention_gate](config)
+        self.output = projection(config, "o", config.hidden_size, config.hidden_size, ResidualProjection)
+        self.dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(
+        self,
+        hidden_BTE: Tensor,
+        *,
+        attention_mask: Tensor | None,
+        rotation: Rotation | None,
+        token_positions: Tensor,
+        past_key_values: Cache | None,
+        entropy_layers: Collection[int] = (),
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The output (B, T, E), attention weights or None, and the heads' mean entropy (H,) or None."""
+        batch, tokens, _ = hidden_BTE.shape
+        qkv_3BHTD = self.qkv(hidden_BTE).view(batch, tokens, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        query_BHTD, key_BHSD, value_BHSD = qkv_3BHTD.unbind(0)
+        query_BHTD, key_BHSD = self.query_norm(query_BHTD), self.key_norm(key_BHSD)
+        if rotation is not None:
+            query_BHTD, key_BHSD = rotate(query_BHTD, rotation), rotate(key_BHSD, rotation)
+        query_BHTD = self.temperature(query_BHTD, token_positions)
+        entropies_H = None
+        if self.layer_idx in entropy_layers:
+            entropies_H = causal_head_entropies(query_BHTD, key_BHSD, self.scaling)
+        if past_key_values is not None:
+            key_BHSD, value_BHSD = past_key_values.update(key_BHSD, value_BHSD, self.layer_idx)
+        implementation = self.config._attn_implementation or "eager"
+        fused = implementation == "sdpa"
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        probed = attend is not sdpa_attention_forward  # a probe puts its own function there
+        if not probed and past_key_values is None and trains_faster_written_out(query_BHTD, attention_mask):
+            fused, attend = False, written_out_causal_attention
+        inputs = AttentionInput(query_BHTD, key_BHSD, value_BHSD, attention_mask)
+        if self.sink is not None:
+            kwargs["before_sink"] = (*inputs, self.sink.logits(query_BHTD))  # what a probe measures
+            inputs = self.sink.prepend(inputs, self.scaling)
+        mixed_BTHD, weights_BHTS = attend(
+            self,
+            *inputs,
+            scaling=self.scaling,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            **kwargs,
+        )
+        if self.sink is not None:
+            mixed_BTHD, weights_BHTS = self.sink.remove(mixed_BTHD, weights_BHTS, like=query_BHTD)
+        mixed_BTHD = self.gate(mixed_BTHD, hidden_BTE)
+        written_BTE = self.output(mixed_BTHD.reshape(batch, tokens, -1))
+        if fused and query_BHTD.device.type == "cpu":
+            written_BTE = written_BTE + nan_where_all_scores_are(query_BHTD, key_BHSD, attention_mask)
+        return self.dropout(written_BTE), weights_BHTS, entropies_H

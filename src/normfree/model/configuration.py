@@ -5,6 +5,7 @@ No `from __future__ import annotations` here: building a config checks the types
 
 import math
 from dataclasses import Field, fields
+from dataclasses import field as dataclass_field
 from difflib import get_close_matches
 from typing import Any, Literal
 
@@ -12,7 +13,13 @@ from huggingface_hub.dataclasses import type_validator
 from transformers import PreTrainedConfig
 
 from .activations import ACTIVATIONS
-from .norms import NORMS
+from .branches import BRANCHES
+from .gates import GATES
+from .linears import LINEAR_GROUPS, LINEARS
+from .norms import NORMS, QUERY_KEY_NORMS
+from .placements import PLACEMENTS
+from .sinks import SINKS
+from .temperatures import TEMPERATURES
 
 # Keys that transformers writes to config.json or passes on, besides the fields of PreTrainedConfig and all that start
 # with an underscore.
@@ -28,6 +35,20 @@ TRANSFORMERS_KEYS = {
     "tie_last_hidden_states",
     "torch_dtype",
 }
+
+
+TABLES = {
+    "norm": NORMS,
+    "final_norm": NORMS,
+    "placement": PLACEMENTS,
+    "query_key_norm": QUERY_KEY_NORMS,
+    "branch": BRANCHES,
+    "linear": LINEARS,
+    "temperature": TEMPERATURES,
+    "attention_sink": SINKS,
+    "attention_gate": GATES,
+}
+"""Fields that name one entry of a table; `activation` names several."""
 
 
 class NormFreeConfig(PreTrainedConfig):
@@ -63,11 +84,37 @@ class NormFreeConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
     """One matrix for the input embedding and the output projection."""
     norm: str = "layernorm"
-    """Normalization inside the blocks, before attention and feed-forward: layernorm or none (norms.py)."""
+    """Normalization in the blocks: layernorm, rmsnorm, lns, dyt, derf, bhyt, taper, none (docs/architecture.md)."""
     final_norm: str = "layernorm"
-    """Normalization after the last block: layernorm or none. The paper keeps it in every model."""
+    """Normalization after the last block: any of norm but taper. The paper keeps LayerNorm in every model."""
     norm_epsilon: float = 1e-5
-    """Added to the variance before the square root."""
+    """layernorm, rmsnorm, lns, bhyt, taper: added to the variance or mean square before the square root."""
+    norm_steepness: float | list[float] = 1.0
+    """norm=dyt, derf: initial factor of the input, for all, or one for attention, feed-forward and final norm."""
+    taper_start_step: int = 0
+    """norm=taper: the last optimiser step with the whole norm."""
+    taper_end_step: int = 0
+    """norm=taper: the optimiser step from which a fixed scale stands in its place."""
+    placement: str = "pre"
+    """Where a block's norms sit: pre, post, peri (input and output of a branch), mix (post first, then pre)."""
+    post_share: float = 0.5
+    """placement=mix: share of the layers, from the first on, whose norms sit as in post."""
+    query_key_norm: str = "none"
+    """Normalization of each head's queries and keys: rmsnorm or none."""
+    branch: str = "plain"
+    """How a branch joins the residual stream: plain, scaled_ffn, layerscale, rezero, fixed (docs/architecture.md)."""
+    embedding_scale: Literal["none", "learned"] = "none"
+    """learned: token embeddings times one learnable number that starts at sqrt(hidden_size)."""
+    linear: str = "plain"
+    """Weights of the blocks' linear maps: plain, weight_norm, spectral_norm."""
+    linear_groups: list[str] = dataclass_field(default_factory=lambda: list(LINEAR_GROUPS))
+    """linear=weight_norm, spectral_norm: which maps, of q, k, v, o, ffn."""
+    temperature: str = "fixed"
+    """Temperature of attention: fixed (1), or learned for each head, or for each head and query position (position)."""
+    attention_sink: str = "none"
+    """Extra logit in each softmax whose probability goes nowhere: none, softmax_1 (always 0), learned (per head)."""
+    attention_gate: str = "none"
+    """Sigmoid gate on the output of attention: none, one for each head, or one for each channel."""
     activation: str | list[str] = "gelu"
     """For all layers, or one per layer: gelu, gelu_tanh, relu, leaky_relu, identity (activations.py)."""
     negative_slope: float = 0.01
@@ -105,6 +152,7 @@ class NormFreeConfig(PreTrainedConfig):
         self._check_names()
         self._check_numbers()
         self._check_heads()
+        self._check_parts()
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         super().__post_init__(**others)
@@ -145,8 +193,9 @@ class NormFreeConfig(PreTrainedConfig):
                 f"activation lists {len(activations)} names, but num_hidden_layers is {self.num_hidden_layers}: "
                 "give one name for all layers or one per layer"
             )
-        names = [("norm", self.norm, NORMS), ("final_norm", self.final_norm, NORMS)]
-        for field, name, table in [*names, *(("activation", name, ACTIVATIONS) for name in activations)]:
+        chosen = [(field, getattr(self, field), table) for field, table in TABLES.items()]
+        chosen += [("activation", name, ACTIVATIONS) for name in activations]
+        for field, name, table in chosen:
             if name not in table:
                 raise ValueError(f"{field}={name!r}; {_nearest(name, list(table))}")
         if self.learnable_slope != "none" and "leaky_relu" not in activations:
@@ -179,6 +228,27 @@ class NormFreeConfig(PreTrainedConfig):
             raise ValueError(
                 f"rotary_share={share} of head_dim={self.head_dim} (hidden_size={width} / num_attention_heads={heads}) "
                 f"is {self.head_dim * share:g}: dimensions rotate in pairs, so it must be an even number"
+            )
+
+    def _check_parts(self) -> None:
+        if self.placement in ("post", "mix") and self.residual == "parallel":
+            raise ValueError(f"placement={self.placement!r} needs residual='sequential', got 'parallel'")
+        if self.branch == "scaled_ffn" and self.residual == "parallel":
+            raise ValueError("branch='scaled_ffn' needs residual='sequential', got 'parallel'")
+        if not 0 < self.post_share < 1:
+            raise ValueError(f"post_share={self.post_share} must be above 0 and below 1")
+        if isinstance(self.norm_steepness, list) and len(self.norm_steepness) != 3:
+            raise ValueError(
+                f"norm_steepness={self.norm_steepness}; give one number, or three: attention, feed-forward, final norm"
+            )
+        if unknown := set(self.linear_groups) - set(LINEAR_GROUPS):
+            raise ValueError(f"linear_groups names {', '.join(sorted(unknown))}; allowed: {', '.join(LINEAR_GROUPS)}")
+        if self.final_norm == "taper":
+            raise ValueError("final_norm='taper': without a final norm the logits run away, so it stays; give another")
+        if self.norm == "taper" and not 0 <= self.taper_start_step < self.taper_end_step:
+            raise ValueError(
+                f"norm='taper' needs taper_start_step={self.taper_start_step} below "
+                f"taper_end_step={self.taper_end_step}, e.g. model.taper_end_step=5000"
             )
 
 

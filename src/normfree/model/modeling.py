@@ -8,157 +8,45 @@ The constructors choose modules from tables; no forward asks which variant it is
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .activations import ACTIVATIONS
-from .attention import (
-    eager_attention_forward,
-    nan_where_all_scores_are,
-    trains_faster_written_out,
-    written_out_causal_attention,
-)
+from .attention import Attention
+from .blocks import BLOCKS, Block
 from .configuration import NormFreeConfig
+from .linears import Projection, ResidualProjection
 from .loss import next_token_loss
-from .norms import NORMS
-from .positions import POSITIONS, Rotation, rotate
+from .norms import NORMS, NormSite
+from .positions import POSITIONS
 
 
-class QueryKeyBiasLinear(nn.Linear):
-    """Queries, keys and values in one matmul; only queries and keys have a bias."""
+@dataclass
+class NormFreeModelOutput(BaseModelOutputWithPast):
+    """Hidden states, the entropies that `entropy_layers` chose, and sums for `advance`."""
 
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__(hidden_size, 3 * hidden_size, bias=False)
-        self.bias = nn.Parameter(torch.empty(2 * hidden_size))
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.weight, F.pad(self.bias, (0, self.in_features)))
-
-
-QKV_PROJECTIONS = {
-    "none": lambda hidden_size: nn.Linear(hidden_size, 3 * hidden_size, bias=False),
-    "qk": QueryKeyBiasLinear,
-    "all": lambda hidden_size: nn.Linear(hidden_size, 3 * hidden_size),
-}
+    head_entropies: Tensor | None = None
+    """(layers of entropy_layers, H): mean entropy in nats over rows and sequences, with gradients."""
+    norm_sums: Tensor | None = None
+    """(norms that have sums, 2), in training."""
 
 
-class ResidualLinear(nn.Linear):
-    """A projection that writes to the residual stream; `residual_init` scales its initial weights."""
+@dataclass
+class NormFreeCausalLMOutput(CausalLMOutputWithPast):
+    """A language model's output, with the entropies and sums of `NormFreeModelOutput`."""
 
-
-class Attention(nn.Module):
-    """Causal softmax attention through transformers' AttentionInterface."""
-
-    def __init__(self, config: NormFreeConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.is_causal = True
-        self.head_dim = config.head_dim
-        self.scaling = config.head_dim**-0.5
-        self.qkv = QKV_PROJECTIONS[config.bias](config.hidden_size)
-        self.output = ResidualLinear(config.hidden_size, config.hidden_size, bias=config.bias == "all")
-        self.dropout = nn.Dropout(config.residual_dropout)
-
-    def forward(
-        self,
-        hidden_BTE: Tensor,
-        *,
-        attention_mask: Tensor | None,
-        rotation: Rotation | None,
-        past_key_values: Cache | None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        batch, tokens, _ = hidden_BTE.shape
-        qkv_3BHTD = self.qkv(hidden_BTE).view(batch, tokens, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
-        query_BHTD, key_BHSD, value_BHSD = qkv_3BHTD.unbind(0)
-        if rotation is not None:
-            query_BHTD, key_BHSD = rotate(query_BHTD, rotation), rotate(key_BHSD, rotation)
-        if past_key_values is not None:
-            key_BHSD, value_BHSD = past_key_values.update(key_BHSD, value_BHSD, self.layer_idx)
-        implementation = self.config._attn_implementation or "eager"
-        fused = implementation == "sdpa"
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        probed = attend is not sdpa_attention_forward  # a probe puts its own function there
-        if not probed and past_key_values is None and trains_faster_written_out(query_BHTD, attention_mask):
-            fused, attend = False, written_out_causal_attention
-        mixed_BTHD, weights_BHTS = attend(
-            self,
-            query_BHTD,
-            key_BHSD,
-            value_BHSD,
-            attention_mask,
-            scaling=self.scaling,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            **kwargs,
-        )
-        written_BTE = self.output(mixed_BTHD.reshape(batch, tokens, -1))
-        if fused and query_BHTD.device.type == "cpu":
-            written_BTE = written_BTE + nan_where_all_scores_are(query_BHTD, key_BHSD, attention_mask)
-        return self.dropout(written_BTE), weights_BHTS
-
-
-class FeedForward(nn.Module):
-    """Widen, activate, project back."""
-
-    def __init__(self, config: NormFreeConfig, layer_idx: int) -> None:
-        super().__init__()
-        width = config.intermediate_size
-        assert width is not None, "NormFreeConfig fills intermediate_size"
-        self.input = nn.Linear(config.hidden_size, width, bias=config.bias == "all")
-        self.activation = ACTIVATIONS[config.layer_activations[layer_idx]](config)
-        self.output = ResidualLinear(width, config.hidden_size, bias=config.bias == "all")
-        self.dropout = nn.Dropout(config.residual_dropout)
-
-    def forward(self, hidden_BTE: Tensor, shared_slope: Tensor | None) -> Tensor:
-        features_BTF = self.activation(self.input(hidden_BTE), shared_slope)
-        return self.dropout(self.output(features_BTF))
-
-
-class Block(GradientCheckpointingLayer):
-    """Base class of both residual forms.
-
-    Tensors that need gradients are positional: reentrant checkpointing loses gradients of keywords.
-    """
-
-    def __init__(self, config: NormFreeConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.attention_norm = NORMS[config.norm](config)
-        self.attention = Attention(config, layer_idx)
-        self.feed_forward_norm = NORMS[config.norm](config)
-        self.feed_forward = FeedForward(config, layer_idx)
-
-
-class SequentialBlock(Block):
-    """The feed-forward part reads the output of attention (GPT-2)."""
-
-    def forward(self, hidden_BTE: Tensor, shared_slope: Tensor | None, **context: Any) -> Tensor:
-        hidden_BTE = hidden_BTE + self.attention(self.attention_norm(hidden_BTE), **context)[0]
-        return hidden_BTE + self.feed_forward(self.feed_forward_norm(hidden_BTE), shared_slope)
-
-
-class ParallelBlock(Block):
-    """Attention and the feed-forward part read the same input (GPT-NeoX)."""
-
-    def forward(self, hidden_BTE: Tensor, shared_slope: Tensor | None, **context: Any) -> Tensor:
-        attended_BTE = self.attention(self.attention_norm(hidden_BTE), **context)[0]
-        return hidden_BTE + attended_BTE + self.feed_forward(self.feed_forward_norm(hidden_BTE), shared_slope)
-
-
-BLOCKS = {"sequential": SequentialBlock, "parallel": ParallelBlock}
+    head_entropies: Tensor | None = None
+    norm_sums: Tensor | None = None
 
 
 class NormFreePreTrainedModel(PreTrainedModel):
@@ -179,7 +67,7 @@ class NormFreePreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, ResidualLinear):
+        if isinstance(module, ResidualProjection):
             scales = {"flat": 1.0, "scaled": (2 * self.config.num_hidden_layers) ** -0.5}
             init.normal_(module.weight, std=self.config.initializer_range * scales[self.config.residual_init])
             if module.bias is not None:
@@ -189,6 +77,30 @@ class NormFreePreTrainedModel(PreTrainedModel):
         for name, parameter in module.named_parameters(recurse=False):
             if name.endswith("slope"):
                 init.constant_(parameter, self.config.negative_slope)
+        initial_values: dict[str, float] = getattr(module, "initial_values", {})
+        for name, value in initial_values.items():
+            init.constant_(getattr(module, name), value)
+        if isinstance(module, Projection):
+            for tensor, initial in module.initial_map_values():
+                init.copy_(tensor, initial)
+
+    @property
+    def has_state(self) -> bool:
+        """True if `advance` changes anything."""
+        return any(hasattr(each, "sums") or (isinstance(each, Projection) and each.maps) for each in self.modules())
+
+    def advance(self, step: int, norm_sums: Tensor | None = None) -> None:
+        """Move state that changes while training to where it stands after optimiser step `step`.
+
+        `norm_sums`: the model's output of that name, added up over the step's micro-batches and processes. Call it once
+        for each optimiser step; forward passes change nothing.
+        """
+        norms_with_state: list[Any] = [module for module in self.modules() if hasattr(module, "sums")]
+        for norm, sums in zip(norms_with_state, () if norm_sums is None else norm_sums, strict=True):
+            norm.advance(step, sums)
+        for module in self.modules():
+            if isinstance(module, Projection):
+                module.advance()
 
     def negative_slopes(self) -> dict[str, Tensor]:
         """Copies of all learnable slopes, by parameter name, in layer order: float32 scalars.
@@ -214,13 +126,18 @@ class NormFreeModel(NormFreePreTrainedModel):
     def __init__(self, config: NormFreeConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        learned_scale = config.embedding_scale == "learned"
+        self.embedding_scale = nn.Parameter(torch.empty(1)) if learned_scale else None
+        self.initial_values = {"embedding_scale": config.hidden_size**0.5} if learned_scale else {}
         self.positions = POSITIONS[config.position](config)
         self.dropout = nn.Dropout(config.embedding_dropout)
         # The shared slope is registered here and passed to the blocks: see activations.py.
         shared = config.learnable_slope == "shared"
         self.shared_negative_slope = nn.Parameter(torch.empty(1)) if shared else None
         self.layers = nn.ModuleList(BLOCKS[config.residual](config, index) for index in range(config.num_hidden_layers))
-        self.final_norm = NORMS[config.final_norm](config)
+        self.final_norm = NORMS[config.final_norm](
+            config, NormSite("final", config.num_hidden_layers, config.hidden_size)
+        )
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -233,12 +150,20 @@ class NormFreeModel(NormFreePreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        entropy_layers: Collection[int] = (),
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """Final hidden states (B, T, E). `position_ids` (B, T) default to 0, 1, ... after the cache."""
+    ) -> NormFreeModelOutput:
+        """Final hidden states (B, T, E). `position_ids` (B, T) default to 0, 1, ... after the cache.
+
+        `entropy_layers`: layers whose mean head entropies are returned too, with gradients, for full causal blocks.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if entropy_layers and not (attention_mask is None and position_ids is None and past_key_values is None):
+            raise ValueError("entropy_layers needs full causal blocks: no attention_mask, position_ids or cache")
         tokens_BTE = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.embedding_scale is not None:
+            tokens_BTE = tokens_BTE * self.embedding_scale
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         mask = create_causal_mask(  # before the cache exists: with one, this does not separate texts in one row
@@ -250,23 +175,36 @@ class NormFreeModel(NormFreePreTrainedModel):
         )
         if use_cache and past_key_values is None and not (self.gradient_checkpointing and self.training):
             past_key_values = DynamicCache(config=self.config)
-        positions_BT = position_ids
-        if positions_BT is None:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-            positions_BT = (torch.arange(tokens_BTE.shape[1], device=tokens_BTE.device) + seen)[None]
+        positions_BT = _positions_after(past_key_values, tokens_BTE) if position_ids is None else position_ids
         placed_BTE, rotation = self.positions(tokens_BTE, positions_BT)
         hidden_BTE = self.dropout(placed_BTE)
+        entropies, sums = [], []
         for block in self.layers:
-            hidden_BTE = block(
+            outputs = block(
                 hidden_BTE,
                 self.shared_negative_slope,
                 attention_mask=mask,
                 rotation=rotation,
+                token_positions=positions_BT,
                 past_key_values=past_key_values,
                 position_ids=position_ids,
+                entropy_layers=entropy_layers,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.final_norm(hidden_BTE), past_key_values=past_key_values)
+            hidden_BTE, entropies_H, norm_sums = outputs if isinstance(outputs, tuple) else (outputs, None, None)
+            entropies += [] if entropies_H is None else [entropies_H]
+            sums += [] if norm_sums is None else [norm_sums]
+        return NormFreeModelOutput(
+            last_hidden_state=self.final_norm(hidden_BTE),
+            past_key_values=past_key_values,
+            head_entropies=torch.stack(entropies) if entropies else None,
+            norm_sums=torch.cat(sums) if sums else None,
+        )
+
+
+def _positions_after(cache: Cache | None, tokens_BTE: Tensor) -> Tensor:
+    seen = 0 if cache is None else cache.get_seq_length()
+    return (torch.arange(tokens_BTE.shape[1], device=tokens_BTE.device) + seen)[None]
 
 
 class NormFreeForCausalLM(NormFreePreTrainedModel, GenerationMixin):
@@ -293,7 +231,7 @@ class NormFreeForCausalLM(NormFreePreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         return_logits: bool = True,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> NormFreeCausalLMOutput:
         """Logits (B, T, V), and with `labels` (B, T) the mean cross-entropy in nats; -100 is ignored.
 
         This shifts `labels`: pass `input_ids` itself. `logits_to_keep`: the last so many positions, or an index tensor;
@@ -323,12 +261,14 @@ class NormFreeForCausalLM(NormFreePreTrainedModel, GenerationMixin):
         else:
             items = kwargs.get("num_items_in_batch")
             loss = next_token_loss(outputs.last_hidden_state, self.lm_head.weight, labels, items)
-        return CausalLMOutputWithPast(
+        return NormFreeCausalLMOutput(
             loss=loss,
             logits=logits_BTV if return_logits else None,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            head_entropies=outputs.head_entropies,
+            norm_sums=outputs.norm_sums,
         )
 
 

@@ -18,7 +18,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from normfree.spec.keys import describe_keys, nearest
 from normfree.spec.run import NOT_SET_ALONE, RunSpec
-from normfree.spec.variants import check_fields_are_read, check_label, model_fields, spread_over_layers
+from normfree.spec.variants import (
+    MAIN,
+    check_fields_are_read,
+    check_label,
+    model_fields,
+    read_variant,
+    spread_over_layers,
+)
 
 CONF = Path(__file__).parent / "conf"
 GROUPS = {"data": "installed", "preset": "cpu", "variant": "sm-ln-g"}
@@ -115,7 +122,7 @@ def compose(values: Mapping[str, Any], *, command: str | None = None) -> Job:
     merged["model"] = model_fields(merged["model"], declared_by(merged["variant"]))
     spec = RunSpec.from_dict(merged)
     check_fields_are_read(spec)
-    check_label(spec, {name: declared_by(name) for name in members("variant") if name != "custom"})
+    check_label(spec, {name: declared_by(name) for name in (spec.variant, *variants()) if name != "custom"})
     return Job(spec, Path(runs_dir), Path(cache_dir) if cache_dir else None, command)
 
 
@@ -139,9 +146,14 @@ def members(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
+def variants() -> list[str]:
+    """Names that help shows: those with a file of their own, and the main ones that are composed of parts."""
+    return [*MAIN, *members("variant")]
+
+
 def declared_by(variant: str) -> dict[str, Any]:
     """The fields of the model that define a variant. The value of a slope does not: a tag tells such runs apart."""
-    fields = _read_member("variant", variant).get("model", {})
+    fields = read_variant(variant, CONF / "variant").get("model", {})
     return {key: value for key, value in fields.items() if key != "negative_slope"}
 
 
@@ -200,7 +212,7 @@ def _merge(values: Mapping[str, Any]) -> dict[str, Any]:
     corpora = [preset.pop("corpus") for preset in presets if "corpus" in preset]
     corpus = values.get("data", corpora[-1] if corpora else GROUPS["data"])
     layers = [{"data": _read_member("data", corpus)}, *presets]
-    layers.append(_read_member("variant", values.get("variant", GROUPS["variant"])))
+    layers.append(read_variant(str(values.get("variant", GROUPS["variant"])), CONF / "variant"))
     try:
         # The defaults of RunSpec, so that ${seed} in a tag resolves.
         merged = OmegaConf.merge({"study": "single", "tag": "", "seed": 0, "data_seed": 0}, *layers)

@@ -26,7 +26,10 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 # What tells one variant from another under one recipe: tables compare over these and nothing else.
 VARIANT_FIELDS = (
-    *(f"model.{name}" for name in ("norm", "activation", "negative_slope", "learnable_slope")),
+    *(f"model.{name}" for name in ("norm", "final_norm", "activation", "negative_slope", "learnable_slope")),
+    *(f"model.{name}" for name in ("norm_steepness", "taper_start_step", "taper_end_step", "placement", "post_share")),
+    *(f"model.{name}" for name in ("query_key_norm", "branch", "embedding_scale", "linear", "linear_groups")),
+    *(f"model.{name}" for name in ("temperature", "attention_sink", "attention_gate")),
     *(f"train.{name}" for name in ("decay_slopes", "slope_learning_rate_factor")),
 )
 # Names, and the seeds: other weights and another order of the data are replicates of one recipe.
@@ -133,6 +136,20 @@ class TrainSpec:
     """Where its linear fall ends, after the last step."""
     warmup_share: BelowOne = 0.05
     """Share of the steps in which the learning rate rises linearly; then it falls linearly."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices of the blocks, AdamW for all other parameters."""
+    objective: Literal["next_token", "entropy_target", "entropy_band"] = "next_token"
+    """What is minimised: the loss alone, or with a term that moves head entropies (docs/training.md)."""
+    entropy_weight: NotNegative | None = None
+    """objective=entropy_target, entropy_band: weight of the term; 0 only records entropies against their targets."""
+    entropy_layers: tuple[int, ...] | None = None
+    """objective=entropy_target, entropy_band: layers whose heads are moved, from 0; unless given, all."""
+    entropy_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """objective=entropy_target: the target of every head, as a share of the ceiling ln(T!) / T."""
+    entropy_nats: tuple[float, ...] = ()
+    """objective=entropy_target: the target of each layer's heads, in nats."""
+    entropy_profile: tuple[str, ...] = ()
+    """objective=entropy_target: finished runs whose entropies, sorted within each layer and step, are the targets."""
     weight_decay: NotNegative = 0.1
     """AdamW's, on matrices and embeddings; never on biases and norms."""
     decay_slopes: bool = False
@@ -183,8 +200,28 @@ class TrainSpec:
         final, peak = self.final_learning_rate, self.peak_learning_rate
         if final > peak:
             raise ValueError(f"train.final_learning_rate={final} must be at most train.peak_learning_rate={peak}")
+        self._check_objective()
         if not re.fullmatch(r"stop|skip:[1-9][0-9]*", self.on_nonfinite):
             raise ValueError(f"train.on_nonfinite={self.on_nonfinite!r}; allowed: stop, or skip:N with N of 1 or more")
+
+    def _check_objective(self) -> None:
+        targets = ("entropy_share", "entropy_nats", "entropy_profile")
+        readers = {"entropy_weight": ("entropy_target", "entropy_band"), **dict.fromkeys(targets, ("entropy_target",))}
+        readers["entropy_layers"] = readers["entropy_weight"]
+        for name, objectives in readers.items():
+            if (value := getattr(self, name)) not in (None, ()) and self.objective not in objectives:
+                raise ValueError(
+                    f"train.{name}={value} is not read with train.objective={self.objective}: give "
+                    f"train.objective={' or '.join(objectives)}"
+                )
+        if self.objective != "next_token" and self.entropy_weight is None:
+            raise ValueError(f"train.objective={self.objective} needs train.entropy_weight, e.g. 0.03")
+        chosen = [f"train.{name}" for name in targets if getattr(self, name)]
+        if self.objective == "entropy_target" and len(chosen) != 1:
+            raise ValueError(
+                "train.objective=entropy_target needs exactly one of train.entropy_share, train.entropy_nats and "
+                f"train.entropy_profile, got {' and '.join(chosen) or 'none'}"
+            )
 
     @property
     def skips_allowed(self) -> int:

@@ -1,10 +1,14 @@
-"""Checks that a model is the variant it is labelled as, and that every setting has an effect."""
+"""Variants: composed of parts, checked against their label; and a check that every setting has an effect."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
+from normfree.spec.keys import nearest
 from normfree.spec.run import RunSpec
 
 Fields = Mapping[str, Any]
@@ -24,21 +28,73 @@ def model_fields(fields: dict[str, Any], declared: Fields) -> dict[str, Any]:
     return {name: float(value) if isinstance(getattr(config, name), float) else value for name, value in fields.items()}
 
 
+LABEL_FIELDS = (
+    *("norm", "final_norm", "activation", "learnable_slope", "placement", "query_key_norm", "branch"),
+    *("embedding_scale", "linear", "linear_groups", "temperature", "attention_sink", "attention_gate"),
+)
+"""Fields of the model that a variant's name and label speak of. Of other fields, such as a slope, a tag tells."""
+MAIN = ("sm-ln-g", "sm-ln-r", "sm-g", "sm-r", "sm-ln", "sm", "sm-rg", "sm-gr")
+"""Composed variants that help and advice name; any other order-preserving choice of parts works too."""
+
+
+def read_variant(name: str, folder: Path) -> dict[str, Any]:
+    """A variant's name, label and fields of the model: a file of `folder`, or composed of the parts in parts.yaml.
+
+    Raises ValueError for a name that is neither, or whose parts contradict each other or stand in another order.
+    """
+    if name in (files := sorted(path.stem for path in folder.glob("*.yaml"))):
+        return OmegaConf.to_container(OmegaConf.load(folder / f"{name}.yaml"))  # pyright: ignore[reportReturnType]
+    table = _read_parts(folder)
+    parts, activations = table["parts"], table["activations"]
+    first, *codes = name.split("-")
+    unknown = [code for code in codes if code not in parts | activations]
+    if first != "sm" or unknown:
+        raise ValueError(
+            f"unknown variant {name!r}; {nearest(name, [*MAIN, *files])}; or join with dashes sm, any of "
+            f"{', '.join(parts)}, and one of {', '.join(activations)}"
+        )
+    entries = [table["sm"], *((parts | activations)[code] for code in codes)]
+    ordered = [code for code in [*parts, *activations] if code in codes]
+    model: dict[str, Any] = dict(table["sm"]["model"])
+    set_by: dict[str, str] = {}
+    for code, entry in zip(codes, entries[1:], strict=True):
+        for field, value in entry["model"].items():
+            if field in set_by:
+                raise ValueError(f"variant={name}: {set_by[field]} and {code} both set model.{field}; leave one out")
+            set_by[field], model[field] = code, value
+    if codes != ordered:
+        raise ValueError(f"variant={name}: parts have an order: give variant={'-'.join(['sm', *ordered])}")
+    return {"variant": name, "label": "+".join(entry["label"] for entry in entries), "model": model}
+
+
+def part_names(folder: Path) -> dict[str, list[str]]:
+    """What `read_variant` composes names of: `parts` in their order, and `activations`."""
+    table = _read_parts(folder)
+    return {kind: list(table[kind]) for kind in ("parts", "activations")}
+
+
+def _read_parts(folder: Path) -> dict[str, Any]:
+    return OmegaConf.to_container(OmegaConf.load(folder.parent / "parts.yaml"))  # pyright: ignore[reportReturnType]
+
+
 def check_label(spec: RunSpec, variants: Mapping[str, Fields]) -> None:
-    """Raises ValueError for a model that is not its variant's: tables and published numbers go by the label."""
+    """Raises ValueError for a model that is not its variant's: tables and published numbers go by the label.
+
+    `variants`: the fields of this variant, and of others to recommend.
+    """
     from normfree.model import NormFreeConfig
 
     if spec.variant == "custom":
         if missing := [f"model.{key}" for key in ("norm", "activation") if key not in spec.model]:
             raise ValueError(f"variant=custom needs {' and '.join(missing)}, e.g. model.norm=none")
         return
-    config = NormFreeConfig(**spec.model)
+    config, default = NormFreeConfig(**spec.model), NormFreeConfig()
     actual = config.to_dict() | {"activation": config.layer_activations}
 
     def differing_keys(variant: str) -> list[str]:
-        declared = dict(variants[variant])
+        declared = {name: getattr(default, name) for name in LABEL_FIELDS} | dict(variants[variant])
         declared["activation"] = spread_over_layers(declared["activation"], config.num_hidden_layers)
-        return [key for key, value in declared.items() if actual[key] != value]
+        return [name for name in LABEL_FIELDS if actual[name] != declared[name]]
 
     if not (differing := differing_keys(spec.variant)):
         return
@@ -50,25 +106,37 @@ def check_label(spec: RunSpec, variants: Mapping[str, Fields]) -> None:
 
 def check_fields_are_read(spec: RunSpec) -> None:
     """Raises ValueError for a setting, other than the default, that nothing in this model reads."""
-    from normfree.model import NormFreeConfig
-    from normfree.model.activations import IN_THIS_FILE
+    from normfree.model import NormFreeConfig, activations, norms
 
     config = NormFreeConfig(**spec.model)
-    names = set(config.layer_activations)
-    registered_by_user = bool(names - IN_THIS_FILE.keys())  # such an activation may read and learn slopes
+    names, used_norms = set(config.layer_activations), {config.norm, config.final_norm}
+    # What a user registered may read and learn whatever it likes.
+    own_activation = bool(names - activations.IN_THIS_FILE.keys())
+    own_norm = bool(used_norms - norms.IN_THIS_FILE.keys())
     rotary = config.position == "rotary", "model.position=rotary"
-    learned = registered_by_user or config.learnable_slope != "none", "model.learnable_slope=per_layer or shared"
+    learned = own_activation or config.learnable_slope != "none", "model.learnable_slope=per_layer or shared"
+    tapers = own_norm or config.norm == "taper", "model.norm=taper"
+    divides = {"layernorm", "rmsnorm", "lns", "bhyt", "taper"}
     needs = {
         "rotary_share": rotary,
         "rotary_base": rotary,
-        "norm_epsilon": ({config.norm, config.final_norm} != {"none"}, "a norm"),
-        "negative_slope": (registered_by_user or "leaky_relu" in names, "model.activation=leaky_relu"),
+        "norm_epsilon": (own_norm or not divides.isdisjoint(used_norms), "a norm that divides"),
+        "norm_steepness": (own_norm or not {"dyt", "derf"}.isdisjoint(used_norms), "model.norm=dyt or derf"),
+        "taper_start_step": tapers,
+        "taper_end_step": tapers,
+        "placement": (config.norm != "none", "a norm"),
+        "post_share": (config.placement == "mix", "model.placement=mix"),
+        "linear_groups": (config.linear != "plain", "model.linear=weight_norm or spectral_norm"),
+        "negative_slope": (own_activation or "leaky_relu" in names, "model.activation=leaky_relu"),
         "decay_slopes": learned,
         "slope_learning_rate_factor": learned,
     }
+    defaults = NormFreeConfig()
     for name, (is_read, reader) in needs.items():
-        part, owner = ("model", config) if hasattr(config, name) else ("train", spec.train)
-        if not is_read and (value := getattr(owner, name)) != getattr(type(owner), name):
+        part, owner, default = (
+            ("model", config, defaults) if hasattr(config, name) else ("train", spec.train, type(spec.train))
+        )
+        if not is_read and (value := getattr(owner, name)) != getattr(default, name):
             raise ValueError(f"{part}.{name}={value} is read with {reader} only: leave it out")
 
 

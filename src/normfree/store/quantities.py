@@ -81,6 +81,16 @@ _DECLARED = (
         meaning="Learnable slope of a leaky ReLU: one for each layer that learns one, or one that all layers share.",
     ),
     Quantity(
+        name="target_error_nats2", title="Squared distance from the target entropy", unit="nats squared",
+        axes=("layer",),
+        meaning="Mean over a layer's heads of (M - t)^2: M is a head's entropy in the last step, t its target.",
+    ),
+    Quantity(
+        name="target_distance_nats", title="Largest distance from the target entropy", unit="nats", axes=("layer",),
+        merges="maximum",
+        meaning="Largest |M - t| of a layer's heads: M is a head's entropy in the last step, t its target.",
+    ),
+    Quantity(
         name="loss", title="Loss", unit="nats per token", drawn="no",
         meaning="Mean cross-entropy of the next token.",
     ),

@@ -27,6 +27,7 @@ from normfree.model.modeling import NormFreePreTrainedModel
 from normfree.spec.run import RunSpec
 from normfree.store.progress import duration
 from normfree.training.distributed import highest_of_all_processes
+from normfree.training.objectives import Objective
 from normfree.training.signals import WARNINGS, stopping_signals, warning_signals
 
 logger = logging.getLogger("normfree")
@@ -54,8 +55,15 @@ class Recorder(TrainerCallback):
     """Writes Trainer's log lines and measures held-out blocks on schedule; scalars also go to `log_to_trackers`."""
 
     def __init__(
-        self, spec: RunSpec, held_out_NT: Tensor, log: Log, *, log_to_trackers: Callable[[dict[str, float]], None]
+        self,
+        spec: RunSpec,
+        held_out_NT: Tensor,
+        log: Log,
+        *,
+        log_to_trackers: Callable[[dict[str, float]], None],
+        objective: Objective,
     ) -> None:
+        self.objective = objective
         self.log, self.log_to_trackers = log, log_to_trackers
         self.tokens_per_step = spec.train.batch_sequences * spec.data.context
         self.batch_sequences = spec.train.micro_batch_sequences
@@ -88,6 +96,8 @@ class Recorder(TrainerCallback):
         last = state.global_step == state.max_steps
         due = [schedule for schedule in self.schedules if last or state.global_step % schedule.every == 0]
         self._measure(state, control, due, rest["model"])
+        if any(schedule.split == "probe" for schedule in due):
+            self.log(state.global_step, "probe", self.objective.values().items())
 
     def _measure(
         self, state: TrainerState, control: TrainerControl, due: list[Schedule], model: NormFreePreTrainedModel

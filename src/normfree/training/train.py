@@ -36,6 +36,7 @@ from normfree.training.card import model_card
 from normfree.training.distributed import broadcast_from_rank_zero, start_processes
 from normfree.training.environment import command_line, device_name, surroundings, usable_cores
 from normfree.training.guard import Divergence, NonFiniteError
+from normfree.training.objectives import build_objective
 from normfree.training.process import hide_accelerate_variables, restore_fp32_precision
 from normfree.training.record import model_facts, open_writer, wandb_run
 from normfree.training.signals import warning_signals
@@ -155,6 +156,7 @@ class _Training:
         self.tokens_per_step = spec.train.batch_sequences * spec.data.context
         self.held_out = torch.from_numpy(corpus.held_out_ids())
         set_seed(spec.seed)
+        self.objective = build_objective(spec, config, steps)
         self.model = NormFreeForCausalLM(config)
         self.periods = periods_of(spec.probe.measures, spec.probe.every_steps)
         open_measures(list(self.periods), self.model)  # raises for measures that do not fit the model
@@ -194,6 +196,7 @@ class _Training:
         spec, progress = self.spec, callbacks.Progress(self.spec.name)
         self.trainer = trainer = NormFreeTrainer(
             spec=spec,
+            objective=self.objective,
             checkpoint=checkpoint,
             on_skip=self._record_skip,
             publish=self._publish,
@@ -203,7 +206,9 @@ class _Training:
             data_collator=_collate,
             processing_class=self.corpus.tokenizer(),
         )
-        recorder = callbacks.Recorder(spec, self.held_out, self._log, log_to_trackers=trainer.log)
+        recorder = callbacks.Recorder(
+            spec, self.held_out, self._log, log_to_trackers=trainer.log, objective=self.objective
+        )
         for callback in (recorder, progress, stop):  # in this order: a signal during a measurement ends the same step
             trainer.add_callback(callback)
         for callback in trainer.callback_handler.callbacks:
@@ -228,6 +233,7 @@ class _Training:
             **surroundings(self.spec, self.corpus, _device()),
             "skipped_steps": [divergence.to_dict() for divergence in self.trainer.skipped],
             "unlogged": unlogged,
+            "objective": self.objective.state(),
             "wall_seconds": self._wall_seconds(),
         }
         self.writer.sync()  # a power cut must not take metrics from before the checkpoint

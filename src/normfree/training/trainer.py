@@ -1,7 +1,4 @@
-"""A Trainer subclass with its own data order and parameter groups, and a check of gradients before clipping.
-
-It must not override `compute_loss`: ignoring `num_items_in_batch` there would scale the loss by the accumulation steps.
-"""
+"""A Trainer subclass with its own data order, optimisers and objectives, and a check of gradients before clipping."""
 
 from __future__ import annotations
 
@@ -15,14 +12,16 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from normfree.files import read_manifest
 from normfree.model.modeling import NormFreePreTrainedModel
-from normfree.spec.run import RunSpec, TrainSpec
+from normfree.spec.run import RunSpec
 from normfree.store.checkpoints import CheckpointError, require_space, step_of
 from normfree.training.data_order import BlockOrder
 from normfree.training.guard import Divergence, NonFiniteError, earliest, locate
+from normfree.training.objectives import Objective
+from normfree.training.optimizers import OPTIMIZERS, parameter_groups
 from normfree.training.process import use_fp32_products
 
 MINIMUM_SCALE = 1e-4
@@ -42,6 +41,7 @@ class NormFreeTrainer(Trainer):
         self,
         *,
         spec: RunSpec,
+        objective: Objective,
         checkpoint: Path | None,
         on_skip: Callable[[Divergence], None],
         publish: Callable[[int, dict[str, Any]], None],
@@ -54,10 +54,17 @@ class NormFreeTrainer(Trainer):
         self.start_step = step_of(checkpoint) if checkpoint else 0
         self.skipped = [Divergence(**facts) for facts in manifest.get("skipped_steps", [])]
         self._unlogged: dict[str, Any] | None = manifest.get("unlogged")
+        self.objective = objective.to(args.device)
+        if "objective" in manifest:
+            objective.restore(manifest["objective"])
+        self._loss_alone: Tensor | None = None
+        self._norm_sums: Tensor | None = None
+        self._has_state = model.has_state
         self._batches_of_step: list[dict[str, Tensor]] = []
         self._loss_before_step = torch.zeros(())
         self._gradient_norm: Tensor | None = None
         super().__init__(model=model, args=args, **rest)
+        self.add_callback(_Advance(self))
         use_fp32_products()  # TrainingArguments and Accelerate turn TF32 on when they compile
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
@@ -81,9 +88,42 @@ class NormFreeTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
-            self.optimizer = optimizer_class(parameter_groups(self.network, self.spec.train), **options)
+            groups = parameter_groups(self.network, self.spec.train, self.objective)
+            self.optimizer = OPTIMIZERS[self.spec.train.optimizer](self.network, groups, self.spec.train)
         return self.optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Add the objective's term to the loss, and collect the sums of norms whose state changes."""
+        if self.objective.layers:
+            inputs = {**inputs, "entropy_layers": self.objective.layers}
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if (sums := outputs.get("norm_sums")) is not None:
+            self._norm_sums = sums.detach() if self._norm_sums is None else self._norm_sums + sums.detach()
+        if self.objective.layers:
+            self._loss_alone = loss.detach()
+            share = len(inputs["input_ids"]) / self.spec.train.batch_sequences
+            # Gradients are averaged over processes, and Trainer scales its loss for that too.
+            loss = loss + self.objective.term(outputs["head_entropies"], share) * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def advance(self, step: int) -> None:
+        """Move the objective, and norms and linear maps that have state, to where they stand after this step."""
+        if self.skipped and self.skipped[-1].step == step:
+            return
+        self.objective.advance(step, self._sum_over_processes)
+        if self._has_state:
+            sums = None if self._norm_sums is None else self._sum_over_processes(self._norm_sums)
+            self.network.advance(step, sums)
+        self._norm_sums = None
+
+    def _sum_over_processes(self, values: Tensor) -> Tensor:
+        return cast(Tensor, self.accelerator.reduce(values, "sum"))
 
     def training_step(
         self,
@@ -99,7 +139,12 @@ class NormFreeTrainer(Trainer):
             self._loss_before_step = self._tr_loss.clone()
         self._batches_of_step.append(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._loss_alone is not None:  # the logged loss is that of the next token
+            loss = self._loss_alone
         if self.accelerator.sync_gradients:
+            for parameter in self.objective.parameters():  # they are not in the model that averages its gradients
+                if parameter.grad is not None:
+                    parameter.grad = cast(Tensor, self.accelerator.reduce(parameter.grad, "mean"))
             scaler = self.accelerator.scaler
             overflows_at_any_scale = scaler is not None and scaler.get_scale() < MINIMUM_SCALE
             if not self._is_finite(loss) or overflows_at_any_scale:
@@ -136,6 +181,8 @@ class NormFreeTrainer(Trainer):
             for gradient in (parameter.grad for parameter in self.network.parameters()):
                 if gradient is not None:
                     gradient.fill_(math.inf)
+        self._norm_sums = None
+        self.objective.discard_step()
         self._tr_loss.copy_(self._loss_before_step)
         self._globalstep_last_logged += 1  # Trainer divides the sum of losses by the steps since then
         self.skipped.append(divergence)
@@ -167,19 +214,11 @@ class NormFreeTrainer(Trainer):
             ) from error
 
 
-def parameter_groups(model: NormFreePreTrainedModel, train: TrainSpec) -> list[dict[str, Any]]:
-    """Group parameters by weight decay: on matrices and embeddings, never on biases and norms, optional on slopes."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    slope_names = model.negative_slopes()
-    slopes = [p for name, p in named if name in slope_names]
-    others = [p for name, p in named if name not in slope_names]
-    groups = [
-        {"params": [p for p in others if p.ndim >= 2], "weight_decay": train.weight_decay},
-        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
-        {
-            "params": slopes,
-            "weight_decay": train.weight_decay if train.decay_slopes else 0.0,
-            "lr": train.peak_learning_rate * train.slope_learning_rate_factor,
-        },
-    ]
-    return [group for group in groups if group["params"]]
+class _Advance(TrainerCallback):
+    """Advances a trainer's state after each optimiser step."""
+
+    def __init__(self, trainer: NormFreeTrainer) -> None:
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.advance(state.global_step + 1)

@@ -1,0 +1,107 @@
+"""The blocks: feed-forward, and how attention and feed-forward read and write the residual stream.
+
+The constructors choose modules from tables; no forward asks which variant it is.
+"""
+
+# B batch, T tokens, E hidden size, F feed-forward width, H heads
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .activations import ACTIVATIONS
+from .attention import Attention
+from .branches import BRANCHES, Part
+from .configuration import NormFreeConfig
+from .linears import ResidualProjection, projection
+from .norms import NORMS, NormSite
+from .placements import PLACEMENTS
+
+
+class FeedForward(nn.Module):
+    """Widen, activate, project back."""
+
+    def __init__(self, config: NormFreeConfig, layer_idx: int) -> None:
+        super().__init__()
+        width = config.intermediate_size
+        assert width is not None, "NormFreeConfig fills intermediate_size"
+        self.input = projection(config, "ffn", config.hidden_size, width)
+        self.activation = ACTIVATIONS[config.layer_activations[layer_idx]](config)
+        self.output = projection(config, "ffn", width, config.hidden_size, ResidualProjection)
+        self.dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(self, hidden_BTE: Tensor, shared_slope: Tensor | None) -> Tensor:
+        features_BTF = self.activation(self.input(hidden_BTE), shared_slope)
+        return self.dropout(self.output(features_BTF))
+
+
+class NormSums(list[Tensor]):
+    """In training, the sums of those norms that were called and whose state `advance` changes."""
+
+    def call(self, norm: nn.Module, features: Tensor) -> Tensor:
+        """Normalize `features`, and add the norm's sums if it has any."""
+        if norm.training and hasattr(norm, "sums"):
+            self.append(norm.sums(features))
+        return norm(features)
+
+
+class Block(GradientCheckpointingLayer):
+    """Base class of both residual forms.
+
+    Tensors that need gradients are positional: reentrant checkpointing loses gradients of keywords.
+    """
+
+    def __init__(self, config: NormFreeConfig, layer_idx: int) -> None:
+        super().__init__()
+        places = PLACEMENTS[config.placement](config, layer_idx)
+
+        def norms_of(part: Part) -> list[nn.Module]:
+            site = NormSite(part, layer_idx, config.hidden_size)
+            chosen = [config.norm if place in places else "none" for place in ("input", "output", "stream")]
+            return [NORMS[name](config, site) for name in chosen]
+
+        self.attention_norm, self.attention_output_norm, self.attention_stream_norm = norms_of("attention")
+        self.attention = Attention(config, layer_idx)
+        self.attention_join = BRANCHES[config.branch](config, "attention")
+        self.feed_forward_norm, self.feed_forward_output_norm, self.feed_forward_stream_norm = norms_of("feed_forward")
+        self.feed_forward = FeedForward(config, layer_idx)
+        self.feed_forward_join = BRANCHES[config.branch](config, "feed_forward")
+
+    def forward(self, hidden_BTE: Tensor, shared_slope: Tensor | None, **context: Any) -> Tensor | tuple[Any, ...]:
+        """The next hidden states; with `entropy_layers`, or norms that have sums, also (H,) and (norms, 2), or None."""
+        sums = NormSums()
+        attended_BTE, _, entropies_H = self.attention(sums.call(self.attention_norm, hidden_BTE), **context)
+        joined_BTE = self.attention_join(hidden_BTE, sums.call(self.attention_output_norm, attended_BTE))
+        joined_BTE = sums.call(self.attention_stream_norm, joined_BTE)
+        source_BTE = self.source_of_feed_forward(hidden_BTE, joined_BTE)
+        fed_BTE = self.feed_forward(sums.call(self.feed_forward_norm, source_BTE), shared_slope)
+        joined_BTE = self.feed_forward_join(joined_BTE, sums.call(self.feed_forward_output_norm, fed_BTE))
+        joined_BTE = sums.call(self.feed_forward_stream_norm, joined_BTE)
+        if entropies_H is None and not sums:
+            return joined_BTE
+        return joined_BTE, entropies_H, torch.stack(sums) if sums else None
+
+    def source_of_feed_forward(self, hidden_BTE: Tensor, joined_BTE: Tensor) -> Tensor:
+        """What the feed-forward part reads: the block's input, or that with attention's output."""
+        raise NotImplementedError
+
+
+class SequentialBlock(Block):
+    """The feed-forward part reads the output of attention (GPT-2)."""
+
+    def source_of_feed_forward(self, hidden_BTE: Tensor, joined_BTE: Tensor) -> Tensor:
+        return joined_BTE
+
+
+class ParallelBlock(Block):
+    """Attention and the feed-forward part read the same input (GPT-NeoX)."""
+
+    def source_of_feed_forward(self, hidden_BTE: Tensor, joined_BTE: Tensor) -> Tensor:
+        return hidden_BTE
+
+
+BLOCKS = {"sequential": SequentialBlock, "parallel": ParallelBlock}

@@ -1,0 +1,152 @@
+"""The blocks' linear maps, and how their weights may be reparametrised: a table from names of `NormFreeConfig.linear`.
+
+The modules are ours because torch's parametrizations rename weights. A builder takes rows and columns of one matrix and
+returns a module that maps its weight to the weight that is used.
+"""
+
+# R rows, C columns
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from .configuration import NormFreeConfig
+
+
+class WeightNorm(nn.Module):
+    """gain * weight / norm(weight), row by row; the gain starts at the norm (arXiv 1602.07868)."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.empty(rows))
+
+    def forward(self, weight_RC: Tensor) -> Tensor:
+        return weight_RC * (self.gain / weight_RC.norm(dim=1))[:, None]
+
+    def values_from(self, weight_RC: Tensor) -> dict[str, Tensor]:
+        """The values at which the map leaves `weight_RC` as it is."""
+        return {"gain": weight_RC.norm(dim=1)}
+
+
+class SpectralNorm(nn.Module):
+    """gain * weight / sigma, sigma the largest singular value; the gain starts at sigma (arXiv 2303.06296).
+
+    sigma is left^T weight right. `advance` makes one power iteration for these two vectors after each optimiser step;
+    `forward` never changes them.
+    """
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.empty(1))
+        self.left: Tensor
+        self.right: Tensor
+        self.register_buffer("left", torch.empty(rows))
+        self.register_buffer("right", torch.empty(columns))
+
+    def forward(self, weight_RC: Tensor) -> Tensor:
+        sigma = ((weight_RC * self.right).sum(1) * self.left).sum()  # no matmul: autocast would take it to bf16
+        return weight_RC * (self.gain / sigma)
+
+    def values_from(self, weight_RC: Tensor) -> dict[str, Tensor]:
+        """The values at which the map leaves `weight_RC` as it is, from a singular value decomposition."""
+        left_RK, sigmas_K, right_KC = torch.linalg.svd(weight_RC.double(), full_matrices=False)
+        values = {"gain": sigmas_K[:1], "left": left_RK[:, 0], "right": right_KC[0]}
+        return {name: value.to(weight_RC.dtype) for name, value in values.items()}
+
+    @torch.no_grad()
+    def advance(self, weight_RC: Tensor) -> None:
+        """Make one power iteration."""
+        self.right.copy_(F.normalize(weight_RC.mT @ self.left, dim=0))
+        self.left.copy_(F.normalize(weight_RC @ self.right, dim=0))
+
+
+LINEARS: dict[str, Callable[[int, int], nn.Module]] = {
+    "plain": lambda rows, columns: nn.Identity(),
+    "weight_norm": WeightNorm,
+    "spectral_norm": SpectralNorm,
+}
+LINEAR_GROUPS = ("q", "k", "v", "o", "ffn")
+"""Names of `NormFreeConfig.linear_groups`."""
+
+
+class Projection(nn.Linear):
+    """A linear map whose weight is one or several matrices, stacked by rows, each reparametrised or plain.
+
+    `matrices` gives the number of rows of each matrix, and the builder of its map in `LINEARS`.
+    """
+
+    def __init__(
+        self, columns: int, matrices: Mapping[str, tuple[int, Callable[[int, int], nn.Module]]], *, bias: bool
+    ) -> None:
+        super().__init__(columns, sum(rows for rows, _ in matrices.values()), bias=bias)
+        self.row_counts = [rows for rows, _ in matrices.values()]
+        maps = {name: build(rows, columns) for name, (rows, build) in matrices.items()}
+        self.maps = nn.ModuleDict(maps) if any(not isinstance(each, nn.Identity) for each in maps.values()) else None
+
+    def used_weight(self) -> Tensor:
+        """The weight after its maps, (rows, columns)."""
+        if self.maps is None:
+            return self.weight
+        return torch.cat([map_(part) for map_, part in self._parts()])
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.used_weight(), self.bias)
+
+    def initial_map_values(self) -> list[tuple[Tensor, Tensor]]:
+        """(tensor, its initial value) of all maps, given the initial weight."""
+        return [
+            (getattr(map_, name), value)
+            for map_, part in self._parts()
+            if not isinstance(map_, nn.Identity)
+            for name, value in map_.values_from(part.detach()).items()
+        ]
+
+    def advance(self) -> None:
+        """Move the state of the maps to the next optimiser step."""
+        for map_, part in self._parts():
+            if isinstance(map_, SpectralNorm):
+                map_.advance(part)
+
+    def _parts(self) -> list[tuple[nn.Module, Tensor]]:
+        if self.maps is None:
+            return []
+        return list(zip(self.maps.values(), self.weight.split(self.row_counts), strict=True))
+
+
+class QueryKeyBiasProjection(Projection):
+    """Queries, keys and values in one matmul; only queries and keys have a bias."""
+
+    def __init__(self, columns: int, matrices: Mapping[str, tuple[int, Callable[[int, int], nn.Module]]]) -> None:
+        super().__init__(columns, matrices, bias=False)
+        self.bias = nn.Parameter(torch.empty(2 * columns))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.used_weight(), F.pad(self.bias, (0, self.in_features)))
+
+
+class ResidualProjection(Projection):
+    """A projection that writes to the residual stream; `residual_init` scales its initial weights."""
+
+
+def query_key_value_projection(config: NormFreeConfig) -> Projection:
+    width = config.hidden_size
+    matrices = {name: (width, _weight_map(config, name)) for name in ("q", "k", "v")}
+    if config.bias == "qk":
+        return QueryKeyBiasProjection(width, matrices)
+    return Projection(width, matrices, bias=config.bias == "all")
+
+
+def projection(
+    config: NormFreeConfig, group: str, columns: int, rows: int, kind: type[Projection] = Projection
+) -> Projection:
+    return kind(columns, {group: (rows, _weight_map(config, group))}, bias=config.bias == "all")
+
+
+def _weight_map(config: NormFreeConfig, group: str) -> Callable[[int, int], nn.Module]:
+    return LINEARS[config.linear if group in config.linear_groups else "plain"]

@@ -1,0 +1,25 @@
+"""Where the norms of a block sit: a table from names of `NormFreeConfig.placement` to places.
+
+x is the residual stream, F attention or feed-forward: `input` is x + F(N(x)), `output` is x + N(F(x)), `stream` is
+N(x + F(x)). Each place that an entry names gets a norm of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .configuration import NormFreeConfig
+
+
+def _mixed(config: NormFreeConfig, layer: int) -> set[str]:
+    return {"stream"} if layer < round(config.post_share * config.num_hidden_layers) else {"input"}
+
+
+PLACEMENTS: dict[str, Callable[[NormFreeConfig, int], set[str]]] = {
+    "pre": lambda config, layer: {"input"},
+    "post": lambda config, layer: {"stream"},
+    "peri": lambda config, layer: {"input", "output"},
+    "mix": _mixed,
+}

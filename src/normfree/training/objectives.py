@@ -1,0 +1,234 @@
+"""What a run minimises: the loss of the next token, alone or with a term that moves the entropies of heads.
+
+A term is linear in the entropies E of the batch: its factor comes from M, the same heads' mean entropies in the
+previous optimiser step, over all processes. So it is exact however a step is cut into micro-batches and processes.
+"""
+
+# L layers that the objective reads, H heads
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from normfree.model import NormFreeConfig
+from normfree.spec.run import RunSpec
+from normfree.store.runs import DamagedRunError, Run, find_runs
+
+BAND = 0.2
+"""entropy_band: half of the dead zone's width, as a share of the ceiling (arXiv 2501.03489)."""
+BAND_START = 0.5
+"""entropy_band: where each head's learnable centre starts, as a share of the ceiling."""
+
+
+class Objective(nn.Module):
+    """The loss of the next token and nothing else."""
+
+    layers: tuple[int, ...] = ()
+    """Layers whose head entropies `term` needs."""
+
+    def term(self, entropies_LH: Tensor, share: float) -> Tensor:
+        """What a micro-batch adds to the loss; `share` is its share of the step's sequences."""
+        raise NotImplementedError
+
+    def advance(self, step: int, sum_over_processes: Callable[[Tensor], Tensor]) -> None:
+        """Move to the state after optimiser step `step`."""
+
+    def discard_step(self) -> None:
+        """Forget what a step measured that is left out."""
+
+    def values(self) -> dict[str, list[float]]:
+        """What to record: quantities by layer, NaN for layers that the objective does not read."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """Plain values that bring the objective back on a resume."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what `state` returned."""
+
+
+class EntropyObjective(Objective):
+    """weight * mean over heads of 2 (M - t) E, whose gradient is that of (M - t)^2; 0 in the first step."""
+
+    def __init__(self, weight: float, layers: tuple[int, ...], config: NormFreeConfig) -> None:
+        super().__init__()
+        self.weight, self.layers, self.layer_count = weight, layers, config.num_hidden_layers
+        self.step = 0
+        shape = len(layers), config.num_attention_heads
+        self.previous_LH: Tensor
+        self.sum_LH: Tensor
+        self.register_buffer("previous_LH", torch.full(shape, torch.nan))
+        self.register_buffer("sum_LH", torch.zeros(shape))
+
+    def deviations(self) -> Tensor:
+        """(L, H): M minus where it shall be, without gradient."""
+        raise NotImplementedError
+
+    def moved(self, entropies_LH: Tensor) -> Tensor:
+        """(L, H): what the term is linear in."""
+        return entropies_LH
+
+    def term(self, entropies_LH: Tensor, share: float) -> Tensor:
+        self.sum_LH += entropies_LH.detach() * share
+        if not self.step:
+            return entropies_LH.new_zeros(())
+        return self.weight * share * (2 * self.deviations() * self.moved(entropies_LH)).mean()
+
+    def advance(self, step: int, sum_over_processes: Callable[[Tensor], Tensor]) -> None:
+        self.previous_LH.copy_(sum_over_processes(self.sum_LH))
+        self.sum_LH.zero_()
+        self.zero_grad()  # Trainer knows the model's parameters only
+        self.step = step
+
+    def discard_step(self) -> None:
+        self.sum_LH.zero_()
+        self.zero_grad()
+
+    def values(self) -> dict[str, list[float]]:
+        if not self.step:
+            return {}
+        deviations_LH = self.deviations()
+        by_layer = {
+            "target_error_nats2": deviations_LH.square().mean(1),
+            "target_distance_nats": deviations_LH.abs().amax(1),
+        }
+        values = {name: [math.nan] * self.layer_count for name in by_layer}
+        for name, each in by_layer.items():
+            for layer, value in zip(self.layers, each.tolist(), strict=True):
+                values[name][layer] = value
+        return values
+
+    def state(self) -> dict[str, Any]:
+        parameters = {name: parameter.tolist() for name, parameter in self.named_parameters()}
+        return {"step": self.step, "previous": self.previous_LH.tolist(), "parameters": parameters}
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.previous_LH.copy_(torch.tensor(state["previous"]))
+        for name, values in state["parameters"].items():
+            self.get_parameter(name).copy_(torch.tensor(values))
+
+
+class EntropyTarget(EntropyObjective):
+    """Heads of a layer, ordered by M, are pulled to ascending targets."""
+
+    def __init__(
+        self, weight: float, layers: tuple[int, ...], config: NormFreeConfig, targets: Callable[[int], np.ndarray]
+    ) -> None:
+        super().__init__(weight, layers, config)
+        self.targets = targets
+
+    def deviations(self) -> Tensor:
+        ascending_LH = torch.as_tensor(self.targets(self.step), dtype=torch.float32, device=self.previous_LH.device)
+        ranks_LH = self.previous_LH.argsort(dim=1).argsort(dim=1)
+        return self.previous_LH - ascending_LH.gather(1, ranks_LH)
+
+
+class EntropyBand(EntropyObjective):
+    """Heads are pulled to theta * ceiling where they lie outside of a band around it; theta is learnable.
+
+    The regulariser of Entropy-Guided Attention (arXiv 2501.03489), with M for the entropies of the batch in the factor.
+    """
+
+    def __init__(self, weight: float, layers: tuple[int, ...], config: NormFreeConfig, ceiling: float) -> None:
+        super().__init__(weight, layers, config)
+        self.ceiling = ceiling
+        self.theta_LH = nn.Parameter(torch.full_like(self.previous_LH, BAND_START))
+
+    def deviations(self) -> Tensor:
+        deviations_LH = self.previous_LH - self.theta_LH.detach() * self.ceiling
+        return torch.where(deviations_LH.abs() > BAND * self.ceiling, deviations_LH, 0.0)
+
+    def moved(self, entropies_LH: Tensor) -> Tensor:
+        return entropies_LH - self.theta_LH * self.ceiling
+
+
+def build_objective(spec: RunSpec, config: NormFreeConfig, steps: int) -> Objective:
+    """Build the objective of a run of so many steps.
+
+    Raises ValueError for layers that the model lacks, targets out of range, and donor runs that are missing, damaged,
+    or of another shape.
+    """
+    train, tokens = spec.train, spec.data.context
+    if train.objective == "next_token":
+        return Objective()
+    layers = tuple(range(config.num_hidden_layers)) if train.entropy_layers is None else train.entropy_layers
+    if not layers or max(layers) >= config.num_hidden_layers or len(set(layers)) < len(layers):
+        raise ValueError(
+            f"train.entropy_layers={list(layers)}; give different layers of 0 to {config.num_hidden_layers - 1}"
+        )
+    if config.attention_sink != "none":
+        raise ValueError(
+            f"train.objective={train.objective} with model.attention_sink={config.attention_sink}: entropies of rows "
+            "that do not sum to 1 have no target; leave one of them out"
+        )
+    weight, ceiling = train.entropy_weight, math.lgamma(tokens + 1) / tokens
+    assert weight is not None, "RunSpec asks for it"
+    if train.objective == "entropy_band":
+        return EntropyBand(weight, layers, config, ceiling)
+    heads = config.num_attention_heads
+    if train.entropy_profile:
+        profile_steps, profile_PLH = read_profile(train.entropy_profile, spec, config, steps)
+        profile_PLH = profile_PLH[:, layers]
+
+        def targets(step: int) -> np.ndarray:
+            later = int(np.clip(np.searchsorted(profile_steps, step), 1, len(profile_steps) - 1))
+            before, after = profile_steps[later - 1], profile_steps[later]
+            position = (step - before) / (after - before)
+            return (1 - position) * profile_PLH[later - 1] + position * profile_PLH[later]
+
+        return EntropyTarget(weight, layers, config, targets)
+    nats = train.entropy_nats or [share * ceiling for share in (train.entropy_share,) * len(layers) if share]
+    if len(nats) != len(layers) or not all(0 <= value <= ceiling for value in nats):
+        raise ValueError(
+            f"train.entropy_nats={list(nats)}; give a number for each of the {len(layers)} layers of "
+            f"train.entropy_layers, from 0 to the ceiling of {ceiling:.3f} nats at data.context={tokens}"
+        )
+    constant_LH = np.repeat(np.array(nats, dtype=float)[:, None], heads, axis=1)
+    return EntropyTarget(weight, layers, config, lambda step: constant_LH)
+
+
+def read_profile(
+    places: tuple[str, ...], spec: RunSpec, config: NormFreeConfig, steps: int
+) -> tuple[list[int], np.ndarray]:
+    """The probed steps P, and the donors' entropies (P, all layers, H): sorted within each layer, then averaged.
+
+    Raises ValueError for donors that are missing, damaged, without probes, or of another shape.
+    """
+    try:
+        donors = find_runs(list(places))
+    except (DamagedRunError, FileNotFoundError) as error:
+        raise ValueError(f"train.entropy_profile: {error}") from None
+    if not donors:
+        raise ValueError(f"train.entropy_profile={list(places)} holds no runs; give folders of finished runs")
+    profiles = [_sorted_entropies(donor, spec, config, steps) for donor in donors]
+    if len({tuple(probed) for probed, _ in profiles}) > 1:
+        raise ValueError("train.entropy_profile: the donors were probed at different steps (probe.every_steps)")
+    return profiles[0][0], np.mean([entropies_PLH for _, entropies_PLH in profiles], axis=0)
+
+
+def _sorted_entropies(donor: Run, spec: RunSpec, config: NormFreeConfig, steps: int) -> tuple[list[int], np.ndarray]:
+    series = donor.series("probe", "entropy_nats")
+    if donor.status != "finished" or len(series) < 2:
+        raise ValueError(f"train.entropy_profile: {donor} is not finished or has no probes of entropy over training")
+    entropies_PLH = np.sort(np.array([value for _, value in series], dtype=float), axis=2)
+    theirs = {
+        "model.num_hidden_layers": entropies_PLH.shape[1],
+        "model.num_attention_heads": entropies_PLH.shape[2],
+        "data.context": donor.spec["data"]["context"],
+        "train.steps": donor.steps_done,
+    }
+    ours = dict(
+        zip(theirs, (config.num_hidden_layers, config.num_attention_heads, spec.data.context, steps), strict=True)
+    )
+    if differing := [f"{key} is {theirs[key]} there and {ours[key]} here" for key in ours if theirs[key] != ours[key]]:
+        raise ValueError(f"train.entropy_profile: {donor} has another shape: {', '.join(differing)}")
+    return [step for step, _ in series], entropies_PLH

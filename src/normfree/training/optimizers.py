@@ -1,0 +1,106 @@
+"""Optimisers: a table from names of `train.optimizer` to builders of a torch optimiser from groups of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Muon, Optimizer
+
+from normfree.model.linears import Projection
+from normfree.model.modeling import NormFreePreTrainedModel
+from normfree.spec.run import TrainSpec
+from normfree.training.objectives import Objective
+
+
+def parameter_groups(
+    model: NormFreePreTrainedModel, train: TrainSpec, objective: Objective | None = None
+) -> list[dict[str, Any]]:
+    """Group parameters by weight decay: on matrices and embeddings, never on biases and norms, optional on slopes."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    slope_names = model.negative_slopes()
+    slopes = [p for name, p in named if name in slope_names]
+    others = [p for name, p in named if name not in slope_names]
+    learned_by_objective = list(objective.parameters()) if objective else []
+    groups = [
+        {"params": [p for p in others if p.ndim >= 2], "weight_decay": train.weight_decay},
+        {"params": [p for p in others if p.ndim < 2] + learned_by_objective, "weight_decay": 0.0},
+        {
+            "params": slopes,
+            "weight_decay": train.weight_decay if train.decay_slopes else 0.0,
+            "lr": train.peak_learning_rate * train.slope_learning_rate_factor,
+        },
+    ]
+    return [group for group in groups if group["params"]]
+
+
+class MuonWithAdamW(Optimizer):
+    """Muon for the matrices of the blocks, AdamW for all other parameters (arXiv 2502.16982).
+
+    A projection of several matrices, such as queries, keys and values, has each of them orthogonalised by itself.
+    `adjust_lr_fn="match_rms_adamw"` lets one learning rate serve both. Momentum is 0.95, with Nesterov.
+    """
+
+    def __init__(self, model: nn.Module, groups: list[dict[str, Any]], train: TrainSpec) -> None:
+        super().__init__(groups, {"lr": train.peak_learning_rate})
+        self._matrices = {
+            module.weight: module.row_counts for module in model.modules() if isinstance(module, Projection)
+        }
+        self._parts = {weight: list(weight.detach().split(rows)) for weight, rows in self._matrices.items()}
+        parts = [part for weight_parts in self._parts.values() for part in weight_parts]
+        lr = train.peak_learning_rate
+        self._muon = Muon(parts, lr, weight_decay=train.weight_decay, adjust_lr_fn="match_rms_adamw")
+        others = [
+            {**group, "params": [p for p in group["params"] if p not in self._matrices]} for group in self.param_groups
+        ]
+        self._adamw = AdamW(
+            [group for group in others if group["params"]],
+            lr,
+            betas=(train.adam_beta1, train.adam_beta2),
+            eps=train.adam_epsilon,
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Make one step. The learning rates are those of `param_groups`, which a schedule changes."""
+        assert closure is None
+        rates = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
+        for weight, parts in self._parts.items():
+            gradients: list[Tensor | None] = [None] * len(parts)
+            if weight.grad is not None:
+                gradients = list(weight.grad.split(self._matrices[weight]))
+            for part, gradient in zip(parts, gradients, strict=True):
+                part.grad = gradient
+        self._muon.param_groups[0]["lr"] = rates[id(next(iter(self._matrices)))]
+        for group in self._adamw.param_groups:
+            group["lr"] = rates[id(group["params"][0])]
+        self._muon.step()
+        self._adamw.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of both optimisers, and the groups' learning rates."""
+        return {
+            "muon": self._muon.state_dict(),
+            "adamw": self._adamw.state_dict(),
+            "rates": [{key: group[key] for key in ("lr", "initial_lr") if key in group} for group in self.param_groups],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        self._muon.load_state_dict(state_dict["muon"])
+        self._adamw.load_state_dict(state_dict["adamw"])
+        for group, rates in zip(self.param_groups, state_dict["rates"], strict=True):
+            group.update(rates)
+
+
+def _adamw(model: nn.Module, groups: list[dict[str, Any]], train: TrainSpec) -> Optimizer:
+    betas = train.adam_beta1, train.adam_beta2
+    return AdamW(groups, train.peak_learning_rate, betas=betas, eps=train.adam_epsilon, fused=True)
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module, list[dict[str, Any]], TrainSpec], Optimizer]] = {
+    "adamw": _adamw,
+    "muon": MuonWithAdamW,
+}
