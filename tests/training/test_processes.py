@@ -74,15 +74,26 @@ def test_leftover_variables_that_announce_processes_are_named(monkeypatch, caplo
     assert "waiting for the other processes, because WORLD_SIZE=4: start them all with torchrun" in caplog.text
 
 
+TARGET = ["train.objective=entropy_target", "train.entropy_weight=0.5", "train.entropy_share=0.5"]
+TAPER = ["model.taper_start_step=1", "model.taper_end_step=5"]
+BAND = ["train.objective=entropy_band", "train.entropy_weight=0.5"]
+
+
 @pytest.mark.slow
-def test_two_processes_train_the_model_of_one(tiny: list[str], cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("variant", "words"),
+    [("sm-r", []), ("sm-taper-sn-r", [*TAPER, *TARGET]), ("sm-r", BAND), ("sm-r", ["train.optimizer=muon"])],
+    ids=["plain", "state", "band", "muon"],
+)
+def test_two_processes_train_the_model_of_one(tiny: list[str], cache: Path, tmp_path: Path, variant, words) -> None:
     """Only the first writes, and both resume from its checkpoint."""
-    words = ["-m", "normfree", "train", *tiny, "variant=sm-r", "train.micro_batch_sequences=4", f"cache_dir={cache}"]
+    words = ["train.micro_batch_sequences=4", f"cache_dir={cache}", *words]
+    words = ["-m", "normfree", "train", *tiny, f"variant={variant}", *words]
     run_command([*words, "runs_dir=one"], tmp_path)
     output = run_command([*TORCHRUN, *words, "runs_dir=two"], tmp_path)
-    assert output.count("sm-r-seed0: training on cpu, 2 processes, 1 thread each, precision fp32") == 1
+    assert output.count(f"{variant}-seed0: training on cpu, 2 processes, 1 thread each, precision fp32") == 1
     assert "find_unused_parameters" not in output  # which each step would pay for
-    one, two = (read_run(tmp_path / name / "single" / "sm-r-seed0") for name in ("one", "two"))
+    one, two = (read_run(tmp_path / name / "single" / f"{variant}-seed0") for name in ("one", "two"))
     assert two.perplexity == pytest.approx(one.perplexity, rel=1e-4)
     assert one.facts["final"]["tokens"] == two.facts["final"]["tokens"]
     entropies = [torch.tensor(run.last("final", "entropy_nats")) for run in (one, two)]

@@ -7,6 +7,7 @@ The constructors choose modules from tables; no forward asks which variant it is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,8 +45,9 @@ class NormSums(list[Tensor]):
 
     def call(self, norm: nn.Module, features: Tensor) -> Tensor:
         """Normalize `features`, and add the norm's sums if it has any."""
-        if norm.training and hasattr(norm, "sums"):
-            self.append(norm.sums(features))
+        sums: Callable[[Tensor], Tensor] | None = getattr(norm, "sums", None)
+        if sums is not None and norm.training:
+            self.append(sums(features))
         return norm(features)
 
 

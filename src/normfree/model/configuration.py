@@ -176,7 +176,7 @@ class NormFreeConfig(PreTrainedConfig):
 
     def _check_type(self, field: Field) -> None:
         value = getattr(self, field.name)
-        if field.type is float and type(value) is int:
+        if field.type in (float, float | list[float]) and type(value) is int:
             value = float(value)
             setattr(self, field.name, value)
         try:

@@ -9,7 +9,7 @@ returns a module that maps its weight to the weight that is used.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,7 @@ class Projection(nn.Linear):
             (getattr(map_, name), value)
             for map_, part in self._parts()
             if not isinstance(map_, nn.Identity)
-            for name, value in map_.values_from(part.detach()).items()
+            for name, value in cast(WeightNorm | SpectralNorm, map_).values_from(part.detach()).items()
         ]
 
     def advance(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -129,9 +129,9 @@ def _inverse_rms(features: Tensor, eps: float) -> Tensor:
 
 def _steepness(config: NormFreeConfig, site: NormSite) -> float:
     values = config.norm_steepness
-    if isinstance(values, float):
+    if not isinstance(values, list):
         return values
-    return values[("attention", "feed_forward", "final").index(site.part)]
+    return cast(list[float], values)[("attention", "feed_forward", "final").index(site.part)]
 
 
 NORMS: dict[str, Callable[[NormFreeConfig, NormSite], nn.Module]] = {

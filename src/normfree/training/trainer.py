@@ -102,7 +102,8 @@ class NormFreeTrainer(Trainer):
         """Add the objective's term to the loss, and collect the sums of norms whose state changes."""
         if self.objective.layers:
             inputs = {**inputs, "entropy_layers": self.objective.layers}
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        computed: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = computed
         if (sums := outputs.get("norm_sums")) is not None:
             self._norm_sums = sums.detach() if self._norm_sums is None else self._norm_sums + sums.detach()
         if self.objective.layers:
