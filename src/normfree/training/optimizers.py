@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from normfree.model.linears import Projection
@@ -68,11 +68,10 @@ class MuonWithAdamW(Optimizer):
         assert closure is None
         rates = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
         for weight, parts in self._parts.items():
-            gradients: list[Tensor | None] = [None] * len(parts)
-            if weight.grad is not None:
-                gradients = list(weight.grad.split(self._matrices[weight]))
-            for part, gradient in zip(parts, gradients, strict=True):
-                part.grad = gradient
+            rows = self._matrices[weight]
+            gradients = (None,) * len(parts) if weight.grad is None else weight.grad.split(rows)
+            for part, values, gradient in zip(parts, weight.detach().split(rows), gradients, strict=True):
+                part.data, part.grad = values, gradient  # anew: DistributedDataParallel may have moved the weight
         self._muon.param_groups[0]["lr"] = rates[id(next(iter(self._matrices)))]
         for group in self._adamw.param_groups:
             group["lr"] = rates[id(group["params"][0])]
