@@ -3,7 +3,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: study test check test-all test-gpu bench tables
+.PHONY: install study test check test-all test-gpu bench tables docs docs-serve notebooks
+
+install: .venv/runtime
 
 study: .venv/runtime
 	$(BIN)/normfree study quick workers=$$(nproc | awk '{ print ($$1 > 1) ? 2 : 1 }')
@@ -25,6 +27,17 @@ check: .venv/development
 # The tables of README.md and docs/, from the records in results/.
 tables: .venv/runtime
 	$(BIN)/python docs/tables.py
+
+# The pages of docs/ as a site in site/; every warning is an error.
+docs: .venv/development
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs-serve: .venv/development
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+# Execute the notebooks of docs/ and store their outputs.
+notebooks: .venv/development
+	$(BIN)/python docs/execute.py
 
 bench: .venv/development
 	$(BIN)/python benchmarks/data.py $(if $(FULL),,quick=true)

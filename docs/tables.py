@@ -5,7 +5,7 @@ A page holds a marker, and all between it and `<!-- end -->` is made from runs:
     <!-- table: perplexity of results/quick -->
     <!-- end -->
 
-Tables: rates, unfinished, and every table of the report. Several folders may be given, with the shell's wildcards.
+Tables: rates, seeds, unfinished, and every table of the report. Several folders may be given, with the shell's wildcards.
 `mixed` before `-->` shows runs of different recipes side by side, which is refused otherwise. A test fails when a page
 differs from what the records give.
 
@@ -23,7 +23,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from normfree.analysis.entropy import probed_heads, top_quarter_share
+from normfree.analysis.entropy import probed_heads, top_quarter_share, trained_heads
 from normfree.analysis.groups import Group, all_runs, group_runs
 from normfree.analysis.seeds import paired_difference, summarise
 from normfree.files import write_atomically
@@ -65,6 +65,18 @@ def rate_table(groups: Sequence[Group]) -> Table:
     return Table("rates", "Validation perplexity after training, at each peak learning rate", titles, rows)
 
 
+def seed_table(groups: Sequence[Group]) -> Table:
+    """Heads near uniform and final validation perplexity: a row a seed, a column a variant."""
+    cells: dict[int, dict[str, str]] = {}
+    for group in groups:
+        for run in group.runs:
+            share = top_quarter_share(trained_heads(run))
+            cells.setdefault(run.seed, {})[group.label] = f"{share:.0%}, {run.perplexity:.1f}".replace("%", " %")
+    labels = [group.label for group in groups]
+    rows = [(str(seed), *(of_seed.get(label, "-") for label in labels)) for seed, of_seed in sorted(cells.items())]
+    return Table("seeds", "Share of heads near uniform, and perplexity, of each seed", ("Seed", *labels), rows)
+
+
 def unfinished_table(groups: Sequence[Group]) -> Table:
     """Runs that never ended, at the last step at which all of them were evaluated; their heads at the newest probe by
     then."""
@@ -90,6 +102,7 @@ def unfinished_table(groups: Sequence[Group]) -> Table:
 
 TABLES: dict[str, Callable[[Sequence[Group]], Table]] = {
     "rates": rate_table,
+    "seeds": seed_table,
     "unfinished": unfinished_table,
     **{name: make for section in SECTIONS for name, make in section.tables.items()},
 }

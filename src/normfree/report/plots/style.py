@@ -5,6 +5,7 @@ Figures of reports are built without pyplot, so that no state outlives a call.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 import sys
@@ -74,9 +75,13 @@ def drawing_settings(**more: Any) -> AbstractContextManager[None]:
 
 
 def axes_to_draw_in(size: tuple[float, float]) -> Axes:
-    """pyplot's current axes or, unless pyplot was imported, those of a new figure of this size in inches."""
+    """pyplot's current axes, or those of a new figure of this size in inches; pyplot's, if imported or in a notebook."""
+    if "ipykernel" in sys.modules:  # a notebook shows the figures of pyplot only
+        importlib.import_module("matplotlib.pyplot")
     pyplot = sys.modules.get("matplotlib.pyplot")
-    return pyplot.gca() if pyplot else Figure(figsize=size, layout="constrained").subplots()
+    if pyplot and pyplot.get_fignums():
+        return pyplot.gca()
+    return (pyplot.figure if pyplot else Figure)(figsize=size, layout="constrained").subplots()
 
 
 def variant_styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
