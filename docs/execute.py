@@ -21,7 +21,7 @@ def execute(notebook: Path, folder: Path) -> Any:
     cells = nbformat.read(notebook, as_version=4)
     resources = {"metadata": {"path": str(folder)}}
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return NotebookClient(cells, timeout=300, resources=resources, record_timing=False).execute(env=environment)
+    return NotebookClient(cells, timeout=540, resources=resources, record_timing=False).execute(env=environment)
 
 
 def stored(notebook: Any) -> Any:

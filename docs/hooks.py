@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
 
 ROOT_PAGES = {
     "index.md": "README.md",
@@ -19,6 +20,8 @@ ROOT_PAGES = {
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
+    from mkdocs.structure.files import File
+
     root = Path(config.docs_dir).parent
     for page, path in ROOT_PAGES.items():
         text = (root / path).read_text(encoding="utf-8").replace("](docs/", "](")
@@ -30,7 +33,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    return markdown.replace(".ipynb)", ".md)")
+    """Links that work beside the files become links between the pages of the site."""
+    return markdown.replace(".ipynb)", ".md)").replace("](../results/README.md", "](records.md")
 
 
 def notebook_page(notebook: dict[str, Any]) -> str:
@@ -46,7 +50,7 @@ def notebook_page(notebook: dict[str, Any]) -> str:
 def _output(output: dict[str, Any]) -> str:
     data = output.get("data", {"text/plain": output.get("text", "")})
     if image := data.get("image/png"):
-        return f"![]({'data:image/png;base64,' + ''.join(image).strip()})"
+        return f"![](data:image/png;base64,{''.join(image).strip()})"
     if html := "".join(data.get("text/html", "")):
         return re.sub(r"<style.*?</style>|\n\s*", "", html, flags=re.DOTALL)  # one block of HTML, without blank lines
     text = "".join(data["text/plain"]).strip()

@@ -5,9 +5,9 @@ A page holds a marker, and all between it and `<!-- end -->` is made from runs:
     <!-- table: perplexity of results/quick -->
     <!-- end -->
 
-Tables: rates, seeds, unfinished, and every table of the report. Several folders may be given, with the shell's wildcards.
-`mixed` before `-->` shows runs of different recipes side by side, which is refused otherwise. A test fails when a page
-differs from what the records give.
+Tables: rates, seeds, unfinished, and every table of the report. Several folders may be given, with the shell's
+wildcards. `mixed` before `-->` shows runs of different recipes side by side, which is refused otherwise. A test fails
+when a page differs from what the records give.
 
 `<!-- quantities -->` is the table of all that can be measured.
 

@@ -75,8 +75,8 @@ def drawing_settings(**more: Any) -> AbstractContextManager[None]:
 
 
 def axes_to_draw_in(size: tuple[float, float]) -> Axes:
-    """pyplot's current axes, or those of a new figure of this size in inches; pyplot's, if imported or in a notebook."""
-    if "ipykernel" in sys.modules:  # a notebook shows the figures of pyplot only
+    """pyplot's current axes, else those of a new figure of this size in inches; not pyplot's if nobody imported it."""
+    if "ipykernel" in sys.modules:  # a notebook shows only pyplot's figures
         importlib.import_module("matplotlib.pyplot")
     pyplot = sys.modules.get("matplotlib.pyplot")
     if pyplot and pyplot.get_fignums():
