@@ -40,7 +40,7 @@ def prepare_process() -> None:
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()  # hides its retries without a network
     if keep_freed_memory():
-        logger.info("glibc keeps freed memory in this process: faster steps (docs/performance.md)")
+        logger.debug("glibc keeps freed memory in this process: faster steps (docs/performance.md)")
 
 
 def use_fp32_products() -> None:
