@@ -3,12 +3,12 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: install study test check test-all test-gpu bench tables docs docs-serve notebooks
-
-install: .venv/runtime
+.PHONY: study install test check test-all test-gpu bench tables docs docs-serve notebooks
 
 study: .venv/runtime
 	$(BIN)/normfree study quick workers=$$(nproc | awk '{ print ($$1 > 1) ? 2 : 1 }')
+
+install: .venv/runtime
 
 test: .venv/development
 	$(BIN)/python -m pytest -n 2
