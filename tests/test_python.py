@@ -1,4 +1,4 @@
-"""What docs/python.md promises: its examples run in their order, and all that it names is at the top level."""
+"""The examples of docs/python.md and README.md run in their order, and all that they name is at the top level."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import normfree
 
-PAGE = (Path(__file__).parents[1] / "docs" / "python.md").read_text()
-CODE = "\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
+PAGES = [(Path(__file__).parents[1] / name).read_text() for name in ("docs/python.md", "README.md")]
+CODE = "\n".join(re.findall(r"```python\n(.*?)```", "\n".join(PAGES), re.DOTALL))
 
 
 def test_every_public_name_exists() -> None:
@@ -21,7 +21,7 @@ def test_every_public_name_exists() -> None:
     assert set(normfree.__all__) == {*normfree._PUBLIC, "__version__"}
 
 
-def test_the_examples_of_the_page_run(trained: Path, tiny: list[str], cache: Path, tmp_path: Path) -> None:
+def test_the_examples_of_the_pages_run(trained: Path, tiny: list[str], cache: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "runs" / "quick" / "sm-r-seed0")
     code = CODE.replace('"preset=cpu-quick"', ", ".join(map(repr, tiny)))
     code += "\nprint(repr(run), repr(measured), repr(probe.statistics()), sep=chr(10))\n"
