@@ -24,11 +24,15 @@ def execute(notebook: Path, folder: Path) -> Any:
     return NotebookClient(cells, timeout=540, resources=resources, record_timing=False).execute(env=environment)
 
 
-def stored(notebook: Any) -> Any:
-    """The notebook without what differs from machine to machine: progress, versions."""
+def without_progress(notebook: Any) -> Any:
+    """The notebook without bars, log lines and versions, which differ from machine to machine."""
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            cell.outputs = [
+                output
+                for output in cell.outputs
+                if output.get("name") != "stderr" and "<progress" not in output.get("data", {}).get("text/html", "")
+            ]
     notebook.metadata.language_info = {"name": "python"}
     return notebook
 
@@ -38,7 +42,7 @@ def main() -> None:
 
     for notebook in NOTEBOOKS:
         with tempfile.TemporaryDirectory() as folder:
-            nbformat.write(stored(execute(notebook, Path(folder))), notebook)
+            nbformat.write(without_progress(execute(notebook, Path(folder))), notebook)
             print(f"{notebook.name} executed")
 
 
