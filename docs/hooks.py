@@ -52,6 +52,7 @@ def _output(output: dict[str, Any]) -> str:
     if image := data.get("image/png"):
         return f"![](data:image/png;base64,{''.join(image).strip()})"
     if html := "".join(data.get("text/html", "")):
-        return re.sub(r"<style.*?</style>|\n\s*", "", html, flags=re.DOTALL)  # one block of HTML, without blank lines
+        # One block of HTML without blank lines, with the site's own style.
+        return re.sub(r"<style.*?</style>|(?<=<table)[^>]*|\n\s*", "", html, flags=re.DOTALL)
     text = "".join(data["text/plain"]).strip()
     return f"```text\n{text}\n```" if text else ""
