@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from docs.execute import NOTEBOOKS, execute
+from docs.execute import NOTEBOOKS, execute, without_progress
 from docs.hooks import notebook_page
 
 FIGURES = {"measure_a_model": 2, "study_end_to_end": 2}
@@ -29,7 +29,7 @@ def test_stored_outputs_are_complete_and_of_no_machine(path: Path) -> None:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_and_shows_its_figures(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NORMFREE_CACHE", str(tmp_path / "cache"))
-    page = notebook_page(execute(path, tmp_path))
+    page = notebook_page(without_progress(execute(path, tmp_path)))
     assert page.count("](data:image/png") == FIGURES[path.stem]
     assert "Warning" not in page
 

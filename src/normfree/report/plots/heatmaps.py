@@ -54,7 +54,8 @@ def heatmap(
 
 def draw_with_bar(draw: Panel, shape: tuple[int, ...], label: str, ax: Axes | None = None) -> Axes:
     """Draw a heatmap of this shape and its colour bar into `ax`, else pyplot's current axes, else a new figure."""
-    ax = ax or axes_to_draw_in(heatmap_size(shape))
+    width, height = heatmap_size(shape)
+    ax = ax or axes_to_draw_in((width + 1, height))
     draw(ax=ax).get_figure(root=True).colorbar(ax.images[-1], ax=ax, label=label)
     return ax
 
