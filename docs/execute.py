@@ -38,12 +38,13 @@ def without_progress(notebook: Any) -> Any:
 
 
 def main() -> None:
-    import nbformat
-
     for notebook in NOTEBOOKS:
         with tempfile.TemporaryDirectory() as folder:
-            nbformat.write(without_progress(execute(notebook, Path(folder))), notebook)
-            print(f"{notebook.name} executed")
+            executed = execute(notebook, Path(folder))
+        import nbformat  # part of the extra; execute() says so where it is missing
+
+        nbformat.write(without_progress(executed), notebook)
+        print(f"{notebook.name} executed")
 
 
 if __name__ == "__main__":
