@@ -336,7 +336,7 @@ def test_models_without_attention_are_refused_in_one_line():
 
 def test_two_models_in_one_module_are_not_one():
     pair = torch.nn.ModuleDict({"teacher": tiny_model("gpt2"), "student": tiny_model("gpt2")})
-    with pytest.raises(ValueError, match=r"several Hugging Face models \(teacher, student\)"):
+    with pytest.raises(ValueError, match="several Hugging Face models; use one probe for each"):
         EntropyProbe(pair)
 
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from normfree.entropy.recorder import Recorder, is_recomputation
 from normfree.entropy.request import AttentionEntropy
 from normfree.entropy.routing import routed_attention
+from normfree.entropy.sums import HeadSums, sums_of
 from normfree.entropy.support import UnsupportedModel
+from normfree.entropy.tap import is_recomputation
 
 _LARGEST_ERROR_OF_A_SUM = 0.01
 """Of a row of probabilities in bf16; the largest seen was 0.0025."""
@@ -29,32 +30,32 @@ class EagerHooks:
     Memory is O(T^2) for every layer. The model must be in eager attention already; its config is not touched.
     """
 
-    def __init__(self, model: PreTrainedModel, recorder: Recorder) -> None:
+    def __init__(self, model: PreTrainedModel, sums: HeadSums) -> None:
         config = model.config
         if config._attn_implementation not in ("eager", None):
             raise UnsupportedModel("method='eager': load the model with attn_implementation='eager'")
         if config.model_type == "big_bird" and config.attention_type != "original_full":
             raise UnsupportedModel("method='eager': load big_bird with attention_type='original_full'")
         self._model = model
-        self._recorder = recorder
+        self._sums = sums
         self._handles: list[RemovableHandle] = []
         self._routed = bool(routed_attention(model))
         self._call = threading.local()
 
-    def attach(self) -> None:
-        """Add the two hooks to the model."""
-        # Copies of the model share these functions and keep them, so they end with the probe by themselves.
+    def __enter__(self) -> None:
+        def request(*call: Any) -> Any:
+            return self._request_matrices(*call) if self._handles else None
+
+        def read(*call: Any) -> Any:
+            return self._read_matrices(*call) if self._handles else None
+
+        # Copies of the model share these two functions and keep them, so they end with the probe by themselves.
         self._handles = [
-            self._model.register_forward_pre_hook(
-                lambda *call: self._request_matrices(*call) if self._handles else None, with_kwargs=True
-            ),
-            self._model.register_forward_hook(
-                lambda *call: self._read_matrices(*call) if self._handles else None, with_kwargs=True
-            ),
+            self._model.register_forward_pre_hook(request, with_kwargs=True),
+            self._model.register_forward_hook(read, with_kwargs=True),
         ]
 
-    def detach(self) -> None:
-        """Remove the hooks."""
+    def __exit__(self, *_: object) -> None:
         while self._handles:
             self._handles.pop().remove()
 
@@ -75,11 +76,9 @@ class EagerHooks:
         if getattr(arguments.get("past_key_values"), "is_compileable", False):
             raise UnsupportedModel("method='eager' does not read a static cache; use a dynamic one, or none")
         if not is_recomputation():
-            self._recorder.enter(0)
-            for layer, p_BHTS in _attention_layers(self._model.config, attentions).items():
-                if p_BHTS is not None:
-                    self._recorder.add(layer, self._measure(layer, p_BHTS, arguments.get("attention_mask")))
-            self._recorder.leave(0)
+            padding, matrices = arguments.get("attention_mask"), _attention_layers(self._model.config, attentions)
+            measured = {layer: self._measure(layer, p_BHTS, padding) for layer, p_BHTS in matrices.items()}
+            self._sums.add((layer, sums_of(entropies)) for layer, entropies in measured.items())
         if not self._call.returns_attentions:
             output.attentions = None
         return output if self._call.returns_dict else output.to_tuple()
@@ -108,18 +107,22 @@ class EagerHooks:
         return entropies
 
 
-def _attention_layers(config: Any, attentions: Sequence[Tensor]) -> dict[int, Tensor]:
+def _attention_layers(config: Any, attentions: Sequence[Tensor | None]) -> dict[int, Tensor]:
     """The matrices by layer. Hybrid models return those of their attention layers alone, or add the states of linear
     attention (minimax), which are left out."""
     config = config.get_text_config()
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
-    is_softmax = [kind == "hybrid" or (kind.endswith("attention") and kind != "linear_attention") for kind in kinds]
-    layers = [layer for layer, softmax in enumerate(is_softmax) if softmax]
-    if len(layers) == len(attentions):
-        return dict(zip(layers, attentions, strict=True))
-    if len(is_softmax) != len(attentions):
-        return dict(enumerate(attentions))
-    return {layer: attentions[layer] for layer in layers}
+    softmax = [
+        layer
+        for layer, kind in enumerate(kinds)
+        if kind == "hybrid" or (kind.endswith("attention") and kind != "linear_attention")
+    ]
+    if len(kinds) == len(attentions):
+        matrices = {layer: attentions[layer] for layer in softmax}
+    else:
+        layers = softmax if len(softmax) == len(attentions) else range(len(attentions))
+        matrices = dict(zip(layers, attentions, strict=True))
+    return {layer: p_BHTS for layer, p_BHTS in matrices.items() if p_BHTS is not None}
 
 
 def _drops_attention(config: dict[str, Any]) -> bool:
