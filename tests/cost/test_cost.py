@@ -259,7 +259,7 @@ def test_a_run_costs_what_its_config_costs(tmp_path: Path) -> None:
         (small(activation="leaky_relu", learnable_slope="each"), {}, "learnable_slope='each'"),
         (GPT2Config(activation_function="tanh"), {}, "activation='tanh' has no known cost"),
         (OPTConfig(), {}, "no cost for models of type 'opt'"),
-        ({"model_type": "llama", "hidden_size": 8}, {}, "has no field 'num_attention_heads'"),
+        ({"model_type": "llama", "hidden_size": 8}, {}, "has no field 'num_hidden_layers'"),
         ({"model_type": "normfree", "activation": ["relu", "gelu"]}, {}, "lists 2 names, but num_hidden_layers is 12"),
         ({"model_type": "normfree", "hidden_size": 100}, {}, "hidden_size=100 must be a multiple"),
         (GPT2Config().to_dict() | {"n_embd": 100}, {}, "hidden_size=100 must be a multiple of num_attention_heads=12"),

@@ -53,9 +53,10 @@ def measure_batches(
         bar = {"total": total, "desc": progress, "disable": None if progress else True, "leave": False}
         for batch in tqdm(itertools.chain([first], batches), **bar):
             inputs = {name: value.to(device) for name, value in batch.items()}
-            labels_BT, mask_BT = inputs.pop("labels", None), inputs.get("attention_mask")
+            labels_BT, mask = inputs.pop("labels", None), inputs.get("attention_mask")
             for measure in measures:
-                measure.expect(labels_BT, mask_BT if mask_BT is not None and mask_BT.dim() == 2 else None)
+                measure.labels_BT = labels_BT
+                measure.mask_BT = mask if mask is not None and mask.dim() == 2 else None
             call(**inputs)
 
 

@@ -105,8 +105,6 @@ class Perplexity(Measure):
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__(model)
         self.nats, self.tokens = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
-        self._labels_BT: Tensor | None = None
-        self._mask_BT: Tensor | None = None
 
     def attach(self) -> AbstractContextManager[Any]:
         return self.model.register_forward_hook(self._add, with_kwargs=True)
@@ -120,13 +118,10 @@ class Perplexity(Measure):
                 "it has no perplexity; `normfree measure` shows its heads (BERT is causal with is_decoder=true)"
             )
 
-    def expect(self, labels_BT: Tensor | None, mask_BT: Tensor | None) -> None:
-        self._labels_BT, self._mask_BT = labels_BT, mask_BT
-
     def _add(self, _model: torch.nn.Module, positional: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        labels_BT = named["input_ids"] if self._labels_BT is None else self._labels_BT
-        if self._mask_BT is not None:  # padding is not predicted, nor is anything predicted from it
-            known_BT = self._mask_BT != 0
+        labels_BT = named["input_ids"] if self.labels_BT is None else self.labels_BT
+        if self.mask_BT is not None:  # padding is not predicted, nor is anything predicted from it
+            known_BT = self.mask_BT != 0
             known_BT = torch.cat([known_BT[:, :1], known_BT[:, 1:] & known_BT[:, :-1]], dim=1)
             labels_BT = labels_BT.masked_fill(~known_BT, IGNORED)
         nats, tokens = next_token_nats(output.logits, labels_BT)
