@@ -121,9 +121,9 @@ def test_only_documents_above_the_limit_are_cut(sizes: list[int], taken: list[in
 
 
 BAD_FILES = {
-    "latin.txt": ("caf\u00e9".encode("latin-1"), "is not UTF-8 text"),
-    "broken.parquet": (b"no parquet", "broken.parquet cannot be read"),
-    "broken.jsonl": (b"{", "broken.jsonl row 1 is not valid JSON (Expecting"),
+    "latin.txt": ("caf\u00e9".encode("latin-1"), "latin.txt cannot be read ('utf-8' codec can't decode"),
+    "broken.parquet": (b"no parquet", "broken.parquet cannot be read from row 1 on ("),
+    "broken.jsonl": (b"{", "broken.jsonl cannot be read from row 1 on (Expecting"),
     "list.jsonl": (b"[1]", "list.jsonl row 1 has no column 'content'"),
     "other.jsonl": (b'{"text": "a", "title": "b"}', "no column 'content'; set data.column to one of: text, title"),
     "half.jsonl": (b'{"content": "a"}\n{"content": "b\\ud83d"}\n', "half.jsonl row 2: character 1 is not Unicode"),

@@ -26,10 +26,8 @@ class Network:
     """A link that carries both directions at once."""
 
     name: str
-    bandwidth_mbps: Positive
-    """Megabits per second in each direction."""
-    delay_ms: NotNegative
-    """Time from sending a message to its arrival."""
+    bandwidth_mbps: Positive  # megabits per second in each direction
+    delay_ms: NotNegative  # time from sending a message to its arrival
 
     def seconds_at_least(self, transferred_bytes: float, rounds: int) -> float:
         """Lower bound: the busier direction carries at least half of the bytes, and every round waits once."""
@@ -43,8 +41,7 @@ class Protocol:
     name: str
     about: str
     rounds_origin: str
-    operations: dict[str, dict[str, Any]]
-    """Bytes per element, row or side of a product, and rounds, by operation."""
+    operations: dict[str, dict[str, Any]]  # bytes per element, row or side of a product, and rounds
 
     def price(self, item: Count) -> tuple[float, int]:
         """(bytes over both directions, rounds) of one call.
@@ -74,10 +71,9 @@ def load_constants(path: Path | str = CONSTANTS_FILE) -> dict[str, Any]:
     advice = "name a file of constants (docs/private-inference.md, Measuring again)"
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not JSON"
-        raise ValueError(f"constants={path} cannot be read ({reason}); {advice}") from None
-    version = content.get("version") if isinstance(content, dict) else None
+        version = content["version"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"constants={path} cannot be read ({error}); {advice}") from None
     if version != VERSION:
         raise ValueError(f"constants={path} has version {version!r}, not {VERSION}; {advice}")
     return content

@@ -31,23 +31,16 @@ class Architecture:
     query_heads: int
     key_heads: int
     head_dim: int
-    rotary_dim: int
-    """Rotated dimensions of a head; 0 without rotary positions."""
+    rotary_dim: int  # rotated dimensions of a head; 0 without rotary positions
     feed_forward: int
-    norm: tuple[str, ...]
-    """Before attention and before the feed-forward part."""
+    norm: tuple[str, ...]  # before attention and before the feed-forward part
     final_norm: tuple[str, ...]
-    activations: tuple[tuple[str, ...], ...]
-    """Operations of each layer's activation, per element."""
+    activations: tuple[tuple[str, ...], ...]  # operations of each layer's activation, per element
     max_tokens: int
-    gated: bool = False
-    """The feed-forward part multiplies its activation by a second projection (Llama)."""
-    post_norm: tuple[str, ...] = ()
-    """After attention and after the feed-forward part, before the residual sum (Gemma 2)."""
-    scores_cap: tuple[str, ...] = ()
-    """Soft-capping of the attention scores."""
-    logits_cap: tuple[str, ...] = ()
-    """Soft-capping of the logits."""
+    gated: bool = False  # the feed-forward part multiplies its activation by a second projection (Llama)
+    post_norm: tuple[str, ...] = ()  # after attention and after the feed-forward part, before the sum (Gemma 2)
+    scores_cap: tuple[str, ...] = ()  # soft-capping of the attention scores
+    logits_cap: tuple[str, ...] = ()  # soft-capping of the logits
 
     @property
     def layers(self) -> int:

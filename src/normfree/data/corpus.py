@@ -40,10 +40,8 @@ FORMAT = 1
 SOURCES = {"installed": InstalledSource, "codeparrot": HubSource, "hub": HubSource, "files": FilesSource}
 SPLITS: tuple[Split, ...] = ("train", "validation")
 UNITS = ("documents", "blocks", "tokens")
-CHUNK_CHARACTERS = 4_000_000
-"""Text that is encoded together: large enough for all cores, small enough for any memory."""
-LOG_SECONDS = 60.0
-"""Time between lines of progress where standard error is not a terminal."""
+CHUNK_CHARACTERS = 4_000_000  # encoded together: large enough for all cores, small enough for any memory
+LOG_SECONDS = 60.0  # between lines of progress where standard error is not a terminal
 
 log = logging.getLogger("normfree")
 
@@ -197,10 +195,8 @@ class _Preparation:
 
     def __init__(self, spec: DataSpec, source: Source, folder: Path, *, quiet: bool) -> None:
         self.spec, self.source, self.folder, self.quiet = spec, source, folder, quiet
-        self.read: dict[Split, Counter[str]] = {}
-        """Documents and bytes of each split."""
-        self.dropped: dict[Split, Counter[str]] = {}
-        """Documents left out of each split, by reason."""
+        self.read: dict[Split, Counter[str]] = {}  # documents and bytes
+        self.dropped: dict[Split, Counter[str]] = {}  # documents left out, by reason
 
     def run(self) -> dict[str, Any]:
         """Write tokenizer and blocks; returns the facts of the corpus."""
@@ -278,7 +274,7 @@ class _Preparation:
             log.warning("the text is encoded with tokenizers, several times slower than with tiktoken: %s", reason)
         return {split: self._write(split, tokenizer, Encoder(tokenizer)) for split in reversed(SPLITS)}
 
-    def _write(self, split: Split, tokenizer: PreTrainedTokenizerFast, encoder: Encoder | FastEncoder) -> BlockWriter:
+    def _write(self, split: Split, tokenizer: PreTrainedTokenizerFast, encoder: Encoder) -> BlockWriter:
         encode = encoder.encode if split == "train" else encoder.encode_with_bytes
         chunks = in_groups(self._documents(split, f"encoding {split} text"), CHUNK_CHARACTERS)
         documents = (document_SC for texts in chunks for document_SC in encode(texts))

@@ -15,8 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
-
-
 ORDERS = {2: 100_000_000, 5: 20_000_000}
 """Orders of the yardstick, and the most training tokens for which each is counted (about 150 bytes a token)."""
 

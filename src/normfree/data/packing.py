@@ -55,10 +55,8 @@ class BlockWriter:
     def __init__(self, path: Path, *, vocab_size: int) -> None:
         self.blocks = 0
         self.predicted_bytes = 0
-        self.counts_V = np.zeros(vocab_size, dtype=np.int64)
-        """Occurrences of each piece in all blocks."""
-        self.predicted_counts_V = np.zeros(vocab_size, dtype=np.int64)
-        """Occurrences of each piece at positions 2..T of a block."""
+        self.counts_V = np.zeros(vocab_size, dtype=np.int64)  # of each piece in all blocks
+        self.predicted_counts_V = np.zeros(vocab_size, dtype=np.int64)  # at positions 2..T of a block
         self._path = path
         self._hash = hashlib.sha256()
 

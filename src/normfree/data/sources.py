@@ -205,13 +205,9 @@ def read_texts(path: Path, column: str) -> Iterator[str]:
         for number, row in enumerate(_rows(path, column), start=1):
             if row is not None:
                 yield text_of(row, column, where=f"{path} row {number}")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): convert it or leave it out") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} row {number + 1} is not valid JSON ({error}): repair it or leave it out") from None
-    except (OSError, pyarrow.ArrowInvalid) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} cannot be read ({reason}): repair it or leave it out") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, OSError, pyarrow.ArrowInvalid) as error:
+        place, reason = f" from row {number + 1} on" if path.suffix in ROWS else "", str(error).splitlines()[0]
+        raise ValueError(f"{path} cannot be read{place} ({reason}): repair it or leave it out") from None
 
 
 def _rows(path: Path, column: str) -> Iterator[Any]:

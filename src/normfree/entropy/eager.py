@@ -20,8 +20,7 @@ from normfree.entropy.sums import HeadSums, sums_of
 from normfree.entropy.support import UnsupportedModel
 from normfree.entropy.tap import is_recomputation
 
-_LARGEST_ERROR_OF_A_SUM = 0.01
-"""Of a row of probabilities in bf16; the largest seen was 0.0025."""
+_LARGEST_ERROR_OF_A_SUM = 0.01  # of a row of probabilities in bf16; the largest seen was 0.0025
 
 
 class EagerHooks:
@@ -61,7 +60,7 @@ class EagerHooks:
 
     def _request_matrices(self, _model: Any, args: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         config = self._model.config
-        if self._model.training and _drops_attention(config.to_dict()):
+        if self._model.training:
             raise UnsupportedModel("method='eager' would read attention after its dropout; call model.eval() first")
         attentions, as_dict = named.get("output_attentions"), named.get("return_dict")
         self._call.returns_attentions = config.output_attentions if attentions is None else attentions
@@ -123,14 +122,6 @@ def _attention_layers(config: Any, attentions: Sequence[Tensor | None]) -> dict[
         layers = softmax if len(softmax) == len(attentions) else range(len(attentions))
         matrices = dict(zip(layers, attentions, strict=True))
     return {layer: p_BHTS for layer, p_BHTS in matrices.items() if p_BHTS is not None}
-
-
-def _drops_attention(config: dict[str, Any]) -> bool:
-    """True if a config has a dropout above 0 that may be attention's: attn_pdrop, attention_dropout, dropout, ..."""
-    named = {name: value for name, value in config.items() if isinstance(value, float) and "drop" in name}
-    nested = [value for name, value in config.items() if isinstance(value, dict) and "att" in name]
-    drops = any(value > 0 for name, value in named.items() if "att" in name or name in ("dropout", "dropout_p"))
-    return drops or any(_drops_attention(part) for part in nested)
 
 
 def _causally_visible(p_BHTS: Tensor, padding: Tensor | None, window: int | None) -> Tensor | None:

@@ -41,8 +41,8 @@ class EntropyProbe:
         attention matrices that the model returns (O(T^2) memory), for families that do not use the registry.
     patterns: also measure mean attended distance and the mass on the first token.
 
-    The model may be wrapped (DDP, torch.compile) and in any mode, dtype or autocast; dropout does not affect what is
-    measured. Probes of different models may be nested; a second one on a model is refused.
+    The model may be wrapped (DDP, torch.compile), in any dtype or autocast and, but for method='eager', in training
+    mode: dropout does not affect what is measured. Probes of different models may be nested, not two of one model.
     Raises UnsupportedModel for a model without softmax attention or one that needs method='eager'.
     """
 

@@ -32,9 +32,4 @@ def measure(request: Request) -> AttentionEntropy:
         first_BHT1 = first_BH[..., None, None].expand(*p_BHTS.shape[:-1], 1)
         results["distance"] = own_T * p_BHTS.sum(-1) - p_BHTS @ position_S
         results["first_mass"] = p_BHTS.gather(-1, first_BHT1).squeeze(-1)
-    counts_BHT = visible_BHTS.sum(-1, dtype=torch.int32)
-    return AttentionEntropy(
-        visible=counts_BHT,
-        exact=torch.ones(q_BHTD.shape[:2], dtype=torch.bool, device=q_BHTD.device),
-        **{name: value.masked_fill(counts_BHT == 0, torch.nan) for name, value in results.items()},
-    )
+    return AttentionEntropy.of_rows(visible_BHTS.sum(-1, dtype=torch.int32), exact=True, **results)

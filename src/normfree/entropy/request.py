@@ -21,10 +21,8 @@ class Request:
     scale: float
     visibility: Visibility
     softcap: float | None = None
-    sinks: Tensor | None = None
-    """Extra logits, broadcastable to (B, H, T, 1)."""
-    patterns: bool = False
-    """Also compute the mean attended distance and the mass on the first token."""
+    sinks: Tensor | None = None  # extra logits, broadcastable to (B, H, T, 1)
+    patterns: bool = False  # also compute the mean attended distance and the mass on the first token
 
     @property
     def groups(self) -> int:
@@ -55,6 +53,13 @@ class AttentionEntropy:
     first_mass: Tensor | None = None
     """(B, H, T) probability on the first real token, the attention sink (with patterns=True)."""
 
+    @classmethod
+    def of_rows(cls, visible: Tensor, *, exact: bool, **values: Tensor) -> AttentionEntropy:
+        """The values of rows that see a key, all by one path; NaN for the others."""
+        exact_heads = torch.full(visible.shape[:-1], exact, device=visible.device)
+        masked = {name: value.masked_fill(visible == 0, torch.nan) for name, value in values.items()}
+        return cls(visible=visible, exact=exact_heads, **masked)
+
     @property
     def counted(self) -> Tensor:
         """(B, H, T) bool: rows that belong in a mean, because they see a key and are finite."""
@@ -67,21 +72,8 @@ class AttentionEntropy:
         return "fused" if exact_heads == 0 else "exact" if exact_heads == self.exact.numel() else "fused+exact"
 
 
-def as_request(
-    q: Tensor,
-    k: Tensor,
-    mask: Tensor | None,
-    sinks: Tensor | None,
-    scale: float | None,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    patterns: bool,
-) -> Request:
-    """Check the arguments of `attention_entropy` and raise q and k to at least float32.
-
-    Raises ValueError for shapes, dtypes and combinations that do not fit.
-    """
+def as_request(q, k, mask, sinks, scale, causal, window, softcap, patterns) -> Request:
+    """Check the arguments of `attention_entropy`, or raise ValueError, and raise q and k to at least float32."""
     shapes = f"q {tuple(q.shape)} and k {tuple(k.shape)}"
     if q.dim() != 4 or k.dim() != 4 or 0 in q.shape or 0 in k.shape:
         raise ValueError(f"{shapes}: give (batch, heads, tokens, width), none of them empty")

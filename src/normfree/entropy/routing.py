@@ -29,14 +29,10 @@ class AttentionCall(NamedTuple):
     causal: bool
     window: int | None
     softcap: float | None
-    chunked: bool
-    """The layer attends within chunks (llama4), and its cache is a sliding one."""
-    forgets_first: bool
-    """The cache of the layer drops the first token."""
-    own_keys: int
-    """The first so many keys stand for one token each; 0 where a cache hides the number."""
-    positions: Tensor | None
-    """Position ids, where nothing else tells apart the texts of a row."""
+    chunked: bool  # the layer attends within chunks (llama4), and its cache is a sliding one
+    forgets_first: bool  # the cache of the layer drops the first token
+    own_keys: int  # the first so many keys stand for one token each; 0 where a cache hides the number
+    positions: Tensor | None  # position ids, where nothing else tells apart the texts of a row
 
     def request(self, *, patterns: bool = False) -> Request:
         """The call as input of the paths that compute entropy. Raises UnsupportedModel for several texts in a row."""

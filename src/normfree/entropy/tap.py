@@ -19,12 +19,9 @@ from torch._dynamo.eval_frame import skip_code
 from normfree.entropy.routing import AttentionCall, eager_function, read_call, registry_of, routed_attention
 from normfree.entropy.support import UnsupportedModel, refusal
 
-Reader = Callable[[int, AttentionCall], None]
-"""Takes the number of a layer and one of its attention calls."""
-Watcher = Callable[[int, bool], None]
-"""Takes the slot of a module, and whether its forward call begins or returns."""
-SLOT = "_normfree_slot"
-"""Attribute of an attention module, present only inside its taps."""
+Reader = Callable[[int, AttentionCall], None]  # takes the number of a layer and one of its attention calls
+Watcher = Callable[[int, bool], None]  # takes the slot of a module, and whether its forward call begins
+SLOT = "_normfree_slot"  # attribute of an attention module, present only inside its taps
 
 _readers: dict[int, list[Callable[[AttentionCall], None]]] = {}  # by slot, the id of a module
 _watchers: dict[int, Watcher] = {}

@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-ROWS = 256
-"""Rows of one block where a mask is written out."""
+ROWS = 256  # of one block where a mask is written out
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,8 @@ from transformers import PreTrainedModel
 
 from normfree.measures.measure import Measure
 
-LARGEST_LOGITS = 2**26
-"""Elements of a batch's logits: 256 MiB in float32."""
-Batch = Mapping[str, Tensor]
-"""Keyword arguments of the model; `labels`, if any, go to the measures and not to the model."""
+LARGEST_LOGITS = 2**26  # elements of a batch's logits: 256 MiB in float32
+Batch = Mapping[str, Tensor]  # keyword arguments of the model, but for `labels`, which go to the measures
 
 
 @torch.no_grad()

@@ -20,8 +20,7 @@ from normfree.measures.held_out import blocks_of, in_evaluation_mode, measure_ba
 from normfree.measures.measure import Measure, Total, exponential
 
 IGNORED = -100
-_LARGEST_BLOCK = 2**22
-"""Elements of the logits that are in float64 at once: 32 MiB, of which cross-entropy holds two."""
+_LARGEST_BLOCK = 2**22  # elements of the logits in float64 at once: 32 MiB, of which cross-entropy holds two
 _PROOF_TOKENS = 64
 
 
@@ -29,12 +28,9 @@ _PROOF_TOKENS = 64
 class Evaluation:
     """Sums over the predicted tokens of a text."""
 
-    nats: float
-    """Sum of cross-entropies."""
-    tokens: int
-    """Predicted tokens: the first of a text predicts, but is not predicted."""
-    bytes: int = 0
-    """UTF-8 bytes of the predicted tokens."""
+    nats: float  # sum of cross-entropies
+    tokens: int  # predicted tokens: the first of a text predicts, but is not predicted
+    bytes: int = 0  # UTF-8 bytes of the predicted tokens
 
     @property
     def loss_nats(self) -> float:
