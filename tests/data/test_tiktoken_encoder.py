@@ -187,9 +187,3 @@ def test_other_ids_fall_back_with_the_same_fingerprint(
     assert "the text is encoded with tokenizers, several times slower than with tiktoken: " in line
     assert reason in line
     assert ("encoding with tiktoken" in line) != at_once
-
-
-def test_another_kind_of_tokenizer_falls_back_with_warning(spec: DataSpec, tmp_path: Path, caplog) -> None:
-    with_normalizer().save_pretrained(tmp_path / "tokenizer")
-    _, line = fingerprint_and_log(replace(spec, tokenizer=str(tmp_path / "tokenizer")), tmp_path, caplog)
-    assert "several times slower than with tiktoken: the tokenizer has a normalizer" in line

@@ -116,23 +116,6 @@ def test_gradient_checkpointing_counts_once(reentrant, family):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["normfree", "llama"])
-def test_generation_with_a_cache_is_measured_as_on_the_cpu(name, family):
-    def generated(model: Any) -> tuple[list[list[int]], HeadEntropy]:
-        with EntropyProbe(model) as probe, torch.no_grad():
-            ids = IDS[:1, :9].to(next(model.parameters()).device)
-            words = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
-        return words.tolist(), probe.statistics()
-
-    model = family(name)
-    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
-    words, on_cpu = generated(model)
-    again, heads = generated(model.to(DEVICE))
-    assert again == words
-    assert heads.rows.unique().tolist() == [14]
-    assert difference(heads, on_cpu) < 2e-5
-
-
 def test_a_probe_adds_little_memory_to_a_long_context(build):
     model = build(hidden_size=512, num_attention_heads=8, max_position_embeddings=4096, norm="none").to(DEVICE)
     ids = torch.randint(0, 61, (1, 4096), device=DEVICE)

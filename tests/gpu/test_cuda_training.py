@@ -161,30 +161,6 @@ def test_steps_skipped_by_the_fp16_scaler_are_no_divergence(
     assert measured.facts["skipped_steps"] == []
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_step_skipped_by_policy_changes_no_weight(
-    precision: str, run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    weights: dict[int, list[Tensor]] = {}
-    handles: list[Any] = []
-
-    def breaking(trainer: NormFreeTrainer, step: int) -> None:
-        weights[step] = [parameter.detach().clone() for parameter in trainer.network.parameters()]
-        if step == 6:
-            embedding: Any = trainer.network.get_input_embeddings()
-            handle = embedding.register_forward_hook(lambda _module, _inputs, output: output * math.nan)
-            handles.append(handle)
-        elif handles:
-            handles.pop().remove()
-
-    injecting(monkeypatch, breaking)
-    measured = run(f"train.precision={precision}", "train.on_nonfinite=skip:2")
-    assert measured.status == "finished", measured.facts["divergence"]
-    assert [(skip["step"], skip["kind"]) for skip in measured.facts["skipped_steps"]] == [(6, "activation")]
-    assert all(torch.equal(a, b) for a, b in zip(weights[6], weights[7], strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(weights[7], weights[8], strict=True))
-
-
 def test_first_losses_in_fp32_match_the_cpu(run: Callable[..., Run], on_the_cpu: tuple[Any, Path]) -> None:
     measured = run("train.precision=fp32", "variant=leaky-per-layer")
     process, place = on_the_cpu

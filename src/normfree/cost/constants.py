@@ -85,9 +85,7 @@ def find_protocol(name: str, constants: Path | str = CONSTANTS_FILE) -> Protocol
     known, reasons = content["protocols"], content.get("unpriced", {})
     if name in reasons and name not in known:
         raise NoPriceError(f"protocol={name} has no prices: {reasons[name]}; allowed: {', '.join(known)}")
-    if name not in known:
-        raise ValueError(f"unknown protocol {name!r}; {nearest(name, list(known))}")
-    return build(Protocol, {"name": name, **known[name]})
+    return build(Protocol, {"name": name, **_named("protocol", name, known)})
 
 
 def find_network(
@@ -98,8 +96,12 @@ def find_network(
     constants: Path | str = CONSTANTS_FILE,
 ) -> Network:
     """A network of the file, with its bandwidth or delay replaced. Raises ValueError with the nearest valid name."""
-    known = load_constants(constants)["networks"]
-    if name not in known:
-        raise ValueError(f"unknown network {name!r}; {nearest(name, list(known))}")
+    recorded = _named("network", name, load_constants(constants)["networks"])
     replaced = {"bandwidth_mbps": bandwidth_mbps, "delay_ms": delay_ms}
-    return build(Network, {"name": name, **known[name], **{k: v for k, v in replaced.items() if v is not None}})
+    return build(Network, {"name": name, **recorded, **{k: v for k, v in replaced.items() if v is not None}})
+
+
+def _named(kind: str, name: str, known: dict[str, Any]) -> dict[str, Any]:
+    if name not in known:
+        raise ValueError(f"unknown {kind} {name!r}; {nearest(name, list(known))}")
+    return known[name]

@@ -39,7 +39,6 @@ from normfree.spec.run import DataSpec
 FORMAT = 1
 SOURCES = {"installed": InstalledSource, "codeparrot": HubSource, "hub": HubSource, "files": FilesSource}
 SPLITS: tuple[Split, ...] = ("train", "validation")
-UNITS = ("documents", "blocks", "tokens")
 CHUNK_CHARACTERS = 4_000_000  # encoded together: large enough for all cores, small enough for any memory
 LOG_SECONDS = 60.0  # between lines of progress where standard error is not a terminal
 
@@ -108,8 +107,8 @@ class Corpus:
             f"tokenizer    {facts['vocab_size']:,} pieces, {facts['bytes_per_token']:.2f} bytes a token",
         ]
         for split in SPLITS:
-            documents, blocks, tokens = (f"{facts[f'{split}_{unit}']:,} {unit}" for unit in UNITS)
-            lines.append(f"{split:<12} {documents}, {facts[f'{split}_bytes'] / 1e6:.2f} MB, {blocks}, {tokens}")
+            sizes = ", ".join(f"{facts[f'{split}_{unit}']:,} {unit}" for unit in ("documents", "blocks", "tokens"))
+            lines.append(f"{split:<12} {sizes}, {facts[f'{split}_bytes'] / 1e6:.2f} MB")
             lines.append(f"  left out   {self.left_out(split)}")
         lines.append(f"to beat      unigram perplexity {facts['unigram_perplexity']:.1f}")
         ngrams = facts.get("ngram_perplexity", {}).items()
@@ -205,9 +204,10 @@ class _Preparation:
         tokenizer.save_pretrained(self.folder)
         train, validation = writers["train"], writers["validation"]
         sha256, vocab_size = tokenizer_hash(tokenizer), vocabulary_size(tokenizer)
-        hashes = train.content_hash, validation.content_hash
         facts: dict[str, Any] = {
-            "fingerprint": fingerprint([FORMAT, sha256, self.spec.context, *hashes]),
+            "fingerprint": fingerprint(
+                [FORMAT, sha256, self.spec.context, train.content_hash, validation.content_hash]
+            ),
             "source": self.spec.source,
             "context": self.spec.context,
             "packing": self.spec.packing,
@@ -262,8 +262,7 @@ class _Preparation:
                 bar.update(size)
                 yield document
         if not read["documents"]:
-            left_out = _counts(dropped)
-            raise ValueError(f"data={self.spec.source} gives no {split} text ({self._limits()}); left out: {left_out}")
+            raise ValueError(f"data={self.spec.source} gives no {split} text; left out: {_counts(dropped)}")
 
     def _write_splits(self, tokenizer: PreTrainedTokenizerFast) -> dict[Split, BlockWriter]:
         """Write both splits with tiktoken if its ids are those of tokenizers, else with tokenizers."""
@@ -287,14 +286,9 @@ class _Preparation:
         if not writer.blocks:
             raise ValueError(
                 f"the {split} text ({self.read[split]['bytes']} bytes) fills no block of data.context="
-                f"{self.spec.context} tokens; give more text or a shorter context ({self._limits()})"
+                f"{self.spec.context} tokens; give more text or a shorter context"
             )
         return writer
-
-    def _limits(self) -> str:
-        """The settings that decide how much text there is, for messages."""
-        names = ("paths", "validation_paths", "dataset", "max_bytes", "train_documents", "validation_documents")
-        return ", ".join(f"data.{name}={value}" for name in names if (value := getattr(self.spec, name)))
 
 
 def _read_blocks(blocks: Dataset) -> np.ndarray:

@@ -38,8 +38,7 @@ def concatenated(documents: Iterable[np.ndarray], context: int, *, end: int) -> 
     for document_SC in documents:
         end_1C = np.zeros_like(document_SC, shape=(1, document_SC.shape[1]))
         end_1C[0, 0] = end
-        parts = [document_SC, end_1C] if rest_SC is None else [rest_SC, document_SC, end_1C]
-        row_SC = np.concatenate(parts)
+        row_SC = np.concatenate([document_SC, end_1C] if rest_SC is None else [rest_SC, document_SC, end_1C])
         whole = len(row_SC) - len(row_SC) % context
         yield row_SC[:whole].reshape(-1, context, row_SC.shape[1])
         rest_SC = row_SC[whole:]

@@ -249,7 +249,8 @@ class HubSource:
         validation = spec.validation_dataset or (CODEPARROT_VALIDATION if codeparrot and not spec.dataset else train)
         self._spec = spec
         self._loaded: dict[Split, datasets.Dataset] = {}
-        self._places = {"train": (train, spec.train_split), "validation": (validation, spec.validation_split)}
+        self._places: dict[Split, tuple[str, str]] = {"train": (train, spec.train_split)}
+        self._places["validation"] = (validation, spec.validation_split)
         self._most = {"train": spec.train_documents, "validation": spec.validation_documents}
 
     @property
@@ -263,8 +264,7 @@ class HubSource:
     @property
     def revisions(self) -> dict[str, str]:
         """The revision of each split, as the cache of `datasets` names it."""
-        splits: tuple[Split, ...] = ("train", "validation")
-        return {split: Path(self._load(split).cache_files[0]["filename"]).parent.name for split in splits}
+        return {split: Path(self._load(split).cache_files[0]["filename"]).parent.name for split in self._places}
 
     _validation_hashes = cached_property(validation_hashes)
 

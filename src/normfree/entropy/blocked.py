@@ -53,9 +53,8 @@ def _measure_block(
         names = ("nats", "distance", "first_mass") if request.patterns else ("nats",)
         return {"visible": counts_NR} | dict.fromkeys(names, nothing)
     wide = torch.float32 if request.q.device.type == "mps" else torch.float64
-    batch, head = pairs
     q_NRD = of_pairs(request.q[:, :, block.start : block.stop]).to(wide)
-    k_NCD = request.k[batch, head // request.groups, block.first : block.last].to(wide)
+    k_NCD = request.k[pairs[0], pairs[1] // request.groups, block.first : block.last].to(wide)
     scores_NRC = (q_NRD @ k_NCD.mT).mul_(request.scale)
     if request.softcap is not None:
         scores_NRC = scores_NRC.div_(request.softcap).tanh_().mul_(request.softcap)

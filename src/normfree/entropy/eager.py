@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from normfree.entropy.routing import routed_attention
 from normfree.entropy.sums import HeadSums, sums_of
 from normfree.entropy.support import UnsupportedModel
 from normfree.entropy.tap import is_recomputation
+from normfree.entropy.visibility import Visibility
 
 _LARGEST_ERROR_OF_A_SUM = 0.01  # of a row of probabilities in bf16; the largest seen was 0.0025
 
@@ -35,24 +36,20 @@ class EagerHooks:
             raise UnsupportedModel("method='eager': load the model with attn_implementation='eager'")
         if config.model_type == "big_bird" and config.attention_type != "original_full":
             raise UnsupportedModel("method='eager': load big_bird with attention_type='original_full'")
-        self._model = model
-        self._sums = sums
+        self.modules: list[Any] = [model]
+        self._model, self._sums = model, sums
         self._handles: list[RemovableHandle] = []
         self._routed = bool(routed_attention(model))
         self._call = threading.local()
 
     def __enter__(self) -> None:
-        def request(*call: Any) -> Any:
-            return self._request_matrices(*call) if self._handles else None
+        # Copies of the model share the hooks and keep them, so they end with the probe by themselves.
+        def while_attached(hook: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *call: hook(*call) if self._handles else None
 
-        def read(*call: Any) -> Any:
-            return self._read_matrices(*call) if self._handles else None
-
-        # Copies of the model share these two functions and keep them, so they end with the probe by themselves.
-        self._handles = [
-            self._model.register_forward_pre_hook(request, with_kwargs=True),
-            self._model.register_forward_hook(read, with_kwargs=True),
-        ]
+        request, read = while_attached(self._request_matrices), while_attached(self._read_matrices)
+        self._handles.append(self._model.register_forward_pre_hook(request, with_kwargs=True))
+        self._handles.append(self._model.register_forward_hook(read, with_kwargs=True))
 
     def __exit__(self, *_: object) -> None:
         while self._handles:
@@ -127,16 +124,14 @@ def _attention_layers(config: Any, attentions: Sequence[Tensor | None]) -> dict[
 def _causally_visible(p_BHTS: Tensor, padding: Tensor | None, window: int | None) -> Tensor | None:
     """(B or 1, 1, T, S): the keys visible under causality, window and padding; None if a row sees a later token."""
     queries, keys = p_BHTS.shape[-2:]
-    padding = None if padding is None or padding.shape[-1] != keys else padding[:, None]
     later_BHT = (p_BHTS.triu(keys - queries + 1) > 0).any(-1)
-    if padding is not None:  # rows of padding are uniform over all keys
-        later_BHT = later_BHT & (padding[..., -queries:] != 0)
+    mask = None
+    if padding is not None and padding.shape[-1] == keys:  # rows of padding are uniform over all keys
+        mask = (padding != 0)[:, None, None]
+        later_BHT = later_BHT & mask[..., 0, -queries:]
     if bool(later_BHT.any()):
         return None
-    visible_TS = torch.ones(queries, keys, dtype=torch.bool, device=p_BHTS.device).tril(keys - queries)
-    if window is not None:
-        visible_TS = visible_TS.triu(keys - queries - window + 1)
-    return visible_TS[None, None] if padding is None else visible_TS & (padding[:, None] != 0)
+    return Visibility(queries, keys, True, window, mask, p_BHTS.device).whole().visible
 
 
 def entropy_of_probabilities(
@@ -160,6 +155,4 @@ def entropy_of_probabilities(
         queries = p_BHTS.shape[2]
         own_BT = torch.nn.functional.pad(padding[:, -queries:], (max(0, queries - padding.shape[1]), 0), value=1)
         visible_B1T = visible_B1T * (own_BT[:, None] != 0)
-    visible_BHT = visible_B1T.expand_as(nats_BHT).to(torch.int32)
-    exact_BH = torch.ones(p_BHTS.shape[:2], dtype=torch.bool, device=p_BHTS.device)
-    return AttentionEntropy(nats_BHT.masked_fill(visible_BHT == 0, torch.nan), visible_BHT, exact_BH)
+    return AttentionEntropy.of_rows(visible_B1T.expand_as(nats_BHT).to(torch.int32), exact=True, nats=nats_BHT)

@@ -8,22 +8,22 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from normfree.entropy import blocked, fused, reference
 from normfree.entropy.request import AttentionEntropy, Request, as_request
 
 Method = Literal["auto", "reference", "blocked"]
 
+# Largest bound on the centred scores of a head for the fused path in float32. At the limit its error stays below 3e-5
+# nats, on random heads of width 64 below 1e-5 (docs/entropy.md).
 SCORE_LIMIT = 32.0
-"""Largest bound on the centred scores of a head for the fused path in float32.
-
-At the limit its error stays below 3e-5 nats, on random heads of width 64 below 1e-5 (docs/entropy.md).
-"""
-NARROWEST = 16
-"""Narrower heads take the exact path in float32: their scores come closer to the bound, with errors up to 5e-5."""
+NARROWEST = (
+    16  # narrower heads take the exact path in float32: their scores come closer to the bound, errors up to 5e-5
+)
 
 
+@torch.compiler.disable  # the choice of paths depends on the numbers
 def attention_entropy(
     q: Tensor,
     k: Tensor,
@@ -66,42 +66,8 @@ def attention_entropy(
     if differentiable and not (softcap is None and sinks is None and (mask is None or mask.dtype == torch.bool)):
         raise ValueError("differentiable=True with softcap, sinks or an additive mask needs method='reference'")
     with torch.no_grad():
-        outputs = torch.ops.normfree.attention_entropy(
-            request.q, request.k, mask, request.sinks, request.scale, causal, window, softcap, patterns,
-            method == "blocked",
-        )  # fmt: skip
-    result = AttentionEntropy(*outputs[: 5 if patterns else 3])
+        result = measure(request, only_exact=method == "blocked")
     return replace(result, nats=_with_gradient(result.nats, request)) if differentiable else result
-
-
-# One operator, so that torch.compile keeps it whole: the choice of paths depends on the numbers.
-# For the same reason it is unsafe in CUDA graphs.
-@library.custom_op("normfree::attention_entropy", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
-def _attention_entropy(
-    q: Tensor,
-    k: Tensor,
-    mask: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    patterns: bool,
-    only_exact: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    request = as_request(q, k, mask, sinks, scale, causal, window, softcap, patterns)
-    result = measure(request, only_exact=only_exact)
-    optional = (result.distance, result.first_mass)  # an operator cannot return None
-    distance, first_mass = (result.nats.new_empty(0) if value is None else value for value in optional)
-    return result.nats, result.visible, result.exact, distance, first_mass
-
-
-@_attention_entropy.register_fake
-def _(q, k, mask, sinks, scale, causal, window, softcap, patterns, only_exact):
-    rows = q.shape[:3]
-    nats, distance, first_mass = (q.new_empty(shape) for shape in (rows, *[rows if patterns else 0] * 2))
-    visible, exact = q.new_empty(rows, dtype=torch.int32), q.new_empty(rows[:2], dtype=torch.bool)
-    return nats, visible, exact, distance, first_mass
 
 
 def measure(request: Request, *, only_exact: bool = False) -> AttentionEntropy:

@@ -46,8 +46,7 @@ class AttentionCall(NamedTuple):
 
     def check_first_token(self, layer: int) -> None:
         """Raise ValueError if the distances of the keys or the first token are unknown."""
-        advice = "leave out patterns=True"
-        keys = self.k.shape[2]
+        advice, keys = "leave out patterns=True", self.k.shape[2]
         if self.own_keys != keys:
             raise ValueError(f"layer {layer} appends compressed keys, whose distance is unknown; {advice}")
         if self.q.shape[2] < keys and self.forgets_first:

@@ -72,8 +72,6 @@ class HeadEntropy:
 
     def __add__(self, other: HeadEntropy) -> HeadEntropy:
         """Merge two measurements of the same heads over different rows."""
-        if not isinstance(other, HeadEntropy):
-            return NotImplemented
         if (self.layers, self.heads) != (other.layers, other.heads):
             shapes = (f"layers {each.layers} with heads {each.heads}" for each in (self, other))
             raise ValueError(f"cannot merge {' and '.join(shapes)}: both must come from one architecture")

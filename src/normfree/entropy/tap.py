@@ -1,68 +1,72 @@
 """AttentionTap: show every attention call of a model to a reader, through the attention registry of transformers.
 
 Inside a tap the entry of the registry is one that shows the call and then calls the original. The entry and its
-operators know only a slot number on the module, so that a compiled model stays compiled from one tap to the next: who
+operator know only a slot number on the module, so that a compiled model stays compiled from one tap to the next: who
 reads a slot is looked up when the operator runs.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, Self
 
 import torch
 from torch import Tensor, library, nn
-from torch._dynamo.eval_frame import skip_code
 
 from normfree.entropy.routing import AttentionCall, eager_function, read_call, registry_of, routed_attention
 from normfree.entropy.support import UnsupportedModel, refusal
 
-Reader = Callable[[int, AttentionCall], None]  # takes the number of a layer and one of its attention calls
-Watcher = Callable[[int, bool], None]  # takes the slot of a module, and whether its forward call begins
 SLOT = "_normfree_slot"  # attribute of an attention module, present only inside its taps
 
-_readers: dict[int, list[Callable[[AttentionCall], None]]] = {}  # by slot, the id of a module
-_watchers: dict[int, Watcher] = {}
+_taps: dict[int, list[AttentionTap]] = {}  # by slot, the id of an attention module
 _replaced = ExitStack()
-# A compiler would drop an operator that changes nothing; these claim to write here.
+# A compiler would drop an operator that changes nothing; ours claims to write here.
 _ticket = torch.zeros(())
 
 
 class AttentionTap:
-    """Call a reader at every attention call of a model inside the `with`; the registry is as before outside.
+    """Call `read(layer, call)` at every attention call of a model inside the `with`; the registry is restored after it.
 
     Taps may be nested. Calls that gradient checkpointing repeats are not shown again. Raises UnsupportedModel (a
     ValueError) for a model that does not route its attention through the registry of transformers.
     """
 
-    def __init__(self, model: Any, read: Reader) -> None:
+    def __init__(self, model: Any, read: Callable[[int, AttentionCall], None]) -> None:
         self.modules: list[Any] = routed_attention(model)
         if not self.modules:
             raise UnsupportedModel(refusal(model.config.model_type))
         self._model, self._read = model, read
+        self._layers = {id(module): module.layer_idx for module in self.modules}
 
     def __enter__(self) -> Self:
         self._slot_of_layer: dict[int, int] = {}
         self._used = list(map(self._implementation, self.modules))
-        with ExitStack() as attached:
-            for module, name in zip(self.modules, self._used, strict=True):
-                attached.enter_context(_shown_to(functools.partial(self._pass_on, module.layer_idx), module))
-                _replace_entry(registry_of(module), name)
-            self._attached = attached.pop_all()
+        for module, name in zip(self.modules, self._used, strict=True):
+            setattr(module, SLOT, id(module))
+            _taps.setdefault(id(module), []).append(self)
+            _replace_entry(registry_of(module), name)
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         changed = self._used != list(map(self._implementation, self.modules))
-        self._attached.close()
+        for module in self.modules:
+            _taps[id(module)].remove(self)
+            if not _taps[id(module)]:
+                del _taps[id(module)]
+                delattr(module, SLOT)
+        if not _taps:
+            _replaced.close()
         if changed and error is None:
             raise ValueError("the attention implementation was changed inside the probe; change it before")
 
     def _implementation(self, module: Any) -> str:
         return getattr(module, "config", self._model.config)._attn_implementation
 
-    def _pass_on(self, layer: int, slot: int, call: AttentionCall) -> None:
+    def show(self, slot: int, call: AttentionCall) -> None:
+        """Pass a call on to the reader. Raises ValueError for a second module with the same layer number."""
+        layer = self._layers[slot]
         if self._slot_of_layer.setdefault(layer, slot) != slot:
             raise ValueError(
                 f"two attention modules have the layer number {layer}; probe an encoder or a decoder alone, e.g. "
@@ -71,26 +75,8 @@ class AttentionTap:
         self._read(layer, call)
 
 
-@contextmanager
-def _shown_to(read: Callable[[int, AttentionCall], None], module: nn.Module) -> Iterator[None]:
-    """Show the calls of one attention module to a function of the slot and the call."""
-    slot = id(module)
-    reader = functools.partial(read, slot)
-    _readers.setdefault(slot, []).append(reader)
-    setattr(module, SLOT, slot)
-    try:
-        yield
-    finally:
-        _readers[slot].remove(reader)
-        if not _readers[slot]:
-            del _readers[slot]
-            delattr(module, SLOT)
-        if not _readers:
-            _replaced.close()
-
-
 def _replace_entry(registry: Any, name: str) -> None:
-    """Replace an entry of a registry by one that shows the call, until there is no reader left."""
+    """Replace an entry of a registry by one that shows the call, until no tap is open."""
     original = registry.get(name)
     if hasattr(original, "shows_calls"):
         return
@@ -112,7 +98,7 @@ def _showing(name: str, original: Callable[..., Any] | None) -> Callable[..., An
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **named: Any
     ) -> Any:
         slot = getattr(module, SLOT, None)
-        if slot is not None:
+        if slot == id(module):  # a copy of the module has the number of the original
             with torch.no_grad():
                 call = read_call(name, module, query, key, attention_mask, named)
                 torch.ops.normfree.show_call(_ticket, slot, *call)
@@ -141,52 +127,20 @@ def _show_call(
     own_keys: int,
     positions: Tensor | None,
 ) -> None:
-    if slot not in _readers or is_recomputation():
+    if slot not in _taps or is_recomputation():
         return
     facts = (causal, window, softcap, chunked, forgets_first, own_keys, positions)
     call = AttentionCall(q.detach(), k.detach(), mask, sinks, scale, *facts)
     with torch.no_grad():
-        for read in _readers[slot]:
-            read(call)
-
-
-@contextmanager
-def watched(module: nn.Module, watcher: Watcher) -> Iterator[None]:
-    """Tell the watcher when a forward call of the module begins and when it returns."""
-    slot = id(module)
-    begin, end = (functools.partial(_cross, slot, begins) for begins in (True, False))
-    handles = [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
-    _watchers[slot] = watcher
-    try:
-        yield
-    finally:
-        del _watchers[slot]
-        for handle in handles:
-            handle.remove()
-
-
-def _cross(slot: int, begins: bool, *_: Any) -> None:
-    torch.ops.normfree.cross_module(_ticket, slot, begins)  # an operator: a compiler keeps their order
-
-
-skip_code(_cross.__code__)  # around a compiled module it runs as it is, instead of being compiled by itself
-
-
-@library.custom_op("normfree::cross_module", mutates_args={"ticket"}, tags=(torch.Tag.cudagraph_unsafe,))
-def _cross_module(ticket: Tensor, slot: int, begins: bool) -> None:
-    if slot in _watchers and not is_recomputation():
-        _watchers[slot](slot, begins)
+        for tap in _taps[slot]:
+            tap.show(slot, call)
 
 
 @_show_call.register_fake
-@_cross_module.register_fake
 def _(*arguments):
     return None
 
 
 def is_recomputation() -> bool:
-    """True inside a backward pass, where a forward call is the second one of gradient checkpointing.
-
-    torch.utils.checkpoint calls the same private function.
-    """
+    """True inside a backward pass, where a forward call repeats one, as torch.utils.checkpoint itself finds out."""
     return torch._C._current_graph_task_id() != -1

@@ -67,8 +67,6 @@ class Visibility:
 
     def counts(self) -> Tensor:
         """The number of visible keys of every row, int32, shape (B or 1, H or 1, T)."""
-        if self.is_full:
-            return torch.full((1, 1, self.queries), self.keys, dtype=torch.int32, device=self.device)
         if self.is_plain_causal:
             return torch.arange(1, self.keys + 1, dtype=torch.int32, device=self.device).view(1, 1, -1)
         return torch.cat([block.visible.sum(-1, dtype=torch.int32) for block in self.blocks(ROWS)], dim=-1)

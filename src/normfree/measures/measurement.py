@@ -21,8 +21,8 @@ from normfree.measures.measure import values_of
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+# A text, token ids (T,) or (N, T), the keyword arguments of one forward pass, or those of several.
 Inputs = str | Tensor | Batch | Sequence[Batch]
-"""A text, token ids (T,) or (N, T), the keyword arguments of one forward pass, or those of several."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,13 @@ def measure(
     opened = open_measures(names, model, **options)
     batches = _batches(model, inputs, batch, tokenizer)
     measure_batches(model, batches, opened, progress="measuring" if progress else None)
-    device = next(model.parameters()).device
     values = {name: value.numpy() for name, value in values_of(opened).items()}
     numbers = {name: each.layers for each in opened for name in each.gives}
     return Measurement(
         values=values,
         layers={name: numbers[name] or list(range(len(value))) for name, value in values.items() if value.ndim},
         seconds=time.perf_counter() - began,
-        peak_memory_mib=peak_memory_mib(device),
+        peak_memory_mib=peak_memory_mib(next(model.parameters()).device),
     )
 
 
@@ -123,8 +122,6 @@ class MeasureCallback(TrainerCallback):
     """
 
     def __init__(self, measures: str | Sequence[str], *, inputs: Inputs, every: int = 100, batch: int = 8) -> None:
-        if every < 1:
-            raise ValueError(f"every={every} must be at least 1")
         self.measures, self.inputs, self.every, self.batch = measures, inputs, every, batch
         self.history: dict[int, Measurement] = {}
 

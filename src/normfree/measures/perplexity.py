@@ -49,8 +49,7 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, float | int]:
         """The fields of run.json."""
-        names = ("loss_nats", "perplexity", "bits_per_byte", "tokens", "bytes")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("loss_nats", "perplexity", "bits_per_byte", "tokens", "bytes")}
 
 
 def next_token_nats(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[float, int]:
