@@ -110,7 +110,7 @@ def _normfree(values: Mapping[str, Any]) -> Architecture:
         raise ValueError(f"position={values['position']!r}: allowed are learned and rotary")
     known = dict(NORMFREE_ACTIVATIONS)
     known["leaky_relu"] = _operations(LEAKY_RELU, "learnable_slope", values["learnable_slope"])
-    norms = {name: _operations(NORMFREE_NORMS, name, values[name]) for name in ("norm", "final_norm")}
+    norms: dict[str, Any] = {key: _operations(NORMFREE_NORMS, key, values[key]) for key in ("norm", "final_norm")}
     model = _decoder(values, activation="activation", known=known, **norms)
     rotary_share = values["rotary_share"] if values["position"] == "rotary" else 0
     return replace(model, rotary_dim=round(model.head_dim * rotary_share))
