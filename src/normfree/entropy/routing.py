@@ -38,11 +38,9 @@ class AttentionCall(NamedTuple):
         """The call as input of the paths that compute entropy. Raises UnsupportedModel for several texts in a row."""
         if self.positions is not None and bool((self.positions.diff(dim=-1) != 1).any()):
             raise UnsupportedModel("flash attention on several texts in one row: load with attn_implementation='sdpa'")
-        both = torch.promote_types(
-            self.q.dtype, self.k.dtype
-        )  # under autocast some models rotate queries alone in fp32
-        q, k, *rest = self[:8]
-        return as_request(q.to(both), k.to(both), *rest, patterns)
+        # Under autocast some models rotate queries alone in fp32.
+        both = torch.promote_types(self.q.dtype, self.k.dtype)
+        return as_request(self.q.to(both), self.k.to(both), *self[2:8], patterns)
 
     def check_first_token(self, layer: int) -> None:
         """Raise ValueError if the distances of the keys or the first token are unknown."""

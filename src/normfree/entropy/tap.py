@@ -105,7 +105,7 @@ def _showing(name: str, original: Callable[..., Any] | None) -> Callable[..., An
         attend = original if original is not None else eager_function(type(module))
         return attend(module, query, key, value, attention_mask, *args, **named)
 
-    shown_attention.shows_calls = True
+    vars(shown_attention)["shows_calls"] = True
     return shown_attention
 
 

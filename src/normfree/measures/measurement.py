@@ -56,7 +56,7 @@ class Measurement:
             if value.ndim == 0:
                 frame[name] = float(value)
             elif value.ndim < deepest:
-                frame[name] = frame["layer"].map(dict(zip(self.layers[name], value.tolist(), strict=True)))
+                frame[name] = pd.Series(value, index=self.layers[name]).reindex(frame["layer"]).to_numpy()
         return frame
 
     def plot(self, quantity: str = "entropy_nats", *, ax: Axes | None = None, title: str = "") -> Axes:

@@ -46,7 +46,7 @@ def _unread_keys(metadata: dict[str, Any], architecture: str, config: Any) -> It
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     rope = rope | rope.get("full_attention", {})
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    loaded = {
+    loaded: dict[str, Any] = {
         "rope.freq_base": rope.get("rope_theta"),
         "rope.scaling.type": rope.get("rope_type"),
         "rope.scaling.factor": rope.get("factor"),
@@ -61,8 +61,9 @@ def _unread_keys(metadata: dict[str, Any], architecture: str, config: Any) -> It
         name = key.removeprefix(f"{architecture}.")
         if name.startswith(("rope.", "attention.", "attn_", "final_")) and name not in _HARMLESS:
             ours, theirs = loaded.get(name), "default" if value == "none" else value
-            numbers = isinstance(ours, int | float) and isinstance(theirs, float)
-            if ours != theirs and not (numbers and isclose(ours, theirs, rel_tol=1e-6)):  # the file rounds to fp32
+            if isinstance(ours, int | float) and isinstance(theirs, float):  # which the file rounds to fp32
+                theirs = ours if isclose(ours, theirs, rel_tol=1e-6) else theirs
+            if ours != theirs:
                 yield f"{key}={value}"
 
 
