@@ -58,22 +58,20 @@ class EntropyProbe:
             raise UnsupportedModel(reason)
         self._patterns = patterns
         self._sums = HeadSums()
-        self._source = (
-            AttentionTap(self._model, self._read) if method == "auto" else EagerHooks(self._model, self._sums)
-        )
+        self._tap = AttentionTap(self._model, self._read) if method == "auto" else EagerHooks(self._model, self._sums)
         self._before = threading.local()
 
     def __enter__(self) -> EntropyProbe:
-        if not _measured_now.isdisjoint(self._source.modules):
+        if not _measured_now.isdisjoint(self._tap.modules):
             raise ValueError("this model is being measured by another EntropyProbe; leave that one first")
-        self._source.__enter__()
-        _measured_now.update(self._source.modules)
+        self._tap.__enter__()
+        _measured_now.update(self._tap.modules)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        _measured_now.difference_update(self._source.modules)
+        _measured_now.difference_update(self._tap.modules)
         self._before = threading.local()
-        self._source.__exit__(*error)
+        self._tap.__exit__(*error)
 
     def statistics(self) -> HeadEntropy:
         """Sums and counts over all forward passes so far. Raises ValueError if there was none."""
