@@ -66,8 +66,8 @@ def machine_now() -> dict[str, Any]:
 
 def measure(options: dict[str, str], folder: Path) -> dict[str, Any]:
     """Rates of every stage; `folder` is for files that nobody keeps."""
-    from normfree.data.corpus import in_chunks
-    from normfree.data.packing import BlockWriter, concatenated, windows
+    from normfree.data.corpus import CHUNK_CHARACTERS
+    from normfree.data.packing import BlockWriter, concatenated, in_groups, windows
     from normfree.data.tiktoken_encoder import FastEncoder
     from normfree.data.tokenizer import Encoder, train_tokenizer
     from normfree.spec.run import DataSpec
@@ -89,7 +89,7 @@ def measure(options: dict[str, str], folder: Path) -> dict[str, Any]:
 
     def encode(kind: type[Encoder] | type[FastEncoder]) -> list[Any]:
         encoder = kind(tokenizer)
-        return [document_SC for chunk in in_chunks(texts) for document_SC in encoder.encode(chunk)]
+        return [document_SC for chunk in in_groups(texts, CHUNK_CHARACTERS) for document_SC in encoder.encode(chunk)]
 
     documents = encode(FastEncoder)
 

@@ -109,25 +109,18 @@ def block_in_numpy(arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_simulator_s_inputs_give_pytorch_s_output(variant: str, layer: int) -> None:
-    inputs = block_inputs(model_of(variant), IDS_1T, layer=layer)
+    model = model_of(variant)
+    inputs = block_inputs(model, IDS_1T, layer=layer)
+    assert not any(module._forward_hooks for module in model.modules())
     assert inputs.arrays["hidden"].shape == inputs.output_TE.shape == (12, 32)
     np.testing.assert_allclose(block_in_numpy(inputs.arrays, inputs.settings), inputs.output_TE, atol=2e-5)
-
-
-def test_the_block_is_left_without_hooks() -> None:
-    model = model_of("sm-r")
-    block_inputs(model, IDS_1T, layer=1)
-    assert not any(module._forward_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["layer=4"], "layer=4 must be 0 to 3"),
-        (["layer=-1"], "layer=-1 must be 0 to 3"),
         (["context=33"], "context=33 must be 1 to 32, the longest sequence"),
-        (["protocol=cheeta"], "unknown protocol 'cheeta'; did you mean cheetah"),
-        (["constants=nowhere.json"], "constants=nowhere.json cannot be read"),
         (["python=/no/such/python"], r"cannot run python=/no/such/python \(No such file or directory\); make an"),
         (
             [f"python={sys.executable}"],
@@ -140,10 +133,9 @@ def test_wrong_input_says_what_to_do(words: list[str], message: str, tmp_path: P
         main([str(write_run(tmp_path, "SM+R").folder), *words])
 
 
-@pytest.mark.parametrize("words", [[], ["layer=1"], ["nowhere"]])
-def test_a_run_is_needed(words: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"name a run folder first|nowhere is not a run folder: it has no run\.json"):
-        main(words)
+def test_a_run_is_needed() -> None:
+    with pytest.raises(ValueError, match="name a run folder first"):
+        main(["layer=1"])
 
 
 @pytest.mark.parametrize("protocol", ["semi2k", "cheetah"])

@@ -71,10 +71,3 @@ def test_a_repeating_text_becomes_predictable_and_noise_does_not() -> None:
     assert kneser_ney_perplexity(cycle, cycle[:5], vocab_size=8, order=2) < 1.01
     noise = np.random.default_rng(0).integers(0, 8, (400, 64))
     assert kneser_ney_perplexity(noise[:390], noise[390:], vocab_size=8, order=2) == pytest.approx(8, rel=0.01)
-
-
-@pytest.mark.parametrize(("order", "tokens"), [(0, 4), (2, 1)])
-def test_what_cannot_be_predicted_is_refused(order: int, tokens: int) -> None:
-    blocks = np.zeros((2, tokens), dtype=np.int64)
-    with pytest.raises(ValueError, match="must be at least 1, and blocks must have at least 2"):
-        kneser_ney_perplexity(blocks, blocks, vocab_size=2, order=order)

@@ -7,7 +7,7 @@ import torch
 from truths import causal, check, truth
 
 from normfree.entropy import attention_entropy
-from normfree.entropy.fused import has_kernel, kernel, padded
+from normfree.entropy.fused import has_kernel, kernel
 
 
 def test_private_kernel_exists_and_agrees_with_the_definition():
@@ -31,12 +31,3 @@ def test_any_layout_in_memory_gives_the_same_entropy(which, layout):
     result = attention_entropy(q if which == "k" else laid(q), k if which == "q" else laid(k), causal=True)
     assert result.path == "fused"
     check(result.nats, truth(q, k, causal(70, 70))["nats"])
-
-
-@pytest.mark.parametrize("width", [1, 3, 4, 66])
-def test_padded_rows_are_aligned_and_keep_their_numbers(width):
-    value = torch.randn(2, 3, 5, width)
-    result = padded(value)
-    assert result.stride(-2) % 4 == 0
-    assert torch.equal(result[..., :width], value)
-    assert not result[..., width:].any()

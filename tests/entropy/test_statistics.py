@@ -47,20 +47,16 @@ def test_all_reduce_adds_up_two_processes_in_place(monkeypatch, patterns):
     torch.testing.assert_close(vars(heads), vars(expected), atol=0, rtol=0)
 
 
-def test_patterns_divide_by_the_counted_rows():
-    assert example(patterns=True).mean_distance()[1].tolist() == [2.0, 2.0]
-    assert example(patterns=True).mean_first_mass()[1].tolist() == [0.25, 0.25]
-    with pytest.raises(ValueError, match="patterns=True"):
-        example().mean_distance()
-
-
 def test_a_table_has_a_row_per_head_that_exists():
     frame = example(heads=(1, 2), patterns=True).to_frame()
     assert frame[["layer", "head"]].values.tolist() == [[0, 0], [2, 0], [2, 1]]
     assert frame["entropy_nats"].tolist() == [0.5, 0.5, 0.75]
     assert frame["ceiling_nats"].tolist() == [1.0, 0.75, 0.75]
     assert frame["distance_tokens"].tolist() == [2.0] * 3
+    assert frame["first_token_mass"].tolist() == [0.25] * 3
     assert "first_token_mass" not in example().to_frame()
+    with pytest.raises(ValueError, match="patterns=True"):
+        example().mean_distance()
     assert repr(example()) == example().to_frame().to_string()
 
 

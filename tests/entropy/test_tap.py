@@ -7,17 +7,16 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from normfree.entropy import EntropyProbe
-from normfree.entropy.swap import AttentionTap
+from normfree.entropy.tap import AttentionTap
 from tests.entropy.families import tiny_model
 
 IDS = torch.arange(24).view(2, 12) % 20
 
 
-def eager_weights(request):
-    k = request.k.repeat_interleave(request.groups, dim=1)
-    scores = request.scale * request.q @ k.mT
-    visible, bias = request.visibility.whole()
-    return (scores if bias is None else scores + bias).masked_fill(~visible, -torch.inf).softmax(-1)
+def eager_weights(call):
+    request = call.request()
+    block = request.visibility.whole()
+    return request.scores(block).masked_fill(~block.visible, -torch.inf).softmax(-1)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])
@@ -25,7 +24,7 @@ def eager_weights(request):
 def test_a_tap_reads_every_call_beside_a_probe(family, probe_first):
     model = tiny_model(family).eval()
     read, before = {}, dict(ALL_ATTENTION_FUNCTIONS)
-    tap, probe = AttentionTap(model, lambda layer, request: read.update({layer: request})), EntropyProbe(model)
+    tap, probe = AttentionTap(model, lambda layer, call: read.update({layer: call})), EntropyProbe(model)
     first, second = (probe, tap) if probe_first else (tap, probe)
     with torch.no_grad(), first, second:
         model(IDS)
@@ -42,7 +41,7 @@ def test_a_tap_reads_every_call_beside_a_probe(family, probe_first):
 def test_a_tap_leaves_the_registry_after_an_exception():
     model, before = tiny_model("gpt2"), dict(ALL_ATTENTION_FUNCTIONS)
 
-    def fail(layer, request):
+    def fail(layer, call):
         raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"), AttentionTap(model, fail):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,45 +12,36 @@ import torch
 from normfree.store.runs import read_run
 from tests.cli.commands import run
 
-DEVICE = "cuda"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.filterwarnings("default"),
-]
+Values = Callable[..., dict[str, float]]
 
 
-def printed_value(output: str, name: str) -> float:
-    match = re.search(rf"^{name} +([0-9.]+) ", output, re.MULTILINE)
-    assert match, output
-    return float(match[1])
+@pytest.fixture
+def evaluated(trained: Path, capsys: pytest.CaptureFixture[str]) -> Values:
+    """`evaluated(*words)` evaluates the run and reads the numbers that it prints."""
 
-
-def test_evaluate_repeats_the_recorded_perplexity(
-    trained: Path, cache: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    status, out, err = run("evaluate", str(trained), f"cache_dir={cache}", capsys=capsys)
-    assert status == 0, err
-    recorded = read_run(trained).facts["final"]
-    assert printed_value(out, "perplexity") == pytest.approx(recorded["perplexity"], rel=1e-5, abs=1e-4)
-    assert printed_value(out, "bits per byte") == pytest.approx(recorded["bits_per_byte"], rel=1e-5, abs=1e-4)
-    for dtype, tolerance in (("bf16", 0.02), ("fp16", 0.005)):
-        status, out, err = run("evaluate", str(trained), f"cache_dir={cache}", f"dtype={dtype}", capsys=capsys)
-        assert status == 0, err
-        assert printed_value(out, "perplexity") == pytest.approx(recorded["perplexity"], rel=tolerance)
-
-
-def test_evaluating_a_text_agrees_on_both_devices(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "text.py").write_text("def f(x):\n    return x\n" * 20)
-    perplexities = []
-    for device in (DEVICE, "cpu"):
-        words = [f"text={tmp_path / 'text.py'}", "stride=4", f"device={device}"]
+    def evaluate(*words: str) -> dict[str, float]:
         status, out, err = run("evaluate", str(trained), *words, capsys=capsys)
         assert status == 0, err
-        perplexities.append(printed_value(out, "perplexity"))
-    assert perplexities[0] == pytest.approx(perplexities[1], rel=1e-5, abs=2e-4)
+        return {name: float(value) for name, value in re.findall(r"^(\w[\w ]+?)  +([0-9.]+) ", out, re.MULTILINE)}
+
+    return evaluate
+
+
+def test_evaluate_repeats_the_recorded_perplexity(trained: Path, cache: Path, evaluated: Values) -> None:
+    recorded = read_run(trained).facts["final"]
+    values = evaluated(f"cache_dir={cache}")
+    assert values["perplexity"] == pytest.approx(recorded["perplexity"], rel=1e-5, abs=1e-4)
+    assert values["bits per byte"] == pytest.approx(recorded["bits_per_byte"], rel=1e-5, abs=1e-4)
+    for dtype, tolerance in (("bf16", 0.02), ("fp16", 0.005)):
+        values = evaluated(f"cache_dir={cache}", f"dtype={dtype}")
+        assert values["perplexity"] == pytest.approx(recorded["perplexity"], rel=tolerance)
+
+
+def test_evaluating_a_text_agrees_on_both_devices(tmp_path: Path, evaluated: Values) -> None:
+    (tmp_path / "text.py").write_text("def f(x):\n    return x\n" * 20)
+    words = [f"text={tmp_path / 'text.py'}", "stride=4"]
+    on_gpu, on_cpu = (evaluated(*words, f"device={device}")["perplexity"] for device in ("cuda", "cpu"))
+    assert on_gpu == pytest.approx(on_cpu, rel=1e-5, abs=2e-4)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-4), ("bf16", 0.02), ("fp16", 0.005)])
@@ -61,7 +53,7 @@ def test_measure_repeats_the_final_entropies(
     status, out, err = run("measure", str(trained), *words, capsys=capsys)
     assert status == 0, err
     measured = read_run(output)
-    assert measured.facts["measurement"]["device"].startswith(DEVICE)
+    assert measured.facts["measurement"]["device"].startswith("cuda")
     assert measured.facts["measurement"]["peak_memory_mib"] > 0
     recorded = torch.tensor(read_run(trained).last("final", "entropy_nats"))
     torch.testing.assert_close(torch.tensor(measured.last("final", "entropy_nats")), recorded, atol=tolerance, rtol=0)

@@ -1,4 +1,4 @@
-"""What compiles on CUDA: a run with train.compile, a probed model, attention_entropy, FlexAttention."""
+"""What compiles on CUDA: a run with train.compile, a probed model, FlexAttention."""
 
 from __future__ import annotations
 
@@ -10,18 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from normfree.entropy import EntropyProbe, attention_entropy
+from normfree.entropy import EntropyProbe
 from normfree.spec.run import RunSpec
 from normfree.store.runs import read_run
 from normfree.training import train
 
 DEVICE = "cuda"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(shutil.which("cc") is None and shutil.which("gcc") is None, reason="triton needs a C compiler"),
-    pytest.mark.filterwarnings("default"),
-]
+pytestmark = pytest.mark.skipif(
+    shutil.which("cc") is None and shutil.which("gcc") is None, reason="triton needs a C compiler"
+)
 IDS = torch.randint(0, 61, (2, 40), generator=torch.Generator().manual_seed(3))
 
 
@@ -67,25 +64,6 @@ def test_a_compiled_model_is_measured_as_plain(build: Callable[..., Any]) -> Non
     torch.testing.assert_close(compiled_logits, logits, atol=1e-4, rtol=1e-4)
     assert compiled.rows.unique().tolist() == [80]
     torch.testing.assert_close(compiled.mean_nats(), plain.mean_nats(), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_a_compiled_entropy_has_plain_values_and_gradients(mode: str) -> None:
-    """reduce-overhead captures CUDA graphs, in which nothing may wait for the GPU."""
-    random = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(2, heads, 50, 32, generator=random).to(DEVICE).requires_grad_() for heads in (4, 2))
-
-    def loss(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return attention_entropy(q, k, causal=True, differentiable=True).nats.square().mean()
-
-    compiled = torch.compile(loss, fullgraph=True, mode=mode)
-    expected = loss(q, k)
-    gradients = torch.autograd.grad(expected, (q, k))
-    for _ in range(3):
-        entropy_loss = compiled(q, k)
-        torch.testing.assert_close(entropy_loss, expected, atol=1e-5, rtol=1e-5)
-        for mine, theirs in zip(torch.autograd.grad(entropy_loss, (q, k)), gradients, strict=True):
-            torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-4)
 
 
 def test_flex_attention_matches_sdpa_and_refuses_a_probe(build: Callable[..., Any]) -> None:

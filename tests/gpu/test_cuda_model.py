@@ -12,11 +12,6 @@ from torch import Tensor
 from normfree.model.loss import next_token_loss
 
 DEVICE = "cuda"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.filterwarnings("default"),
-]
 IDS = torch.randint(0, 61, (3, 40), generator=torch.Generator().manual_seed(3))
 PADDED = torch.ones(3, 40, dtype=torch.long)
 PADDED[0, :13] = 0
@@ -28,10 +23,17 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-def gradients(model: Any) -> dict[str, Tensor]:
+def learn(
+    model: Any, *inputs: Tensor, dtype: torch.dtype | None = None, **named: Any
+) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of one pass in training mode on the GPU."""
+    model = model.to(DEVICE).train()
+    with torch.autocast(DEVICE, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        loss = model(*inputs, **named).loss
+    loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert all(gradient is not None for gradient in gradients.values())
-    return gradients
+    return loss.item(), gradients
 
 
 def assert_near(mine: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:
@@ -57,17 +59,16 @@ def test_float32_logits_are_those_of_the_cpu(form, mask, attention, build):
 @pytest.mark.parametrize("form", list(FORMS))
 @pytest.mark.parametrize("mask", [None, PADDED], ids=["whole", "left padded"])
 def test_eager_and_sdpa_attention_have_the_same_gradients(form, mask, build):
-    ids, results = IDS.to(DEVICE), []
+    ids = IDS.to(DEVICE)
     labels = ids.clone()
     if mask is not None:
+        mask = mask.to(DEVICE)
         labels[0, :14] = -100  # 13 of padding, and the first token, which padding would predict
-    for attention in ("sdpa", "eager"):
-        model = build(attention=attention, **FORMS[form]).to(DEVICE).train()
-        loss = model(ids, attention_mask=None if mask is None else mask.to(DEVICE), labels=labels).loss
-        loss.backward()
-        results.append((loss.detach(), gradients(model)))
-    (sdpa_loss, mine), (eager_loss, theirs) = results
-    torch.testing.assert_close(sdpa_loss, eager_loss, atol=1e-5, rtol=1e-5)
+    (loss, mine), (expected, theirs) = (
+        learn(build(attention=attention, **FORMS[form]), ids, attention_mask=mask, labels=labels)
+        for attention in ("sdpa", "eager")
+    )
+    assert loss == pytest.approx(expected, rel=1e-5, abs=1e-5)
     for name, gradient in theirs.items():
         torch.testing.assert_close(mine[name], gradient, atol=2e-5, rtol=1e-3, msg=name)
 
@@ -95,14 +96,11 @@ def test_the_loss_in_blocks_matches_all_logits_in_float64():
 @pytest.mark.parametrize("form", list(FORMS))
 @pytest.mark.parametrize(("dtype", "tolerance"), [(None, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 0.005)])
 def test_a_model_learns_the_same_without_logits(form, dtype, tolerance, build):
-    ids, results = IDS.to(DEVICE), []
-    for return_logits in (True, False):
-        model = build(**FORMS[form]).to(DEVICE).train()
-        with torch.autocast(DEVICE, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-            loss = model(ids, labels=ids, return_logits=return_logits).loss
-        loss.backward()
-        results.append((loss.item(), gradients(model)))
-    (expected, theirs), (loss, mine) = results
+    ids = IDS.to(DEVICE)
+    (expected, theirs), (loss, mine) = (
+        learn(build(**FORMS[form]), ids, labels=ids, return_logits=return_logits, dtype=dtype)
+        for return_logits in (True, False)
+    )
     assert loss == pytest.approx(expected, rel=tolerance)
     assert_near(mine, theirs, 5 * tolerance)
 
@@ -122,13 +120,10 @@ def test_greedy_generation_with_a_cache_is_the_one_without(form, build):
 def test_gradient_checkpointing_has_the_same_gradients(form, reentrant, build):
     ids, results = IDS.to(DEVICE), []
     for checkpointing in (False, True):
-        model = build(**FORMS[form]).to(DEVICE).train()
+        model = build(**FORMS[form])
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        with torch.autocast(DEVICE, dtype=torch.bfloat16):
-            loss = model(ids, labels=ids, return_logits=False).loss
-        loss.backward()
-        results.append((loss.item(), gradients(model)))
+        results.append(learn(model, ids, labels=ids, return_logits=False, dtype=torch.bfloat16))
     (expected, theirs), (loss, mine) = results
     assert loss == pytest.approx(expected, rel=1e-4)
     assert_near(mine, theirs, 1e-3)

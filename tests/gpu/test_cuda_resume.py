@@ -14,11 +14,6 @@ from normfree.store.runs import Run, read_run
 from normfree.training import train
 from normfree.training.trainer import NormFreeTrainer
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.filterwarnings("default"),
-]
 STEPS = 12
 TRAINING_STEP = NormFreeTrainer.training_step
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +14,11 @@ from normfree.measures import MEASURES, periods_of
 from normfree.measures.heads import Heads
 from normfree.measures.measure import Measure
 from normfree.report import build_report
-from normfree.spec.run import RunSpec
+from normfree.spec.compose import compose_run
 from normfree.store.quantities import QUANTITIES, Quantity
 from normfree.store.runs import Run, read_run
 from normfree.training import train
 
-Build = Callable[..., RunSpec]
 LAYERS, HEADS = 2, 2
 FIGURES = {("layer", "head"): ("heads", "layers"), ("layer",): ("depth", "layers"), (): ("curves",)}
 
@@ -28,8 +26,6 @@ FIGURES = {("layer", "head"): ("heads", "layers"), ("layer",): ("depth", "layers
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory, tiny: list[str], cache: Path) -> Run:
     """A run with every measure; its slopes are learnable, so that it has all quantities."""
-    from normfree.spec.compose import compose_run
-
     words = [*tiny, "variant=leaky-per-layer", f"probe.measures=[{','.join(MEASURES)}]"]
     return read_run(train(compose_run(words).spec, runs_dir=tmp_path_factory.mktemp("runs"), cache=cache))
 
@@ -58,11 +54,15 @@ def test_the_report_draws_every_quantity_from_its_description(measured: Run, tmp
     assert all(quantity.meaning in docs for quantity in QUANTITIES.values())
 
 
-def test_a_measure_may_have_a_period_of_its_own(tmp_path: Path, cache: Path, tiny_spec: Build) -> None:
-    run = read_run(train(tiny_spec("probe.measures=[heads,perplexity:3]"), runs_dir=tmp_path, cache=cache))
+def test_a_measure_may_have_a_period_of_its_own(tmp_path: Path, cache: Path, tiny: list[str]) -> None:
+    """Slopes know their layers; a run without slopes has no quantity of them."""
+    words = [*tiny, "variant=custom", "tag=late", "model.norm=none", "model.activation=[relu,leaky_relu]"]
+    words += ["model.learnable_slope=per_layer", "probe.measures=[heads,slopes,perplexity:3]"]
+    run = read_run(train(compose_run(words).spec, runs_dir=tmp_path, cache=cache))
     assert [step for step, _ in run.series("probe", "entropy_nats")] == [0, 2, 4, 6]
     assert [step for step, _ in run.series("probe", "perplexity")] == [0, 3, 6]
-    assert "negative_slope" not in run.quantities
+    assert run.layer_numbers("negative_slope", 1) == [1]
+    assert "max_logit" not in run.quantities
 
 
 class Other(Measure):
@@ -89,8 +89,6 @@ class Refusing(Heads):
 def test_a_measure_that_does_not_fit_is_refused_before_training(
     kind: type[Measure], message: str, tmp_path: Path, cache: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from normfree.spec.compose import compose_run
-
     monkeypatch.setitem(MEASURES, "mine", kind)
     names = "heads,mine" if kind is not Refusing else "mine"
     with pytest.raises(ValueError, match=message):
@@ -122,15 +120,6 @@ def test_no_module_hides_a_public_name() -> None:
     """`import normfree.train` would put a module where `normfree.train` is a function."""
     modules = {path.stem for path in Path(normfree.__file__).parent.iterdir()}
     assert not modules & set(normfree.__all__)
-
-
-def test_slopes_know_their_layers(tmp_path: Path, cache: Path, tiny: list[str]) -> None:
-    from normfree.spec.compose import compose_run
-
-    words = [*tiny, "variant=custom", "tag=late", "model.norm=none", "model.activation=[relu,leaky_relu]"]
-    spec = compose_run([*words, "model.learnable_slope=per_layer"]).spec
-    run = read_run(train(spec, runs_dir=tmp_path, cache=cache))
-    assert run.layer_numbers("negative_slope", 1) == [1]
 
 
 def test_a_page_that_is_no_report_is_not_overwritten(measured: Run, tmp_path: Path) -> None:

@@ -11,17 +11,12 @@ from transformers import (
     BertConfig,
     BertLMHeadModel,
     ByT5Tokenizer,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
-    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
-    MptConfig,
-    MptForCausalLM,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen3MoeConfig,
@@ -174,34 +169,13 @@ def test_a_nan_stays_a_nan(model):
     assert math.isnan(result.perplexity)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"context": 8, "stride": 9}, "stride=9"),
-        ({"bos": True}, "no BOS token"),
-    ],
-)
-def test_what_cannot_be_evaluated_is_refused(model, tokenizer, options, message):
-    with pytest.raises(ValueError, match=message):
-        perplexity(model, tokenizer, "abc", **options)
-
-
-def test_a_tokenizer_of_another_model_is_refused(model, tokenizer):
-    model.resize_token_embeddings(20)
+def test_what_cannot_be_evaluated_is_refused(model, tokenizer):
+    for options, message in (({"context": 8, "stride": 9}, "stride=9"), ({"bos": True}, "no BOS token")):
+        with pytest.raises(ValueError, match=message):
+            perplexity(model, tokenizer, "abc", **options)
+    model.resize_token_embeddings(20)  # the tokenizer is another model's
     with pytest.raises(ValueError, match="vocabulary has 20"):
         perplexity(model, tokenizer, "zzz")
-
-
-def test_a_multimodal_model_has_the_limit_of_its_text():
-    text = Gemma3TextConfig(
-        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-        num_key_value_heads=1, head_dim=8, max_position_embeddings=64,
-    )  # fmt: skip
-    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision))
-    assert checked_context(model, None) == 64
-    with pytest.raises(ValueError, match="context=65 must be between 2 and the model's 64"):
-        checked_context(model, 65)
 
 
 SIZES = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -261,12 +235,12 @@ def test_regrouping_experts_do_not_count_as_later_tokens(model_class, dtype):
 
 @pytest.mark.parametrize("name", ["max_seq_len", "n_ctx", "seq_length", "max_sequence_length", "model_max_length"])
 def test_the_limit_of_a_context_has_many_names(name):
-    model = SimpleNamespace(named_modules=list, config=PreTrainedConfig(**{name: 48}))
-    assert checked_context(model, None) == 48
-    with pytest.raises(ValueError, match="between 2 and the model's 48"):
-        checked_context(model, 49)
-    mpt = MptForCausalLM(MptConfig(vocab_size=16, d_model=8, n_layers=1, n_heads=1, max_seq_len=40))
-    assert checked_context(mpt, None) == 40
+    text = PreTrainedConfig(**{name: 48})
+    for config in (text, SimpleNamespace(get_text_config=lambda: text)):  # a multimodal model has that of its text
+        model = SimpleNamespace(named_modules=list, config=config)
+        assert checked_context(model, None) == 48
+        with pytest.raises(ValueError, match="context=49 must be between 2 and the model's 48"):
+            checked_context(model, 49)
 
 
 def test_nothing_counted_is_not_a_number():

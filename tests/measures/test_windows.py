@@ -31,22 +31,14 @@ def test_windows_are_spread_over_the_text(model, tokenizer):
     assert token_windows(model, tokenizer, "short", context=64, sequences=9).shape == (1, 5)
 
 
-def test_each_window_begins_with_the_bos_token(model, tokenizer):
-    ids = tokenizer(TEXT)["input_ids"]
-    tokenizer.bos_token = "a"
-    windows_NT = token_windows(model, tokenizer, TEXT, context=16, sequences=2, bos=True)
-    assert windows_NT.shape == (2, 16)
-    assert windows_NT[:, 0].tolist() == [tokenizer.bos_token_id] * 2
-    assert windows_NT[0, 1:].tolist() == ids[:15]
-
-
 def test_a_window_needs_room_behind_its_leading_tokens(model, tokenizer):
     ids = tokenizer("d")["input_ids"]
     leading = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("\u0100", "\u0101")]  # the bytes 0 and 1
     template = processors.TemplateProcessing("\u0100 \u0101 $A", special_tokens=leading)
     tokenizer.backend_tokenizer.post_processor = template
-    windows_NT = token_windows(model, tokenizer, TEXT, context=3, sequences=1)
+    windows_NT = token_windows(model, tokenizer, TEXT, context=3, sequences=2)
     assert windows_NT[0].tolist() == [number for _, number in leading] + ids
+    assert windows_NT[1, :2].tolist() == [number for _, number in leading]
     with pytest.raises(ValueError, match="context=2 leaves no room for text behind 2 leading tokens"):
         token_windows(model, tokenizer, TEXT, context=2, sequences=1)
 

@@ -26,10 +26,8 @@ class Network:
     """A link that carries both directions at once."""
 
     name: str
-    bandwidth_mbps: Positive
-    """Megabits per second in each direction."""
-    delay_ms: NotNegative
-    """Time from sending a message to its arrival."""
+    bandwidth_mbps: Positive  # megabits per second in each direction
+    delay_ms: NotNegative  # time from sending a message to its arrival
 
     def seconds_at_least(self, transferred_bytes: float, rounds: int) -> float:
         """Lower bound: the busier direction carries at least half of the bytes, and every round waits once."""
@@ -43,8 +41,7 @@ class Protocol:
     name: str
     about: str
     rounds_origin: str
-    operations: dict[str, dict[str, Any]]
-    """Bytes per element, row or side of a product, and rounds, by operation."""
+    operations: dict[str, dict[str, Any]]  # bytes per element, row or side of a product, and rounds
 
     def price(self, item: Count) -> tuple[float, int]:
         """(bytes over both directions, rounds) of one call.
@@ -74,10 +71,9 @@ def load_constants(path: Path | str = CONSTANTS_FILE) -> dict[str, Any]:
     advice = "name a file of constants (docs/private-inference.md, Measuring again)"
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not JSON"
-        raise ValueError(f"constants={path} cannot be read ({reason}); {advice}") from None
-    version = content.get("version") if isinstance(content, dict) else None
+        version = content["version"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"constants={path} cannot be read ({error}); {advice}") from None
     if version != VERSION:
         raise ValueError(f"constants={path} has version {version!r}, not {VERSION}; {advice}")
     return content
@@ -89,9 +85,7 @@ def find_protocol(name: str, constants: Path | str = CONSTANTS_FILE) -> Protocol
     known, reasons = content["protocols"], content.get("unpriced", {})
     if name in reasons and name not in known:
         raise NoPriceError(f"protocol={name} has no prices: {reasons[name]}; allowed: {', '.join(known)}")
-    if name not in known:
-        raise ValueError(f"unknown protocol {name!r}; {nearest(name, list(known))}")
-    return build(Protocol, {"name": name, **known[name]})
+    return build(Protocol, {"name": name, **_named("protocol", name, known)})
 
 
 def find_network(
@@ -102,8 +96,12 @@ def find_network(
     constants: Path | str = CONSTANTS_FILE,
 ) -> Network:
     """A network of the file, with its bandwidth or delay replaced. Raises ValueError with the nearest valid name."""
-    known = load_constants(constants)["networks"]
-    if name not in known:
-        raise ValueError(f"unknown network {name!r}; {nearest(name, list(known))}")
+    recorded = _named("network", name, load_constants(constants)["networks"])
     replaced = {"bandwidth_mbps": bandwidth_mbps, "delay_ms": delay_ms}
-    return build(Network, {"name": name, **known[name], **{k: v for k, v in replaced.items() if v is not None}})
+    return build(Network, {"name": name, **recorded, **{k: v for k, v in replaced.items() if v is not None}})
+
+
+def _named(kind: str, name: str, known: dict[str, Any]) -> dict[str, Any]:
+    if name not in known:
+        raise ValueError(f"unknown {kind} {name!r}; {nearest(name, list(known))}")
+    return known[name]

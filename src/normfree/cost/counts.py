@@ -16,8 +16,7 @@ from normfree.cost.families import Architecture
 class Rows:
     """One call of an operation on `rows` rows of `length` elements."""
 
-    layer: int | None
-    """None outside the blocks."""
+    layer: int | None  # None outside the blocks
     part: str
     operation: str
     rows: int

@@ -31,23 +31,16 @@ class Architecture:
     query_heads: int
     key_heads: int
     head_dim: int
-    rotary_dim: int
-    """Rotated dimensions of a head; 0 without rotary positions."""
+    rotary_dim: int  # rotated dimensions of a head; 0 without rotary positions
     feed_forward: int
-    norm: tuple[str, ...]
-    """Before attention and before the feed-forward part."""
+    norm: tuple[str, ...]  # before attention and before the feed-forward part
     final_norm: tuple[str, ...]
-    activations: tuple[tuple[str, ...], ...]
-    """Operations of each layer's activation, per element."""
+    activations: tuple[tuple[str, ...], ...]  # operations of each layer's activation, per element
     max_tokens: int
-    gated: bool = False
-    """The feed-forward part multiplies its activation by a second projection (Llama)."""
-    post_norm: tuple[str, ...] = ()
-    """After attention and after the feed-forward part, before the residual sum (Gemma 2)."""
-    scores_cap: tuple[str, ...] = ()
-    """Soft-capping of the attention scores."""
-    logits_cap: tuple[str, ...] = ()
-    """Soft-capping of the logits."""
+    gated: bool = False  # the feed-forward part multiplies its activation by a second projection (Llama)
+    post_norm: tuple[str, ...] = ()  # after attention and after the feed-forward part, before the sum (Gemma 2)
+    scores_cap: tuple[str, ...] = ()  # soft-capping of the attention scores
+    logits_cap: tuple[str, ...] = ()  # soft-capping of the logits
 
     @property
     def layers(self) -> int:
@@ -63,6 +56,9 @@ TRANSFORMERS_ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "silu": ("silu",),
     "swish": ("silu",),
 }
+GPT2_NAMES = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
+GPT2_NAMES |= {"n_inner": "intermediate_size", "n_positions": "max_position_embeddings"}
+GPT2_NAMES |= {"activation_function": "hidden_act"}
 NORMFREE_ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "gelu": ("gelu_erf",),
     "gelu_tanh": ("gelu_tanh",),
@@ -110,77 +106,32 @@ def read_architecture(config: Any) -> Architecture:
 
 def _normfree(values: Mapping[str, Any]) -> Architecture:
     values = {**NORMFREE_DEFAULTS, **values}
-    layers, width = values["num_hidden_layers"], values["hidden_size"]
-    names = values["activation"]
-    names = list(names) if isinstance(names, (list, tuple)) else [names] * layers
-    if len(names) != layers:
-        raise ValueError(f"activation lists {len(names)} names, but num_hidden_layers is {layers}")
     if values["position"] not in ("learned", "rotary"):
         raise ValueError(f"position={values['position']!r}: allowed are learned and rotary")
-    leaky_relu = _operations(LEAKY_RELU, "learnable_slope", values["learnable_slope"])
-    known = {**NORMFREE_ACTIVATIONS, "leaky_relu": leaky_relu}
-    sizes = _sizes(values)
+    known = dict(NORMFREE_ACTIVATIONS)
+    known["leaky_relu"] = _operations(LEAKY_RELU, "learnable_slope", values["learnable_slope"])
+    norms: dict[str, Any] = {key: _operations(NORMFREE_NORMS, key, values[key]) for key in ("norm", "final_norm")}
+    model = _decoder(values, activation="activation", known=known, **norms)
     rotary_share = values["rotary_share"] if values["position"] == "rotary" else 0
-    return Architecture(
-        family="normfree",
-        **sizes,
-        rotary_dim=round(sizes["head_dim"] * rotary_share),
-        feed_forward=values["intermediate_size"] or 4 * width,
-        norm=_operations(NORMFREE_NORMS, "norm", values["norm"]),
-        final_norm=_operations(NORMFREE_NORMS, "final_norm", values["final_norm"]),
-        activations=tuple(_operations(known, "activation", name) for name in names),
-        max_tokens=values["max_position_embeddings"],
-    )
+    return replace(model, rotary_dim=round(model.head_dim * rotary_share))
 
 
 def _gpt2(values: Mapping[str, Any]) -> Architecture:
     if values.get("add_cross_attention"):
         raise NoPriceError("add_cross_attention=True has no known cost; use add_cross_attention=False")
-    activation = _operations(TRANSFORMERS_ACTIVATIONS, "activation_function", values["activation_function"])
-    return Architecture(
-        family="gpt2",
-        **_sizes(values, width="n_embd", heads="n_head"),
-        rotary_dim=0,
-        feed_forward=values.get("n_inner") or 4 * values["n_embd"],
-        norm=("layernorm",),
-        final_norm=("layernorm",),
-        activations=(activation,) * values["n_layer"],
-        max_tokens=values["n_positions"],
-    )
+    values = {GPT2_NAMES.get(name, name): value for name, value in values.items()}
+    return _decoder({"intermediate_size": None, **values}, norm=("layernorm",), final_norm=("layernorm",))
 
 
 def _gpt_neox(values: Mapping[str, Any]) -> Architecture:
-    sizes = _sizes(values)
     # transformers 4 wrote rotary_pct, transformers 5 writes rope_parameters.
     share = (values.get("rope_parameters") or {}).get("partial_rotary_factor")
     share = values["rotary_pct"] if share is None else share
-    activation = _operations(TRANSFORMERS_ACTIVATIONS, "hidden_act", values["hidden_act"])
-    return Architecture(
-        family="gpt_neox",
-        **sizes,
-        rotary_dim=int(sizes["head_dim"] * share),  # as transformers rounds it
-        feed_forward=values["intermediate_size"],
-        norm=("layernorm",),
-        final_norm=("layernorm",),
-        activations=(activation,) * values["num_hidden_layers"],
-        max_tokens=values["max_position_embeddings"],
-    )
+    return _decoder(values, rotary_share=share, norm=("layernorm",), final_norm=("layernorm",))
 
 
 def _llama(values: Mapping[str, Any]) -> Architecture:
-    sizes = _sizes(values)
-    activation = _operations(TRANSFORMERS_ACTIVATIONS, "hidden_act", values["hidden_act"])
-    return Architecture(
-        family=values["model_type"],
-        **sizes,
-        rotary_dim=sizes["head_dim"],
-        feed_forward=values["intermediate_size"],
-        gated=True,
-        norm=("rmsnorm",),
-        final_norm=("rmsnorm",),
-        activations=(activation,) * values["num_hidden_layers"],
-        max_tokens=values["max_position_embeddings"],
-    )
+    return _decoder(values, rotary_share=1, gated=True, norm=("rmsnorm",), final_norm=("rmsnorm",))
 
 
 def _gemma2(values: Mapping[str, Any]) -> Architecture:
@@ -190,17 +141,35 @@ def _gemma2(values: Mapping[str, Any]) -> Architecture:
     return replace(llama, post_norm=("rmsnorm",), scores_cap=scores, logits_cap=logits)
 
 
-def _sizes(values: Mapping[str, Any], width: str = "hidden_size", heads: str = "num_attention_heads") -> dict[str, Any]:
-    """Vocabulary, width and heads. `width` and `heads` are the names of these fields in the config."""
-    if not values.get("head_dim") and (values[heads] < 1 or values[width] % values[heads]):
-        raise ValueError(f"{width}={values[width]} must be a multiple of {heads}={values[heads]}")
-    return {
-        "vocab_size": values["vocab_size"],
-        "width": values[width],
-        "query_heads": values[heads],
-        "key_heads": values.get("num_key_value_heads") or values[heads],
-        "head_dim": values.get("head_dim") or values[width] // values[heads],
-    }
+def _decoder(
+    values: Mapping[str, Any],
+    *,
+    activation: str = "hidden_act",
+    known: Mapping[str, tuple[str, ...]] = TRANSFORMERS_ACTIVATIONS,
+    rotary_share: float = 0,
+    **parts: Any,
+) -> Architecture:
+    """The sizes, under the names that most configs give them; `activation` lists one operation, or one a layer."""
+    layers, width, heads = (values[name] for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+    if not values.get("head_dim") and (heads < 1 or width % heads):
+        raise ValueError(f"hidden_size={width} must be a multiple of num_attention_heads={heads}")
+    head_dim = values.get("head_dim") or width // heads
+    names = [values[activation]] * layers if isinstance(values[activation], str) else values[activation]
+    if len(names) != layers:
+        raise ValueError(f"{activation} lists {len(names)} names, but num_hidden_layers is {layers}")
+    return Architecture(
+        family=values["model_type"],
+        vocab_size=values["vocab_size"],
+        width=width,
+        query_heads=heads,
+        key_heads=values.get("num_key_value_heads") or heads,
+        head_dim=head_dim,
+        rotary_dim=int(head_dim * rotary_share),  # as transformers rounds it
+        feed_forward=values["intermediate_size"] or 4 * width,
+        activations=tuple(_operations(known, "activation", name) for name in names),
+        max_tokens=values["max_position_embeddings"],
+        **parts,
+    )
 
 
 def _operations(known: Mapping[str, tuple[str, ...]], field: str, name: str) -> tuple[str, ...]:

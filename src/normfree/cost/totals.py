@@ -18,8 +18,7 @@ class Item:
     """One call of an operation with its price."""
 
     count: Count
-    bytes: float
-    """Over both directions."""
+    bytes: float  # over both directions
     rounds: int
 
 
@@ -27,10 +26,8 @@ class Item:
 class Cost:
     """The cost of one forward pass over one sequence."""
 
-    name: str
-    """The model, as titles show it."""
-    note: str
-    """An assumption about this model; empty if there is none."""
+    name: str  # the model, as titles show it
+    note: str  # an assumption about this model; empty if there is none
     architecture: Architecture
     context: int
     protocol: Protocol

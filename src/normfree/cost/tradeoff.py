@@ -16,10 +16,8 @@ class Point:
     """Perplexity and cost of one group of runs."""
 
     name: str
-    corpus: str
-    """Fingerprint of its text."""
-    perplexity: float
-    """Mean over the seeds that all groups on this corpus have, else over its own; NaN if any run has none."""
+    corpus: str  # fingerprint of its text
+    perplexity: float  # mean over the seeds that all groups on its corpus have, else its own; NaN if a run has none
     seeds: int
     bytes: float
     rounds: int

@@ -14,9 +14,9 @@ import shutil
 import socket
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerFast
 
 from normfree.data.installed import InstalledSource
 from normfree.data.ngram import ORDERS, kneser_ney_perplexity
-from normfree.data.packing import BlockWriter, concatenated, unigram_perplexity, windows
+from normfree.data.packing import BlockWriter, concatenated, in_groups, unigram_perplexity, windows
 from normfree.data.sources import FilesSource, HubSource, Source, Split, limited
 from normfree.data.tiktoken_encoder import FastEncoder, NotReproducibleError
 from normfree.data.tokenizer import Encoder, load_tokenizer, tokenizer_hash, train_tokenizer, vocabulary_size
@@ -39,10 +39,8 @@ from normfree.spec.run import DataSpec
 FORMAT = 1
 SOURCES = {"installed": InstalledSource, "codeparrot": HubSource, "hub": HubSource, "files": FilesSource}
 SPLITS: tuple[Split, ...] = ("train", "validation")
-CHUNK_CHARACTERS = 4_000_000
-"""Text that is encoded together: large enough for all cores, small enough for any memory."""
-LOG_SECONDS = 60.0
-"""Time between lines of progress where standard error is not a terminal."""
+CHUNK_CHARACTERS = 4_000_000  # encoded together: large enough for all cores, small enough for any memory
+LOG_SECONDS = 60.0  # between lines of progress where standard error is not a terminal
 
 log = logging.getLogger("normfree")
 
@@ -109,16 +107,12 @@ class Corpus:
             f"tokenizer    {facts['vocab_size']:,} pieces, {facts['bytes_per_token']:.2f} bytes a token",
         ]
         for split in SPLITS:
-            documents, blocks, tokens = (facts[f"{split}_{unit}"] for unit in ("documents", "blocks", "tokens"))
-            megabytes = facts[f"{split}_bytes"] / 1e6
-            lines += [
-                f"{split:<12} {documents:,} documents, {megabytes:.2f} MB, {blocks:,} blocks, {tokens:,} tokens",
-                f"  left out   {self.left_out(split)}",
-            ]
-        yardsticks = [f"unigram perplexity {facts['unigram_perplexity']:.1f}"]
-        yardsticks += [f"{order}-gram {value:.1f}" for order, value in facts.get("ngram_perplexity", {}).items()]
-        lines.append(f"to beat      {', '.join(yardsticks)}")
-        return "\n".join(lines)
+            sizes = ", ".join(f"{facts[f'{split}_{unit}']:,} {unit}" for unit in ("documents", "blocks", "tokens"))
+            lines.append(f"{split:<12} {sizes}, {facts[f'{split}_bytes'] / 1e6:.2f} MB")
+            lines.append(f"  left out   {self.left_out(split)}")
+        lines.append(f"to beat      unigram perplexity {facts['unigram_perplexity']:.1f}")
+        ngrams = facts.get("ngram_perplexity", {}).items()
+        return "\n".join(lines) + "".join(f", {order}-gram {value:.1f}" for order, value in ngrams)
 
 
 def prepare(spec: DataSpec, *, cache: Path | None = None, progress: bool = True) -> Corpus:
@@ -133,17 +127,20 @@ def prepare(spec: DataSpec, *, cache: Path | None = None, progress: bool = True)
     source: Source = SOURCES[spec.source](spec)
     cache = cache or default_cache()
     folder = cache / "corpora" / corpus_key(spec, source)
-    if folder.exists() and not damages(folder):
-        return Corpus(folder, read_manifest(folder))
-
     message = "waiting for %s, which prepares the same corpus, %s"
+    if corpus := _undamaged(folder):
+        return corpus
     with folder_lock(cache / "locks" / folder.name, on_wait=lambda owner: log.info(message, owner, folder)):
+        if corpus := _undamaged(folder):  # another process prepared it meanwhile
+            return corpus
         if folder.exists():
-            if not (problems := damages(folder)):
-                return Corpus(folder, read_manifest(folder))  # another process prepared it meanwhile
-            log.warning("corpus %s is damaged and prepared again: %s", folder, "; ".join(problems))
+            log.warning("corpus %s is damaged and prepared again: %s", folder, "; ".join(damages(folder)))
         _make(spec, source, folder, progress)
     return Corpus(folder, read_manifest(folder))
+
+
+def _undamaged(folder: Path) -> Corpus | None:
+    return Corpus(folder, read_manifest(folder)) if folder.exists() and not damages(folder) else None
 
 
 def _make(spec: DataSpec, source: Source, folder: Path, progress: bool) -> None:
@@ -159,7 +156,7 @@ def _make(spec: DataSpec, source: Source, folder: Path, progress: bool) -> None:
             shutil.rmtree(folder)
         scratch.rename(folder)
     except OSError as error:
-        if folder.exists() and not damages(folder):
+        if _undamaged(folder):
             return  # a machine whose lock is not visible here was faster
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -192,18 +189,13 @@ def corpus_key(spec: DataSpec, source: Source) -> str:
     return fingerprint([FORMAT, fields, source.versions, tokenizer, version("tokenizers"), *counted])
 
 
-@dataclass
 class _Preparation:
     """One pass from documents to blocks, in `folder`."""
 
-    spec: DataSpec
-    source: Source
-    folder: Path
-    quiet: bool
-    read: dict[Split, Counter[str]] = field(default_factory=lambda: {split: Counter() for split in SPLITS})
-    """Documents and bytes of each split."""
-    dropped: dict[Split, Counter[str]] = field(default_factory=lambda: {split: Counter() for split in SPLITS})
-    """Documents left out of each split, by reason."""
+    def __init__(self, spec: DataSpec, source: Source, folder: Path, *, quiet: bool) -> None:
+        self.spec, self.source, self.folder, self.quiet = spec, source, folder, quiet
+        self.read: dict[Split, Counter[str]] = {}  # documents and bytes
+        self.dropped: dict[Split, Counter[str]] = {}  # documents left out, by reason
 
     def run(self) -> dict[str, Any]:
         """Write tokenizer and blocks; returns the facts of the corpus."""
@@ -211,22 +203,22 @@ class _Preparation:
         writers = self._write_splits(tokenizer)
         tokenizer.save_pretrained(self.folder)
         train, validation = writers["train"], writers["validation"]
-        sha256 = tokenizer_hash(tokenizer)
-        hashes = train.content_hash, validation.content_hash
-        predicted_tokens = int(validation.predicted_counts_V.sum())
+        sha256, vocab_size = tokenizer_hash(tokenizer), vocabulary_size(tokenizer)
         facts: dict[str, Any] = {
-            "fingerprint": fingerprint([FORMAT, sha256, self.spec.context, *hashes]),
+            "fingerprint": fingerprint(
+                [FORMAT, sha256, self.spec.context, train.content_hash, validation.content_hash]
+            ),
             "source": self.spec.source,
             "context": self.spec.context,
             "packing": self.spec.packing,
-            "vocab_size": vocabulary_size(tokenizer),
+            "vocab_size": vocab_size,
             "tokenizer_sha256": sha256,
-            "bytes_per_token": validation.predicted_bytes / predicted_tokens,
+            "bytes_per_token": validation.predicted_bytes / int(validation.predicted_counts_V.sum()),
             "unigram_perplexity": unigram_perplexity(train.counts_V, validation.predicted_counts_V),
-            "dropped": {split: dict(sorted(counts.items())) for split, counts in self.dropped.items()},
+            "dropped": {split: dict(sorted(self.dropped[split].items())) for split in SPLITS},
             "versions": self.source.versions,
+            "ngram_perplexity": self._ngram_perplexities(train.blocks * self.spec.context, vocab_size),
         }
-        facts["ngram_perplexity"] = self._ngram_perplexities(train.blocks * self.spec.context, facts["vocab_size"])
         if isinstance(self.source, HubSource):
             facts["revisions"] = self.source.revisions
         for split, writer in writers.items():
@@ -239,22 +231,15 @@ class _Preparation:
     def _ngram_perplexities(self, train_tokens: int, vocab_size: int) -> dict[str, float]:
         """Perplexity by order, of the orders that the training text is small enough for: `{"2": 92.4, "5": 49.5}`."""
         orders = [order for order, most_tokens in ORDERS.items() if train_tokens <= most_tokens]
-        if not orders:
-            return {}
-        train_NT, held_out_NT = (
-            _read_blocks(Dataset.from_file(str(self.folder / f"{split}.arrow"))) for split in SPLITS
-        )
-        return {
-            str(order): kneser_ney_perplexity(train_NT, held_out_NT, vocab_size=vocab_size, order=order)
-            for order in orders
-        }
+        files = [str(self.folder / f"{split}.arrow") for split in SPLITS] if orders else []
+        blocks = [_read_blocks(Dataset.from_file(file)) for file in files]
+        return {str(order): kneser_ney_perplexity(*blocks, vocab_size=vocab_size, order=order) for order in orders}
 
     def _tokenizer(self) -> PreTrainedTokenizerFast:
         if self.spec.tokenizer:
             tokenizer = load_tokenizer(self.spec.tokenizer)
         else:
-            texts = self._documents("train", "training the tokenizer", count_rest=False)
-            tokenizer = train_tokenizer(texts, self.spec.vocab_size)
+            tokenizer = train_tokenizer(self._documents("train", "training the tokenizer"), self.spec.vocab_size)
         if self.spec.packing == "concatenate" and tokenizer.eos_token_id is None:
             raise ValueError(
                 f"data.packing=concatenate needs an end token, and data.tokenizer={self.spec.tokenizer!r} has none; "
@@ -262,28 +247,22 @@ class _Preparation:
             )
         return tokenizer
 
-    def _documents(self, split: Split, task: str, *, count_rest: bool = True) -> Iterator[str]:
+    def _documents(self, split: Split, task: str) -> Iterator[str]:
         """Yield the documents of a split within the limits of the spec; count and show them."""
-        self.read[split].clear()
-        self.dropped[split].clear()
+        read = self.read[split] = Counter()
+        dropped = self.dropped[split] = Counter()
         most = {"train": self.spec.train_documents, "validation": self.spec.validation_documents}[split]
         most_bytes = self.spec.max_bytes if split == "train" else None
-        documents, beyond = self.source.documents(split, self.dropped[split]), Counter[str]()
+        documents = self.source.documents(split, dropped)
         pause = 0.1 if sys.stderr.isatty() else LOG_SECONDS
         with tqdm(desc=task, unit="B", unit_scale=True, delay=pause, mininterval=pause, disable=self.quiet) as bar:
-            for document in limited(documents, most_documents=most, most_bytes=most_bytes, beyond=beyond):
+            for document in limited(documents, most_documents=most, most_bytes=most_bytes):
                 size = len(document.encode())
-                self.read[split].update(documents=1, bytes=size)
+                read.update(documents=1, bytes=size)
                 bar.update(size)
                 yield document
-        if beyond and count_rest:
-            # A data set may have millions of rows left, which are counted without reading them.
-            hub = self.source if isinstance(self.source, HubSource) else None
-            beyond[next(iter(beyond))] += hub.rows_left if hub else sum(1 for _ in documents)
-        self.dropped[split].update(beyond)
-        if not self.read[split]["documents"]:
-            left_out = _counts(self.dropped[split])
-            raise ValueError(f"data={self.spec.source} gives no {split} text ({self._limits()}); left out: {left_out}")
+        if not read["documents"]:
+            raise ValueError(f"data={self.spec.source} gives no {split} text; left out: {_counts(dropped)}")
 
     def _write_splits(self, tokenizer: PreTrainedTokenizerFast) -> dict[Split, BlockWriter]:
         """Write both splits with tiktoken if its ids are those of tokenizers, else with tokenizers."""
@@ -294,10 +273,10 @@ class _Preparation:
             log.warning("the text is encoded with tokenizers, several times slower than with tiktoken: %s", reason)
         return {split: self._write(split, tokenizer, Encoder(tokenizer)) for split in reversed(SPLITS)}
 
-    def _write(self, split: Split, tokenizer: PreTrainedTokenizerFast, encoder: Encoder | FastEncoder) -> BlockWriter:
+    def _write(self, split: Split, tokenizer: PreTrainedTokenizerFast, encoder: Encoder) -> BlockWriter:
         encode = encoder.encode if split == "train" else encoder.encode_with_bytes
-        texts = self._documents(split, f"encoding {split} text")
-        documents = (document_SC for chunk in in_chunks(texts) for document_SC in encode(chunk))
+        chunks = in_groups(self._documents(split, f"encoding {split} text"), CHUNK_CHARACTERS)
+        documents = (document_SC for texts in chunks for document_SC in encode(texts))
         if self.spec.packing == "windows":
             blocks = windows(documents, self.spec.context)
         else:
@@ -307,14 +286,9 @@ class _Preparation:
         if not writer.blocks:
             raise ValueError(
                 f"the {split} text ({self.read[split]['bytes']} bytes) fills no block of data.context="
-                f"{self.spec.context} tokens; give more text or a shorter context ({self._limits()})"
+                f"{self.spec.context} tokens; give more text or a shorter context"
             )
         return writer
-
-    def _limits(self) -> str:
-        """The settings that decide how much text there is, for messages."""
-        names = ("paths", "validation_paths", "dataset", "max_bytes", "train_documents", "validation_documents")
-        return ", ".join(f"data.{name}={value}" for name in names if (value := getattr(self.spec, name)))
 
 
 def _read_blocks(blocks: Dataset) -> np.ndarray:
@@ -324,16 +298,3 @@ def _read_blocks(blocks: Dataset) -> np.ndarray:
 
 def _counts(dropped: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()) or "nothing"
-
-
-def in_chunks(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Texts in lists of about `CHUNK_CHARACTERS` characters."""
-    chunk, filled = [], 0
-    for text in texts:
-        chunk.append(text)
-        filled += len(text)
-        if filled >= CHUNK_CHARACTERS:
-            yield chunk
-            chunk, filled = [], 0
-    if chunk:
-        yield chunk

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import platform
 import re
@@ -145,26 +146,26 @@ class InstalledSource:
             package = name.partition("/")[0].removesuffix(".py")
             if (package in self._held_out) != (split == "validation"):
                 continue
-            path = Path(place)
-            text, reason = "", excluded_path(name) or (None if path.is_file() else "missing")
-            size = 0 if reason else path.stat().st_size
-            if reason is None and room is not None and package_bytes[package] + size > room:
-                reason = "package full"
-            if reason is None:
-                text, reason = _read(path)
+            left = math.inf if room is None else room - package_bytes[package]
+            text, reason = _read(name, Path(place), most_bytes=left)
             digest = b"" if reason else normalised_hash(text)
-            if digest in seen:
-                reason = "duplicate"
-            if reason is not None:
-                dropped[reason] += 1
+            if reason or digest in seen:
+                dropped[reason or "duplicate"] += 1
                 continue
             seen.add(digest)
-            package_bytes[package] += size
+            package_bytes[package] += len(text.encode())
             yield text
 
 
-def _read(path: Path) -> tuple[str, str | None]:
+def _read(name: str, path: Path, *, most_bytes: float) -> tuple[str, str | None]:
     """The text of a file, and why it is left out or None."""
+    reason = excluded_path(name)
+    if reason is None and not path.is_file():
+        reason = "missing"
+    elif reason is None and path.stat().st_size > most_bytes:
+        reason = "package full"
+    if reason:
+        return "", reason
     try:
         text = path.read_bytes().decode()
     except UnicodeDecodeError:

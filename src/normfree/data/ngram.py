@@ -15,8 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
-
-
 ORDERS = {2: 100_000_000, 5: 20_000_000}
 """Orders of the yardstick, and the most training tokens for which each is counted (about 150 bytes a token)."""
 
@@ -27,19 +25,12 @@ class _Order:
 
     keys_U: Ids
     """Each n-gram as one integer: number of its first n - 1 tokens * vocabulary + last token; sorted."""
-    smoothed_U: NDArray[np.float64]
-    """(count - discount) / count of the context."""
-    backoff: NDArray[np.float64]
-    """Share of probability that each context, by its number, passes on to the next shorter order."""
+    smoothed_U: NDArray[np.float64]  # (count - discount) / count of the context
+    backoff: NDArray[np.float64]  # what each context, by its number, leaves to the next shorter order
 
 
 def kneser_ney_perplexity(train_NT: Ids, held_out_NT: Ids, *, vocab_size: int, order: int = 5) -> float:
-    """Perplexity on `held_out_NT` of an n-gram model of `train_NT`; the first token of a block is not predicted.
-
-    Raises ValueError for blocks shorter than two tokens or an order below 1.
-    """
-    if order < 1 or held_out_NT.shape[1] < 2:
-        raise ValueError(f"order={order} must be at least 1, and blocks must have at least 2 tokens")
+    """Perplexity on `held_out_NT` of an n-gram model of `train_NT`; the first token of a block is not predicted."""
     orders = _build_orders(train_NT.astype(np.int64), vocab_size, min(order, train_NT.shape[1]))
     nats = -np.log(_probabilities(held_out_NT.astype(np.int64), orders, vocab_size)[:, 1:])
     return float(np.exp(nats.mean()))

@@ -7,16 +7,16 @@ held-out text the UTF-8 bytes of each token.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow
-from datasets import Features, List, Value
-from datasets.arrow_writer import ArrowWriter
 
 BLOCKS_AT_ONCE = 4096
+Item = TypeVar("Item", bound=Sized)
 
 
 def windows(documents: Iterable[np.ndarray], context: int) -> Iterator[np.ndarray]:
@@ -38,8 +38,7 @@ def concatenated(documents: Iterable[np.ndarray], context: int, *, end: int) -> 
     for document_SC in documents:
         end_1C = np.zeros_like(document_SC, shape=(1, document_SC.shape[1]))
         end_1C[0, 0] = end
-        parts = [document_SC, end_1C] if rest_SC is None else [rest_SC, document_SC, end_1C]
-        row_SC = np.concatenate(parts)
+        row_SC = np.concatenate([document_SC, end_1C] if rest_SC is None else [rest_SC, document_SC, end_1C])
         whole = len(row_SC) - len(row_SC) % context
         yield row_SC[:whole].reshape(-1, context, row_SC.shape[1])
         rest_SC = row_SC[whole:]
@@ -55,24 +54,20 @@ class BlockWriter:
     def __init__(self, path: Path, *, vocab_size: int) -> None:
         self.blocks = 0
         self.predicted_bytes = 0
-        self.counts_V = np.zeros(vocab_size, dtype=np.int64)
-        """Occurrences of each piece in all blocks."""
-        self.predicted_counts_V = np.zeros(vocab_size, dtype=np.int64)
-        """Occurrences of each piece at positions 2..T of a block."""
+        self.counts_V = np.zeros(vocab_size, dtype=np.int64)  # of each piece in all blocks
+        self.predicted_counts_V = np.zeros(vocab_size, dtype=np.int64)  # at positions 2..T of a block
         self._path = path
         self._hash = hashlib.sha256()
 
     def write_all(self, blocks: Iterable[np.ndarray]) -> None:
         """Write every (N, T, C) array of `blocks`."""
-        with ExitStack() as stack:  # closes the file after an error too: another encoder may write it again
-            writer = None
-            for blocks_NTC in _gathered(blocks):
-                if writer is None:
-                    features = _features(*blocks_NTC.shape[1:])
-                    writer = stack.enter_context(ArrowWriter(path=str(self._path), features=features))
-                writer.write_table(self._table(blocks_NTC))
-            if writer is not None:
-                writer.finalize()
+        writer = None
+        with pyarrow.OSFile(str(self._path), "wb") as file, ExitStack() as stack:
+            # Each table costs a count over the vocabulary, and short documents fill few blocks or none.
+            for arrays in in_groups(filter(len, blocks), BLOCKS_AT_ONCE):
+                table = self._table(np.concatenate(arrays))
+                writer = writer or stack.enter_context(pyarrow.ipc.new_stream(file, table.schema))
+                writer.write_table(table)
 
     def _table(self, blocks_NTC: np.ndarray) -> pyarrow.Table:
         ids_NT = np.ascontiguousarray(blocks_NTC[:, :, 0], dtype="<i4")
@@ -94,27 +89,17 @@ class BlockWriter:
         return self._hash.hexdigest()
 
 
-def _features(context: int, columns: int) -> Features:
-    features: dict[str, object] = {"input_ids": List(Value("int32"), length=context)}
-    if columns == 2:
-        features["predicted_bytes"] = Value("int32")
-    return Features(features)
-
-
-def _gathered(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Join arrays until they have `BLOCKS_AT_ONCE` blocks, since each array costs a count over the vocabulary."""
-    waiting: list[np.ndarray] = []
-    count = 0
-    for blocks_NTC in blocks:
-        if len(blocks_NTC):  # short documents fill no block
-            waiting.append(blocks_NTC)
-            count += len(blocks_NTC)
-        if count >= BLOCKS_AT_ONCE:
-            yield np.concatenate(waiting)
-            waiting.clear()
-            count = 0
-    if waiting:
-        yield np.concatenate(waiting)
+def in_groups(items: Iterable[Item], enough: int) -> Iterator[list[Item]]:
+    """Lists of items whose lengths sum to `enough` or more, but for the last."""
+    group, total = [], 0
+    for item in items:
+        group.append(item)
+        total += len(item)
+        if total >= enough:
+            yield group
+            group, total = [], 0
+    if group:
+        yield group
 
 
 def unigram_perplexity(train_counts_V: np.ndarray, predicted_counts_V: np.ndarray) -> float:

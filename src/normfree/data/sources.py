@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from glob import glob
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
@@ -34,7 +34,6 @@ CODEPARROT_VALIDATION = "huggingface-course/codeparrot-ds-valid"
 ROWS = (".jsonl", ".parquet")
 SUFFIXES = (".py", ".txt", *ROWS)
 HOLD_OUT_EVERY = 20
-OVER_BYTES, OVER_DOCUMENTS = "beyond data.max_bytes", "beyond the most documents"
 
 log = logging.getLogger("normfree")
 
@@ -63,22 +62,15 @@ def validation_hashes(source: Source) -> frozenset[bytes]:
     return frozenset(map(normalised_hash, source.documents("validation", Counter())))
 
 
-def limited(
-    documents: Iterable[str], *, most_documents: int | None, most_bytes: int | None, beyond: Counter[str] | None = None
-) -> Iterator[str]:
-    """Yield documents until one would exceed a limit (None: no limit); `beyond` counts that one.
+def limited(documents: Iterable[str], *, most_documents: int | None, most_bytes: int | None) -> Iterator[str]:
+    """Yield documents until one would exceed a limit (None: no limit).
 
     A document that alone has more than `most_bytes` UTF-8 bytes is cut to the bytes that remain.
     """
-    beyond = Counter() if beyond is None else beyond
     most = remaining = sys.maxsize if most_bytes is None else most_bytes
-    for number, document in enumerate(documents):
-        if number == most_documents:
-            beyond[OVER_DOCUMENTS] += 1
-            return
+    for document in islice(documents, most_documents):
         encoded = document.encode()
         if len(encoded) > remaining:
-            beyond[OVER_BYTES] += 1
             if remaining and len(encoded) > most:
                 yield encoded[:remaining].decode(errors="ignore")
             return
@@ -96,12 +88,11 @@ class FilesSource:
 
     def __init__(self, spec: DataSpec) -> None:
         self._spec = spec
-        train, left_out = self._ordered_files(spec.paths, "data.paths")
-        self._left_out: dict[Split, Counter[str]] = {"train": left_out, "validation": Counter()}
+        self._left_out: dict[Split, Counter[str]] = {"train": Counter(), "validation": Counter()}
+        train = self._ordered_files("train", spec.paths, "data.paths")
         self._held_out: Literal["files", "documents", "ends"] = "files"
         if spec.validation_paths:
-            validation, others = self._ordered_files(spec.validation_paths, "data.validation_paths")
-            self._left_out["validation"] = others
+            validation = self._ordered_files("validation", spec.validation_paths, "data.validation_paths")
         elif len(train) >= HOLD_OUT_EVERY:
             validation = train[HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY]
             del train[HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY]
@@ -111,13 +102,13 @@ class FilesSource:
             self._held_out = "documents" if documents == HOLD_OUT_EVERY else "ends"
         self._files = {"train": train, "validation": validation}
 
-    def _ordered_files(self, patterns: Iterable[str], key: str) -> tuple[list[tuple[Path, str]], Counter[str]]:
-        """The files behind `patterns` with their sha256, and how many were left out, by reason."""
-        paths, left_out = find_text_files(patterns, key=key)
+    def _ordered_files(self, split: Split, patterns: Iterable[str], key: str) -> list[tuple[Path, str]]:
+        """The files behind `patterns` with their sha256; blank ones and those of other types are counted."""
+        paths, self._left_out[split]["of another type"] = find_text_files(patterns, key=key)
         hashed = [(path, sha256_file(path)) for path in paths if not _is_blank(path)]
-        left_out.update({"empty": len(paths) - len(hashed)})
+        self._left_out[split]["empty"] = len(paths) - len(hashed)
         seed = self._spec.shuffle_seed
-        return sorted(hashed, key=lambda file: sha256_bytes(f"{seed}:{file[1]}".encode())), left_out
+        return sorted(hashed, key=lambda file: sha256_bytes(f"{seed}:{file[1]}".encode()))
 
     @property
     def versions(self) -> dict[str, Any]:
@@ -161,41 +152,38 @@ def _is_blank(path: Path) -> bool:
         return not any(chunk.strip() for chunk in iter(lambda: file.read(2**16), b""))
 
 
-def find_text_files(patterns: Iterable[str], *, key: str) -> tuple[list[Path], Counter[str]]:
-    """Find the text files behind paths, folders and globs, and count the files left out.
+def find_text_files(patterns: Iterable[str], *, key: str) -> tuple[list[Path], int]:
+    """The text files behind paths, folders and globs, and the number of files of other types.
 
     Symbolic links are followed, and each real file counts once. What is hidden below a folder, such as .git and .venv,
-    is left out. The part of a pattern that exists is a path, even if it contains brackets. Raises ValueError for a
+    is passed over. The part of a pattern that exists is a path, even if it contains brackets. Raises ValueError for a
     pattern without a text file.
     """
     texts: dict[str, Path] = {}
-    others: set[str] = set()
+    reals: set[str] = set()
     for pattern in patterns:
         path = Path(pattern).expanduser()
         existing = next(place for place in (path, *path.parents) if place.exists())
-        pattern_below = str(path.relative_to(existing))
-        names = [""] if pattern_below == "." else glob(pattern_below, root_dir=existing, recursive=True)  # noqa: PTH207, finds no hidden
-        matching: dict[str, Path] = {}
-        for file, hidden in sorted(chain.from_iterable(_files_at(existing / name) for name in names)):
-            if file.suffix in SUFFIXES and file.is_file() and not hidden:
-                matching[os.path.realpath(file)] = file
-            else:
-                others.add(os.path.realpath(file))
+        below = str(path.relative_to(existing))
+        names = [""] if below == "." else sorted(glob(below, root_dir=existing, recursive=True))  # noqa: PTH207, finds no hidden
+        files = {os.path.realpath(file): file for name in names for file in _files_at(existing / name)}
+        matching = {real: file for real, file in files.items() if file.suffix in SUFFIXES and file.is_file()}
         if not matching:
             allowed = f"allowed are folders or globs of {', '.join(SUFFIXES)}, hidden ones only by name"
             raise ValueError(f"{key}: {pattern!r} matches no file; {allowed}")
         texts |= matching
-    return sorted(texts.values()), +Counter({"of another type or hidden": len(others - texts.keys())})
+        reals |= files.keys()
+    return sorted(texts.values()), len(reals - texts.keys())
 
 
-def _files_at(place: Path) -> Iterator[tuple[Path, bool]]:
-    """A file, or the files below a folder through all links, each real folder once; and whether they are hidden."""
+def _files_at(place: Path) -> Iterator[Path]:
+    """A file, or the files below a folder that are not hidden, through all links, each real folder once."""
 
     def stop(error: OSError) -> None:
         raise error
 
     if not place.is_dir():
-        yield place, False
+        yield place
         return
     seen: set[str] = set()
     for folder, subfolders, names in os.walk(place, followlinks=True, onerror=stop):
@@ -203,55 +191,49 @@ def _files_at(place: Path) -> Iterator[tuple[Path, bool]]:
             subfolders.clear()
             continue
         seen.add(real)
-        hidden = [name for name in subfolders if name[0] == "."]
-        subfolders[:] = sorted(set(subfolders) - set(hidden))
-        yield from ((Path(folder, name), name[0] == ".") for name in names + hidden)
+        subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
+        yield from (Path(folder, name) for name in sorted(names) if name[0] != ".")
 
 
 def read_texts(path: Path, column: str) -> Iterator[str]:
     """Yield the texts of one file. Raises ValueError for a file that its suffix does not describe."""
     number = 0
     try:
-        if path.suffix == ".parquet":
-            with pyarrow.parquet.ParquetFile(path) as file:
-                check_column(column, file.schema_arrow.names, where=str(path))
-                for batch in file.iter_batches(batch_size=1000, columns=[column]):
-                    for value in batch.column(0).to_pylist():
-                        number += 1
-                        yield checked_text(value, column, where=f"{path} row {number}")
-        elif path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, start=1):
-                    if line.strip():
-                        row = json.loads(line)
-                        check_column(column, row if isinstance(row, dict) else {}, where=f"{path} line {number}")
-                        yield checked_text(row[column], column, where=f"{path} line {number}")
-        else:
+        if path.suffix not in ROWS:
             yield path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): convert it or leave it out") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} line {number} is not valid JSON ({error}): repair it or leave it out") from None
-    except (OSError, pyarrow.ArrowInvalid) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} cannot be read ({reason}): repair it or leave it out") from None
+            return
+        for number, row in enumerate(_rows(path, column), start=1):
+            if row is not None:
+                yield text_of(row, column, where=f"{path} row {number}")
+    except (UnicodeDecodeError, json.JSONDecodeError, OSError, pyarrow.ArrowInvalid) as error:
+        place, reason = f" from row {number + 1} on" if path.suffix in ROWS else "", str(error).splitlines()[0]
+        raise ValueError(f"{path} cannot be read{place} ({reason}): repair it or leave it out") from None
 
 
-def checked_text(value: object, column: str, *, where: str) -> str:
-    """Return the value of a row if it is text. Raises ValueError otherwise."""
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: column {column!r} holds {type(value).__name__}, not text; set data.column")
+def _rows(path: Path, column: str) -> Iterator[Any]:
+    """The rows of a .jsonl or .parquet file; None for a blank line."""
+    if path.suffix == ".jsonl":
+        with path.open(encoding="utf-8") as lines:
+            yield from (json.loads(line) if line.strip() else None for line in lines)
+    else:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            for batch in file.iter_batches(batch_size=1000, columns=[column] if column in names else names):
+                yield from batch.to_pylist()
+
+
+def text_of(row: Any, column: str, *, where: str) -> str:
+    """The text in a column of a row. Raises ValueError, with the columns there are, if it has none."""
+    names = sorted(row) if isinstance(row, dict) else []
+    if column not in names:
+        raise ValueError(f"{where} has no column {column!r}; set data.column to one of: {', '.join(names)}")
+    if not isinstance(text := row[column], str):
+        raise ValueError(f"{where}: column {column!r} holds {type(text).__name__}, not text; set data.column")
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
         raise ValueError(f"{where}: character {error.start} is not Unicode: repair it or leave it out") from None
-    return value
-
-
-def check_column(column: str, columns: Iterable[str], *, where: str) -> None:
-    """Raise ValueError, with the columns there are, if `column` is not one of them."""
-    if column not in columns:
-        raise ValueError(f"{where} has no column {column!r}; set data.column to one of: {', '.join(sorted(columns))}")
+    return text
 
 
 class HubSource:
@@ -266,11 +248,10 @@ class HubSource:
         train = spec.dataset or (CODEPARROT_TRAIN if codeparrot else "")
         validation = spec.validation_dataset or (CODEPARROT_VALIDATION if codeparrot and not spec.dataset else train)
         self._spec = spec
-        self._places = {"train": (train, spec.train_split), "validation": (validation, spec.validation_split)}
-        self._most = {"train": spec.train_documents, "validation": spec.validation_documents}
         self._loaded: dict[Split, datasets.Dataset] = {}
-        self.rows_left = 0
-        """Rows that the last call of `documents` has not read yet."""
+        self._places: dict[Split, tuple[str, str]] = {"train": (train, spec.train_split)}
+        self._places["validation"] = (validation, spec.validation_split)
+        self._most = {"train": spec.train_documents, "validation": spec.validation_documents}
 
     @property
     def versions(self) -> dict[str, Any]:
@@ -283,25 +264,20 @@ class HubSource:
     @property
     def revisions(self) -> dict[str, str]:
         """The revision of each split, as the cache of `datasets` names it."""
-        splits: tuple[Split, ...] = ("train", "validation")
-        return {split: Path(self._load(split).cache_files[0]["filename"]).parent.name for split in splits}
+        return {split: Path(self._load(split).cache_files[0]["filename"]).parent.name for split in self._places}
 
     _validation_hashes = cached_property(validation_hashes)
 
     def documents(self, split: Split, dropped: Counter[str]) -> Iterator[str]:
         """Yield the shuffled documents of a split, at most as many as the spec allows."""
-        rows = self._load(split)
-        name, part = self._places[split]
-        check_column(self._spec.column, rows.column_names, where=f"{name} [{part}]")
-        rows = rows.select_columns([self._spec.column]).shuffle(seed=self._spec.shuffle_seed)
+        rows, column = self._load(split), self._spec.column
+        if column in rows.column_names:
+            rows = rows.select_columns([column])
+        most = min(len(rows), self._most[split] or len(rows))
         # CodeParrot stays as published; in any other data set no training document may be a validation document.
         held_out = self._validation_hashes if split == "train" and self._spec.source == "hub" else frozenset()
-        self.rows_left = min(len(rows), self._most[split] or len(rows))
-        if len(rows) > self.rows_left:
-            dropped[OVER_DOCUMENTS] += len(rows) - self.rows_left
-        for row in rows.select(range(self.rows_left)):
-            self.rows_left -= 1
-            text = checked_text(cast(dict[str, Any], row)[self._spec.column], self._spec.column, where=name)
+        for row in rows.shuffle(seed=self._spec.shuffle_seed).select(range(most)):
+            text = text_of(row, column, where=self._places[split][0])
             if not text.strip():
                 dropped["empty"] += 1
             elif normalised_hash(text) in held_out:

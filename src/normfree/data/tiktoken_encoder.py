@@ -5,7 +5,7 @@ piece, in the order of the pieces. Both give the same ids if every piece comes f
 it is encoded alone: as long as no merge crosses the borders of a piece, its bytes merge as if they stood alone, so the
 neighbours that form it are always those of its one merge. `FastEncoder` checks this for every piece. The two libraries
 also split text into words with regular expression engines that have Unicode tables of their own, so it compares every
-character beyond ASCII when it first occurs, and in addition a sample of the text.
+character when it first occurs, and in addition a sample of the text.
 
 Shapes: R ranks (256 bytes, then the merges in order), V pieces of the vocabulary, S tokens of a document.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -29,19 +29,8 @@ from normfree.data.tokenizer import END_TOKEN, Encoder
 # The expression behind `ByteLevel(use_regex=True)`: contractions, letters, numbers, other signs, blanks.
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 UNSET_OPTIONS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
-COMPARED_SHARE = 100
-"""One document in so many is also encoded by tokenizers: 1 % of the text costs about 5 % of the encoding."""
-COMPARED_CHARACTERS = 20_000
-"""Characters of such a document that are compared."""
-BLANKS = (" ", "\n", "\t", "\r\n", " \n", "\u00a0", "\u3000")
-MADE_UP_TEXTS = (
-    *(blank * count + end for blank in BLANKS for count in (1, 2, 3, 7, 90) for end in ("", "x", "\n")),
-    *(f"a{sign}{second}b {sign}{second}" for sign in map(chr, range(128)) for second in "a1 .'\n"),
-    *(f"{word}'{end}" for word in ("it", " I", "9", "_") for end in ("s", "t", "re", "ve", "m", "ll", "d", "S", "x")),
-    *(piece * count for piece in ("a", "ab", "the", "0", "=", "\u00e9") for count in (2, 3, 5, 17, 499, 500, 2001)),
-    "\U0001f469\u200d\U0001f680\U0001f1e9\U0001f1ea\ufe0f\u200b\ufeff\u2028\u2029\x85\x00\x7f\U0010ffff e\u0301",
-)
-
+COMPARED_SHARE = 100  # one document in so many is also encoded by tokenizers: about 5 % of the time
+COMPARED_CHARACTERS = 20_000  # of such a document
 log = logging.getLogger("normfree")
 
 
@@ -49,54 +38,42 @@ class NotReproducibleError(Exception):
     """tiktoken does not, or may not, give the ids of this tokenizer; the message says why."""
 
 
-class FastEncoder:
+class FastEncoder(Encoder):
     """Encode as `Encoder` does, with the same ids; any call may raise NotReproducibleError instead."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         description = json.loads(tokenizer.backend_tokenizer.to_str())
         _check_kind(description)
-        self._library = Encoder(tokenizer)
-        if self._library.bytes_V is None:
+        super().__init__(tokenizer)
+        if self.bytes_V is None:
             raise NotReproducibleError("only offsets say how many bytes a token of the tokenizer has")
-        self._bytes_V = self._library.bytes_V
         self._encoding, self._ids_R = _tiktoken(description["model"])
         for left, right in description["model"]["merges"]:
             if len(tokenizer.backend_tokenizer.model.tokenize(left + right)) != 1:
                 raise NotReproducibleError(f"the merges of the tokenizer never give its piece {left + right!r}")
+        self._check_characters = _CharacterCheck().run
+        self._check_characters("".join(map(chr, range(128))))
         self._threads = len(os.sched_getaffinity(0))
-        self._check_character = _CharacterCheck()
-        specials = [token["content"] for token in description["added_tokens"]]
-        self._compare([*MADE_UP_TEXTS, *specials, *(f"a {special}{special}\n" for special in specials)])
         log.info("encoding with tiktoken on %d threads: its ids are those of tokenizers", self._threads)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One (S, 1) int32 array of token ids for each text."""
-        return self._encode(texts, lambda ids_S: ids_S[:, None])
-
-    def encode_with_bytes(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """One (S, 2) int32 array for each text: token ids, and UTF-8 bytes that sum to the size of the text."""
-        return self._encode(texts, lambda ids_S: np.stack([ids_S, self._bytes_V[ids_S]], axis=1))
-
-    def _encode(self, texts: Sequence[str], arrange: Callable[[np.ndarray], np.ndarray]) -> list[np.ndarray]:
         for text in texts:
             if not text.isascii():
-                self._check_character.run(text)
-        self._compare([text[:COMPARED_CHARACTERS] for text in texts[::COMPARED_SHARE]])
+                self._check_characters(text)
+        sample = [text[:COMPARED_CHARACTERS] for text in texts[::COMPARED_SHARE]]
+        for text, expected_S1 in zip(sample, super().encode(sample), strict=True):
+            if not np.array_equal(self._encode_one(text), expected_S1):
+                raise NotReproducibleError(f"tiktoken gives other ids for {text[:80]!r}")
         with ThreadPoolExecutor(self._threads) as pool:
-            return list(pool.map(lambda text: arrange(self._ids(text)), texts))
+            return list(pool.map(self._encode_one, texts))
 
-    def _ids(self, text: str) -> np.ndarray:
+    def _encode_one(self, text: str) -> np.ndarray:
         try:
-            ranks_S = self._encoding.encode_to_numpy(text, disallowed_special=())
+            return self._ids_R[self._encoding.encode_to_numpy(text, disallowed_special=())][:, None]
         except ValueError:
             # The regular expression gives up on hundreds of thousands of blanks in a row; tokenizers does not.
-            return self._library.encode([text])[0][:, 0]
-        return self._ids_R[ranks_S]
-
-    def _compare(self, texts: Sequence[str]) -> None:
-        for text, expected_S1 in zip(texts, self._library.encode(texts), strict=True):
-            if not np.array_equal(self._ids(text), expected_S1[:, 0]):
-                raise NotReproducibleError(f"tiktoken gives other ids for {text[:80]!r}")
+            return super().encode([text])[0]
 
 
 def _check_kind(description: dict[str, Any]) -> None:
@@ -146,14 +123,14 @@ class _CharacterCheck:
     """
 
     def __init__(self) -> None:
-        character_of = {value: character for character, value in _byte_of_character().items()}
-        sides = [character_of[value] for value in range(128, 256)]
-        merges = [pair for sign in "a1." for side in sides for pair in ((sign, side), (side, sign))]
-        vocab = {piece: number for number, piece in enumerate([*character_of.values(), *map("".join, merges)])}
+        characters = list(_byte_of_character())
+        pairs = [pair for sign in "a1." for other in characters for pair in ((sign, other), (other, sign))]
+        merges = list(dict.fromkeys(pairs))
+        vocab = {piece: number for number, piece in enumerate([*characters, *map("".join, merges)])}
         self._tokenizer = Tokenizer(models.BPE(vocab, merges))
         self._tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
         self._encoding, self._ids_R = _tiktoken({"vocab": vocab, "merges": merges})
-        self._equal = set(map(chr, range(128)))  # MADE_UP_TEXTS compare ASCII
+        self._equal: set[str] = set()
 
     def run(self, text: str) -> None:
         """Raise NotReproducibleError if a character of `text` ends words in one library only."""

@@ -82,13 +82,13 @@ class Encoder:
 
         Exact for byte-level tokenizers. For others a token covers the text from the end of the token before it.
         """
+        if self.bytes_V is not None:
+            return [np.concatenate([ids_S1, self.bytes_V[ids_S1]], axis=1) for ids_S1 in self.encode(texts)]
         encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        arrays = []
-        for text, encoding in zip(texts, encodings, strict=True):
-            ids = np.array(encoding.ids, dtype=np.int32)
-            sizes = _bytes_by_offsets(text, encoding) if self.bytes_V is None else self.bytes_V[ids]
-            arrays.append(np.stack([ids, sizes], axis=1))
-        return arrays
+        return [
+            np.stack([np.array(encoding.ids, dtype=np.int32), _bytes_by_offsets(text, encoding)], axis=1)
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
 
 
 def _bytes_of_pieces(tokenizer: Tokenizer) -> np.ndarray | None:

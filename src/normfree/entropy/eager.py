@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from normfree.entropy.recorder import Recorder, is_recomputation
 from normfree.entropy.request import AttentionEntropy
 from normfree.entropy.routing import routed_attention
+from normfree.entropy.sums import HeadSums, sums_of
 from normfree.entropy.support import UnsupportedModel
+from normfree.entropy.tap import is_recomputation
+from normfree.entropy.visibility import Visibility
 
-_LARGEST_ERROR_OF_A_SUM = 0.01
-"""Of a row of probabilities in bf16; the largest seen was 0.0025."""
+_LARGEST_ERROR_OF_A_SUM = 0.01  # of a row of probabilities in bf16; the largest seen was 0.0025
 
 
 class EagerHooks:
@@ -29,38 +30,34 @@ class EagerHooks:
     Memory is O(T^2) for every layer. The model must be in eager attention already; its config is not touched.
     """
 
-    def __init__(self, model: PreTrainedModel, recorder: Recorder) -> None:
+    def __init__(self, model: PreTrainedModel, sums: HeadSums) -> None:
         config = model.config
         if config._attn_implementation not in ("eager", None):
             raise UnsupportedModel("method='eager': load the model with attn_implementation='eager'")
         if config.model_type == "big_bird" and config.attention_type != "original_full":
             raise UnsupportedModel("method='eager': load big_bird with attention_type='original_full'")
-        self._model = model
-        self._recorder = recorder
+        self.modules: list[Any] = [model]
+        self._model, self._sums = model, sums
         self._handles: list[RemovableHandle] = []
         self._routed = bool(routed_attention(model))
         self._call = threading.local()
 
-    def attach(self) -> None:
-        """Add the two hooks to the model."""
-        # Copies of the model share these functions and keep them, so they end with the probe by themselves.
-        self._handles = [
-            self._model.register_forward_pre_hook(
-                lambda *call: self._request_matrices(*call) if self._handles else None, with_kwargs=True
-            ),
-            self._model.register_forward_hook(
-                lambda *call: self._read_matrices(*call) if self._handles else None, with_kwargs=True
-            ),
-        ]
+    def __enter__(self) -> None:
+        # Copies of the model share the hooks and keep them, so they end with the probe by themselves.
+        def while_attached(hook: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *call: hook(*call) if self._handles else None
 
-    def detach(self) -> None:
-        """Remove the hooks."""
+        request, read = while_attached(self._request_matrices), while_attached(self._read_matrices)
+        self._handles.append(self._model.register_forward_pre_hook(request, with_kwargs=True))
+        self._handles.append(self._model.register_forward_hook(read, with_kwargs=True))
+
+    def __exit__(self, *_: object) -> None:
         while self._handles:
             self._handles.pop().remove()
 
     def _request_matrices(self, _model: Any, args: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         config = self._model.config
-        if self._model.training and _drops_attention(config.to_dict()):
+        if self._model.training:
             raise UnsupportedModel("method='eager' would read attention after its dropout; call model.eval() first")
         attentions, as_dict = named.get("output_attentions"), named.get("return_dict")
         self._call.returns_attentions = config.output_attentions if attentions is None else attentions
@@ -75,11 +72,9 @@ class EagerHooks:
         if getattr(arguments.get("past_key_values"), "is_compileable", False):
             raise UnsupportedModel("method='eager' does not read a static cache; use a dynamic one, or none")
         if not is_recomputation():
-            self._recorder.enter(0)
-            for layer, p_BHTS in _attention_layers(self._model.config, attentions).items():
-                if p_BHTS is not None:
-                    self._recorder.add(layer, self._measure(layer, p_BHTS, arguments.get("attention_mask")))
-            self._recorder.leave(0)
+            padding, matrices = arguments.get("attention_mask"), _attention_layers(self._model.config, attentions)
+            measured = {layer: self._measure(layer, p_BHTS, padding) for layer, p_BHTS in matrices.items()}
+            self._sums.add((layer, sums_of(entropies)) for layer, entropies in measured.items())
         if not self._call.returns_attentions:
             output.attentions = None
         return output if self._call.returns_dict else output.to_tuple()
@@ -108,41 +103,35 @@ class EagerHooks:
         return entropies
 
 
-def _attention_layers(config: Any, attentions: Sequence[Tensor]) -> dict[int, Tensor]:
+def _attention_layers(config: Any, attentions: Sequence[Tensor | None]) -> dict[int, Tensor]:
     """The matrices by layer. Hybrid models return those of their attention layers alone, or add the states of linear
     attention (minimax), which are left out."""
     config = config.get_text_config()
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
-    is_softmax = [kind == "hybrid" or (kind.endswith("attention") and kind != "linear_attention") for kind in kinds]
-    layers = [layer for layer, softmax in enumerate(is_softmax) if softmax]
-    if len(layers) == len(attentions):
-        return dict(zip(layers, attentions, strict=True))
-    if len(is_softmax) != len(attentions):
-        return dict(enumerate(attentions))
-    return {layer: attentions[layer] for layer in layers}
-
-
-def _drops_attention(config: dict[str, Any]) -> bool:
-    """True if a config has a dropout above 0 that may be attention's: attn_pdrop, attention_dropout, dropout, ..."""
-    named = {name: value for name, value in config.items() if isinstance(value, float) and "drop" in name}
-    nested = [value for name, value in config.items() if isinstance(value, dict) and "att" in name]
-    drops = any(value > 0 for name, value in named.items() if "att" in name or name in ("dropout", "dropout_p"))
-    return drops or any(_drops_attention(part) for part in nested)
+    softmax = [
+        layer
+        for layer, kind in enumerate(kinds)
+        if kind == "hybrid" or (kind.endswith("attention") and kind != "linear_attention")
+    ]
+    if len(kinds) == len(attentions):
+        matrices = {layer: attentions[layer] for layer in softmax}
+    else:
+        layers = softmax if len(softmax) == len(attentions) else range(len(attentions))
+        matrices = dict(zip(layers, attentions, strict=True))
+    return {layer: p_BHTS for layer, p_BHTS in matrices.items() if p_BHTS is not None}
 
 
 def _causally_visible(p_BHTS: Tensor, padding: Tensor | None, window: int | None) -> Tensor | None:
     """(B or 1, 1, T, S): the keys visible under causality, window and padding; None if a row sees a later token."""
     queries, keys = p_BHTS.shape[-2:]
-    padding = None if padding is None or padding.shape[-1] != keys else padding[:, None]
     later_BHT = (p_BHTS.triu(keys - queries + 1) > 0).any(-1)
-    if padding is not None:  # rows of padding are uniform over all keys
-        later_BHT = later_BHT & (padding[..., -queries:] != 0)
+    mask = None
+    if padding is not None and padding.shape[-1] == keys:  # rows of padding are uniform over all keys
+        mask = (padding != 0)[:, None, None]
+        later_BHT = later_BHT & mask[..., 0, -queries:]
     if bool(later_BHT.any()):
         return None
-    visible_TS = torch.ones(queries, keys, dtype=torch.bool, device=p_BHTS.device).tril(keys - queries)
-    if window is not None:
-        visible_TS = visible_TS.triu(keys - queries - window + 1)
-    return visible_TS[None, None] if padding is None else visible_TS & (padding[:, None] != 0)
+    return Visibility(queries, keys, True, window, mask, p_BHTS.device).whole().visible
 
 
 def entropy_of_probabilities(
@@ -166,6 +155,4 @@ def entropy_of_probabilities(
         queries = p_BHTS.shape[2]
         own_BT = torch.nn.functional.pad(padding[:, -queries:], (max(0, queries - padding.shape[1]), 0), value=1)
         visible_B1T = visible_B1T * (own_BT[:, None] != 0)
-    visible_BHT = visible_B1T.expand_as(nats_BHT).to(torch.int32)
-    exact_BH = torch.ones(p_BHTS.shape[:2], dtype=torch.bool, device=p_BHTS.device)
-    return AttentionEntropy(nats_BHT.masked_fill(visible_BHT == 0, torch.nan), visible_BHT, exact_BH)
+    return AttentionEntropy.of_rows(visible_B1T.expand_as(nats_BHT).to(torch.int32), exact=True, nats=nats_BHT)

@@ -5,24 +5,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from normfree.entropy import blocked, fused, reference
-from normfree.entropy.request import AttentionEntropy, Request
-from normfree.entropy.visibility import Visibility
+from normfree.entropy.request import AttentionEntropy, Request, as_request
 
 Method = Literal["auto", "reference", "blocked"]
 
+# Largest bound on the centred scores of a head for the fused path in float32. At the limit its error stays below 3e-5
+# nats, on random heads of width 64 below 1e-5 (docs/entropy.md).
 SCORE_LIMIT = 32.0
-"""Largest bound on the centred scores of a head for the fused path in float32.
-
-At the limit its error stays below 3e-5 nats, on random heads of width 64 below 1e-5 (docs/entropy.md).
-"""
-NARROWEST = 16
-"""Narrower heads take the exact path in float32: their scores come closer to the bound, with errors up to 5e-5."""
+NARROWEST = (
+    16  # narrower heads take the exact path in float32: their scores come closer to the bound, errors up to 5e-5
+)
 
 
 def attention_entropy(
@@ -57,158 +55,79 @@ def attention_entropy(
 
     Raises ValueError for shapes, dtypes and combinations that do not fit.
     """
-    _check(q, k, causal, window, softcap, sinks, method)
-    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    mask = as_4d(mask, q, k)
-    if sinks is not None and sinks.dim() == 1:
-        sinks = sinks.view(1, -1, 1, 1)
+    if method not in ("auto", "reference", "blocked"):
+        raise ValueError(f"method={method!r}; allowed: 'auto', 'reference', 'blocked'")
+    request = as_request(q, k, mask, sinks, scale, causal, window, softcap, patterns)
     if method == "reference":
         with torch.autocast(q.device.type, enabled=False):
-            return reference.measure(as_request(q, k, mask, sinks, factor, causal, window, softcap, patterns))
+            return reference.measure(request)
+    mask = request.visibility.mask
     if differentiable and not (softcap is None and sinks is None and (mask is None or mask.dtype == torch.bool)):
         raise ValueError("differentiable=True with softcap, sinks or an additive mask needs method='reference'")
     with torch.no_grad():
-        outputs = torch.ops.normfree.attention_entropy(
-            q, k, mask, sinks, factor, causal, window, softcap, patterns, method == "blocked"
-        )
-    result = AttentionEntropy(*outputs[: 5 if patterns else 3])
-    if not differentiable:
-        return result
-    return replace(result, nats=_with_gradient(result.nats, q, k, mask, factor, causal, window))
+        result = _measure_uncompiled(request, only_exact=method == "blocked")
+    return replace(result, nats=_with_gradient(result.nats, request)) if differentiable else result
 
 
-# One operator, so that torch.compile keeps it whole: the choice of paths depends on the numbers.
-# For the same reason it is unsafe in CUDA graphs.
-@library.custom_op("normfree::attention_entropy", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
-def _attention_entropy(
-    q: Tensor,
-    k: Tensor,
-    mask: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    patterns: bool,
-    only_exact: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    request = as_request(q, k, mask, sinks, scale, causal, window, softcap, patterns)
-    with torch.autocast(q.device.type, enabled=False):
-        result = _exact(request) if only_exact else _measure(request)
-    optional = (result.distance, result.first_mass)  # an operator cannot return None
-    distance, first_mass = (result.nats.new_empty(0) if value is None else value for value in optional)
-    return result.nats, result.visible, result.exact, distance, first_mass
-
-
-@_attention_entropy.register_fake
-def _(q, k, mask, sinks, scale, causal, window, softcap, patterns, only_exact):
-    rows = q.shape[:3]
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    nats, distance, first_mass = (q.new_empty(shape, dtype=dtype) for shape in (rows, *[rows if patterns else 0] * 2))
-    visible, exact = q.new_empty(rows, dtype=torch.int32), q.new_empty(rows[:2], dtype=torch.bool)
-    return nats, visible, exact, distance, first_mass
-
-
-def as_request(q, k, mask, sinks, scale, causal, window, softcap, patterns) -> Request:
-    """The checked arguments of `attention_entropy` (mask of four dimensions), with q and k in at least float32."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    visibility = Visibility(q.shape[2], k.shape[2], causal, window, mask, q.device)
-    return Request(q.to(wide), k.to(wide), scale, visibility, softcap, sinks, patterns)
-
-
-def _measure(request: Request) -> AttentionEntropy:
+def measure(request: Request, *, only_exact: bool = False) -> AttentionEntropy:
     """Take the fused path where scores are a plain dot product of ordinary size, the exact one elsewhere."""
-    plain = request.softcap is None and request.sinks is None and request.scale > 0  # kernels mask before they scale
-    narrow = request.q.dtype == torch.float32 and request.q.shape[-1] < NARROWEST
-    if narrow or not plain or not fused.has_kernel(request.q) or request.visibility.adds_bias():
-        return _exact(request)
-    bound_BH = fused.score_bound(request)
-    # Rounding is no concern in float64. Heads with NaN or infinity take the exact path in every dtype.
-    limit = SCORE_LIMIT if request.q.dtype == torch.float32 else torch.finfo(torch.float64).max
-    beyond = (~(bound_BH <= limit)).nonzero()
-    if len(beyond) == bound_BH.numel():
-        return _exact(request)
-    result = fused.measure(request)
-    if len(beyond) == 0:
-        return result
-    better = blocked.measure(request, beyond)
-    replaced = {
-        name: getattr(result, name).index_put(beyond.unbind(-1), value)
-        for name, value in vars(better).items()
-        if value is not None
-    }
-    return AttentionEntropy(**replaced)
+    with torch.autocast(request.q.device.type, enabled=False):
+        plain = (
+            request.softcap is None and request.sinks is None and request.scale > 0
+        )  # kernels mask before they scale
+        narrow = request.q.dtype == torch.float32 and request.q.shape[-1] < NARROWEST
+        unfit = only_exact or narrow or not plain or not fused.has_kernel(request.q)
+        if unfit or request.visibility.adds_bias():
+            return _exact(request)
+        bound_BH = fused.score_bound(request)
+        # Rounding is no concern in float64. Heads with NaN or infinity take the exact path in every dtype.
+        limit = SCORE_LIMIT if request.q.dtype == torch.float32 else torch.finfo(torch.float64).max
+        beyond = (~(bound_BH <= limit)).nonzero()
+        if len(beyond) == bound_BH.numel():
+            return _exact(request)
+        result = fused.measure(request)
+        if len(beyond) == 0:
+            return result
+        better = _fields(blocked.measure(request, beyond))
+        return replace(
+            result, **{name: getattr(result, name).index_put(beyond.unbind(-1), rows) for name, rows in better.items()}
+        )
+
+
+_measure_uncompiled: Any = torch.compiler.disable(measure)  # the choice of paths depends on the numbers
 
 
 def _exact(request: Request) -> AttentionEntropy:
     shape = request.q.shape[:2]
     pairs = torch.ones(shape, dtype=torch.bool, device=request.q.device).nonzero()
-    result = blocked.measure(request, pairs)
-    unflattened = {name: value.unflatten(0, shape) for name, value in vars(result).items() if value is not None}
-    return AttentionEntropy(**unflattened)
+    fields = _fields(blocked.measure(request, pairs))
+    return AttentionEntropy(**{name: value.unflatten(0, shape) for name, value in fields.items()})
 
 
-def _with_gradient(
-    nats: Tensor, q: Tensor, k: Tensor, mask: Tensor | None, scale: float, causal: bool, window: int | None
-) -> Tensor:
+def _fields(result: AttentionEntropy) -> dict[str, Tensor]:
+    return {name: value for name, value in vars(result).items() if value is not None}
+
+
+def _with_gradient(nats: Tensor, request: Request) -> Tensor:
     """The same values with the exact gradient dH/ds_j = -p_j (s_j - E_p[s]), from one ordinary SDPA call.
 
     g = -scale q.detach() . SDPA(q, k, k.detach()) has that gradient in q and k; its own value is subtracted.
     """
-    visibility = Visibility(q.shape[2], k.shape[2], causal, window, mask, q.device)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
+    visibility = request.visibility
+    with torch.autocast(nats.device.type, enabled=False):
         # Rows that see NaN or infinity are not counted; in the others it would arrive as 0 times NaN.
-        q, k = (torch.where(value.isfinite(), value, 0.0).to(wide) for value in (q, k))
+        q, k = (torch.where(value.isfinite(), value, 0.0) for value in (request.q, request.k))
         k = k - k.detach().mean(-2, keepdim=True)
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # CUDA's float32 kernel has no grouped queries
+        k = k.repeat_interleave(request.groups, dim=1)  # CUDA's float32 kernel has no grouped queries
         visible = None
         if not (visibility.is_full or visibility.is_plain_causal):
-            visible, _ = visibility.whole()
+            visible = visibility.whole().visible
             visible = visible | ~visible.any(-1, keepdim=True)  # no kernel divides by an empty sum; not counted anyway
         output = torch.nn.functional.scaled_dot_product_attention(
-            q, k, k.detach(), attn_mask=visible, is_causal=visibility.is_plain_causal, scale=scale
+            q, k, k.detach(), attn_mask=visible, is_causal=visibility.is_plain_causal, scale=request.scale
         )
-        slope = -scale * (q.detach() * output).sum(-1)
+        slope = -request.scale * (q.detach() * output).sum(-1)
     counted = nats.isfinite()
     slope = torch.where(counted, slope, slope.detach())
     # Adding 0 keeps the gradient and the value; where() keeps NaN rows NaN without a NaN gradient.
     return nats + torch.where(counted & slope.isfinite(), slope - slope.detach(), 0.0)
-
-
-def as_4d(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """The mask, broadcastable to (B, H, T, S). Raises ValueError for other shapes, dtypes and values."""
-    if mask is None:
-        return None
-    if mask.dim() == 2 and mask.shape == (q.shape[0], k.shape[2]):
-        if not ((mask == 0) | (mask == 1)).all():
-            raise ValueError("a (B, S) mask has other values than 1 (or True) for real tokens and 0 for padding")
-        return mask.bool()[:, None, None, :]
-    wanted = (*q.shape[:3], k.shape[2])
-    if not _broadcasts(mask, wanted):
-        raise ValueError(f"mask has shape {tuple(mask.shape)}; it must broadcast to {wanted}, or be (B, S)")
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise ValueError(f"mask has dtype {mask.dtype}; give bool (True is visible) or an additive float mask")
-    return mask
-
-
-def _check(q, k, causal, window, softcap, sinks, method) -> None:
-    shapes = f"q {tuple(q.shape)} and k {tuple(k.shape)}"
-    if method not in ("auto", "reference", "blocked"):
-        raise ValueError(f"method={method!r}; allowed: 'auto', 'reference', 'blocked'")
-    if q.dim() != 4 or k.dim() != 4 or 0 in q.shape or 0 in k.shape:
-        raise ValueError(f"{shapes}: give (batch, heads, tokens, width), none of them empty")
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
-        raise ValueError(f"{shapes}: give equal batch and width, and a multiple of the key heads as query heads")
-    if not q.is_floating_point() or q.dtype != k.dtype:
-        raise ValueError(f"q is {q.dtype} and k is {k.dtype}; give both in one floating dtype")
-    if window is not None and (window < 1 or not causal):
-        raise ValueError(f"window={window} with causal={causal}: a window is at least 1 and needs causal=True")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap={softcap} must be above 0")
-    if sinks is not None and sinks.shape != q.shape[1:2] and not _broadcasts(sinks, (*q.shape[:3], 1)):
-        raise ValueError(f"sinks have shape {tuple(sinks.shape)}; give (H,), or what broadcasts to (B, H, T, 1)")
-
-
-def _broadcasts(value: Tensor, wanted: tuple[int, ...]) -> bool:
-    return value.dim() == len(wanted) and all(have in (1, want) for have, want in zip(value.shape, wanted, strict=True))

@@ -15,8 +15,7 @@ from torch import Tensor
 from normfree.entropy.request import AttentionEntropy, Request
 from normfree.entropy.visibility import ROWS
 
-ALIGNED = 4
-"""CUDA's kernel reads rows at multiples of this many float32 numbers (16 bytes)."""
+ALIGNED = 4  # CUDA's kernel reads rows at multiples of this many float32 numbers (16 bytes)
 
 
 def has_kernel(q: Tensor) -> bool:
@@ -61,11 +60,7 @@ def measure(request: Request) -> AttentionEntropy:
         own_T = torch.arange(visibility.keys - visibility.queries, visibility.keys, device=request.q.device)
         results["distance"] = own_T - output_BHTE[..., width] * visibility.keys
         results["first_mass"] = output_BHTE[..., width + 1]
-    return AttentionEntropy(
-        visible=counts_BHT,
-        exact=torch.zeros(request.q.shape[:2], dtype=torch.bool, device=request.q.device),
-        **{name: value.masked_fill(counts_BHT == 0, torch.nan) for name, value in results.items()},
-    )
+    return AttentionEntropy.of_rows(counts_BHT, exact=False, **results)
 
 
 def _attend(q_BHTE: Tensor, k_BGSE: Tensor, request: Request) -> tuple[Tensor, Tensor]:

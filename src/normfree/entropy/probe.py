@@ -1,36 +1,34 @@
 """EntropyProbe: measure the attention heads of any Hugging Face causal LM while it runs.
 
-Inside the context the current entry in the registry of attention functions measures and then calls the function that it
-replaces, and hooks tell when a forward pass is whole. On leaving, also after an exception, everything is as before.
+Inside the context a tap shows every attention call. On leaving, also after an exception, everything is as before.
 Config and training mode are never touched.
 """
 
 from __future__ import annotations
 
-import itertools
+import threading
 import weakref
-from collections.abc import Callable
-from typing import Literal, cast
+from dataclasses import replace
+from typing import Any, Literal
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from normfree.entropy.eager import EagerHooks
-from normfree.entropy.recorder import SLOT, Recorder
-from normfree.entropy.routing import registry_of, routed_attention
+from normfree.entropy.functional import measure
+from normfree.entropy.routing import AttentionCall
 from normfree.entropy.statistics import HeadEntropy
-from normfree.entropy.support import UnsupportedModel, refusal, without_rows
-from normfree.entropy.swap import RECORDERS, install, watch
+from normfree.entropy.sums import HeadSums, sums_of
+from normfree.entropy.support import UnsupportedModel, without_rows
+from normfree.entropy.tap import AttentionTap
+from normfree.entropy.visibility import padding_rows
 
 ProbeMethod = Literal["auto", "eager"]
-_next_slot = itertools.count()
-# A module keeps its number for life: code compiled inside one probe serves the next.
-_slots: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 _measured_now: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class EntropyProbe:
-    """Measure every head in each whole forward pass inside the `with`; a recomputed forward counts once.
+    """Measure every head in each forward pass inside the `with`; a recomputed forward counts once.
 
     ```
     with EntropyProbe(model) as probe, torch.no_grad():
@@ -41,8 +39,8 @@ class EntropyProbe:
         attention matrices that the model returns (O(T^2) memory), for families that do not use the registry.
     patterns: also measure mean attended distance and the mass on the first token.
 
-    The model may be wrapped (DDP, torch.compile) and in any mode, dtype or autocast; dropout does not affect what is
-    measured. Probes of different models may be nested; a second one on a model is refused.
+    The model may be wrapped (DDP, torch.compile), in any dtype or autocast and, but for method='eager', in training
+    mode: dropout does not affect what is measured. Probes of different models may be nested, not two of one model.
     Raises UnsupportedModel for a model without softmax attention or one that needs method='eager'.
     """
 
@@ -51,88 +49,59 @@ class EntropyProbe:
             raise ValueError(f"method={method!r}; allowed: 'auto', 'eager'")
         if method == "eager" and patterns:
             raise ValueError("patterns=True needs method='auto'")
-        self._model = _pretrained(model)
+        models = _outermost_models(model)  # a model may be wrapped
+        if len(models) != 1:
+            advice = "use one probe for each" if models else "load one with AutoModelForCausalLM"
+            raise UnsupportedModel(f"{type(model).__name__} holds {len(models)} Hugging Face models; {advice}")
+        [self._model] = models
         if reason := without_rows(self._model.config.model_type):
             raise UnsupportedModel(reason)
         self._patterns = patterns
-        self._recorder = Recorder()
-        self._hooks = EagerHooks(self._model, self._recorder) if method == "eager" else None
-        self._modules = {} if self._hooks else routed_attention(self._model)
-        if not self._hooks and not self._modules:
-            raise UnsupportedModel(refusal(self._model.config.model_type))
-        attention = set(self._modules.values())  # and the modules around them: each may be the one that is called
-        self._watched = [part for part in self._model.modules() if not attention.isdisjoint(part.modules())]
-        self._undo: list[Callable[[], None]] = []
-        self._implementations: dict[str, str] = {}
+        self._sums = HeadSums()
+        self._tap = AttentionTap(self._model, self._read) if method == "auto" else EagerHooks(self._model, self._sums)
+        self._before = threading.local()
 
     def __enter__(self) -> EntropyProbe:
-        if any(module in _measured_now for module in self._model.modules()):
+        if not _measured_now.isdisjoint(self._tap.modules):
             raise ValueError("this model is being measured by another EntropyProbe; leave that one first")
-        try:
-            self._attach()
-        except BaseException:
-            self._detach()
-            raise
+        self._tap.__enter__()
+        _measured_now.update(self._tap.modules)
         return self
 
-    def __exit__(self, _kind: object, error: object, _trace: object) -> None:
-        used = self._implementations.items()
-        changed = any(self._implementation(self._modules[name]) != implementation for name, implementation in used)
-        self._detach()
-        if changed and error is None:
-            raise ValueError("the attention implementation was changed inside the probe; change it before")
+    def __exit__(self, *error: Any) -> None:
+        _measured_now.difference_update(self._tap.modules)
+        self._before = threading.local()
+        self._tap.__exit__(*error)
 
     def statistics(self) -> HeadEntropy:
-        """Sums and counts over all whole forward passes so far. Raises ValueError if there was none."""
-        if not self._recorder.sums:
-            raise ValueError(
-                "nothing was measured: call the model inside the `with`; if you did, its attention bypasses the "
-                "registry: load it with attn_implementation='sdpa'"
-            )
-        return self._recorder.statistics()
+        """Sums and counts over all forward passes so far. Raises ValueError if there was none."""
+        return self._sums.statistics()
 
-    def _attach(self) -> None:
-        _measured_now.update(self._watched or [self._model])
-        if self._hooks:
-            self._hooks.attach()
-        for module in self._watched:
-            slot = _slots.setdefault(module, next(_next_slot))
-            RECORDERS[slot] = (self._recorder, cast(int, getattr(module, "layer_idx", -1)), self._patterns)
-            self._undo += [handle.remove for handle in watch(module, slot)]
-        entries = {}
-        for name, module in self._modules.items():
-            setattr(module, SLOT, _slots[module])
-            registry = registry_of(module)
-            implementation = self._implementations[name] = self._implementation(module)
-            entries[id(registry), implementation] = (registry, implementation)
-        for registry, implementation in entries.values():
-            self._undo.append(install(registry, implementation))
+    def _read(self, layer: int, call: AttentionCall) -> None:
+        if self._model.config.model_type == "diffllama" and self._repeats(call):
+            return
+        if self._patterns:
+            call.check_first_token(layer)
+        entropies = measure(call.request(patterns=self._patterns))
+        own_mask = None if call.mask is None else call.mask[..., : call.own_keys]
+        padded = padding_rows(own_mask, call.q.shape[2], call.own_keys)
+        if padded is not None:
+            entropies = replace(entropies, visible=entropies.visible.masked_fill(padded, 0))
+        visible = entropies.visible
+        # A row that sees one key behind a row that is no padding: a second text begins.
+        if self._patterns and not call.chunked and bool(((visible[..., 1:] == 1) & (visible[..., :-1] > 0)).any()):
+            raise ValueError("several texts are packed into one row; give a padded batch, or leave out patterns=True")
+        self._sums.add([(layer, sums_of(entropies))])
 
-    def _implementation(self, module: nn.Module) -> str:
-        return cast(str, getattr(module, "config", self._model.config)._attn_implementation)
-
-    def _detach(self) -> None:
-        if self._hooks:
-            self._hooks.detach()
-        while self._undo:
-            self._undo.pop()()
-        for module in self._watched:
-            RECORDERS.pop(_slots.get(module, -1), None)
-            vars(module).pop(SLOT, None)
-        _measured_now.difference_update(self._watched or [self._model])
+    def _repeats(self, call: AttentionCall) -> bool:
+        """True if the call before had these very tensors: two calls, for two halves of the values, are one row."""
+        now = [(tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in (call.q, call.k)]
+        before, self._before.places = getattr(self._before, "places", None), now
+        self._before.call = call  # keeps this memory from another use
+        return before == now
 
 
-def _pretrained(model: nn.Module) -> PreTrainedModel:
-    """The Hugging Face model, which may be wrapped."""
-    outermost: dict[str, PreTrainedModel] = {}
-    for name, part in model.named_modules():
-        if isinstance(part, PreTrainedModel) and not any(f"{name}.".startswith(f"{outer}.") for outer in outermost):
-            outermost[name] = part
-        if "" in outermost:
-            break
-    if len(outermost) > 1:
-        names = ", ".join(outermost)
-        raise ValueError(f"{type(model).__name__} holds several Hugging Face models ({names}); use one probe for each")
-    if not outermost:
-        raise UnsupportedModel(f"{type(model).__name__} is no Hugging Face model; load one with AutoModelForCausalLM")
-    return next(iter(outermost.values()))
+def _outermost_models(module: nn.Module) -> list[PreTrainedModel]:
+    if isinstance(module, PreTrainedModel):
+        return [module]
+    return [model for child in module.children() for model in _outermost_models(child)]

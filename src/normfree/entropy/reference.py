@@ -1,6 +1,6 @@
 """The definition of attention entropy in the obvious lines: slow, T x S memory, differentiable."""
 
-# B batch, H query heads, G key heads, T query, S key, D head width
+# B batch, H query heads, T query, S key, K keys and the sink
 
 from __future__ import annotations
 
@@ -12,15 +12,9 @@ from normfree.entropy.request import AttentionEntropy, Request
 def measure(request: Request) -> AttentionEntropy:
     """Compute -sum_j p_j ln p_j in the dtype of `request.q` (pass float64 for the truth)."""
     q_BHTD, visibility = request.q, request.visibility
-    k_BHSD = request.k.repeat_interleave(request.groups, dim=1)
-    visible, bias = visibility.whole()
-
-    scores_BHTS = q_BHTD @ k_BHSD.mT * request.scale
-    if request.softcap is not None:
-        scores_BHTS = request.softcap * torch.tanh(scores_BHTS / request.softcap)
-    if bias is not None:
-        scores_BHTS = scores_BHTS + bias
-    visible_BHTS = visible.expand_as(scores_BHTS)
+    block = visibility.whole()
+    scores_BHTS = request.scores(block)
+    visible_BHTS = block.visible.expand_as(scores_BHTS)
     # A finite stand-in for -inf: rows without a key would otherwise poison the gradient of every row.
     scores_BHTS = scores_BHTS.masked_fill(~visible_BHTS, torch.finfo(scores_BHTS.dtype).min)
     logits_BHTK = scores_BHTS
@@ -38,9 +32,4 @@ def measure(request: Request) -> AttentionEntropy:
         first_BHT1 = first_BH[..., None, None].expand(*p_BHTS.shape[:-1], 1)
         results["distance"] = own_T * p_BHTS.sum(-1) - p_BHTS @ position_S
         results["first_mass"] = p_BHTS.gather(-1, first_BHT1).squeeze(-1)
-    counts_BHT = visible_BHTS.sum(-1, dtype=torch.int32)
-    return AttentionEntropy(
-        visible=counts_BHT,
-        exact=torch.ones(q_BHTD.shape[:2], dtype=torch.bool, device=q_BHTD.device),
-        **{name: value.masked_fill(counts_BHT == 0, torch.nan) for name, value in results.items()},
-    )
+    return AttentionEntropy.of_rows(visible_BHTS.sum(-1, dtype=torch.int32), exact=True, **results)

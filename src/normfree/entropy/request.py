@@ -1,14 +1,15 @@
 """The input and the result of the three paths that compute attention entropy."""
 
-# B batch, H query heads, G key heads, T query, S key, D head width
+# B batch, H query heads, G key heads, T query, S key, D head width, R rows and C columns of one block
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from normfree.entropy.visibility import Visibility
+from normfree.entropy.visibility import Block, Visibility
 
 
 @dataclass(frozen=True)
@@ -20,15 +21,21 @@ class Request:
     scale: float
     visibility: Visibility
     softcap: float | None = None
-    sinks: Tensor | None = None
-    """Extra logits, broadcastable to (B, H, T, 1)."""
-    patterns: bool = False
-    """Also compute the mean attended distance and the mass on the first token."""
+    sinks: Tensor | None = None  # extra logits, broadcastable to (B, H, T, 1)
+    patterns: bool = False  # also compute the mean attended distance and the mass on the first token
 
     @property
     def groups(self) -> int:
         """Query heads that share one key head."""
         return self.q.shape[1] // self.k.shape[1]
+
+    def scores(self, block: Block) -> Tensor:
+        """(B, H, R, C) scores before softmax, with soft-capping and bias; hidden keys have a score too."""
+        k_BHCD = self.k[:, :, block.first : block.last].repeat_interleave(self.groups, dim=1)
+        scores_BHRC = self.q[:, :, block.start : block.stop] @ k_BHCD.mT * self.scale
+        if self.softcap is not None:
+            scores_BHRC = self.softcap * torch.tanh(scores_BHRC / self.softcap)
+        return scores_BHRC if block.bias is None else scores_BHRC + block.bias
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,13 @@ class AttentionEntropy:
     first_mass: Tensor | None = None
     """(B, H, T) probability on the first real token, the attention sink (with patterns=True)."""
 
+    @classmethod
+    def of_rows(cls, visible: Tensor, *, exact: bool, **values: Tensor) -> AttentionEntropy:
+        """The values of rows that see a key, all by one path; NaN for the others."""
+        exact_heads = torch.full(visible.shape[:-1], exact, device=visible.device)
+        masked = {name: value.masked_fill(visible == 0, torch.nan) for name, value in values.items()}
+        return cls(visible=visible, exact=exact_heads, **masked)
+
     @property
     def counted(self) -> Tensor:
         """(B, H, T) bool: rows that belong in a mean, because they see a key and are finite."""
@@ -56,3 +70,45 @@ class AttentionEntropy:
         """'fused', 'exact' or 'fused+exact' (some heads each)."""
         exact_heads = int(self.exact.sum())
         return "fused" if exact_heads == 0 else "exact" if exact_heads == self.exact.numel() else "fused+exact"
+
+
+def as_request(q, k, mask, sinks, scale, causal, window, softcap, patterns) -> Request:
+    """Check the arguments of `attention_entropy`, or raise ValueError, and raise q and k to at least float32."""
+    shapes = f"q {tuple(q.shape)} and k {tuple(k.shape)}"
+    if q.dim() != 4 or k.dim() != 4 or 0 in q.shape or 0 in k.shape:
+        raise ValueError(f"{shapes}: give (batch, heads, tokens, width), none of them empty")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
+        raise ValueError(f"{shapes}: give equal batch and width, and a multiple of the key heads as query heads")
+    if not q.is_floating_point() or q.dtype != k.dtype:
+        raise ValueError(f"q is {q.dtype} and k is {k.dtype}; give both in one floating dtype")
+    if window is not None and (window < 1 or not causal):
+        raise ValueError(f"window={window} with causal={causal}: a window is at least 1 and needs causal=True")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap={softcap} must be above 0")
+    if sinks is not None:
+        if sinks.shape != q.shape[1:2] and not _broadcasts(sinks, (*q.shape[:3], 1)):
+            raise ValueError(f"sinks have shape {tuple(sinks.shape)}; give (H,), or what broadcasts to (B, H, T, 1)")
+        sinks = sinks.view(1, -1, 1, 1) if sinks.dim() == 1 else sinks
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    visibility = Visibility(q.shape[2], k.shape[2], causal, window, _mask_in_4d(mask, q, k), q.device)
+    return Request(q.to(wide), k.to(wide), scale, visibility, softcap, sinks, patterns)
+
+
+def _mask_in_4d(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    if mask.shape == (q.shape[0], k.shape[2]):
+        if not ((mask == 0) | (mask == 1)).all():
+            raise ValueError("a (B, S) mask has other values than 1 (or True) for real tokens and 0 for padding")
+        return mask.bool()[:, None, None, :]
+    wanted = (*q.shape[:3], k.shape[2])
+    if not _broadcasts(mask, wanted):
+        raise ValueError(f"mask has shape {tuple(mask.shape)}; it must broadcast to {wanted}, or be (B, S)")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(f"mask has dtype {mask.dtype}; give bool (True is visible) or an additive float mask")
+    return mask
+
+
+def _broadcasts(value: Tensor, wanted: tuple[int, ...]) -> bool:
+    return value.dim() == len(wanted) and all(have in (1, want) for have, want in zip(value.shape, wanted, strict=True))

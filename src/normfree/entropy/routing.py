@@ -13,28 +13,44 @@ from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, flash_attention_mask, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+from normfree.entropy.request import Request, as_request
 from normfree.entropy.support import CROSS_ATTENTION_NAMES, UnsupportedModel
-from normfree.entropy.visibility import hidden
+from normfree.entropy.visibility import last_key_is_hidden, shown
 
 
 class AttentionCall(NamedTuple):
-    """One call of a registered function, as arguments of `attention_entropy` and facts about its keys."""
+    """One call of a registered function: arguments of `attention_entropy`, and facts about the keys."""
 
+    q: Tensor
     k: Tensor
     mask: Tensor | None
     sinks: Tensor | None
-    scale: float
+    scale: float | None
     causal: bool
     window: int | None
     softcap: float | None
-    chunked: bool
-    """The layer attends within chunks (llama4), and its cache is a sliding one."""
-    forgets_first: bool
-    """The cache of the layer drops the first token."""
-    own_keys: int
-    """The first so many keys stand for one token each; 0 where a cache hides the number."""
-    positions: Tensor | None
-    """Position ids, where nothing else tells apart the texts of a row."""
+    chunked: bool  # the layer attends within chunks (llama4), and its cache is a sliding one
+    forgets_first: bool  # the cache of the layer drops the first token
+    own_keys: int  # the first so many keys stand for one token each; 0 where a cache hides the number
+    positions: Tensor | None  # position ids, where nothing else tells apart the texts of a row
+
+    def request(self, *, patterns: bool = False) -> Request:
+        """The call as input of the paths that compute entropy. Raises UnsupportedModel for several texts in a row."""
+        if self.positions is not None and bool((self.positions.diff(dim=-1) != 1).any()):
+            raise UnsupportedModel("flash attention on several texts in one row: load with attn_implementation='sdpa'")
+        # Under autocast some models rotate queries alone in fp32.
+        both = torch.promote_types(self.q.dtype, self.k.dtype)
+        return as_request(self.q.to(both), self.k.to(both), *self[2:8], patterns)
+
+    def check_first_token(self, layer: int) -> None:
+        """Raise ValueError if the distances of the keys or the first token are unknown."""
+        advice, keys = "leave out patterns=True", self.k.shape[2]
+        if self.own_keys != keys:
+            raise ValueError(f"layer {layer} appends compressed keys, whose distance is unknown; {advice}")
+        if self.q.shape[2] < keys and self.forgets_first:
+            raise ValueError(f"the cache of layer {layer} forgets the first token: use none, or {advice}")
+        if self.q.shape[2] < keys and last_key_is_hidden(self.mask):
+            raise ValueError(f"distances are unknown in a static cache; use a dynamic one, or {advice}")
 
 
 def registry_of(module: nn.Module) -> AttentionInterface | None:
@@ -63,16 +79,16 @@ def _global_named(module_class: type[nn.Module], matches: Callable[[str], bool])
     return None
 
 
-def routed_attention(model: nn.Module) -> dict[str, nn.Module]:
-    """Self-attention modules that look up their function in a registry and know their layer, by name."""
-    return {
-        name: module
+def routed_attention(model: nn.Module) -> list[nn.Module]:
+    """Self-attention modules that look up their function in a registry and know their layer."""
+    return [
+        module
         for name, module in model.named_modules()
         if isinstance(layer := getattr(module, "layer_idx", None), int)
         and layer >= 0  # zamba2 numbers all of them -1
         and CROSS_ATTENTION_NAMES.isdisjoint(name.split("."))
         and registry_of(module) is not None
-    }
+    ]
 
 
 def read_call(
@@ -84,36 +100,24 @@ def read_call(
     `sliding_window`; without a mask sdpa and flash are causal, and eager sees everything. A user's own function is
     treated as the kind whose masks are registered under its name.
     """
-    if name.startswith("paged|") or not (mask is None or isinstance(mask, Tensor)):
-        raise UnsupportedModel(
-            f"{name!r} with a {type(mask).__name__} mask is not supported; load with attn_implementation='sdpa'"
-        )
+    sinks = arguments.get("s_aux", arguments.get("sinks")) if name != "sdpa" else None
+    if "before_sink" in arguments:  # one of our models put a sink's key in front of the others (model/sinks.py)
+        q, k, _, mask, sinks = arguments["before_sink"]
     kind = _kind(name)
-    if kind is None and (mask is None or mask.dim() != 4):
-        raise UnsupportedModel(
-            f"no mask says which keys the attention function {name!r} hides; call AttentionMaskInterface.register("
-            f"{name!r}, eager_mask) or sdpa_mask, or give a mask of (batch, heads, queries, keys)"
-        )
-    if kind == "eager" and mask is not None and mask.dtype == torch.bool:
-        raise UnsupportedModel("eager attention adds its mask, so a boolean one hides nothing; give 0 and -inf")
-    for key in ("cache", "cu_seq_lens_q"):  # a paged cache; texts packed for flash attention
-        if arguments.get(key) is not None:
-            raise UnsupportedModel(
-                f"{key}= means several texts in one row; give a padded batch, with attn_implementation='sdpa'"
-            )
+    _check_mask(name, kind, mask, arguments)
     is_causal = arguments.get("is_causal")
     is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     is_flash = kind == "flash"
     causal = is_causal and (is_flash or (q.shape[2] > 1 and mask is None and kind == "sdpa"))
     if causal and mask is None and not is_flash and k.shape[2] > q.shape[2]:
         k = k[:, :, : q.shape[2]]  # sdpa's prefill into an empty static cache: the other keys are not there yet
-    scale, window = arguments.get("scaling"), arguments.get("sliding_window")
-    chunked = _is_chunked(module)
+    window, chunked = arguments.get("sliding_window"), _is_chunked(module)
     return AttentionCall(
+        q=q,
         k=k,
         mask=_with_bias(mask, arguments.get("position_bias"), k.shape[2]),
-        sinks=_sinks(name, arguments),
-        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+        sinks=sinks,
+        scale=arguments.get("scaling"),
         causal=causal,
         window=window if is_flash and causal else None,
         softcap=arguments.get("softcap"),
@@ -122,19 +126,6 @@ def read_call(
         own_keys=_own_keys(module, q.shape[2], k.shape[2]),
         positions=arguments.get("position_ids") if is_flash and mask is None and q.shape[2] > 1 else None,
     )
-
-
-def without_sink_key(query: Tensor, key: Tensor, mask: Any, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Any]:
-    """Query, key and mask as they were before one of our models put a sink's key in front (`model/sinks.py`)."""
-    if "before_sink" in arguments:
-        query, key, _, mask, _ = arguments["before_sink"]
-    return query, key, mask
-
-
-def _sinks(name: str, arguments: dict[str, Any]) -> Tensor | None:
-    if "before_sink" in arguments:
-        return arguments["before_sink"][-1]
-    return arguments.get("s_aux", arguments.get("sinks")) if name != "sdpa" else None
 
 
 def _kind(name: str) -> str | None:
@@ -147,29 +138,44 @@ def _kind(name: str) -> str | None:
     return kinds.get(AttentionMaskInterface._global_mapping.get(name))  # only names registered here get masks
 
 
+def _check_mask(name: str, kind: str | None, mask: Any, arguments: dict[str, Any]) -> None:
+    """Raise UnsupportedModel for a call whose arguments do not tell which keys a row sees."""
+    if name.startswith("paged|") or not (mask is None or isinstance(mask, Tensor)):
+        raise UnsupportedModel(
+            f"{name!r} with a {type(mask).__name__} mask is not supported; load with attn_implementation='sdpa'"
+        )
+    if kind is None and (mask is None or mask.dim() != 4):
+        raise UnsupportedModel(
+            f"no mask says which keys the attention function {name!r} hides; call AttentionMaskInterface.register("
+            f"{name!r}, eager_mask) or sdpa_mask, or give a mask of (batch, heads, queries, keys)"
+        )
+    if kind == "eager" and mask is not None and mask.dtype == torch.bool:
+        raise UnsupportedModel("eager attention adds its mask, so a boolean one hides nothing; give 0 and -inf")
+    for key in ("cache", "cu_seq_lens_q"):  # a paged cache; texts packed for flash attention
+        if arguments.get(key) is not None:
+            raise UnsupportedModel(
+                f"{key}= means several texts in one row; give a padded batch, with attn_implementation='sdpa'"
+            )
+
+
 def compresses_keys(module: nn.Module) -> bool:
     """True if the layer appends compressed keys to those of the tokens (deepseek_v4)."""
     return getattr(module, "compressor", None) is not None
 
 
-def _own_keys(module: nn.Module, queries: int, keys: int) -> int:
+def _own_keys(module: Any, queries: int, keys: int) -> int:
     if not compresses_keys(module):
         return keys
-    compressor: Any = module.compressor
-    return queries if keys == queries + queries // compressor.compress_rate else 0
+    return queries if keys == queries + queries // module.compressor.compress_rate else 0
 
 
-def _is_chunked(module: nn.Module) -> bool:
+def _is_chunked(module: Any) -> bool:
     types = getattr(getattr(module, "config", None), "layer_types", None)
-    index = getattr(module, "layer_idx", None)
-    return bool(types) and isinstance(index, int) and types[index] == "chunked_attention"
+    return bool(types) and types[module.layer_idx] == "chunked_attention"
 
 
 def _with_bias(mask: Tensor | None, bias: Tensor | None, keys: int) -> Tensor | None:
     if bias is None:
         return mask
     bias = bias[..., :keys].to(torch.promote_types(bias.dtype, torch.float32))
-    if mask is None:
-        return bias
-    visible = mask if mask.dtype == torch.bool else ~hidden(mask)
-    return torch.where(visible, bias, -torch.inf)
+    return bias if mask is None else torch.where(shown(mask), bias, -torch.inf)

@@ -41,7 +41,7 @@ class HeadEntropy:
 
     def mean_nats(self) -> Tensor:
         """(L, H) float64: mean entropy of each head in nats; NaN for a head with no finite row."""
-        return self._mean(self.sum_nats)
+        return self._mean("sum_nats")
 
     def ceiling_nats(self) -> Tensor:
         """(L,) float64: mean of ln(visible keys) over the counted rows of all heads, the entropy of uniform attention
@@ -50,11 +50,11 @@ class HeadEntropy:
 
     def mean_distance(self) -> Tensor:
         """(L, H) float64: mean distance in tokens from a query to where it attends."""
-        return self._mean(self._pattern("sum_distance"))
+        return self._mean("sum_distance")
 
     def mean_first_mass(self) -> Tensor:
         """(L, H) float64: mean probability on the first real token (attention sink)."""
-        return self._mean(self._pattern("sum_first_mass"))
+        return self._mean("sum_first_mass")
 
     def to_frame(self) -> pd.DataFrame:
         """One row a head: its entropy, ceiling and rows and, with patterns, distance and mass on the first token."""
@@ -72,8 +72,6 @@ class HeadEntropy:
 
     def __add__(self, other: HeadEntropy) -> HeadEntropy:
         """Merge two measurements of the same heads over different rows."""
-        if not isinstance(other, HeadEntropy):
-            return NotImplemented
         if (self.layers, self.heads) != (other.layers, other.heads):
             shapes = (f"layers {each.layers} with heads {each.heads}" for each in (self, other))
             raise ValueError(f"cannot merge {' and '.join(shapes)}: both must come from one architecture")
@@ -90,14 +88,11 @@ class HeadEntropy:
     def _tensors(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
-    def _mean(self, total: Tensor) -> Tensor:
-        return torch.where(self.rows > 0, total / self.rows.clamp(min=1), torch.nan)
-
-    def _pattern(self, name: str) -> Tensor:
-        value = getattr(self, name)
-        if value is None:
+    def _mean(self, name: str) -> Tensor:
+        total = getattr(self, name)
+        if total is None:
             raise ValueError(f"{name} was not measured; use EntropyProbe(model, patterns=True)")
-        return value
+        return torch.where(self.rows > 0, total / self.rows.clamp(min=1), torch.nan)
 
 
 def over_processes(tensor: Tensor, device: torch.device | str | None, operation: str = "SUM") -> Tensor:

@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-ROWS = 256
-"""Rows of one block where a mask is written out."""
+ROWS = 256  # of one block where a mask is written out
 
 
 @dataclass(frozen=True)
@@ -59,17 +58,15 @@ class Visibility:
         """True if the mask adds anything but 0 to a visible score."""
         if self.mask is None or self.mask.dtype == torch.bool:
             return False
-        return any(bool((part[~hidden(part)] != 0).any()) for part in self.mask.split(ROWS, dim=-2))
+        return any(bool((part[shown(part)] != 0).any()) for part in self.mask.split(ROWS, dim=-2))
 
     def blocks(self, rows: int) -> Iterator[Block]:
         """Yield blocks of at most `rows` query rows, narrowed to the columns that they see."""
         for start in range(0, self.queries, rows):
-            yield self._block(start, min(start + rows, self.queries))
+            yield self._narrowed(start, min(start + rows, self.queries))
 
     def counts(self) -> Tensor:
         """The number of visible keys of every row, int32, shape (B or 1, H or 1, T)."""
-        if self.is_full:
-            return torch.full((1, 1, self.queries), self.keys, dtype=torch.int32, device=self.device)
         if self.is_plain_causal:
             return torch.arange(1, self.keys + 1, dtype=torch.int32, device=self.device).view(1, 1, -1)
         return torch.cat([block.visible.sum(-1, dtype=torch.int32) for block in self.blocks(ROWS)], dim=-1)
@@ -89,24 +86,23 @@ class Visibility:
                 first = torch.minimum(first, torch.where(seen.any(-1), index, self.keys))
         return first
 
-    def whole(self) -> tuple[Tensor, Tensor | None]:
-        """`visible` and `bias` of all rows and keys, (B or 1, H or 1, T, S), for callers that need the matrix."""
-        return self._visible(0, self.queries, 0, self.keys)
+    def whole(self) -> Block:
+        """All rows and keys, for callers that need the matrix."""
+        return self._block(0, self.queries, 0, self.keys)
 
-    def _block(self, start: int, stop: int) -> Block:
+    def _narrowed(self, start: int, stop: int) -> Block:
+        """The rows from start to stop, with the columns that they see."""
         offset = self.keys - self.queries
-        first = max(0, start + offset - self.window + 1) if self.window is not None else 0
         last = min(self.keys, max(stop + offset, 0)) if self.causal else self.keys
-        first = min(first, last)
+        first = 0 if self.window is None else min(last, max(0, start + offset - self.window + 1))
         if self.mask is not None and first < last:
             # This halves the work under a causal mask, and saves more under a window.
-            part = self._mask_part(self.mask, start, stop, first, last)
-            shown = part if part.dtype == torch.bool else ~hidden(part)
-            columns = (shown.flatten(0, -2).any(0).nonzero().flatten() + first).tolist()
+            shown_C = shown(self._mask_part(self.mask, start, stop, first, last)).flatten(0, -2).any(0)
+            columns = (shown_C.nonzero().flatten() + first).tolist()
             first, last = (columns[0], columns[-1] + 1) if columns else (first, first)
-        return Block(start, stop, first, last, *self._visible(start, stop, first, last))
+        return self._block(start, stop, first, last)
 
-    def _visible(self, start: int, stop: int, first: int, last: int) -> tuple[Tensor, Tensor | None]:
+    def _block(self, start: int, stop: int, first: int, last: int) -> Block:
         offset = self.keys - self.queries
         query_R1 = torch.arange(start + offset, stop + offset, device=self.device)[:, None]
         key_C = torch.arange(first, last, device=self.device)
@@ -115,13 +111,12 @@ class Visibility:
             visible = visible & (key_C <= query_R1)
         if self.window is not None:
             visible = visible & (key_C > query_R1 - self.window)
-        if self.mask is None:
-            return visible, None
-        part = self._mask_part(self.mask, start, stop, first, last)
-        if part.dtype == torch.bool:
-            return visible & part, None
-        is_hidden = hidden(part)
-        return visible & ~is_hidden, part.masked_fill(is_hidden, 0.0)
+        bias = None
+        if self.mask is not None:
+            part = self._mask_part(self.mask, start, stop, first, last)
+            visible = visible & shown(part)
+            bias = None if part.dtype == torch.bool else part.masked_fill(~shown(part), 0.0)
+        return Block(start, stop, first, last, visible, bias)
 
     @staticmethod
     def _mask_part(mask: Tensor, start: int, stop: int, first: int, last: int) -> Tensor:
@@ -132,10 +127,7 @@ class Visibility:
 
 def last_key_is_hidden(mask: Tensor | None) -> bool:
     """True if no row sees the last key, as behind the newest token in a static cache."""
-    if mask is None:
-        return False
-    last = mask[..., -1]
-    return not bool((last if last.dtype == torch.bool else ~hidden(last)).any())
+    return mask is not None and not bool(shown(mask[..., -1]).any())
 
 
 def padding_rows(mask: Tensor | None, queries: int, keys: int) -> Tensor | None:
@@ -148,9 +140,8 @@ def padding_rows(mask: Tensor | None, queries: int, keys: int) -> Tensor | None:
         return None
     if mask.dim() == 2:
         return (mask == 0)[:, None]
-    visible = mask if mask.dtype == torch.bool else ~hidden(mask)
-    seen = visible.any(-2)
-    return None if _picks_single_keys(visible, seen) else ~seen
+    seen = shown(mask).any(-2)
+    return None if _picks_single_keys(shown(mask), seen) else ~seen
 
 
 def _picks_single_keys(visible_BHTS: Tensor, seen_BHS: Tensor) -> bool:
@@ -166,6 +157,6 @@ def _picks_single_keys(visible_BHTS: Tensor, seen_BHS: Tensor) -> bool:
     return False
 
 
-def hidden(additive: Tensor) -> Tensor:
-    """Where an additive mask hides its key: from half of the minimum on, as models add a bias to the minimum."""
-    return additive <= torch.finfo(additive.dtype).min / 2
+def shown(mask: Tensor) -> Tensor:
+    """Where a mask shows its key: True, or above half of the minimum, as models add a bias to the minimum."""
+    return mask if mask.dtype == torch.bool else ~(mask <= torch.finfo(mask.dtype).min / 2)

@@ -19,10 +19,8 @@ from transformers import PreTrainedModel
 
 from normfree.measures.measure import Measure
 
-LARGEST_LOGITS = 2**26
-"""Elements of a batch's logits: 256 MiB in float32."""
-Batch = Mapping[str, Tensor]
-"""Keyword arguments of the model; `labels`, if any, go to the measures and not to the model."""
+LARGEST_LOGITS = 2**26  # elements of a batch's logits: 256 MiB in float32
+Batch = Mapping[str, Tensor]  # keyword arguments of the model, but for `labels`, which go to the measures
 
 
 @torch.no_grad()
@@ -53,9 +51,10 @@ def measure_batches(
         bar = {"total": total, "desc": progress, "disable": None if progress else True, "leave": False}
         for batch in tqdm(itertools.chain([first], batches), **bar):
             inputs = {name: value.to(device) for name, value in batch.items()}
-            labels_BT, mask_BT = inputs.pop("labels", None), inputs.get("attention_mask")
+            labels_BT, mask = inputs.pop("labels", None), inputs.get("attention_mask")
             for measure in measures:
-                measure.expect(labels_BT, mask_BT if mask_BT is not None and mask_BT.dim() == 2 else None)
+                measure.labels_BT = labels_BT
+                measure.mask_BT = mask if mask is not None and mask.dim() == 2 else None
             call(**inputs)
 
 

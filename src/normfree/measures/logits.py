@@ -1,14 +1,14 @@
 """The largest attention logit of every head."""
 
-# B batch, H query heads, D head width, R rows of one block, C columns of one block
+# B batch, H query heads, R rows of one block, C columns of one block
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from normfree.entropy.request import Request
-from normfree.entropy.swap import AttentionTap
+from normfree.entropy.routing import AttentionCall
+from normfree.entropy.tap import AttentionTap
 from normfree.entropy.visibility import ROWS
 from normfree.measures.measure import Measure, Total
 
@@ -30,21 +30,13 @@ class Logits(Measure):
     def attach(self) -> AttentionTap:
         return self._tap
 
-    def _read(self, layer: int, request: Request) -> None:
-        keys = request.k.repeat_interleave(request.groups, dim=1)
+    def _read(self, layer: int, call: AttentionCall) -> None:
+        request = call.request()
         for block in request.visibility.blocks(ROWS):
-            if block.first == block.last:  # no row of this block sees a key
-                continue
-            scores_BHRC = (
-                request.scale * request.q[:, :, block.start : block.stop] @ keys[:, :, block.first : block.last].mT
-            )
-            if request.softcap is not None:
-                scores_BHRC = request.softcap * torch.tanh(scores_BHRC / request.softcap)
-            if block.bias is not None:
-                scores_BHRC = scores_BHRC + block.bias
-            highest_H = scores_BHRC.masked_fill(~block.visible, -torch.inf).amax((0, 2, 3))
-            before_H = self._highest.get(layer)
-            self._highest[layer] = highest_H if before_H is None else torch.maximum(before_H, highest_H)
+            if block.first < block.last:  # a row of this block sees a key
+                scores_BHRC = request.scores(block).masked_fill(~block.visible, -torch.inf)
+                highest_H = scores_BHRC.amax((0, 2, 3))
+                self._highest[layer] = torch.maximum(highest_H, self._highest.get(layer, highest_H))
 
     def totals(self) -> dict[str, Total]:
         if not self._highest:

@@ -28,6 +28,10 @@ class Measure:
     """Names in `QUANTITIES`."""
     needs_logits: ClassVar[bool] = False
     """True if the model must compute the logits of every token."""
+    labels_BT: Tensor | None = None
+    """Labels of the current pass, set by the held-out loop; None: the tokens are the labels."""
+    mask_BT: Tensor | None = None
+    """Padding mask of the current pass (0 is padding), set by the held-out loop."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
@@ -46,9 +50,6 @@ class Measure:
 
     def check(self, inputs: Mapping[str, Tensor]) -> None:
         """Raise ValueError if these first inputs cannot be measured, before anything runs."""
-
-    def expect(self, labels_BT: Tensor | None, mask_BT: Tensor | None) -> None:
-        """Receive the labels of the next pass (None: the tokens are the labels) and its padding mask (0 is padding)."""
 
     def totals(self) -> dict[str, Total]:
         """Sums over all passes so far, by quantity. A quantity that this model does not have is left out."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import resource
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,8 +21,8 @@ from normfree.measures.measure import values_of
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+# A text, token ids (T,) or (N, T), the keyword arguments of one forward pass, or those of several.
 Inputs = str | Tensor | Batch | Sequence[Batch]
-"""A text, token ids (T,) or (N, T), the keyword arguments of one forward pass, or those of several."""
 
 
 @dataclass(frozen=True)
@@ -47,22 +45,18 @@ class Measurement:
         One row a layer if no quantity is measured for each head, a single row if none is for each layer.
         """
         deepest = max((value.ndim for value in self.values.values()), default=0)
-        if deepest == 0:
-            return pd.DataFrame([{name: float(value) for name, value in self.values.items()}])
-        axes = ["layer", "head"][:deepest]
         columns = {}
         for name, value in self.values.items():
-            if value.ndim == deepest:
+            if value.ndim == deepest > 0:
                 places = [self.layers[name], *map(range, value.shape[1:])]
-                index = pd.MultiIndex.from_product(places, names=axes)
+                index = pd.MultiIndex.from_product(places, names=["layer", "head"][:deepest])
                 columns[name] = pd.Series(value.ravel().astype(float), index=index)
-        frame = pd.DataFrame(columns).reset_index()
+        frame = pd.DataFrame(columns).reset_index() if deepest else pd.DataFrame(index=[0])
         for name, value in self.values.items():
             if value.ndim == 0:
                 frame[name] = float(value)
             elif value.ndim < deepest:
-                of_layer = dict(zip(self.layers[name], value.tolist(), strict=True))
-                frame[name] = [of_layer.get(layer, np.nan) for layer in frame["layer"]]
+                frame[name] = pd.Series(value, index=self.layers[name]).reindex(frame["layer"]).to_numpy()
         return frame
 
     def plot(self, quantity: str = "entropy_nats", *, ax: Axes | None = None, title: str = "") -> Axes:
@@ -105,14 +99,13 @@ def measure(
     opened = open_measures(names, model, **options)
     batches = _batches(model, inputs, batch, tokenizer)
     measure_batches(model, batches, opened, progress="measuring" if progress else None)
-    device = next(model.parameters()).device
     values = {name: value.numpy() for name, value in values_of(opened).items()}
     numbers = {name: each.layers for each in opened for name in each.gives}
     return Measurement(
         values=values,
         layers={name: numbers[name] or list(range(len(value))) for name, value in values.items() if value.ndim},
         seconds=time.perf_counter() - began,
-        peak_memory_mib=peak_memory_mib(device),
+        peak_memory_mib=peak_memory_mib(next(model.parameters()).device),
     )
 
 
@@ -129,8 +122,6 @@ class MeasureCallback(TrainerCallback):
     """
 
     def __init__(self, measures: str | Sequence[str], *, inputs: Inputs, every: int = 100, batch: int = 8) -> None:
-        if every < 1:
-            raise ValueError(f"every={every} must be at least 1")
         self.measures, self.inputs, self.every, self.batch = measures, inputs, every, batch
         self.history: dict[int, Measurement] = {}
 
@@ -163,7 +154,5 @@ def peak_memory_mib(device: torch.device) -> float:
     """Peak memory of this process in MiB, on the GPU if `device` is one, else of the machine."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    status = Path("/proc/self/status")
-    if status.exists():  # on Linux ru_maxrss counts the parent's memory at the fork
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))[1]) / 2**10  # pyright: ignore
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
+    status = Path("/proc/self/status").read_text(encoding="utf-8")  # ru_maxrss counts the parent's memory at the fork
+    return int(status.partition("VmHWM:")[2].split()[0]) / 2**10

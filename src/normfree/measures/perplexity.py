@@ -20,8 +20,7 @@ from normfree.measures.held_out import blocks_of, in_evaluation_mode, measure_ba
 from normfree.measures.measure import Measure, Total, exponential
 
 IGNORED = -100
-_LARGEST_BLOCK = 2**22
-"""Elements of the logits that are in float64 at once: 32 MiB, of which cross-entropy holds two."""
+_LARGEST_BLOCK = 2**22  # elements of the logits in float64 at once: 32 MiB, of which cross-entropy holds two
 _PROOF_TOKENS = 64
 
 
@@ -29,12 +28,9 @@ _PROOF_TOKENS = 64
 class Evaluation:
     """Sums over the predicted tokens of a text."""
 
-    nats: float
-    """Sum of cross-entropies."""
-    tokens: int
-    """Predicted tokens: the first of a text predicts, but is not predicted."""
-    bytes: int = 0
-    """UTF-8 bytes of the predicted tokens."""
+    nats: float  # sum of cross-entropies
+    tokens: int  # predicted tokens: the first of a text predicts, but is not predicted
+    bytes: int = 0  # UTF-8 bytes of the predicted tokens
 
     @property
     def loss_nats(self) -> float:
@@ -53,8 +49,7 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, float | int]:
         """The fields of run.json."""
-        names = ("loss_nats", "perplexity", "bits_per_byte", "tokens", "bytes")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("loss_nats", "perplexity", "bits_per_byte", "tokens", "bytes")}
 
 
 def next_token_nats(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[float, int]:
@@ -105,8 +100,6 @@ class Perplexity(Measure):
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__(model)
         self.nats, self.tokens = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
-        self._labels_BT: Tensor | None = None
-        self._mask_BT: Tensor | None = None
 
     def attach(self) -> AbstractContextManager[Any]:
         return self.model.register_forward_hook(self._add, with_kwargs=True)
@@ -120,13 +113,10 @@ class Perplexity(Measure):
                 "it has no perplexity; `normfree measure` shows its heads (BERT is causal with is_decoder=true)"
             )
 
-    def expect(self, labels_BT: Tensor | None, mask_BT: Tensor | None) -> None:
-        self._labels_BT, self._mask_BT = labels_BT, mask_BT
-
     def _add(self, _model: torch.nn.Module, positional: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        labels_BT = named["input_ids"] if self._labels_BT is None else self._labels_BT
-        if self._mask_BT is not None:  # padding is not predicted, nor is anything predicted from it
-            known_BT = self._mask_BT != 0
+        labels_BT = named["input_ids"] if self.labels_BT is None else self.labels_BT
+        if self.mask_BT is not None:  # padding is not predicted, nor is anything predicted from it
+            known_BT = self.mask_BT != 0
             known_BT = torch.cat([known_BT[:, :1], known_BT[:, 1:] & known_BT[:, :-1]], dim=1)
             labels_BT = labels_BT.masked_fill(~known_BT, IGNORED)
         nats, tokens = next_token_nats(output.logits, labels_BT)

@@ -25,7 +25,6 @@ class Residual(Measure):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self._blocks = _blocks_of(model)
-        self._mask_BT: Tensor | None = None
         self._squares = torch.zeros(len(self._blocks), dtype=torch.float64)
         self._numbers = torch.zeros(len(self._blocks), dtype=torch.int64)
 
@@ -35,13 +34,10 @@ class Residual(Measure):
             hooks.callback(block.register_forward_pre_hook(partial(self._read, layer), with_kwargs=True).remove)
         return hooks
 
-    def expect(self, labels_BT: Tensor | None, mask_BT: Tensor | None) -> None:
-        self._mask_BT = mask_BT
-
     def _read(self, layer: int, _block: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
         stream: Tensor = positional[0] if positional else named["hidden_states"]
-        if self._mask_BT is not None:
-            stream = stream[self._mask_BT != 0]
+        if self.mask_BT is not None:
+            stream = stream[self.mask_BT != 0]
         self._squares[layer] += stream.detach().float().square().sum(dtype=torch.float64).cpu()
         self._numbers[layer] += stream.numel()
 

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, cast
 
 import numpy as np
@@ -47,35 +46,21 @@ def perplexity(
     stride = room if stride is None else stride
     if not 1 <= stride <= room:
         raise ValueError(f"stride={stride} must be between 1 and the tokens of text in a window, {room}")
-    windows, size = [], 0
-    for start, end, first in _windows(len(ids), room, stride, seen_before=len(leading)):
+    windows, size, end = [], 0, 0
+    for start in range(0, max(0, len(ids) - room) + stride, stride):
+        # Nothing predicts the first token of the text, or of a window without overlap, but a leading token.
+        first, end = max(end, start if leading else start + 1), min(start + room, len(ids))
+        if first == end:
+            continue
         ids_BT = torch.tensor([leading + ids[start:end]])
         labels_BT = ids_BT.clone()
         labels_BT[:, : len(leading) + first - start] = IGNORED
         windows.append({"input_ids": ids_BT, "labels": labels_BT})
-        if spans:
-            # Counted from the end of the token before: offsets of some tokenizers leave out the blank before a word.
+        if spans:  # counted from the end of the token before: some offsets leave out the blank before a word
             size += len(text[spans[first - 1][1] if first else 0 : spans[end - 1][1]].encode())
     measure = Perplexity(model)
     measure_batches(model, windows, [measure], progress="evaluating" if progress else None)
     return measure.evaluation(predicted_bytes=size)
-
-
-def _windows(length: int, room: int, stride: int, *, seen_before: int) -> Iterator[tuple[int, int, int]]:
-    """(start, end, first predicted token) of each window of at most `room` tokens of text.
-
-    Each token is predicted once, but for the first of a window if neither text nor a leading token comes before it.
-    """
-    unpredictable = 0 if seen_before else 1
-    predicted_until = unpredictable
-    for start in range(0, length, stride):
-        end = min(start + room, length)
-        first = max(predicted_until, start + unpredictable)
-        if first < end:
-            yield start, end, first
-        predicted_until = end
-        if end == length:
-            return
 
 
 def encode(

@@ -16,15 +16,6 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 _SPLIT_LIKE_GPT2 = {"gpt-2", "phi-2", "mpt", "olmo"}
 _SPLIT_DIGITS_FIRST = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
 """Each digit is a word of its own, the rest is split as in GPT-2: one entry in llama.cpp's table of pre-tokenizers."""
-_CONFIG_NAMES = {
-    "rope.freq_base": "rope_theta",
-    "rope.scaling.type": "rope_type",
-    "rope.scaling.factor": "factor",
-    "attention.key_length": "head_dim",
-    "attention.sliding_window": "sliding_window",
-    "attn_logit_softcapping": "attn_logit_softcapping",
-    "final_logit_softcapping": "final_logit_softcapping",
-}
 _HARMLESS = {
     *("attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon"),  # always read
     *("attention.layer_norm_epsilon", "attention.value_length", "rope.dimension_sections"),
@@ -53,23 +44,27 @@ def correct_or_refuse(path: Path, model: Any, tokenizer: Any) -> None:
 def _unread_keys(metadata: dict[str, Any], architecture: str, config: Any) -> Iterator[str]:
     """The keys of attention and positions that differ from the loaded config; shapes do not reveal these."""
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    rope = rope | rope.get("full_attention", {})
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    places = [vars(config), {"head_dim": head}, rope, *(part for part in rope.values() if isinstance(part, dict))]
+    loaded: dict[str, Any] = {
+        "rope.freq_base": rope.get("rope_theta"),
+        "rope.scaling.type": rope.get("rope_type"),
+        "rope.scaling.factor": rope.get("factor"),
+        "rope.dimension_count": round(head * rope.get("partial_rotary_factor", 1.0)),
+        "attention.key_length": head,
+        "attention.causal": getattr(config, "is_causal", True),
+        "attention.sliding_window": getattr(config, "sliding_window", None),
+        "attn_logit_softcapping": getattr(config, "attn_logit_softcapping", None),
+        "final_logit_softcapping": getattr(config, "final_logit_softcapping", None),
+    }
     for key, value in metadata.items():
         name = key.removeprefix(f"{architecture}.")
-        if not name.startswith(("rope.", "attention.", "attn_", "final_")) or name in _HARMLESS:
-            continue
-        loaded = [place.get(_CONFIG_NAMES.get(name)) for place in places]
-        if name == "rope.dimension_count":
-            loaded = [round(head * rope.get("partial_rotary_factor", 1.0))]
-        elif name == "attention.causal":
-            loaded = [getattr(config, "is_causal", True)]
-        elif value == "none":
-            value = "default"
-        # The file rounds numbers to fp32.
-        numbers = [place for place in loaded if isinstance(place, int | float)] if isinstance(value, float) else []
-        if value not in loaded and not any(isclose(number, float(value), rel_tol=1e-6) for number in numbers):
-            yield f"{key}={value}"
+        if name.startswith(("rope.", "attention.", "attn_", "final_")) and name not in _HARMLESS:
+            ours, theirs = loaded.get(name), "default" if value == "none" else value
+            if isinstance(ours, int | float) and isinstance(theirs, float):  # which the file rounds to fp32
+                theirs = ours if isclose(ours, theirs, rel_tol=1e-6) else theirs
+            if ours != theirs:
+                yield f"{key}={value}"
 
 
 def _correct_split(metadata: dict[str, Any], tokenizer: Any) -> list[str]:

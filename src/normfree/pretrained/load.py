@@ -25,8 +25,8 @@ from normfree.store.runs import RUN_FILE, Place, Run, read_run
 if TYPE_CHECKING:
     from normfree.data import Corpus
 
+# What transformers raises for names, configs and weights that make no model.
 _UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError)
-"""What transformers raises for names, configs and weights that make no model."""
 _UNUSED = re.compile(
     r"inv_freq$|position_ids$|(attn|attention)\.(masked_)?bias$|causal_mask$"  # buffers that older versions saved
     r"|(^|\.)(pooler|seq_relationship|mtp|vision|visual|audio|multi_modal|multimodal|embed_vision|embed_audio)"
@@ -158,12 +158,10 @@ def _source(name: str) -> dict[str, str]:
             raise ValueError(f"{name} has no saved model: {why}; only finished runs save one")
         return {"pretrained_model_name_or_path": str(path / "model")}
     if not path.exists():
+        beside = {file.parent.name for kind in (RUN_FILE, "config.json") for file in path.parent.glob(f"*/{kind}")}
         # Names on the hub have one slash at most, and no runs lie beside them.
-        beside_runs = "/" in name and any(path.parent.glob(f"*/{RUN_FILE}"))
-        if name.startswith((".", "/")) or name.count("/") > 1 or beside_runs:
-            files = [file for kind in (RUN_FILE, "config.json") for file in path.parent.glob(f"*/{kind}")]
-            beside = sorted({file.parent.name for file in files})
-            raise ValueError(f"{name} does not exist{'; ' + nearest(path.name, beside) if beside else ''}")
+        if name.startswith((".", "/")) or name.count("/") > 1 or ("/" in name and beside):
+            raise ValueError(f"{name} does not exist{'; ' + nearest(path.name, sorted(beside)) if beside else ''}")
         _check_hub(name)
     elif path.is_dir() and not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
         raise ValueError(f"{name} is neither a run folder nor a saved model: it has no {RUN_FILE} and no config.json")

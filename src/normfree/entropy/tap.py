@@ -1,0 +1,146 @@
+"""AttentionTap: show every attention call of a model to a reader, through the attention registry of transformers.
+
+Inside a tap the entry of the registry is one that shows the call and then calls the original. The entry and its
+operator know only a slot number on the module, so that a compiled model stays compiled from one tap to the next: who
+reads a slot is looked up when the operator runs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, Self
+
+import torch
+from torch import Tensor, library, nn
+
+from normfree.entropy.routing import AttentionCall, eager_function, read_call, registry_of, routed_attention
+from normfree.entropy.support import UnsupportedModel, refusal
+
+SLOT = "_normfree_slot"  # attribute of an attention module, present only inside its taps
+
+_taps: dict[int, list[AttentionTap]] = {}  # by slot, the id of an attention module
+_replaced = ExitStack()
+# A compiler would drop an operator that changes nothing; ours claims to write here.
+_ticket = torch.zeros(())
+
+
+class AttentionTap:
+    """Call `read(layer, call)` at every attention call of a model inside the `with`; the registry is restored after it.
+
+    Taps may be nested. Calls that gradient checkpointing repeats are not shown again. Raises UnsupportedModel (a
+    ValueError) for a model that does not route its attention through the registry of transformers.
+    """
+
+    def __init__(self, model: Any, read: Callable[[int, AttentionCall], None]) -> None:
+        self.modules: list[Any] = routed_attention(model)
+        if not self.modules:
+            raise UnsupportedModel(refusal(model.config.model_type))
+        self._model, self._read = model, read
+        self._layers = {id(module): module.layer_idx for module in self.modules}
+
+    def __enter__(self) -> Self:
+        self._slot_of_layer: dict[int, int] = {}
+        self._used = list(map(self._implementation, self.modules))
+        for module, name in zip(self.modules, self._used, strict=True):
+            setattr(module, SLOT, id(module))
+            _taps.setdefault(id(module), []).append(self)
+            _replace_entry(registry_of(module), name)
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        changed = self._used != list(map(self._implementation, self.modules))
+        for module in self.modules:
+            _taps[id(module)].remove(self)
+            if not _taps[id(module)]:
+                del _taps[id(module)]
+                delattr(module, SLOT)
+        if not _taps:
+            _replaced.close()
+        if changed and error is None:
+            raise ValueError("the attention implementation was changed inside the probe; change it before")
+
+    def _implementation(self, module: Any) -> str:
+        return getattr(module, "config", self._model.config)._attn_implementation
+
+    def show(self, slot: int, call: AttentionCall) -> None:
+        """Pass a call on to the reader. Raises ValueError for a second module with the same layer number."""
+        layer = self._layers[slot]
+        if self._slot_of_layer.setdefault(layer, slot) != slot:
+            raise ValueError(
+                f"two attention modules have the layer number {layer}; probe an encoder or a decoder alone, e.g. "
+                "EntropyProbe(model.get_decoder())"
+            )
+        self._read(layer, call)
+
+
+def _replace_entry(registry: Any, name: str) -> None:
+    """Replace an entry of a registry by one that shows the call, until no tap is open."""
+    original = registry.get(name)
+    if hasattr(original, "shows_calls"):
+        return
+
+    def restore() -> None:
+        del registry[name]
+        if original is not None and registry.get(name) is not original:
+            registry[name] = original  # the registry had an entry of its own
+
+    # Item assignment covers the mapping that registries share, for this registry; deletion uncovers it again.
+    registry[name] = _showing(name, original)
+    _replaced.callback(restore)
+
+
+@functools.cache
+def _showing(name: str, original: Callable[..., Any] | None) -> Callable[..., Any]:
+    # Cached: the same function object in every tap, so that compiled code stays valid.
+    def shown_attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **named: Any
+    ) -> Any:
+        slot = getattr(module, SLOT, None)
+        if slot == id(module):  # a copy of the module has the number of the original
+            with torch.no_grad():
+                call = read_call(name, module, query, key, attention_mask, named)
+                torch.ops.normfree.show_call(_ticket, slot, *call)
+        attend = original if original is not None else eager_function(type(module))
+        return attend(module, query, key, value, attention_mask, *args, **named)
+
+    vars(shown_attention)["shows_calls"] = True
+    return shown_attention
+
+
+# From `q` on, the fields of AttentionCall in their order.
+@library.custom_op("normfree::show_call", mutates_args={"ticket"}, tags=(torch.Tag.cudagraph_unsafe,))
+def _show_call(
+    ticket: Tensor,
+    slot: int,
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    scale: float | None,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    chunked: bool,
+    forgets_first: bool,
+    own_keys: int,
+    positions: Tensor | None,
+) -> None:
+    if slot not in _taps or is_recomputation():
+        return
+    facts = (causal, window, softcap, chunked, forgets_first, own_keys, positions)
+    call = AttentionCall(q.detach(), k.detach(), mask, sinks, scale, *facts)
+    with torch.no_grad():
+        for tap in _taps[slot]:
+            tap.show(slot, call)
+
+
+@_show_call.register_fake
+def _(*arguments):
+    return None
+
+
+def is_recomputation() -> bool:
+    """True inside a backward pass, where a forward call repeats one, as torch.utils.checkpoint itself finds out."""
+    return torch._C._current_graph_task_id() != -1
