@@ -10,18 +10,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from normfree.analysis.entropy import Heads, causal_ceiling, final_heads, layer_means, trained_heads
-from normfree.analysis.groups import group_runs, recipes
-from normfree.analysis.ranges import pooled_ranges, range_counts
+from normfree.analysis.entropy import (
+    Heads,
+    causal_ceiling,
+    final_heads,
+    layer_means,
+    pooled_ranges,
+    range_counts,
+    trained_heads,
+)
+from normfree.analysis.groups import group_runs, parts_of
+from normfree.analysis.pairs import pairs_of
 from normfree.analysis.seeds import paired_difference, student_t_95, summarise
 from normfree.analysis.verdicts import Slopes, collapse, fixed_slope, overload, slope_layers, slopes
-from normfree.report.tables.results import comparable_pairs
 from tests.synthetic import CONTEXT, write_run
 
 
 def heads(entropy_LH: object, *, ceiling: float = 4.0, step: int = 0) -> Heads:
     entropy_LH = np.array(entropy_LH, dtype=float)
-    return Heads(entropy_LH, np.full(len(entropy_LH), ceiling), step)
+    return Heads(entropy_LH, np.full(len(entropy_LH), ceiling), step, range(len(entropy_LH)))
 
 
 @pytest.mark.parametrize("context", [1, 2, 32, 128, 1024])
@@ -61,7 +68,7 @@ def test_normalisers_are_observed_maximum_log_t_and_causal_ceiling(tmp_path: Pat
     pooled = pooled_ranges(group_runs(runs, mix=True))
     observed = max(np.nanmax(heads.entropy_LH) for run in runs if (heads := trained_heads(run)))
     expected = {"observed": [observed] * 2, "log_t": [math.log(32), math.log(64)], "causal": [causal_ceiling(32)] * 2}
-    maxima = {name: [ranges.maximum_nats for ranges in of_group.values()] for name, of_group in pooled.items()}
+    maxima = {name: [of_group[name].maximum_nats for of_group in pooled.values()] for name in expected}
     assert {name: pytest.approx(values) for name, values in expected.items()} == maxima
 
 
@@ -95,12 +102,12 @@ def test_overload_says_since_when_without_a_break() -> None:
 def test_collapse_names_heads_and_the_first_step() -> None:
     probes = [heads([[1.0, 1.0]], step=0), heads([[1.0, 0.05]], step=50), heads([[1.0, 0.02]], step=100)]
     verdict = collapse(probes[-1], probes)
-    assert (verdict.holds, verdict.heads, verdict.lowest_nats, verdict.first_step) == (True, ((0, 1),), 0.02, 50)
+    assert str(verdict) == "yes: layer 0 head 1 (lowest 0.020 nats), since step 50"
 
 
 def test_a_broken_head_is_not_a_collapsed_head() -> None:
     verdict = collapse(heads([[math.nan, 1.0]]))
-    assert (verdict.holds, verdict.heads) == (None, ())
+    assert str(verdict) == "undecided"
     assert collapse(heads([[0.1, 1.0]])).holds is False
 
 
@@ -109,16 +116,16 @@ def test_slopes_move_apart_per_layer_and_never_when_shared(tmp_path: Path) -> No
     shared = slopes(write_run(tmp_path, "SM+leaky, shared"))
     assert per_layer is not None
     assert shared is not None
-    assert (per_layer.diverging, per_layer.layers, per_layer.first_step) == (True, (3, 0), 80)
-    assert (per_layer.final_step, max(per_layer.final_S) - min(per_layer.final_S)) == (200, pytest.approx(0.3))
-    assert (shared.diverging, len(shared.final_S), shared.layers) == (False, 1, None)
+    assert (per_layer.are_apart, shared.are_apart) == (True, False)
+    assert per_layer.text == "apart: from -0.090 (layer 3) to 0.210 (layer 0), first at step 80"
+    assert shared.text == "one shared slope, 0.110 at the end"
     assert slopes(write_run(tmp_path, "SM+G")) is None
 
 
 def test_slope_layers_follow_the_activations(tmp_path: Path) -> None:
     labels = ("SM+G/leaky", "SM+G/leaky, last", "SM+leaky, per layer", "SM+leaky, shared", "SM+R")
     layers = [slope_layers(write_run(tmp_path, label)) for label in labels]
-    assert layers == [(1, 3), (3,), (0, 1, 2, 3), (), ()]
+    assert layers == [[1, 3], [3], [0, 1, 2, 3], [], []]
 
 
 def test_a_list_of_one_activation_is_that_activation(tmp_path: Path) -> None:
@@ -142,7 +149,7 @@ def test_a_list_of_one_activation_is_that_activation(tmp_path: Path) -> None:
 def test_slopes_have_gone_to_zero_when_each_of_them_has(
     first: tuple[float, ...], final: tuple[float, ...], expected: bool
 ) -> None:
-    assert Slopes(first, final, 200, (0, 0), False, None).gone_to_zero is expected
+    assert Slopes(first, final, are_apart=False, text="").gone_to_zero is expected
 
 
 def test_final_heads_come_from_the_end_or_newest_probe(tmp_path: Path) -> None:
@@ -204,8 +211,8 @@ def test_runs_on_another_corpus_are_no_seeds_of_one_recipe(tmp_path: Path) -> No
     runs += [write_run(tmp_path, "SM+R", facts=other), write_run(tmp_path, "SM+R", seed=1, facts=other)]
     groups = {group.name: group for group in group_runs(runs, mix=True)}
     assert list(groups) == ["SM+G [corpus=c0ffeec0ffee]", "SM+G [corpus=decafdecafde]", "SM+R [corpus=decafdecafde]"]
-    pairs = [(ours.name, theirs.name) for ours, theirs in comparable_pairs(list(groups.values()))]
-    assert pairs == [("SM+R [corpus=decafdecafde]", "SM+G [corpus=decafdecafde]")]
+    pairs = pairs_of(list(groups.values()))
+    assert [pair.name for pair in pairs] == ["SM+R against SM+G [corpus=decafdecafde]"]
 
 
 def test_names_say_tags_and_lengths_instead_of_corpora(tmp_path: Path) -> None:
@@ -261,17 +268,29 @@ def test_a_preset_replaces_its_settings_in_names(tmp_path: Path) -> None:
     }
 
 
-def test_recipes_list_what_only_a_tag_names(tmp_path: Path) -> None:
+def test_parts_say_how_their_recipes_differ(tmp_path: Path) -> None:
     runs = [
         write_run(tmp_path, "SM+R", tag=tag, train={"peak_learning_rate": rate})
         for tag, rate in (("a", 1e-2), ("b", 1e-3))
     ]
     runs += [write_run(tmp_path, "SM+G", tag="a", train={"peak_learning_rate": 1e-2})]
-    assert recipes(group_runs(runs, mix=True)) == {
-        "train.peak_learning_rate=0.01": ["SM+G (a)", "SM+R (a)"],
-        "train.peak_learning_rate=0.001": ["SM+R (b)"],
-    }
-    assert recipes(group_runs(runs[1:2])) == {"": ["SM+R (b)"]}
+    parts = [(part.recipe, [group.name for group in part.groups]) for part in parts_of(runs, mix=True)]
+    assert parts == [
+        ("peak_learning_rate=0.01", ["SM+G (a)", "SM+R (a)"]),
+        ("peak_learning_rate=0.001", ["SM+R (b)"]),
+    ]
+    assert [part.recipe for part in parts_of(runs[1:2])] == [""]
+
+
+def test_a_record_without_a_new_setting_has_its_default(tmp_path: Path) -> None:
+    """As if `train.adam_beta2` had been added after the first run."""
+    older, newer = write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+G", seed=1)
+    del older.spec["train"]["adam_beta2"]
+    (group,) = group_runs([older, newer])
+    assert len(group.runs) == 2
+    changed = write_run(tmp_path, "SM+R", train={"adam_beta2": 0.95})
+    with pytest.raises(ValueError, match=r"train\.adam_beta2: 0\.95 in quick/sm-r-seed0, 0\.999 in quick/sm-g-seed0"):
+        group_runs([older, changed])
 
 
 def test_another_data_order_is_another_seed(tmp_path: Path) -> None:

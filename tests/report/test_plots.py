@@ -17,14 +17,15 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from normfree.analysis.entropy import final_heads
+from normfree.analysis.entropy import final_heads, values_over_training
 from normfree.analysis.groups import group_runs
-from normfree.analysis.series import values_over_training
 from normfree.cost.tradeoff import Point
-from normfree.report.plots.curves import layer_curves, loss_curves, nonfinite_curves, overload_curves, slope_curves
-from normfree.report.plots.heatmaps import heatmap, heatmap_key
-from normfree.report.plots.points import perplexity_points, slope_perplexity, trade_off_points
+from normfree.report.figure import heatmap_figure
+from normfree.report.plots.curves import layer_curves, loss_curves, overload_series, seed_curves
+from normfree.report.plots.heatmaps import heatmap
+from normfree.report.plots.points import perplexity_points, trade_off_points
 from normfree.report.plots.style import panel_figure, variant_styles
+from normfree.report.quantity_figures import layers_over_training
 from normfree.store.quantities import QUANTITIES
 from normfree.store.runs import Run
 from tests.synthetic import rewritten, write_run
@@ -63,9 +64,12 @@ def test_heatmaps_with_one_ceiling_share_a_scale() -> None:
     assert {ax.images[0].get_clim() for ax in figure.axes} == {(0, 3.9)}
 
 
-def test_colour_bar_marks_near_uniform_below_a_known_ceiling() -> None:
-    keys = (heatmap_key(QUANTITIES["entropy_nats"], 3.878, marked=marked) for marked in (True, False))
-    known, unknown = (panel_figure([partial(heatmap, [[1.0, 2.0]])], key=key).axes[1] for key in keys)
+def test_colour_bar_marks_near_uniform_of_its_limit() -> None:
+    titled = [("a", np.array([[1.0, 2.0]]), [0])]
+    figures = (
+        heatmap_figure(titled, label="", caption="", limit=3.878, mark=m) for m in ((0.75, "near uniform"), None)
+    )
+    known, unknown = (figure.whole().axes[1] for figure in figures if figure)
     assert texts(known) == ["near uniform from 2.91"]
     assert points(known, 0)[0].tolist() == pytest.approx([0.75 * 3.878] * 2)
     assert texts(unknown) == []
@@ -95,16 +99,15 @@ def test_variants_keep_their_colours_in_every_figure() -> None:
 
 def test_a_broken_layer_has_a_gap_and_a_mark(tmp_path: Path) -> None:
     run = write_run(tmp_path, "SM", status="diverged", broken_probe=True)
-    ax = layer_curves(values_over_training(run, "entropy_nats"), ax=Figure().subplots(), label="entropy", ceiling=3.0)
+    history = values_over_training(run, "entropy_nats")
+    ax = layer_curves(history, ax=Figure().subplots(), label="entropy", numbers=[0, 1, 2, 3], deepest=3, ceiling=3.0)
     assert math.isnan(points(ax, 1)[1][-1])
     assert "NaN from step 80" in texts(ax)[0]
 
 
-@pytest.mark.parametrize(
-    "draw", [partial(loss_curves, split="train"), partial(loss_curves, split="validation"), nonfinite_curves]
-)
-def test_a_divergence_is_crossed_at_its_unlogged_step(tmp_path: Path, draw: Callable[..., Axes]) -> None:
-    ax = curves(draw, [write_run(tmp_path, "SM", status="diverged")])
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_divergence_is_crossed_at_its_unlogged_step(tmp_path: Path, split: str) -> None:
+    ax = curves(partial(loss_curves, split=split), [write_run(tmp_path, "SM", status="diverged")])
     assert points(ax, 0)[0][-1] < 100
     assert (ax.lines[1].get_marker(), points(ax, 1)[0][0]) == ("x", 100)
 
@@ -146,7 +149,9 @@ def test_a_broken_loss_is_crossed_and_not_smoothed(tmp_path: Path) -> None:
     assert points(ax, 1)[0][0] == 30
 
 
-@pytest.mark.parametrize("draw", [partial(loss_curves, split="train"), overload_curves, nonfinite_curves])
+@pytest.mark.parametrize(
+    "draw", [partial(loss_curves, split="train"), partial(seed_curves, series=overload_series, label="")]
+)
 def test_an_open_circle_ends_an_unfinished_run(tmp_path: Path, draw: Callable[..., Axes]) -> None:
     ax = curves(draw, [write_run(tmp_path, "SM"), write_run(tmp_path, "SM", seed=1, status="running")])
     whole, running, circle = ax.lines
@@ -154,11 +159,6 @@ def test_an_open_circle_ends_an_unfinished_run(tmp_path: Path, draw: Callable[..
     assert np.array_equal(circle.get_xydata(), running.get_xydata()[-1:])
     assert running.get_xdata()[-1] < whole.get_xdata()[-1]
     assert [line.get_label() for line in (whole, running)].count("SM") == 1
-
-
-def test_nonfinite_rows_are_a_share_of_all_rows(tmp_path: Path) -> None:
-    ax = curves(nonfinite_curves, [write_run(tmp_path, "SM", broken_probe=True)])
-    assert (points(ax, 0)[1][0], points(ax, 0)[1][-1], len(ax.lines)) == (0.0, 75.0, 1)
 
 
 def test_every_seed_is_a_dot_above_their_mean(tmp_path: Path) -> None:
@@ -181,29 +181,13 @@ def test_a_seed_far_above_the_others_is_a_number(tmp_path: Path) -> None:
 
 
 def test_slopes_have_a_line_per_layer_in_its_colour(tmp_path: Path) -> None:
-    labels = ("SM+leaky, per layer", "SM+leaky, shared", "SM+G/leaky", "SM+G")
-    every, shared, some, none = (slope_curves(write_run(tmp_path, x), ax=Figure().subplots()) for x in labels)
-    assert (len(every.lines), len(shared.lines)) == (5, 2)  # and the line at 0
+    runs = [write_run(tmp_path, label) for label in ("SM+G/leaky", "SM+leaky, per layer", "SM+leaky, shared")]
+    figure = layers_over_training(group_runs(runs), QUANTITIES["negative_slope"])
+    assert figure is not None
+    some, every, shared = (panel(ax=Figure().subplots()) for panel in figure.panels)
+    assert (len(every.lines), len(shared.lines)) == (5, 1)  # slopes below 0 have a line at 0
     colours = [line.get_color() for line in every.lines]
     assert [line.get_color() for line in some.lines[:2]] == [colours[1], colours[3]]
-    assert texts(none) == ["no learnable slope in this run"]
-
-
-def test_a_slope_with_a_diverged_seed_is_nan(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path, label) for label in ("SM+R", "SM")]
-    runs.append(write_run(tmp_path, "SM", seed=1, status="diverged"))
-    ax = slope_perplexity(group_runs(runs), ax=Figure().subplots())
-    assert points(ax, 0)[0].tolist() == [0.0]
-    assert texts(ax) == ["NaN (1/2)"]
-
-
-def test_slopes_are_compared_on_common_seeds(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path, "SM+R", seed=seed, perplexity=ppl) for seed, ppl in enumerate((34.0, 30.0, 29.0))]
-    runs.append(write_run(tmp_path, "SM", perplexity=44.0))
-    ax = slope_perplexity(group_runs(runs), ax=Figure().subplots())
-    assert [values.tolist() for values in points(ax, 0)] == [[0.0, 1.0], [34.0, 44.0]]
-    (bars,) = ax.containers
-    assert all(math.isnan(end) for segment in bars.lines[2][0].get_segments() for _, end in segment)  # one seed: no bar
 
 
 def trade_off(perplexity: Sequence[float], gigabytes: Sequence[float], corpora: str = "") -> Axes:

@@ -26,7 +26,7 @@ from normfree.analysis.entropy import causal_ceiling
 from normfree.analysis.groups import group_runs
 from normfree.report import build_report
 from normfree.report.figure import PageFigure
-from normfree.report.render import to_png
+from normfree.report.render import to_file
 from normfree.report.sections import figures_of
 from normfree.report.summary import sentences
 from normfree.report.tables.results import range_table
@@ -67,14 +67,14 @@ def limit_of_key(figure: PageFigure) -> tuple[float, float]:
 
 
 def test_every_figure_and_table_is_also_a_file(report: Path) -> None:
-    figures = {"entropy_nats-heads", "entropy_nats-layers", "published", "overload", "losses", "nonfinite"}
+    figures = {"entropy_nats-heads", "entropy_nats-layers", "published", "overload", "losses"}
     figures |= {
         "entropy_nats-means",
         "entropy_nats-differences",
         "perplexity",
         "private-inference",
-        "slope-trajectories",
-        "slope-perplexity",
+        "negative_slope-layers",
+        "nonfinite_rows-curves",
     }
     names = {"perplexity", "differences", "gap", "claims", "overload", "ranges", "verdicts", "runs", "slopes"}
     names |= {"perplexity-communication"}
@@ -132,10 +132,10 @@ def test_ids_are_unique_and_references_resolve(report: Path) -> None:
 def test_every_figure_has_a_name_and_a_sentence(report: Path) -> None:
     page = Page(report / "index.html")
     figures = page.all("figure")
-    assert len(figures) == 12
+    assert len(figures) == 11
     assert all(figure["role"] == "figure" and figure["aria-label"] for figure in figures)
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", (report / "index.html").read_text(), re.DOTALL)
-    assert len(captions) == 12
+    assert len(captions) == 11
     assert all(len(caption.strip()) > 40 for caption in captions)
 
 
@@ -217,7 +217,7 @@ def test_no_label_is_cut_off_at_the_edge(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, "SM", seed=1), write_run(tmp_path, "SM+leaky, per layer")]
     figure = figure_named("losses", runs)
     for part in figure.parts():
-        seen = np.asarray(Image.open(io.BytesIO(to_png(part))).convert("L"))
+        seen = np.asarray(Image.open(io.BytesIO(to_file(part, "png"))).convert("L"))
         edges = np.concatenate([seen[0], seen[-1], seen[:, 0], seen[:, -1]])
         assert edges.min() == 255
 
@@ -225,15 +225,6 @@ def test_no_label_is_cut_off_at_the_edge(tmp_path: Path) -> None:
 def test_a_tag_with_dollar_signs_is_a_tag(tmp_path: Path) -> None:
     build_report([write_run(tmp_path / "runs", "SM+G", tag="lr$2^$")], tmp_path / "out")
     assert "SM+G (lr$2^$)" in (tmp_path / "out" / "index.html").read_text()
-
-
-def test_slopes_with_and_without_norm_have_own_panels(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path, "SM+leaky, fixed"), write_run(tmp_path, "SM+R")]
-    runs += [write_run(tmp_path, "SM+leaky, fixed", tag="ln", model={"norm": "layernorm", "negative_slope": 0.1})]
-    figure = figure_named("slope-perplexity", runs)
-    with_norm, without = (panel(ax=Figure().subplots()) for panel in figure.panels)
-    assert (with_norm.get_title(), without.get_title()) == ("layernorm", "")
-    assert [len(ax.lines[0].get_xdata()) for ax in (with_norm, without)] == [1, 2]
 
 
 def test_a_report_of_unfinished_runs_alone_still_builds(tmp_path: Path) -> None:
@@ -251,8 +242,7 @@ def test_a_running_run_is_in_curves_but_not_in_results(tmp_path: Path) -> None:
         assert "open circle" in drawn[name].caption
         _, labels = drawn[name].panels[0](ax=Figure().subplots()).get_legend_handles_labels()
         assert labels == ["SM+G", "SM+leaky, shared"]
-    (trajectory,) = drawn["slope-trajectories"].panels
-    assert trajectory(ax=Figure().subplots()).get_title() == "SM+leaky, shared, seed 0\n(running)"
+    assert len(drawn["negative_slope-layers"].panels) == 1
     page = build_report(runs, tmp_path / "out").read_text()
     assert "Not finished, so only in the curves: " in page
     assert "leaky" not in (tmp_path / "out" / "tables" / "perplexity.csv").read_text()

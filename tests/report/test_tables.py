@@ -15,8 +15,14 @@ import pytest
 from docs.tables import unfinished_table
 from normfree.analysis.entropy import causal_ceiling
 from normfree.analysis.groups import group_runs
-from normfree.report.tables.history import gap_table, overload_table
-from normfree.report.tables.results import claim_table, difference_table, perplexity_table, range_table
+from normfree.report.tables.results import (
+    claim_table,
+    difference_table,
+    gap_table,
+    overload_table,
+    perplexity_table,
+    range_table,
+)
 from normfree.report.tables.runs import run_table, slope_table, verdict_table
 from normfree.report.tables.table import Table, to_csv, to_html, to_latex, to_markdown
 from normfree.store.runs import Run, RunWriter, read_run
@@ -102,8 +108,8 @@ def test_a_claim_about_heads_pairs_seeds(tmp_path: Path, monkeypatch: pytest.Mon
     """The interval of (20, 10, 18) points: mean 16, deviation 5.2915, times 4.303 / sqrt(3)."""
     runs = [write_run(tmp_path, label, seed=seed) for label in ("SM+G", "SM+R") for seed in range(3)]
     shares = {("SM+G", 0): 0.5, ("SM+G", 1): 0.4, ("SM+G", 2): 0.6, ("SM+R", 0): 0.3, ("SM+R", 1): 0.3}
-    monkeypatch.setattr("normfree.report.tables.results.trained_heads", lambda run: (run.label, run.seed))
-    monkeypatch.setattr("normfree.report.tables.results.top_quarter_share", lambda run: shares.get(run, 0.42))
+    monkeypatch.setattr("normfree.analysis.pairs.trained_heads", lambda run: (run.label, run.seed))
+    monkeypatch.setattr("normfree.analysis.pairs.top_quarter_share", lambda run: shares.get(run, 0.42))
     row = rows_by_name(claim_table, runs)["(c) GELU puts more heads into the top quarter"]
     assert (row["Difference"], row["95 % interval"]) == ("+16.0 points", "+2.9 to +29.1 points")
 
@@ -279,7 +285,8 @@ def test_a_diverged_slope_ends_at_its_last_probe(tmp_path: Path) -> None:
 def test_skipped_steps_are_shown(tmp_path: Path) -> None:
     skipped = [{"step": step, "layer": 0, "module": "model.layers.0", "kind": "loss"} for step in (7, 9)]
     run = write_run(tmp_path, "SM", facts={"skipped_steps": skipped})
-    assert rows_by_name(slope_table, [run])["SM"]["First non-finite step"] == "7"
+    leaky = write_run(tmp_path, "SM+leaky, fixed")
+    assert rows_by_name(slope_table, [run, leaky])["SM"]["First non-finite step"] == "7"
     (row,) = rows_by_name(run_table, [run]).values()
     assert row["Status"] == "finished, 2 non-finite steps skipped (first: 7)"
 

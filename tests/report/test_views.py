@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from normfree.analysis.entropy import newest_values
 from normfree.analysis.groups import group_runs
-from normfree.analysis.series import newest_values
 from normfree.report.tables.runs import run_table
 from normfree.report.views import compare, plot_curves, plot_heads
 from tests.synthetic import write_run

@@ -8,16 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 from tqdm import tqdm
 
+from normfree.analysis.entropy import shares_of_ceiling, trained_heads
 from normfree.analysis.groups import all_runs, parts_of
 from normfree.files import write_atomically
-from normfree.report.csv_export import number_frames
 from normfree.report.page import render_page, section_values
-from normfree.report.render import to_pdf, to_png
+from normfree.report.render import to_file
 from normfree.report.sections import sections_of
 from normfree.report.tables.table import to_csv, to_latex, to_markdown
-from normfree.store.runs import Run
+from normfree.store.runs import Run, run_frame
 
 WRITTEN = "report.json"
 """Lists the files of a report, so that the next one can remove those that it does not replace."""
@@ -57,8 +59,8 @@ def build_report(
         tables = [replace(table, name=prefix + table.name) for table in tables]
         for figure in figures if len(parts) == 1 else ():
             whole = figure.whole()
-            write(f"figures/{figure.name}.pdf", to_pdf(whole))
-            write(f"figures/{figure.name}.png", to_png(whole))
+            for suffix in ("pdf", "png"):
+                write(f"figures/{figure.name}.{suffix}", to_file(whole, suffix))
         for table in tables:
             for suffix, convert in (("md", to_markdown), ("tex", to_latex), ("csv", to_csv)):
                 write(f"tables/{table.name}.{suffix}", convert(table))
@@ -69,6 +71,39 @@ def build_report(
         (output / name).unlink(missing_ok=True)
     write_atomically(output / WRITTEN, json.dumps(sorted(written), indent=1) + "\n")
     return output / "index.html"
+
+
+def number_frames(runs: Sequence[Run]) -> dict[str, pd.DataFrame]:
+    """Frames `runs`, `layers` and `heads`, with a row for each of them."""
+    of_runs = run_frame(runs).drop(columns="folder")  # a path of this machine
+    of_runs.insert(0, "run", [run.place for run in runs])
+    scalars = {name for run in runs for name, quantity in run.quantities.items() if not quantity.axes}
+    for name in sorted(scalars - set(of_runs.columns)):
+        if any(run.last("final", name) is not None for run in runs):
+            of_runs[name] = [run.last("final", name) for run in runs]
+    return {"runs": of_runs, "layers": quantity_frame(runs, "layer"), "heads": quantity_frame(runs, "layer", "head")}
+
+
+def quantity_frame(runs: Sequence[Run], *axes: str) -> pd.DataFrame:
+    """Every quantity with these axes, one per column, of runs that were measured at their end.
+
+    One row per layer (axes `layer`) or head (`layer`, `head`). `run` is study/name; layers have the model's
+    own numbers, heads count from 0. NaN is a value that is not finite; a missing value was not recorded.
+    """
+    rows: dict[Any, dict[str, float]] = {}
+    for run in runs:
+        finals = {name: run.last("final", name) for name, quantity in run.quantities.items() if quantity.axes == axes}
+        columns = {name: np.array(value) for name, value in finals.items() if run.status == "finished" and value}
+        if axes == ("layer", "head") and (heads := trained_heads(run)) is not None:
+            columns["share_of_ceiling"] = shares_of_ceiling(heads)
+        for name, values in columns.items():
+            numbers = run.layer_numbers("entropy_nats" if name == "share_of_ceiling" else name, len(values))
+            for index, value in np.ndenumerate(values):
+                place = (run.place, run.label, run.seed, numbers[index[0]], *index[1:])
+                rows.setdefault((values.shape, place), {})[name] = float(value)  # a shared slope has its own row
+    keys = ["run", "label", "seed", *axes]
+    records = [{**dict(zip(keys, place, strict=True)), **values} for (_, place), values in rows.items()]
+    return pd.DataFrame(records, columns=None if records else keys)
 
 
 def _earlier_files(output: Path) -> set[str]:

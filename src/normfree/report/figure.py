@@ -9,14 +9,20 @@ from typing import Any
 
 import numpy as np
 from markupsafe import Markup
-from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
-from normfree.analysis.groups import Group, is_over
-from normfree.report.plots.cells import cells_svg
-from normfree.report.plots.heatmaps import HEATMAP_COLOURS, draw_cells, heatmap_size
-from normfree.report.plots.style import PANEL_INCHES, Key, Panel, panel_figure, variant_styles
+from normfree.analysis.groups import Group
+from normfree.report.plots.curves import Series, seed_curves
+from normfree.report.plots.heatmaps import (
+    DIFFERENCE_COLOURS,
+    HEATMAP_COLOURS,
+    Heatmap,
+    draw_heatmap,
+    heatmap_size,
+    heatmap_svg,
+    highest_finite,
+)
+from normfree.report.plots.style import PANEL_INCHES, Key, Panel, colour_key, panel_figure, variant_styles
 from normfree.store.runs import Run
 
 _LINES_PER_PANEL = 6
@@ -53,45 +59,55 @@ class PageFigure:
         return panel_figure([lambda ax: ax], panel_inches=(PANEL_INCHES[0], _KEY_INCHES), key=self.key)
 
 
-def cells_figure(
-    named: Sequence[tuple[str, NDArray[np.float64], Sequence[int]]],
+def heatmap_figure(
+    titled: Sequence[tuple[str, np.ndarray, Sequence[int]]],
     *,
-    limits: tuple[float, float],
-    key: Key,
-    colours: Colormap = HEATMAP_COLOURS,
+    label: str,
+    limit: float | None = None,
+    mark: tuple[float, str] | None = None,
+    colours: str = HEATMAP_COLOURS,
     **words: str,
-) -> PageFigure:
-    """Heatmaps on one scale: titles, values [layers, heads], numbers of the layers. `words`: caption, name, title."""
-    scale = {"lowest": limits[0], "highest": limits[1], "colours": colours}
+) -> PageFigure | None:
+    """Heatmaps on one scale, by default up to the highest value; None without any. `words`: caption, name, title.
+
+    `titled`: the title, values [layers, heads] and layers' numbers of each. `label` is that of the colour bar, `mark` a
+    share of the limit with its meaning.
+    """
+    if not titled:
+        return None
+    limit = limit or max(highest_finite(np.abs(values_LH)) for _, values_LH, _ in titled)
+    limits = (-limit if colours == DIFFERENCE_COLOURS else 0.0, limit)
+    drawings = [Heatmap(title, values_LH, layers, limits, colours) for title, values_LH, layers in titled]
+    edge = (mark[0] * limit, f"{mark[1]} from {mark[0] * limit:.2f}") if mark else None
     return PageFigure(
-        panels=[partial(draw_cells, v_LH, title=name, numbers=rows, **scale) for name, v_LH, rows in named],
-        panel_inches=heatmap_size(*(values_LH.shape for _, values_LH, _ in named)),
-        key=key,
-        drawings=[
-            cells_svg(v_LH, limits=limits, colours=colours, numbers=rows, title=name) for name, v_LH, rows in named
-        ],
+        panels=[partial(draw_heatmap, drawing) for drawing in drawings],
+        panel_inches=heatmap_size(drawings),
+        key=colour_key(colours, limit=limits, label=label, mark=edge),
+        drawings=[heatmap_svg(drawing) for drawing in drawings],
         **words,
     )
 
 
 def curve_figure(
-    groups: Sequence[Group],
-    draw: Callable[..., Any] | Sequence[Callable[..., Any]],
-    *,
-    shown: Callable[[Run], Any],
-    caption: str,
-    name: str = "",
-    title: str = "",
+    groups: Sequence[Group], draws: Sequence[Callable[..., Any]], *, has_line: Callable[[Run], Any], **words: str
 ) -> PageFigure | None:
-    """Curves of the groups with a run that `shown` accepts, at most six per panel; None without such a run.
+    """Curves of the groups with a run that has a line, at most six per panel; None without such a run.
 
-    Each of `draw` is called for every six groups, with these and their `styles`.
+    Each of `draws` is called for every six groups, with these and the `styles` of all. `words`: caption, name, title.
     """
-    some = [group for group in groups if any(shown(run) for run in group.drawn)]
     styles = variant_styles([group.name for group in groups])
-    chunks = [some[start : start + _LINES_PER_PANEL] for start in range(0, len(some), _LINES_PER_PANEL)]
-    draws = draw if isinstance(draw, Sequence) else [draw]
-    if any(not is_over(run) for group in some for run in group.drawn):
-        caption += " An open circle ends the line of an unfinished run."
-    panels = [partial(draw, chunk, styles=styles) for chunk in chunks for draw in draws]
-    return PageFigure(caption, panels, name, title) if panels else None
+    groups = [group for group in groups if any(has_line(run) for run in group.curve_runs)]
+    sixes = [groups[start : start + _LINES_PER_PANEL] for start in range(0, len(groups), _LINES_PER_PANEL)]
+    if any(not run.has_result for group in groups for run in group.curve_runs):
+        words["caption"] += " An open circle ends the line of an unfinished run."
+    panels = [partial(draw, six, styles=styles) for six in sixes for draw in draws]
+    return PageFigure(panels=panels, **words) if panels else None
+
+
+def seed_figure(
+    groups: Sequence[Group], series: Callable[[Run], Series], *, label: str, **words: str
+) -> PageFigure | None:
+    """A number over training, with a line per seed. None for runs that recorded it less than twice."""
+    words["caption"] += " Thin lines are seeds, thick lines their mean."
+    draw = partial(seed_curves, series=series, label=label)
+    return curve_figure(groups, [draw], has_line=lambda run: len(series(run)[0]) > 1, **words)

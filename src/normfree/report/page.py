@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from normfree import __version__
-from normfree.analysis.groups import Group, Part, all_runs, recipes
+from normfree.analysis.groups import Part, all_runs
 from normfree.report.figure import PageFigure
 from normfree.report.plots.style import COLOURS
 from normfree.report.render import to_svg
@@ -37,8 +37,7 @@ _SOFTWARE = ("normfree", "python", "torch", "transformers", "datasets")
 
 def render_page(parts: Sequence[Part], sections: Sequence[Sequence[dict[str, Any]]]) -> str:
     """The text of index.html: for each part its question, answer and sections (their `section_values`); facts."""
-    groups = [group for part in parts for group in part.groups]
-    runs = all_runs(groups)
+    runs = [run for part in parts for run in all_runs(part.groups)]
     script = _PAGES.loader.get_source(_PAGES, "script.js")[0]  # pyright: ignore[reportOptionalMemberAccess]
     return _PAGES.get_template("index.html.j2").render(
         version=__version__,
@@ -55,7 +54,7 @@ def render_page(parts: Sequence[Part], sections: Sequence[Sequence[dict[str, Any
             }
             for place, (part, of_part) in enumerate(zip(parts, sections, strict=True))
         ],
-        facts=_facts(groups),
+        facts=_facts(parts),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
@@ -79,9 +78,9 @@ def section_values(section: Section, figures: Sequence[PageFigure], tables: Sequ
     return {"section": section, "figures": drawn, "tables": [Markup(to_html(table)) for table in tables]}
 
 
-def _facts(groups: Sequence[Group]) -> dict[str, list[str]]:
+def _facts(parts: Sequence[Part]) -> dict[str, list[str]]:
     """What a reader needs to judge or repeat the runs: distinct values by name."""
-    runs = all_runs(groups)
+    runs = [run for part in parts for run in all_runs(part.groups)]
     trained = [run for run in runs if run.kind == "run"]
     seconds = sum(run.facts.get("wall_seconds") or 0.0 for run in trained)
     facts = {
@@ -92,7 +91,7 @@ def _facts(groups: Sequence[Group]) -> dict[str, list[str]]:
         "Order of the data": [", ".join(map(str, sorted({run.spec["data_seed"] for run in trained})))],
         "Tokens per run": [f"{tokens:,}" for tokens in sorted({run.facts.get("tokens_seen", 0) for run in trained})],
         "Precision": _distinct(runs, lambda run: run.spec["train"]["precision"]),
-        "Recipes": [f"{', '.join(names)}: {recipe}" for recipe, names in recipes(groups).items() if recipe],
+        "Recipes": [f"{part.title}: {part.recipe}" for part in parts if part.recipe],
         "Model": _distinct(runs, _model),
         "Corpus": _distinct(trained, _corpus),
         "Hardware": _distinct(runs, _hardware),

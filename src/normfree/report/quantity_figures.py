@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 
-from normfree.analysis.entropy import Floats, layer_means
+from normfree.analysis.entropy import Floats, layer_means, newest_values, values_over_training
 from normfree.analysis.groups import Group
-from normfree.analysis.series import newest_values, values_over_training
-from normfree.report.figure import PageFigure, cells_figure, curve_figure
-from normfree.report.plots.curves import LAYER_COLOURS, depth_profile, layer_curves, scalar_curves
-from normfree.report.plots.heatmaps import DIFFERENCE_COLOURS, HEATMAP_COLOURS, heatmap_key, highest_finite
+from normfree.analysis.pairs import Pair, main_pairs
+from normfree.analysis.verdicts import slope_layers
+from normfree.report.figure import PageFigure, curve_figure, heatmap_figure, seed_figure
+from normfree.report.plots.curves import LAYER_COLOURS, depth_profile, layer_curves, mean_series
+from normfree.report.plots.heatmaps import (
+    DIFFERENCE_COLOURS,
+    HEATMAP_COLOURS,
+    REVERSED_COLOURS,
+    highest_finite,
+)
 from normfree.report.plots.style import colour_key
-from normfree.report.tables.results import main_pairs
 from normfree.store.quantities import Quantity
 from normfree.store.runs import Run
 
@@ -24,180 +27,139 @@ _HARDLY = 0.05
 _FIRST_SEED = "One seed each: the first finished; otherwise diverged; otherwise unfinished."
 
 
-def ceilings(run: Run, quantity: Quantity) -> Floats | None:
-    """The highest possible value of the quantity in this run, [] or [L]; None if there is none."""
-    if isinstance(quantity.ceiling, str):
-        return newest_values(run, quantity.ceiling)
-    return None if quantity.ceiling is None else np.array(quantity.ceiling)
-
-
-def _heatmaps(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
+def heatmaps(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
+    """The heads of one run of each group, on one scale."""
     measured = _measured(groups, quantity)
-    if not measured:
-        return None
-    shown = [values_LH for _, _, values_LH in measured]
-    tops = [ceilings(run, quantity) for _, run, _ in measured]
-    scale, mark = "up to the highest value here", ""
-    limit, colours = max(map(highest_finite, shown)), HEATMAP_COLOURS
+    values = [values_LH for _, _, values_LH in measured]
+    tops = [_ceiling(run, quantity) for _, run, _ in measured]
     bounded = [top for top in tops if top is not None and np.isfinite(top).any()]
-    key = None
+    scale, label, limit, mark, colours = "up to the highest value here", quantity.label, None, None, HEATMAP_COLOURS
     if bounded:
-        limit = max(map(highest_finite, bounded))
+        shares = [v / np.atleast_1d(1.0 if top is None else top)[:, None] for v, top in zip(values, tops, strict=True)]
+        limit, mark = max(map(highest_finite, bounded)), quantity.mark
         scale = f"up to the ceiling of {limit:.2f} {quantity.unit}".rstrip()
-        mark = f" Heads above the mark count as {quantity.mark[1]}." if quantity.mark else ""
-        shares = [v / np.atleast_1d(1.0 if top is None else top)[:, None] for v, top in zip(shown, tops, strict=True)]
-        if quantity.mark and all((share_LH >= quantity.mark[0]).all() for share_LH in shares):
-            shown, colours = [100 * (1 - share_LH) for share_LH in shares], HEATMAP_COLOURS.reversed()
-            limit, scale, mark = max(map(highest_finite, shown)), "in percent below the ceiling; all are near it", ""
-            key = colour_key(colours, limit=(0, limit), label=f"{quantity.title} (% below the ceiling)")
+        if mark and all((share_LH >= mark[0]).all() for share_LH in shares):
+            values, limit, mark, colours = [100 * (1 - share_LH) for share_LH in shares], None, None, REVERSED_COLOURS
+            scale, label = "in percent below the ceiling; all are near it", f"{quantity.title} (% below the ceiling)"
         elif len({run.spec["data"]["context"] for _, run, _ in measured}) > 1 and isinstance(quantity.ceiling, str):
-            shown, limit, scale = shares, 1.0, "as shares of each model's ceiling"
-            key = heatmap_key(quantity, limit, unit="share of the ceiling")
-    unfinished = [
+            values, limit = shares, 1.0
+            scale, label = "as shares of each model's ceiling", f"{quantity.title} (share of the ceiling)"
+    unfinished = ", ".join(
         f"{group.name} (step {values_over_training(run, quantity.name)[-1][0]})"
         for group, run, _ in measured
         if run.status != "finished"
-    ]
-    note = f" Not finished, so from the newest probe: {', '.join(unfinished)}." if unfinished else ""
-    named = [
-        (f"{group.name}{_unchanged(run, quantity)}", values_LH, run.layer_numbers(quantity.name, len(values_LH)))
-        for values_LH, (group, run, _) in zip(shown, measured, strict=True)
-    ]
-    return cells_figure(
-        named,
+    )
+    return heatmap_figure(
+        [
+            (group.name + _unchanged(run, quantity), values_LH, run.layer_numbers(quantity.name, len(values_LH)))
+            for (group, run, _), values_LH in zip(measured, values, strict=True)
+        ],
+        label=label,
+        limit=limit,
+        mark=mark,
+        colours=colours,
         name=f"{quantity.name}-heads",
         title=f"{quantity.title} of every head",
-        caption=f"{quantity.meaning} One cell per head, layers downwards, on one colour scale {scale}.{mark} "
-        f"{_FIRST_SEED}{note}",
-        limits=(0, limit),
-        colours=colours,
-        key=key or heatmap_key(quantity, limit, marked=bool(bounded)),
+        caption=f"{quantity.meaning} One cell per head, layers downwards, on one colour scale {scale}."
+        f"{f' Heads above the mark count as {mark[1]}.' if mark else ''} {_FIRST_SEED}"
+        f"{f' Not finished, so from the newest probe: {unfinished}.' if unfinished else ''}",
     )
 
 
-def _means(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
+def means(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
     """The mean over the seeds of every group with several."""
-    means = _sorted_means(groups, quantity)
-    named = [(f"{name}, {seeds} seeds", mean_LH, rows) for name, (seeds, mean_LH, rows) in means.items() if seeds > 1]
-    if not named:
-        return None
-    limit = max(highest_finite(values_LH) for _, values_LH, _ in named)
-    return cells_figure(
-        named,
+    of_group = _sorted_means(groups, quantity).items()
+    return heatmap_figure(
+        [(f"{name}, {seeds} seeds", mean_LH, layers) for name, (seeds, mean_LH, layers) in of_group if seeds > 1],
+        label=quantity.label,
         name=f"{quantity.name}-means",
         title=f"{quantity.title}, mean over seeds",
         caption="Finished seeds. Heads have no fixed place in their layer, so each layer is sorted before averaging.",
-        limits=(0, limit),
-        key=heatmap_key(quantity, limit, marked=False),
     )
 
 
-def _differences(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
-    """The difference of the means over seeds for the main pairs."""
-    means = _sorted_means(groups, quantity)
-    named = []
-    for ours, theirs in main_pairs([group for group in groups if group.name in means]):
-        (_, our_LH, layers), (_, their_LH, _) = means[ours.name], means[theirs.name]
-        if our_LH.shape == their_LH.shape:
-            named.append((f"{ours.name} minus {theirs.name}", our_LH - their_LH, layers))
-    if not named:
-        return None
-    limit = max(highest_finite(np.abs(values_LH)) for _, values_LH, _ in named)
-    return cells_figure(
-        named,
+def differences(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
+    """The means of the main pairs of variants, or two measured models head by head: the first minus the second."""
+    values, caption = _sorted_means(groups, quantity), "Means over finished seeds, each layer sorted, on one scale. "
+    pairs = main_pairs([group for group in groups if group.name in values])
+    if len(groups) == 2 and not any(group.is_trained for group in groups):
+        caption, pairs = "", [Pair(*groups)]
+        rows = ((group, v, run.layer_numbers(quantity.name, len(v))) for group, run, v in _measured(groups, quantity))
+        values = {group.name: (1, values_LH, layers) for group, values_LH, layers in rows}
+    titled = []
+    for ours, theirs in ((pair.ours.name, pair.theirs.name) for pair in pairs):
+        if {ours, theirs} <= values.keys() and values[ours][1].shape == values[theirs][1].shape:
+            titled.append((f"{ours} minus {theirs}", values[ours][1] - values[theirs][1], values[ours][2]))
+    return heatmap_figure(
+        titled,
+        label=f"difference in {quantity.label.lower()}",
+        colours=DIFFERENCE_COLOURS,
         name=f"{quantity.name}-differences",
         title=f"{quantity.title}, differences",
-        caption="Means over finished seeds, each layer sorted, on one scale. Red: higher in the first. Blue: lower.",
-        limits=(-limit, limit),
-        key=colour_key(DIFFERENCE_COLOURS, limit=(-limit, limit), label=f"difference in {quantity.label.lower()}"),
-        colours=DIFFERENCE_COLOURS,
+        caption=f"{caption}Red: higher in the first. Blue: lower.",
     )
 
 
-def _sorted_means(groups: Sequence[Group], quantity: Quantity) -> dict[str, tuple[int, Floats, list[int]]]:
-    """By group: the number of finished seeds, their mean with each layer sorted, the layers' numbers."""
-    means = {}
+def layers_over_training(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
+    """The layers of one run of each group over training."""
+    drawn = []
     for group in groups:
-        seeds = [run for run in group.runs if run.kind == "run" and run.status == "finished"]
-        values = [np.array(v_LH, dtype=float) for run in seeds if (v_LH := run.last("final", quantity.name))]
-        if values and len({values_LH.shape for values_LH in values}) == 1:
-            mean_LH = np.mean([-np.sort(-values_LH, axis=1) for values_LH in values], axis=0)
-            means[group.name] = (len(values), mean_LH, seeds[0].layer_numbers(quantity.name, len(mean_LH)))
-    return means
-
-
-def _unchanged(run: Run, quantity: Quantity) -> str:
-    """`: as before training` if no head moved from its value at step 0 by more than a twentieth of the ceiling."""
-    history, top = values_over_training(run, quantity.name), ceilings(run, quantity)
-    newest_LH = newest_values(run, quantity.name)
-    if newest_LH is None or top is None or run.status != "finished" or not history or history[0][0] != 0:
-        return ""
-    moved_LH = np.abs(newest_LH - history[0][1]) / np.atleast_1d(top)[:, None]
-    return ": as before training" if (moved_LH <= _HARDLY).all() else ""
-
-
-def _layer_curves(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
-    shown = [
-        (group.name, history, ceilings(group.shown, quantity))
-        for group in groups
-        if group.shown and len(history := values_over_training(group.shown, quantity.name)) > 1
-    ]
-    if not shown:
-        return None
-    layers = max(len(history[-1][1]) for _, history, _ in shown)
-    panels = []
-    for name, history, ceiling in shown:
-        top = None if ceiling is None else highest_finite(ceiling)
-        panels.append(partial(layer_curves, history, label=quantity.label, title=name, layers=layers, ceiling=top))
-    return PageFigure(
+        run = group.heatmap_run
+        if run and len(history := values_over_training(run, quantity.name)) > 1:
+            numbers = run.layer_numbers(quantity.name, len(history[-1][1]))
+            drawn.append(
+                (run, history, group.name, slope_layers(run) if quantity.name == "negative_slope" else numbers)
+            )
+    deepest, panels = max((layer for *_, numbers in drawn for layer in numbers), default=0), []
+    for run, history, title, numbers in drawn:
+        top = _ceiling(run, quantity)
+        scale = {"deepest": deepest, "ceiling": None if top is None else highest_finite(top)}
+        panels.append(partial(layer_curves, history, label=quantity.label, title=title, numbers=numbers, **scale))
+    figure = PageFigure(
         name=f"{quantity.name}-layers",
         title=f"{quantity.title} of the layers over training",
         caption="One line per layer, coloured by depth. It is the mean over heads, which can hide a single head. "
         f"A dashed line is the ceiling. {_FIRST_SEED}",
         panels=panels,
-        key=colour_key(LAYER_COLOURS, limit=(0, max(layers - 1, 1)), label="layer", whole=True),
+        key=colour_key(LAYER_COLOURS, limit=(0, max(deepest, 1)), label="layer", whole=True),
     )
+    return figure if panels else None
 
 
-def _profile(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
+def profile(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
+    """The newest values of one run of each group over the layers."""
     profiles = {
         group.name: (run.layer_numbers(quantity.name, len(values)), layer_means(values))
         for group, run, values in _measured(groups, quantity)
     }
-
-    def draw(some: Sequence[Group], **options: Any) -> Axes:
-        values = {group.name: profiles[group.name] for group in some}
-        return depth_profile(values, label=quantity.label, **options)
-
     return curve_figure(
         [group for group in groups if group.name in profiles],
-        draw,
-        shown=lambda _run: True,
+        [partial(depth_profile, profiles=profiles, label=quantity.label)],
+        has_line=lambda _run: True,
         name=f"{quantity.name}-depth",
         title=f"{quantity.title} over the layers",
         caption=f"{quantity.meaning} {_FIRST_SEED}",
     )
 
 
-def _curves(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
-    return curve_figure(
+def curves(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
+    """The quantity over training, averaged over layers and heads."""
+    return seed_figure(
         groups,
-        partial(scalar_curves, name=quantity.name, label=quantity.label),
-        shown=lambda run: len(values_over_training(run, quantity.name)) > 1,
+        partial(mean_series, name=quantity.name),
+        label=quantity.label,
         name=f"{quantity.name}-curves",
         title=f"{quantity.title} over training",
-        caption=f"{quantity.meaning} Thin lines are seeds, thick lines their mean.",
+        caption=quantity.meaning,
     )
 
 
 FIGURES: dict[tuple[str, ...], tuple[Callable[..., PageFigure | None], ...]] = {
-    ("layer", "head"): (_heatmaps, _layer_curves),
-    ("layer",): (_profile, _layer_curves),
-    (): (_curves,),
+    ("layer", "head"): (heatmaps, means, differences, layers_over_training),
+    ("layer",): (profile, layers_over_training),
+    (): (curves,),
 }
 """The figures of a quantity, by its axes."""
-OPEN_FIGURES = (_heatmaps, _means, _differences)
-"""The heatmaps at the top of the page, for quantities of heads that are drawn open."""
 
 
 def _measured(groups: Sequence[Group], quantity: Quantity) -> list[tuple[Group, Run, Floats]]:
@@ -205,5 +167,37 @@ def _measured(groups: Sequence[Group], quantity: Quantity) -> list[tuple[Group, 
     return [
         (group, run, values)
         for group in groups
-        if (run := group.shown) is not None and (values := newest_values(run, quantity.name)) is not None
+        if (run := group.heatmap_run) is not None and (values := newest_values(run, quantity.name)) is not None
     ]
+
+
+def _sorted_means(groups: Sequence[Group], quantity: Quantity) -> dict[str, tuple[int, Floats, list[int]]]:
+    """By group: the number of finished seeds, their mean with each layer sorted, the layers' numbers.
+
+    Empty for folded quantities, so that the page stays small.
+    """
+    of_group = {}
+    for group in groups if quantity.drawn == "open" else ():
+        seeds = [run for run in group.runs if group.is_trained and run.status == "finished"]
+        values = [np.array(v_LH, dtype=float) for run in seeds if (v_LH := run.last("final", quantity.name))]
+        if values and len({values_LH.shape for values_LH in values}) == 1:
+            mean_LH = np.mean([-np.sort(-values_LH, axis=1) for values_LH in values], axis=0)
+            of_group[group.name] = (len(values), mean_LH, seeds[0].layer_numbers(quantity.name, len(mean_LH)))
+    return of_group
+
+
+def _ceiling(run: Run, quantity: Quantity) -> Floats | None:
+    """The highest possible value of the quantity in this run, [] or [L]; None if there is none."""
+    if isinstance(quantity.ceiling, str):
+        return newest_values(run, quantity.ceiling)
+    return None if quantity.ceiling is None else np.array(quantity.ceiling)
+
+
+def _unchanged(run: Run, quantity: Quantity) -> str:
+    """`: as before training` if no head moved from its value at step 0 by more than a twentieth of the ceiling."""
+    history, top = values_over_training(run, quantity.name), _ceiling(run, quantity)
+    newest_LH = newest_values(run, quantity.name)
+    if newest_LH is None or top is None or run.status != "finished" or not history or history[0][0] != 0:
+        return ""
+    moved_LH = np.abs(newest_LH - history[0][1]) / np.atleast_1d(top)[:, None]
+    return ": as before training" if (moved_LH <= _HARDLY).all() else ""

@@ -1,4 +1,4 @@
-"""Points: perplexity of every seed, over slopes, and against communication."""
+"""Points: perplexity of every seed, its differences, and perplexity against communication."""
 
 from __future__ import annotations
 
@@ -9,16 +9,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import NullLocator
 
-from normfree.analysis.groups import Group, perplexities_on_common_seeds
-from normfree.analysis.seeds import Difference, decimals, summarise
-from normfree.analysis.verdicts import fixed_slope
+from normfree.analysis.groups import Group
+from normfree.analysis.pairs import Pair
+from normfree.analysis.seeds import decimals, summarise
 from normfree.cost.tradeoff import Point
 from normfree.report.plots.style import GREEN, GRID, INK, MUTED, RED, Styles, empty, wrapped
-
-_BELOW_DOTS = 0.27
-"""Distance of the mean below its seeds, in rows."""
 
 
 def perplexity_points(groups: Sequence[Group], *, ax: Axes, styles: Styles) -> Axes:
@@ -27,43 +23,48 @@ def perplexity_points(groups: Sequence[Group], *, ax: Axes, styles: Styles) -> A
     A row without a mean says `NaN (1/3)` if 1 of 3 seeds diverged. A seed far above the others is a number at the edge.
     """
     rows = [group for group in groups if group.runs]
-    edge: dict[str, Any] = {"transform": ax.get_yaxis_transform()}
-    small = {"va": "center", "fontsize": 7.5}
+    small: dict[str, Any] = {"transform": ax.get_yaxis_transform(), "va": "center", "fontsize": 7.5}
     limit = far_above([value for group in rows for value in group.perplexities.values()])
     for row, group in enumerate(rows):
-        values = list(group.perplexities.values())
-        colour, cell = styles[group.name]["color"], summarise(values)
-        near = [value for value in values if value <= limit]
+        values, colour = list(group.perplexities.values()), styles[group.name]["color"]
+        cell = summarise(values)
         seeds = ", ".join(f"seed {run.seed} {decimals(run.perplexity)}" for run in group.runs)
-        ax.plot(
-            near, [row] * len(near), "o", color=colour, markersize=4, alpha=0.75, gid=f"title:{group.name}: {seeds}"
+        reach = cell.standard_deviation if cell.mean <= limit else math.nan
+        _dots_above_mean(
+            ax, row, [value for value in values if value <= limit], cell.mean, reach, colour, f"{group.name}: {seeds}"
         )
         if far := [decimals(value, 1) for value in values if limit < value < math.inf]:
-            ax.text(0.99, row, f"{', '.join(far)} >", ha="right", color=INK, **edge, **small)
-        if cell.n > 1 and cell.mean <= limit:
-            bar = {"color": INK, "marker": "|", "markersize": 6, "capsize": 2, "linewidth": 0.9}
-            ax.errorbar(cell.mean, row + _BELOW_DOTS, xerr=cell.standard_deviation, **bar)
+            ax.text(0.99, row, f"{', '.join(far)} >", ha="right", color=INK, **small)
         text, ink = (cell.text(), RED) if cell.nonfinite else (f"n = {cell.n}", MUTED)
-        ax.text(1.02, row, text, color=ink, **edge, **small)
-    ax.set_yticks(range(len(rows)), [wrapped(group.name) for group in rows])
-    ax.set(ylim=(len(rows) - 0.4, -0.6), xlabel="validation perplexity")
-    ax.tick_params(axis="y", length=0)
-    return ax
+        ax.text(1.02, row, text, color=ink, **small)
+    return _name_rows(ax, [group.name for group in rows], "validation perplexity")
 
 
-def difference_points(rows: Sequence[tuple[str, Sequence[float], Difference]], *, ax: Axes) -> Axes:
-    """Paired differences in percent: a dot per seed, and the mean with its 95 % interval below."""
-    for row, (name, values, difference) in enumerate(rows):
-        near = [100 * value for value in values if math.isfinite(value)]
-        seeds = f"title:{name}: {', '.join(f'{value:+.1f} %' for value in near)}"
-        ax.plot(near, [row] * len(near), "o", color=MUTED, markersize=4, alpha=0.75, gid=seeds)
-        if math.isfinite(difference.low):
-            reach = 100 * (difference.high - difference.mean)
-            bar = {"color": INK, "marker": "|", "markersize": 6, "capsize": 3, "linewidth": 1.4}
-            ax.errorbar(100 * difference.mean, row + _BELOW_DOTS, xerr=reach, **bar)
+def difference_points(pairs: Sequence[Pair], *, ax: Axes) -> Axes:
+    """Paired differences of perplexity in percent: a dot per seed, and the mean with its 95 % interval below."""
+    for row, pair in enumerate(pairs):
+        ours, theirs, difference = pair.ours.perplexities, pair.theirs.perplexities, pair.perplexity()
+        percents = [100 * (ours[seed] / theirs[seed] - 1) for seed in pair.seeds]
+        percents = [percent for percent in percents if math.isfinite(percent)]
+        hover = f"{pair.name}: {', '.join(f'{percent:+.1f} %' for percent in percents)}"
+        reach = 100 * (difference.high - difference.mean)
+        _dots_above_mean(ax, row, percents, 100 * difference.mean, reach, MUTED, hover)
     ax.axvline(0, color=INK, linewidth=1, zorder=1)
-    ax.set_yticks(range(len(rows)), [wrapped(name) for name, _, _ in rows])
-    ax.set(ylim=(len(rows) - 0.4, -0.6), xlabel="difference in perplexity (%)")
+    return _name_rows(ax, [pair.name for pair in pairs], "difference in perplexity (%)")
+
+
+def _dots_above_mean(
+    ax: Axes, row: int, values: Sequence[float], mean: float, reach: float, colour: str, hover: str
+) -> None:
+    """A dot per value, and their mean with a bar below if the reach of the bar is finite."""
+    ax.plot(values, [row] * len(values), "o", color=colour, markersize=4, alpha=0.75, gid=f"title:{hover}")
+    if math.isfinite(reach):
+        ax.errorbar(mean, row + 0.27, xerr=reach, color=INK, marker="|", markersize=6, capsize=2.5, linewidth=1.1)
+
+
+def _name_rows(ax: Axes, names: Sequence[str], label: str) -> Axes:
+    ax.set_yticks(range(len(names)), [wrapped(name) for name in names])
+    ax.set(ylim=(len(names) - 0.4, -0.6), xlabel=label)
     ax.tick_params(axis="y", length=0)
     return ax
 
@@ -75,30 +76,6 @@ def far_above(values: Sequence[float]) -> float:
         return math.inf
     lowest, upper = min(finite), float(np.quantile(finite, 0.75))
     return max(upper + 3 * (upper - lowest), lowest)
-
-
-def slope_perplexity(groups: Sequence[Group], *, ax: Axes, title: str = "") -> Axes:
-    """Final perplexity over the fixed slope below 0, on the seeds that all slopes share, with the sample deviation.
-
-    A slope with a diverged seed is labelled NaN at the top.
-    """
-    slopes = {group.name: fixed_slope(group.runs[0]) for group in groups if group.runs}
-    slope_of = {name: slope for name, slope in slopes.items() if slope is not None}
-    cells = perplexities_on_common_seeds([group for group in groups if group.name in slope_of])
-    points = sorted(((slope_of[name], cell) for name, cell in cells.items()), key=lambda point: point[0])
-    finite = [(slope, cell.mean, cell.standard_deviation) for slope, cell in points if not cell.nonfinite]
-    slope_N, mean_N, deviation_N = np.reshape(finite, (-1, 3)).T
-    ax.errorbar(slope_N, mean_N, deviation_N, color=GREEN, marker="o", capsize=3)
-    above = {"transform": ax.get_xaxis_transform(), "ha": "center", "va": "top", "color": RED}
-    for slope, cell in points:
-        if cell.nonfinite:
-            ax.text(slope, 0.96, cell.text(), **above)
-    ax.set_xscale("symlog", linthresh=0.01, linscale=0.5)  # the paper's slopes span two decades and include 0
-    ticks = sorted({slope for slope, _ in points})
-    ax.set_xticks(ticks, [f"{slope:g}" for slope in ticks], color=INK)
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.set(title=title, xlabel="slope below 0", ylabel="validation perplexity")
-    return ax
 
 
 def trade_off_points(points: Sequence[Point], *, ax: Axes) -> Axes:

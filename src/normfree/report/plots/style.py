@@ -113,7 +113,7 @@ def panel_figure(
 
 
 def colour_key(
-    colours: Colormap,
+    colours: Colormap | str,
     *,
     limit: tuple[float, float],
     label: str,
