@@ -31,7 +31,7 @@ from normfree.measures import MEASURES
 from normfree.report.render import to_file
 from normfree.report.sections import SECTIONS, figures_of
 from normfree.report.tables.results import percent_with_interval
-from normfree.report.tables.table import Table, to_markdown
+from normfree.report.tables.table import Table, to_markdown, without_empty_columns
 from normfree.store.quantities import QUANTITIES
 from normfree.store.runs import find_runs
 
@@ -126,7 +126,7 @@ def filled(text: str) -> str:
         if name not in TABLES:
             raise ValueError(f"unknown table {name!r}; allowed: {', '.join(TABLES)}")
         groups = group_runs(find_runs(_folders(match["places"])), mix=bool(match["mixed"]))
-        return f"{match[1]}\n{to_markdown(TABLES[name](groups))}\n{END}"
+        return f"{match[1]}\n{to_markdown(without_empty_columns(TABLES[name](groups)))}\n{END}"
 
     text = QUANTITIES_MARKER.sub(lambda match: f"{match[1]}\n{to_markdown(quantity_table())}\n{END}", text)
     return MARKER.sub(table, text)

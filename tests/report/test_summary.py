@@ -111,6 +111,15 @@ def test_the_summary_compares_nothing_with_a_diverged_run(tmp_path: Path) -> Non
 
 def test_all_variants_that_did_not_learn_are_named(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, label, perplexity=500.0) for label in ("SM+G", "SM+R")]
-    assert any(text.startswith("These runs are too short to judge") for text in sentences(group_runs(runs)))
+    weakest = "the weakest, SM+G, ends at perplexity 500.0, the unigram has 402.5."
+    assert f"These runs are too short to judge: {weakest}" in sentences(group_runs(runs))
     runs.append(write_run(tmp_path, "SM+LN+G"))
-    assert any(text.startswith("SM+G, SM+R did not learn") for text in sentences(group_runs(runs)))
+    assert f"SM+G, SM+R did not learn: {weakest}" in sentences(group_runs(runs))
+
+
+def test_a_model_has_learned_if_it_beats_the_2_gram(tmp_path: Path) -> None:
+    corpus = {**write_run(tmp_path, "SM+G").facts["corpus"], "ngram_perplexity": {"2": 96.3, "5": 60.3}}
+    for perplexity, verdict in ((97.0, "These runs are too short to judge"), (90.0, "Every finished run learned")):
+        run = write_run(tmp_path, "SM+G", perplexity=perplexity, facts={"corpus": corpus})
+        ends = f"the weakest, SM+G, ends at perplexity {perplexity}, the 2-gram has 96.3."
+        assert f"{verdict}: {ends}" in sentences(group_runs([run]))

@@ -1,4 +1,4 @@
-"""Verdicts on runs, and the only words for them: overload, collapse, slopes that moved apart, claims.
+"""Verdicts on runs, and the only words for them: overload, collapse, slopes, claims, what was learned.
 
 L layers, H heads, S slopes (one per layer that learns one, or a single shared one)
 """
@@ -6,9 +6,10 @@ L layers, H heads, S slopes (one per layer that learns one, or a single shared o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from normfree.store.runs import Run
 
 WORDS = {True: "yes", False: "no", None: "undecided"}
 CLAIM_WORDS = {True: "holds", False: "does not hold", None: "undecided"}
+LEARNED_WORDS = {True: "learned", False: "did not learn", None: "too short to judge"}
 COLLAPSE_NATS = 0.1
 """A head below this many nats attends to a single token."""
 SLOPE_SPREAD = 0.1
@@ -81,6 +83,18 @@ def claim_holds(difference: Difference, *, above: bool) -> bool | None:
     """Whether the 95 % interval lies on the claimed side of 0, above or below; None if it contains 0 or is none."""
     low, high = (difference.low, difference.high) if above else (-difference.high, -difference.low)
     return True if low > 0 else False if high < 0 else None
+
+
+def yardsticks(corpus: Mapping[str, Any]) -> dict[str, float]:
+    """Perplexities of what only counts tokens, from the facts of a corpus; older records have the unigram alone."""
+    ngrams = {f"{order}-gram": value for order, value in corpus.get("ngram_perplexity", {}).items()}
+    return {"Unigram": corpus["unigram_perplexity"], **ngrams}
+
+
+def bar_to_learn(run: Run) -> tuple[str, float]:
+    """The yardstick that a run must beat to have learned: the 2-gram, or the unigram where it was not measured."""
+    known = yardsticks(run.facts["corpus"])
+    return ("2-gram", known["2-gram"]) if "2-gram" in known else ("unigram", known["Unigram"])
 
 
 def slopes(run: Run) -> Slopes | None:

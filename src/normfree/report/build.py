@@ -31,13 +31,12 @@ def build_report(
 ) -> Path:
     """Write `output`/index.html, figures/*.pdf|png, tables/*.md|tex|csv and numbers/*.csv; returns the page's path.
 
-    With `mix`, each recipe has its own part of the page; only a report on one recipe has figures/. `baseline` is the
-    label or variant to compare all others with; by default all pairs with a common seed are compared. The same runs
-    give the same bytes. Files are replaced atomically, index.html last, and files of an earlier report are removed.
-    `progress` shows a bar on a terminal.
+    With `mix`, each recipe has its own part of the page, and there are no figures/. `baseline` is the label or variant
+    to compare all others with, by default every pair is. `progress` shows a bar on a terminal. The same runs give the
+    same bytes; files are replaced atomically, index.html last, and files of an earlier report are removed.
 
-    Raises ValueError if there is no run, if runs differ in their recipe and `mix` is false, if no run has the baseline,
-    and if the output folder contains anything but a report.
+    Raises ValueError for no run, for runs of several recipes without `mix`, for a baseline that no run has, and for an
+    output folder that contains anything but a report.
     """
     parts = parts_of(runs, mix=mix, baseline=baseline)
     earlier = _earlier_files(output)
@@ -54,9 +53,7 @@ def build_report(
     steps = [(place, section) for place, part in enumerate(parts) for section in sections_of(part.groups)]
     for place, section in tqdm(steps, desc="report", disable=None if progress else True, leave=False):
         prefix = f"part{place + 1}-" if len(parts) > 1 else ""
-        figures, tables = section.draw(parts[place].groups), section.make_tables(parts[place].groups)
-        figures = [replace(figure, name=prefix + figure.name) for figure in figures]
-        tables = [replace(table, name=prefix + table.name) for table in tables]
+        figures, tables = section.contents(parts[place].groups, prefix)
         for figure in figures if len(parts) == 1 else ():
             whole = figure.whole()
             for suffix in ("pdf", "png"):

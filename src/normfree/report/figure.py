@@ -49,14 +49,12 @@ class PageFigure:
 
     def parts(self) -> Iterator[Figure]:
         """One figure per panel."""
-        for panel in self.panels:
-            yield panel_figure([panel], panel_inches=self.panel_inches)
+        return (panel_figure([panel], panel_inches=self.panel_inches) for panel in self.panels)
 
     def key_part(self) -> Figure | None:
         """The colour bar alone."""
-        if self.key is None:
-            return None
-        return panel_figure([lambda ax: ax], panel_inches=(PANEL_INCHES[0], _KEY_INCHES), key=self.key)
+        size = (PANEL_INCHES[0], _KEY_INCHES)
+        return panel_figure([lambda ax: ax], panel_inches=size, key=self.key) if self.key else None
 
 
 def heatmap_figure(
@@ -68,10 +66,9 @@ def heatmap_figure(
     colours: str = HEATMAP_COLOURS,
     **words: str,
 ) -> PageFigure | None:
-    """Heatmaps on one scale, by default up to the highest value; None without any. `words`: caption, name, title.
+    """Heatmaps (title, values [layers, heads], layers' numbers) on one scale, by default up to the highest value.
 
-    `titled`: the title, values [layers, heads] and layers' numbers of each. `label` is that of the colour bar, `mark` a
-    share of the limit with its meaning.
+    `label` is that of the colour bar, `mark` a share of the limit with its meaning. `words`: caption, name, title.
     """
     if not titled:
         return None
@@ -108,6 +105,5 @@ def seed_figure(
     groups: Sequence[Group], series: Callable[[Run], Series], *, label: str, **words: str
 ) -> PageFigure | None:
     """A number over training, with a line per seed. None for runs that recorded it less than twice."""
-    words["caption"] += " Thin lines are seeds, thick lines their mean."
     draw = partial(seed_curves, series=series, label=label)
     return curve_figure(groups, [draw], has_line=lambda run: len(series(run)[0]) > 1, **words)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -32,7 +32,15 @@ _PAGES.globals["colours"] = COLOURS
 _NARROW_INCHES = 4.2
 """Wider panels scroll on narrow screens instead of shrinking."""
 _PIXELS_PER_INCH = 96
-_SOFTWARE = ("normfree", "python", "torch", "transformers", "datasets")
+_HARDWARE = {name: "{:g} " + name for name in ("cores", "threads", "processes")}
+_HARDWARE = {"processor": "{}", **_HARDWARE, "memory_gib": "{:g} GiB", "device": "{}", "platform": "{}"}
+_SOFTWARE = {name: name + " {}" for name in ("normfree", "python", "torch", "transformers", "datasets")}
+_SOFTWARE |= {"git_commit": "commit {:.12}"}
+_MODEL = "{type}: {layers} layers of {heads} heads, width {hidden_size}, {parameters:,} parameters"
+_CORPUS = (
+    "source {source}, blocks of {context} tokens, vocabulary {vocab_size:,}, {train_tokens:,} tokens to train on, "
+    "{validation_tokens:,} held-out tokens, unigram perplexity {unigram_perplexity:.1f}, fingerprint {fingerprint:.12}"
+)
 
 
 def render_page(parts: Sequence[Part], sections: Sequence[Sequence[dict[str, Any]]]) -> str:
@@ -65,16 +73,13 @@ def section_values(section: Section, figures: Sequence[PageFigure], tables: Sequ
     drawn = []
     for figure in figures:
         key, width = figure.key_part(), figure.panel_inches[0]
-        drawn.append(
-            {
-                "figure": figure,
-                "panels": figure.drawings
-                or [Markup(to_svg(part, f"{figure.name}-{i}")) for i, part in enumerate(figure.parts())],
-                "key": None if key is None else Markup(to_svg(key, f"{figure.name}-key")),
-                "kind": "cells" if figure.drawings else "wide scroll" if width > _NARROW_INCHES else "",
-                "pixels": round(width * _PIXELS_PER_INCH),
-            }
-        )
+        panels = figure.drawings
+        if not panels:
+            panels = [Markup(to_svg(part, f"{figure.name}-{place}")) for place, part in enumerate(figure.parts())]
+        values = {"figure": figure, "panels": panels, "pixels": round(width * _PIXELS_PER_INCH)}
+        values["key"] = key and Markup(to_svg(key, f"{figure.name}-key"))
+        values["kind"] = "cells" if figure.drawings else "wide scroll" if width > _NARROW_INCHES else ""
+        drawn.append(values)
     return {"section": section, "figures": drawn, "tables": [Markup(to_html(table)) for table in tables]}
 
 
@@ -92,10 +97,13 @@ def _facts(parts: Sequence[Part]) -> dict[str, list[str]]:
         "Tokens per run": [f"{tokens:,}" for tokens in sorted({run.facts.get("tokens_seen", 0) for run in trained})],
         "Precision": _distinct(runs, lambda run: run.spec["train"]["precision"]),
         "Recipes": [f"{part.title}: {part.recipe}" for part in parts if part.recipe],
-        "Model": _distinct(runs, _model),
-        "Corpus": _distinct(trained, _corpus),
-        "Hardware": _distinct(runs, _hardware),
-        "Software": _distinct(runs, _software),
+        "Model": _distinct(
+            [run for run in runs if run.facts.get("model")],
+            lambda run: _MODEL.format(**{"type": "normfree"} | run.facts["model"]),
+        ),
+        "Corpus": _distinct(trained, lambda run: _CORPUS.format(**run.facts["corpus"])),
+        "Hardware": _distinct(runs, lambda run: _environment(run, _HARDWARE)),
+        "Software": _distinct(runs, lambda run: _environment(run, _SOFTWARE)),
     }
     return {name: values for name, values in facts.items() if any(values)}
 
@@ -112,37 +120,9 @@ def _measurement(run: Run) -> str:
     )
 
 
-def _hardware(run: Run) -> str:
+def _environment(run: Run, texts: Mapping[str, str]) -> str:
     facts = run.facts.get("environment") or {}
-    units = {"cores": "cores", "threads": "threads", "processes": "processes", "memory_gib": "GiB"}
-    counts = [f"{facts[name]:g} {unit}" for name, unit in units.items() if facts.get(name) is not None]
-    parts = [facts.get("processor"), *counts, facts.get("device"), facts.get("platform")]
-    return ", ".join(filter(None, parts)) or "not recorded"
-
-
-def _software(run: Run) -> str:
-    facts = run.facts.get("environment") or {}
-    parts = [f"{name} {facts[name]}" for name in _SOFTWARE if facts.get(name)]
-    commit = f"commit {facts['git_commit'][:12]}" if facts.get("git_commit") else ""
-    return ", ".join(filter(None, [*parts, commit])) or "not recorded"
-
-
-def _model(run: Run) -> str:
-    facts = run.facts.get("model")
-    if not facts:
-        return "not recorded"
-    kind = f"{facts['type']}: " if "type" in facts else ""
-    sizes = f"{facts['layers']} layers of {facts['heads']} heads, width {facts['hidden_size']}"
-    return f"{kind}{sizes}, {facts['parameters']:,} parameters"
-
-
-def _corpus(run: Run) -> str:
-    facts = run.facts["corpus"]
-    return (
-        f"source {facts['source']}, blocks of {facts['context']} tokens, vocabulary {facts['vocab_size']:,}, "
-        f"{facts['train_tokens']:,} tokens to train on, {facts['validation_tokens']:,} held-out tokens, "
-        f"unigram perplexity {facts['unigram_perplexity']:.1f}, fingerprint {facts['fingerprint'][:12]}"
-    )
+    return ", ".join(text.format(facts[name]) for name, text in texts.items() if facts.get(name)) or "not recorded"
 
 
 def _distinct(runs: Sequence[Run], fact: Callable[[Run], str]) -> list[str]:

@@ -11,7 +11,7 @@ from normfree.analysis.entropy import Floats, layer_means, newest_values, values
 from normfree.analysis.groups import Group
 from normfree.analysis.pairs import Pair, main_pairs
 from normfree.analysis.verdicts import slope_layers
-from normfree.report.figure import PageFigure, curve_figure, heatmap_figure, seed_figure
+from normfree.report.figure import PageFigure, heatmap_figure, seed_figure
 from normfree.report.plots.curves import LAYER_COLOURS, depth_profile, layer_curves, mean_series
 from normfree.report.plots.heatmaps import (
     DIFFERENCE_COLOURS,
@@ -19,12 +19,11 @@ from normfree.report.plots.heatmaps import (
     REVERSED_COLOURS,
     highest_finite,
 )
-from normfree.report.plots.style import colour_key
+from normfree.report.plots.style import colour_key, variant_styles
 from normfree.store.quantities import Quantity
 from normfree.store.runs import Run
 
 _HARDLY = 0.05
-_FIRST_SEED = "One seed each: the first finished; otherwise diverged; otherwise unfinished."
 
 
 def heatmaps(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
@@ -61,7 +60,7 @@ def heatmaps(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
         name=f"{quantity.name}-heads",
         title=f"{quantity.title} of every head",
         caption=f"{quantity.meaning} One cell per head, layers downwards, on one colour scale {scale}."
-        f"{f' Heads above the mark count as {mark[1]}.' if mark else ''} {_FIRST_SEED}"
+        f"{f' Heads above the mark count as {mark[1]}.' if mark else ''}"
         f"{f' Not finished, so from the newest probe: {unfinished}.' if unfinished else ''}",
     )
 
@@ -119,7 +118,7 @@ def layers_over_training(groups: Sequence[Group], quantity: Quantity) -> PageFig
         name=f"{quantity.name}-layers",
         title=f"{quantity.title} of the layers over training",
         caption="One line per layer, coloured by depth. It is the mean over heads, which can hide a single head. "
-        f"A dashed line is the ceiling. {_FIRST_SEED}",
+        "A dashed line is the ceiling.",
         panels=panels,
         key=colour_key(LAYER_COLOURS, limit=(0, max(deepest, 1)), label="layer", whole=True),
     )
@@ -132,14 +131,14 @@ def profile(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
         group.name: (run.layer_numbers(quantity.name, len(values)), layer_means(values))
         for group, run, values in _measured(groups, quantity)
     }
-    return curve_figure(
-        [group for group in groups if group.name in profiles],
-        [partial(depth_profile, profiles=profiles, label=quantity.label)],
-        has_line=lambda _run: True,
+    styles = variant_styles([group.name for group in groups])
+    figure = PageFigure(
+        panels=[partial(depth_profile, profiles, label=quantity.label, styles=styles)],
         name=f"{quantity.name}-depth",
         title=f"{quantity.title} over the layers",
-        caption=f"{quantity.meaning} {_FIRST_SEED}",
+        caption=quantity.meaning,
     )
+    return figure if profiles else None
 
 
 def curves(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:

@@ -20,6 +20,7 @@ from normfree.report.tables.table import Table, without_empty_columns
 from normfree.store.quantities import QUANTITIES
 
 Groups = Sequence[Group]
+_SPLITS = {"train": "Training", "validation": "Validation"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,20 +39,16 @@ class Section:
     """Whether it includes models that were only measured, besides those trained here."""
     folded: bool = True
 
-    def members(self, groups: Groups) -> Groups:
-        """The groups that belong in it."""
-        return groups if self.measurements else [group for group in groups if group.is_trained]
-
-    def draw(self, groups: Groups) -> list[PageFigure]:
-        """Its figures."""
-        members = self.members(groups)
-        drawn = filter(None, (draw(members) for draw in self.figures))
-        return [replace(f, name=f.name or self.name, title=f.title or self.title) for f in drawn]
-
-    def make_tables(self, groups: Groups) -> list[Table]:
-        """Its tables that have rows, without columns of dashes."""
-        members = self.members(groups)
-        return [without_empty_columns(table) for make in self.tables.values() if (table := make(members)).rows]
+    def contents(self, groups: Groups, prefix: str = "") -> tuple[list[PageFigure], list[Table]]:
+        """Its figures, and its tables that have rows, without columns of dashes; names begin with the prefix."""
+        if not self.measurements:
+            groups = [group for group in groups if group.is_trained]
+        figures = filter(None, (draw(groups) for draw in self.figures))
+        tables = (without_empty_columns(make(groups)) for make in self.tables.values())
+        return (
+            [replace(f, name=prefix + (f.name or self.name), title=f.title or self.title) for f in figures],
+            [replace(table, name=prefix + table.name) for table in tables if table.rows],
+        )
 
 
 def sections_of(groups: Groups) -> list[Section]:
@@ -69,7 +66,7 @@ def sections_of(groups: Groups) -> list[Section]:
 
 def figures_of(groups: Groups) -> list[PageFigure]:
     """Every figure of the page."""
-    return [figure for section in sections_of(groups) for figure in section.draw(groups)]
+    return [figure for section in sections_of(groups) for figure in section.contents(groups)[0]]
 
 
 def _perplexity(groups: Groups) -> PageFigure | None:
@@ -82,8 +79,7 @@ def _perplexity(groups: Groups) -> PageFigure | None:
     rows = max(sum(2 + wrapped(name).count("\n") for name in axis) for axis in (names, [pair.name for pair in pairs]))
     return PageFigure(
         caption="Lower (further left) is better. A dot is a seed; the bar below is the mean with the sample standard "
-        "deviation. NaN (k/n): k of n seeds diverged, so there is no mean. A number at the edge is a seed far above "
-        "the others. Differences: a dot is a pair of runs of one seed; the bar is the 95 % interval of their mean.",
+        "deviation. Differences: a dot is a pair of runs of one seed; the bar is the 95 % interval of their mean.",
         panels=panels,
         panel_inches=(4.2, 0.8 + 0.14 * rows),
     )
@@ -104,7 +100,7 @@ def _published(groups: Groups) -> PageFigure | None:
         limit=1.0,
         mark=QUANTITIES["entropy_nats"].mark,
         caption="Entropies as shares of each model's causal ceiling: 1 is uniform attention to all tokens up to "
-        f"itself. Compare where the bright layers are, not single runs. {published.SOURCE}.",
+        f"itself. Compare where the bright layers are, not single heads. {published.SOURCE}.",
     )
 
 
@@ -113,7 +109,7 @@ def _overload(groups: Groups) -> PageFigure | None:
         groups,
         curves.overload_series,
         label="heads in the top quarter (%)",
-        caption="Heads at or above 3/4 of the causal ceiling, in percent of all runs. Untrained heads are nearly "
+        caption="Heads at or above 3/4 of the causal ceiling, in percent of all heads. Untrained heads are nearly "
         "uniform, so lines begin at the top; what counts is where they end. The verdict of overload counts only the "
         "first third of the layers, which the table below shows separately.",
     )
@@ -122,14 +118,10 @@ def _overload(groups: Groups) -> PageFigure | None:
 def _losses(groups: Groups) -> PageFigure | None:
     return curve_figure(
         groups,
-        [
-            partial(curves.loss_curves, split="train", title="Training"),
-            partial(curves.loss_curves, split="validation", title="Validation"),
-        ],
+        [partial(curves.loss_curves, split=split, title=title) for split, title in _SPLITS.items()],
         has_line=lambda run: run.has_result or run.series("train", "loss"),
-        caption="Lower is better. Thin lines are seeds, thick lines their mean. The y axis excludes the first fifth "
-        "of the training. The training loss is a running mean over about a fiftieth of the points. A cross at the top "
-        "marks the step where a run diverged; the mean ends there.",
+        caption="Lower is better. The y axis excludes the first fifth of the training. The training loss is a running "
+        "mean over about a fiftieth of the points. A cross at the top marks the step where a run diverged.",
     )
 
 
@@ -149,8 +141,8 @@ def _private_inference(groups: Groups) -> PageFigure | None:
     return PageFigure(
         caption="One point per variant: bytes sent in one forward pass over one block under CHEETAH, and perplexity "
         "(the table says over which seeds). Further left and lower is better. Circles are on the Pareto front, "
-        "crosses are not; the line joins the front of one corpus. An arrow at the top is a variant far above the "
-        "others, with its perplexity. Read differences between variants, not totals (docs/private-inference.md).",
+        "crosses are not; the line joins the front of one corpus. Read differences between variants, not totals "
+        "(docs/private-inference.md).",
         panels=[partial(points.trade_off_points, priced)],
         panel_inches=(5.8 + 0.06 * max(0, longest - 25), max(2.9, 0.8 + 0.17 * len(priced))),
     )
@@ -177,7 +169,7 @@ SECTIONS: tuple[Section, ...] = (
             tables={"slopes": runs.slope_table}),
     Section(name="layers", title="Layers and extreme heads", menu="Layers",
             measurements=True,
-            tables={"layers": runs.layer_table, "heads": runs.extreme_head_table, "movers": runs.mover_table}),
+            tables={"layers": runs.layer_table, "heads": runs.extreme_head_table}),
     Section(name="verdicts", title="Verdicts", tables={"verdicts": runs.verdict_table}, measurements=True),
     Section(name="runs", title="Runs", tables={"runs": runs.run_table}),
 )  # fmt: skip

@@ -11,7 +11,7 @@ from normfree.analysis.entropy import Heads, top_quarter_share, trained_heads
 from normfree.analysis.groups import Group
 from normfree.analysis.pairs import Pair, all_pairs, baseline_label
 from normfree.analysis.seeds import summarise
-from normfree.analysis.verdicts import WORDS, overload
+from normfree.analysis.verdicts import LEARNED_WORDS, WORDS, bar_to_learn, overload
 from normfree.store.runs import divergence_text
 
 _LISTED = 8
@@ -37,7 +37,7 @@ def sentences(groups: Sequence[Group]) -> list[str]:
     if any(measured for of_group in heads.values() for measured in of_group):
         findings += [_near_uniform(heads), _overloaded(heads)]
     if trained := [group for group in groups if group.is_trained]:
-        findings += [*map(_diverged, trained), _floor(trained), _one_seed(trained), *_unfinished(trained)]
+        findings += [*map(_diverged, trained), _learned(trained), _one_seed(trained), *_unfinished(trained)]
     return [sentence for sentence in findings if sentence]
 
 
@@ -117,22 +117,23 @@ def _diverged(group: Group) -> str:
     return f"{group.name} diverged in {len(runs)} of {len(group.runs)} runs: {'; '.join(places)}." if runs else ""
 
 
-def _floor(groups: Sequence[Group]) -> str:
-    """Whether the finished runs learned more than token frequencies."""
+def _learned(groups: Sequence[Group]) -> str:
+    """Whether the finished runs learned more than counting tokens gives."""
     ended = [(run, group.name) for group in groups for run in group.runs if run.status == "finished"]
     if not ended:
         return "No run finished."
     if broken := [f"{name}, seed {run.seed}" for run, name in ended if not math.isfinite(run.perplexity)]:
         return f"Finished without a finite perplexity: {'; '.join(broken)}."
-    floors = [(run.perplexity / run.facts["corpus"]["unigram_perplexity"], name, run) for run, name in ended]
-    share, name, run = max(floors, key=lambda floor: floor[0])
-    bar = f"{100 * share:.0f} % of the unigram perplexity of {run.facts['corpus']['unigram_perplexity']:.0f}"
-    failed = list(dict.fromkeys(name for share, name, _ in floors if share >= 1))
+    shares = [(run.perplexity / bar_to_learn(run)[1], name, run) for run, name in ended]
+    _, name, run = max(shares, key=lambda entry: entry[0])
+    yardstick, bar = bar_to_learn(run)
+    weakest = f"the weakest, {name}, ends at perplexity {run.perplexity:.1f}, the {yardstick} has {bar:.1f}"
+    failed = list(dict.fromkeys(name for share, name, _ in shares if share >= 1))
     if not failed:
-        return f"Every finished run learned: the weakest, {name}, ends at {bar}."
-    if len(failed) == len({name for _, name, _ in floors}):
-        return f"These runs are too short to judge: no variant learned, and the weakest, {name}, ends at {bar}."
-    return f"{', '.join(failed)} did not learn: the weakest, {name}, ends at {bar}."
+        return f"Every finished run {LEARNED_WORDS[True]}: {weakest}."
+    if len(failed) == len({name for _, name, _ in shares}):
+        return f"These runs are {LEARNED_WORDS[None]}: {weakest}."
+    return f"{', '.join(failed)} {LEARNED_WORDS[False]}: {weakest}."
 
 
 def _one_seed(groups: Sequence[Group]) -> str:

@@ -24,8 +24,6 @@ _TRAIN_WINDOWS = 50
 
 Series = tuple[list[int], np.ndarray]
 """Steps and values of one line."""
-Profiles = Mapping[str, tuple[Sequence[int], np.ndarray]]
-"""Numbers and values of the layers, by the name of a group."""
 
 
 def layer_curves(
@@ -65,10 +63,11 @@ def layer_curves(
     return ax
 
 
-def depth_profile(groups: Sequence[Group], profiles: Profiles, *, ax: Axes, label: str, styles: Styles) -> Axes:
-    """A quantity over the layers, one line per variant."""
-    for name in (group.name for group in groups):
-        numbers, value_L = profiles[name]
+def depth_profile(
+    profiles: Mapping[str, tuple[Sequence[int], np.ndarray]], *, ax: Axes, label: str, styles: Styles
+) -> Axes:
+    """A quantity over the layers, one line per variant: its layers' numbers and values [L], by name."""
+    for name, (numbers, value_L) in profiles.items():
         ax.plot(numbers, value_L, marker=".", label=name, gid=f"title:{name}", **styles[name])
     ax.set(xlabel="layer", ylabel=label)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))

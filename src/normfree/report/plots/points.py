@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -20,23 +19,18 @@ from normfree.report.plots.style import GREEN, GRID, INK, MUTED, RED, Styles, em
 def perplexity_points(groups: Sequence[Group], *, ax: Axes, styles: Styles) -> Axes:
     """Final validation perplexity: one row per variant, a dot per seed, and the mean with the sample deviation below.
 
-    A row without a mean says `NaN (1/3)` if 1 of 3 seeds diverged. A seed far above the others is a number at the edge.
+    A row without a mean says `NaN (1/3)` if 1 of 3 seeds diverged. With a seed far above the others the axis is
+    logarithmic.
     """
     rows = [group for group in groups if group.runs]
-    small: dict[str, Any] = {"transform": ax.get_yaxis_transform(), "va": "center", "fontsize": 7.5}
-    limit = far_above([value for group in rows for value in group.perplexities.values()])
     for row, group in enumerate(rows):
         values, colour = list(group.perplexities.values()), styles[group.name]["color"]
-        cell = summarise(values)
-        seeds = ", ".join(f"seed {run.seed} {decimals(run.perplexity)}" for run in group.runs)
-        reach = cell.standard_deviation if cell.mean <= limit else math.nan
-        _dots_above_mean(
-            ax, row, [value for value in values if value <= limit], cell.mean, reach, colour, f"{group.name}: {seeds}"
-        )
-        if far := [decimals(value, 1) for value in values if limit < value < math.inf]:
-            ax.text(0.99, row, f"{', '.join(far)} >", ha="right", color=INK, **small)
+        cell, seeds = summarise(values), ", ".join(f"seed {run.seed} {decimals(run.perplexity)}" for run in group.runs)
+        _dots_above_mean(ax, row, values, cell.mean, cell.standard_deviation, colour, f"{group.name}: {seeds}")
         text, ink = (cell.text(), RED) if cell.nonfinite else (f"n = {cell.n}", MUTED)
-        ax.text(1.02, row, text, color=ink, **small)
+        ax.text(1.02, row, text, color=ink, transform=ax.get_yaxis_transform(), va="center", fontsize=7.5)
+    if _is_wide([value for group in rows for value in group.perplexities.values()]):
+        ax.set_xscale("log")
     return _name_rows(ax, [group.name for group in rows], "validation perplexity")
 
 
@@ -45,7 +39,6 @@ def difference_points(pairs: Sequence[Pair], *, ax: Axes) -> Axes:
     for row, pair in enumerate(pairs):
         ours, theirs, difference = pair.ours.perplexities, pair.theirs.perplexities, pair.perplexity()
         percents = [100 * (ours[seed] / theirs[seed] - 1) for seed in pair.seeds]
-        percents = [percent for percent in percents if math.isfinite(percent)]
         hover = f"{pair.name}: {', '.join(f'{percent:+.1f} %' for percent in percents)}"
         reach = 100 * (difference.high - difference.mean)
         _dots_above_mean(ax, row, percents, 100 * difference.mean, reach, MUTED, hover)
@@ -56,8 +49,9 @@ def difference_points(pairs: Sequence[Pair], *, ax: Axes) -> Axes:
 def _dots_above_mean(
     ax: Axes, row: int, values: Sequence[float], mean: float, reach: float, colour: str, hover: str
 ) -> None:
-    """A dot per value, and their mean with a bar below if the reach of the bar is finite."""
-    ax.plot(values, [row] * len(values), "o", color=colour, markersize=4, alpha=0.75, gid=f"title:{hover}")
+    """A dot per finite value, and their mean with a bar below if the reach of the bar is finite."""
+    finite = [value for value in values if math.isfinite(value)]
+    ax.plot(finite, [row] * len(finite), "o", color=colour, markersize=4, alpha=0.75, gid=f"title:{hover}")
     if math.isfinite(reach):
         ax.errorbar(mean, row + 0.27, xerr=reach, color=INK, marker="|", markersize=6, capsize=2.5, linewidth=1.1)
 
@@ -69,20 +63,17 @@ def _name_rows(ax: Axes, names: Sequence[str], label: str) -> Axes:
     return ax
 
 
-def far_above(values: Sequence[float]) -> float:
-    """The highest value drawn to scale; higher ones would squeeze three quarters of them into a quarter of the axis."""
+def _is_wide(values: Sequence[float]) -> bool:
+    """Whether one of the values is so far above the others that only a logarithmic axis shows them all."""
     finite = [value for value in values if math.isfinite(value)]
-    if not finite:
-        return math.inf
-    lowest, upper = min(finite), float(np.quantile(finite, 0.75))
-    return max(upper + 3 * (upper - lowest), lowest)
+    return bool(finite) and max(finite) > 2 * float(np.median(finite))
 
 
 def trade_off_points(points: Sequence[Point], *, ax: Axes) -> Axes:
     """Perplexity over communication: one point per variant, and the Pareto front of each corpus as steps.
 
     Names stand in a column at the right, lowest perplexity at the bottom, each with a line to its point. A variant
-    without a finite perplexity is only named; one far above the others is an arrow at the top.
+    without a finite perplexity is only named. With one far above the others the axis is logarithmic.
     """
     finite = sorted((point for point in points if math.isfinite(point.perplexity)), key=lambda point: point.perplexity)
     if not finite:
@@ -90,23 +81,19 @@ def trade_off_points(points: Sequence[Point], *, ax: Axes) -> Axes:
     for corpus in dict.fromkeys(point.corpus for point in finite):
         front = sorted((p.bytes / 1e9, p.perplexity) for p in finite if p.on_front and p.corpus == corpus)
         ax.step([x for x, _ in front], [y for _, y in front], where="post", color=GREEN, linewidth=1, zorder=1)
-    limit = far_above([point.perplexity for point in finite])
-    near = [point.perplexity for point in finite if point.perplexity <= limit]
-    room = 0.1 * (near[-1] - near[0]) or 0.1
-    low, high = near[0] - room, near[-1] + room
     to_point = {"arrowstyle": "-", "color": GRID, "linewidth": 0.7, "relpos": (0, 0.5), "shrinkA": 0}
     column = {"textcoords": "axes fraction", "va": "center", "fontsize": 8, "color": INK, "arrowprops": to_point}
     for point, height in zip(finite, np.linspace(0.02, 0.98, len(finite)), strict=True):
-        place = (point.bytes / 1e9, min(point.perplexity, high))
-        is_far = point.perplexity > limit
-        marker, colour = "^" if is_far else "o" if point.on_front else "x", GREEN if point.on_front else MUTED
+        place = (point.bytes / 1e9, point.perplexity)
+        marker, colour = ("o", GREEN) if point.on_front else ("x", MUTED)
         ax.plot(*place, marker=marker, color=colour, linestyle="none", clip_on=False)
-        text = f"{point.name}: {decimals(point.perplexity, 1)}" if is_far else point.name
-        ax.annotate(text, place, xytext=(1.02, height), **column)
+        ax.annotate(point.name, place, xytext=(1.02, height), **column)
     if missing := [point.name for point in points if not math.isfinite(point.perplexity)]:
         text = textwrap.fill(f"NaN: {', '.join(missing)}", 70, break_on_hyphens=False)
         ax.text(0, -0.2, text, transform=ax.transAxes, va="top", fontsize=7.5, color=RED)
+    if _is_wide([point.perplexity for point in finite]):
+        ax.set_yscale("log")
     ax.margins(x=0.08)
     ax.grid(visible=False)  # its lines look like those of the names
-    ax.set(xlabel="sent in private inference (GB)", ylabel="validation perplexity", ylim=(low, high))
+    ax.set(xlabel="sent in private inference (GB)", ylabel="validation perplexity")
     return ax

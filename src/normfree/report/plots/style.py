@@ -60,17 +60,10 @@ _KEY_INCHES = 0.3
 PANEL_INCHES = (3.9, 3.1)
 _LEGEND_LETTERS = 20
 
-_TEXT = ("axes.labelcolor", "axes.titlecolor", "text.color", "xtick.labelcolor", "ytick.labelcolor")
-_COLOURED: dict[Any, Any] = {
-    **dict.fromkeys(_TEXT, INK),
-    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), MUTED),
-    "grid.color": GRID,
-}
-
 
 def drawing_settings(**more: Any) -> AbstractContextManager[None]:
     """Use these settings instead of the user's, and restore the user's afterwards."""
-    return style.context(["default", Path(__file__).with_name("figure.mplstyle"), _COLOURED, more])
+    return style.context(["default", Path(__file__).with_name("figure.mplstyle"), more])
 
 
 def axes_to_draw_in(size: tuple[float, float]) -> Axes:

@@ -8,48 +8,45 @@ from dataclasses import replace
 
 import numpy as np
 
-from normfree.analysis import published
-from normfree.analysis.entropy import (
-    NORMALISERS,
-    RANGES,
-    Heads,
-    causal_ceiling,
-    pooled_ranges,
-    probed_heads,
-    top_quarter_share,
-    trained_heads,
-)
+from normfree.analysis import entropy, published
+from normfree.analysis.entropy import Heads, probed_heads, top_quarter_share, trained_heads
 from normfree.analysis.groups import Group, counterparts
 from normfree.analysis.pairs import CLAIMS, Pair, all_pairs, baseline_label, main_pairs, pairs_of
 from normfree.analysis.seeds import Difference, paired_difference, summarise
-from normfree.analysis.verdicts import CLAIM_WORDS, claim_holds
+from normfree.analysis.verdicts import CLAIM_WORDS, claim_holds, yardsticks
 from normfree.report.tables.table import Table
 from normfree.store.runs import Run
 
+SHARES_OF_TRAINING = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
+_REACH = 0.05
+"""A measurement at most this share of training away counts."""
+_DEPTHS = ("Early third", "Middle third", "Late third")
+_SHARE_TITLES = tuple(f"At {100 * share:.0f} %" for share in SHARES_OF_TRAINING)
+
 
 def perplexity_table(groups: Sequence[Group]) -> Table:
-    """Final validation perplexity of each variant, its change against the baseline, and the unigram perplexity.
+    """Final validation perplexity of each variant, its change against the baseline, and what n-grams reach.
 
-    The baseline is the one chosen for the groups, else the paper's. The paper's numbers are added, unless the runs have
+    The baseline is the one chosen for the groups, else the paper's. The paper's changes are added, unless the runs have
     a variant more than once, as in a sweep.
     """
-    with_runs = [group for group in groups if group.runs]
+    with_runs, baseline = [group for group in groups if group.runs], baseline_label(groups)
+    titles, paper = ("Variant", "Perplexity", "Seeds", f"Against {baseline}", "Bits per byte"), {}
+    if paper := _changes_in_paper(with_runs, baseline):
+        titles += (f"Paper, against {baseline}", "Paper's model")
     rows = []
     for group in with_runs:
         summary = summarise(list(group.perplexities.values()))
         bits = summarise([(run.facts.get("final") or {}).get("bits_per_byte", math.nan) for run in group.runs])
-        rows.append((group.name, summary.text(), str(summary.n), _against_baseline(group, groups), bits.text(3)))
+        change = _against_baseline(group, baseline, groups)
+        rows.append((group.name, summary.text(), str(summary.n), change, bits.text(3), *paper.get(group.name, "--")))
     corpora = {run.corpus: run.facts["corpus"] for group in with_runs for run in group.runs}
     for fingerprint, corpus in sorted(corpora.items()):
-        name = "Unigram" if len(corpora) == 1 else f"Unigram (corpus {fingerprint[:12]})"
-        rows.append((name, f"{corpus['unigram_perplexity']:.2f}", "-", "-", "-"))
-    baseline = baseline_label(groups)
-    titles = ("Variant", "Perplexity", "Seeds", f"Against {baseline}", "Bits per byte")
-    if paper := _paper_cells(with_runs, baseline):
-        titles += ("Paper", f"Paper, against {baseline}", "Paper's model")
-        rows = [(*row, *paper.get(row[0], ("-", "-", "-"))) for row in rows]
+        more = "" if len(corpora) == 1 else f" (corpus {fingerprint[:12]})"
+        rows += [(f"{name}{more}", f"{value:.2f}", *"-----") for name, value in yardsticks(corpus).items()]
     caption = "Validation perplexity after training: mean and sample standard deviation over seeds, lower is better"
-    notes = _perplexity_notes(groups, has_paper=bool(paper))
+    notes = _perplexity_notes(groups, baseline, has_paper=bool(paper))
+    rows = [row[: len(titles)] for row in rows]
     return Table("perplexity", caption, titles, rows, notes, words=("Paper's model",))
 
 
@@ -65,9 +62,8 @@ def difference_table(groups: Sequence[Group]) -> Table:
         rows.append((pair.name, "the paper's" if pair.is_the_papers else "exploratory", *numbers))
     titles = ("Comparison", "Kind", "Difference in perplexity", "95 % interval", "Pairs", "Paper")
     notes = [
-        "Seeds are paired: the same seed and the same order of the data on both sides. "
-        "Student's t over the pairs; one pair has no interval.",
-        "Exploratory: the paper makes no claim about this pair. Of twenty such intervals, one misses 0 by chance.",
+        "Seeds are paired: the same seed and order of the data on both sides. One pair has no interval.",
+        "Exploratory: the paper makes no claim about this pair.",
     ]
     return Table("differences", "Paired relative differences of perplexity", titles, rows, notes, words=("Kind",))
 
@@ -99,7 +95,7 @@ def claim_table(groups: Sequence[Group]) -> Table:
 def range_table(groups: Sequence[Group]) -> Table:
     """Share of heads per quarter of the maximum under each normaliser, pooled over seeds."""
     rows = []
-    pooled = pooled_ranges(groups)
+    pooled = entropy.pooled_ranges(groups)
     missing = [run.place for group in groups for run in group.runs if trained_heads(run) is None]
     for group in groups:
         measured = sum(run.place not in missing for run in group.runs)
@@ -110,8 +106,17 @@ def range_table(groups: Sequence[Group]) -> Table:
             comparable = normaliser == "observed" and published.is_gpt2(group.runs[0].spec)
             paper = published.RANGE_PERCENT.get(group.label) if comparable else None
             rows.append((group.name, normaliser, *cells, " / ".join(map(str, paper or "-"))))
-    titles = ("Variant", "Normaliser", "Max (nats)", *RANGES, "Seeds", "Heads", "NaN heads", "Paper, GPT-2 125M (%)")
-    notes = [f"{name}: {meaning}." for name, meaning in NORMALISERS.items()]
+    titles = (
+        "Variant",
+        "Normaliser",
+        "Max (nats)",
+        *entropy.RANGES,
+        "Seeds",
+        "Heads",
+        "NaN heads",
+        "Paper, GPT-2 125M (%)",
+    )
+    notes = [f"{name}: {meaning}." for name, meaning in entropy.NORMALISERS.items()]
     if missing:
         notes.append(f"Not measured after training, so not counted: {', '.join(missing)}.")
     notes.append("NaN heads are in no range.")
@@ -137,51 +142,39 @@ def percent(share: float | None, unit: str = "%") -> str:
     return "-" if share is None or math.isnan(share) else f"{100 * share:+z.1f} {unit}"
 
 
-def _paper_cells(groups: Sequence[Group], baseline: str) -> dict[str, tuple[str, str, str]]:
-    """The paper's perplexity, its change and its model by group; empty if the paper has none, or one of them twice."""
+def _changes_in_paper(groups: Sequence[Group], baseline: str) -> dict[str, tuple[str, str]]:
+    """The paper's change and its model by group; empty if the paper has none of them, or one of them twice."""
     models = {group.name: published.counterpart(group.members[0].spec) for group in groups}
     in_paper = [group for group in groups if group.label in published.PERPLEXITY[models[group.name]]]
     if len({(models[group.name], group.label) for group in in_paper}) < len(in_paper):
         return {}
-    cells = {}
-    for group in in_paper:
-        model = models[group.name]
-        change = percent(published.relative_difference(model, group.label, baseline))
-        cells[group.name] = (f"{published.PERPLEXITY[model][group.label]:.3f}", change, model)
-    return cells
+    changes = {g.name: published.relative_difference(models[g.name], g.label, baseline) for g in in_paper}
+    return {name: (percent(change), models[name]) for name, change in changes.items()}
 
 
-def _against_baseline(group: Group, groups: Sequence[Group]) -> str:
+def _against_baseline(group: Group, baseline: str, groups: Sequence[Group]) -> str:
     """The mean over the pairs, with their number if some seeds of the group have no partner."""
-    baseline = baseline_label(groups)
-    if group.label == baseline:
-        return "baseline"
     bases = counterparts(group, baseline, groups)
-    if len(bases) != 1:
-        return "-"
+    if group.label == baseline or len(bases) != 1:
+        return "baseline" if group.label == baseline else "-"
     difference = Pair(group, bases[0]).perplexity()
     some = not difference.nonfinite and 0 < difference.n < len(group.perplexities)
     return mean_text(difference) + (f" (n = {difference.n})" if some else "")
 
 
-def _perplexity_notes(groups: Sequence[Group], *, has_paper: bool) -> list[str]:
+def _perplexity_notes(groups: Sequence[Group], baseline: str, *, has_paper: bool) -> list[str]:
     runs = [run for group in groups for run in group.runs]
-    notes = ["Unigram: the perplexity of token frequencies alone, which any model has to beat."]
-    baseline = baseline_label(groups)
+    notes = ["Unigram and n-grams: counted on the training text; a model has learned if it beats the 2-gram."]
+    if not any("2-gram" in yardsticks(run.facts["corpus"]) for run in runs):
+        notes = ["Unigram: the perplexity of token frequencies alone, which any model has to beat."]
     if any(group.label == baseline and group.runs for group in groups):
-        notes.append(
-            f"Against {baseline}: the mean of the differences between runs of the same seed. "
-            "It uses seeds that both variants have; n is shown if these are fewer."
-        )
+        notes.append(f"Against {baseline}: the mean over seeds that both variants have; n is shown if these are fewer.")
     if several := [group.name for group in groups if group.runs and len(counterparts(group, baseline, groups)) > 1]:
         notes.append(f"No change is shown for {', '.join(several)}: more than one {baseline} has the same recipe.")
     if not all(math.isfinite(run.perplexity) for run in runs):
         notes.append("NaN (k/n): k of n seeds diverged or have no finite perplexity. The others are not averaged.")
     if has_paper:
-        notes.append(
-            f"Paper: {published.SOURCE}; another corpus and size, so compare changes "
-            "(computed from its perplexities), not values."
-        )
+        notes.append(f"Paper: {published.SOURCE}; another corpus and size, so only changes can be compared.")
     expected = {(run.corpus, run.spec["data"].get("expected_fingerprint")) for run in runs}
     notes += [
         f"Corpus {corpus[:12]} is not the one behind the committed results ({other[:12]}): "
@@ -195,23 +188,10 @@ def _perplexity_notes(groups: Sequence[Group], *, has_paper: bool) -> list[str]:
     return notes
 
 
-SHARES_OF_TRAINING = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
-_REACH = 0.05
-"""A measurement at most this share of training away counts."""
-_DEPTHS = ("Early third", "Middle third", "Late third")
-_SHARE_TITLES = tuple(f"At {100 * share:.0f} %" for share in SHARES_OF_TRAINING)
-
-
 def gap_table(groups: Sequence[Group]) -> Table:
-    """Paired relative difference of validation perplexity at shares of the training, beside the paper's curves."""
+    """Paired relative difference of validation perplexity at shares of the training."""
     pairs = main_pairs(groups)
     rows = [(pair.name, *(_gap(pair, share) for share in SHARES_OF_TRAINING), str(len(pair.seeds))) for pair in pairs]
-    gpt2_pairs = [pair for pair in pairs if all(published.is_gpt2(g.runs[0].spec) for g in (pair.ours, pair.theirs))]
-    published_pairs = [pair.labels for pair in gpt2_pairs if {*pair.labels} <= published.LOSS_NATS.keys()]
-    for label, other in dict.fromkeys(published_pairs):
-        losses = (published.LOSS_NATS[label], published.LOSS_NATS[other])
-        paper = (percent(math.expm1(losses[0][share] - losses[1][share])) for share in SHARES_OF_TRAINING)
-        rows.append((f"{label} against {other}, paper", *paper, "1"))
     notes = [
         "Validation during training, on part of the held-out text if train.evaluation_sequences is set; then the "
         "last column is not exactly the final difference. In brackets: 95 % Student-t interval over paired seeds, in "
@@ -219,8 +199,6 @@ def gap_table(groups: Sequence[Group]) -> Table:
         "Each column takes the nearest evaluation within a twentieth of the training. If either run has no evaluation "
         "there, for example because it diverged before, the pair is NaN.",
     ]
-    if published_pairs:
-        notes.append("Paper: GPT-2 125M, read off a figure, so each difference is good to about 3 points.")
     caption = "Difference in validation perplexity over training (share of the steps)"
     return Table("gap", caption, ("Comparison", *_SHARE_TITLES, "Pairs"), rows, notes)
 
@@ -239,15 +217,14 @@ def overload_table(groups: Sequence[Group]) -> Table:
             labels.append(group.label)
     for label in dict.fromkeys(labels):
         entropy_LH = published.heatmaps()[label]
-        ceiling_L = np.full(len(entropy_LH), causal_ceiling(published.HEATMAP_CONTEXT))
+        ceiling_L = np.full(len(entropy_LH), entropy.causal_ceiling(published.HEATMAP_CONTEXT))
         paper = _by_depth(Heads(entropy_LH, ceiling_L, step=0, layers=range(len(entropy_LH))))
         blanks = ["-"] * len(SHARES_OF_TRAINING)
         rows.append((f"{label}, paper", *(_percent_text([share]) for share in paper), *blanks, "1"))
     notes = [
         "Percent of heads, mean and sample standard deviation over seeds. Thirds and all layers: the large sample "
         "after training. Shares of training: the nearest probe within a twentieth of the training.",
-        "Untrained heads are nearly uniform, so a run begins near 100 %. NaN (1/3): 1 of 3 seeds diverged before, "
-        "was not measured, or has a head that is not finite.",
+        "NaN (1/3): 1 of 3 seeds diverged before, was not measured, or has a head that is not finite.",
     ]
     if labels:
         notes.append(f"Paper: {published.SOURCE}; its published heatmaps of 12 x 12 heads.")
@@ -257,16 +234,11 @@ def overload_table(groups: Sequence[Group]) -> Table:
 
 
 def _gap(pair: Pair, share: float) -> str:
-    runs = (*pair.ours.runs, *pair.theirs.runs)
+    runs, count = (*pair.ours.runs, *pair.theirs.runs), len(pair.ours.runs)
     values = _at_share(runs, [dict(run.series("validation", "perplexity")) for run in runs], share)
-    ours, theirs = values[: len(pair.ours.runs)], values[len(pair.ours.runs) :]
-    if not values:
-        return "-"
-    of_seeds = (
-        dict(zip(pair.ours.perplexities, ours, strict=True)),
-        dict(zip(pair.theirs.perplexities, theirs, strict=True)),
-    )
-    return percent_with_interval(paired_difference(*of_seeds, relative=True))
+    ours = dict(zip(pair.ours.perplexities, values[:count], strict=False))
+    theirs = dict(zip(pair.theirs.perplexities, values[count:], strict=False))
+    return percent_with_interval(paired_difference(ours, theirs, relative=True))
 
 
 def _at_share(runs: Sequence[Run], curves: Sequence[Mapping[int, float]], share: float) -> list[float]:
@@ -274,21 +246,16 @@ def _at_share(runs: Sequence[Run], curves: Sequence[Mapping[int, float]], share:
 
     An empty list if nothing was measured near it.
     """
-    steps = max(run.facts["steps"] for run in runs)
-    nearest = min(
-        (step for curve in curves for step in curve), key=lambda step: abs(step - share * steps), default=None
-    )
-    if nearest is None or abs(nearest - share * steps) > _REACH * steps:
+    goal = share * max(run.facts["steps"] for run in runs)
+    nearest = min({step for curve in curves for step in curve}, key=lambda step: abs(step - goal), default=math.inf)
+    if abs(nearest - goal) > _REACH * goal / share:
         return []
-    return [
-        curve.get(nearest, math.nan) if _is_training(run, nearest, share) else math.nan
-        for run, curve in zip(runs, curves, strict=True)
-    ]
-
-
-def _is_training(run: Run, step: int, share: float) -> bool:
-    """Whether the run had not diverged by then."""
-    return run.status != "diverged" or max(step, share * run.facts["steps"]) < run.facts["divergence"]["step"]
+    values = []
+    for run, curve in zip(runs, curves, strict=True):
+        place = max(nearest, share * run.facts["steps"])
+        is_over = run.status == "diverged" and place >= run.facts["divergence"]["step"]
+        values.append(math.nan if is_over else curve.get(nearest, math.nan))
+    return values
 
 
 def _by_depth(heads: Heads | None) -> list[float | None]:
