@@ -28,7 +28,7 @@ from normfree.analysis.groups import Group, all_runs, group_runs
 from normfree.analysis.seeds import paired_difference, summarise
 from normfree.files import write_atomically
 from normfree.measures import MEASURES
-from normfree.report.render import to_file
+from normfree.report.plots.style import to_file
 from normfree.report.sections import SECTIONS, figures_of
 from normfree.report.tables.results import percent_with_interval
 from normfree.report.tables.table import Table, to_markdown, without_empty_columns

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,25 +38,20 @@ def test_causal_ceiling_is_the_mean_log_of_visible_tokens(context: int) -> None:
     assert causal_ceiling(context) == pytest.approx(rows.mean(), rel=1e-12, abs=1e-12)
 
 
-def test_causal_ceiling_refuses_an_empty_block() -> None:
-    with pytest.raises(ValueError, match="context=0"):
-        causal_ceiling(0)
-
-
-def test_lower_edges_and_the_maximum_belong_to_their_range() -> None:
-    assert range_counts([[0.0, 0.99, 1.0], [2.0, 3.0, 4.0]], 4.0).finite_R == (2, 1, 1, 2)
-    assert range_counts([[4.0000001]], 4.0).finite_R == (0, 0, 0, 1)  # rounding
-    assert range_counts([[0.0, 0.0]], 0.0).finite_R == (2, 0, 0, 0)
-
-
-def test_heads_without_finite_entropy_are_in_no_range() -> None:
-    counts = range_counts([[math.nan, 0.0, math.inf, 3.9]], 4.0)
-    assert (counts.finite_R, counts.nonfinite, counts.heads) == ((1, 0, 0, 1), 2, 4)
-    assert counts.shares == [0.25, 0.0, 0.0, 0.25]
-
-
-def test_each_layer_may_have_its_own_maximum() -> None:
-    assert range_counts([[1.0], [1.0]], [1.0, 4.0]).finite_R == (0, 1, 0, 1)
+@pytest.mark.parametrize(
+    ("entropy_LH", "maximum", "finite", "nonfinite"),
+    [
+        ([[0.0, 0.99, 1.0], [2.0, 3.0, 4.0]], 4.0, (2, 1, 1, 2), 0),  # a quarter has its lower edge, the last both
+        ([[4.0000001]], 4.0, (0, 0, 0, 1), 0),  # rounding
+        ([[0.0, 0.0]], 0.0, (2, 0, 0, 0), 0),
+        ([[math.nan, 0.0, math.inf, 3.9]], 4.0, (1, 0, 0, 1), 2),
+        ([[1.0], [1.0]], [1.0, 4.0], (0, 1, 0, 1), 0),  # a maximum per layer
+    ],
+)
+def test_heads_are_counted_by_quarter(entropy_LH: Any, maximum: Any, finite: tuple[int, ...], nonfinite: int) -> None:
+    counts = range_counts(entropy_LH, maximum)
+    assert (counts.finite_R, counts.nonfinite) == (finite, nonfinite)
+    assert counts.shares == [count / np.size(entropy_LH) for count in finite]
 
 
 @given(st.lists(st.floats(0, 5) | st.just(math.nan), min_size=1, max_size=40))
@@ -78,17 +74,19 @@ def test_a_layer_with_a_broken_head_has_no_mean() -> None:
     assert math.isnan(means[1])
 
 
-def test_overload_needs_half_of_the_early_heads() -> None:
-    low, high = [1.0, 1.0], [3.9, 1.0]
-    assert overload(heads([high, high, low, low])).holds is True  # ceil(4 / 3) = 2 early layers
-    assert overload(heads([high, low, high, high])).holds is False
-    assert overload(heads([low, [3.0, 3.0], low, low])).holds is True
-
-
-def test_overload_is_undecided_when_broken_heads_could_tip_it() -> None:
-    assert overload(heads([[math.nan, 1.0]])).holds is None
-    assert overload(heads([[math.nan, 1.0, 1.0]])).holds is False
-    assert overload(heads([[math.nan, 3.9]])).holds is True
+@pytest.mark.parametrize(
+    ("entropy_LH", "holds"),
+    [
+        ([[3.9, 1.0], [3.9, 1.0], [1.0, 1.0], [1.0, 1.0]], True),  # ceil(4 / 3) = 2 early layers
+        ([[3.9, 1.0], [1.0, 1.0], [3.9, 1.0], [3.9, 1.0]], False),
+        ([[1.0, 1.0], [3.0, 3.0], [1.0, 1.0], [1.0, 1.0]], True),
+        ([[math.nan, 1.0]], None),
+        ([[math.nan, 1.0, 1.0]], False),
+        ([[math.nan, 3.9]], True),
+    ],
+)
+def test_overload_needs_half_of_the_early_heads(entropy_LH: Any, holds: bool | None) -> None:
+    assert overload(heads(entropy_LH)).holds is holds
 
 
 def test_overload_says_since_when_without_a_break() -> None:
@@ -101,14 +99,9 @@ def test_overload_says_since_when_without_a_break() -> None:
 
 def test_collapse_names_heads_and_the_first_step() -> None:
     probes = [heads([[1.0, 1.0]], step=0), heads([[1.0, 0.05]], step=50), heads([[1.0, 0.02]], step=100)]
-    verdict = collapse(probes[-1], probes)
-    assert str(verdict) == "yes: layer 0 head 1 (lowest 0.020 nats), since step 50"
-
-
-def test_a_broken_head_is_not_a_collapsed_head() -> None:
-    verdict = collapse(heads([[math.nan, 1.0]]))
-    assert str(verdict) == "undecided"
-    assert collapse(heads([[0.1, 1.0]])).holds is False
+    assert str(collapse(probes[-1], probes)) == "yes: layer 0 head 1 (lowest 0.020 nats), since step 50"
+    assert str(collapse(heads([[math.nan, 1.0]]))) == "undecided"
+    assert str(collapse(heads([[0.1, 1.0]]))) == "no"
 
 
 def test_slopes_move_apart_per_layer_and_never_when_shared(tmp_path: Path) -> None:
@@ -124,13 +117,10 @@ def test_slopes_move_apart_per_layer_and_never_when_shared(tmp_path: Path) -> No
 
 def test_slope_layers_follow_the_activations(tmp_path: Path) -> None:
     labels = ("SM+G/leaky", "SM+G/leaky, last", "SM+leaky, per layer", "SM+leaky, shared", "SM+R")
-    layers = [slope_layers(write_run(tmp_path, label)) for label in labels]
-    assert layers == [[1, 3], [3], [0, 1, 2, 3], [], []]
-
-
-def test_a_list_of_one_activation_is_that_activation(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, label) for label in labels]
+    assert [slope_layers(run) for run in runs] == [[1, 3], [3], [0, 1, 2, 3], [], []]
+    assert [fixed_slope(run) for run in runs] == [None, None, None, None, 0]
     assert fixed_slope(write_run(tmp_path, "SM+R", model={"activation": ["relu"] * 4})) == 0
-    assert fixed_slope(write_run(tmp_path, "SM+G/leaky")) is None
 
 
 @pytest.mark.parametrize(
@@ -236,15 +226,6 @@ def test_two_corpora_of_one_setting_have_different_names(tmp_path: Path) -> None
     assert "SM+G [corpus=aaaaaaaa, context=32]" in names
 
 
-def test_mixed_recipes_of_one_variant_are_named_apart(tmp_path: Path) -> None:
-    runs = [
-        write_run(tmp_path, "SM+G", train={"peak_learning_rate": 1e-3}),
-        write_run(tmp_path, "SM+G", study="other", train={"peak_learning_rate": 5e-4}),
-    ]
-    names = [group.name for group in group_runs(runs, mix=True)]
-    assert names == ["SM+G [peak_learning_rate=0.0005]", "SM+G [peak_learning_rate=0.001]"]
-
-
 def test_an_unfinished_run_of_another_recipe_is_allowed(tmp_path: Path) -> None:
     finished = write_run(tmp_path, "SM+G", train={"peak_learning_rate": 1e-3})
     failed = write_run(tmp_path, "SM+G", study="failed", status="failed", train={"peak_learning_rate": 5e-4})
@@ -293,38 +274,20 @@ def test_a_record_without_a_new_setting_has_its_default(tmp_path: Path) -> None:
         group_runs([older, changed])
 
 
-def test_another_data_order_is_another_seed(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path, "SM+G", study=f"order{order}", data_seed=order) for order in (0, 1)]
+def test_a_group_has_one_run_per_seed_and_data_order(tmp_path: Path) -> None:
+    seeds = ((10, "finished"), (2, "diverged"), (3, "interrupted"), (4, "failed"))
+    runs = [write_run(tmp_path, "SM+G", seed=seed, status=status) for seed, status in seeds]
+    runs += [write_run(tmp_path, "SM+G", study="order", seed=10, data_seed=1)]
+    runs += [write_run(tmp_path, "SM+G", study="repeated", seed=10)]
     (group,) = group_runs(runs)
-    assert (len(group.runs), list(group.perplexities)) == (2, [(0, 0), (0, 1)])
-
-
-def test_a_repeated_seed_is_not_another_seed(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+G", study="copy")]
-    (group,) = group_runs(runs)
-    assert (len(group.runs), len(group.repeated)) == (1, 1)
-
-
-def test_seeds_are_in_numeric_order(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path, "SM+G", seed=seed) for seed in (10, 2)]
-    (group,) = group_runs(runs)
-    assert [run.seed for run in group.runs] == [2, 10]
-
-
-def test_diverged_runs_are_results_and_unfinished_ones_are_not(tmp_path: Path) -> None:
-    states = ("finished", "diverged", "interrupted", "failed")
-    runs = [write_run(tmp_path, "SM+G", seed=seed, status=status) for seed, status in enumerate(states)]
-    (group,) = group_runs(runs)
-    assert [run.status for run in group.runs] == ["finished", "diverged"]
-    assert [run.status for run in group.unfinished] == ["interrupted", "failed"]
+    assert list(group.perplexities) == [(2, 0), (10, 0), (10, 1)]
+    assert [run.seed for run in group.unfinished] == [3, 4]
+    assert [run.spec["study"] for run in group.repeated] == ["repeated"]
+    with pytest.raises(ValueError, match="no runs given"):
+        group_runs([])
 
 
 def test_the_paper_s_variants_come_first_in_its_order(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, label) for label in ("SM+leaky, fixed", "SM+R", "SM", "SM+LN+R", "SM+LN+G", "SM+G")]
     names = [group.name for group in group_runs(runs)]
     assert names == ["SM+LN+G", "SM+LN+R", "SM+G", "SM+R", "SM", "SM+leaky, fixed"]
-
-
-def test_no_runs_is_said_plainly() -> None:
-    with pytest.raises(ValueError, match="no runs given"):
-        group_runs([])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
 
 from normfree.analysis import published
 from normfree.analysis.entropy import top_quarter_share, trained_heads
@@ -95,11 +94,11 @@ def all_pairs(groups: Sequence[Group]) -> list[Pair]:
         labels = dict.fromkeys(group.label for group in groups)
         pairs = pairs_of(groups, [(label, base) for label in labels for base in bases])
         return [pair for pair in pairs if pair.theirs.is_baseline and not pair.ours.is_baseline]
-    pairs: dict[Any, Pair] = {}
+    of_names: dict[Hashable, Pair] = {}
     for pair in (*pairs_of(groups, _OF_THE_PAPER), *(Pair(b, a) for a, b in combinations(groups, 2))):
         if pair.ours.comparison_key == pair.theirs.comparison_key and pair.seeds:
-            pairs.setdefault(frozenset((pair.ours.name, pair.theirs.name)), pair)
-    return list(pairs.values())
+            of_names.setdefault(frozenset((pair.ours.name, pair.theirs.name)), pair)
+    return list(of_names.values())
 
 
 def main_pairs(groups: Sequence[Group]) -> list[Pair]:

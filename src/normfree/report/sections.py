@@ -11,8 +11,8 @@ from normfree.analysis.entropy import causal_ceiling, recorded_quantities, share
 from normfree.analysis.groups import Group
 from normfree.analysis.pairs import main_pairs
 from normfree.cost.tradeoff import trade_off
-from normfree.report import quantity_figures
-from normfree.report.figure import PageFigure, curve_figure, heatmap_figure, seed_figure
+from normfree.report import figures
+from normfree.report.figures import PageFigure, curve_figure, heatmap_figure, seed_figure
 from normfree.report.plots import curves, points
 from normfree.report.plots.style import variant_styles, wrapped
 from normfree.report.tables import cost, results, runs
@@ -56,11 +56,11 @@ def sections_of(groups: Groups) -> list[Section]:
     open_ones, folded = [], []
     for quantity in recorded_quantities(groups, drawn="open") + recorded_quantities(groups, drawn="folded"):
         name, title = quantity.name, quantity.title
-        figures = [partial(draw, quantity=quantity) for draw in quantity_figures.FIGURES[quantity.axes]]
+        draws = [partial(draw, quantity=quantity) for draw in figures.FIGURES[quantity.axes]]
         if quantity.drawn == "open" and quantity.axes == ("layer", "head"):
-            open_ones.append(Section(name=name, title=title, figures=figures[:-1], measurements=True, folded=False))
-            figures, name, title = figures[-1:], f"{name}-training", f"{title} over training"
-        folded.append(Section(name=name, title=title, figures=figures, measurements=True))
+            open_ones.append(Section(name=name, title=title, figures=draws[:-1], measurements=True, folded=False))
+            draws, name, title = draws[-1:], f"{name}-training", f"{title} over training"
+        folded.append(Section(name=name, title=title, figures=draws, measurements=True))
     return [*SECTIONS[:1], *open_ones, *SECTIONS[1:-2], *folded, *SECTIONS[-2:]]
 
 
@@ -126,11 +126,11 @@ def _losses(groups: Groups) -> PageFigure | None:
 
 
 def _nonfinite(groups: Groups) -> PageFigure | None:
-    return None if runs.rows_are_finite(groups) else quantity_figures.curves(groups, QUANTITIES["nonfinite_rows"])
+    return None if runs.rows_are_finite(groups) else figures.curves(groups, QUANTITIES["nonfinite_rows"])
 
 
 def _slopes(groups: Groups) -> PageFigure | None:
-    return quantity_figures.layers_over_training(groups, QUANTITIES["negative_slope"])
+    return figures.layers_over_training(groups, QUANTITIES["negative_slope"])
 
 
 def _private_inference(groups: Groups) -> PageFigure | None:

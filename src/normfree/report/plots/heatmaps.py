@@ -130,7 +130,7 @@ def heatmap_svg(drawing: Heatmap) -> Markup:
     for (layer, head), value in np.ndenumerate(drawing.values_LH):
         x, y = _LEFT + head * width, layer * _HEIGHT
         text = f"{value:z.2f}" if np.isfinite(value) else "NaN"
-        parts.append(f'<rect x="{x}" y="{y}" fill="{to_hex(fills_LH3[layer, head])}">')
+        parts.append(f'<rect x="{x}" y="{y}" fill="{to_hex(tuple(fills_LH3[layer, head]))}">')
         parts.append(f"<title>layer {drawing.layers[layer]} head {head}: {text}</title></rect>")
         if width == 30:
             shade = "" if is_light_LH[layer, head] else ' fill="#fff"'

@@ -106,16 +106,8 @@ def range_table(groups: Sequence[Group]) -> Table:
             comparable = normaliser == "observed" and published.is_gpt2(group.runs[0].spec)
             paper = published.RANGE_PERCENT.get(group.label) if comparable else None
             rows.append((group.name, normaliser, *cells, " / ".join(map(str, paper or "-"))))
-    titles = (
-        "Variant",
-        "Normaliser",
-        "Max (nats)",
-        *entropy.RANGES,
-        "Seeds",
-        "Heads",
-        "NaN heads",
-        "Paper, GPT-2 125M (%)",
-    )
+    heads = ("Seeds", "Heads", "NaN heads", "Paper, GPT-2 125M (%)")
+    titles = ("Variant", "Normaliser", "Max (nats)", *entropy.RANGES, *heads)
     notes = [f"{name}: {meaning}." for name, meaning in entropy.NORMALISERS.items()]
     if missing:
         notes.append(f"Not measured after training, so not counted: {', '.join(missing)}.")
@@ -247,9 +239,10 @@ def _at_share(runs: Sequence[Run], curves: Sequence[Mapping[int, float]], share:
     An empty list if nothing was measured near it.
     """
     goal = share * max(run.facts["steps"] for run in runs)
-    nearest = min({step for curve in curves for step in curve}, key=lambda step: abs(step - goal), default=math.inf)
-    if abs(nearest - goal) > _REACH * goal / share:
+    near = [step for curve in curves for step in curve if abs(step - goal) <= _REACH * goal / share]
+    if not near:
         return []
+    nearest = min(near, key=lambda step: abs(step - goal))
     values = []
     for run, curve in zip(runs, curves, strict=True):
         place = max(nearest, share * run.facts["steps"])

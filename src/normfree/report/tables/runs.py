@@ -102,7 +102,7 @@ def slope_table(groups: Sequence[Group]) -> Table:
 def _slope_row(group: Group) -> tuple[float, tuple[str, ...]]:
     """The fixed slope, infinity if it is learned, and the cells."""
     fixed, learned = verdicts.fixed_slope(group.runs[0]), [verdicts.slopes(run) for run in group.runs]
-    starts, ends, gone_to_zero = {fixed}, "fixed", "-"
+    starts, ends, gone_to_zero = {fixed or 0.0}, "fixed", "-"
     if fixed is None:
         starts = {float(np.mean(slopes.first_S)) if slopes else math.nan for slopes in learned}
         ends = "; ".join(slopes.text if slopes else "-" for slopes in learned)

@@ -1,36 +1,125 @@
-"""Figures of any quantity, drawn from its description: heatmaps, curves over training, profiles over depth."""
+"""Figures of the page: their layout, and heatmaps, curves and profiles drawn from a quantity's description."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
+from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from normfree.analysis.entropy import Floats, layer_means, newest_values, values_over_training
 from normfree.analysis.groups import Group
 from normfree.analysis.pairs import Pair, main_pairs
 from normfree.analysis.verdicts import slope_layers
-from normfree.report.figure import PageFigure, heatmap_figure, seed_figure
-from normfree.report.plots.curves import LAYER_COLOURS, depth_profile, layer_curves, mean_series
+from normfree.report.plots.curves import LAYER_COLOURS, Series, depth_profile, layer_curves, mean_series, seed_curves
 from normfree.report.plots.heatmaps import (
     DIFFERENCE_COLOURS,
     HEATMAP_COLOURS,
     REVERSED_COLOURS,
+    Heatmap,
+    draw_heatmap,
+    heatmap_size,
+    heatmap_svg,
     highest_finite,
 )
-from normfree.report.plots.style import colour_key, variant_styles
+from normfree.report.plots.style import PANEL_INCHES, Key, Panel, colour_key, panel_figure, variant_styles
 from normfree.store.quantities import Quantity
 from normfree.store.runs import Run
 
+_LINES_PER_PANEL = 6
+_KEY_INCHES = 0.75
 _HARDLY = 0.05
+
+
+@dataclass(frozen=True)
+class PageFigure:
+    """Panels that belong together: side by side on the page, one grid in the files."""
+
+    caption: str
+    panels: Sequence[Panel]
+    name: str = ""
+    """Unless given, the section's, as is the title."""
+    title: str = ""
+    panel_inches: tuple[float, float] = PANEL_INCHES
+    key: Key | None = None
+    drawings: Sequence[Markup] = ()
+    """Hand-written panels for the page, instead of drawn ones."""
+
+    def whole(self) -> Figure:
+        """All panels and the colour bar in one figure."""
+        return panel_figure(self.panels, panel_inches=self.panel_inches, key=self.key)
+
+    def parts(self) -> Iterator[Figure]:
+        """One figure per panel."""
+        return (panel_figure([panel], panel_inches=self.panel_inches) for panel in self.panels)
+
+    def key_part(self) -> Figure | None:
+        """The colour bar alone."""
+        size = (PANEL_INCHES[0], _KEY_INCHES)
+        return panel_figure([lambda ax: ax], panel_inches=size, key=self.key) if self.key else None
+
+
+def heatmap_figure(
+    titled: Sequence[tuple[str, np.ndarray, Sequence[int]]],
+    *,
+    label: str,
+    limit: float | None = None,
+    mark: tuple[float, str] | None = None,
+    colours: str = HEATMAP_COLOURS,
+    **words: Any,
+) -> PageFigure | None:
+    """Heatmaps (title, values [layers, heads], layers' numbers) on one scale, by default up to the highest value.
+
+    `label` is that of the colour bar, `mark` a share of the limit with its meaning. `words`: caption, name, title.
+    """
+    if not titled:
+        return None
+    limit = limit or max(highest_finite(np.abs(values_LH)) for _, values_LH, _ in titled)
+    limits = (-limit if colours == DIFFERENCE_COLOURS else 0.0, limit)
+    drawings = [Heatmap(title, values_LH, layers, limits, colours) for title, values_LH, layers in titled]
+    edge = (mark[0] * limit, f"{mark[1]} from {mark[0] * limit:.2f}") if mark else None
+    return PageFigure(
+        panels=[partial(draw_heatmap, drawing) for drawing in drawings],
+        panel_inches=heatmap_size(drawings),
+        key=colour_key(colours, limit=limits, label=label, mark=edge),
+        drawings=[heatmap_svg(drawing) for drawing in drawings],
+        **words,
+    )
+
+
+def curve_figure(
+    groups: Sequence[Group], draws: Sequence[Callable[..., Any]], *, has_line: Callable[[Run], Any], **words: Any
+) -> PageFigure | None:
+    """Curves of the groups with a run that has a line, at most six per panel; None without such a run.
+
+    Each of `draws` is called for every six groups, with these and the `styles` of all. `words`: caption, name, title.
+    """
+    styles = variant_styles([group.name for group in groups])
+    groups = [group for group in groups if any(has_line(run) for run in group.curve_runs)]
+    sixes = [groups[start : start + _LINES_PER_PANEL] for start in range(0, len(groups), _LINES_PER_PANEL)]
+    if any(not run.has_result for group in groups for run in group.curve_runs):
+        words["caption"] += " An open circle ends the line of an unfinished run."
+    panels = [partial(draw, six, styles=styles) for six in sixes for draw in draws]
+    return PageFigure(panels=panels, **words) if panels else None
+
+
+def seed_figure(
+    groups: Sequence[Group], series: Callable[[Run], Series], *, label: str, **words: Any
+) -> PageFigure | None:
+    """A number over training, with a line per seed. None for runs that recorded it less than twice."""
+    draw = partial(seed_curves, series=series, label=label)
+    return curve_figure(groups, [draw], has_line=lambda run: len(series(run)[0]) > 1, **words)
 
 
 def heatmaps(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
     """The heads of one run of each group, on one scale."""
     measured = _measured(groups, quantity)
-    values = [values_LH for _, _, values_LH in measured]
-    tops = [_ceiling(run, quantity) for _, run, _ in measured]
+    values = [values_LH for *_, values_LH, _ in measured]
+    tops = [_ceiling(run, quantity) for _, run, *_ in measured]
     bounded = [top for top in tops if top is not None and np.isfinite(top).any()]
     scale, label, limit, mark, colours = "up to the highest value here", quantity.label, None, None, HEATMAP_COLOURS
     if bounded:
@@ -40,18 +129,18 @@ def heatmaps(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
         if mark and all((share_LH >= mark[0]).all() for share_LH in shares):
             values, limit, mark, colours = [100 * (1 - share_LH) for share_LH in shares], None, None, REVERSED_COLOURS
             scale, label = "in percent below the ceiling; all are near it", f"{quantity.title} (% below the ceiling)"
-        elif len({run.spec["data"]["context"] for _, run, _ in measured}) > 1 and isinstance(quantity.ceiling, str):
+        elif len({run.spec["data"]["context"] for _, run, *_ in measured}) > 1 and isinstance(quantity.ceiling, str):
             values, limit = shares, 1.0
             scale, label = "as shares of each model's ceiling", f"{quantity.title} (share of the ceiling)"
     unfinished = ", ".join(
         f"{group.name} (step {values_over_training(run, quantity.name)[-1][0]})"
-        for group, run, _ in measured
+        for group, run, *_ in measured
         if run.status != "finished"
     )
     return heatmap_figure(
         [
-            (group.name + _unchanged(run, quantity), values_LH, run.layer_numbers(quantity.name, len(values_LH)))
-            for (group, run, _), values_LH in zip(measured, values, strict=True)
+            (group.name + _unchanged(run, quantity), values_LH, layers)
+            for (group, run, _, layers), values_LH in zip(measured, values, strict=True)
         ],
         label=label,
         limit=limit,
@@ -83,8 +172,7 @@ def differences(groups: Sequence[Group], quantity: Quantity) -> PageFigure | Non
     pairs = main_pairs([group for group in groups if group.name in values])
     if len(groups) == 2 and not any(group.is_trained for group in groups):
         caption, pairs = "", [Pair(*groups)]
-        rows = ((group, v, run.layer_numbers(quantity.name, len(v))) for group, run, v in _measured(groups, quantity))
-        values = {group.name: (1, values_LH, layers) for group, values_LH, layers in rows}
+        values = {group.name: (1, values_LH, layers) for group, _, values_LH, layers in _measured(groups, quantity)}
     titled = []
     for ours, theirs in ((pair.ours.name, pair.theirs.name) for pair in pairs):
         if {ours, theirs} <= values.keys() and values[ours][1].shape == values[theirs][1].shape:
@@ -101,19 +189,15 @@ def differences(groups: Sequence[Group], quantity: Quantity) -> PageFigure | Non
 
 def layers_over_training(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
     """The layers of one run of each group over training."""
-    drawn = []
-    for group in groups:
-        run = group.heatmap_run
-        if run and len(history := values_over_training(run, quantity.name)) > 1:
-            numbers = run.layer_numbers(quantity.name, len(history[-1][1]))
-            drawn.append(
-                (run, history, group.name, slope_layers(run) if quantity.name == "negative_slope" else numbers)
-            )
-    deepest, panels = max((layer for *_, numbers in drawn for layer in numbers), default=0), []
-    for run, history, title, numbers in drawn:
-        top = _ceiling(run, quantity)
-        scale = {"deepest": deepest, "ceiling": None if top is None else highest_finite(top)}
-        panels.append(partial(layer_curves, history, label=quantity.label, title=title, numbers=numbers, **scale))
+    panels = []
+    measured = _measured(groups, quantity)
+    deepest = max((layer for *_, layers in measured for layer in layers), default=0)
+    for group, run, _, layers in measured:
+        if len(history := values_over_training(run, quantity.name)) > 1:
+            top = _ceiling(run, quantity)
+            scale = {"deepest": deepest, "ceiling": None if top is None else highest_finite(top)}
+            title = {"title": group.name, "label": quantity.label}
+            panels.append(partial(layer_curves, history, numbers=layers, **title, **scale))
     figure = PageFigure(
         name=f"{quantity.name}-layers",
         title=f"{quantity.title} of the layers over training",
@@ -127,10 +211,7 @@ def layers_over_training(groups: Sequence[Group], quantity: Quantity) -> PageFig
 
 def profile(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
     """The newest values of one run of each group over the layers."""
-    profiles = {
-        group.name: (run.layer_numbers(quantity.name, len(values)), layer_means(values))
-        for group, run, values in _measured(groups, quantity)
-    }
+    profiles = {group.name: (layers, layer_means(values)) for group, _, values, layers in _measured(groups, quantity)}
     styles = variant_styles([group.name for group in groups])
     figure = PageFigure(
         panels=[partial(depth_profile, profiles, label=quantity.label, styles=styles)],
@@ -161,13 +242,15 @@ FIGURES: dict[tuple[str, ...], tuple[Callable[..., PageFigure | None], ...]] = {
 """The figures of a quantity, by its axes."""
 
 
-def _measured(groups: Sequence[Group], quantity: Quantity) -> list[tuple[Group, Run, Floats]]:
-    """Each group's run that is drawn, with its newest values."""
-    return [
-        (group, run, values)
-        for group in groups
-        if (run := group.heatmap_run) is not None and (values := newest_values(run, quantity.name)) is not None
-    ]
+def _measured(groups: Sequence[Group], quantity: Quantity) -> list[tuple[Group, Run, Floats, list[int]]]:
+    """Each group's run that is drawn, with its newest values and the layers' numbers."""
+    measured = []
+    for group in groups:
+        run = group.heatmap_run
+        if run and (values := newest_values(run, quantity.name)) is not None:
+            layers = run.layer_numbers(quantity.name, len(values))
+            measured.append((group, run, values, slope_layers(run) if quantity.name == "negative_slope" else layers))
+    return measured
 
 
 def _sorted_means(groups: Sequence[Group], quantity: Quantity) -> dict[str, tuple[int, Floats, list[int]]]:
