@@ -171,26 +171,25 @@ def test_tabulated_t_values_leave_95_percent_inside(degrees: int) -> None:
 
 
 def test_differences_are_paired_by_seed() -> None:
-    found = paired_difference({0: 11.0, 1: 22.0, 2: 5.0}, {0: 10.0, 1: 20.0, 9: 1.0}, relative=True)
-    assert (found.n, found.mean, found.low) == (2, pytest.approx(0.1), pytest.approx(0.1))
+    shares = paired_difference({0: 11.0, 1: 22.0, 2: 5.0}, {0: 10.0, 1: 20.0, 9: 1.0}, relative=True)
+    assert (shares.n, shares.mean, shares.low) == (2, pytest.approx(0.1), pytest.approx(0.1))
     absolute = paired_difference({0: 11.0, 1: 22.0}, {0: 10.0, 1: 20.0})
     assert (absolute.low, absolute.high) == pytest.approx((1.5 - 12.706 * 0.5, 1.5 + 12.706 * 0.5))
-
-
-def test_one_pair_has_no_interval() -> None:
-    one = paired_difference({0: 11.0}, {0: 10.0})
-    assert (one.mean, math.isnan(one.low), math.isnan(one.high)) == (1.0, True, True)
+    single = paired_difference({0: 11.0}, {0: 10.0})
+    assert (single.mean, math.isnan(single.low), math.isnan(single.high)) == (1.0, True, True)
     broken = paired_difference({0: 11.0, 1: math.nan}, {0: 10.0, 1: 10.0})
     assert (math.isnan(broken.mean), broken.nonfinite, broken.n) == (True, 1, 2)
 
 
-def test_precisions_do_not_mix_unasked(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+R", train={"precision": "bf16"})]
-    message = r"train\.precision: bf16 in quick/sm-r-seed0, fp32 in quick/sm-g-seed0.*mix=true"
+def test_recipes_do_not_mix_unasked(tmp_path: Path) -> None:
+    labels = ("SM+leaky, fixed", "SM", "SM+LN+R", "SM+LN+G", "SM+G")
+    runs = [*(write_run(tmp_path, label) for label in labels), write_run(tmp_path, "SM+R", train={"precision": "bf16"})]
+    message = r"train\.precision: bf16 in quick/sm-r-seed0, fp32 in quick/sm-leaky--fixed-seed0.*mix=true"
     with pytest.raises(ValueError, match=message):
         group_runs(runs)
-    names = [group.name for group in group_runs(runs, mix=True)]
-    assert names == ["SM+G [precision=fp32]", "SM+R [precision=bf16]"]
+    labels = ("SM+LN+G", "SM+LN+R", "SM+G", "SM+R", "SM", "SM+leaky, fixed")  # the paper's first, in its order
+    names = [f"{label} [precision={'bf16' if label == 'SM+R' else 'fp32'}]" for label in labels]
+    assert [group.name for group in group_runs(runs, mix=True)] == names
 
 
 def test_runs_on_another_corpus_are_no_seeds_of_one_recipe(tmp_path: Path) -> None:
@@ -285,9 +284,3 @@ def test_a_group_has_one_run_per_seed_and_data_order(tmp_path: Path) -> None:
     assert [run.spec["study"] for run in group.repeated] == ["repeated"]
     with pytest.raises(ValueError, match="no runs given"):
         group_runs([])
-
-
-def test_the_paper_s_variants_come_first_in_its_order(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path, label) for label in ("SM+leaky, fixed", "SM+R", "SM", "SM+LN+R", "SM+LN+G", "SM+G")]
-    names = [group.name for group in group_runs(runs)]
-    assert names == ["SM+LN+G", "SM+LN+R", "SM+G", "SM+R", "SM", "SM+leaky, fixed"]

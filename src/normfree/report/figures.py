@@ -91,28 +91,20 @@ def heatmap_figure(
     )
 
 
-def curve_figure(
-    groups: Sequence[Group], draws: Sequence[Callable[..., Any]], *, has_line: Callable[[Run], Any], **words: Any
+def seed_figure(
+    groups: Sequence[Group], series: Callable[[Run], Series], *, draws: Sequence[Callable[..., Any]], **words: Any
 ) -> PageFigure | None:
-    """Curves of the groups with a run that has a line, at most six per panel; None without such a run.
+    """Curves of the groups with a run that has the series, at most six groups per panel; None without such a run.
 
     Each of `draws` is called for every six groups, with these and the `styles` of all. `words`: caption, name, title.
     """
     styles = variant_styles([group.name for group in groups])
-    groups = [group for group in groups if any(has_line(run) for run in group.curve_runs)]
+    groups = [group for group in groups if any(series(run)[0] for run in group.curve_runs)]
     sixes = [groups[start : start + _LINES_PER_PANEL] for start in range(0, len(groups), _LINES_PER_PANEL)]
     if any(not run.has_result for group in groups for run in group.curve_runs):
         words["caption"] += " An open circle ends the line of an unfinished run."
     panels = [partial(draw, six, styles=styles) for six in sixes for draw in draws]
     return PageFigure(panels=panels, **words) if panels else None
-
-
-def seed_figure(
-    groups: Sequence[Group], series: Callable[[Run], Series], *, label: str, **words: Any
-) -> PageFigure | None:
-    """A number over training, with a line per seed. None for runs that recorded it less than twice."""
-    draw = partial(seed_curves, series=series, label=label)
-    return curve_figure(groups, [draw], has_line=lambda run: len(series(run)[0]) > 1, **words)
 
 
 def heatmaps(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
@@ -224,10 +216,11 @@ def profile(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
 
 def curves(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
     """The quantity over training, averaged over layers and heads."""
+    series = partial(mean_series, name=quantity.name)
     return seed_figure(
         groups,
-        partial(mean_series, name=quantity.name),
-        label=quantity.label,
+        series,
+        draws=[partial(seed_curves, series=series, label=quantity.label)],
         name=f"{quantity.name}-curves",
         title=f"{quantity.title} over training",
         caption=quantity.meaning,

@@ -12,7 +12,7 @@ from normfree.analysis.groups import Group
 from normfree.analysis.pairs import main_pairs
 from normfree.cost.tradeoff import trade_off
 from normfree.report import figures
-from normfree.report.figures import PageFigure, curve_figure, heatmap_figure, seed_figure
+from normfree.report.figures import PageFigure, heatmap_figure, seed_figure
 from normfree.report.plots import curves, points
 from normfree.report.plots.style import variant_styles, wrapped
 from normfree.report.tables import cost, results, runs
@@ -108,7 +108,7 @@ def _overload(groups: Groups) -> PageFigure | None:
     return seed_figure(
         groups,
         curves.overload_series,
-        label="heads in the top quarter (%)",
+        draws=[partial(curves.seed_curves, series=curves.overload_series, label="heads in the top quarter (%)")],
         caption="Heads at or above 3/4 of the causal ceiling, in percent of all heads. Untrained heads are nearly "
         "uniform, so lines begin at the top; what counts is where they end. The verdict of overload counts only the "
         "first third of the layers, which the table below shows separately.",
@@ -116,10 +116,10 @@ def _overload(groups: Groups) -> PageFigure | None:
 
 
 def _losses(groups: Groups) -> PageFigure | None:
-    return curve_figure(
+    return seed_figure(
         groups,
-        [partial(curves.loss_curves, split=split, title=title) for split, title in _SPLITS.items()],
-        has_line=lambda run: run.has_result or run.series("train", "loss"),
+        partial(curves.loss_series, split="train"),
+        draws=[partial(curves.loss_curves, split=split, title=title) for split, title in _SPLITS.items()],
         caption="Lower is better. The y axis excludes the first fifth of the training. The training loss is a running "
         "mean over about a fiftieth of the points. A cross at the top marks the step where a run diverged.",
     )

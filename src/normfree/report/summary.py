@@ -67,7 +67,7 @@ def _comparison(pair: Pair) -> str:
         return f"{subject} and {other} cannot be compared: {pairs} of runs diverged on one side or both."
     a, b = (summarise([group.perplexities[seed] for seed in pair.seeds]).mean for group in (pair.ours, pair.theirs))
     beside = "" if pair.published is None else f"; the paper: {_above_or_below(pair.published)}"
-    numbers = f"{a:.1f} against {b:.1f}, {_count(difference.n, 'seed')}{beside}"
+    numbers = f"{a:.1f} against {b:.1f}, {difference.n} seed{'s' if difference.n > 1 else ''}{beside}"
     text = f"{subject} ends {_above_or_below(difference.mean)} {other} in perplexity ({numbers})"
     if difference.n < 2:
         return f"{text}."
@@ -75,10 +75,6 @@ def _comparison(pair: Pair) -> str:
     if difference.low < 0 < difference.high:
         return f"{text}; the 95 % interval, {interval}, includes 0."
     return f"{text}; 95 % interval {interval}."
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _above_or_below(share: float) -> str:

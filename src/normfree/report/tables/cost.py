@@ -82,10 +82,8 @@ def trade_off_table(groups: Sequence[Group]) -> Table:
         rows.append((point.name, *numbers, WORDS[point.on_front]))
     notes = [
         "Perplexity: mean over the n seeds that all variants on this corpus share, or over its own if they share none.",
-        "Pareto front: no other variant on the same corpus is at least as low in both perplexity and bytes, and lower "
-        "in one.",
-        "GELU is priced as the model computes it; its tanh form is cheaper than its erf form "
-        "(docs/private-inference.md).",
+        "Pareto front: no other variant on this corpus is as low in perplexity and bytes, and lower in one of them.",
+        "GELU is priced as computed; its tanh form is cheaper than its erf form (docs/private-inference.md).",
         *(f"{name} is left out: an operation of it has no price." for name in unpriced),
     ]
     titles = ("Variant", "Perplexity", "n", "GB", "Rounds", "Pareto front")

@@ -85,8 +85,7 @@ def claim_table(groups: Sequence[Group]) -> Table:
     notes = [
         "Holds or does not hold: the 95 % Student-t interval over paired seeds lies entirely on one side of 0. "
         "Undecided: it contains 0, or there is only one pair, or a run diverged. The interval is valid only if the "
-        "number of seeds was fixed in advance, and for its own claim only: of twenty true differences of 0, one "
-        "interval misses 0 on average.",
+        "number of seeds was fixed in advance, and for its own claim: of twenty true differences of 0, one misses 0.",
         "Share of heads: those at or above 3/4 of the causal ceiling; the difference is in percentage points.",
     ]
     return Table("claims", "The paper's claims at this scale", titles, rows, notes, words=titles[:4])
@@ -185,11 +184,10 @@ def gap_table(groups: Sequence[Group]) -> Table:
     pairs = main_pairs(groups)
     rows = [(pair.name, *(_gap(pair, share) for share in SHARES_OF_TRAINING), str(len(pair.seeds))) for pair in pairs]
     notes = [
-        "Validation during training, on part of the held-out text if train.evaluation_sequences is set; then the "
-        "last column is not exactly the final difference. In brackets: 95 % Student-t interval over paired seeds, in "
-        "percent.",
-        "Each column takes the nearest evaluation within a twentieth of the training. If either run has no evaluation "
-        "there, for example because it diverged before, the pair is NaN.",
+        "Validation during training, on part of the held-out text if train.evaluation_sequences is set. In brackets: "
+        "95 % Student-t interval over paired seeds, in percent.",
+        "Each column takes the nearest evaluation within a twentieth of the training. A pair is NaN if one of its runs "
+        "has none there, for example because it diverged before.",
     ]
     caption = "Difference in validation perplexity over training (share of the steps)"
     return Table("gap", caption, ("Comparison", *_SHARE_TITLES, "Pairs"), rows, notes)

@@ -106,12 +106,9 @@ def _slope_row(group: Group) -> tuple[float, tuple[str, ...]]:
     if fixed is None:
         starts = {float(np.mean(slopes.first_S)) if slopes else math.nan for slopes in learned}
         ends = "; ".join(slopes.text if slopes else "-" for slopes in learned)
-        answers = (verdicts.WORDS[slopes.gone_to_zero] if slopes else "not measured" for slopes in learned)
-        finished = (run.status == "finished" for run in group.runs)
-        gone_to_zero = ", ".join(
-            answer if is_finished else run.status
-            for run, answer, is_finished in zip(group.runs, answers, finished, strict=True)
-        )
+        answers = [verdicts.WORDS[slopes.gone_to_zero] if slopes else "not measured" for slopes in learned]
+        answers = [a if run.status == "finished" else run.status for run, a in zip(group.runs, answers, strict=True)]
+        gone_to_zero = ", ".join(answers)
     nonfinite_steps = [step for run in group.runs if (step := _first_nonfinite_step(run)) is not None]
     counts = [np.sum(rows_LH) for run in group.runs for _, rows_LH in run.series("probe", "nonfinite_rows")]
     perplexity = summarise(list(group.perplexities.values()))
