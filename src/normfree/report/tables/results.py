@@ -85,7 +85,7 @@ def claim_table(groups: Sequence[Group]) -> Table:
     notes = [
         "Holds or does not hold: the 95 % Student-t interval over paired seeds lies entirely on one side of 0. "
         "Undecided: it contains 0, or there is only one pair, or a run diverged. The interval is valid only if the "
-        "number of seeds was fixed in advance, and for its own claim: of twenty true differences of 0, one misses 0.",
+        "number of seeds was fixed in advance, and for its own claim: one in twenty misses a true 0.",
         "Share of heads: those at or above 3/4 of the causal ceiling; the difference is in percentage points.",
     ]
     return Table("claims", "The paper's claims at this scale", titles, rows, notes, words=titles[:4])
