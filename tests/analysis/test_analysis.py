@@ -15,7 +15,6 @@ from normfree.analysis.entropy import (
     Heads,
     causal_ceiling,
     final_heads,
-    layer_means,
     pooled_ranges,
     range_counts,
     trained_heads,
@@ -66,12 +65,6 @@ def test_normalisers_are_observed_maximum_log_t_and_causal_ceiling(tmp_path: Pat
     expected = {"observed": [observed] * 2, "log_t": [math.log(32), math.log(64)], "causal": [causal_ceiling(32)] * 2}
     maxima = {name: [of_group[name].maximum_nats for of_group in pooled.values()] for name in expected}
     assert {name: pytest.approx(values) for name, values in expected.items()} == maxima
-
-
-def test_a_layer_with_a_broken_head_has_no_mean() -> None:
-    means = layer_means([[1.0, 3.0], [1.0, math.nan]])
-    assert means[0] == 2.0
-    assert math.isnan(means[1])
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,8 @@ def cost_tables(cost: Cost) -> list[Table]:
     titles, total = ("Operation", "Where", *_TITLES), _cells(cost, cost.items)
     matmuls = [item for item in cost.items if isinstance(item.count, Matmul)]
     operations = [(*names, *_cells(cost, items)) for names, items in _grouped(cost.items, _operation).items()]
-    products = [(shape, *_cells(cost, items)) for shape, items in _grouped(matmuls, _shape).items()]
+    shapes = _grouped(matmuls, lambda count: f"{count.batch} x ({count.m} x {count.k})({count.k} x {count.n})")
+    products = [(shape, *_cells(cost, items)) for shape, items in shapes.items()]
     rows = [*operations, ("all", "", *total)]
     return [
         Table("cost-operations", f"{model}: by operation", titles, rows, words=("Where",)),
@@ -105,11 +106,7 @@ def _place(count: Count) -> str:
     return count.part if count.layer is None else f"layer {count.layer}"
 
 
-def _shape(count: Any) -> str:
-    return f"{count.batch} x ({count.m} x {count.k})({count.k} x {count.n})"
-
-
-def _grouped(items: Sequence[Item], key: Callable[[Count], Any]) -> dict[Any, list[Item]]:
+def _grouped(items: Sequence[Item], key: Callable[[Any], Any]) -> dict[Any, list[Item]]:
     groups: dict[Any, list[Item]] = {}
     for item in items:
         groups.setdefault(key(item.count), []).append(item)
