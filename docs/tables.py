@@ -28,10 +28,10 @@ from normfree.analysis.groups import Group, all_runs, group_runs
 from normfree.analysis.seeds import paired_difference, summarise
 from normfree.files import write_atomically
 from normfree.measures import MEASURES
-from normfree.report.render import to_png
+from normfree.report.plots.style import to_file
 from normfree.report.sections import SECTIONS, figures_of
 from normfree.report.tables.results import percent_with_interval
-from normfree.report.tables.table import Table, to_markdown
+from normfree.report.tables.table import Table, to_markdown, without_empty_columns
 from normfree.store.quantities import QUANTITIES
 from normfree.store.runs import find_runs
 
@@ -139,7 +139,7 @@ def filled(text: str) -> str:
         if name not in TABLES:
             raise ValueError(f"unknown table {name!r}; allowed: {', '.join(TABLES)}")
         groups = group_runs(find_runs(_folders(match["places"])), mix=bool(match["mixed"]))
-        return f"{match[1]}\n{to_markdown(TABLES[name](groups))}\n{END}"
+        return f"{match[1]}\n{to_markdown(without_empty_columns(TABLES[name](groups)))}\n{END}"
 
     text = QUANTITIES_MARKER.sub(lambda match: f"{match[1]}\n{to_markdown(quantity_table())}\n{END}", text)
     return MARKER.sub(table, text)
@@ -152,7 +152,7 @@ def draw_figures(page: Path) -> None:
         figures = {figure.name: figure for figure in figures_of(groups)}
         if match["name"] not in figures:
             raise ValueError(f"no figure {match['name']!r} of these runs; there are: {', '.join(figures)}")
-        write_atomically(page.parent / match["path"], to_png(figures[match["name"]].whole()))
+        write_atomically(page.parent / match["path"], to_file(figures[match["name"]].whole(), "png"))
 
 
 def _folders(places: str) -> list[Path]:

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from normfree.analysis.entropy import Heads, causal_ceiling, final_heads, layer_means, trained_heads
-from normfree.analysis.groups import group_runs, recipes
-from normfree.analysis.ranges import pooled_ranges, range_counts
+from normfree.analysis.entropy import (
+    Heads,
+    causal_ceiling,
+    final_heads,
+    pooled_ranges,
+    range_counts,
+    trained_heads,
+)
+from normfree.analysis.groups import group_runs, parts_of
+from normfree.analysis.pairs import pairs_of
 from normfree.analysis.seeds import paired_difference, student_t_95, summarise
 from normfree.analysis.verdicts import Slopes, collapse, fixed_slope, overload, slope_layers, slopes
-from normfree.report.tables.results import comparable_pairs
 from tests.synthetic import CONTEXT, write_run
 
 
 def heads(entropy_LH: object, *, ceiling: float = 4.0, step: int = 0) -> Heads:
     entropy_LH = np.array(entropy_LH, dtype=float)
-    return Heads(entropy_LH, np.full(len(entropy_LH), ceiling), step)
+    return Heads(entropy_LH, np.full(len(entropy_LH), ceiling), step, range(len(entropy_LH)))
 
 
 @pytest.mark.parametrize("context", [1, 2, 32, 128, 1024])
@@ -30,25 +37,20 @@ def test_causal_ceiling_is_the_mean_log_of_visible_tokens(context: int) -> None:
     assert causal_ceiling(context) == pytest.approx(rows.mean(), rel=1e-12, abs=1e-12)
 
 
-def test_causal_ceiling_refuses_an_empty_block() -> None:
-    with pytest.raises(ValueError, match="context=0"):
-        causal_ceiling(0)
-
-
-def test_lower_edges_and_the_maximum_belong_to_their_range() -> None:
-    assert range_counts([[0.0, 0.99, 1.0], [2.0, 3.0, 4.0]], 4.0).finite_R == (2, 1, 1, 2)
-    assert range_counts([[4.0000001]], 4.0).finite_R == (0, 0, 0, 1)  # rounding
-    assert range_counts([[0.0, 0.0]], 0.0).finite_R == (2, 0, 0, 0)
-
-
-def test_heads_without_finite_entropy_are_in_no_range() -> None:
-    counts = range_counts([[math.nan, 0.0, math.inf, 3.9]], 4.0)
-    assert (counts.finite_R, counts.nonfinite, counts.heads) == ((1, 0, 0, 1), 2, 4)
-    assert counts.shares == [0.25, 0.0, 0.0, 0.25]
-
-
-def test_each_layer_may_have_its_own_maximum() -> None:
-    assert range_counts([[1.0], [1.0]], [1.0, 4.0]).finite_R == (0, 1, 0, 1)
+@pytest.mark.parametrize(
+    ("entropy_LH", "maximum", "finite", "nonfinite"),
+    [
+        ([[0.0, 0.99, 1.0], [2.0, 3.0, 4.0]], 4.0, (2, 1, 1, 2), 0),  # a quarter has its lower edge, the last both
+        ([[4.0000001]], 4.0, (0, 0, 0, 1), 0),  # rounding
+        ([[0.0, 0.0]], 0.0, (2, 0, 0, 0), 0),
+        ([[math.nan, 0.0, math.inf, 3.9]], 4.0, (1, 0, 0, 1), 2),
+        ([[1.0], [1.0]], [1.0, 4.0], (0, 1, 0, 1), 0),  # a maximum per layer
+    ],
+)
+def test_heads_are_counted_by_quarter(entropy_LH: Any, maximum: Any, finite: tuple[int, ...], nonfinite: int) -> None:
+    counts = range_counts(entropy_LH, maximum)
+    assert (counts.finite_R, counts.nonfinite) == (finite, nonfinite)
+    assert counts.shares == [count / np.size(entropy_LH) for count in finite]
 
 
 @given(st.lists(st.floats(0, 5) | st.just(math.nan), min_size=1, max_size=40))
@@ -61,27 +63,23 @@ def test_normalisers_are_observed_maximum_log_t_and_causal_ceiling(tmp_path: Pat
     pooled = pooled_ranges(group_runs(runs, mix=True))
     observed = max(np.nanmax(heads.entropy_LH) for run in runs if (heads := trained_heads(run)))
     expected = {"observed": [observed] * 2, "log_t": [math.log(32), math.log(64)], "causal": [causal_ceiling(32)] * 2}
-    maxima = {name: [ranges.maximum_nats for ranges in of_group.values()] for name, of_group in pooled.items()}
+    maxima = {name: [of_group[name].maximum_nats for of_group in pooled.values()] for name in expected}
     assert {name: pytest.approx(values) for name, values in expected.items()} == maxima
 
 
-def test_a_layer_with_a_broken_head_has_no_mean() -> None:
-    means = layer_means([[1.0, 3.0], [1.0, math.nan]])
-    assert means[0] == 2.0
-    assert math.isnan(means[1])
-
-
-def test_overload_needs_half_of_the_early_heads() -> None:
-    low, high = [1.0, 1.0], [3.9, 1.0]
-    assert overload(heads([high, high, low, low])).holds is True  # ceil(4 / 3) = 2 early layers
-    assert overload(heads([high, low, high, high])).holds is False
-    assert overload(heads([low, [3.0, 3.0], low, low])).holds is True
-
-
-def test_overload_is_undecided_when_broken_heads_could_tip_it() -> None:
-    assert overload(heads([[math.nan, 1.0]])).holds is None
-    assert overload(heads([[math.nan, 1.0, 1.0]])).holds is False
-    assert overload(heads([[math.nan, 3.9]])).holds is True
+@pytest.mark.parametrize(
+    ("entropy_LH", "holds"),
+    [
+        ([[3.9, 1.0], [3.9, 1.0], [1.0, 1.0], [1.0, 1.0]], True),  # ceil(4 / 3) = 2 early layers
+        ([[3.9, 1.0], [1.0, 1.0], [3.9, 1.0], [3.9, 1.0]], False),
+        ([[1.0, 1.0], [3.0, 3.0], [1.0, 1.0], [1.0, 1.0]], True),
+        ([[math.nan, 1.0]], None),
+        ([[math.nan, 1.0, 1.0]], False),
+        ([[math.nan, 3.9]], True),
+    ],
+)
+def test_overload_needs_half_of_the_early_heads(entropy_LH: Any, holds: bool | None) -> None:
+    assert overload(heads(entropy_LH)).holds is holds
 
 
 def test_overload_says_since_when_without_a_break() -> None:
@@ -94,14 +92,9 @@ def test_overload_says_since_when_without_a_break() -> None:
 
 def test_collapse_names_heads_and_the_first_step() -> None:
     probes = [heads([[1.0, 1.0]], step=0), heads([[1.0, 0.05]], step=50), heads([[1.0, 0.02]], step=100)]
-    verdict = collapse(probes[-1], probes)
-    assert (verdict.holds, verdict.heads, verdict.lowest_nats, verdict.first_step) == (True, ((0, 1),), 0.02, 50)
-
-
-def test_a_broken_head_is_not_a_collapsed_head() -> None:
-    verdict = collapse(heads([[math.nan, 1.0]]))
-    assert (verdict.holds, verdict.heads) == (None, ())
-    assert collapse(heads([[0.1, 1.0]])).holds is False
+    assert str(collapse(probes[-1], probes)) == "yes: layer 0 head 1 (lowest 0.020 nats), since step 50"
+    assert str(collapse(heads([[math.nan, 1.0]]))) == "undecided"
+    assert str(collapse(heads([[0.1, 1.0]]))) == "no"
 
 
 def test_slopes_move_apart_per_layer_and_never_when_shared(tmp_path: Path) -> None:
@@ -109,21 +102,18 @@ def test_slopes_move_apart_per_layer_and_never_when_shared(tmp_path: Path) -> No
     shared = slopes(write_run(tmp_path, "SM+leaky, shared"))
     assert per_layer is not None
     assert shared is not None
-    assert (per_layer.diverging, per_layer.layers, per_layer.first_step) == (True, (3, 0), 80)
-    assert (per_layer.final_step, max(per_layer.final_S) - min(per_layer.final_S)) == (200, pytest.approx(0.3))
-    assert (shared.diverging, len(shared.final_S), shared.layers) == (False, 1, None)
+    assert (per_layer.are_apart, shared.are_apart) == (True, False)
+    assert per_layer.text == "apart: from -0.090 (layer 3) to 0.210 (layer 0), first at step 80"
+    assert shared.text == "one shared slope, 0.110 at the end"
     assert slopes(write_run(tmp_path, "SM+G")) is None
 
 
 def test_slope_layers_follow_the_activations(tmp_path: Path) -> None:
     labels = ("SM+G/leaky", "SM+G/leaky, last", "SM+leaky, per layer", "SM+leaky, shared", "SM+R")
-    layers = [slope_layers(write_run(tmp_path, label)) for label in labels]
-    assert layers == [(1, 3), (3,), (0, 1, 2, 3), (), ()]
-
-
-def test_a_list_of_one_activation_is_that_activation(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, label) for label in labels]
+    assert [slope_layers(run) for run in runs] == [[1, 3], [3], [0, 1, 2, 3], [], []]
+    assert [fixed_slope(run) for run in runs] == [None, None, None, None, 0]
     assert fixed_slope(write_run(tmp_path, "SM+R", model={"activation": ["relu"] * 4})) == 0
-    assert fixed_slope(write_run(tmp_path, "SM+G/leaky")) is None
 
 
 @pytest.mark.parametrize(
@@ -142,7 +132,7 @@ def test_a_list_of_one_activation_is_that_activation(tmp_path: Path) -> None:
 def test_slopes_have_gone_to_zero_when_each_of_them_has(
     first: tuple[float, ...], final: tuple[float, ...], expected: bool
 ) -> None:
-    assert Slopes(first, final, 200, (0, 0), False, None).gone_to_zero is expected
+    assert Slopes(first, final, are_apart=False, text="").gone_to_zero is expected
 
 
 def test_final_heads_come_from_the_end_or_newest_probe(tmp_path: Path) -> None:
@@ -174,26 +164,25 @@ def test_tabulated_t_values_leave_95_percent_inside(degrees: int) -> None:
 
 
 def test_differences_are_paired_by_seed() -> None:
-    found = paired_difference({0: 11.0, 1: 22.0, 2: 5.0}, {0: 10.0, 1: 20.0, 9: 1.0}, relative=True)
-    assert (found.n, found.mean, found.low) == (2, pytest.approx(0.1), pytest.approx(0.1))
+    shares = paired_difference({0: 11.0, 1: 22.0, 2: 5.0}, {0: 10.0, 1: 20.0, 9: 1.0}, relative=True)
+    assert (shares.n, shares.mean, shares.low) == (2, pytest.approx(0.1), pytest.approx(0.1))
     absolute = paired_difference({0: 11.0, 1: 22.0}, {0: 10.0, 1: 20.0})
     assert (absolute.low, absolute.high) == pytest.approx((1.5 - 12.706 * 0.5, 1.5 + 12.706 * 0.5))
-
-
-def test_one_pair_has_no_interval() -> None:
-    one = paired_difference({0: 11.0}, {0: 10.0})
-    assert (one.mean, math.isnan(one.low), math.isnan(one.high)) == (1.0, True, True)
+    single = paired_difference({0: 11.0}, {0: 10.0})
+    assert (single.mean, math.isnan(single.low), math.isnan(single.high)) == (1.0, True, True)
     broken = paired_difference({0: 11.0, 1: math.nan}, {0: 10.0, 1: 10.0})
     assert (math.isnan(broken.mean), broken.nonfinite, broken.n) == (True, 1, 2)
 
 
-def test_precisions_do_not_mix_unasked(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+R", train={"precision": "bf16"})]
-    message = r"train\.precision: bf16 in quick/sm-r-seed0, fp32 in quick/sm-g-seed0.*mix=true"
+def test_recipes_do_not_mix_unasked(tmp_path: Path) -> None:
+    labels = ("SM+leaky, fixed", "SM", "SM+LN+R", "SM+LN+G", "SM+G")
+    runs = [*(write_run(tmp_path, label) for label in labels), write_run(tmp_path, "SM+R", train={"precision": "bf16"})]
+    message = r"train\.precision: bf16 in quick/sm-r-seed0, fp32 in quick/sm-leaky--fixed-seed0.*mix=true"
     with pytest.raises(ValueError, match=message):
         group_runs(runs)
-    names = [group.name for group in group_runs(runs, mix=True)]
-    assert names == ["SM+G [precision=fp32]", "SM+R [precision=bf16]"]
+    labels = ("SM+LN+G", "SM+LN+R", "SM+G", "SM+R", "SM", "SM+leaky, fixed")  # the paper's first, in its order
+    names = [f"{label} [precision={'bf16' if label == 'SM+R' else 'fp32'}]" for label in labels]
+    assert [group.name for group in group_runs(runs, mix=True)] == names
 
 
 def test_runs_on_another_corpus_are_no_seeds_of_one_recipe(tmp_path: Path) -> None:
@@ -204,8 +193,8 @@ def test_runs_on_another_corpus_are_no_seeds_of_one_recipe(tmp_path: Path) -> No
     runs += [write_run(tmp_path, "SM+R", facts=other), write_run(tmp_path, "SM+R", seed=1, facts=other)]
     groups = {group.name: group for group in group_runs(runs, mix=True)}
     assert list(groups) == ["SM+G [corpus=c0ffeec0ffee]", "SM+G [corpus=decafdecafde]", "SM+R [corpus=decafdecafde]"]
-    pairs = [(ours.name, theirs.name) for ours, theirs in comparable_pairs(list(groups.values()))]
-    assert pairs == [("SM+R [corpus=decafdecafde]", "SM+G [corpus=decafdecafde]")]
+    pairs = pairs_of(list(groups.values()))
+    assert [pair.name for pair in pairs] == ["SM+R against SM+G [corpus=decafdecafde]"]
 
 
 def test_names_say_tags_and_lengths_instead_of_corpora(tmp_path: Path) -> None:
@@ -227,15 +216,6 @@ def test_two_corpora_of_one_setting_have_different_names(tmp_path: Path) -> None
     names = [group.name for group in group_runs(runs, mix=True)]
     assert len(set(names)) == 3
     assert "SM+G [corpus=aaaaaaaa, context=32]" in names
-
-
-def test_mixed_recipes_of_one_variant_are_named_apart(tmp_path: Path) -> None:
-    runs = [
-        write_run(tmp_path, "SM+G", train={"peak_learning_rate": 1e-3}),
-        write_run(tmp_path, "SM+G", study="other", train={"peak_learning_rate": 5e-4}),
-    ]
-    names = [group.name for group in group_runs(runs, mix=True)]
-    assert names == ["SM+G [peak_learning_rate=0.0005]", "SM+G [peak_learning_rate=0.001]"]
 
 
 def test_an_unfinished_run_of_another_recipe_is_allowed(tmp_path: Path) -> None:
@@ -261,51 +241,39 @@ def test_a_preset_replaces_its_settings_in_names(tmp_path: Path) -> None:
     }
 
 
-def test_recipes_list_what_only_a_tag_names(tmp_path: Path) -> None:
+def test_parts_say_how_their_recipes_differ(tmp_path: Path) -> None:
     runs = [
         write_run(tmp_path, "SM+R", tag=tag, train={"peak_learning_rate": rate})
         for tag, rate in (("a", 1e-2), ("b", 1e-3))
     ]
     runs += [write_run(tmp_path, "SM+G", tag="a", train={"peak_learning_rate": 1e-2})]
-    assert recipes(group_runs(runs, mix=True)) == {
-        "train.peak_learning_rate=0.01": ["SM+G (a)", "SM+R (a)"],
-        "train.peak_learning_rate=0.001": ["SM+R (b)"],
-    }
-    assert recipes(group_runs(runs[1:2])) == {"": ["SM+R (b)"]}
+    parts = [(part.recipe, [group.name for group in part.groups]) for part in parts_of(runs, mix=True)]
+    assert parts == [
+        ("peak_learning_rate=0.01", ["SM+G (a)", "SM+R (a)"]),
+        ("peak_learning_rate=0.001", ["SM+R (b)"]),
+    ]
+    assert [part.recipe for part in parts_of(runs[1:2])] == [""]
 
 
-def test_another_data_order_is_another_seed(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path, "SM+G", study=f"order{order}", data_seed=order) for order in (0, 1)]
+def test_a_record_without_a_new_setting_has_its_default(tmp_path: Path) -> None:
+    """As if `train.adam_beta2` had been added after the first run."""
+    older, newer = write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+G", seed=1)
+    del older.spec["train"]["adam_beta2"]
+    (group,) = group_runs([older, newer])
+    assert len(group.runs) == 2
+    changed = write_run(tmp_path, "SM+R", train={"adam_beta2": 0.95})
+    with pytest.raises(ValueError, match=r"train\.adam_beta2: 0\.95 in quick/sm-r-seed0, 0\.999 in quick/sm-g-seed0"):
+        group_runs([older, changed])
+
+
+def test_a_group_has_one_run_per_seed_and_data_order(tmp_path: Path) -> None:
+    seeds = ((10, "finished"), (2, "diverged"), (3, "interrupted"), (4, "failed"))
+    runs = [write_run(tmp_path, "SM+G", seed=seed, status=status) for seed, status in seeds]
+    runs += [write_run(tmp_path, "SM+G", study="order", seed=10, data_seed=1)]
+    runs += [write_run(tmp_path, "SM+G", study="repeated", seed=10)]
     (group,) = group_runs(runs)
-    assert (len(group.runs), list(group.perplexities)) == (2, [(0, 0), (0, 1)])
-
-
-def test_a_repeated_seed_is_not_another_seed(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+G", study="copy")]
-    (group,) = group_runs(runs)
-    assert (len(group.runs), len(group.repeated)) == (1, 1)
-
-
-def test_seeds_are_in_numeric_order(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path, "SM+G", seed=seed) for seed in (10, 2)]
-    (group,) = group_runs(runs)
-    assert [run.seed for run in group.runs] == [2, 10]
-
-
-def test_diverged_runs_are_results_and_unfinished_ones_are_not(tmp_path: Path) -> None:
-    states = ("finished", "diverged", "interrupted", "failed")
-    runs = [write_run(tmp_path, "SM+G", seed=seed, status=status) for seed, status in enumerate(states)]
-    (group,) = group_runs(runs)
-    assert [run.status for run in group.runs] == ["finished", "diverged"]
-    assert [run.status for run in group.unfinished] == ["interrupted", "failed"]
-
-
-def test_the_paper_s_variants_come_first_in_its_order(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path, label) for label in ("SM+leaky, fixed", "SM+R", "SM", "SM+LN+R", "SM+LN+G", "SM+G")]
-    names = [group.name for group in group_runs(runs)]
-    assert names == ["SM+LN+G", "SM+LN+R", "SM+G", "SM+R", "SM", "SM+leaky, fixed"]
-
-
-def test_no_runs_is_said_plainly() -> None:
+    assert list(group.perplexities) == [(2, 0), (10, 0), (10, 1)]
+    assert [run.seed for run in group.unfinished] == [3, 4]
+    assert [run.spec["study"] for run in group.repeated] == ["repeated"]
     with pytest.raises(ValueError, match="no runs given"):
         group_runs([])

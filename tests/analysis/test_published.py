@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from normfree.analysis import published
-from normfree.analysis.entropy import Heads, causal_ceiling, layer_means
-from normfree.analysis.ranges import range_counts
+from normfree.analysis.entropy import Heads, causal_ceiling, layer_means, range_counts
 from normfree.analysis.verdicts import overload
 
 BINS = {"SM+LN+G": (6, 20, 106, 12), "SM+LN+R": (8, 24, 107, 5), "SM+G": (2, 26, 33, 83), "SM+R": (4, 29, 79, 32)}
@@ -31,7 +30,7 @@ def test_layer_means_show_the_published_signature() -> None:
 def test_only_gelu_without_layernorm_is_overloaded_in_the_paper() -> None:
     ceiling = causal_ceiling(published.HEATMAP_CONTEXT)
     verdicts = {
-        label: overload(Heads(values, values[:, 0] * 0 + ceiling, 0)).holds
+        label: overload(Heads(values, values[:, 0] * 0 + ceiling, 0, range(12))).holds
         for label, values in published.heatmaps().items()
     }
     assert verdicts == {"SM+LN+G": False, "SM+LN+R": False, "SM+G": True, "SM+R": False}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import re
 import subprocess
@@ -17,14 +16,14 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from normfree.analysis.entropy import final_heads
+from normfree.analysis.entropy import values_over_training
 from normfree.analysis.groups import group_runs
-from normfree.analysis.series import values_over_training
 from normfree.cost.tradeoff import Point
-from normfree.report.plots.curves import layer_curves, loss_curves, nonfinite_curves, overload_curves, slope_curves
-from normfree.report.plots.heatmaps import heatmap, heatmap_key
-from normfree.report.plots.points import perplexity_points, slope_perplexity, trade_off_points
-from normfree.report.plots.style import panel_figure, variant_styles
+from normfree.report.figures import heatmap_figure, layers_over_training
+from normfree.report.plots.curves import layer_curves, loss_curves, overload_series, seed_curves
+from normfree.report.plots.heatmaps import heatmap
+from normfree.report.plots.points import perplexity_points, trade_off_points
+from normfree.report.plots.style import variant_styles
 from normfree.store.quantities import QUANTITIES
 from normfree.store.runs import Run
 from tests.synthetic import rewritten, write_run
@@ -55,25 +54,20 @@ def test_a_broken_head_is_hatched_and_named() -> None:
     ax = heatmap([[1.0, math.nan], [math.inf, 2.0]])
     assert texts(ax) == ["1.00", "NaN", "NaN", "2.00"]
     assert [patch.get_hatch() for patch in ax.patches] == ["////", "////"]
-    assert ax.images[0].get_clim() == (0, 2.0)
+    assert (ax.images[0].get_clim(), heatmap([[0.5]], ceiling=3.9).images[0].get_clim()) == ((0, 2.0), (0, 3.9))
+    with pytest.raises(ValueError, match=r"shape \(3,\)"):
+        heatmap([1.0, 2.0, 3.0])
 
 
-def test_heatmaps_with_one_ceiling_share_a_scale() -> None:
-    figure = panel_figure([lambda ax, v=v: heatmap([[v]], ax=ax, ceiling=3.9) for v in (0.5, 3.0)])
-    assert {ax.images[0].get_clim() for ax in figure.axes} == {(0, 3.9)}
-
-
-def test_colour_bar_marks_near_uniform_below_a_known_ceiling() -> None:
-    keys = (heatmap_key(QUANTITIES["entropy_nats"], 3.878, marked=marked) for marked in (True, False))
-    known, unknown = (panel_figure([partial(heatmap, [[1.0, 2.0]])], key=key).axes[1] for key in keys)
+def test_colour_bar_marks_near_uniform_of_its_limit() -> None:
+    titled = [("a", np.array([[1.0, 2.0]]), [0])]
+    figures = (
+        heatmap_figure(titled, label="", caption="", limit=3.878, mark=m) for m in ((0.75, "near uniform"), None)
+    )
+    known, unknown = (figure.whole().axes[1] for figure in figures if figure)
     assert texts(known) == ["near uniform from 2.91"]
     assert points(known, 0)[0].tolist() == pytest.approx([0.75 * 3.878] * 2)
     assert texts(unknown) == []
-
-
-def test_heatmap_refuses_other_shapes() -> None:
-    with pytest.raises(ValueError, match=r"shape \(3,\)"):
-        heatmap([1.0, 2.0, 3.0])
 
 
 def test_plots_leave_matplotlib_as_they_found_it() -> None:
@@ -87,40 +81,30 @@ def test_plots_leave_matplotlib_as_they_found_it() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_variants_keep_their_colours_in_every_figure() -> None:
-    assert variant_styles(["SM+G", "x"])["SM+G"] == variant_styles(["x", "y", "SM+R", "SM+G"])["SM+G"]
-    many = variant_styles([f"v{i}" for i in range(20)])
-    assert len({(s["color"], s["linestyle"]) for s in many.values()}) == 20
-
-
 def test_a_broken_layer_has_a_gap_and_a_mark(tmp_path: Path) -> None:
     run = write_run(tmp_path, "SM", status="diverged", broken_probe=True)
-    ax = layer_curves(values_over_training(run, "entropy_nats"), ax=Figure().subplots(), label="entropy", ceiling=3.0)
+    history = values_over_training(run, "entropy_nats")
+    ax = layer_curves(history, ax=Figure().subplots(), label="entropy", numbers=[0, 1, 2, 3], deepest=3, ceiling=3.0)
     assert math.isnan(points(ax, 1)[1][-1])
     assert "NaN from step 80" in texts(ax)[0]
 
 
-@pytest.mark.parametrize(
-    "draw", [partial(loss_curves, split="train"), partial(loss_curves, split="validation"), nonfinite_curves]
-)
-def test_a_divergence_is_crossed_at_its_unlogged_step(tmp_path: Path, draw: Callable[..., Axes]) -> None:
-    ax = curves(draw, [write_run(tmp_path, "SM", status="diverged")])
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_divergence_is_crossed_at_its_unlogged_step(tmp_path: Path, split: str) -> None:
+    ax = curves(partial(loss_curves, split=split), [write_run(tmp_path, "SM", status="diverged")])
     assert points(ax, 0)[0][-1] < 100
     assert (ax.lines[1].get_marker(), points(ax, 1)[0][0]) == ("x", 100)
 
 
 def test_the_loss_of_several_seeds_is_their_mean(tmp_path: Path) -> None:
-    ax = curves(loss_curves, [write_run(tmp_path, "SM", seed=seed) for seed in (0, 1)], split="validation")
-    mean, *seeds = ax.lines
+    runs = [write_run(tmp_path, "SM", seed=seed) for seed in (0, 1)]
+    mean, *seeds = curves(loss_curves, runs, split="validation").lines
     assert np.allclose(mean.get_ydata(), (seeds[0].get_ydata() + seeds[1].get_ydata()) / 2)
     assert max(line.get_linewidth() for line in seeds) < mean.get_linewidth()
-    assert [line.get_label() for line in ax.lines].count("SM") == 1
-
-
-def test_the_mean_loss_ends_where_a_seed_diverged(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path, "SM"), write_run(tmp_path, "SM", seed=1, status="diverged")]
+    assert [line.get_label() for line in (mean, *seeds)].count("SM") == 1
+    runs[1] = write_run(tmp_path / "diverged", "SM", seed=1, status="diverged")
     ax = curves(loss_curves, runs, split="train")
-    assert [line.get_xdata()[-1] for line in ax.lines[:3]] == [90, 200, 90]
+    assert [line.get_xdata()[-1] for line in ax.lines[:3]] == [90, 200, 90]  # the mean ends at the divergence
 
 
 def test_the_loss_axis_excludes_the_first_fifth_of_training(tmp_path: Path) -> None:
@@ -146,7 +130,9 @@ def test_a_broken_loss_is_crossed_and_not_smoothed(tmp_path: Path) -> None:
     assert points(ax, 1)[0][0] == 30
 
 
-@pytest.mark.parametrize("draw", [partial(loss_curves, split="train"), overload_curves, nonfinite_curves])
+@pytest.mark.parametrize(
+    "draw", [partial(loss_curves, split="train"), partial(seed_curves, series=overload_series, label="")]
+)
 def test_an_open_circle_ends_an_unfinished_run(tmp_path: Path, draw: Callable[..., Axes]) -> None:
     ax = curves(draw, [write_run(tmp_path, "SM"), write_run(tmp_path, "SM", seed=1, status="running")])
     whole, running, circle = ax.lines
@@ -154,11 +140,6 @@ def test_an_open_circle_ends_an_unfinished_run(tmp_path: Path, draw: Callable[..
     assert np.array_equal(circle.get_xydata(), running.get_xydata()[-1:])
     assert running.get_xdata()[-1] < whole.get_xdata()[-1]
     assert [line.get_label() for line in (whole, running)].count("SM") == 1
-
-
-def test_nonfinite_rows_are_a_share_of_all_rows(tmp_path: Path) -> None:
-    ax = curves(nonfinite_curves, [write_run(tmp_path, "SM", broken_probe=True)])
-    assert (points(ax, 0)[1][0], points(ax, 0)[1][-1], len(ax.lines)) == (0.0, 75.0, 1)
 
 
 def test_every_seed_is_a_dot_above_their_mean(tmp_path: Path) -> None:
@@ -173,37 +154,21 @@ def test_every_seed_is_a_dot_above_their_mean(tmp_path: Path) -> None:
     assert [label.get_text() for label in ax.get_yticklabels()] == ["SM+G", "SM+R", "SM"]
 
 
-def test_a_seed_far_above_the_others_is_a_number(tmp_path: Path) -> None:
+def test_an_axis_with_a_seed_far_above_is_logarithmic(tmp_path: Path) -> None:
     values = zip("abcde", (30, 31, 32, 33, 90), strict=True)
-    ax = curves(perplexity_points, [write_run(tmp_path, label, perplexity=value) for label, value in values])
-    assert ax.get_xlim()[1] < 40
-    assert "90.0 >" in texts(ax)
+    runs = [write_run(tmp_path, label, perplexity=value) for label, value in values]
+    assert [curves(perplexity_points, some).get_xscale() for some in (runs[:-1], runs)] == ["linear", "log"]
+    assert [trade_off(ppl, [1, 2, 3]).get_yscale() for ppl in ([30, 31, 32], [30, 31, 90])] == ["linear", "log"]
 
 
 def test_slopes_have_a_line_per_layer_in_its_colour(tmp_path: Path) -> None:
-    labels = ("SM+leaky, per layer", "SM+leaky, shared", "SM+G/leaky", "SM+G")
-    every, shared, some, none = (slope_curves(write_run(tmp_path, x), ax=Figure().subplots()) for x in labels)
-    assert (len(every.lines), len(shared.lines)) == (5, 2)  # and the line at 0
+    runs = [write_run(tmp_path, label) for label in ("SM+G/leaky", "SM+leaky, per layer", "SM+leaky, shared")]
+    figure = layers_over_training(group_runs(runs), QUANTITIES["negative_slope"])
+    assert figure is not None
+    some, every, shared = (panel(ax=Figure().subplots()) for panel in figure.panels)
+    assert (len(every.lines), len(shared.lines)) == (5, 1)  # slopes below 0 have a line at 0
     colours = [line.get_color() for line in every.lines]
     assert [line.get_color() for line in some.lines[:2]] == [colours[1], colours[3]]
-    assert texts(none) == ["no learnable slope in this run"]
-
-
-def test_a_slope_with_a_diverged_seed_is_nan(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path, label) for label in ("SM+R", "SM")]
-    runs.append(write_run(tmp_path, "SM", seed=1, status="diverged"))
-    ax = slope_perplexity(group_runs(runs), ax=Figure().subplots())
-    assert points(ax, 0)[0].tolist() == [0.0]
-    assert texts(ax) == ["NaN (1/2)"]
-
-
-def test_slopes_are_compared_on_common_seeds(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path, "SM+R", seed=seed, perplexity=ppl) for seed, ppl in enumerate((34.0, 30.0, 29.0))]
-    runs.append(write_run(tmp_path, "SM", perplexity=44.0))
-    ax = slope_perplexity(group_runs(runs), ax=Figure().subplots())
-    assert [values.tolist() for values in points(ax, 0)] == [[0.0, 1.0], [34.0, 44.0]]
-    (bars,) = ax.containers
-    assert all(math.isnan(end) for segment in bars.lines[2][0].get_segments() for _, end in segment)  # one seed: no bar
 
 
 def trade_off(perplexity: Sequence[float], gigabytes: Sequence[float], corpora: str = "") -> Axes:
@@ -215,36 +180,11 @@ def trade_off(perplexity: Sequence[float], gigabytes: Sequence[float], corpora: 
     return trade_off_points(given, ax=Figure().subplots())
 
 
-def test_a_front_joins_the_points_of_one_corpus() -> None:
-    ax = trade_off([4, 3, 40, 30], [1, 2, 1, 2], "xxyy")
-    steps = [line for line in ax.lines if line.get_drawstyle() == "steps-post"]
+def test_a_trade_off_joins_each_front_and_names_what_diverged() -> None:
+    steps = [line for line in trade_off([4, 3, 40, 30], [1, 2, 1, 2], "xxyy").lines if "steps" in line.get_drawstyle()]
     assert [list(line.get_ydata()) for line in steps] == [[4, 3], [40, 30]]
-
-
-def test_a_point_far_above_is_an_arrow_with_its_number() -> None:
-    ax = trade_off([90, 33, 32, 31, 30], [1, 2, 3, 4, 5])
-    assert ax.get_ylim()[1] < 40
-    assert any(text.endswith(": 90.0") for text in texts(ax))
-    assert [line.get_marker() for line in ax.lines].count("^") == 1
-
-
-def test_a_trade_off_names_what_diverged_below_the_axes() -> None:
     ax = trade_off([4.0, *[math.nan] * 6], [1.0] * 7)
     (missing,) = (text for text in ax.texts if text.get_text().startswith("NaN"))
     assert missing.get_position()[1] < 0
-    assert all(len(line) <= 70 for line in missing.get_text().splitlines())
     assert " ".join(missing.get_text().split()).endswith("(start5), SM+leaky, per layer (start6)")
     assert texts(trade_off([math.nan], [1.0])) == ["no variant has a finite perplexity"]
-
-
-def test_drawing_twice_gives_the_same_picture(tmp_path: Path) -> None:
-    heads = final_heads(write_run(tmp_path, "SM+G"))
-    assert heads is not None
-    pictures = set()
-    for _ in range(2):
-        figure = heatmap(heads.entropy_LH, ceiling=heads.ceiling_L).get_figure(root=True)
-        assert figure is not None
-        file = io.BytesIO()
-        figure.savefig(file, format="png")
-        pictures.add(file.getvalue())
-    assert len(pictures) == 1

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
-from playwright.sync_api import Browser, Page, Route, sync_playwright
+from playwright.sync_api import Browser, Route, sync_playwright
 
 pytestmark = pytest.mark.browser
 CHROMIUM = "/usr/bin/chromium"
@@ -47,60 +48,39 @@ def browser() -> Iterator[Browser]:
         launched.close()
 
 
-def problems(browser: Browser, path: Path, *, width: int, scheme: str) -> list[str]:
+def problems(browser: Browser, path: Path, *, width: int, scheme: Literal["light", "dark"]) -> list[str]:
     """What a reader with this window would suffer from, one sentence each."""
-    context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme)  # pyright: ignore[reportArgumentType]
-    found: list[str] = []
+    context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme, offline=True)
+    complaints: list[str] = []
 
     def only_files(route: Route) -> None:
         if route.request.url.startswith("file:"):
             route.continue_()
         else:
-            found.append(f"asks for {route.request.url}")
+            complaints.append(f"asks for {route.request.url}")
             route.abort()
 
-    context.set_offline(True)
     context.route("**/*", only_files)
     page = context.new_page()
-    page.on("console", lambda message: found.append(f"console: {message.text}"))
-    page.on("pageerror", lambda error: found.append(f"error: {error}"))
+    page.on("console", lambda message: complaints.append(f"console: {message.text}"))
+    page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
     page.goto(path.as_uri())
-    found += layout_problems(page, width)
-    context.close()
-    return found
-
-
-def layout_problems(page: Page, width: int) -> list[str]:
-    found = []
-    scroll = page.evaluate("document.documentElement.scrollWidth")
-    if scroll > width:
-        found.append(f"scrolls sideways: {scroll} > {width}")
+    limits = {"scrollWidth": width, "scrollHeight": 6000 if width > 1000 else 12_000}
+    for name, limit in limits.items():
+        if (size := page.evaluate(f"document.documentElement.{name}")) > limit:
+            complaints.append(f"{name}: {size} > {limit}")
     if (contrast := page.evaluate(LOWEST_CONTRAST)) < 4.5:
-        found.append(f"text contrast {contrast:.2f}")
+        complaints.append(f"text contrast {contrast:.2f}")
     if page.locator("h1").count() != 1 or page.locator("h2").count() < 2 or page.locator("main").count() != 1:
-        found.append("headings or landmarks are missing")
-    return found
+        complaints.append("headings or landmarks are missing")
+    context.close()
+    return complaints
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_the_page_reads_well(browser: Browser, report: Path, width: int, scheme: str) -> None:
+def test_the_page_reads_well(browser: Browser, report: Path, width: int, scheme: Literal["light", "dark"]) -> None:
     assert problems(browser, report / "index.html", width=width, scheme=scheme) == []
-
-
-@pytest.mark.parametrize(
-    ("harm", "complaint"),
-    [
-        ("<p style='width: 900px'>wide</p>", "scrolls sideways"),
-        ("<p style='color: #777; background: #888'>pale</p>", "text contrast"),
-        ("<img alt='' src='http://example.invalid/x.png'>", "Content Security Policy"),
-        ("<h1>another</h1>", "headings"),
-    ],
-)
-def test_a_broken_page_is_caught(browser: Browser, report: Path, tmp_path: Path, harm: str, complaint: str) -> None:
-    broken = tmp_path / "index.html"
-    broken.write_text((report / "index.html").read_text().replace("</main>", f"{harm}</main>"))
-    assert any(complaint in found for found in problems(browser, broken, width=390, scheme="light"))
 
 
 def test_a_click_on_a_title_sorts_its_column(browser: Browser, report: Path) -> None:
@@ -115,24 +95,6 @@ def test_a_click_on_a_title_sorts_its_column(browser: Browser, report: Path) -> 
         assert numbers == compare(numbers), order
         assert cells[-1].startswith("NaN")
     page.close()
-
-
-def test_a_folded_page_is_short(browser: Browser, report: Path) -> None:
-    page = browser.new_page(viewport={"width": 1280, "height": 844})
-    page.goto((report / "index.html").as_uri())
-    assert page.evaluate("document.documentElement.scrollHeight") < 6000
-    page.close()
-
-
-def test_the_two_schemes_differ(browser: Browser, report: Path) -> None:
-    colours = set()
-    for scheme in ("light", "dark"):
-        page = browser.new_page(color_scheme=scheme)
-        page.goto((report / "index.html").as_uri())
-        colours.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
-        colours.add(page.evaluate("getComputedStyle(document.querySelector('svg text')).fill"))
-        page.close()
-    assert len(colours) == 4
 
 
 def test_the_keyboard_reaches_every_scroll_area_and_scrolls_it(browser: Browser, report: Path) -> None:

@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from normfree.analysis.groups import group_runs
-from normfree.analysis.series import newest_values
-from normfree.report.tables.runs import run_table
+from normfree.analysis.entropy import newest_values
 from normfree.report.views import compare, plot_curves, plot_heads
 from tests.synthetic import write_run
 
@@ -80,8 +78,3 @@ def test_curves_of_heads_are_their_mean(tmp_path: Path) -> None:
     assert ax.get_ylabel() == "Entropy (nats)"
     with pytest.raises(ValueError, match="'entropy' was not recorded over training; there are: loss"):
         plot_curves(run, quantity="entropy")
-
-
-def test_a_table_prints_as_markdown(tmp_path: Path) -> None:
-    table = run_table(group_runs([write_run(tmp_path, "SM+R")]))
-    assert repr(table).startswith("**Runs**\n\n| Run | Variant |")

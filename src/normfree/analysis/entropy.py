@@ -1,19 +1,28 @@
-"""Head entropies and their ceiling.  L layers, H heads"""
+"""Recorded values of a run; head entropies, their ceiling and their ranges.  L layers, H heads, R ranges"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from normfree.analysis.groups import Group
+from normfree.store.quantities import Quantity
 from normfree.store.runs import Run
 
 Floats = NDArray[np.float64]
 
 OVERLOAD_SHARE = 0.75
 """A head at or above this share of the causal ceiling is nearly uniform."""
+RANGES = ("[0, 1/4)", "[1/4, 1/2)", "[1/2, 3/4)", "[3/4, 1]")
+NORMALISERS = {
+    "observed": "the highest entropy measured here (the paper's Max)",
+    "log_t": "ln T, which only the last row of a causal matrix can reach",
+    "causal": "ln(T!)/T, the entropy if every token looked equally at all tokens up to itself",
+}
 
 
 @dataclass(frozen=True)
@@ -25,6 +34,27 @@ class Heads:
     ceiling_L: Floats
     """Entropy in nats of a head that attends uniformly to every visible token."""
     step: int
+    layers: Sequence[int]
+    """The model's own numbers of the layers."""
+
+
+@dataclass(frozen=True)
+class RangeCounts:
+    """Heads in each quarter of a maximum; those without a finite entropy are in none."""
+
+    finite_R: tuple[int, ...]
+    nonfinite: int
+    maximum_nats: float
+    """The entropy that counts as 1, averaged over layers."""
+
+    @property
+    def heads(self) -> int:
+        return sum(self.finite_R) + self.nonfinite
+
+    @property
+    def shares(self) -> list[float]:
+        """Shares of all heads; they sum to 1 only if every head is finite."""
+        return [count / self.heads for count in self.finite_R]
 
 
 def causal_ceiling(context: int) -> float:
@@ -52,6 +82,30 @@ def top_quarter_share(heads: Heads | None) -> float:
     return float((shares_of_ceiling(heads) >= OVERLOAD_SHARE).mean())
 
 
+def values_over_training(run: Run, name: str) -> list[tuple[int, Floats]]:
+    """(step, values) of any quantity, oldest first: from probes, else from validation, else from the training log."""
+    for split in ("probe", "validation", "train"):
+        if series := run.series(split, name):
+            return [(step, np.array(value, dtype=float)) for step, value in series]
+    return []
+
+
+def newest_values(run: Run, name: str) -> Floats | None:
+    """The values of a quantity after training, else the newest before that; None if it was never measured."""
+    final = run.last("final", name)
+    if final is not None:
+        return np.array(final, dtype=float)
+    series = values_over_training(run, name)
+    return series[-1][1] if series else None
+
+
+def recorded_quantities(groups: Sequence[Group], *, drawn: str) -> list[Quantity]:
+    """Quantities that runs of these groups recorded and the report draws in this place (`open` or `folded`)."""
+    runs = [run for group in groups for run in group.curve_runs]
+    by_name = {q.name: q for run in runs for q in run.quantities.values() if q.drawn == drawn}
+    return [q for q in by_name.values() if any(newest_values(run, q.name) is not None for run in runs)]
+
+
 def probed_heads(run: Run, split: str = "probe") -> list[Heads]:
     """The entropies of every probe of a run, oldest first; `final` is the large sample after training."""
     ceilings = dict(run.series(split, "ceiling_nats"))
@@ -59,17 +113,50 @@ def probed_heads(run: Run, split: str = "probe") -> list[Heads]:
     for step, value in run.series(split, "entropy_nats"):
         ceiling_L = np.array(ceilings[step], dtype=float)
         ceiling_L[np.isnan(ceiling_L)] = causal_ceiling(run.spec["data"]["context"])  # no finite row in this layer
-        heads.append(Heads(np.array(value, dtype=float), ceiling_L, step))
+        layers = run.layer_numbers("entropy_nats", len(value))
+        heads.append(Heads(np.array(value, dtype=float), ceiling_L, step, layers))
     return heads
 
 
 def final_heads(run: Run) -> Heads | None:
     """The entropies after training, else those of the newest probe, else None."""
-    heads = probed_heads(run, "final") or probed_heads(run)
-    return heads[-1] if heads else None
+    return next(reversed(probed_heads(run, "final") or probed_heads(run)), None)
 
 
 def trained_heads(run: Run) -> Heads | None:
     """The entropies after training; None for a run that did not finish or was not measured then."""
-    heads = probed_heads(run, "final") if run.status == "finished" else []
-    return heads[-1] if heads else None
+    return next(reversed(probed_heads(run, "final")), None) if run.status == "finished" else None
+
+
+def range_counts(entropy_LH: ArrayLike, maximum: ArrayLike) -> RangeCounts:
+    """Count heads per quarter of `maximum` in nats (one number, or one per layer).
+
+    A quarter contains its lower edge. The last one also contains its upper edge and values that rounding puts above it.
+    A head of 0 nats is in the first one, even if the maximum is 0.
+    """
+    entropy_LH = np.asarray(entropy_LH, dtype=float)
+    maximum_L1 = np.broadcast_to(np.asarray(maximum, dtype=float), entropy_LH.shape[:1])[:, None]
+    finite_LH = np.isfinite(entropy_LH)
+    share_LH = np.divide(entropy_LH, maximum_L1, out=np.zeros_like(entropy_LH), where=entropy_LH != 0)
+    quarter = np.floor(4 * share_LH[finite_LH]).clip(0, 3).astype(int)
+    counts_R = np.bincount(quarter, minlength=4)
+    return RangeCounts(tuple(counts_R.tolist()), int((~finite_LH).sum()), float(maximum_L1.mean()))
+
+
+def pooled_ranges(groups: Sequence[Group]) -> dict[str, dict[str, RangeCounts]]:
+    """`{group: {normaliser: counts}}` over the seeds of all groups with a run that was measured after training.
+
+    A diverged run is left out: it was trained for less time, so its heads are closer to uniform.
+    Under `observed`, all groups share one maximum.
+    """
+    heads_of = {group.name: [heads for run in group.runs if (heads := trained_heads(run))] for group in groups}
+    entropies = np.concatenate([[], *(heads.entropy_LH.ravel() for each in heads_of.values() for heads in each)])
+    observed = max(entropies[np.isfinite(entropies)], default=math.nan)
+    pooled = {}
+    for group in groups:
+        if heads := heads_of[group.name]:
+            entropy_LH = np.concatenate([seed.entropy_LH for seed in heads])
+            maxima = {"observed": observed, "log_t": math.log(group.runs[0].spec["data"]["context"])}
+            maxima |= {"causal": np.concatenate([seed.ceiling_L for seed in heads])}
+            pooled[group.name] = {name: range_counts(entropy_LH, maxima[name]) for name in NORMALISERS}
+    return pooled

@@ -3,50 +3,64 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any
 
 from normfree.analysis import published
 from normfree.analysis.seeds import Summary, summarise
-from normfree.spec.run import NOT_DECIDING, NOT_RECIPE_FIELDS, PLACES_OF_TEXT, VARIANT_FIELDS, recipe_of
-from normfree.store.runs import OVER, Run
+from normfree.spec.keys import describe_keys
+from normfree.spec.run import NOT_DECIDING, NOT_RECIPE_FIELDS, PLACES_OF_TEXT, VARIANT_FIELDS, RunSpec
+from normfree.store.runs import Run
 
 
 @dataclass(frozen=True)
 class Group:
-    """The seeds of one variant under one recipe."""
+    """The seeds of one variant under one recipe, or one measured model."""
 
     name: str
     """The variant in the paper's notation, plus whatever distinguishes it from groups with the same label."""
-    label: str
-    recipe: str
-    """Fingerprint of recipe and corpus; only groups with the same one are compared."""
     runs: tuple[Run, ...]
     """Finished and diverged runs, one per seed."""
     unfinished: tuple[Run, ...]
     """Running, interrupted or failed runs, which have no result."""
     repeated: tuple[Run, ...]
     """Further runs of a seed that `runs` already contains."""
-    drawn: tuple[Run, ...]
-    """Runs whose curves are drawn: `runs`, and `unfinished` if a run with a result has their recipe."""
+    is_left_out: bool = False
+    """True if no run is drawn: they are unfinished, and no run with a result has their recipe."""
     is_baseline: bool = False
     """True for the group that `baseline=` names: all others are compared with it."""
-
-    @property
-    def tag(self) -> str:
-        """The tag of its runs, or nothing."""
-        return self.members[0].spec.get("tag") or ""
-
-    @property
-    def shown(self) -> Run | None:
-        """The run whose heads are drawn: the first finished seed, else the first diverged one, else any."""
-        return next((run for run in self.runs if run.status == "finished"), next(iter(self.drawn), None))
 
     @property
     def members(self) -> tuple[Run, ...]:
         """Its runs except repeated ones; those with a result come first."""
         return (*self.runs, *self.unfinished)
+
+    @property
+    def label(self) -> str:
+        """The variant in the paper's notation."""
+        return self.members[0].spec["label"]
+
+    @property
+    def is_trained(self) -> bool:
+        """False for a model that was only measured."""
+        return self.members[0].kind == "run"
+
+    @cached_property
+    def comparison_key(self) -> Hashable:
+        """Recipe and corpus; only groups with the same ones are compared."""
+        return _comparison_key(self.members[0])
+
+    @property
+    def curve_runs(self) -> tuple[Run, ...]:
+        """Runs whose curves are drawn."""
+        return () if self.is_left_out else self.members
+
+    @property
+    def heatmap_run(self) -> Run | None:
+        """The run whose heads are drawn: the first finished seed, else the first diverged one, else any."""
+        return next((run for run in self.runs if run.status == "finished"), next(iter(self.curve_runs), None))
 
     @property
     def perplexities(self) -> dict[Hashable, float]:
@@ -58,44 +72,50 @@ class Group:
 class Part:
     """Groups that are shown together: those of one recipe, or all if the report does not mix recipes."""
 
-    title: str
-    """Its studies, with the settings that distinguish it from other parts of these studies; empty for the only part."""
     groups: list[Group]
+    title: str = ""
+    """Its studies, with the settings that distinguish it from other parts of these studies."""
+    recipe: str = ""
+    """All settings that distinguish it from the other parts."""
 
 
-def is_over(run: Run) -> bool:
-    """True if a run finished or diverged, and so has a result."""
-    return run.status in OVER
-
-
-def group_runs(runs: Sequence[Run], *, mix: bool = False) -> list[Group]:
+def group_runs(runs: Sequence[Run], *, mix: bool = False, baseline: str = "") -> list[Group]:
     """Group the runs of one variant, recipe and corpus; the paper's variants come first, in its order.
 
-    Raises ValueError if runs with a result differ in corpus, precision or any other part of the recipe. With `mix`
-    each recipe becomes a group whose name says how it differs.
+    `baseline`: the label, variant or name of the groups to compare all others with. With `mix` each recipe becomes a
+    group whose name says how it differs.
+
+    Raises ValueError if runs with a result differ in corpus, precision or any other part of the recipe without `mix`.
     """
     if not runs:
         raise ValueError("no runs given: give a run folder or a folder of runs")
-    over = [run for run in runs if is_over(run) and run.kind == "run"]
-    differing = _differing(over)
-    if differing and not mix:
-        values = "; ".join(f"{key}: {_name_a_run_per_value(key, values, over)}" for key, values in differing.items())
+    results = [run for run in runs if run.has_result and run.kind == "run"]
+    if not mix and (differing := _differing(results)):
+        values = "; ".join(f"{key}: {_name_a_run_per_value(key, results)}" for key in differing)
         raise ValueError(
             f"these runs differ in their recipe ({values}): "
             "give runs of one recipe, or mix=true to show them side by side"
         )
-    members: dict[Hashable, list[Run]] = {}
-    for run in runs:
-        folder = [str(run.folder)] if run.kind == "measurement" else []  # measurements are never seeds of each other
-        members.setdefault((run.label, *folder, *sorted(_flat_spec(run).items())), []).append(run)
-    with_result = [alike for alike in members.values() if any(map(is_over, alike))]
-    without = [alike for alike in members.values() if not any(map(is_over, alike))]
+    of_key: dict[Hashable, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: not run.has_result):
+        folder = run.folder if run.kind == "measurement" else None  # measurements are never seeds of each other
+        of_key.setdefault((run.label, folder, *_settings(run).items()), []).append(run)
+    first_runs = [alike[0] for alike in of_key.values()]
     # Named separately, so that an unfinished run does not change the names of groups with a result.
-    names = _names(with_result) + _names(with_result + without)[len(with_result) :]
-    groups = [_group(name, alike) for name, alike in zip(names, with_result + without, strict=True)]
-    recipes_with_result = {group.recipe for group in groups if group.runs}
-    if recipes_with_result and not mix:  # the check above skipped unfinished runs
-        groups = [group if group.recipe in recipes_with_result else replace(group, drawn=()) for group in groups]
+    with_result = [run for run in first_runs if run.has_result]
+    names = _names(with_result) + _names(first_runs)[len(with_result) :]
+    keys_with_result = {_comparison_key(run) for run in with_result}
+    groups = []
+    for name, alike in zip(names, of_key.values(), strict=True):
+        # The check above skipped unfinished runs.
+        is_left_out = bool(with_result) and not mix and _comparison_key(alike[0]) not in keys_with_result
+        is_baseline = bool(baseline) and baseline in (name, alike[0].spec["label"], alike[0].spec.get("variant"))
+        of_seed: dict[Hashable, Run] = {}
+        for run in sorted((run for run in alike if run.has_result), key=_seed):
+            of_seed.setdefault(_seed(run), run)
+        chosen, unfinished = tuple(of_seed.values()), tuple(run for run in alike if not run.has_result)
+        repeated = tuple(run for run in alike if run not in (*chosen, *unfinished))
+        groups.append(Group(name, chosen, unfinished, repeated, is_left_out, is_baseline))
     rank = {label: place for place, label in enumerate(published.ORDER)}
     return sorted(groups, key=lambda group: (rank.get(group.label, len(rank)), group.name))
 
@@ -103,29 +123,28 @@ def group_runs(runs: Sequence[Run], *, mix: bool = False) -> list[Group]:
 def parts_of(runs: Sequence[Run], *, mix: bool = False, baseline: str = "") -> list[Part]:
     """One part for each recipe and one for measured models if `mix` and the runs have several recipes; else one part.
 
-    `baseline`: the label, variant or name of the groups to compare all others with.
-
     Raises ValueError as `group_runs` does, and for a baseline that no run has.
     """
-    groups = group_runs(runs, mix=mix)
-    of_recipe: dict[str, list[Run]] = {}
-    for group in groups:
-        key = group.recipe if group.members[0].kind == "run" else "measured"
-        of_recipe.setdefault(key, []).extend((*group.members, *group.repeated))
-    parts = [Part("", groups)]
-    if mix and len(of_recipe.keys() - {"measured"}) > 1:
-        place = {run.folder: place for place, run in enumerate(runs)}
-        ordered = sorted(of_recipe.values(), key=lambda alike: min(place[run.folder] for run in alike))
-        parts = [
-            Part(title, group_runs(alike, mix=True))
-            for title, alike in zip(_part_titles(ordered), ordered, strict=True)
-        ]
-    if baseline:
-        parts = [Part(part.title, [_marked(group, baseline) for group in part.groups]) for part in parts]
-        every = [group for part in parts for group in part.groups]
-        if not any(group.is_baseline for group in every):
-            labels = ", ".join(dict.fromkeys(group.label for group in every))
-            raise ValueError(f"baseline={baseline} is not among these runs; their variants are {labels}")
+    of_recipe: dict[Hashable, list[Run]] = {}
+    for run in runs:
+        of_recipe.setdefault(_comparison_key(run) if run.kind == "run" else "measured", []).append(run)
+    models = of_recipe.pop("measured", [])
+    parts = []
+    if mix and len(of_recipe) > 1:
+        first_runs = [alike[0] for alike in of_recipe.values()]
+        keys = _differing(first_runs)
+        for alike in of_recipe.values():
+            first, studies = alike[0], ", ".join(dict.fromkeys(run.spec["study"] for run in alike))
+            same_study = [run for run in first_runs if run.spec["study"] == first.spec["study"]]
+            settings = _settings_text(first, _differing(same_study))
+            title = f"{studies}: {settings}" if settings else studies
+            parts.append(Part(group_runs(alike, baseline=baseline), title, _settings_text(first, keys)))
+        parts += [Part(group_runs(models, baseline=baseline), "Measured models")] if models else []
+    parts = parts or [Part(group_runs(runs, mix=mix, baseline=baseline))]
+    groups = [group for part in parts for group in part.groups]
+    if baseline and not any(group.is_baseline for group in groups):
+        labels = ", ".join(dict.fromkeys(group.label for group in groups))
+        raise ValueError(f"baseline={baseline} is not among these runs; their variants are {labels}")
     return parts
 
 
@@ -136,9 +155,13 @@ def all_runs(groups: Sequence[Group]) -> list[Run]:
 
 def counterparts(group: Group, label: str, groups: Sequence[Group]) -> list[Group]:
     """Groups of `label` to compare `group` with: same recipe, a common seed, and the same tag if one of them has it."""
-    same_recipe = [other for other in groups if (other.label, other.recipe) == (label, group.recipe)]
-    common_seed = [other for other in same_recipe if other.perplexities.keys() & group.perplexities.keys()]
-    return [other for other in common_seed if other.tag == group.tag] or common_seed
+    comparable = [
+        other
+        for other in groups
+        if (other.label, other.comparison_key) == (label, group.comparison_key)
+        and other.perplexities.keys() & group.perplexities.keys()
+    ]
+    return [other for other in comparable if _tag(other.members[0]) == _tag(group.members[0])] or comparable
 
 
 def perplexities_on_common_seeds(groups: Sequence[Group]) -> dict[str, Summary]:
@@ -154,116 +177,75 @@ def perplexities_on_common_seeds(groups: Sequence[Group]) -> dict[str, Summary]:
     }
 
 
-def recipes(groups: Sequence[Group]) -> dict[str, list[str]]:
-    """Differences between recipes, as `train.steps=40, train.precision=bf16`, each with the names of its groups.
-
-    A single recipe has an empty text.
-    """
-    firsts = {group.name: group.members[0] for group in groups if group.members[0].kind == "run"}
-    keys = _differing(list(firsts.values()))
-    names: dict[str, list[str]] = {}
-    for name, run in firsts.items():
-        spec = _flat_spec(run, places=True)
-        names.setdefault(", ".join(f"{key}={spec.get(key, 'unset')}" for key in keys), []).append(name)
-    return names
-
-
-def _part_titles(parts: Sequence[Sequence[Run]]) -> list[str]:
-    studies = [", ".join(dict.fromkeys(run.spec["study"] for run in runs)) for runs in parts]
-    titles = []
-    for study, runs in zip(studies, parts, strict=True):
-        alike = [others[0] for others, name in zip(parts, studies, strict=True) if name == study]
-        spec = _flat_spec(runs[0], places=True)
-        settings = [f"{key.split('.')[-1]}={spec.get(key, 'unset')}" for key in _differing(alike)]
-        measured = runs[0].kind == "measurement"
-        titles.append("Measured models" if measured else ": ".join(filter(None, (study, ", ".join(settings)))))
-    return titles
-
-
-def _marked(group: Group, baseline: str) -> Group:
-    variant = group.members[0].spec.get("variant")
-    return replace(group, is_baseline=baseline in (group.name, group.label, variant))
-
-
-def _group(name: str, runs: list[Run]) -> Group:
-    of_seed: dict[Hashable, Run] = {}
-    over = sorted(filter(is_over, runs), key=_seed)
-    for run in over:
-        of_seed.setdefault(_seed(run), run)
-    chosen, unfinished = tuple(of_seed.values()), tuple(run for run in runs if not is_over(run))
-    return Group(
-        name=name,
-        label=runs[0].spec["label"],
-        recipe=f"{recipe_of(runs[0].spec)}-{runs[0].corpus}",
-        runs=chosen,
-        unfinished=unfinished,
-        repeated=tuple(run for run in over if run not in chosen),
-        drawn=chosen + unfinished,
-    )
-
-
 def _seed(run: Run) -> tuple[int, int]:
     return run.seed, run.spec["data_seed"]
 
 
-def _names(groups: list[list[Run]]) -> list[str]:
-    """Each group's label, with the settings that distinguish it from groups of its label, and from groups of its tag.
+def _tag(run: Run) -> str:
+    return run.spec.get("tag") or ""
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """Each run's label, with the settings that distinguish it from runs of its label, and from runs of its tag.
 
     If a preset explains a setting, the preset is named instead.
     """
-    firsts = [runs[0] for runs in groups]
-    of_preset: dict[Hashable, list[Run]] = {}
-    for run in firsts:
-        of_preset.setdefault(run.spec.get("preset"), []).append(run)
-    differ_within_a_preset = {key for runs in of_preset.values() for key in _differing(runs)}
-    set_by_preset = _differing(firsts).keys() - differ_within_a_preset - {"preset", "corpus"}
+    presets = {run.spec.get("preset") for run in runs}
+    of_preset = ([run for run in runs if run.spec.get("preset") == preset] for preset in presets)
+    differ_within_a_preset = {key for alike in of_preset for key in _differing(alike)}
+    set_by_preset = {*_differing(runs)} - differ_within_a_preset - {"preset", "corpus"}
     names = []
-    for run in firsts:
-        same_label = [other for other in firsts if other.label == run.label]
-        same_tag = [other for other in firsts if other.spec.get("tag") == run.spec.get("tag")]
-        spec = _flat_spec(run, places=True)
-        keys = {*_differing(same_label, variants_too=True), *_differing(same_tag)} - set_by_preset
-        settings = ", ".join(f"{key.split('.')[-1]}={spec.get(key, 'unset')}" for key in sorted(keys))
+    for run in runs:
+        same_label = _differing([other for other in runs if other.label == run.label], ignored=())
+        same_tag = _differing([other for other in runs if _tag(other) == _tag(run)])
+        settings = _settings_text(run, sorted({*same_label, *same_tag} - set_by_preset))
         names.append(f"{run.label} [{settings}]" if settings else run.label)
     return [
         f"{name} ({run.folder.name})" if run.kind == "measurement" and names.count(name) > 1 else name
-        for run, name in zip(firsts, names, strict=True)
+        for run, name in zip(runs, names, strict=True)
     ]
 
 
-def _differing(runs: Iterable[Run], *, variants_too: bool = False) -> dict[str, list[str]]:
-    """Recipe keys on which runs disagree, each with its values."""
-    runs = list(runs)
+def _name_a_run_per_value(key: str, runs: Sequence[Run]) -> str:
+    places = {_settings(run, with_places=True).get(key, "unset"): run.place for run in reversed(runs)}
+    return ", ".join(f"{value} in {places[value]}" for value in sorted(places))
+
+
+def _settings_text(run: Run, keys: Sequence[str]) -> str:
+    """`steps=40, precision=bf16`."""
+    values = _settings(run, with_places=True)
+    return ", ".join(f"{key.split('.')[-1]}={values.get(key, 'unset')}" for key in keys)
+
+
+def _differing(runs: Sequence[Run], *, ignored: Sequence[str] = VARIANT_FIELDS) -> list[str]:
+    """Sorted keys of the settings on which runs disagree, without the ignored ones."""
     several_corpora = len({run.corpus for run in runs}) > 1
-    specs = [_flat_spec(run, places=several_corpora) for run in runs]
-    differing = {}
-    for key in sorted({key for spec in specs for key in spec}):
-        values = sorted({spec.get(key, "unset") for spec in specs})
-        if len(values) > 1 and (variants_too or key not in VARIANT_FIELDS):
-            differing[key] = values
+    settings = [_settings(run, with_places=several_corpora) for run in runs]
+    keys = {key for values in settings for key in values}
+    differing = {key for key in keys.difference(ignored) if len({values.get(key) for values in settings}) > 1}
     # The fingerprint adds nothing if every combination of data settings has its own corpus.
-    data = [tuple(sorted(item for item in spec.items() if item[0].startswith("data."))) for spec in specs]
-    if len(set(data)) == len({(settings, spec["corpus"]) for settings, spec in zip(data, specs, strict=True)}):
-        differing.pop("corpus", None)
-    return differing
+    data = [tuple(item for item in values.items() if item[0].startswith("data.")) for values in settings]
+    if len(set(data)) == len({(of_run, values["corpus"]) for of_run, values in zip(data, settings, strict=True)}):
+        differing.discard("corpus")
+    return sorted(differing)
 
 
-def _name_a_run_per_value(key: str, values: Sequence[str], runs: Sequence[Run]) -> str:
-    places = {_flat_spec(run, places=True).get(key, "unset"): run.place for run in reversed(runs)}
-    return ", ".join(f"{value} in {places[value]}" for value in values)
+def _comparison_key(run: Run) -> Hashable:
+    return tuple(item for item in _settings(run).items() if item[0] not in VARIANT_FIELDS)
 
 
-def _flat_spec(run: Run, *, places: bool = False) -> dict[str, str]:
-    """The recipe as `train.precision -> bf16`, with the corpus. `places`: also the paths of its text."""
-    flat = {"corpus": run.corpus[:12]}
-    left_out = {*NOT_RECIPE_FIELDS, *NOT_DECIDING} - (set(PLACES_OF_TEXT) if places else set())
+@cache
+def _defaults() -> dict[str, Any]:
+    return {key: default for key, (default, _) in describe_keys(RunSpec).items() if "." in key}
 
-    def visit(prefix: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, item in value.items():
-                visit(f"{prefix}.{key}" if prefix else key, item)
-        elif prefix not in left_out:
-            flat[prefix] = str(value)
 
-    visit("", run.spec)
-    return flat
+def _settings(run: Run, *, with_places: bool = False) -> dict[str, str]:
+    """Corpus and recipe in a fixed order, as `train.precision -> bf16`; with the paths of its text if `with_places`.
+
+    A setting that did not exist when the run was recorded has its default.
+    """
+    settings = dict(_defaults()) if run.kind == "run" else {}
+    for name, value in run.spec.items():
+        settings |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+    ignored = {*NOT_RECIPE_FIELDS, *NOT_DECIDING} - (set(PLACES_OF_TEXT) if with_places else set())
+    return {"corpus": run.corpus[:12]} | {key: str(settings[key]) for key in sorted(settings.keys() - ignored)}

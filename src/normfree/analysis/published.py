@@ -44,17 +44,9 @@ RANGE_PERCENT: dict[str, tuple[int, int, int, int]] = {
 }
 """Heads per quarter of the observed maximum, GPT-2 125M, percent."""
 
-LOSS_NATS: dict[str, dict[float, float]] = {
-    "SM+LN+G": {0.1: 1.67, 0.2: 1.47, 0.4: 1.28, 0.6: 1.16, 0.8: 1.08, 1.0: 0.98},
-    "SM+LN+R": {0.1: 1.73, 0.2: 1.52, 0.4: 1.33, 0.6: 1.20, 0.8: 1.10, 1.0: 1.01},
-    "SM+G": {0.1: 1.90, 0.2: 1.71, 0.4: 1.52, 0.6: 1.37, 0.8: 1.26, 1.0: 1.17},
-    "SM+R": {0.1: 1.83, 0.2: 1.65, 0.4: 1.45, 0.6: 1.29, 0.8: 1.18, 1.0: 1.07},
-}
-"""Evaluation loss (nats) of GPT-2 125M at shares of training, read off a figure (+- 0.02)."""
-
 
 def is_gpt2(spec: Mapping[str, Any]) -> bool:
-    """True if a run is compared with GPT-2 125M, the only model with published heatmaps, ranges and curves."""
+    """True if a run is compared with GPT-2 125M, the only model with published heatmaps and ranges."""
     return counterpart(spec).startswith("GPT-2")
 
 

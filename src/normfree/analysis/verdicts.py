@@ -1,4 +1,4 @@
-"""Verdicts on one run: entropic overload, entropy collapse, slopes that moved apart.
+"""Verdicts on runs, and the only words for them: overload, collapse, slopes, claims, what was learned.
 
 L layers, H heads, S slopes (one per layer that learns one, or a single shared one)
 """
@@ -6,14 +6,20 @@ L layers, H heads, S slopes (one per layer that learns one, or a single shared o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
 
 import numpy as np
 
 from normfree.analysis.entropy import OVERLOAD_SHARE, Heads, shares_of_ceiling
+from normfree.analysis.seeds import Difference
 from normfree.store.runs import Run
 
+WORDS = {True: "yes", False: "no", None: "undecided"}
+CLAIM_WORDS = {True: "holds", False: "does not hold", None: "undecided"}
+LEARNED_WORDS = {True: "learned", False: "did not learn", None: "too short to judge"}
 COLLAPSE_NATS = 0.1
 """A head below this many nats attends to a single token."""
 SLOPE_SPREAD = 0.1
@@ -23,32 +29,26 @@ SLOPE_NEAR_ZERO = 0.05
 DEFAULT_SLOPE = 0.01
 """Slope of a leaky ReLU whose run does not name one: the default of torch and of NormFreeConfig."""
 
+Rule = Callable[[Heads], tuple[bool | None, str]]
+"""Whether something holds for these heads (None: some are NaN and could change it), with the evidence in words."""
+
 
 @dataclass(frozen=True)
-class Overload:
-    """At least half of the heads in the first third of the layers are nearly uniform."""
+class Verdict:
+    """Whether something holds at the end of a run, and at which probes it did."""
 
     holds: bool | None
-    """None: some heads are NaN and could change the verdict."""
-    early_layers: int
-    share: float
-    """Share of the early heads that are known to be nearly uniform."""
+    evidence: str
     first_step: int | None = None
-    """First probe at which it held. Untrained heads are nearly uniform, so this is often step 0."""
+    """First probe at which it held. Untrained heads are nearly uniform, so for overload this is often step 0."""
     since_step: int | None = None
     """Start of the stretch of probes that lasts to the end, if it holds at the end."""
 
-
-@dataclass(frozen=True)
-class Collapse:
-    """A head has less than 0.1 nats."""
-
-    holds: bool | None
-    """None: no finite head is that low, but some heads are NaN."""
-    heads: tuple[tuple[int, int], ...]
-    """(layer, head), both from 0."""
-    lowest_nats: float
-    first_step: int | None = None
+    def __str__(self) -> str:
+        text = f"{WORDS[self.holds]}{self.evidence and ': '}{self.evidence}"
+        if self.holds:
+            return text if self.since_step is None else f"{text}, since step {self.since_step}"
+        return text if self.first_step is None else f"{text}; it did at step {self.first_step}"
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,10 @@ class Slopes:
 
     first_S: tuple[float, ...]
     final_S: tuple[float, ...]
-    final_step: int
-    layers: tuple[int, int] | None
-    """Layers of the lowest and of the highest slope; None if all layers share one slope."""
-    diverging: bool
+    are_apart: bool
     """The spread is at least 0.1 at the end, or a slope is not finite."""
-    first_step: int | None
-    """First probe at which they were that far apart."""
+    text: str
+    """The lowest and the highest at the end, and when they were first apart."""
 
     @property
     def gone_to_zero(self) -> bool:
@@ -72,55 +69,60 @@ class Slopes:
         return all(end <= SLOPE_NEAR_ZERO if start > SLOPE_NEAR_ZERO else end < start for start, end in ends)
 
 
-def overload(heads: Heads, probes: Sequence[Heads] = ()) -> Overload:
-    """The verdict at `heads`, with its history from `probes` (oldest first)."""
-    early = math.ceil(len(heads.entropy_LH) / 3)
-    share_LH = shares_of_ceiling(heads)[:early]
-    high, half = int((share_LH >= OVERLOAD_SHARE).sum()), share_LH.size / 2
-    unknown = int((~np.isfinite(share_LH)).sum())
-    holds = True if high >= half else None if high + unknown >= half else False
-    history = [(probe.step, overload(probe).holds) for probe in probes]
-    since = None
-    for step, held in reversed(history if holds else []):
-        if not held:
-            break
-        since = step
-    return Overload(holds, early, high / share_LH.size, _first_step(history), since)
+def overload(heads: Heads, probes: Sequence[Heads] = ()) -> Verdict:
+    """At least half of the heads in the first third of the layers are nearly uniform; `probes` are its history."""
+    return _judge(_is_overloaded, heads, probes)
 
 
-def collapse(heads: Heads, probes: Sequence[Heads] = ()) -> Collapse:
-    """The verdict at `heads`, with its history from `probes` (oldest first)."""
-    finite = heads.entropy_LH[np.isfinite(heads.entropy_LH)]
-    low = tuple((int(layer), int(head)) for layer, head in np.argwhere(heads.entropy_LH < COLLAPSE_NATS))
-    holds = True if low else None if finite.size < heads.entropy_LH.size else False
-    history = [(probe.step, collapse(probe).holds) for probe in probes]
-    return Collapse(holds, low, float(finite.min(initial=math.inf)), _first_step(history))
+def collapse(heads: Heads, probes: Sequence[Heads] = ()) -> Verdict:
+    """A head has less than 0.1 nats; `probes` are its history."""
+    return _judge(_is_collapsed, heads, probes)
+
+
+def claim_holds(difference: Difference, *, above: bool) -> bool | None:
+    """Whether the 95 % interval lies on the claimed side of 0, above or below; None if it contains 0 or is none."""
+    low, high = (difference.low, difference.high) if above else (-difference.high, -difference.low)
+    return True if low > 0 else False if high < 0 else None
+
+
+def yardsticks(corpus: Mapping[str, Any]) -> dict[str, float]:
+    """Perplexities of what only counts tokens, from the facts of a corpus; older records have the unigram alone."""
+    ngrams = {f"{order}-gram": value for order, value in corpus.get("ngram_perplexity", {}).items()}
+    return {"Unigram": corpus["unigram_perplexity"], **ngrams}
+
+
+def bar_to_learn(run: Run) -> tuple[str, float]:
+    """The yardstick that a run must beat to have learned: the 2-gram, or the unigram where it was not measured."""
+    known = yardsticks(run.facts["corpus"])
+    return ("2-gram", known["2-gram"]) if "2-gram" in known else ("unigram", known["Unigram"])
 
 
 def slopes(run: Run) -> Slopes | None:
-    """Spread between the learnable slopes of a run; None if it learns none."""
+    """The learnable slopes of a run; None if it learns none."""
     history = [(step, np.array(value, dtype=float)) for step, value in run.series("probe", "negative_slope")]
     if not history:
         return None
     final_step, final_S = history[-1]
-    layer_S = slope_layers(run)
-    spreads = [(step, float(np.ptp(slope_S))) for step, slope_S in history]
-    apart = [(step, not math.isfinite(spread) or spread >= SLOPE_SPREAD) for step, spread in spreads]
-    return Slopes(
-        first_S=tuple(history[0][1].tolist()),
-        final_S=tuple(final_S.tolist()),
-        final_step=final_step,
-        layers=(layer_S[np.argmin(final_S)], layer_S[np.argmax(final_S)]) if layer_S else None,
-        diverging=apart[-1][1],
-        first_step=_first_step(apart),
-    )
+    # NaN is not below the spread, so slopes that are not finite are apart.
+    apart = [(step, not np.ptp(slope_S) < SLOPE_SPREAD) for step, slope_S in history]
+    when, layer_S = "" if run.status == "finished" else f" at step {final_step}", slope_layers(run)
+    if not layer_S:
+        text = f"one shared slope, {final_S[0]:.3f}{when or ' at the end'}"
+    elif len(final_S) == 1:
+        text = f"{final_S[0]:.3f} (layer {layer_S[0]}){when}, the only layer with one"
+    else:
+        low, high = layer_S[np.argmin(final_S)], layer_S[np.argmax(final_S)]
+        ends = f"from {np.min(final_S):.3f} (layer {low}) to {np.max(final_S):.3f} (layer {high})"
+        first_step = next((f", first at step {step}" for step, is_apart in apart if is_apart), "")
+        text = f"{'apart' if apart[-1][1] else 'together'}{when}: {ends}{first_step}"
+    return Slopes(tuple(history[0][1].tolist()), tuple(final_S.tolist()), apart[-1][1], text)
 
 
-def slope_layers(run: Run) -> tuple[int, ...]:
+def slope_layers(run: Run) -> list[int]:
     """The layer of every learnable slope, in the order of the record; empty if all layers share one or learn none."""
     facts = run.facts["model"]
     per_layer = run.spec["model"].get("learnable_slope") == "per_layer"
-    return tuple(facts.get("slope_layers", range(facts["layers"]) if per_layer else ()))  # older records lack them
+    return list(facts.get("slope_layers", range(facts["layers"]) if per_layer else ()))  # older records lack them
 
 
 def only_activation(run: Run) -> str | None:
@@ -140,5 +142,27 @@ def fixed_slope(run: Run) -> float | None:
     return slope_of.get(only_activation(run))
 
 
-def _first_step(history: Sequence[tuple[int, bool | None]]) -> int | None:
-    return next((step for step, held in history if held), None)
+def _judge(rule: Rule, heads: Heads, probes: Sequence[Heads]) -> Verdict:
+    history = [(probe.step, rule(probe)[0]) for probe in probes]
+    holds, evidence = rule(heads)
+    lasting = [step for step, held in takewhile(lambda probe: probe[1], reversed(history if holds else []))]
+    first_step = next((step for step, held in history if held), None)
+    return Verdict(holds, evidence, first_step, lasting[-1] if lasting else None)
+
+
+def _is_overloaded(heads: Heads) -> tuple[bool | None, str]:
+    early = math.ceil(len(heads.entropy_LH) / 3)
+    share_LH = shares_of_ceiling(heads)[:early]
+    high, unknown = int((share_LH >= OVERLOAD_SHARE).sum()), int((~np.isfinite(share_LH)).sum())
+    holds = True if high >= share_LH.size / 2 else None if high + unknown >= share_LH.size / 2 else False
+    first, last = heads.layers[0], heads.layers[early - 1]
+    place = f"layer {first}" if first == last else f"layers {first}-{last}"
+    return holds, f"{100 * high / share_LH.size:.0f} % of the heads in {place}"
+
+
+def _is_collapsed(heads: Heads) -> tuple[bool | None, str]:
+    low = [f"layer {heads.layers[layer]} head {head}" for layer, head in np.argwhere(heads.entropy_LH < COLLAPSE_NATS)]
+    if not low:
+        return (False if np.isfinite(heads.entropy_LH).all() else None), ""
+    more = f" and {len(low) - 3} more" if len(low) > 3 else ""
+    return True, f"{', '.join(low[:3])}{more} (lowest {np.nanmin(heads.entropy_LH):.3f} nats)"

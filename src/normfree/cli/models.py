@@ -266,8 +266,7 @@ def _print_evaluation(result: Evaluation, after_tokens: str) -> None:
 
 def _print_measurement(run: Run, measured: Measurement) -> None:
     from normfree.analysis.groups import group_runs
-    from normfree.report.tables.heads import layer_table
-    from normfree.report.tables.runs import verdict_table
+    from normfree.report.tables.runs import layer_table, verdict_table
     from normfree.report.tables.table import to_markdown
 
     groups = group_runs([run])

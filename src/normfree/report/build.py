@@ -1,27 +1,56 @@
-"""Build a report: read runs, write one page with its figures, tables and numbers."""
+"""Build a report: one page with its facts, and figures, tables and numbers as files."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from tqdm import tqdm
 
-from normfree.analysis.groups import all_runs, parts_of
+from normfree import __version__
+from normfree.analysis.entropy import shares_of_ceiling, trained_heads
+from normfree.analysis.groups import Part, all_runs, parts_of
 from normfree.files import write_atomically
-from normfree.report.csv_export import number_frames
-from normfree.report.page import render_page, section_values
-from normfree.report.render import to_pdf, to_png
-from normfree.report.sections import sections_of
-from normfree.report.tables.table import to_csv, to_latex, to_markdown
-from normfree.store.runs import Run
+from normfree.report.figures import PageFigure
+from normfree.report.plots.style import COLOURS, to_file, to_svg
+from normfree.report.sections import Section, sections_of
+from normfree.report.summary import question, sentences
+from normfree.report.tables.table import Table, to_csv, to_html, to_latex, to_markdown
+from normfree.store.progress import duration
+from normfree.store.runs import Run, run_frame
 
 WRITTEN = "report.json"
 """Lists the files of a report, so that the next one can remove those that it does not replace."""
 _FOLDERS = {"figures", "tables", "numbers"}
+_PAGES = Environment(
+    loader=PackageLoader("normfree.report"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_PAGES.globals["colours"] = COLOURS
+_NARROW_INCHES = 4.2
+"""Wider panels scroll on narrow screens instead of shrinking."""
+_PIXELS_PER_INCH = 96
+_HARDWARE = {name: "{:g} " + name for name in ("cores", "threads", "processes")}
+_HARDWARE = {"processor": "{}", **_HARDWARE, "memory_gib": "{:g} GiB", "device": "{}", "platform": "{}"}
+_SOFTWARE = {name: name + " {}" for name in ("normfree", "python", "torch", "transformers", "datasets")}
+_SOFTWARE |= {"git_commit": "commit {:.12}"}
+_MODEL = "{type}: {layers} layers of {heads} heads, width {hidden_size}, {parameters:,} parameters"
+_CORPUS = (
+    "source {source}, blocks of {context} tokens, vocabulary {vocab_size:,}, {train_tokens:,} tokens to train on, "
+    "{validation_tokens:,} held-out tokens, unigram perplexity {unigram_perplexity:.1f}, fingerprint {fingerprint:.12}"
+)
 
 
 def build_report(
@@ -29,13 +58,12 @@ def build_report(
 ) -> Path:
     """Write `output`/index.html, figures/*.pdf|png, tables/*.md|tex|csv and numbers/*.csv; returns the page's path.
 
-    With `mix`, each recipe has its own part of the page; only a report on one recipe has figures/. `baseline` is the
-    label or variant to compare all others with; by default all pairs with a common seed are compared. The same runs
-    give the same bytes. Files are replaced atomically, index.html last, and files of an earlier report are removed.
-    `progress` shows a bar on a terminal.
+    With `mix`, each recipe has its own part of the page, and there are no figures/. `baseline` is the label or variant
+    to compare all others with, by default every pair is. `progress` shows a bar on a terminal. The same runs give the
+    same bytes; files are replaced atomically, index.html last, and files of an earlier report are removed.
 
-    Raises ValueError if there is no run, if runs differ in their recipe and `mix` is false, if no run has the baseline,
-    and if the output folder contains anything but a report.
+    Raises ValueError for no run, for runs of several recipes without `mix`, for a baseline that no run has, and for an
+    output folder that contains anything but a report.
     """
     parts = parts_of(runs, mix=mix, baseline=baseline)
     earlier = _earlier_files(output)
@@ -52,13 +80,11 @@ def build_report(
     steps = [(place, section) for place, part in enumerate(parts) for section in sections_of(part.groups)]
     for place, section in tqdm(steps, desc="report", disable=None if progress else True, leave=False):
         prefix = f"part{place + 1}-" if len(parts) > 1 else ""
-        figures, tables = section.draw(parts[place].groups), section.make_tables(parts[place].groups)
-        figures = [replace(figure, name=prefix + figure.name) for figure in figures]
-        tables = [replace(table, name=prefix + table.name) for table in tables]
+        figures, tables = section.contents(parts[place].groups, prefix)
         for figure in figures if len(parts) == 1 else ():
             whole = figure.whole()
-            write(f"figures/{figure.name}.pdf", to_pdf(whole))
-            write(f"figures/{figure.name}.png", to_png(whole))
+            for suffix in ("pdf", "png"):
+                write(f"figures/{figure.name}.{suffix}", to_file(whole, suffix))
         for table in tables:
             for suffix, convert in (("md", to_markdown), ("tex", to_latex), ("csv", to_csv)):
                 write(f"tables/{table.name}.{suffix}", convert(table))
@@ -71,6 +97,39 @@ def build_report(
     return output / "index.html"
 
 
+def number_frames(runs: Sequence[Run]) -> dict[str, pd.DataFrame]:
+    """Frames `runs`, `layers` and `heads`, with a row for each of them."""
+    of_runs = run_frame(runs).drop(columns="folder")  # a path of this machine
+    of_runs.insert(0, "run", [run.place for run in runs])
+    scalars = {name for run in runs for name, quantity in run.quantities.items() if not quantity.axes}
+    for name in sorted(scalars - set(of_runs.columns)):
+        if any(run.last("final", name) is not None for run in runs):
+            of_runs[name] = [run.last("final", name) for run in runs]
+    return {"runs": of_runs, "layers": quantity_frame(runs, "layer"), "heads": quantity_frame(runs, "layer", "head")}
+
+
+def quantity_frame(runs: Sequence[Run], *axes: str) -> pd.DataFrame:
+    """Every quantity with these axes, one per column, of runs that were measured at their end.
+
+    One row per layer (axes `layer`) or head (`layer`, `head`). `run` is study/name; layers have the model's
+    own numbers, heads count from 0. NaN is a value that is not finite; a missing value was not recorded.
+    """
+    rows: dict[Any, dict[str, float]] = {}
+    for run in runs:
+        finals = {name: run.last("final", name) for name, quantity in run.quantities.items() if quantity.axes == axes}
+        columns = {name: np.array(value) for name, value in finals.items() if run.status == "finished" and value}
+        if axes == ("layer", "head") and (heads := trained_heads(run)) is not None:
+            columns["share_of_ceiling"] = shares_of_ceiling(heads)
+        for name, values in columns.items():
+            numbers = run.layer_numbers("entropy_nats" if name == "share_of_ceiling" else name, len(values))
+            for index, value in np.ndenumerate(values):
+                place = (run.place, run.label, run.seed, numbers[index[0]], *index[1:])
+                rows.setdefault((values.shape, place), {})[name] = float(value)  # a shared slope has its own row
+    keys = ["run", "label", "seed", *axes]
+    records = [{**dict(zip(keys, place, strict=True)), **values} for (_, place), values in rows.items()]
+    return pd.DataFrame(records, columns=None if records else keys)
+
+
 def _earlier_files(output: Path) -> set[str]:
     """Names of the files of an earlier report. Raises ValueError if the folder contains anything else."""
     if (output / WRITTEN).is_file():
@@ -79,3 +138,89 @@ def _earlier_files(output: Path) -> set[str]:
     if foreign := sorted(names - _FOLDERS):  # these exist if an earlier report was interrupted
         raise ValueError(f"output={output} holds {foreign[0]}, so it is no report; name a new or empty folder")
     return set()
+
+
+def render_page(parts: Sequence[Part], sections: Sequence[Sequence[dict[str, Any]]]) -> str:
+    """The text of index.html: for each part its question, answer and sections (their `section_values`); facts."""
+    runs = [run for part in parts for run in all_runs(part.groups)]
+    script = _PAGES.loader.get_source(_PAGES, "script.js")[0]  # pyright: ignore[reportOptionalMemberAccess]
+    return _PAGES.get_template("index.html.j2").render(
+        version=__version__,
+        title=f"normfree: {', '.join(_distinct(runs, lambda run: run.spec['study']))}",
+        parts=[
+            {
+                "title": part.title,
+                "name": f"part{place + 1}",
+                "question": question(part.groups),
+                "sentences": sentences(part.groups),
+                "notes": filter(None, _distinct(all_runs(part.groups), lambda run: run.facts.get("study_note") or "")),
+                "open": [values for values in of_part if not values["section"].folded],
+                "folded": [values for values in of_part if values["section"].folded],
+            }
+            for place, (part, of_part) in enumerate(zip(parts, sections, strict=True))
+        ],
+        facts=_facts(parts),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+def section_values(section: Section, figures: Sequence[PageFigure], tables: Sequence[Table]) -> dict[str, Any]:
+    """The values of a section for the template, with its figures as SVG and its tables as HTML."""
+    drawn = []
+    for figure in figures:
+        key, width = figure.key_part(), figure.panel_inches[0]
+        panels = figure.drawings
+        if not panels:
+            panels = [Markup(to_svg(part, f"{figure.name}-{place}")) for place, part in enumerate(figure.parts())]
+        values = {"figure": figure, "panels": panels, "pixels": round(width * _PIXELS_PER_INCH)}
+        values["key"] = key and Markup(to_svg(key, f"{figure.name}-key"))
+        values["kind"] = "cells" if figure.drawings else "wide scroll" if width > _NARROW_INCHES else ""
+        drawn.append(values)
+    return {"section": section, "figures": drawn, "tables": [Markup(to_html(table)) for table in tables]}
+
+
+def _facts(parts: Sequence[Part]) -> dict[str, list[str]]:
+    """What a reader needs to judge or repeat the runs: distinct values by name."""
+    runs = [run for part in parts for run in all_runs(part.groups)]
+    trained = [run for run in runs if run.kind == "run"]
+    seconds = sum(run.facts.get("wall_seconds") or 0.0 for run in trained)
+    facts = {
+        "Command": _distinct(runs, lambda run: run.facts.get("command") or "not recorded"),
+        "Measured": [_measurement(run) for run in runs if run.kind == "measurement"],
+        "Runs": [f"{len(trained)}, trained in {duration(seconds)} altogether"] if trained else [],
+        "Seeds": [", ".join(map(str, sorted({run.seed for run in trained})))],
+        "Order of the data": [", ".join(map(str, sorted({run.spec["data_seed"] for run in trained})))],
+        "Tokens per run": [f"{tokens:,}" for tokens in sorted({run.facts.get("tokens_seen", 0) for run in trained})],
+        "Precision": _distinct(runs, lambda run: run.spec["train"]["precision"]),
+        "Recipes": [f"{part.title}: {part.recipe}" for part in parts if part.recipe],
+        "Model": _distinct(
+            [run for run in runs if run.facts.get("model")],
+            lambda run: _MODEL.format(**{"type": "normfree"} | run.facts["model"]),
+        ),
+        "Corpus": _distinct(trained, lambda run: _CORPUS.format(**run.facts["corpus"])),
+        "Hardware": _distinct(runs, lambda run: _environment(run, _HARDWARE)),
+        "Software": _distinct(runs, lambda run: _environment(run, _SOFTWARE)),
+    }
+    return {name: values for name, values in facts.items() if any(values)}
+
+
+def _measurement(run: Run) -> str:
+    facts = run.facts["measurement"]
+    windows = "1 window" if facts["sequences"] == 1 else f"{facts['sequences']} windows"
+    first = f", each with {''.join(facts['leading_tokens'])} first" if facts["leading_tokens"] else ""
+    causal = "" if facts["causal"] else "; not causal: queries see later tokens; ceilings are means of ln(visible)"
+    memory = "GPU memory" if facts["device"].startswith("cuda") else "memory of the process"
+    return (
+        f"{facts['name']}: {windows} of {facts['context']} tokens from {facts['text']}{first}{causal}; on "
+        f"{facts['device']}, {duration(run.facts['wall_seconds'])}, peak {memory} {facts['peak_memory_mib']:.0f} MiB"
+    )
+
+
+def _environment(run: Run, texts: Mapping[str, str]) -> str:
+    facts = run.facts.get("environment") or {}
+    return ", ".join(text.format(facts[name]) for name, text in texts.items() if facts.get(name)) or "not recorded"
+
+
+def _distinct(runs: Sequence[Run], fact: Callable[[Run], str]) -> list[str]:
+    return list(dict.fromkeys(map(fact, runs)))

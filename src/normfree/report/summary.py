@@ -4,79 +4,70 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from normfree.analysis import published
 from normfree.analysis.entropy import Heads, top_quarter_share, trained_heads
 from normfree.analysis.groups import Group
+from normfree.analysis.pairs import Pair, all_pairs, baseline_label
 from normfree.analysis.seeds import summarise
-from normfree.analysis.verdicts import overload
-from normfree.report.tables.results import all_pairs, baseline_label, perplexity_difference
+from normfree.analysis.verdicts import LEARNED_WORDS, WORDS, bar_to_learn, overload
 from normfree.store.runs import divergence_text
 
 _LISTED = 8
 """A sentence names at most this many variants; of more it gives the extremes or a count."""
-_OVERLOAD = {True: "overloaded", False: "not overloaded", None: "undecided"}
 
 
 def question(groups: Sequence[Group]) -> str:
     """The question that the first sentence answers."""
-    if all(group.members[0].kind == "measurement" for group in groups):
+    if not any(group.is_trained for group in groups):
         return "Which heads attend evenly, and which to single tokens?"
     if any(group.is_baseline for group in groups):
         return f"How does each variant compare with {baseline_label(groups)}?"
     pairs = _compared(groups)
-    if pairs and pairs[0][0].label in published.GELU_OF and pairs[0][1].label == published.GELU_OF[pairs[0][0].label]:
-        return f"{published.SETTING[pairs[0][0].label]}, does ReLU or GELU end with the lower perplexity?"
+    if pairs and _is_relu_against_gelu(pairs[0]):
+        return f"{published.SETTING[pairs[0].ours.label]}, does ReLU or GELU end with the lower perplexity?"
     return "Which variant ends with the lower perplexity?" if pairs else "What did these runs learn?"
 
 
 def sentences(groups: Sequence[Group]) -> list[str]:
     """The findings, most important first."""
-    trained = [group for group in groups if group.members[0].kind == "run"]
-    findings = [_comparison(a, b) for a, b in _compared(trained)]
+    findings = [_comparison(pair) for pair in _compared(groups)]
     heads = {group.name: [trained_heads(run) for run in group.runs] for group in groups if group.runs}
     if any(measured for of_group in heads.values() for measured in of_group):
         findings += [_near_uniform(heads), _overloaded(heads)]
-    if trained:
-        findings += map(_diverged, trained)
-        findings += [_floor(trained), _one_seed(trained), *_unfinished(trained)]
+    if trained := [group for group in groups if group.is_trained]:
+        findings += [*map(_diverged, trained), _learned(trained), _one_seed(trained), *_unfinished(trained)]
     return [sentence for sentence in findings if sentence]
 
 
-def _compared(groups: Sequence[Group]) -> list[tuple[Group, Group]]:
+def _compared(groups: Sequence[Group]) -> list[Pair]:
     """Pairs with a sentence: ReLU against GELU, or each variant against the baseline, or the first other pairs."""
-    trained = [group for group in groups if group.members[0].kind == "run"]
-    pairs = all_pairs(trained)
-    if not any(group.is_baseline for group in trained):
-        gelu = [(a, b) for a, b in pairs if published.GELU_OF.get(a.label) == b.label]
-        if gelu:
-            return sorted(gelu, key=_without_norm_then_most_seeds)
-    return sorted(pairs, key=lambda pair: -len(pair[0].perplexities.keys() & pair[1].perplexities.keys()))[:_LISTED]
+    trained = [group for group in groups if group.is_trained]
+    pairs = sorted(all_pairs(trained), key=lambda pair: -len(pair.seeds))
+    gelu = [pair for pair in pairs if _is_relu_against_gelu(pair)]
+    if gelu and not any(group.is_baseline for group in trained):
+        return sorted(gelu, key=lambda pair: list(published.GELU_OF).index(pair.ours.label))
+    return pairs[:_LISTED]
 
 
-def _without_norm_then_most_seeds(pair: tuple[Group, Group]) -> tuple[int, int]:
-    ours, theirs = pair
-    return tuple(published.GELU_OF).index(ours.label), -len(ours.perplexities.keys() & theirs.perplexities.keys())
+def _is_relu_against_gelu(pair: Pair) -> bool:
+    return published.GELU_OF.get(pair.ours.label) == pair.theirs.label
 
 
-def _comparison(ours: Group, theirs: Group) -> str:
-    difference = perplexity_difference(ours, theirs)
-    subject, other = ours.name, theirs.name
-    if published.GELU_OF.get(ours.label) == theirs.label:
+def _comparison(pair: Pair) -> str:
+    difference, subject, other = pair.perplexity(), pair.ours.name, pair.theirs.name
+    if _is_relu_against_gelu(pair):
         # A tag or recipe that distinguishes them is named once if both have it.
-        ours_more, theirs_more = (group.name.removeprefix(group.label) for group in (ours, theirs))
-        subject = f"{published.SETTING[ours.label]}{ours_more}, ReLU"
+        ours_more, theirs_more = (group.name.removeprefix(group.label) for group in (pair.ours, pair.theirs))
+        subject = f"{published.SETTING[pair.ours.label]}{ours_more}, ReLU"
         other = "GELU" if ours_more == theirs_more else f"GELU{theirs_more}"
     if difference.nonfinite:
         pairs = f"{difference.nonfinite} of {difference.n} pairs"
         return f"{subject} and {other} cannot be compared: {pairs} of runs diverged on one side or both."
-    common = ours.perplexities.keys() & theirs.perplexities.keys()
-    a, b = (summarise([g.perplexities[key] for key in common]).mean for g in (ours, theirs))
-    paper = published.relative_difference(published.counterpart(ours.runs[0].spec), ours.label, theirs.label)
-    beside = "" if paper is None else f"; the paper: {_above_or_below(paper)}"
-    seeds = "1 seed" if difference.n == 1 else f"{difference.n} seeds"
-    numbers = f"{a:.1f} against {b:.1f}, {seeds}{beside}"
+    a, b = (summarise([group.perplexities[seed] for seed in pair.seeds]).mean for group in (pair.ours, pair.theirs))
+    beside = "" if pair.published is None else f"; the paper: {_above_or_below(pair.published)}"
+    numbers = f"{a:.1f} against {b:.1f}, {difference.n} seed{'s' if difference.n > 1 else ''}{beside}"
     text = f"{subject} ends {_above_or_below(difference.mean)} {other} in perplexity ({numbers})"
     if difference.n < 2:
         return f"{text}."
@@ -90,7 +81,7 @@ def _above_or_below(share: float) -> str:
     return f"{100 * abs(share):.1f} % {'below' if share < 0 else 'above'}"
 
 
-def _near_uniform(heads: dict[str, list[Heads | None]]) -> str:
+def _near_uniform(heads: Mapping[str, Sequence[Heads | None]]) -> str:
     shares = {name: summarise([100 * top_quarter_share(h) for h in of_group]) for name, of_group in heads.items()}
     texts = {name: f"{name} {s.text() if s.nonfinite else f'{s.mean:.0f} %'}" for name, s in shares.items()}
     ranked = sorted((s.mean, texts[name]) for name, s in shares.items() if not s.nonfinite)
@@ -101,10 +92,10 @@ def _near_uniform(heads: dict[str, list[Heads | None]]) -> str:
     return f"{start}: from {ranked[0][1]} to {ranked[-1][1]}; the table has all {len(texts)} variants."
 
 
-def _overloaded(heads: dict[str, list[Heads | None]]) -> str:
+def _overloaded(heads: Mapping[str, Sequence[Heads | None]]) -> str:
     """How many runs of each variant are overloaded, undecided and not measured; of many variants only the sum."""
     counts = {
-        name: Counter("not measured" if h is None else _OVERLOAD[overload(h).holds] for h in of_group)
+        name: Counter("not measured" if h is None else WORDS[overload(h).holds] for h in of_group)
         for name, of_group in heads.items()
     }
     if len(counts) > _LISTED:
@@ -112,7 +103,7 @@ def _overloaded(heads: dict[str, list[Heads | None]]) -> str:
     parts = []
     for name, verdicts in counts.items():
         others = [f"{verdicts[word]} {word}" for word in ("undecided", "not measured") if verdicts[word]]
-        parts.append(", ".join([f"{name} {verdicts['overloaded']} of {verdicts.total()} runs", *others]))
+        parts.append(", ".join([f"{name} {verdicts['yes']} of {verdicts.total()} runs", *others]))
     return f"Early layers are overloaded with near-uniform heads at the end: {'; '.join(parts)}."
 
 
@@ -122,22 +113,23 @@ def _diverged(group: Group) -> str:
     return f"{group.name} diverged in {len(runs)} of {len(group.runs)} runs: {'; '.join(places)}." if runs else ""
 
 
-def _floor(groups: Sequence[Group]) -> str:
-    """Whether the finished runs learned more than token frequencies."""
+def _learned(groups: Sequence[Group]) -> str:
+    """Whether the finished runs learned more than counting tokens gives."""
     ended = [(run, group.name) for group in groups for run in group.runs if run.status == "finished"]
     if not ended:
         return "No run finished."
     if broken := [f"{name}, seed {run.seed}" for run, name in ended if not math.isfinite(run.perplexity)]:
         return f"Finished without a finite perplexity: {'; '.join(broken)}."
-    floors = [(run.perplexity / run.facts["corpus"]["unigram_perplexity"], name, run) for run, name in ended]
-    share, name, run = max(floors, key=lambda floor: floor[0])
-    bar = f"{100 * share:.0f} % of the unigram perplexity of {run.facts['corpus']['unigram_perplexity']:.0f}"
-    failed = list(dict.fromkeys(name for share, name, _ in floors if share >= 1))
+    shares = [(run.perplexity / bar_to_learn(run)[1], name, run) for run, name in ended]
+    _, name, run = max(shares, key=lambda entry: entry[0])
+    yardstick, bar = bar_to_learn(run)
+    weakest = f"the weakest, {name}, ends at perplexity {run.perplexity:.1f}, the {yardstick} has {bar:.1f}"
+    failed = list(dict.fromkeys(name for share, name, _ in shares if share >= 1))
     if not failed:
-        return f"Every finished run learned: the weakest, {name}, ends at {bar}."
-    if len(failed) == len({name for _, name, _ in floors}):
-        return f"These runs are too short to judge: no variant learned, and the weakest, {name}, ends at {bar}."
-    return f"{', '.join(failed)} did not learn: the weakest, {name}, ends at {bar}."
+        return f"Every finished run {LEARNED_WORDS[True]}: {weakest}."
+    if len(failed) == len({name for _, name, _ in shares}):
+        return f"These runs are {LEARNED_WORDS[None]}: {weakest}."
+    return f"{', '.join(failed)} {LEARNED_WORDS[False]}: {weakest}."
 
 
 def _one_seed(groups: Sequence[Group]) -> str:
@@ -151,10 +143,12 @@ def _one_seed(groups: Sequence[Group]) -> str:
 
 
 def _unfinished(groups: Sequence[Group]) -> list[str]:
-    runs = [(run, group.drawn) for group in groups for run in group.unfinished]
-    drawn = [f"{run.place} ({run.state} at step {run.steps_done})" for run, is_drawn in runs if is_drawn]
-    left_out = [f"{run.place} ({run.state} at step {run.steps_done})" for run, is_drawn in runs if not is_drawn]
-    return [
-        f"Not finished, so only in the curves: {', '.join(drawn)}." if drawn else "",
-        f"Not finished and of another recipe or corpus, so left out: {', '.join(left_out)}." if left_out else "",
-    ]
+    texts = []
+    for is_left_out, start in (
+        (False, "Not finished, so only in the curves"),
+        (True, "Not finished and of another recipe or corpus, so left out"),
+    ):
+        runs = [run for group in groups if group.is_left_out is is_left_out for run in group.unfinished]
+        places = [f"{run.place} ({run.state} at step {run.steps_done})" for run in runs]
+        texts += [f"{start}: {', '.join(places)}."] if places else []
+    return texts

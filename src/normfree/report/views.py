@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from normfree.analysis.groups import group_runs
-from normfree.analysis.series import newest_values, values_over_training
-from normfree.report.plots.curves import scalar_curves
-from normfree.report.plots.heatmaps import DIFFERENCE_COLOURS, draw_cells, draw_with_bar, heatmap, highest_finite
+from normfree.analysis.entropy import newest_values, values_over_training
+from normfree.analysis.groups import all_runs, group_runs
+from normfree.report.plots.curves import mean_series, seed_curves
+from normfree.report.plots.heatmaps import DIFFERENCE_COLOURS, Heatmap, draw_with_bar, highest_finite
 from normfree.report.plots.style import PANEL_INCHES, axes_to_draw_in, variant_styles
 from normfree.store.quantities import QUANTITIES, Quantity
 from normfree.store.runs import Place, find_runs, read_run
@@ -27,13 +27,13 @@ def plot_heads(
     was not measured for each head.
     """
     described, values_LH, layers, ceiling = _heads(model, quantity)
-    draw, label = partial(heatmap, values_LH, quantity=described, ceiling=ceiling, layers=layers), described.label
-    if minus is not None:
-        table = compare(model, minus, quantity).pivot(index="layer", columns="head", values="difference")
-        limit = highest_finite(table.abs().to_numpy())
-        scale = {"lowest": -limit, "highest": limit, "colours": DIFFERENCE_COLOURS}
-        draw, label = partial(draw_cells, table.to_numpy(), numbers=layers, **scale), f"Difference: {label}"
-    return draw_with_bar(partial(draw, title=title), values_LH.shape, label, ax)
+    if minus is None:
+        scale = values_LH if ceiling is None else np.asarray(ceiling)
+        return draw_with_bar(Heatmap(title, values_LH, layers, (0, highest_finite(scale))), described.label, ax)
+    table = compare(model, minus, quantity).pivot(index="layer", columns="head", values="difference")
+    limit = highest_finite(table.abs().to_numpy())
+    drawing = Heatmap(title, table.to_numpy(), layers, (-limit, limit), DIFFERENCE_COLOURS)
+    return draw_with_bar(drawing, f"Difference: {described.label}", ax)
 
 
 def plot_curves(*runs: Place, quantity: str = "loss", ax: Axes | None = None) -> Axes:
@@ -43,12 +43,13 @@ def plot_curves(*runs: Place, quantity: str = "loss", ax: Axes | None = None) ->
     where `plot_heads` does. Raises ValueError for a quantity that no run recorded.
     """
     groups = group_runs(find_runs(runs), mix=True)
-    drawn = [run for group in groups for run in group.drawn]
-    recorded = {name: each for run in drawn for name, each in run.quantities.items() if values_over_training(run, name)}
-    if quantity not in recorded:
-        raise ValueError(f"{quantity!r} was not recorded over training; there are: {', '.join(recorded)}")
+    recorded = {name: each for run in all_runs(groups) for name, each in run.quantities.items()}
+    series = partial(mean_series, name=quantity)
+    if not any(series(run)[0] for run in all_runs(groups)):
+        names = [name for name in recorded if any(values_over_training(run, name) for run in all_runs(groups))]
+        raise ValueError(f"{quantity!r} was not recorded over training; there are: {', '.join(names)}")
     styles, ax = variant_styles([group.name for group in groups]), ax or axes_to_draw_in(PANEL_INCHES)
-    scalar_curves(groups, quantity, label=recorded[quantity].label, styles=styles, ax=ax).legend()
+    seed_curves(groups, series, label=recorded[quantity].label, styles=styles, ax=ax).legend()
     return ax
 
 

@@ -115,6 +115,11 @@ class Run:
         return self.facts["status"]
 
     @property
+    def has_result(self) -> bool:
+        """True if the run finished or diverged."""
+        return self.status in OVER
+
+    @property
     def state(self) -> str:
         """`status`, or "stopped" for a run that is recorded as running and that no process holds: it was killed."""
         return "stopped" if self.status == "running" and not is_locked(self.folder) else self.status

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from normfree.analysis.groups import is_over
 from normfree.data import prepare
 from normfree.report import build_report
 from normfree.spec.compose import Job, read_words
@@ -53,7 +52,7 @@ def _check_earlier_results(study: Study, folder: Path, jobs: Sequence[Job]) -> N
         except DamagedRunError:
             if file.parent.name not in {job.spec.name for job in jobs}:
                 raise
-    results = [] if study.mix else [run for run in results if is_over(run)]
+    results = [] if study.mix else [run for run in results if run.has_result]
     spec = jobs[0].spec
     corpus = prepare(spec.data, cache=jobs[0].cache_dir).fingerprint if results else ""
     for run in results:

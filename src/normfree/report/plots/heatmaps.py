@@ -3,24 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
 
 import matplotlib as mpl
 import numpy as np
+from markupsafe import Markup, escape
 from matplotlib.axes import Axes
-from matplotlib.colors import Colormap
+from matplotlib.colors import Colormap, Normalize, to_hex
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
-from normfree.report.plots.style import MUTED, Key, Panel, axes_to_draw_in, colour_key, wrapped
+from normfree.report.plots.style import MUTED, axes_to_draw_in, wrapped
 from normfree.store.quantities import QUANTITIES, Quantity
 
-HEATMAP_COLOURS = mpl.colormaps["viridis"]
-DIFFERENCE_COLOURS = mpl.colormaps["RdBu_r"]
+HEATMAP_COLOURS, REVERSED_COLOURS, DIFFERENCE_COLOURS = "viridis", "viridis_r", "RdBu_r"
 _SMALLEST_POINTS = 4.5
-_NOT_FINITE = "#c9ced6"
+_HEIGHT, _LEFT, _BOTTOM = 20, 26, 18
+
+
+@dataclass(frozen=True)
+class Heatmap:
+    """The heads of one model, on a scale that heatmaps side by side share."""
+
+    title: str
+    values_LH: np.ndarray
+    layers: Sequence[int]
+    """Numbers of the rows."""
+    limits: tuple[float, float]
+    colours: str = HEATMAP_COLOURS
+
+    @property
+    def colour_map(self) -> Colormap:
+        """Its colours, and grey for heads that are not finite."""
+        return mpl.colormaps[self.colours].with_extremes(bad="#c9ced6")
+
+    def colour_cells(self) -> tuple[np.ndarray, np.ndarray]:
+        """Red, green and blue of every cell, and whether black stands out more from it than white (WCAG luminance)."""
+        cells_LH3 = self.colour_map(Normalize(*self.limits)(np.ma.masked_invalid(self.values_LH)))[..., :3]
+        return cells_LH3, cells_LH3**2.2 @ (0.2126, 0.7152, 0.0722) > 0.179
 
 
 def heatmap(
@@ -47,55 +69,35 @@ def heatmap(
     if isinstance(quantity, str):
         quantity = QUANTITIES[quantity]
     highest = highest_finite(values_LH if ceiling is None else np.asarray(ceiling, dtype=float))
-    numbers = range(len(values_LH)) if layers is None else layers
-    draw = partial(draw_cells, values_LH, highest=highest, title=title, numbers=numbers)
-    return draw_with_bar(draw, values_LH.shape, quantity.label) if ax is None else draw(ax=ax)
+    drawing = Heatmap(title, values_LH, range(len(values_LH)) if layers is None else layers, (0.0, highest))
+    return draw_with_bar(drawing, quantity.label) if ax is None else draw_heatmap(drawing, ax=ax)
 
 
-def draw_with_bar(draw: Panel, shape: tuple[int, ...], label: str, ax: Axes | None = None) -> Axes:
-    """Draw a heatmap of this shape and its colour bar into `ax`, else pyplot's current axes, else a new figure."""
-    width, height = heatmap_size(shape)
-    ax = ax or axes_to_draw_in((width + 1, height))
-    draw(ax=ax).get_figure(root=True).colorbar(ax.images[-1], ax=ax, label=label)
+def draw_with_bar(drawing: Heatmap, label: str, ax: Axes | None = None) -> Axes:
+    """Draw a heatmap and its colour bar into `ax`, else pyplot's current axes, else a new figure."""
+    width, height = heatmap_size([drawing])
+    ax = draw_heatmap(drawing, ax=ax or axes_to_draw_in((width + 1, height)))
+    ax.get_figure(root=True).colorbar(ax.images[-1], ax=ax, label=label)  # pyright: ignore[reportOptionalMemberAccess]
     return ax
 
 
-def heatmap_key(quantity: Quantity, highest: float, *, unit: str | None = None, marked: bool = True) -> Key:
-    """The colour bar of heatmaps up to `highest`, with the quantity's mark if `highest` is its ceiling."""
-    label = quantity.label if unit is None else f"{quantity.title} ({unit})"
-    mark = None
-    if quantity.mark is not None and marked:
-        edge = quantity.mark[0] * highest
-        mark = (edge, f"{quantity.mark[1]} from {edge:.2f}")
-    return colour_key(HEATMAP_COLOURS, limit=(0, highest), label=label, mark=mark)
-
-
-def heatmap_size(*shapes: tuple[int, ...]) -> tuple[float, float]:
-    """Size in inches with room for a number in every cell of any of these shapes, limited to the width of the page."""
-    layers, heads = max(shape[0] for shape in shapes), max(shape[1] for shape in shapes)
+def heatmap_size(drawings: Sequence[Heatmap]) -> tuple[float, float]:
+    """Size in inches with room for a number in every cell of any of these, limited to the width of the page."""
+    layers, heads = np.max([drawing.values_LH.shape for drawing in drawings], axis=0).tolist()
     return min(max(0.9 + 0.3 * heads, 3.0), 9.0), min(max(0.9 + 0.24 * layers, 2.2), 9.0)
 
 
-def draw_cells(
-    values_LH: np.ndarray,
-    *,
-    ax: Axes,
-    highest: float,
-    title: str,
-    numbers: Sequence[int],
-    lowest: float = 0.0,
-    colours: Colormap = HEATMAP_COLOURS,
-) -> Axes:
+def draw_heatmap(drawing: Heatmap, *, ax: Axes) -> Axes:
     """Draw one coloured cell per head; heads that are not finite are hatched."""
+    values_LH, (low, high), numbers = drawing.values_LH, drawing.limits, drawing.layers
     layers, heads = values_LH.shape
-    colours = colours.with_extremes(bad=_NOT_FINITE)
-    image = ax.imshow(values_LH, cmap=colours, vmin=lowest, vmax=highest, aspect="auto", interpolation="none")
+    image = ax.imshow(values_LH, cmap=drawing.colour_map, vmin=low, vmax=high, aspect="auto", interpolation="none")
     ax.grid(visible=False)
     for layer, head in np.argwhere(~np.isfinite(values_LH)):
         corner = (head - 0.5, layer - 0.5)
         ax.add_patch(Rectangle(corner, 1, 1, fill=False, hatch="////", edgecolor=MUTED, linewidth=0))
-    _write_values(values_LH, image)
-    ax.set(title=wrapped(title), xlabel="head", ylabel="layer")
+    _write_values(drawing, image)
+    ax.set(title=wrapped(drawing.title), xlabel="head", ylabel="layer")
     for axis, count in ((ax.xaxis, heads), (ax.yaxis, layers)):
         axis.set_major_locator(MaxNLocator(nbins=min(count, 12), integer=True, min_n_ticks=1))
     ax.yaxis.set_major_formatter(lambda row, _: str(numbers[round(row)]) if 0 <= round(row) < layers else "")
@@ -104,22 +106,44 @@ def draw_cells(
     return ax
 
 
-def _write_values(values_LH: np.ndarray, image: AxesImage) -> None:
+def _write_values(drawing: Heatmap, image: AxesImage) -> None:
     """Two decimals in every cell, if the cells are large enough to read them."""
-    layers, heads = values_LH.shape
+    layers, heads = drawing.values_LH.shape
     box = image.axes.get_window_extent()
     points = 72 / image.axes.get_figure(root=True).dpi  # pyright: ignore[reportOptionalMemberAccess]
     size = min(8.0, box.width * points / heads / 2.7, box.height * points / layers / 1.5)
     if size < _SMALLEST_POINTS:
         return
-    # Black or white, whichever stands out more from the cell (WCAG relative luminance).
-    is_light_LH = image.to_rgba(np.ma.masked_invalid(values_LH))[..., :3] ** 2.2 @ (0.2126, 0.7152, 0.0722) > 0.179
     style = {"ha": "center", "va": "center", "fontsize": size, "in_layout": False, "clip_on": True}
-    for (layer, head), value in np.ndenumerate(values_LH):
-        text = image.axes.text(head, layer, f"{value:z.2f}", color="k" if is_light_LH[layer, head] else "w", **style)
+    for (layer, head), is_light in np.ndenumerate(drawing.colour_cells()[1]):
+        value = drawing.values_LH[layer, head]
+        text = image.axes.text(head, layer, f"{value:z.2f}", color="k" if is_light else "w", **style)
         if not np.isfinite(value):
             text.set_text("NaN")
-            text.set_bbox({"facecolor": _NOT_FINITE, "edgecolor": "none", "pad": 0.6})
+            text.set_bbox({"facecolor": drawing.colour_map.get_bad(), "edgecolor": "none", "pad": 0.6})
+
+
+def heatmap_svg(drawing: Heatmap) -> Markup:
+    """Hand-written SVG for the page: small, fast, with values on hover. Heads that are not finite are grey."""
+    layers, heads = drawing.values_LH.shape
+    width = 30 if heads <= 16 else 16
+    parts, (fills_LH3, is_light_LH) = [], drawing.colour_cells()
+    for (layer, head), value in np.ndenumerate(drawing.values_LH):
+        x, y = _LEFT + head * width, layer * _HEIGHT
+        text = f"{value:z.2f}" if np.isfinite(value) else "NaN"
+        parts.append(f'<rect x="{x}" y="{y}" fill="{to_hex(tuple(fills_LH3[layer, head]))}">')
+        parts.append(f"<title>layer {drawing.layers[layer]} head {head}: {text}</title></rect>")
+        if width == 30:
+            shade = "" if is_light_LH[layer, head] else ' fill="#fff"'
+            parts.append(f'<text x="{x + 15}" y="{y + 14}"{shade}>{text}</text>')
+    rows = [(_LEFT - 12, layer * _HEIGHT + 14, drawing.layers[layer]) for layer in range(0, layers, 1 + layers // 24)]
+    columns = [(_LEFT + (head + 0.5) * width, layers * _HEIGHT + 14, head) for head in range(0, heads, 1 + heads // 17)]
+    parts += [f'<text class="axis" x="{x}" y="{y}">{number}</text>' for x, y, number in (*rows, *columns)]
+    box = f"0 0 {_LEFT + heads * width} {layers * _HEIGHT + _BOTTOM}"
+    size = f"width: {1.15 * (_LEFT + heads * width):.0f}px; max-width: 100%"
+    opening = f'<svg class="cells{"" if width == 30 else " small"}" viewBox="{box}" aria-hidden="true">'
+    title = escape(drawing.title)
+    return Markup(f'<div style="{size}"><p class="panel-title">{title}</p>{opening}{"".join(parts)}</svg></div>')
 
 
 def highest_finite(values: np.ndarray) -> float:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
+import pandas as pd
+
 from normfree.analysis.groups import Group
+from normfree.analysis.verdicts import WORDS
 from normfree.cost.counts import Count, Matmul
 from normfree.cost.totals import Cost, Item
 from normfree.cost.tradeoff import trade_off
-from normfree.report.tables.table import Table, to_csv, to_markdown
+from normfree.report.tables.table import Table, to_markdown
 
 _TITLES = ("Calls", "Elements", "GB", "% of bytes", "Rounds")
 
@@ -20,15 +23,14 @@ _TITLES = ("Calls", "Elements", "GB", "% of bytes", "Rounds")
 def cost_tables(cost: Cost) -> list[Table]:
     """Tables of a model's cost: by operation and place in the model, by layer, and by shape of the matrix products."""
     model = f"{cost.name}, T={cost.context}, {cost.protocol.name}"
-    total = _cells(cost, cost.items)
-    operations, products = (
-        [(*names, *_cells(cost, items)) for names, items in _grouped(cost, key).items()] for key in (_operation, _shape)
-    )
-    titles = ("Operation", "Where", *_TITLES)
+    titles, total = ("Operation", "Where", *_TITLES), _cells(cost, cost.items)
+    matmuls = [item for item in cost.items if isinstance(item.count, Matmul)]
+    operations = [(*names, *_cells(cost, items)) for names, items in _grouped(cost.items, _operation).items()]
+    shapes = _grouped(matmuls, lambda count: f"{count.batch} x ({count.m} x {count.k})({count.k} x {count.n})")
+    products = [(shape, *_cells(cost, items)) for shape, items in shapes.items()]
+    rows = [*operations, ("all", "", *total)]
     return [
-        Table(
-            "cost-operations", f"{model}: by operation", titles, [*operations, ("all", "", *total)], words=("Where",)
-        ),
+        Table("cost-operations", f"{model}: by operation", titles, rows, words=("Where",)),
         Table("cost-layers", f"{model}: by layer", ("Where", *_TITLES), [*_layer_rows(cost), ("all", *total)]),
         Table("cost-matmuls", f"{model}: matrix products", ("batch x (m x k)(k x n)", *_TITLES), products),
     ]
@@ -36,13 +38,18 @@ def cost_tables(cost: Cost) -> list[Table]:
 
 def cost_record(cost: Cost) -> dict[str, Any]:
     """The cost as plain values: the total, each operation in each part of the model, and each layer."""
-    groups = _grouped(cost, _operation).items()
-    operations = [{"operation": name, "where": where, **_sums(items)} for (name, where), items in groups]
-    layers = [{"where": where, **_sums(items)} for (where,), items in _grouped(cost, _place).items()]
-    facts = {"model": cost.name, "family": cost.architecture.family, "context": cost.context}
-    facts |= {"protocol": cost.protocol.name, "network": asdict(cost.network), "assumptions": cost.assumptions}
-    total = _sums(cost.items) | {"seconds_at_least": cost.seconds_at_least}
-    return facts | {"total": total, "operations": operations, "layers": layers}
+    operations, layers = _grouped(cost.items, _operation).items(), _grouped(cost.items, _place).items()
+    return {
+        "model": cost.name,
+        "family": cost.architecture.family,
+        "context": cost.context,
+        "protocol": cost.protocol.name,
+        "network": asdict(cost.network),
+        "assumptions": cost.assumptions,
+        "total": _sums(cost.items) | {"seconds_at_least": cost.seconds_at_least},
+        "operations": [{"operation": name, "where": where, **_sums(items)} for (name, where), items in operations],
+        "layers": [{"where": where, **_sums(items)} for where, items in layers],
+    }
 
 
 def cost_csv(cost: Cost) -> str:
@@ -50,10 +57,9 @@ def cost_csv(cost: Cost) -> str:
     record = cost_record(cost)
     facts = record | asdict(cost.network) | {"network": cost.network.name}
     scopes = {"total": [record["total"]], "operation": record["operations"], "layer": record["layers"]}
-    rows = [{**facts, "scope": scope, **row} for scope, rows in scopes.items() for row in rows]
     titles = ["model", "protocol", "network", "bandwidth_mbps", "delay_ms", "context", "scope", "operation", "where"]
-    titles = (*titles, *record["total"])
-    return to_csv(Table("cost", cost.name, titles, [tuple(str(row.get(key, "")) for key in titles) for row in rows]))
+    rows = [facts | {"scope": scope} | row for scope, rows in scopes.items() for row in rows]
+    return pd.DataFrame(rows, columns=[*titles, *record["total"]]).to_csv(index=False)
 
 
 def cost_markdown(cost: Cost) -> str:
@@ -74,13 +80,11 @@ def trade_off_table(groups: Sequence[Group]) -> Table:
     for point in points:
         perplexity = f"{point.perplexity:.2f}" if math.isfinite(point.perplexity) else "NaN"
         numbers = (perplexity, f"{point.seeds}", gigabytes(point.bytes), f"{point.rounds}")
-        rows.append((point.name, *numbers, "yes" if point.on_front else "no"))
+        rows.append((point.name, *numbers, WORDS[point.on_front]))
     notes = [
         "Perplexity: mean over the n seeds that all variants on this corpus share, or over its own if they share none.",
-        "Pareto front: no other variant on the same corpus is at least as low in both perplexity and bytes, and lower "
-        "in one.",
-        "GELU is priced as the model computes it; its tanh form is cheaper than its erf form "
-        "(docs/private-inference.md).",
+        "Pareto front: no other variant on this corpus is as low in perplexity and bytes, and lower in one of them.",
+        "GELU is priced as computed; its tanh form is cheaper than its erf form (docs/private-inference.md).",
         *(f"{name} is left out: an operation of it has no price." for name in unpriced),
     ]
     titles = ("Variant", "Perplexity", "n", "GB", "Rounds", "Pareto front")
@@ -94,36 +98,29 @@ def gigabytes(transferred: float) -> str:
     return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
 
 
-def _operation(count: Count) -> tuple[str, ...]:
+def _operation(count: Count) -> tuple[str, str]:
     return count.operation, count.part
 
 
-def _place(count: Count) -> tuple[str, ...]:
-    return (count.part if count.layer is None else f"layer {count.layer}",)
+def _place(count: Count) -> str:
+    return count.part if count.layer is None else f"layer {count.layer}"
 
 
-def _shape(count: Count) -> tuple[str, ...]:
-    if not isinstance(count, Matmul):
-        return ()
-    return (f"{count.batch} x ({count.m} x {count.k})({count.k} x {count.n})",)
-
-
-def _grouped(cost: Cost, key: Callable[[Count], tuple[str, ...]]) -> dict[tuple[str, ...], list[Item]]:
-    """The calls by key; those with an empty key are left out."""
-    groups: dict[tuple[str, ...], list[Item]] = {}
-    for item in cost.items:
+def _grouped(items: Sequence[Item], key: Callable[[Any], Any]) -> dict[Any, list[Item]]:
+    groups: dict[Any, list[Item]] = {}
+    for item in items:
         groups.setdefault(key(item.count), []).append(item)
-    return {names: items for names, items in groups.items() if names}
+    return groups
 
 
 def _layer_rows(cost: Cost) -> list[tuple[str, ...]]:
     """One row per place in the model; identical layers in a row share one."""
     rows = []
-    places = _grouped(cost, _place).items()
+    places = _grouped(cost.items, _place).items()
     for _, alike in groupby(places, lambda place: [replace(item.count, layer=None) for item in place[1]]):
         names, calls = zip(*alike, strict=True)
-        name = names[0][0] if len(names) == 1 else f"layers {names[0][0].split()[1]}-{names[-1][0].split()[1]}"
-        rows.append((name, *_cells(cost, [item for items in calls for item in items])))
+        name = names[0] if len(names) == 1 else f"layers {names[0].split()[1]}-{names[-1].split()[1]}"
+        rows.append((name, *_cells(cost, list(chain.from_iterable(calls)))))
     return rows
 
 

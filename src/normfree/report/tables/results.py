@@ -1,118 +1,91 @@
-"""Tables of results: perplexity beside the paper's, differences over seeds, the paper's claims, ranges of entropy."""
+"""Tables of results: perplexity, differences, claims, ranges of entropy; also over training."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from itertools import combinations
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from normfree.analysis import published
-from normfree.analysis.entropy import top_quarter_share, trained_heads
+import numpy as np
+
+from normfree.analysis import entropy, published
+from normfree.analysis.entropy import Heads, probed_heads, top_quarter_share, trained_heads
 from normfree.analysis.groups import Group, counterparts
-from normfree.analysis.published import BASELINE, COMPARISONS
-from normfree.analysis.ranges import NORMALISERS, RANGES, pooled_ranges
+from normfree.analysis.pairs import CLAIMS, Pair, all_pairs, baseline_label, main_pairs, pairs_of
 from normfree.analysis.seeds import Difference, paired_difference, summarise
+from normfree.analysis.verdicts import CLAIM_WORDS, claim_holds, yardsticks
 from normfree.report.tables.table import Table
+from normfree.store.runs import Run
+
+SHARES_OF_TRAINING = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
+_REACH = 0.05
+"""A measurement at most this share of training away counts."""
+_DEPTHS = ("Early third", "Middle third", "Late third")
+_SHARE_TITLES = tuple(f"At {100 * share:.0f} %" for share in SHARES_OF_TRAINING)
 
 
 def perplexity_table(groups: Sequence[Group]) -> Table:
-    """Final validation perplexity of each variant, its change against the baseline, and the unigram perplexity.
+    """Final validation perplexity of each variant, its change against the baseline, and what n-grams reach.
 
-    The baseline is the one chosen for the groups, else the paper's.
-
-    The paper's numbers are added, unless the runs have a variant more than once, as in a sweep.
+    The baseline is the one chosen for the groups, else the paper's. The paper's changes are added, unless the runs have
+    a variant more than once, as in a sweep.
     """
-    with_runs = [group for group in groups if group.runs]
+    with_runs, baseline = [group for group in groups if group.runs], baseline_label(groups)
+    titles, paper = ("Variant", "Perplexity", "Seeds", f"Against {baseline}", "Bits per byte"), {}
+    if paper := _changes_in_paper(with_runs, baseline):
+        titles += (f"Paper, against {baseline}", "Paper's model")
     rows = []
     for group in with_runs:
         summary = summarise(list(group.perplexities.values()))
         bits = summarise([(run.facts.get("final") or {}).get("bits_per_byte", math.nan) for run in group.runs])
-        rows.append((group.name, summary.text(), str(summary.n), _against_baseline(group, groups), bits.text(3)))
+        change = _against_baseline(group, baseline, groups)
+        rows.append((group.name, summary.text(), str(summary.n), change, bits.text(3), *paper.get(group.name, "--")))
     corpora = {run.corpus: run.facts["corpus"] for group in with_runs for run in group.runs}
     for fingerprint, corpus in sorted(corpora.items()):
-        name = "Unigram" if len(corpora) == 1 else f"Unigram (corpus {fingerprint[:12]})"
-        rows.append((name, f"{corpus['unigram_perplexity']:.2f}", "-", "-", "-"))
-    baseline = baseline_label(groups)
-    titles = ("Variant", "Perplexity", "Seeds", f"Against {baseline}", "Bits per byte")
-    if paper := _paper_cells(groups):
-        titles += ("Paper", f"Paper, against {baseline}", "Paper's model")
-        rows = [(*row, *paper.get(row[0], ("-", "-", "-"))) for row in rows]
+        more = "" if len(corpora) == 1 else f" (corpus {fingerprint[:12]})"
+        rows += [(f"{name}{more}", f"{value:.2f}", *"-----") for name, value in yardsticks(corpus).items()]
     caption = "Validation perplexity after training: mean and sample standard deviation over seeds, lower is better"
-    return Table("perplexity", caption, titles, rows, _perplexity_notes(groups), words=("Paper's model",))
+    notes = _perplexity_notes(groups, baseline, has_paper=bool(paper))
+    rows = [row[: len(titles)] for row in rows]
+    return Table("perplexity", caption, titles, rows, notes, words=("Paper's model",))
 
 
 def difference_table(groups: Sequence[Group]) -> Table:
     """Relative differences of perplexity for all pairs, paired by seed, with a 95 % Student-t interval."""
     rows = []
-    for ours, theirs in all_pairs(groups):
-        difference = perplexity_difference(ours, theirs)
-        model = published.counterpart(ours.runs[0].spec)
-        paper = percent(published.relative_difference(model, ours.label, theirs.label))
+    for pair in all_pairs(groups):
+        difference = pair.perplexity()
         interval = "-"
         if math.isfinite(difference.low):
             interval = f"{percent(difference.low)} to {percent(difference.high)}"
-        kind = "the paper's" if _is_named(ours, theirs) else "exploratory"
-        rows.append((comparison(ours, theirs), kind, mean_text(difference), interval, str(difference.n), paper))
+        numbers = (mean_text(difference), interval, str(difference.n), percent(pair.published))
+        rows.append((pair.name, "the paper's" if pair.is_the_papers else "exploratory", *numbers))
     titles = ("Comparison", "Kind", "Difference in perplexity", "95 % interval", "Pairs", "Paper")
     notes = [
-        "Seeds are paired: the same seed and the same order of the data on both sides. "
-        "Student's t over the pairs; one pair has no interval.",
-        "Exploratory: the paper makes no claim about this pair. Of twenty such intervals, one misses 0 by chance.",
+        "Seeds are paired: the same seed and order of the data on both sides. One pair has no interval.",
+        "Exploratory: the paper makes no claim about this pair.",
     ]
     return Table("differences", "Paired relative differences of perplexity", titles, rows, notes, words=("Kind",))
-
-
-def perplexity_difference(ours: Group, theirs: Group) -> Difference:
-    """Paired relative difference of final perplexity, as a share of `theirs`."""
-    return paired_difference(ours.perplexities, theirs.perplexities, relative=True)
-
-
-def top_quarter_difference(ours: Group, theirs: Group) -> Difference:
-    """Paired difference of the share of heads at or above 3/4 of the causal ceiling."""
-    shares = [
-        {seed: top_quarter_share(trained_heads(run)) for seed, run in zip(group.perplexities, group.runs, strict=True)}
-        for group in (ours, theirs)
-    ]
-    return paired_difference(*shares)
-
-
-# Claim, two variants, the difference between them, and whether the claim says that it is above 0.
-CLAIMS: tuple[tuple[str, str, str, Callable[[Group, Group], Difference], bool], ...] = (
-    ("(a) With LayerNorm, ReLU is worse than GELU", "SM+LN+R", "SM+LN+G", perplexity_difference, True),
-    ("(b) Without it, ReLU is better", "SM+R", "SM+G", perplexity_difference, False),
-    ("(c) GELU puts more heads into the top quarter", "SM+G", "SM+R", top_quarter_difference, True),
-    ("(g) ReLU early, GELU late beats GELU", "SM+R/G", "SM+G", perplexity_difference, False),
-    ("(g) GELU early, ReLU late beats GELU", "SM+G/R", "SM+G", perplexity_difference, False),
-    ("(g) ReLU early, GELU late beats ReLU", "SM+R/G", "SM+R", perplexity_difference, False),
-    ("(g) ReLU belongs into the early half", "SM+R/G", "SM+G/R", perplexity_difference, False),
-)
-
-
-_NAMED = (*COMPARISONS, *((label, other) for _, label, other, _, _ in CLAIMS))
-"""Pairs of variants that the paper compares or makes a claim about."""
-_FEW = 12
 
 
 def claim_table(groups: Sequence[Group]) -> Table:
     """The paper's claims that these runs can test, each with a verdict that the 95 % interval decides."""
     rows = []
-    for claim, label, other, measure, above in CLAIMS:
-        measured, unit = ("perplexity", "%") if measure is perplexity_difference else ("share of heads", "points")
-        for ours, theirs in comparable_pairs(groups, [(label, other)]):
-            difference = measure(ours, theirs)
-            low, high = (difference.low, difference.high) if above else (-difference.high, -difference.low)
-            verdict = "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
+    for claim in CLAIMS:
+        measured, unit = ("perplexity", "%") if claim.measure is Pair.perplexity else ("share of heads", "points")
+        for pair in pairs_of(groups, [claim.labels]):
+            difference = claim.measure(pair)
             interval = "-"
             if math.isfinite(difference.low):
                 interval = f"{100 * difference.low:+z.1f} to {percent(difference.high, unit)}"
+            verdict = CLAIM_WORDS[claim_holds(difference, above=claim.above)]
             numbers = (mean_text(difference, unit), interval, str(difference.n))
-            rows.append((claim, verdict, comparison(ours, theirs), measured, *numbers))
+            rows.append((claim.text, verdict, pair.name, measured, *numbers))
     titles = ("Claim", "Verdict", "Compared", "Measured", "Difference", "95 % interval", "Pairs")
     notes = [
         "Holds or does not hold: the 95 % Student-t interval over paired seeds lies entirely on one side of 0. "
         "Undecided: it contains 0, or there is only one pair, or a run diverged. The interval is valid only if the "
-        "number of seeds was fixed in advance, and for its own claim only: of twenty true differences of 0, one "
-        "interval misses 0 on average.",
+        "number of seeds was fixed in advance, and for its own claim: one in twenty misses a true 0.",
         "Share of heads: those at or above 3/4 of the causal ceiling; the difference is in percentage points.",
     ]
     return Table("claims", "The paper's claims at this scale", titles, rows, notes, words=titles[:4])
@@ -120,70 +93,25 @@ def claim_table(groups: Sequence[Group]) -> Table:
 
 def range_table(groups: Sequence[Group]) -> Table:
     """Share of heads per quarter of the maximum under each normaliser, pooled over seeds."""
-    pooled, rows = pooled_ranges(groups), []
+    rows = []
+    pooled = entropy.pooled_ranges(groups)
+    missing = [run.place for group in groups for run in group.runs if trained_heads(run) is None]
     for group in groups:
-        for normaliser, of_group in pooled.items():
-            if (ranges := of_group.get(group.name)) is None:
-                continue
-            shares = (f"{100 * share:.1f} %" for share in ranges.counts.shares)
-            seeds = f"{ranges.seeds}" + ("" if ranges.seeds == len(group.runs) else f" of {len(group.runs)}")
-            counts = (seeds, str(ranges.counts.heads), str(ranges.counts.nonfinite))
+        measured = sum(run.place not in missing for run in group.runs)
+        seeds = f"{measured}" + ("" if measured == len(group.runs) else f" of {len(group.runs)}")
+        for normaliser, counts in pooled.get(group.name, {}).items():
+            shares = (f"{100 * share:.1f} %" for share in counts.shares)
+            cells = (f"{counts.maximum_nats:.3f}", *shares, seeds, str(counts.heads), str(counts.nonfinite))
             comparable = normaliser == "observed" and published.is_gpt2(group.runs[0].spec)
             paper = published.RANGE_PERCENT.get(group.label) if comparable else None
-            paper_text = " / ".join(map(str, paper or "-"))
-            rows.append((group.name, normaliser, f"{ranges.maximum_nats:.3f}", *shares, *counts, paper_text))
-    titles = ("Variant", "Normaliser", "Max (nats)", *RANGES, "Seeds", "Heads", "NaN heads", "Paper, GPT-2 125M (%)")
-    notes = [f"{name}: {meaning}." for name, meaning in NORMALISERS.items()]
-    if missing := [run.place for group in groups for run in group.runs if trained_heads(run) is None]:
+            rows.append((group.name, normaliser, *cells, " / ".join(map(str, paper or "-"))))
+    heads = ("Seeds", "Heads", "NaN heads", "Paper, GPT-2 125M (%)")
+    titles = ("Variant", "Normaliser", "Max (nats)", *entropy.RANGES, *heads)
+    notes = [f"{name}: {meaning}." for name, meaning in entropy.NORMALISERS.items()]
+    if missing:
         notes.append(f"Not measured after training, so not counted: {', '.join(missing)}.")
     notes.append("NaN heads are in no range.")
     return Table("ranges", "Share of heads per quarter of the maximum entropy", titles, rows, notes, ("Normaliser",))
-
-
-def comparable_pairs(
-    groups: Sequence[Group], comparisons: Iterable[tuple[str, str]] = COMPARISONS
-) -> list[tuple[Group, Group]]:
-    """The groups behind each comparison of two labels, as `counterparts` pairs them."""
-    ours_first = [(ours, other) for label, other in comparisons for ours in groups if ours.label == label]
-    return [(ours, theirs) for ours, other in ours_first for theirs in counterparts(ours, other, groups)]
-
-
-def all_pairs(groups: Sequence[Group]) -> list[tuple[Group, Group]]:
-    """Every variant with the baseline if one was chosen; else the paper's pairs, then every other pair of a recipe
-    with a common seed."""
-    bases = [group for group in groups if group.is_baseline]
-    if bases:
-        of_label = dict.fromkeys(base.label for base in bases)
-        pairs = [(ours, other) for ours in groups for label in of_label for other in counterparts(ours, label, groups)]
-        return [(ours, other) for ours, other in pairs if other.is_baseline and not ours.is_baseline]
-    pairs = {}
-    for ours, theirs in comparable_pairs(groups, _NAMED) + [(b, a) for a, b in combinations(groups, 2)]:
-        if ours.recipe == theirs.recipe and ours.perplexities.keys() & theirs.perplexities.keys():
-            pairs.setdefault(frozenset((ours.name, theirs.name)), (ours, theirs))
-    return list(pairs.values())
-
-
-def main_pairs(groups: Sequence[Group]) -> list[tuple[Group, Group]]:
-    """The pairs for figures: all of them if they are few, else those with the baseline or in the paper."""
-    pairs = all_pairs(groups)
-    if len(pairs) <= _FEW or any(group.is_baseline for group in groups):
-        return pairs
-    return [(a, b) for a, b in pairs if _is_named(a, b)] or pairs[:_FEW]
-
-
-def _is_named(ours: Group, theirs: Group) -> bool:
-    return (ours.label, theirs.label) in _NAMED or (theirs.label, ours.label) in _NAMED
-
-
-def baseline_label(groups: Sequence[Group]) -> str:
-    """The label of the chosen baseline, else the paper's."""
-    return next((group.label for group in groups if group.is_baseline), BASELINE)
-
-
-def comparison(ours: Group, theirs: Group) -> str:
-    """`SM+R against SM+G`; a recipe or tag that both have is named once."""
-    same = ours.name.removeprefix(ours.label) == theirs.name.removeprefix(theirs.label)
-    return f"{ours.label if same else ours.name} against {theirs.name}"
 
 
 def percent_with_interval(difference: Difference) -> str:
@@ -205,62 +133,133 @@ def percent(share: float | None, unit: str = "%") -> str:
     return "-" if share is None or math.isnan(share) else f"{100 * share:+z.1f} {unit}"
 
 
-def _paper_cells(groups: Sequence[Group]) -> dict[str, tuple[str, str, str]]:
-    """The paper's perplexity, its change and its model by group; empty if the paper has none, or one of them twice."""
-    cells, in_paper = {}, []
-    for group in groups:
-        model = published.counterpart(group.members[0].spec)
-        paper = published.PERPLEXITY[model].get(group.label)
-        if group.runs and paper is not None:
-            in_paper.append((model, group.label))
-            change = percent(published.relative_difference(model, group.label, baseline_label(groups)))
-            cells[group.name] = (f"{paper:.3f}", change, model)
-    return cells if len(in_paper) == len(set(in_paper)) else {}
+def _changes_in_paper(groups: Sequence[Group], baseline: str) -> dict[str, tuple[str, str]]:
+    """The paper's change and its model by group; empty if the paper has none of them, or one of them twice."""
+    models = {group.name: published.counterpart(group.members[0].spec) for group in groups}
+    in_paper = [group for group in groups if group.label in published.PERPLEXITY[models[group.name]]]
+    if len({(models[group.name], group.label) for group in in_paper}) < len(in_paper):
+        return {}
+    changes = {g.name: published.relative_difference(models[g.name], g.label, baseline) for g in in_paper}
+    return {name: (percent(change), models[name]) for name, change in changes.items()}
 
 
-def _against_baseline(group: Group, groups: Sequence[Group]) -> str:
+def _against_baseline(group: Group, baseline: str, groups: Sequence[Group]) -> str:
     """The mean over the pairs, with their number if some seeds of the group have no partner."""
-    baseline = baseline_label(groups)
-    if group.label == baseline:
-        return "baseline"
     bases = counterparts(group, baseline, groups)
-    if len(bases) != 1:
-        return "-"
-    difference = perplexity_difference(group, bases[0])
+    if group.label == baseline or len(bases) != 1:
+        return "baseline" if group.label == baseline else "-"
+    difference = Pair(group, bases[0]).perplexity()
     some = not difference.nonfinite and 0 < difference.n < len(group.perplexities)
     return mean_text(difference) + (f" (n = {difference.n})" if some else "")
 
 
-def _perplexity_notes(groups: Sequence[Group]) -> list[str]:
+def _perplexity_notes(groups: Sequence[Group], baseline: str, *, has_paper: bool) -> list[str]:
     runs = [run for group in groups for run in group.runs]
-    notes = ["Unigram: the perplexity of token frequencies alone, which any model has to beat."]
-    baseline = baseline_label(groups)
+    notes = ["Unigram and n-grams: counted on the training text; a model has learned if it beats the 2-gram."]
+    if not any("2-gram" in yardsticks(run.facts["corpus"]) for run in runs):
+        notes = ["Unigram: the perplexity of token frequencies alone, which any model has to beat."]
     if any(group.label == baseline and group.runs for group in groups):
-        notes.append(
-            f"Against {baseline}: the mean of the differences between runs of the same seed. "
-            "It uses seeds that both variants have; n is shown if these are fewer."
-        )
+        notes.append(f"Against {baseline}: the mean over seeds that both variants have; n is shown if these are fewer.")
     if several := [group.name for group in groups if group.runs and len(counterparts(group, baseline, groups)) > 1]:
         notes.append(f"No change is shown for {', '.join(several)}: more than one {baseline} has the same recipe.")
     if not all(math.isfinite(run.perplexity) for run in runs):
         notes.append("NaN (k/n): k of n seeds diverged or have no finite perplexity. The others are not averaged.")
-    if _paper_cells(groups):
-        notes.append(
-            f"Paper: {published.SOURCE}; another corpus and size, so compare changes "
-            "(computed from its perplexities), not values."
-        )
-    corpora = {
-        (run.corpus, run.spec["data"].get("expected_fingerprint"))
-        for run in runs
-        if run.spec["data"].get("source") == "installed"
-    }
+    if has_paper:
+        notes.append(f"Paper: {published.SOURCE}; another corpus and size, so only changes can be compared.")
+    expected = {(run.corpus, run.spec["data"].get("expected_fingerprint")) for run in runs}
     notes += [
-        f"Corpus {corpus[:12]} is not the one behind the committed results ({expected[:12]}): "
+        f"Corpus {corpus[:12]} is not the one behind the committed results ({other[:12]}): "
         "compare changes with them, not perplexities."
-        for corpus, expected in sorted(corpora, key=str)
-        if expected and expected != corpus
+        for corpus, other in sorted(expected, key=str)
+        if other and other != corpus
     ]
     for group in groups:
         notes += [f"{run.place} is left out: {run.state} at step {run.steps_done}." for run in group.unfinished]
         notes += [f"{r.folder} ({r.status}) is left out: it repeats a seed of {group.name}." for r in group.repeated]
     return notes
+
+
+def gap_table(groups: Sequence[Group]) -> Table:
+    """Paired relative difference of validation perplexity at shares of the training."""
+    pairs = main_pairs(groups)
+    rows = [(pair.name, *(_gap(pair, share) for share in SHARES_OF_TRAINING), str(len(pair.seeds))) for pair in pairs]
+    notes = [
+        "Validation during training, on part of the held-out text if train.evaluation_sequences is set. In brackets: "
+        "95 % Student-t interval over paired seeds, in percent.",
+        "Each column takes the nearest evaluation within a twentieth of the training. A pair is NaN if one of its runs "
+        "has none there, for example because it diverged before.",
+    ]
+    caption = "Difference in validation perplexity over training (share of the steps)"
+    return Table("gap", caption, ("Comparison", *_SHARE_TITLES, "Pairs"), rows, notes)
+
+
+def overload_table(groups: Sequence[Group]) -> Table:
+    """Heads at or above 3/4 of the causal ceiling: by depth after training, and over training."""
+    rows, labels = [], []
+    for group in groups:
+        if not any(probed_heads(run) or trained_heads(run) for run in group.runs):
+            continue
+        by_depth = zip(*(_by_depth(trained_heads(run)) for run in group.runs), strict=True)
+        curves = [{heads.step: top_quarter_share(heads) for heads in probed_heads(run)} for run in group.runs]
+        over_training = (_at_share(group.runs, curves, share) for share in SHARES_OF_TRAINING)
+        rows.append((group.name, *map(_percent_text, (*by_depth, *over_training)), str(len(group.runs))))
+        if published.is_gpt2(group.runs[0].spec) and group.label in published.heatmaps():
+            labels.append(group.label)
+    for label in dict.fromkeys(labels):
+        entropy_LH = published.heatmaps()[label]
+        ceiling_L = np.full(len(entropy_LH), entropy.causal_ceiling(published.HEATMAP_CONTEXT))
+        paper = _by_depth(Heads(entropy_LH, ceiling_L, step=0, layers=range(len(entropy_LH))))
+        blanks = ["-"] * len(SHARES_OF_TRAINING)
+        rows.append((f"{label}, paper", *(_percent_text([share]) for share in paper), *blanks, "1"))
+    notes = [
+        "Percent of heads, mean and sample standard deviation over seeds. Thirds and all layers: the large sample "
+        "after training. Shares of training: the nearest probe within a twentieth of the training.",
+        "NaN (1/3): 1 of 3 seeds diverged before, was not measured, or has a head that is not finite.",
+    ]
+    if labels:
+        notes.append(f"Paper: {published.SOURCE}; its published heatmaps of 12 x 12 heads.")
+    caption = "Heads in the top quarter of the causal ceiling, by depth and over training (%)"
+    titles = ("Variant", *_DEPTHS, "All layers", *_SHARE_TITLES, "Seeds")
+    return Table("overload", caption, titles, rows, notes)
+
+
+def _gap(pair: Pair, share: float) -> str:
+    runs, count = (*pair.ours.runs, *pair.theirs.runs), len(pair.ours.runs)
+    values = _at_share(runs, [dict(run.series("validation", "perplexity")) for run in runs], share)
+    ours = dict(zip(pair.ours.perplexities, values[:count], strict=False))
+    theirs = dict(zip(pair.theirs.perplexities, values[count:], strict=False))
+    return percent_with_interval(paired_difference(ours, theirs, relative=True))
+
+
+def _at_share(runs: Sequence[Run], curves: Sequence[Mapping[int, float]], share: float) -> list[float]:
+    """The value of each run at the step nearest to that share of training: NaN after a divergence, and without a value.
+
+    An empty list if nothing was measured near it.
+    """
+    goal = share * max(run.facts["steps"] for run in runs)
+    near = [step for curve in curves for step in curve if abs(step - goal) <= _REACH * goal / share]
+    if not near:
+        return []
+    nearest = min(near, key=lambda step: abs(step - goal))
+    values = []
+    for run, curve in zip(runs, curves, strict=True):
+        place = max(nearest, share * run.facts["steps"])
+        is_over = run.status == "diverged" and place >= run.facts["divergence"]["step"]
+        values.append(math.nan if is_over else curve.get(nearest, math.nan))
+    return values
+
+
+def _by_depth(heads: Heads | None) -> list[float | None]:
+    """Top-quarter share of the early, middle and late third of the layers, then of all; None for an empty third."""
+    if heads is None:
+        return [math.nan] * (len(_DEPTHS) + 1)
+    layers = np.arange(len(heads.entropy_LH))
+    shares = []
+    for part in (*np.array_split(layers, len(_DEPTHS)), layers):
+        some = replace(heads, entropy_LH=heads.entropy_LH[part], ceiling_L=heads.ceiling_L[part])
+        shares.append(top_quarter_share(some) if len(part) else None)
+    return shares
+
+
+def _percent_text(shares: Sequence[float | None]) -> str:
+    return summarise([100 * share for share in shares if share is not None]).text(1)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import quote
@@ -22,7 +23,8 @@ _MARKDOWN = str.maketrans(
 _HTML = Template(
     Path(__file__).with_name("table.html.j2").read_text(encoding="utf-8"), autoescape=True, trim_blocks=True
 )
-_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # spreadsheets run cells that begin like this
+
+_FORMULA = re.compile(r"(?!-$|[-+]\d+(\.\d+)? ?%?$)[=+\-@\t\r]")
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def without_empty_columns(table: Table) -> Table:
 
 def to_markdown(table: Table) -> str:
     """GitHub's pipe table, with the caption above and the notes below."""
-    titles, *rows = _escaped(table, lambda text: text.translate(_MARKDOWN))
+    titles, *rows = ([cell.translate(_MARKDOWN) for cell in row] for row in (table.titles, *table.rows))
     rules = ["---:" if is_numeric else "---" for is_numeric in table.is_numeric]
     lines = "\n".join(f"| {' | '.join(cells)} |" for cells in (titles, rules, *rows))
     notes = "\n".join(f"- {note.translate(_MARKDOWN)}" for note in table.notes)
@@ -67,7 +69,8 @@ def to_markdown(table: Table) -> str:
 def to_latex(table: Table) -> str:
     """A booktabs table."""
     layout = "".join("r" if is_numeric else "l" for is_numeric in table.is_numeric)
-    titles, *rows = (" & ".join(cells) + r" \\" for cells in _escaped(table, lambda text: text.translate(_LATEX)))
+    cells = ([cell.translate(_LATEX) for cell in row] for row in (table.titles, *table.rows))
+    titles, *rows = (" & ".join(row) + r" \\" for row in cells)
     lines = [
         *(r"\begin{table}", r"\centering", rf"\caption{{{table.caption.translate(_LATEX)}}}"),
         *(rf"\label{{tab:{table.name}}}", rf"\begin{{tabular}}{{{layout}}}"),
@@ -84,7 +87,8 @@ def to_csv(table: Table) -> str:
     Text that a spreadsheet would run as a formula gets a leading apostrophe; numbers stay as they are.
     """
     file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows(_escaped(table, _without_formula))
+    rows = [[f"'{cell}" if _FORMULA.match(cell) else cell for cell in row] for row in (table.titles, *table.rows)]
+    csv.writer(file, lineterminator="\n").writerows(rows)
     return file.getvalue()
 
 
@@ -92,18 +96,3 @@ def to_html(table: Table) -> str:
     """A `<table>` with caption, scopes, notes, and links that contain its CSV and LaTeX."""
     links = {"csv": quote(to_csv(table)), "tex": quote(to_latex(table))}
     return _HTML.render(table=table, links=links).replace("+-", "\N{PLUS-MINUS SIGN}")
-
-
-def _escaped(table: Table, escape: Callable[[str], str]) -> list[list[str]]:
-    """The titles, then the rows."""
-    return [[escape(cell) for cell in row] for row in (table.titles, *table.rows)]
-
-
-def _without_formula(cell: str) -> str:
-    if not cell.startswith(_FORMULA_STARTS) or cell == "-":
-        return cell
-    try:
-        float(cell.rstrip(" %"))
-    except ValueError:
-        return f"'{cell}"
-    return cell
