@@ -21,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, 
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
-from normfree.training.bf16 import products_for
+from normfree.training.precision import products_for
 
 HEADS = {128: 4, 192: 6, 256: 8, 768: 12}
 

@@ -41,6 +41,6 @@ def describe_machine() -> dict[str, str]:
     import torch
     import transformers
 
-    from normfree.training.environment import processor_name
+    from normfree.training.machine import processor_name
 
     return {"processor": processor_name(), "torch": torch.__version__, "transformers": transformers.__version__}

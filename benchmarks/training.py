@@ -264,7 +264,7 @@ def work(job: dict[str, Any]) -> None:
     import torch
     from contenders import TRAINER, Job, steps, train_with_trainer
 
-    from normfree.training.process import keep_freed_memory
+    from normfree.training.processes import keep_freed_memory
 
     if job["keep_memory"]:
         keep_freed_memory()

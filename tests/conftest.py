@@ -84,3 +84,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny: list[str], cache: Pa
     runs = tmp_path_factory.mktemp("runs")
     assert main(["train", *tiny, "variant=sm-r", f"runs_dir={runs}", f"cache_dir={cache}"]) == 0
     return runs / "single" / "sm-r-seed0"
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """`run(*words)`: a command in this process; its exit status, standard output and standard error."""
+
+    def command(*words: str) -> tuple[int, str, str]:
+        status = main(words)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return command

@@ -16,7 +16,7 @@ from normfree.spec.compose import compose_runs
 from normfree.spec.run import recipe_of
 from normfree.spec.study import load_study
 from normfree.store.runs import find_runs
-from normfree.training.launch import read_launch
+from normfree.training.jobs import read_launch
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

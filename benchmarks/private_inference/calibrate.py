@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.private_inference.simulation import PYTHON, check_python, simulate
 from benchmarks.records import read_options
-from normfree.cli.runs import check_writable
+from normfree.cli.options import check_writable
 from normfree.cost.constants import CONSTANTS_FILE, Protocol, find_protocol, load_constants
 from normfree.cost.counts import Rows
 from normfree.files import write_atomically

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks.private_inference.simulation import PYTHON, check_python, simulate
 from benchmarks.records import read_options
-from normfree.cli.models import read_text
+from normfree.cli.options import read_text
 from normfree.cost.constants import CONSTANTS_FILE
 from normfree.cost.counts import Matmul
 from normfree.cost.totals import Cost, of_run
@@ -33,7 +33,7 @@ from normfree.measures.windows import token_windows
 from normfree.pretrained.load import load_pretrained
 from normfree.report.tables.table import Table, to_markdown
 from normfree.store.runs import read_run
-from normfree.training.process import prepare_process
+from normfree.training.processes import prepare_process
 
 DEFAULTS = {"python": PYTHON, "protocol": "semi2k", "layer": "0", "context": "32", "text": "", "constants": ""}
 

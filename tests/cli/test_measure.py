@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import shutil
 from pathlib import Path
 
@@ -50,16 +49,13 @@ def measure(folder: Path, *words: str) -> int:
     return main(["measure", str(folder), f"text={text}", "context=32", f"output={output}", *words])
 
 
-def test_the_command_writes_a_run_folder_and_its_page(
-    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_command_writes_a_run_folder_and_its_page(saved, tmp_path, capsys) -> None:
     assert measure(saved) == 0, capsys.readouterr().err
     out = capsys.readouterr().out
     run = read_run(tmp_path / "measured")
     entropy_LH = np.array(run.last("final", "entropy_nats"))
     assert (run.kind, run.label, entropy_LH.shape) == ("measurement", "model", (3, 2))
     assert f"{entropy_LH[0].mean():.3f}" in out
-    assert re.search(r"windows of up to 32 tokens: about \S+ [GM]iB needed by this process", caplog.text)
     (row,) = load_runs(tmp_path / "measured").to_dict("records")
     assert row["label"] == "model"
     page = (tmp_path / "measured" / "report" / "index.html").read_text()
@@ -71,9 +67,7 @@ def test_the_command_writes_a_run_folder_and_its_page(
 
 
 @pytest.mark.slow
-def test_two_models_are_compared_head_by_head(
-    saved: Path, model: GPT2LMHeadModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_models_are_compared_head_by_head(saved, model, tmp_path, capsys) -> None:
     assert measure(saved) == 0
     with torch.no_grad():
         model.transformer.h[1].attn.c_attn.weight[:, 16:32] *= 3  # queries of head 1 of layer 1
@@ -86,9 +80,7 @@ def test_two_models_are_compared_head_by_head(
     assert (tmp_path / "both" / "figures" / "entropy_nats-differences.png").stat().st_size > 0
 
 
-def test_an_output_folder_with_something_else_is_refused(
-    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_output_folder_with_something_else_is_refused(saved, tmp_path, capsys) -> None:
     assert measure(saved) == 0
     assert measure(saved) == 0  # the same again
     before = (tmp_path / "measured" / "run.json").read_bytes()
@@ -107,9 +99,7 @@ def test_two_models_of_one_folder_name_stay_two(saved: Path, tmp_path: Path) -> 
     assert [group.name for group in groups] == ["model (measured)", "model (second)"]
 
 
-def test_the_page_names_the_bos_token_of_windows(
-    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_page_names_the_bos_token_of_windows(saved, tmp_path, capsys) -> None:
     assert measure(saved, "bos=true") == 1
     assert "the tokenizer has no BOS token" in capsys.readouterr().err
     PreTrainedTokenizerFast.from_pretrained(saved, bos_token="a").save_pretrained(saved)
@@ -119,18 +109,7 @@ def test_the_page_names_the_bos_token_of_windows(
     assert "every window begins with a)" in capsys.readouterr().out
 
 
-def test_too_little_memory_is_refused_before_the_work(
-    saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("normfree.measures.windows.evaluation_estimate", lambda model, *, context: 2**50 * context)
-    monkeypatch.setattr("normfree.pretrained.load.AutoModelForCausalLM.from_pretrained", None)  # no weight is read
-    assert main(["evaluate", str(saved), f"text={saved.parent / 'text.py'}"]) == 1
-    assert re.search(r"not enough memory: about 671088\d\d\.\d\d GiB needed", capsys.readouterr().err)
-
-
-def test_heads_without_a_finite_row_are_undecided(
-    model: GPT2LMHeadModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_heads_without_a_finite_row_are_undecided(model, tmp_path, capsys) -> None:
     with torch.no_grad():
         model.transformer.h[1].attn.c_attn.weight[0, :16] = math.nan
     assert measure(save(model, tmp_path / "model")) == 0, capsys.readouterr().err

@@ -10,24 +10,19 @@ import numpy as np
 import pytest
 
 from normfree.store.runs import read_run
-from tests.cli.commands import run
 
 
-def test_evaluate_prints_perplexity_and_bits_per_byte(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluate_prints_perplexity_and_bits_per_byte(trained: Path, tmp_path: Path, run) -> None:
     (tmp_path / "text.py").write_text("def f(x):\n    return x\n" * 5)
-    status, out, err = run("evaluate", str(trained), f"text={tmp_path / 'text.py'}", "stride=4", capsys=capsys)
+    status, out, err = run("evaluate", str(trained), f"text={tmp_path / 'text.py'}", "stride=4")
     assert status == 0, err
     assert re.search(rf"text +{re.escape(str(tmp_path / 'text.py'))}\n", out)
     assert "perplexity" in out
     assert "bits per byte" in out
 
 
-def test_evaluating_a_run_gives_its_recorded_perplexity(
-    trained: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    status, out, err = run("evaluate", str(trained), f"cache_dir={cache}", capsys=capsys)
+def test_evaluating_a_run_gives_its_recorded_perplexity(trained: Path, cache: Path, tmp_path: Path, run) -> None:
+    status, out, err = run("evaluate", str(trained), f"cache_dir={cache}")
     assert status == 0, err
     recorded = read_run(trained).facts["final"]
     assert (
@@ -35,49 +30,35 @@ def test_evaluating_a_run_gives_its_recorded_perplexity(
         in out
     )
     assert f"bits per byte  {recorded['bits_per_byte']:.4f} (over {recorded['bytes']} bytes" in out
-    assert "context= cuts a text" in run("evaluate", str(trained), "context=8", capsys=capsys)[2]
+    assert "context= cuts a text" in run("evaluate", str(trained), "context=8")[2]
     moved = shutil.copytree(trained, tmp_path / "moved")
     (moved / "run.json").write_text((moved / "run.json").read_text().replace("/held_out", "/nowhere"))
-    assert (
-        f"perplexity     {recorded['perplexity']:.4f}"
-        in run("evaluate", str(moved), f"cache_dir={cache}", capsys=capsys)[1]
-    )
-    assert re.search(r"/nowhere' matches no file.*; give text=FILE", run("evaluate", str(moved), capsys=capsys)[2])
+    assert f"perplexity     {recorded['perplexity']:.4f}" in run("evaluate", str(moved), f"cache_dir={cache}")[1]
+    assert re.search(r"/nowhere' matches no file.*; give text=FILE", run("evaluate", str(moved))[2])
     other = shutil.copytree(trained, tmp_path / "other")
     (other / "run.json").write_text((other / "run.json").read_text().replace(read_run(trained).corpus, "0" * 64))
-    assert (
-        "other has corpus 000000000000, and its" in run("evaluate", str(other), f"cache_dir={cache}", capsys=capsys)[2]
-    )
+    assert "other has corpus 000000000000, and its" in run("evaluate", str(other), f"cache_dir={cache}")[2]
 
 
 @pytest.mark.parametrize("command", ["evaluate", "measure"])
-def test_bf16_without_bf16_units_says_how_products_are_made(
-    command: str,
-    trained: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("normfree.training.bf16.has_bf16_units", lambda: False)
+def test_bf16_without_bf16_units_says_how(command, trained, tmp_path, run, caplog, monkeypatch) -> None:
+    monkeypatch.setattr("normfree.training.precision.has_bf16_units", lambda: False)
     (tmp_path / "text.py").write_text("def f(x):\n    return x\n" * 5)
     words = [command, str(trained), f"text={tmp_path / 'text.py'}", "dtype=bf16", "device=cpu"]
     words += [f"output={tmp_path / 'page'}"] if command == "measure" else []
-    status, _, err = run(*words, capsys=capsys)
+    status, _, err = run(*words)
     assert status == 0, err
     assert "no bf16 units" in caplog.text
 
 
-def test_a_run_is_measured_on_its_own_held_out_blocks(
-    trained: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_is_measured_on_its_own_held_out_blocks(trained: Path, cache: Path, tmp_path: Path, run) -> None:
     words = ["measure", str(trained), f"output={tmp_path / 'heads'}", f"cache_dir={cache}"]
     recorded = read_run(trained)
-    status, _, err = run(*words, f"sequences={recorded.spec['probe']['final_sequences']}", capsys=capsys)
+    status, _, err = run(*words, f"sequences={recorded.spec['probe']['final_sequences']}")
     assert status == 0, err
     measured = read_run(tmp_path / "heads")
     assert measured.facts["measurement"]["text"] == "the run's own held-out blocks"
     for name in ("entropy_nats", "first_token_mass", "distance_tokens"):
         assert np.allclose(measured.last("final", name), recorded.last("final", name), atol=1e-5)
-    assert "context= cuts a text" in run(*words, "context=8", capsys=capsys)[2]
-    assert "sequences=0 and batch=1 must be at least 1" in run(*words, "sequences=0", capsys=capsys)[2]
+    assert "context= cuts a text" in run(*words, "context=8")[2]
+    assert "sequences=0 and batch=1 must be at least 1" in run(*words, "sequences=0")[2]

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from normfree.files import folder_lock
-from tests.cli.commands import run
 from tests.synthetic import write_run
 
 
@@ -24,17 +23,17 @@ def unfinished(folder: Path) -> Path:
     return place
 
 
-def test_a_finished_run_shows_its_perplexity(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_shows_its_perplexity(tmp_path: Path, run) -> None:
     written = write_run(tmp_path, "SM+R")
-    status, out, err = run("status", str(tmp_path), capsys=capsys)
+    status, out, err = run("status", str(tmp_path))
     assert (status, err) == (0, "")
     assert out.split() == f"{written.place} finished step 200 of 200 perplexity {written.perplexity:.2f}".split()
 
 
-def test_a_run_under_way_shows_speed_and_time_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_under_way_shows_speed_and_time_left(tmp_path: Path, run) -> None:
     place = unfinished(tmp_path)
     with folder_lock(place):
-        out = run("status", str(place), capsys=capsys)[1]
+        out = run("status", str(place))[1]
     assert "running      step     40 of 200  loss 3.250 nats  1,000 tokens/s" in out
     spec = json.loads((place / "run.json").read_text())["spec"]
     tokens_left = 160 * spec["train"]["batch_sequences"] * spec["data"]["context"]
@@ -43,8 +42,8 @@ def test_a_run_under_way_shows_speed_and_time_left(tmp_path: Path, capsys: pytes
     assert "resumed at step 20" in out
 
 
-def test_a_killed_run_is_stopped_at_its_last_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = run("status", str(unfinished(tmp_path)), capsys=capsys)[1]
+def test_a_killed_run_is_stopped_at_its_last_step(tmp_path: Path, run) -> None:
+    out = run("status", str(unfinished(tmp_path)))[1]
     assert "stopped      step     40 of 200" in out
     assert "left" not in out
     assert "the same command resumes it" in out
@@ -58,11 +57,9 @@ def test_a_killed_run_is_stopped_at_its_last_step(tmp_path: Path, capsys: pytest
         (["a", "watch=yes please"], "watch='yes please'"),
     ],
 )
-def test_a_folder_without_runs_is_named(
-    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_without_runs_is_named(words, message, tmp_path, monkeypatch, run) -> None:
     monkeypatch.chdir(tmp_path)
-    status, _, err = run("status", *words, capsys=capsys)
+    status, _, err = run("status", *words)
     assert status != 0
     assert message in err
     assert len(err.splitlines()) == 1

@@ -10,17 +10,16 @@ import pytest
 import torch
 
 from normfree.store.runs import read_run
-from tests.cli.commands import run
 
 Values = Callable[..., dict[str, float]]
 
 
 @pytest.fixture
-def evaluated(trained: Path, capsys: pytest.CaptureFixture[str]) -> Values:
+def evaluated(trained: Path, run) -> Values:
     """`evaluated(*words)` evaluates the run and reads the numbers that it prints."""
 
     def evaluate(*words: str) -> dict[str, float]:
-        status, out, err = run("evaluate", str(trained), *words, capsys=capsys)
+        status, out, err = run("evaluate", str(trained), *words)
         assert status == 0, err
         return {name: float(value) for name, value in re.findall(r"^(\w[\w ]+?)  +([0-9.]+) ", out, re.MULTILINE)}
 
@@ -46,11 +45,11 @@ def test_evaluating_a_text_agrees_on_both_devices(tmp_path: Path, evaluated: Val
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-4), ("bf16", 0.02), ("fp16", 0.005)])
 def test_measure_repeats_the_final_entropies(
-    dtype: str, tolerance: float, trained: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    dtype: str, tolerance: float, trained: Path, cache: Path, tmp_path: Path, run
 ) -> None:
     output = tmp_path / "heads"
     words = [f"cache_dir={cache}", "sequences=16", "batch=4", f"dtype={dtype}", f"output={output}"]
-    status, out, err = run("measure", str(trained), *words, capsys=capsys)
+    status, out, err = run("measure", str(trained), *words)
     assert status == 0, err
     measured = read_run(output)
     assert measured.facts["measurement"]["device"].startswith("cuda")
@@ -61,8 +60,8 @@ def test_measure_repeats_the_final_entropies(
     assert not torch.tensor(measured.last("final", "nonfinite_rows")).any()
 
 
-def test_verify_finds_every_part_sound(trained: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, err = run("verify", str(trained), f"cache_dir={cache}", capsys=capsys)
+def test_verify_finds_every_part_sound(trained: Path, cache: Path, run) -> None:
+    status, out, err = run("verify", str(trained), f"cache_dir={cache}")
     assert status == 0, out + err
     assert "damaged" not in out
     assert out.count("sound") >= 5

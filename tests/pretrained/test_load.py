@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from normfree.pretrained.load import load_config, load_pretrained, outline
+from normfree.pretrained.load import load_config, load_pretrained
 from tests.measures.byte_model import byte_gpt2, byte_tokenizer
 
 
@@ -104,14 +104,8 @@ def test_an_adapter_is_part_of_the_model(saved):
     assert not torch.allclose(logits, plain, atol=1e-2)
 
 
-def test_only_a_config_that_tells_weight_sizes_has_an_outline(saved):
-    assert outline(str(saved), dtype="fp32").num_parameters() == load_pretrained(str(saved))[0].num_parameters()
-    change_config(saved, quantization_config={"quant_method": "gptq", "bits": 4})
-    assert outline(str(saved), dtype="fp32") is None
-
-
 def test_a_missing_model_fails_at_the_first_request(monkeypatch):
-    """Loading would retry for half a minute; the outline and the config fail alike, so that nothing is tried twice."""
+    """Loading would retry for half a minute; nothing is tried twice."""
     requests = []
 
     def fail(name, timeout):
@@ -119,9 +113,9 @@ def test_a_missing_model_fails_at_the_first_request(monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr("normfree.pretrained.load.model_info", fail)
-    for load in (load_pretrained, load_config, lambda name: outline(name, dtype="fp32")):
+    for load in (load_pretrained, load_config):
         with pytest.raises(
             ValueError, match=r"cannot load 'nowhere/model' \(no network\); give a run, .*, or a hub name"
         ):
             load("nowhere/model")
-    assert requests == ["nowhere/model"] * 3
+    assert requests == ["nowhere/model"] * 2

@@ -1,14 +1,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from normfree.spec.compose import compose_run
-from normfree.spec.keys import describe_keys
-from normfree.spec.run import DataSpec, ProbeSpec, RunSpec, TrainSpec
+from normfree.spec.run import DataSpec, RunSpec
 
 MINIMAL: dict[str, Any] = {"preset": "cpu", "variant": "sm-r", "label": "SM+R", "train": {"steps": 10}}
 
@@ -28,27 +27,14 @@ def test_a_spec_survives_its_own_json() -> None:
         ({"train": {"stepz": 1}}, "unknown key 'train.stepz'; did you mean train.steps"),
         ({"train": {"steps": 1, "epochs": 2}}, "train.steps and train.epochs"),
         ({"train": {}}, "train.steps and train.epochs"),
-        ({"train": {"steps": 0}}, "train.steps=0: it should be greater than 0"),
-        ({"train": {"steps": 1, "weight_decay": -1}}, "train.weight_decay=-1: it should be greater than or equal to 0"),
         (
             {"train": {"steps": 1, "peak_learning_rate": math.nan}},
             "train.peak_learning_rate=nan: it should be a finite",
         ),
-        ({"train": {"steps": 1, "max_gradient_norm": math.inf}}, "train.max_gradient_norm=inf: it should be a finite"),
-        ({"train": {"steps": 1, "adam_beta1": 1.5}}, "train.adam_beta1=1.5: it should be less than 1"),
         ({"train": {"steps": 1, "warmup_share": 1}}, "train.warmup_share=1: it should be less than 1"),
         ({"train": {"steps": 1, "final_learning_rate": 1.0}}, "must be at most train.peak_learning_rate"),
-        ({"probe": {"every_steps": 0}}, "probe.every_steps=0: it should be greater than 0"),
-        ({"probe": {"final_sequences": 0}}, "probe.final_sequences=0: it should be greater than 0"),
-        (
-            {"train": {"steps": 1, "evaluation_sequences": 0}},
-            "train.evaluation_sequences=0: it should be greater than 0",
-        ),
-        ({"train": {"steps": 1, "precision": "fp8"}}, "'fp32', 'bf16' or 'fp16'"),
         ({"train": {"steps": 1, "batch_sequences": 10, "micro_batch_sequences": 4}}, "must be a multiple of"),
         ({"data": {"context": 1}}, "data.context=1: it should be greater than or equal to 2"),
-        ({"data": {"train_documents": -3}}, "data.train_documents=-3: it should be greater than 0"),
-        ({"seed": -1}, "^seed=-1: it should be greater than or equal to 0"),
         ({"data_seed": 2**32}, "data_seed=4294967296: it should be less than 4294967296"),
         ({"data": {"source": "files"}}, "data.paths"),
         ({"data": {"source": "hub"}}, "data.dataset"),
@@ -62,11 +48,6 @@ def test_a_spec_survives_its_own_json() -> None:
 def test_a_wrong_value_says_what_is_allowed(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         spec(**values)
-
-
-def test_a_path_in_place_of_a_list_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^data\.paths='corpus' must be a list, e\.g\. data\.paths=\[corpus\]$"):
-        spec(data={"source": "files", "paths": "corpus"})
 
 
 def test_a_spec_built_without_a_command_is_checked_too() -> None:
@@ -140,12 +121,3 @@ def test_a_whole_number_is_the_same_model_as_its_float() -> None:
 def test_a_setting_that_nothing_reads_is_refused(words: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         compose_run(words)
-
-
-def test_help_describes_every_key() -> None:
-    described = {key.rpartition(".")[2] for key in describe_keys(RunSpec)}
-    assert described == {item.name for part in (DataSpec, TrainSpec, ProbeSpec, RunSpec) for item in fields(part)} - {
-        "data",
-        "train",
-        "probe",
-    }

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import pytest
 
 from normfree.spec.run import RunSpec, TrainSpec
 from normfree.store.checkpoints import STAGING, checkpoints_in, newest_sound, publish
-from tests.training.runs import DAMAGES, damage
 
 SPEC = RunSpec(preset="cpu", variant="sm-r", label="SM+R", train=TrainSpec(steps=10))
 
@@ -35,18 +33,6 @@ def folder(tmp_path: Path) -> Path:
 def test_the_newest_published_checkpoint_is_taken(folder: Path) -> None:
     stage(folder, 300)
     assert newest_sound(folder, spec=SPEC) == folder / "checkpoint-100"
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "manifest.json"])
-@pytest.mark.parametrize("how", DAMAGES)
-def test_a_damaged_checkpoint_is_set_aside(folder: Path, name: str, how: str, caplog) -> None:
-    damage(folder / "checkpoint-100" / name, how)
-    with caplog.at_level(logging.WARNING, "normfree"):
-        assert newest_sound(folder, spec=SPEC) == folder / "checkpoint-10"
-    assert "checkpoint-100" in caplog.text
-    assert name in caplog.text
-    assert (folder / "damaged" / "checkpoint-100").is_dir()
-    assert newest_sound(folder, spec=SPEC) == folder / "checkpoint-10"
 
 
 def test_a_checkpoint_of_another_spec_is_not_taken(folder: Path) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from normfree.training import bf16
-from normfree.training.bf16 import ProductsInFp32
+from normfree.training import precision as bf16
+from normfree.training.precision import ProductsInFp32
 
 
 def factors(*shapes: tuple[int, ...]) -> list[Tensor]:
@@ -75,13 +75,6 @@ def test_every_product_is_computed_in_fp32(emulated):
     with DtypesOfProducts() as products, ProductsInFp32() if emulated else nullcontext():
         F.linear(x, weight).square().sum().backward()
     assert products.dtypes == 6 * [torch.float32 if emulated else torch.bfloat16]
-
-
-def test_fp32_products_are_unchanged():
-    a, b = (factor.float() for factor in factors((40, 24), (24, 56)))
-    with ProductsInFp32():
-        inside = a @ b
-    assert torch.equal(inside, a @ b)
 
 
 def test_nan_and_infinity_go_through():

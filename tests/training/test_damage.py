@@ -177,20 +177,6 @@ def test_a_run_without_a_sound_checkpoint_starts_again(broken: Path, resume) -> 
     assert moved == ["checkpoint-4", "checkpoint-6"]
 
 
-@pytest.mark.slow
-def test_a_study_resumes_too(broken: Path, trained: Path, cache: Path, tiny: list[str], tmp_path: Path) -> None:
-    from normfree.training.study import run_study
-
-    damage(broken / "checkpoints" / "checkpoint-6" / "model.safetensors", "flip")
-    damage(broken / "run.json", "cut")
-    study = {"preset": "cpu-quick", "groups": [{"variants": ["sm-r"]}]}
-    (tmp_path / "single.yaml").write_text(json.dumps(study))
-    overrides = [word for word in tiny if not word.startswith("preset=")]
-    places = [f"runs_dir={broken.parents[1]}", f"cache_dir={cache}", "study=single"]
-    run_study(str(tmp_path / "single.yaml"), [*overrides, *places])
-    check_equal_runs(broken, trained)
-
-
 def test_a_run_never_resumes_on_another_text(broken: Path, resume, tiny_spec, tmp_path: Path) -> None:
     text = Path(tiny_spec().data.paths[0]).parent
     shutil.copytree(text, tmp_path / "original")
@@ -215,7 +201,7 @@ def test_a_resume_in_another_environment_is_warned_of(trained: Path, caplog) -> 
 
 
 def test_a_run_resumes_in_smaller_passes_with_a_warning(broken, trained, train_tiny, caplog, monkeypatch) -> None:
-    monkeypatch.setattr("normfree.training.environment.model_code", lambda: "another")
+    monkeypatch.setattr("normfree.training.machine.model_code", lambda: "another")
     words = "train.micro_batch_sequences=2", "train.gradient_checkpointing=true", "train.evaluate_every=1"
     resumed, uninterrupted = train_tiny(*words), read_run(trained)
     assert resumed.perplexity == pytest.approx(uninterrupted.perplexity, rel=1e-5)

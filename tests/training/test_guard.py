@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
-from normfree.training.guard import Divergence, NonFiniteError, earliest, locate
+from normfree.training.guard import Divergence, earliest, locate
 
 
 @pytest.fixture
@@ -31,15 +31,6 @@ def batch() -> dict[str, torch.Tensor]:
 
 def matrix_of_layer(model: NormFreeForCausalLM, layer: int) -> torch.nn.Parameter:
     return next(p for name, p in model.named_parameters() if f".{layer}." in name and p.ndim == 2)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_nonfinite_weight_is_found_with_its_layer(model, batch, bad: float) -> None:
-    with torch.no_grad():
-        matrix_of_layer(model, 1)[0, 0] = bad
-    divergence = locate(model, [batch], step=7)
-    assert (divergence.step, divergence.layer, divergence.kind) == (7, 1, "weight")
-    assert "layer 1" in str(NonFiniteError(divergence))
 
 
 def test_an_overflow_is_found_in_its_first_layer(model, batch) -> None:

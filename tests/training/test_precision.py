@@ -34,7 +34,7 @@ def test_no_run_trains_with_tf32_after_a_compiled_one(train_tiny, monkeypatch: p
     act_in("training_step", lambda _: precisions.append(current()), monkeypatch)
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", as_accelerate_does_on_cuda)
     monkeypatch.setattr("transformers.training_args.is_torch_tf32_available", lambda: True)
-    monkeypatch.setattr("normfree.training.bf16.has_bf16_units", lambda: True)
+    monkeypatch.setattr("normfree.training.precision.has_bf16_units", lambda: True)
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
     enable_tf32.cache_clear()
     for precision, compiled in (("fp32", "false"), ("bf16", "true"), ("fp32", "false"), ("fp32", "true")):
@@ -79,7 +79,7 @@ def test_variables_that_lower_fp32_precision_are_refused(tmp_path, train_tiny, m
 def test_a_command_undoes_the_tf32_of_an_image() -> None:
     code = """
 import torch
-from normfree.training.process import prepare_process
+from normfree.training.processes import prepare_process
 
 before = torch.backends.cuda.matmul.fp32_precision
 prepare_process()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -11,18 +9,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from unittest import mock
 
 import psutil
 import pytest
 import torch
-from accelerate import PartialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
 from normfree.spec.compose import compose_run, variants
 from normfree.store.runs import Run, RunWriter, read_run
-from normfree.training.distributed import start_processes
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
@@ -64,14 +59,6 @@ def test_every_parameter_has_a_gradient_to_average(preset: str, variant: str) ->
     ids_BT = torch.arange(16).view(2, 8)
     model(input_ids=ids_BT, labels=ids_BT, return_logits=False).loss.backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
-
-
-def test_leftover_variables_that_announce_processes_are_named(monkeypatch, caplog) -> None:
-    monkeypatch.setattr(PartialState, "_shared_state", {})
-    environment = mock.patch.dict(os.environ, {"WORLD_SIZE": "4"})  # Accelerate sets RANK and others there
-    with environment, caplog.at_level(logging.WARNING, "normfree"), pytest.raises(ValueError, match="MASTER_ADDR"):
-        start_processes(cpu=True)
-    assert "waiting for the other processes, because WORLD_SIZE=4: start them all with torchrun" in caplog.text
 
 
 TARGET = ["train.objective=entropy_target", "train.entropy_weight=0.5", "train.entropy_share=0.5"]

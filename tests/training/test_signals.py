@@ -16,12 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from normfree.spec.compose import compose_runs
 from normfree.store.checkpoints import CheckpointError, checkpoints_in
 from normfree.store.runs import Run, read_run
 from normfree.training import InterruptedRunError
-from normfree.training.callbacks import StopOnSignal
-from normfree.training.launch import train_jobs
+from normfree.training.signals import StopOnSignal, stopping_signals
 from tests.training.runs import act_in, check_equal_runs, send_in_step
 
 CPU = torch.device("cpu")
@@ -66,7 +64,7 @@ def interrupt(train_tiny, tiny_folder: Path) -> Callable[..., Run]:
 def test_a_second_signal_stops_at_once(interrupt, train_tiny, trained, monkeypatch, method, second) -> None:
     """And nothing older is lost."""
     with monkeypatch.context() as patch:
-        patch.setattr("normfree.training.callbacks.TOGETHER_SECONDS", 0.0)
+        patch.setattr("normfree.training.signals.TOGETHER_SECONDS", 0.0)
         act_in(method, lambda trainer: send(signal.SIGINT, second) if trainer.state.global_step == 4 else None, patch)
         run = interrupt(rf"stopped at once by signal {int(second)}; the same command resumes")
     done = 4 if method == "training_step" else 2  # the save of step 4 was not finished
@@ -104,19 +102,19 @@ def test_a_request_that_arrives_twice_is_one(interrupt, train_tiny, trained, mon
 
 
 def test_an_own_signal_after_another_process_is_the_first(monkeypatch) -> None:
-    monkeypatch.setattr("normfree.training.callbacks.highest_of_all_processes", lambda *_: signal.SIGTERM)
-    monkeypatch.setattr("normfree.training.callbacks.TOGETHER_SECONDS", 0.0)
-    with StopOnSignal() as stop:
-        assert stop.agree(CPU) == signal.SIGTERM
-        send(signal.SIGTERM)
-        with pytest.raises(KeyboardInterrupt):
-            send(signal.SIGTERM)
+    monkeypatch.setattr("normfree.training.signals.highest_of_all_processes", lambda *_: signal.SIGTERM)
+    monkeypatch.setattr("normfree.training.signals.TOGETHER_SECONDS", 0.0)
+    stop = StopOnSignal()
+    assert stop.agree(CPU) == signal.SIGTERM
+    stop.receive(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        stop.receive(signal.SIGTERM)
 
 
 @pytest.mark.parametrize("first", [(), (signal.SIGTERM,)], ids=["alone", "after SIGTERM"])
 def test_a_warning_saves_before_its_handler_acts(interrupt, tiny_folder, monkeypatch, first) -> None:
     """submitit handles SIGUSR2 before a time limit; SLURM preempts with SIGTERM and then sends it."""
-    monkeypatch.setattr("normfree.training.callbacks.TOGETHER_SECONDS", 0.0)
+    monkeypatch.setattr("normfree.training.signals.TOGETHER_SECONDS", 0.0)
     send_in_step(3, monkeypatch, *first, signal.SIGUSR2)
     saved: list[str] = []
 
@@ -133,8 +131,7 @@ def test_a_warning_saves_before_its_handler_acts(interrupt, tiny_folder, monkeyp
 def test_a_warning_of_slurm_without_handler_saves(number, interrupt, monkeypatch) -> None:
     """`#SBATCH --signal=USR1@300`; outside SLURM the signal keeps its action."""
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    with StopOnSignal():
-        assert signal.getsignal(number) is signal.SIG_DFL
+    assert number not in stopping_signals()
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     send_in_step(3, monkeypatch, number)
     run = interrupt(f"stopped by signal {int(number)} and saved")
@@ -160,7 +157,7 @@ def test_a_signal_while_processes_agree_counts_next_step(interrupt, train_tiny, 
         return received
 
     with monkeypatch.context() as patch:
-        patch.setattr("normfree.training.callbacks.highest_of_all_processes", agree)
+        patch.setattr("normfree.training.signals.highest_of_all_processes", agree)
         run = interrupt("and saved")
     assert run.facts["steps_done"] == 4
     train_tiny()
@@ -185,14 +182,6 @@ def test_a_resume_logs_and_saves_at_its_new_intervals(interrupt, train_tiny, mon
     run = train_tiny("train.checkpoint_every=1", "train.log_every=1", "train.checkpoints_kept=10")
     assert [path.name[11:] for path in checkpoints_in(run.folder / "checkpoints")] == ["6", "5", "4", "3", "2"]
     assert [step for step, _ in run.series("train", "loss")][-4:] == [3, 4, 5, 6]
-
-
-def test_a_signal_ends_many_runs(tmp_path: Path, cache: Path, tiny: list[str], monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    send_in_step(3, monkeypatch)
-    with pytest.raises(InterruptedRunError, match="and saved"):
-        train_jobs(compose_runs([*tiny, "variant=sm-r", "seed=0,1,2", f"cache_dir={cache}"]))
-    assert [path.parent.name for path in tmp_path.glob("runs/single/*/run.json")] == ["sm-r-seed0"]
 
 
 @pytest.mark.parametrize("error", [InterruptedRunError(Path("run"), 15, "was stopped"), CheckpointError("full")])

@@ -18,14 +18,12 @@ import torch
 from normfree.data import prepare
 from normfree.measures.perplexity import evaluate_blocks
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
-from normfree.model.activations import ACTIVATIONS
 from normfree.pretrained.load import load_pretrained
 from normfree.spec.compose import compose_run
 from normfree.spec.run import RunSpec
 from normfree.store.runs import Run, read_run
 from normfree.training import InterruptedRunError, train
 from normfree.training.trainer import NormFreeTrainer, parameter_groups
-from tests.cli.commands import run as run_command
 from tests.training.runs import act_in, check_equal_runs, send_in_step
 
 
@@ -249,16 +247,6 @@ def test_a_log_file_gets_lines_by_time(train_tiny, caplog: pytest.LogCaptureFixt
     assert len(re.findall(r"step \d of 6, loss \d\.\d+ nats, about \d+ s left", caplog.text)) == 6
 
 
-def test_an_activation_missing_from_a_saved_model_is_named(train_tiny, caplog, monkeypatch) -> None:
-    train_tiny("train.steps=1")
-    assert "registration" not in caplog.text
-    for name in ("tanh", "relu"):  # a new one, and another function under an old name
-        monkeypatch.setitem(ACTIVATIONS, name, ACTIVATIONS["gelu"])
-        words = "variant=custom", f"tag={name}", "model.norm=none", f"model.activation={name}"
-        train_tiny("train.steps=1", *words)
-        assert f"{name} is not defined in normfree.model.activations" in caplog.text
-
-
 def test_a_failing_tracker_costs_no_result(train_tiny, caplog, monkeypatch: pytest.MonkeyPatch) -> None:
     log = NormFreeTrainer.log
 
@@ -272,7 +260,7 @@ def test_a_failing_tracker_costs_no_result(train_tiny, caplog, monkeypatch: pyte
     assert "the trackers did not get the final perplexity: no network" in caplog.text
 
 
-def test_a_run_out_of_memory_names_the_keys_to_resume(tmp_path, cache, tiny, monkeypatch, capsys) -> None:
+def test_a_run_out_of_memory_names_the_keys_to_resume(tmp_path, cache, tiny, monkeypatch, run) -> None:
     words = ["train", *tiny, "variant=sm-r", f"runs_dir={tmp_path}", f"cache_dir={cache}"]
 
     def fill(trainer: NormFreeTrainer) -> None:
@@ -281,12 +269,12 @@ def test_a_run_out_of_memory_names_the_keys_to_resume(tmp_path, cache, tiny, mon
 
     with monkeypatch.context() as patch:
         act_in("training_step", fill, patch)
-        status, _, errors = run_command(*words, capsys=capsys)
+        status, _, errors = run(*words)
     assert status == 1
     line = errors.splitlines()[-1]
     assert re.match(r"normfree: \S+ ran out of memory on cpu: the same command resumes with", line)
     assert re.findall(r"train\.\S+", line) == ["train.gradient_checkpointing=true", "train.micro_batch_sequences"]
     assert read_run(tmp_path / "single" / "sm-r-seed0").status == "failed"
     advised = ["train.gradient_checkpointing=true", "train.micro_batch_sequences=4"]
-    assert run_command(*words, *advised, capsys=capsys)[0] == 0
+    assert run(*words, *advised)[0] == 0
     assert read_run(tmp_path / "single" / "sm-r-seed0").facts["sessions"][-1]["from_step"] == 2

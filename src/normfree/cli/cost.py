@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict
+from normfree.cli.options import Options
 
 
-@dataclass(frozen=True, kw_only=True)
-class CostOptions:
+class CostOptions(Options):
     """Keys of `normfree cost`."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     variant: str | None = None
     """MODEL=PRESET only: which variant of it; unless given, sm-ln-g."""
@@ -74,8 +70,6 @@ def _config_of_preset(name: str, options: CostOptions) -> tuple[Any, int, dict[s
     variant = "sm-ln-g" if options.variant is None else options.variant
     if variant == "custom":
         raise ValueError("variant=custom says no norm: take another variant with activation=, or price a saved run")
-    if "," in variant:
-        raise ValueError(f"`normfree cost` takes one variant, got variant={variant}: run it once per variant")
     spec = read_preset(name, variant)
     context = spec.data.context if options.context is None else options.context
     longest = max(context, spec.data.context)  # learned positions cost nothing

@@ -10,10 +10,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from normfree import __version__
-from normfree.cli import cost, models, runs
+from normfree.cli import runs
+from normfree.cli.cost import cost
+from normfree.cli.evaluate import evaluate
+from normfree.cli.measure import measure
 from normfree.spec.keys import build, describe_keys, nearest
 
 HELP = ("-h", "--help")
@@ -45,9 +49,9 @@ VERBS = {
     "data": Verb(runs.data, "SOURCE", "normfree data installed"),
     "train": Verb(runs.train, "", "normfree train preset=cpu-quick variant=sm-r seed=1"),
     "study": Verb(runs.study, "STUDY", "normfree study quick"),
-    "evaluate": Verb(models.evaluate, "MODEL", "normfree evaluate runs/quick/sm-r-seed0 text=README.md"),
-    "measure": Verb(models.measure, "MODEL", "normfree measure runs/quick/sm-g-seed0"),
-    "cost": Verb(cost.cost, "MODEL", "normfree cost gpt2-t128 variant=sm-r"),
+    "evaluate": Verb(evaluate, "MODEL", "normfree evaluate runs/quick/sm-r-seed0 text=README.md"),
+    "measure": Verb(measure, "MODEL", "normfree measure runs/quick/sm-g-seed0"),
+    "cost": Verb(cost, "MODEL", "normfree cost gpt2-t128 variant=sm-r"),
     "status": Verb(runs.status, "RUNS...", "normfree status runs/quick"),
     "verify": Verb(runs.verify, "RUN", "normfree verify runs/quick/sm-r-seed0"),
     "report": Verb(runs.report, "RUNS...", "normfree report runs/quick output=report"),
@@ -126,13 +130,13 @@ def dispatch(words: Sequence[str]) -> None:
         raise UsageError("torchrun starts one run; start a study or `train -m` without it")
     pairs = [word for word in arguments if _is_pair(word)]
     objects = _check_objects(name, verb, [word for word in arguments if not _is_pair(word)])
-    verb.run(*objects, _read_keys(name, verb, pairs), **flags)
+    verb.run(*objects, _read_keys(verb, pairs), **flags)
 
 
 def _is_pair(word: str) -> bool:
     """True for key=value. A path may contain an equals sign too, but no key contains a slash."""
     key, equals, _ = word.partition("=")
-    return bool(equals) and ("/" not in key or key.startswith("hydra/"))  # so that the error can say what replaced it
+    return bool(equals) and "/" not in key
 
 
 def _check_objects(name: str, verb: Verb, objects: list[str]) -> list[Any]:
@@ -143,15 +147,13 @@ def _check_objects(name: str, verb: Verb, objects: list[str]) -> list[Any]:
     return [objects] if many else objects
 
 
-def _read_keys(name: str, verb: Verb, pairs: list[str]) -> Any:
+def _read_keys(verb: Verb, pairs: list[str]) -> Any:
     """The verb's options; for a verb of runs its words as they are."""
     if verb.options is not None:
         try:
             return build(verb.options, dict(pair.split("=", 1) for pair in pairs))
         except ValueError as error:
             raise UsageError(str(error)) from None
-    if name == "data" and (wrong := [pair for pair in pairs if not _decides_corpus(pair.partition("=")[0])]):
-        raise UsageError(f"normfree data takes data.* keys, preset= and cache_dir=, got {wrong[0]!r}")
     return pairs
 
 
@@ -167,47 +169,25 @@ def overview() -> str:
 def help_for(name: str, verb: Verb) -> str:
     """Help for one verb: its objects, an example and every key with its default."""
     usage = " ".join(filter(None, ["normfree", name, verb.objects, "[key=value ...]"]))
-    return "\n".join([usage, f"  {verb.summary}", "", f"example: {verb.example}", "", *_key_help(name, verb)])
+    return "\n".join([usage, f"  {verb.summary}", "", f"example: {verb.example}", "", *_key_help(verb)])
 
 
-def _key_help(name: str, verb: Verb) -> list[str]:
+def _key_help(verb: Verb) -> list[str]:
     if verb.options is not None:
         return [_key_line(key, *row) for key, row in describe_keys(verb.options).items()]
     from normfree.spec.compose import CONF, GROUPS, describe_run, members, variants
     from normfree.spec.variants import part_names
 
-    rows = describe_run()
-    if name == "data":
-        lines = [_key_line("preset", None, f"whose corpus: {', '.join(members('preset'))}")]
-        lines += [_key_line("cache_dir", None, "where corpora are kept")]
-        lines += [_key_line(*row) for row in rows if _decides_corpus(row[0])]
-        return [*lines, "", "Values shown are those of preset=cpu with the source `installed`."]
+    text = Path(__file__).with_name("run_keys.txt").read_text(encoding="utf-8")
     groups = {group: members(group) for group in GROUPS} | {"variant": variants()}
-    composed = part_names(CONF / "variant")
+    rows = [(f"{group}=", names) for group, names in groups.items()] + [("studies", members("studies"))]
     return [
-        *(f"  {group + '=':<12}{', '.join(names)}" for group, names in groups.items()),
-        f"  {'studies':<12}{', '.join(members('studies'))}",
-        "",
-        "  Any other variant is sm, parts in this order, and one activation, e.g. variant=sm-dyt-scale-g:",
-        *(f"  {kind:<12}{', '.join(names)}" for kind, names in composed.items()),
-        "",
-        "  runs_dir=runs   where runs are kept",
-        "  cache_dir=      where corpora are kept",
-        "",
-        "  --cfg prints the runs as YAML and trains nothing. `train -m variant=sm-r,sm-g seed=0,1` trains one run for",
-        "  each combination of comma-separated values. With study, and with train -m:",
-        "  workers=1       processes that share the runs and this machine's cores",
-        "  submit=         slurm: one cluster job for each run, with submit.NAME=VALUE for submitit (docs/training.md)",
-        "",
-        *(_key_line(*row) for row in rows),
-        "",
-        "Values shown are those of a command without keys; `normfree train KEY=VALUE ... --cfg job` prints any other.",
-        "An empty model.vocab_size, max_position_embeddings, bos_token_id or eos_token_id is that of the corpus.",
+        text.format(
+            groups="\n".join(f"  {name:<12}{', '.join(names)}" for name, names in rows),
+            parts="\n".join(f"  {kind:<12}{', '.join(names)}" for kind, names in part_names(CONF / "variant").items()),
+            keys="\n".join(_key_line(*row) for row in describe_run()),
+        ).rstrip()
     ]
-
-
-def _decides_corpus(key: str) -> bool:
-    return key.startswith("data.") or key in ("preset", "cache_dir")
 
 
 def _key_line(key: str, default: object, meaning: str) -> str:

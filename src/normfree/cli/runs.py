@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
-from pydantic import ConfigDict
-from pydantic.dataclasses import dataclass
+
+from normfree.cli.options import Options, check_writable
 
 if TYPE_CHECKING:
     from normfree.spec.compose import Job
 
-OPTIONS = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-
-@dataclass(frozen=True, kw_only=True, config=OPTIONS)
-class VerifyOptions:
+class VerifyOptions(Options):
     """Keys of `normfree verify`."""
 
     cache_dir: Path | None = None
     """Where corpora are kept; unless given, NORMFREE_CACHE, else ~/.cache/normfree."""
 
 
-@dataclass(frozen=True, kw_only=True, config=OPTIONS)
-class ReportOptions:
+class ReportOptions(Options):
     """Keys of `normfree report`."""
 
     output: Path = Path("report")
@@ -38,8 +33,7 @@ class ReportOptions:
     """Label or variant to compare all others with; by default every pair with a common seed is compared."""
 
 
-@dataclass(frozen=True, kw_only=True, config=OPTIONS)
-class StatusOptions:
+class StatusOptions(Options):
     """Keys of `normfree status`."""
 
     watch: bool = False
@@ -50,7 +44,7 @@ def data(source: str, words: Sequence[str]) -> None:
     """Prepare a corpus and describe it."""
     from normfree.data import prepare
     from normfree.spec.compose import compose_run
-    from normfree.training.process import prepare_process
+    from normfree.training.processes import prepare_process
 
     prepare_process()
     job = compose_run([f"data={source}", *words])
@@ -62,10 +56,10 @@ def train(words: Sequence[str], *, many: bool = False, show: bool = False) -> No
     from accelerate import PartialState
 
     from normfree.spec.compose import compose_run, compose_runs
-    from normfree.store.runs import RUN_FILE
+    from normfree.store.runs import RUN_FILE, read_run
     from normfree.training import train as train_run
-    from normfree.training.launch import failure_message, read_launch, summary, train_jobs
-    from normfree.training.process import prepare_process
+    from normfree.training.jobs import read_launch, train_jobs
+    from normfree.training.processes import prepare_process
 
     launch, of_runs = read_launch(words) if many else (None, words)
     jobs = compose_runs(of_runs) if many else [compose_run(of_runs)]
@@ -74,24 +68,24 @@ def train(words: Sequence[str], *, many: bool = False, show: bool = False) -> No
         return
     prepare_process()
     if many:
-        failures = train_jobs(jobs, launch)
-        for job in jobs:
-            if (job.folder / RUN_FILE).is_file():
-                print(job.folder)
-        if failures:
-            raise RuntimeError(failure_message(jobs, failures))
+        try:
+            train_jobs(jobs, launch)
+        finally:
+            for job in jobs:
+                if (job.folder / RUN_FILE).is_file():
+                    print(job.folder)
         return
     folder = train_run(jobs[0].spec, runs_dir=jobs[0].runs_dir, cache=jobs[0].cache_dir)
     if PartialState().is_main_process:
-        print(f"{summary(folder)}\n{folder}")
+        print(f"{read_run(folder)}\n{folder}")
 
 
 def study(name: str, words: Sequence[str], *, show: bool = False) -> None:
     """Train all runs of a study, then report."""
     from normfree.spec.compose import read_words
     from normfree.spec.study import load_study
-    from normfree.training.launch import read_launch
-    from normfree.training.process import prepare_process
+    from normfree.training.jobs import read_launch
+    from normfree.training.processes import prepare_process
     from normfree.training.study import run_study
 
     launch, of_runs = read_launch(words)
@@ -105,19 +99,19 @@ def study(name: str, words: Sequence[str], *, show: bool = False) -> None:
 
 
 def _show(jobs: Sequence[Job]) -> None:
-    from normfree.training.launch import check_jobs
-
-    check_jobs(jobs)
     print(yaml.safe_dump_all([job.spec.to_dict() for job in jobs], sort_keys=False), end="")
 
 
-def status(places: Sequence[str], options: StatusOptions) -> None:
+def status(folders: Sequence[str], options: StatusOptions) -> None:
     """Print how far runs are: step, loss, tokens per second, time left, running or stopped."""
-    from normfree.store.progress import find_progress, progress_line
+    from normfree.store.progress import progress_line
+    from normfree.store.runs import find_runs
 
     while True:
-        runs = find_progress(places)
-        width = max(len(run.name) for run in runs)
+        runs = [run for run in find_runs(folders) if run.kind == "run"]
+        if not runs:
+            raise ValueError(f"{', '.join(folders)}: measured models, no training run")
+        width = max(len(run.place) for run in runs)
         print("\n".join(progress_line(run, width=width) for run in runs), flush=True)
         if not options.watch or not any(run.state == "running" for run in runs):
             return
@@ -139,20 +133,11 @@ def verify(name: str, options: VerifyOptions) -> None:
         )
 
 
-def report(places: Sequence[str], options: ReportOptions) -> None:
+def report(folders: Sequence[str], options: ReportOptions) -> None:
     """Rebuild tables, figures and the page from run folders."""
     from normfree.report import build_report
     from normfree.store.runs import find_runs
 
     check_writable(options.output)
-    page = build_report(find_runs(places), options.output, mix=options.mix, baseline=options.baseline, progress=True)
+    page = build_report(find_runs(folders), options.output, mix=options.mix, baseline=options.baseline, progress=True)
     print(f"The page: {page}")
-
-
-def check_writable(output: Path) -> None:
-    """Raises ValueError for a folder that could not be made, or not be written in."""
-    existing = next(place for place in (output.absolute(), *output.absolute().parents) if place.exists())
-    if not existing.is_dir():
-        raise ValueError(f"output={output}: {existing} is a file; name a folder")
-    if not os.access(existing, os.W_OK):
-        raise ValueError(f"output={output}: {existing} may not be written in; name another folder")

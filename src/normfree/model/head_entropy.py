@@ -39,8 +39,9 @@ class _RowEntropies(torch.autograd.Function):
         return entropies_NT
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError("head entropies have first derivatives only")
         query_NTD, key_NTD, entropies_NT = ctx.saved_tensors
         (gradient_NT,) = gradients
         wide = entropies_NT.dtype

@@ -20,7 +20,7 @@ import normfree.model  # noqa: F401 - registers our architecture with the Auto c
 from normfree.pretrained.gguf import correct_or_refuse
 from normfree.spec.keys import nearest
 from normfree.spec.run import RunSpec
-from normfree.store.runs import RUN_FILE, Place, Run, read_run
+from normfree.store.runs import RUN_FILE, Run, RunFolder, read_run
 
 if TYPE_CHECKING:
     from normfree.data import Corpus
@@ -36,7 +36,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_pretrained(
-    name: Place,
+    name: RunFolder,
     *,
     dtype: str = "fp32",
     device: str | None = None,
@@ -75,7 +75,7 @@ def load_pretrained(
     return model, tokenizer
 
 
-def held_out_blocks(run: Place, *, cache: Path | None = None) -> Tensor:
+def held_out_blocks(run: RunFolder, *, cache: Path | None = None) -> Tensor:
     """(N, T) token ids of the held-out text of a run. `cache` is the folder of corpora. See `corpus_of_run`."""
     return torch.from_numpy(corpus_of_run(read_run(run), cache).held_out_ids())
 
@@ -96,24 +96,6 @@ def corpus_of_run(run: Run, cache: Path | None) -> Corpus:
             "(another Python, other packages or files): give text=FILE"
         )
     return corpus
-
-
-def outline(name: str, *, dtype: str, trust_remote_code: bool = False, attention: str | None = None) -> Any:
-    """The model on the meta device, without weights; None if its size is unknown or loading will fail.
-
-    Raises ValueError if there is no such model.
-    """
-    options: dict[str, Any] = _source(name) | {"trust_remote_code": trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(**options)
-        if hasattr(config, "quantization_config"):  # a config does not say how large such weights are
-            return None
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                config, dtype=DTYPES[dtype], attn_implementation=attention, trust_remote_code=trust_remote_code
-            )
-    except _UNREADABLE:
-        return None
 
 
 def usable_device(device: str | None) -> torch.device:

@@ -15,7 +15,7 @@ from normfree.report.plots.curves import mean_series, seed_curves
 from normfree.report.plots.heatmaps import DIFFERENCE_COLOURS, Heatmap, draw_with_bar, highest_finite
 from normfree.report.plots.style import PANEL_INCHES, axes_to_draw_in, variant_styles
 from normfree.store.quantities import QUANTITIES, Quantity
-from normfree.store.runs import Place, find_runs, read_run
+from normfree.store.runs import RunFolder, find_runs, read_run
 
 
 def plot_heads(
@@ -36,7 +36,7 @@ def plot_heads(
     return draw_with_bar(drawing, f"Difference: {described.label}", ax)
 
 
-def plot_curves(*runs: Place, quantity: str = "loss", ax: Axes | None = None) -> Axes:
+def plot_curves(*runs: RunFolder, quantity: str = "loss", ax: Axes | None = None) -> Axes:
     """Draw a quantity over training: the mean of each variant, and a thin line per seed.
 
     Layers and heads are averaged; `loss` and `perplexity` are of held-out text. `runs` are also folders of runs. Draws

@@ -28,23 +28,16 @@ from normfree.spec.variants import (
 )
 
 CONF = Path(__file__).parent / "conf"
-GROUPS = {"data": "installed", "preset": "cpu", "variant": "sm-ln-g"}
-"""Folders of `conf` from which a run takes one file each, and the file that it takes unless told otherwise."""
-PLACES = ("runs_dir", "cache_dir")
+DEFAULTS: dict[str, Any] = yaml.safe_load((CONF / "defaults.yaml").read_text(encoding="utf-8"))
+GROUPS = tuple(key for key in DEFAULTS if (CONF / key).is_dir())
+"""Folders of `conf` from which a run takes one file each."""
 NAMES = ("study", "tag")
 """Keys whose value is text, whatever it looks like: tag=1e-3."""
-FROM_CORPUS = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id")
-"""Fields of the model that a run takes from its corpus unless they are set."""
+_FROM_CORPUS = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id")
 _MODEL_FIELD = re.compile(r'^    (\w+): (.+) = (.+)\n    """(.+)"""$', re.MULTILINE)
 _WHOLE_OR_BRACKETED = re.compile(r"""(?:\[[^]]*\]|\{[^}]*\}|'[^']*'|"[^"]*"|[^,\[\]{}'"])+""")
 _HINTS = {
-    "batch_size": "did you mean train.batch_sequences?",
-    "gradient_accumulation_steps": "did you mean train.micro_batch_sequences?",
-    "learning_rate": "did you mean train.peak_learning_rate?",
     "lr": "did you mean train.peak_learning_rate?",
-    "max_steps": "did you mean train.steps?",
-    "optimizer": "the optimiser is AdamW (train.adam_beta1, adam_beta2, adam_epsilon, weight_decay)",
-    "lr_scheduler_type": "the rate rises over train.warmup_share, then falls linearly to train.final_learning_rate",
     "source": "use data=NAME, which also sets the packing of that source",
     "workers": "it is a key of `normfree study` and `normfree train -m`",
 }
@@ -53,12 +46,15 @@ _HINTS = {
 
 @dataclass(frozen=True)
 class Job:
-    """A run to train, its folders, and the command that trains it alone (None: the command line of the process)."""
+    """A run to train, and what its numbers do not depend on."""
 
     spec: RunSpec
     runs_dir: Path = Path("runs")
     cache_dir: Path | None = None
     command: str | None = None
+    """The command that trains it alone; None means the command line of the process."""
+    note: str = ""
+    """What its report says about its weight as evidence."""
 
     @property
     def folder(self) -> Path:
@@ -67,18 +63,12 @@ class Job:
 
 
 def compose_run(words: Sequence[str] = ()) -> Job:
-    """Compose one run from `key=value` words; the last value of a key wins.
-
-    Raises ValueError, with the nearest valid names, for an unknown key, preset, variant or value.
-    """
+    """Compose one run from `key=value` words; the last value of a key wins. Raises ValueError as `compose` does."""
     return compose(read_words(words))
 
 
 def read_words(words: Sequence[str]) -> dict[str, Any]:
-    """Values by dotted key from `key=value` words; the last value of a key wins.
-
-    Raises ValueError for a word that is not of that form, or that has several values.
-    """
+    """Values by dotted key from `key=value` words. Raises ValueError for another form, and for several values."""
     texts = _texts_by_key(words)
     for key, alternatives in texts.items():
         if len(alternatives) > 1:
@@ -89,10 +79,7 @@ def read_words(words: Sequence[str]) -> dict[str, Any]:
 
 
 def compose_runs(words: Sequence[str]) -> list[Job]:
-    """Compose one run for each combination of comma-separated values, as in `seed=0,1 variant=sm-r,sm-g`.
-
-    Raises ValueError as `compose_run` does, and for two runs with one folder.
-    """
+    """Compose one run for each combination of comma-separated values, as in `seed=0,1 variant=sm-r,sm-g`."""
     texts = _texts_by_key(words)
     jobs = []
     for combination in itertools.product(*texts.values()):
@@ -167,7 +154,7 @@ def describe_run() -> list[tuple[str, Any, str]]:
     for name, kind, default, meaning in _MODEL_FIELD.findall(source):
         if kind.startswith("Literal["):
             meaning += f" {kind.removeprefix('Literal')}".replace('"', "").replace(", ", " | ")
-        rows[f"model.{name}"] = (None if name in FROM_CORPUS else default.strip('"'), meaning)
+        rows[f"model.{name}"] = (None if name in _FROM_CORPUS else default.strip('"'), meaning)
     parts = {part: values for part, values in _merge({}).items() if isinstance(values, dict)}
     shown = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
     rows = {key: row for key, row in rows.items() if key not in NOT_SET_ALONE}
@@ -177,7 +164,7 @@ def describe_run() -> list[tuple[str, Any, str]]:
 @cache
 def allowed_keys() -> frozenset[str]:
     """Every key that can be set."""
-    return frozenset([*GROUPS, *PLACES, *(key for key, _, _ in describe_run())])
+    return frozenset([*GROUPS, "runs_dir", "cache_dir", *(key for key, _, _ in describe_run())])
 
 
 def _texts_by_key(words: Sequence[str]) -> dict[str, list[str]]:
@@ -206,16 +193,17 @@ def _read_value(key: str, text: str) -> Any:
 
 def _merge(values: Mapping[str, Any]) -> dict[str, Any]:
     """The corpus, then the preset over it, then the variant, then single values, with ${...} resolved."""
-    presets = [_read_member("preset", values.get("preset", GROUPS["preset"]))]
+    chosen = DEFAULTS | {key: value for key, value in values.items() if key in GROUPS}
+    presets = [_read_member("preset", chosen["preset"])]
     while "extends" in presets[0]:
         presets.insert(0, _read_member("preset", presets[0].pop("extends")))
     corpora = [preset.pop("corpus") for preset in presets if "corpus" in preset]
-    corpus = values.get("data", corpora[-1] if corpora else GROUPS["data"])
-    layers = [{"data": _read_member("data", corpus)}, *presets]
-    layers.append(read_variant(str(values.get("variant", GROUPS["variant"])), CONF / "variant"))
+    corpus = values.get("data", corpora[-1] if corpora else DEFAULTS["data"])
+    variant = read_variant(str(chosen["variant"]), CONF / "variant")
+    layers = [{"data": _read_member("data", corpus)}, *presets, variant]
     try:
-        # The defaults of RunSpec, so that ${seed} in a tag resolves.
-        merged = OmegaConf.merge({"study": "single", "tag": "", "seed": 0, "data_seed": 0}, *layers)
+        # Names and seeds too, so that ${seed} in a tag resolves.
+        merged = OmegaConf.merge({key: DEFAULTS[key] for key in DEFAULTS if key not in GROUPS}, *layers)
         for key, value in values.items():
             if key not in GROUPS:
                 OmegaConf.update(merged, key, value, merge=False)
@@ -236,8 +224,6 @@ def _advice_on_key(key: str) -> str:
     last = key.rpartition(".")[2]
     if last in _HINTS:
         return _HINTS[last]
-    if key.startswith("hydra"):
-        return "Hydra's launchers are gone: workers=N or submit=slurm, with `normfree train -m` and `normfree study`"
     same = sorted(known for known in allowed_keys() if known.rpartition(".")[2] == last)
     hint = f"did you mean {' or '.join(same)}?" if same else nearest(key, sorted(allowed_keys()))
     return "`normfree train --help` lists all" if hint.startswith("allowed") else hint

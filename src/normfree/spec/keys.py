@@ -22,7 +22,7 @@ def build(kind: type[Built], values: Mapping[str, Any]) -> Built:
 def _explain(problem: Any, kind: type) -> str:
     key = ".".join(part for part in problem["loc"] if isinstance(part, str))  # without places in a list
     match problem["type"]:
-        case "unexpected_keyword_argument":
+        case "unexpected_keyword_argument" | "extra_forbidden":
             return f"unknown key {key!r}; {nearest(key, list(describe_keys(kind)))}"
         case "missing" | "missing_argument":
             return f"{key} is missing"

@@ -1,7 +1,6 @@
 """The truth about a run: frozen dataclasses that check types and values when they are built.
 
-Hydra's YAML only holds values for these fields. `RunSpec.model` stays a dict: an architecture field
-is declared once, in `normfree.model.configuration`, and checked by building a `NormFreeConfig`.
+`RunSpec.model` stays a dict: its fields are declared once, in `normfree.model.configuration`, and checked there.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,18 +46,15 @@ class Study:
     """More `key: value` for all runs."""
 
     def jobs(self, values: Mapping[str, Any] | None = None) -> list[Job]:
-        """The study's runs in their order, each with `values` on top.
-
-        Raises ValueError for a run that cannot be composed, for two with one name, and for different recipes unless
-        `mix`.
-        """
+        """The study's runs in their order, each with `values` on top. Raises ValueError for what cannot be a study."""
         jobs = []
         for group in self.groups:
             common = {"study": self.name, "preset": self.preset, "tag": group.tag} | self.set | group.set
             for seed in group.seeds:
                 for variant in group.variants:
                     settings = {key: _number(key, value) for key, value in common.items()}
-                    jobs.append(compose(settings | {"variant": variant, "seed": seed} | dict(values or {})))
+                    job = compose(settings | {"variant": variant, "seed": seed} | dict(values or {}))
+                    jobs.append(replace(job, note=self.note))
         check_folders_differ(jobs, advice="give each group its own tag")
         recipes = {(job.spec.recipe(), job.spec.data.paths, job.spec.data.validation_paths) for job in jobs}
         if not self.mix and len(recipes) > 1:

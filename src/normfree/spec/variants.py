@@ -15,10 +15,7 @@ Fields = Mapping[str, Any]
 
 
 def model_fields(fields: dict[str, Any], declared: Fields) -> dict[str, Any]:
-    """The model's fields in the form that runs record: an activation per layer, and 1 as 1.0 where a float belongs.
-
-    Raises ValueError where `NormFreeConfig` refuses them.
-    """
+    """The model's fields in the form that runs record: an activation per layer, and 1 as 1.0 where a float belongs."""
     from normfree.model import NormFreeConfig
 
     names, layers = fields.get("activation"), fields["num_hidden_layers"]

@@ -7,6 +7,7 @@ never deleted. Older checkpoints are deleted only after the new one verified.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import shutil
 from pathlib import Path
@@ -17,10 +18,6 @@ from normfree.spec.run import RunSpec
 
 STAGING = ".staging"
 SET_ASIDE = "damaged"
-BYTES_PER_PARAMETER = 12
-"""fp32 weights and Adam's two moments."""
-SMALL_FILES_BYTES = 4 * 2**20
-"""Upper bound for tokenizer, schedule, random state and manifest."""
 
 logger = logging.getLogger("normfree")
 
@@ -29,28 +26,11 @@ class CheckpointError(OSError):
     """A checkpoint could not be written; older ones and the metrics are unchanged."""
 
 
-def require_space(folder: Path, parameters: int, *, checkpoints: int) -> None:
-    """Raise OSError unless the disk of `folder` has room for this many checkpoints of a model."""
-    needed = checkpoints * (BYTES_PER_PARAMETER * parameters + SMALL_FILES_BYTES)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(
-            f"{folder} has {free / 2**20:,.0f} MiB free, but {checkpoints} more checkpoints need "
-            f"{needed / 2**20:,.0f} MiB: free space or choose another runs_dir"
-        )
-
-
-def make_room(run: Path, parameters: int, *, keep: int) -> None:
-    """Remove half-written files of a killed process and check the disk space for `keep` checkpoints and one more.
-
-    Raises OSError when the disk is too small.
-    """
-    folder = run / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    drop_staged(folder)
+def remove_leftovers(run: Path) -> None:
+    """Remove half-written files of a killed process."""
+    drop_staged(run / "checkpoints")
     for leftover in run.glob(".*.tmp"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    require_space(folder, parameters, checkpoints=max(0, keep + 1 - len(checkpoints_in(folder))))
 
 
 def drop_staged(folder: Path) -> None:
@@ -70,10 +50,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def publish(folder: Path, step: int, facts: dict[str, Any], *, keep: int) -> Path:
-    """Publish the staged checkpoint of `step`, verify it, then delete all but the newest `keep`.
-
-    Raises OSError when the new files do not verify; older checkpoints are then unchanged.
-    """
+    """Publish the staged checkpoint of `step`, verify it (else OSError), then delete all but the newest `keep`."""
     staged, published = folder / STAGING / f"checkpoint-{step}", folder / f"checkpoint-{step}"
     (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle, unsafe to load and never needed
     write_manifest(staged, {"step": step, **facts})
@@ -94,21 +71,22 @@ def newest_sound(folder: Path, *, spec: RunSpec) -> Path | None:
     Each rejected checkpoint is logged with the reason and moved to checkpoints/damaged/.
     """
     for checkpoint in checkpoints_in(folder):
-        problems = damages(checkpoint)
-        if not problems and not belongs_to(checkpoint, spec):
-            problems = ["it belongs to a run with another spec"]
+        problems = problems_of(checkpoint, spec)
         if not problems:
             return checkpoint
         logger.warning("rejected %s: %s; moved to %s", checkpoint.name, "; ".join(problems), set_aside(checkpoint))
     return None
 
 
-def belongs_to(checkpoint: Path, spec: RunSpec) -> bool:
-    """True if the checkpoint's run has this spec. Fields missing in an older manifest count as their defaults."""
+def problems_of(checkpoint: Path, spec: RunSpec | None) -> list[str]:
+    """Why a run of this spec cannot resume here, one sentence each. Missing fields of an older spec have defaults."""
+    if problems := damages(checkpoint):
+        return problems
     try:
-        return RunSpec.from_dict(read_manifest(checkpoint)["spec"]).identity() == spec.identity()
+        same = spec is None or RunSpec.from_dict(read_manifest(checkpoint)["spec"]).identity() == spec.identity()
     except (KeyError, ValueError):
-        return False
+        same = False
+    return [] if same else ["it belongs to a run with another spec"]
 
 
 def compare_surroundings(checkpoint: Path, now: dict[str, Any]) -> None:
@@ -131,9 +109,5 @@ def set_aside(checkpoint: Path) -> Path:
     """Move a checkpoint to checkpoints/damaged/, under a free name."""
     folder = checkpoint.parent / SET_ASIDE
     folder.mkdir(exist_ok=True)
-    place, number = folder / checkpoint.name, 1
-    while place.exists():
-        number += 1
-        place = folder / f"{checkpoint.name}.{number}"
-    checkpoint.rename(place)
-    return place
+    names = itertools.chain([checkpoint.name], (f"{checkpoint.name}.{number}" for number in itertools.count(2)))
+    return checkpoint.rename(next(folder / name for name in names if not (folder / name).exists()))

@@ -29,56 +29,39 @@ def check_output(folder: Path, facts: Mapping[str, Any]) -> None:
 def write_measurement(
     folder: Path,
     facts: Mapping[str, Any],
-    *,
-    model: Mapping[str, Any],
     values: Mapping[str, Any],
     layers: Mapping[str, Sequence[int]],
-    command: str,
-    environment: Mapping[str, Any],
-    wall_seconds: float,
+    **more: Any,
 ) -> Run:
     """Write run.json and metrics.jsonl of a measurement, then read it back.
 
-    `facts` describe model, text and method. `layers` are the model's indices of the layers of a quantity.
+    `facts` describe model, text and method; `layers` are the model's indices of the layers of a quantity; `more` are
+    the facts model, command, environment and wall_seconds.
     """
     descriptions = describe(values)
     for name, numbers in layers.items():
         if list(numbers) != list(range(len(numbers))):
             descriptions[name]["layers"] = list(numbers)
-    spec = {
-        "study": STUDY,
-        "variant": facts["label"],
-        "label": facts["label"],
-        "tag": "",
-        "seed": 0,
-        "data_seed": 0,
-        "model": {"norm": None, "activation": None},
-        "data": {"context": facts["context"]},
-        "train": {"precision": facts["precision"], "batch_sequences": 0},
-    }
-    corpus = {
-        "fingerprint": facts["tokens_sha256"],
-        "source": facts["text"],
-        "context": facts["context"],
-        "vocab_size": facts["vocab_size"],
-        "unigram_perplexity": None,
-    }
-    writer = RunWriter(
-        folder,
-        {
-            "kind": "measurement",
-            "spec": spec,
-            "corpus": corpus,
-            "model": dict(model),
-            "measurement": dict(facts),
-            "quantities": descriptions,
-            "command": command,
-            "environment": dict(environment),
-            "steps": 0,
-            "steps_done": 0,
-            "wall_seconds": wall_seconds,
+    label, context = facts["label"], facts["context"]
+    record = {
+        "kind": "measurement",
+        "spec": {
+            **{"study": STUDY, "variant": label, "label": label, "tag": "", "seed": 0, "data_seed": 0},
+            "model": {"norm": None, "activation": None},
+            "data": {"context": context},
+            "train": {"precision": facts["precision"], "batch_sequences": 0},
         },
-    )
+        "corpus": {
+            **{"fingerprint": facts["tokens_sha256"], "source": facts["text"], "context": context},
+            **{"vocab_size": facts["vocab_size"], "unigram_perplexity": None},
+        },
+        "measurement": dict(facts),
+        "quantities": descriptions,
+        "steps": 0,
+        "steps_done": 0,
+        **more,
+    }
+    writer = RunWriter(folder, record)
     writer.forget_after(-1)
     writer.log(0, "final", values.items())
     writer.update(status="finished")

@@ -22,7 +22,7 @@ from normfree.files import describe_files, is_locked, sync, write_atomically
 from normfree.spec.run import recipe_of
 from normfree.store.quantities import QUANTITIES, Quantity, read_description
 
-Place = str | os.PathLike[str]
+RunFolder = str | os.PathLike[str]
 """A folder, or a Run, which stands for its folder."""
 FORMAT = 1
 RUN_FILE = "run.json"
@@ -36,10 +36,7 @@ _REQUIRED = {
     "corpus": ("fingerprint", "unigram_perplexity", "vocab_size"),
 }
 """Keys that every reader of run.json relies on."""
-_ALWAYS_SHOWN = ("folder", "label", "seed", "status", "perplexity")
-_NEVER_SHOWN = ("variant", "tag", "recipe", "corpus")
-_REPAIR = "restore it or move the folder away"
-_LINE_KEYS = {"step", "split", "name", "value"}
+_COLUMNS = ["step", "split", "name", "value"]
 _TEXT_OF = {math.inf: "Infinity", -math.inf: "-Infinity"}
 _FLOAT_OF = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -63,9 +60,7 @@ def decode(value: Any) -> Any:
         return {key: decode(item) for key, item in value.items()}
     if isinstance(value, list):
         return [decode(item) for item in value]
-    if isinstance(value, str):
-        return _FLOAT_OF.get(value, value)
-    return value
+    return _FLOAT_OF.get(value, value) if isinstance(value, str) else value
 
 
 class DamagedRunError(ValueError):
@@ -111,6 +106,11 @@ class Run:
         return self.spec["seed"]
 
     @property
+    def kind(self) -> str:
+        """`run` for a training run, `measurement` for a model measured once."""
+        return self.facts.get("kind", "run")
+
+    @property
     def status(self) -> str:
         return self.facts["status"]
 
@@ -133,9 +133,7 @@ class Run:
     def steps_done(self) -> int:
         """Optimiser steps on record. Metrics can be ahead of run.json, which is written with each checkpoint."""
         recorded = self.facts.get("steps_done", 0)
-        if self.status in OVER:
-            return recorded
-        return max([recorded, *self.metrics["step"].tolist()])
+        return recorded if self.status in OVER else max([recorded, *self.metrics["step"].tolist()])
 
     @property
     def tokens_seen(self) -> int:
@@ -147,11 +145,6 @@ class Run:
         """Final validation perplexity; NaN unless the run finished."""
         final = self.facts.get("final")
         return final["perplexity"] if self.status == "finished" and final else math.nan
-
-    @property
-    def kind(self) -> str:
-        """`run` for a training run, `measurement` for a model measured once."""
-        return self.facts.get("kind", "run")
 
     @cached_property
     def quantities(self) -> dict[str, Quantity]:
@@ -177,7 +170,7 @@ class Run:
                 f"{path} does not match the sha256 in {RUN_FILE}: restore it, or, if you edited it, remove "
                 f"metrics_file from {RUN_FILE}"
             )
-        return pd.DataFrame(read_lines(path), columns=["step", "split", "name", "value"])
+        return pd.DataFrame(read_lines(path), columns=_COLUMNS)
 
     def metrics_match_record(self) -> bool:
         """True if metrics.jsonl has the recorded sha256, or none was recorded because the run is not over."""
@@ -191,7 +184,7 @@ class Run:
     @cached_property
     def _series(self) -> dict[tuple[str, str], list[tuple[int, Any]]]:
         series: dict[tuple[str, str], list[tuple[int, Any]]] = {}
-        for step, split, name, value in zip(*(self.metrics[column].tolist() for column in self.metrics), strict=True):
+        for step, split, name, value in zip(*(self.metrics[column].tolist() for column in _COLUMNS), strict=True):
             series.setdefault((split, name), []).append((step, value))
         return series
 
@@ -203,101 +196,93 @@ class Run:
 
 def divergence_text(facts: Mapping[str, Any]) -> str:
     """Describe a recorded divergence: `non-finite loss at step 9, layer 1 (model.layers.1)`."""
-    place = "outside the blocks" if facts.get("layer") is None else f"layer {facts['layer']}"
-    return f"non-finite {facts['kind']} at step {facts['step']}, {place} ({facts['module']})"
+    where = "outside the blocks" if facts.get("layer") is None else f"layer {facts['layer']}"
+    return f"non-finite {facts['kind']} at step {facts['step']}, {where} ({facts['module']})"
 
 
-def read_run(folder: Place) -> Run:
+def read_run(folder: RunFolder) -> Run:
     """Read a run folder.
 
     Raises ValueError when it is no run folder or has another format, DamagedRunError (a ValueError) when it is damaged.
     """
     folder = Path(folder)
-    path = folder / RUN_FILE
+    path, repair = folder / RUN_FILE, "restore it or move the folder away"
     try:
         facts = decode(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise ValueError(f"{folder} is not a run folder: it has no {RUN_FILE}") from None
     except ValueError:  # not JSON or not UTF-8
-        raise DamagedRunError(f"{path} is not readable as JSON: {_REPAIR}") from None
+        raise DamagedRunError(f"{path} is not readable as JSON: {repair}") from None
     if not isinstance(facts, dict) or not isinstance(facts.get("format"), int):
-        raise DamagedRunError(f"{path} has no format: {_REPAIR}")
+        raise DamagedRunError(f"{path} has no format: {repair}")
     if facts["format"] != FORMAT:
         raise ValueError(f"{path} has format {facts['format']}; this version reads format {FORMAT}: see CHANGELOG.md")
     if facts.get("status") not in STATUSES:
-        raise DamagedRunError(f"{path} has no known status: {_REPAIR}")
+        raise DamagedRunError(f"{path} has no known status: {repair}")
     missing = [f"{part}.{key}" for part, keys in _REQUIRED.items() for key in keys if key not in facts.get(part, ())]
     if missing or "steps" not in facts:
-        raise DamagedRunError(f"{path} lacks {', '.join(missing) or 'steps'}: {_REPAIR}")
+        raise DamagedRunError(f"{path} lacks {', '.join(missing) or 'steps'}: {repair}")
     return Run(folder=folder, facts=facts)
 
 
-def find_runs(places: Place | Iterable[Place]) -> list[Run]:
-    """Read every run under the given folder or folders (of runs, studies, or folders of studies), sorted by path.
-
-    Raises ValueError for a folder that does not exist or holds no run.
-    """
+def find_runs(folders: RunFolder | Iterable[RunFolder]) -> list[Run]:
+    """Read every run under the given folder or folders, sorted by path. Raises ValueError for a folder without one."""
     runs: dict[Path, Run] = {}
-    for place in map(Path, [places] if isinstance(places, (str, os.PathLike)) else places):
-        if not place.exists():
-            raise ValueError(f"{place} does not exist; give a run folder or a folder of runs")
-        files = sorted(place.rglob(RUN_FILE))
+    for folder in map(Path, [folders] if isinstance(folders, (str, os.PathLike)) else folders):
+        if not folder.exists():
+            raise ValueError(f"{folder} does not exist; give a run folder or a folder of runs")
+        files = sorted(folder.rglob(RUN_FILE))
         if not files:
-            raise ValueError(f"{place} holds no run: no {RUN_FILE} in it or below it")
+            raise ValueError(f"{folder} holds no run: no {RUN_FILE} in it or below it")
         for file in files:
             runs.setdefault(file.parent.resolve(), read_run(file.parent))
     return [runs[key] for key in sorted(runs)]
 
 
-def load_runs(*places: Place, all_columns: bool = False) -> pd.DataFrame:
+def load_runs(*folders: RunFolder, all_columns: bool = False) -> pd.DataFrame:
     """Read every run under the given folders into one table: a row a run, and the columns in which rows differ.
 
     Columns that repeat another are left out, and so are fingerprints. `all_columns` keeps every column of `run_frame`.
     """
-    frame = run_frame(find_runs(places))
-    texts = frame.drop(columns=[*_NEVER_SHOWN]).astype(str)
+    frame = run_frame(find_runs(folders))
+    if all_columns:
+        return frame
+    texts = frame.drop(columns=["variant", "tag", "recipe", "corpus"]).astype(str)
     differing = texts.loc[:, texts.nunique() > 1]
-    shown = {*_ALWAYS_SHOWN, *differing.columns[~differing.T.duplicated()]}
-    return frame.loc[:, [name for name in frame if all_columns or name in shown]]
+    shown = {"folder", "label", "seed", "status", "perplexity", *differing.columns[~differing.T.duplicated()]}
+    return frame.loc[:, [name for name in frame if name in shown]]
 
 
 def run_frame(runs: Iterable[Run]) -> pd.DataFrame:
-    """Build a table with one row per run: folder, variant, outcome and fingerprints, then every setting of its spec
-    under its key, e.g. `train.batch_sequences`.
-
-    `diverged_at` is the step at which a run became non-finite.
-    """
-    rows = [
-        {
+    """Build a table with one row per run: its outcome, then every setting under its key, e.g. `train.steps`."""
+    rows = []
+    for run in runs:
+        spec, facts = run.spec, run.facts
+        row = {
             "folder": str(run.folder),
-            "study": run.spec["study"],
-            "variant": run.spec["variant"],
+            "study": spec["study"],
+            "variant": spec["variant"],
             "label": run.label,
-            "tag": run.spec.get("tag", ""),
+            "tag": spec.get("tag", ""),
             "seed": run.seed,
-            "data_seed": run.spec.get("data_seed", 0),
-            "norm": run.spec["model"].get("norm", "layernorm"),
-            "activation": run.spec["model"].get("activation", "gelu"),
-            "peak_learning_rate": run.spec["train"].get("peak_learning_rate", math.nan),
-            "steps": run.facts["steps"],
+            "data_seed": spec.get("data_seed", 0),
+            "norm": spec["model"].get("norm", "layernorm"),
+            "activation": spec["model"].get("activation", "gelu"),
+            "peak_learning_rate": spec["train"].get("peak_learning_rate", math.nan),
+            "steps": facts["steps"],
             "status": run.status,
-            "diverged_at": (run.facts.get("divergence") or {}).get("step"),
+            "diverged_at": (facts.get("divergence") or {}).get("step"),
             "perplexity": run.perplexity,
-            "bits_per_byte": (run.facts.get("final") or {}).get("bits_per_byte", math.nan),
+            "bits_per_byte": (facts.get("final") or {}).get("bits_per_byte", math.nan),
             "tokens_seen": run.tokens_seen,
-            "wall_seconds": run.facts.get("wall_seconds", math.nan),
-            "precision": run.spec["train"]["precision"],
-            "recipe": recipe_of(run.spec),
+            "wall_seconds": facts.get("wall_seconds", math.nan),
+            "precision": spec["train"]["precision"],
+            "recipe": recipe_of(spec),
             "corpus": run.corpus,
-            "parameters": (run.facts.get("model") or {}).get("parameters"),
-            **{
-                f"{part}.{key}": value
-                for part in ("model", "data", "train", "probe")
-                for key, value in run.spec.get(part, {}).items()
-            },
+            "parameters": (facts.get("model") or {}).get("parameters"),
         }
-        for run in runs
-    ]
+        parts = {part: spec.get(part, {}) for part in ("model", "data", "train", "probe")}
+        rows.append(row | {f"{part}.{key}": value for part in parts for key, value in parts[part].items()})
     return pd.DataFrame(rows)
 
 
@@ -322,7 +307,7 @@ def _parsed_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
             line = decode(json.loads(text))
         except ValueError:
             line = None
-        yield number, line if isinstance(line, dict) and line.keys() == _LINE_KEYS else None
+        yield number, line if isinstance(line, dict) and line.keys() == set(_COLUMNS) else None
 
 
 class RunWriter:
@@ -347,10 +332,7 @@ class RunWriter:
         sync(self.folder / METRICS_FILE)
 
     def log(self, step: int, split: str, values: Iterable[tuple[str, Any]]) -> None:
-        """Append one line per metric, all or none.
-
-        Raises OSError when the disk is full; the file is then as it was.
-        """
+        """Append one line per metric, all or none: after an OSError (a full disk) the file is as it was."""
         lines = [{"step": step, "split": split, "name": name, "value": encode(value)} for name, value in values]
         content = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode()
         descriptor = os.open(self.folder / METRICS_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

@@ -1,5 +1,6 @@
 """Training: `train(spec)` turns a RunSpec into a run folder."""
 
-from normfree.training.train import InterruptedRunError, train
+from normfree.training.signals import InterruptedRunError
+from normfree.training.train import train
 
 __all__ = ["InterruptedRunError", "train"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from importlib.util import find_spec
@@ -14,13 +13,10 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 
 from normfree.data import Corpus
-from normfree.model import NormFreeConfig, activations, norms
+from normfree.model import NormFreeConfig
 from normfree.spec.run import RunSpec
 from normfree.store.runs import OVER, RUN_FILE, DamagedRunError, read_run
-from normfree.training.bf16 import needs_fp32_units
-from normfree.training.process import check_fp32_variables
-
-logger = logging.getLogger("normfree")
+from normfree.training.precision import check_fp32_variables, needs_fp32_units
 
 DEVICES = Path("/dev")
 
@@ -149,10 +145,7 @@ def _differences(recorded: RunSpec, spec: RunSpec) -> str:
 
 
 def total_steps(spec: RunSpec, corpus: Corpus) -> int:
-    """Compute the optimiser steps of the run.
-
-    Raises ValueError for `train.steps` of more than one pass, and for epochs too short for one batch.
-    """
+    """Compute the run's optimiser steps. Raises ValueError for too little text."""
     train, blocks = spec.train, len(corpus.train)
     if train.epochs is not None:
         steps = int(train.epochs * blocks / train.batch_sequences)
@@ -187,14 +180,4 @@ def model_config(spec: RunSpec, corpus: Corpus) -> NormFreeConfig:
         raise ValueError(f"model.vocab_size={vocabulary} is below the tokenizer's {corpus.vocab_size}; leave it out")
     if positions < spec.data.context:
         raise ValueError(f"data.context={spec.data.context} is longer than model.max_position_embeddings={positions}")
-    config = NormFreeConfig(**fields)
-    used = ((activations, activations.ACTIVATIONS, config.layer_activations),)
-    used += ((norms, norms.NORMS, (config.norm, config.final_norm)),)
-    for module, table, names in used:
-        if custom := sorted(name for name in set(names) if table[name] is not module.IN_THIS_FILE.get(name)):
-            logger.warning(
-                "%s is not defined in %s: loading RUN/model needs the same registration first (docs/extending.md)",
-                ", ".join(custom),
-                module.__name__,
-            )
-    return config
+    return NormFreeConfig(**fields)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -72,23 +73,19 @@ def earliest(divergences: Sequence[Divergence]) -> Divergence:
 
 @contextmanager
 def _nonfinite_modules(model: nn.Module) -> Iterator[list[str]]:
-    """Collect the names of modules with a non-finite output, in the order of the forward pass."""
+    """Collect the name of the first module of a forward pass with a non-finite output."""
     names: list[str] = []
 
-    def hook_for(name: str):
-        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
-            tensors = [tensor for tensor in tree_leaves(output) if isinstance(tensor, Tensor)]
-            if not names and not all(torch.isfinite(tensor).all() for tensor in tensors):
-                names.append(name)
+    def check(name: str, _module: nn.Module, _inputs: object, output: object) -> None:
+        tensors = [tensor for tensor in tree_leaves(output) if isinstance(tensor, Tensor)]
+        if not names and not all(torch.isfinite(tensor).all() for tensor in tensors):
+            names.append(name)
 
-        return hook
-
-    hooks = [module.register_forward_hook(hook_for(name)) for name, module in model.named_modules() if name]
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if name:
+                hooks.callback(module.register_forward_hook(partial(check, name)).remove)
         yield names
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _divergence(step: int, name: str, kind: str) -> Divergence:

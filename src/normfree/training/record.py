@@ -1,65 +1,164 @@
-"""Start the records of a run, or continue them from a checkpoint: run.json, metrics.jsonl, and wandb's."""
+"""The record of a run while it trains: run.json, metrics.jsonl, its checkpoints, and its wandb run."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from torch import Tensor
 
 from normfree.data import Corpus
 from normfree.files import fingerprint, read_manifest
 from normfree.measures import MEASURES, periods_of
-from normfree.model import NormFreeConfig, NormFreeForCausalLM
+from normfree.model import NormFreeForCausalLM
 from normfree.spec.run import RunSpec
-from normfree.store.checkpoints import step_of
+from normfree.store import checkpoints
 from normfree.store.quantities import describe
 from normfree.store.runs import METRICS_FILE, RUN_FILE, DamagedRunError, RunWriter, read_run
-from normfree.training.environment import environment
+from normfree.training.guard import Divergence
+from normfree.training.machine import describe_environment, device_name, surroundings
+from normfree.training.objectives import Objective
+from normfree.training.processes import broadcast_from_rank_zero, training_device
 
 logger = logging.getLogger("normfree")
 
 TRAINING_LOG = ("loss", "learning_rate", "gradient_norm", "tokens_seen", "tokens_per_second")
-"""Quantities of Trainer's log lines, as `Recorder` writes them."""
+"""Quantities of Trainer's log lines, as `RecordMetrics` writes them."""
 
 
-def open_writer(
-    folder: Path,
-    spec: RunSpec,
-    corpus: Corpus,
-    model: dict[str, Any],
-    *,
-    checkpoint: Path | None,
-    device: torch.device,
-    **more: Any,
-) -> RunWriter:
-    """Start or continue the record of a run. Metrics after the checkpoint are dropped; they will be measured again.
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """A run while it trains, and its files. Every process has one; those without a writer write nothing."""
 
-    `more` are the facts command, study_note and steps.
+    folder: Path
+    spec: RunSpec
+    corpus: Corpus
+    held_out_NT: Tensor
+    objective: Objective
+    steps: int
+    checkpoint: Path | None
+    """Where training goes on."""
+    writer: RunWriter | None
+    began: float
+    """Time at which it would have begun without a break, of `time.perf_counter`."""
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def log(self, step: int, split: str, values: Iterable[tuple[str, Any]]) -> None:
+        """Append metrics, a (name, value) pair each."""
+        if self.writer is not None:
+            self.writer.log(step, split, values)
+
+    def update(self, **facts: Any) -> None:
+        """Change facts of run.json."""
+        if self.writer is not None:
+            self.writer.update(wall_seconds=self._wall_seconds(), **facts)
+
+    def progress_at(self, step: int) -> dict[str, int]:
+        """The facts of run.json after this many steps."""
+        return {"steps_done": step, "tokens_seen": step * self.spec.train.batch_sequences * self.spec.data.context}
+
+    def write_skip(self, skipped: Sequence[Divergence]) -> None:
+        """Record the last of the skipped steps."""
+        logger.warning("%s: %s; this step is skipped", self.spec.name, skipped[-1])
+        self.log(skipped[-1].step, "train", [("skipped_step", len(skipped))])
+        self.update(skipped_steps=[divergence.to_dict() for divergence in skipped])
+
+    def write_divergence(self, divergence: Divergence) -> None:
+        """Record the end of a run that became non-finite."""
+        logger.warning("%s diverged: %s", self.spec.name, divergence)
+        self.update(status="diverged", divergence=divergence.to_dict(), **self.progress_at(divergence.step - 1))
+
+    def publish_checkpoint(self, step: int, skipped: Sequence[Divergence], unlogged: dict[str, Any]) -> None:
+        """Publish the staged checkpoint of a step. `unlogged`: the sum of losses that no log line contains yet."""
+        PartialState().wait_for_everyone()
+        if self.writer is None:
+            return
+        facts = {
+            "spec": self.spec.to_dict(),
+            **surroundings(self.spec, self.corpus),
+            "skipped_steps": [divergence.to_dict() for divergence in skipped],
+            "unlogged": unlogged,
+            "objective": self.objective.state(),
+            "wall_seconds": self._wall_seconds(),
+        }
+        self.writer.sync()  # a power cut must not take metrics from before the checkpoint
+        checkpoints.publish(self.checkpoints, step, facts, keep=self.spec.train.checkpoints_kept)
+        self.update(**self.progress_at(step))
+
+    def _wall_seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+
+def open_record(
+    folder: Path, spec: RunSpec, corpus: Corpus, model: NormFreeForCausalLM, objective: Objective, **facts: Any
+) -> Record:
+    """Choose the checkpoint to resume from and, in the main process, start or continue the record.
+
+    Metrics after the checkpoint are dropped; they will be measured again. `facts` are command, study_note and steps.
     """
+    state, writer = PartialState(), None
+    newest = checkpoints.newest_sound(folder / "checkpoints", spec=spec) if state.is_main_process else None
+    checkpoint = broadcast_from_rank_zero(newest)
+    if checkpoint is not None:
+        checkpoints.compare_surroundings(checkpoint, surroundings(spec, corpus))
+    if state.is_main_process:
+        processes, threads = state.num_processes, torch.get_num_threads()
+        logger.info(
+            f"{spec.name}: training on {device_name(training_device())}, {processes} process{'es' * (processes > 1)}, "
+            f"{threads} thread{'s' * (threads > 1)} each, precision {spec.train.precision}"
+        )
+        checkpoints.remove_leftovers(folder)
+        writer = RunWriter(folder, _first_facts(folder, spec, corpus, model, checkpoint, **facts))
+        if damaged := writer.forget_after(checkpoints.step_of(checkpoint) if checkpoint else -1):
+            numbers = ", ".join(map(str, damaged))
+            logger.warning("dropped damaged line %s of %s; a copy is kept beside it", numbers, METRICS_FILE)
+    return Record(
+        folder=folder,
+        spec=spec,
+        corpus=corpus,
+        held_out_NT=torch.from_numpy(corpus.held_out_ids()),
+        objective=objective,
+        steps=facts["steps"],
+        checkpoint=checkpoint,
+        writer=writer,
+        began=time.perf_counter() - (writer.facts["wall_seconds"] if writer else 0.0),
+    )
+
+
+def _first_facts(
+    folder: Path, spec: RunSpec, corpus: Corpus, model: NormFreeForCausalLM, checkpoint: Path | None, **more: Any
+) -> dict[str, Any]:
+    """The content of run.json when training begins or goes on."""
     earlier, manifest, step = _read_earlier_facts(folder), {}, 0
     if checkpoint is None:
         earlier = {}  # the run starts again
     else:
-        manifest, step = read_manifest(checkpoint), step_of(checkpoint)
+        manifest, step = read_manifest(checkpoint), checkpoints.step_of(checkpoint)
         if not (folder / METRICS_FILE).exists():
             logger.warning("%s is missing: the metrics up to step %d are lost", folder / METRICS_FILE, step)
     session = {
         "from_step": step,
         "began": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": more["command"],
-        "environment": environment(device),
+        "environment": describe_environment(training_device()),
     }
     measures = dict.fromkeys(["perplexity", *periods_of(spec.probe.measures, 1)])
     quantities = describe([*TRAINING_LOG, *(name for measure in measures for name in MEASURES[measure].gives)])
-    if "negative_slope" in quantities and model["slope_layers"]:
-        quantities["negative_slope"]["layers"] = model["slope_layers"]
-    facts = {
+    if "negative_slope" in quantities and model.slope_layers():
+        quantities["negative_slope"]["layers"] = model.slope_layers()
+    return {
         "started": earlier.get("started", session["began"]),
         "wall_seconds": earlier.get("wall_seconds", manifest.get("wall_seconds", 0.0)),
         "spec": spec.to_dict(),
@@ -68,7 +167,7 @@ def open_writer(
         "corpus": corpus.facts(),
         "environment": session["environment"],
         "sessions": [*earlier.get("sessions", []), session],
-        "model": model,
+        "model": _model_facts(model),
         "quantities": quantities,
         "steps_done": step,
         "tokens_seen": step * spec.train.batch_sequences * spec.data.context,
@@ -77,11 +176,6 @@ def open_writer(
         "divergence": None,
         "skipped_steps": manifest.get("skipped_steps", []),
     }
-    writer = RunWriter(folder, facts)
-    if damaged := writer.forget_after(step if checkpoint else -1):
-        numbers = ", ".join(map(str, damaged))
-        logger.warning("dropped damaged line %s of %s; a copy is kept beside it", numbers, METRICS_FILE)
-    return writer
 
 
 def _read_earlier_facts(folder: Path) -> dict[str, Any]:
@@ -97,40 +191,33 @@ def _read_earlier_facts(folder: Path) -> dict[str, Any]:
         return {}
 
 
-@contextmanager
-def wandb_run(spec: RunSpec, writer: RunWriter | None) -> Iterator[None]:
-    """Open or resume the wandb run of a training run, and finish it.
+def _model_facts(model: NormFreeForCausalLM) -> dict[str, Any]:
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "layers": model.config.num_hidden_layers,
+        "heads": model.config.num_attention_heads,
+        "head_dim": model.config.head_dim,
+        "hidden_size": model.config.hidden_size,
+        "slope_layers": model.slope_layers(),
+    }
+
+
+def wandb_run(record: Record) -> AbstractContextManager[Any]:
+    """Open or resume the wandb run of a training run; leaving the context finishes it.
 
     Its id follows from the spec, the corpus and the time of the first start. WANDB_RUN_ID, WANDB_RESUME and
     WANDB_PROJECT are respected, and a wandb run that the caller opened is used and left open.
     """
-    if writer is None or "wandb" not in spec.train.trackers:
-        yield
-        return
+    if record.writer is None or "wandb" not in record.spec.train.trackers:
+        return nullcontext()
     import wandb
 
     if wandb.run is not None:
-        yield
-        return
-    identity = [spec.identity(), writer.facts["corpus"]["fingerprint"], writer.facts["sessions"][0]["began"]]
-    with wandb.init(
+        return nullcontext()
+    identity = [record.spec.identity(), record.corpus.fingerprint, record.writer.facts["sessions"][0]["began"]]
+    return wandb.init(
         project=os.environ.get("WANDB_PROJECT", "huggingface"),
-        name=f"{spec.study}/{spec.name}",
+        name=f"{record.spec.study}/{record.spec.name}",
         id=os.environ.get("WANDB_RUN_ID") or fingerprint(identity)[:16],
         resume=os.environ.get("WANDB_RESUME") or "allow",  # pyright: ignore[reportArgumentType]
-    ):
-        yield
-
-
-def model_facts(config: NormFreeConfig) -> dict[str, Any]:
-    """Describe the model for run.json, without allocating weights."""
-    with torch.device("meta"):
-        model = NormFreeForCausalLM(config)
-    return {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "layers": config.num_hidden_layers,
-        "heads": config.num_attention_heads,
-        "head_dim": config.head_dim,
-        "hidden_size": config.hidden_size,
-        "slope_layers": model.slope_layers(),
-    }
+    )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, cast
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
@@ -16,47 +16,32 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from normfree.files import read_manifest
 from normfree.model.modeling import NormFreePreTrainedModel
-from normfree.spec.run import RunSpec
-from normfree.store.checkpoints import CheckpointError, require_space, step_of
-from normfree.training.data_order import BlockOrder
+from normfree.store.checkpoints import CheckpointError
 from normfree.training.guard import Divergence, NonFiniteError, earliest, locate
-from normfree.training.objectives import Objective
 from normfree.training.optimizers import OPTIMIZERS, parameter_groups
-from normfree.training.process import use_fp32_products
+from normfree.training.precision import use_fp32_products
+from normfree.training.record import Record
 
 MINIMUM_SCALE = 1e-4
 """Lowest scale of fp16's gradient scaler, which starts at 65,536 and halves with each overflow."""
 
 
 class NormFreeTrainer(Trainer):
-    """Trainer for one RunSpec.
+    """Trainer for one run.
 
     A step with a non-finite loss or gradient, or with gradients that overflow fp16 at any scale, never reaches the
-    optimiser. If `train.on_nonfinite` allows it, the step is skipped: appended to `skipped` and passed to `on_skip`.
-    Otherwise NonFiniteError is raised. `publish` receives the step of each staged checkpoint and the sum of losses that
-    no log line contains yet; its manifest gives both back on a resume.
+    optimiser. It is skipped if `train.on_nonfinite` allows it; otherwise NonFiniteError is raised.
     """
 
-    def __init__(
-        self,
-        *,
-        spec: RunSpec,
-        objective: Objective,
-        checkpoint: Path | None,
-        on_skip: Callable[[Divergence], None],
-        publish: Callable[[int, dict[str, Any]], None],
-        model: NormFreePreTrainedModel,
-        args: TrainingArguments,
-        **rest: Any,
-    ) -> None:
-        manifest = read_manifest(checkpoint) if checkpoint else {}
-        self.spec, self.on_skip, self.publish, self.network = spec, on_skip, publish, model
-        self.start_step = step_of(checkpoint) if checkpoint else 0
+    def __init__(self, *, record: Record, model: NormFreePreTrainedModel, args: TrainingArguments, **rest: Any) -> None:
+        manifest = read_manifest(record.checkpoint) if record.checkpoint else {}
+        self.record, self.spec, self.network = record, record.spec, model
+        self.start_step: int = manifest.get("step", 0)
         self.skipped = [Divergence(**facts) for facts in manifest.get("skipped_steps", [])]
         self._unlogged: dict[str, Any] | None = manifest.get("unlogged")
-        self.objective = objective.to(args.device)
+        self.objective = record.objective.to(args.device)
         if "objective" in manifest:
-            objective.restore(manifest["objective"])
+            self.objective.restore(manifest["objective"])
         self._loss_alone: Tensor | None = None
         self._norm_sums: Tensor | None = None
         self._has_state = model.has_state
@@ -77,10 +62,7 @@ class NormFreeTrainer(Trainer):
         )
 
     def get_train_dataloader(self) -> DataLoader:
-        """Give the loader its own random generator.
-
-        Its first draw from torch's global generator would shift every dropout mask after a resume.
-        """
+        """Give the loader a random generator of its own: its first draw would shift dropout masks after a resume."""
         loader = super().get_train_dataloader()
         for part in (loader, getattr(loader, "base_dataloader", loader)):
             part.generator = torch.Generator()
@@ -187,7 +169,7 @@ class NormFreeTrainer(Trainer):
         self._tr_loss.copy_(self._loss_before_step)
         self._globalstep_last_logged += 1  # Trainer divides the sum of losses by the steps since then
         self.skipped.append(divergence)
-        self.on_skip(divergence)
+        self.record.write_skip(self.skipped)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "grad_norm" in logs and self.skipped and self.skipped[-1].step == self.state.global_step:
@@ -202,11 +184,10 @@ class NormFreeTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         step = self.state.global_step
         try:
-            parameters = sum(parameter.numel() for parameter in self.network.parameters())
-            require_space(Path(self._get_output_dir(trial)).parent, parameters, checkpoints=1)
             super()._save_checkpoint(model, trial)
             mean = cast(Tensor, self.accelerator.reduce(self._tr_loss, "mean"))
-            self.publish(step, {"loss_sum": mean.item(), "since_step": self._globalstep_last_logged})
+            unlogged = {"loss_sum": mean.item(), "since_step": self._globalstep_last_logged}
+            self.record.publish_checkpoint(step, self.skipped, unlogged)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch.save reports a full disk as RuntimeError
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise CheckpointError(
@@ -223,3 +204,27 @@ class _Advance(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.advance(state.global_step + 1)
+
+
+class BlockOrder(Sampler[int]):
+    """Samples training blocks for a whole run, in a new permutation for each pass.
+
+    Position p of the run is element p mod N of the permutation of pass p div N, so a resume at any step computes one
+    permutation. The length is that of the whole run even after a resume: Trainer derives its schedule from it.
+    """
+
+    def __init__(self, *, blocks: int, sequences: int, seed: int, start: int = 0) -> None:
+        self.blocks = blocks
+        self.sequences = sequences
+        self.seed = seed
+        self.start = start
+
+    def __len__(self) -> int:
+        return self.sequences
+
+    def __iter__(self) -> Iterator[int]:
+        first_pass, last_pass = self.start // self.blocks, (self.sequences - 1) // self.blocks
+        for number in range(first_pass, last_pass + 1):
+            offset = number * self.blocks
+            order = np.random.default_rng((self.seed, number)).permutation(self.blocks)
+            yield from map(int, order[max(self.start - offset, 0) : self.sequences - offset])

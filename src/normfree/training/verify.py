@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from normfree.data.corpus import SOURCES, corpus_key, default_cache, prepared
+from normfree.data.corpus import default_cache
 from normfree.files import MANIFEST_NAME, damages, fingerprint, read_manifest
 from normfree.spec.run import RunSpec
-from normfree.store.checkpoints import SET_ASIDE, belongs_to, checkpoints_in
+from normfree.store.checkpoints import SET_ASIDE, checkpoints_in, problems_of
 from normfree.store.runs import METRICS_FILE, RUN_FILE, DamagedRunError, Run, read_lines, read_run
 
 State = Literal["sound", "damaged", "absent"]
@@ -50,19 +50,12 @@ def verify(folder: Path | str, *, cache: Path | None = None) -> list[Finding]:
     if run.status == "finished" and not run.facts.get("final"):
         problems.append("it is finished but has no result")
     return [
-        _finding(RUN_FILE, problems, f"{run.label}, seed {run.seed}: {run.state}, {_steps(run)} steps"),
+        _finding(RUN_FILE, problems, f"{run.label}, seed {run.seed}: {run.state}, {run.facts['steps_done']} steps"),
         _metrics(run),
         *_checkpoints(folder, spec),
         _model(run),
-        _corpus(run, spec, cache or default_cache()),
+        _corpus(run, cache or default_cache()),
     ]
-
-
-def _steps(run: Run) -> int:
-    try:
-        return run.steps_done
-    except ValueError:  # damaged metrics, which have a finding of their own
-        return run.facts["steps_done"]
 
 
 def _metrics(run: Run) -> Finding:
@@ -84,12 +77,10 @@ def _metrics(run: Run) -> Finding:
 def _checkpoints(folder: Path, spec: RunSpec | None) -> list[Finding]:
     findings = []
     for checkpoint in checkpoints_in(folder / "checkpoints"):
-        problems = damages(checkpoint)
-        if not problems and spec and not belongs_to(checkpoint, spec):
-            problems = [f"it belongs to a run with another spec than {RUN_FILE}"]
+        problems = problems_of(checkpoint, spec)
         findings.append(_finding(checkpoint.name, problems, "every file matches its sha256"))
-    for place in sorted((folder / "checkpoints" / SET_ASIDE).glob("*")):
-        findings.append(Finding(place.name, "absent", f"moved to {place.relative_to(folder)} and no longer used"))
+    for moved in sorted((folder / "checkpoints" / SET_ASIDE).glob("*")):
+        findings.append(Finding(moved.name, "absent", f"moved to {moved.relative_to(folder)} and no longer used"))
     return findings
 
 
@@ -104,24 +95,19 @@ def _model(run: Run) -> Finding:
     return _finding("model", problems, "every file matches its sha256")
 
 
-def _corpus(run: Run, spec: RunSpec, cache: Path) -> Finding:
-    folder, reason = None, f"not in {cache}; training would prepare it again"
-    try:
-        folder = cache / "corpora" / corpus_key(spec.data, SOURCES[spec.data.source](spec.data))
-    except (ValueError, OSError) as error:
-        reason = f"its text is not on this machine ({error})"
-    if folder is None or not folder.is_dir():
-        if cached := prepared(run.facts["corpus"], cache=cache):
-            return Finding("corpus", "sound", f"every file of {cached.folder} matches its sha256")
-        return Finding("corpus", "absent", reason)
-    problems = damages(folder)
-    if not problems:
-        facts: dict[str, Any] = read_manifest(folder).get("corpus", {})
-        recorded = run.facts["corpus"]
-        compared = facts.keys() & recorded.keys() - {"dropped"}  # files beside the text may differ between machines
-        if changed := sorted(key for key in compared if facts.get(key) != recorded.get(key)):
-            problems = [f"its {MANIFEST_NAME} and {RUN_FILE} differ in {', '.join(changed)}"]
-    return _finding("corpus", problems, f"every file of {folder} matches its sha256")
+def _corpus(run: Run, cache: Path) -> Finding:
+    problems = []
+    for folder in sorted((cache / "corpora").glob("[!.]*")):
+        try:
+            corpus = read_manifest(folder).get("corpus", {})
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        if corpus.get("fingerprint") == run.corpus:
+            return _finding("corpus", damages(folder), f"every file of {folder} matches its sha256")
+    if problems:
+        return Finding("corpus", "damaged", "; ".join(problems))
+    return Finding("corpus", "absent", f"not in {cache}; training would prepare it again")
 
 
 def _finding(part: str, problems: list[str], detail: str) -> Finding:

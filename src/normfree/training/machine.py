@@ -21,10 +21,11 @@ from normfree.data import Corpus
 from normfree.files import describe_files, fingerprint
 from normfree.model import modeling
 from normfree.spec.run import RunSpec
-from normfree.training.bf16 import has_bf16_units
+from normfree.training.precision import has_bf16_units
+from normfree.training.processes import training_device
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def describe_environment(device: torch.device) -> dict[str, Any]:
     """Collect versions, hardware and the git commit for run.json."""
     return {
         "normfree": normfree.__version__,
@@ -40,7 +41,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def surroundings(spec: RunSpec, corpus: Corpus, device: torch.device) -> dict[str, Any]:
+def surroundings(spec: RunSpec, corpus: Corpus) -> dict[str, Any]:
     """Collect what the numbers depend on besides the spec, for a checkpoint's manifest."""
     return {
         "corpus": corpus.fingerprint,
@@ -48,7 +49,7 @@ def surroundings(spec: RunSpec, corpus: Corpus, device: torch.device) -> dict[st
         "micro_batch_sequences": spec.train.micro_batch_sequences,
         "gradient_checkpointing": spec.train.gradient_checkpointing,
         **{name: version(name) for name in ("torch", "transformers", "numpy")},
-        **_hardware(device),
+        **_hardware(training_device()),
     }
 
 
