@@ -29,13 +29,15 @@ from normfree.cost.counts import Matmul, count
 from normfree.cost.families import (
     NORMFREE_ACTIVATIONS,
     NORMFREE_DEFAULTS,
+    NORMFREE_FREE,
     NORMFREE_NORMS,
     SHAPES,
+    NoPriceError,
     read_architecture,
 )
 from normfree.cost.totals import of_config, of_run
 from normfree.model.activations import ACTIVATIONS
-from normfree.model.configuration import NormFreeConfig
+from normfree.model.configuration import TABLES, NormFreeConfig
 from normfree.model.norms import NORMS
 from normfree.report.tables.cost import cost_markdown, cost_tables
 from tests.synthetic import CONTEXT, write_run
@@ -162,7 +164,9 @@ def test_defaults_are_those_of_the_config() -> None:
 
 def test_every_activation_and_norm_of_the_model_has_a_price() -> None:
     assert {*NORMFREE_ACTIVATIONS, "leaky_relu"} == {*ACTIVATIONS, "silu"}
-    assert set(NORMFREE_NORMS) == set(NORMS)
+    assert {*NORMFREE_NORMS, "taper"} == set(NORMS)  # whether it has tapered off, a config does not say
+    for name, free in NORMFREE_FREE.items():
+        assert set(free) <= set(TABLES.get(name, ("none", "learned")))
     for protocol, name in ((p, n) for p in load_constants()["protocols"] for n in ACTIVATIONS):
         assert of_config(small(activation=name), context=16, protocol=protocol).rounds > 0
 
@@ -235,7 +239,7 @@ def test_a_run_costs_what_its_config_costs(tmp_path: Path) -> None:
         (small(), {"delay_ms": -1}, "delay_ms=-1"),
         (small(), {"bandwidth_mbps": 0}, "bandwidth_mbps=0"),
         (small(activation="geluu"), {}, "'geluu' has no known cost; did you mean gelu"),
-        (small(norm="rmsnorm"), {}, "norm='rmsnorm' has no known cost"),
+        (small(norm="taper"), {}, "norm='taper' has no known cost"),
         (small(activation="leaky_relu", learnable_slope="each"), {}, "learnable_slope='each'"),
         (GPT2Config(activation_function="tanh"), {}, "activation='tanh' has no known cost"),
         (OPTConfig(), {}, "no cost for models of type 'opt'"),
@@ -272,3 +276,31 @@ def test_a_wrong_part_of_a_file_is_named(place: str, value: Any, message: str, t
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         of_config(small(activation="relu"), context=16, constants=file)
+
+
+@pytest.mark.parametrize(
+    ("fields", "operations"),
+    [
+        ({"norm": "rmsnorm"}, {("norm", "rmsnorm"): 8}),
+        ({"norm": "layernorm", "placement": "peri"}, {("norm", "layernorm"): 16}),
+        ({"norm": "dyt"}, {("norm", "product"): 8, ("norm", "silu"): 8}),
+        ({"norm": "none", "final_norm": "derf"}, {("final norm", "product"): 1, ("final norm", "gelu_erf"): 1}),
+        ({"norm": "none", "query_key_norm": "rmsnorm", "branch": "fixed"}, {("query and key norm", "rmsnorm"): 4}),
+    ],
+)
+def test_norms_are_counted_where_they_sit(fields, operations):
+    model = read_architecture({"model_type": "normfree", "num_hidden_layers": 4, **fields})
+    counts = Counter((item.part, item.operation) for item in count(model, 16))
+    assert {key: counts[key] for key in operations} == operations
+    assert sum(number for (part, _), number in counts.items() if part == "norm") == sum(
+        number for (part, _), number in operations.items() if part == "norm"
+    )
+
+
+@pytest.mark.parametrize(
+    "fields", [{"norm": "taper"}, {"attention_sink": "learned"}, {"attention_gate": "head"}, {"branch": "scaled_ffn"}]
+)
+def test_a_choice_without_a_price_is_refused_by_name(fields):
+    ((name, value),) = fields.items()
+    with pytest.raises(NoPriceError, match=f"{name}='?{value}"):
+        read_architecture({"model_type": "normfree", **fields})

@@ -75,9 +75,11 @@ def _attention(model: Architecture, layer: int, context: int) -> Iterator[Count]
     queries, keys = model.query_heads * model.head_dim, model.key_heads * model.head_dim
     yield from _rows(layer, "norm", model.norm, context, model.width)
     yield Matmul(layer=layer, part="attention", m=context, k=model.width, n=queries + 2 * keys)
+    heads_of_both = model.query_heads + model.key_heads
+    yield from _rows(layer, "query and key norm", model.query_key_norm, heads_of_both * context, model.head_dim)
     if model.rotary_dim:
         # x * cos + turned(x) * sin with public angles: two products per rotated element.
-        rotated = 2 * (model.query_heads + model.key_heads) * model.rotary_dim
+        rotated = 2 * heads_of_both * model.rotary_dim
         yield from _rows(layer, "rotary", ("public_product",), context, rotated)
     heads = {"layer": layer, "part": "attention", "operation": "attention_product", "batch": model.query_heads}
     yield Matmul(**heads, m=context, k=model.head_dim, n=context)

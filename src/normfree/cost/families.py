@@ -39,6 +39,7 @@ class Architecture:
     max_tokens: int
     gated: bool = False  # the feed-forward part multiplies its activation by a second projection (Llama)
     post_norm: tuple[str, ...] = ()  # after attention and after the feed-forward part, before the sum (Gemma 2)
+    query_key_norm: tuple[str, ...] = ()  # on the queries and keys of each head
     scores_cap: tuple[str, ...] = ()  # soft-capping of the attention scores
     logits_cap: tuple[str, ...] = ()  # soft-capping of the logits
 
@@ -70,7 +71,26 @@ NORMFREE_ACTIVATIONS: dict[str, tuple[str, ...]] = {
 LEAKY_RELU = {"none": ("relu", "public_product"), "per_layer": ("relu", "product"), "shared": ("relu", "product")}
 # cap * tanh(x / cap) is cap * (2 sigmoid(2x / cap) - 1). SiLU is a sigmoid and a product, so its price covers that.
 SOFT_CAP = ("silu",)
-NORMFREE_NORMS: dict[str, tuple[str, ...]] = {"layernorm": ("layernorm",), "none": ()}
+# DyT multiplies by a secret steepness, then takes tanh; gain and offset fold into the next matrix. GELU covers erf.
+NORMFREE_NORMS: dict[str, tuple[str, ...]] = {
+    "layernorm": ("layernorm",),
+    "rmsnorm": ("rmsnorm",),
+    "lns": ("layernorm",),
+    "dyt": ("product", *SOFT_CAP),
+    "derf": ("product", "gelu_erf"),
+    "bhyt": ("rmsnorm", *SOFT_CAP),
+    "none": (),
+}
+# Choices that cost nothing, because they fold into matrices or move a norm; any other value is refused by name.
+NORMFREE_FREE = {
+    "placement": ("pre", "post", "mix", "peri"),
+    "branch": ("plain", "fixed", "layerscale", "rezero"),
+    "linear": ("plain", "weight_norm", "spectral_norm"),
+    "embedding_scale": ("none", "learned"),
+    "temperature": ("fixed", "head"),
+    "attention_sink": ("none",),
+    "attention_gate": ("none",),
+}
 
 # Defaults of NormFreeConfig (a test compares them), because importing it would load torch.
 NORMFREE_DEFAULTS: dict[str, Any] = {
@@ -84,8 +104,10 @@ NORMFREE_DEFAULTS: dict[str, Any] = {
     "rotary_share": 0.25,
     "norm": "layernorm",
     "final_norm": "layernorm",
+    "query_key_norm": "none",
     "activation": "gelu",
     "learnable_slope": "none",
+    **{name: values[0] for name, values in NORMFREE_FREE.items()},
 }
 
 
@@ -110,7 +132,13 @@ def _normfree(values: Mapping[str, Any]) -> Architecture:
         raise ValueError(f"position={values['position']!r}: allowed are learned and rotary")
     known = dict(NORMFREE_ACTIVATIONS)
     known["leaky_relu"] = _operations(LEAKY_RELU, "learnable_slope", values["learnable_slope"])
-    norms: dict[str, Any] = {key: _operations(NORMFREE_NORMS, key, values[key]) for key in ("norm", "final_norm")}
+    for name, free in NORMFREE_FREE.items():
+        if values[name] not in free:
+            raise NoPriceError(f"{name}={values[name]!r} has no known cost; with a known cost: {', '.join(free)}")
+    names = ("norm", "final_norm", "query_key_norm")
+    norms: dict[str, Any] = {name: _operations(NORMFREE_NORMS, name, values[name]) for name in names}
+    if values["placement"] == "peri":
+        norms["post_norm"] = norms["norm"]
     model = _decoder(values, activation="activation", known=known, **norms)
     rotary_share = values["rotary_share"] if values["position"] == "rotary" else 0
     return replace(model, rotary_dim=round(model.head_dim * rotary_share))
