@@ -18,11 +18,11 @@ SIZES = {
 CHOICES: list[dict[str, Any]] = [
     {
         "norm": "dyt", "placement": "peri", "query_key_norm": "rmsnorm", "branch": "layerscale",
-        "temperature": "head", "attention_gate": "head", "embedding_scale": "learned",
+        "attention_temperature": "head", "attention_gate": "head", "embedding_scale": "learned",
     },
     {
         "norm": "taper", "taper_end_step": 8, "placement": "mix", "linear": "spectral_norm",
-        "attention_sink": "learned", "attention_gate": "channel", "temperature": "position", "branch": "scaled_ffn",
+        "attention_sink": "learned", "attention_gate": "channel", "attention_temperature": "position", "branch": "scaled_ffn",
     },
     {
         "norm": "rmsnorm", "placement": "post", "position": "rotary", "attention_sink": "softmax_1",

@@ -1,7 +1,13 @@
-"""Every choice of norm, placement, branch, linear map and attention against its formula, written a second time."""
+"""Every choice of norm, placement, branch, linear map and attention against its formula, written a second time.
+
+`python -m tests.model.test_choices` writes tests/golden/choices.json anew: a change there changes what is computed.
+"""
 
 import itertools
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,14 +34,17 @@ SINGLE = [
     {"linear": "weight_norm"},
     {"linear": "spectral_norm", "bias": "all"},
     {"linear": "spectral_norm", "linear_groups": ["q", "ffn"]},
-    {"temperature": "head"},
-    {"temperature": "position"},
+    {"attention_temperature": "head"},
+    {"attention_temperature": "position"},
     {"attention_sink": "softmax_1"},
     {"attention_sink": "learned"},
     {"attention_gate": "head"},
     {"attention_gate": "channel"},
 ]
-FORMS = [pytest.param(form, id="-".join(str(value) for value in form.values())) for form in [*SINGLE, *CHOICES]]
+GOLDEN = Path(__file__).parents[1] / "golden" / "choices.json"
+FORMS = [
+    pytest.param(form, id=", ".join(f"{key} {value}" for key, value in form.items())) for form in [*SINGLE, *CHOICES]
+]
 
 
 class Formulas:
@@ -108,7 +117,7 @@ class Formulas:
         if config.position == "rotary":
             q, k = self.rotated(q), self.rotated(k)
         scores = q @ k.mT / math.sqrt(config.head_dim)
-        if config.temperature != "fixed":
+        if config.attention_temperature != "fixed":
             scores = scores / self.state[f"{name}.temperature.value"].view(heads, -1)[:, :tokens, None]
         logits = [scores.masked_fill(torch.ones(tokens, tokens, dtype=torch.bool).triu(1), -torch.inf)]
         if config.attention_sink == "softmax_1":
@@ -238,3 +247,28 @@ def test_a_probe_measures_attention_with_a_sink(ids, form):
         entropies = torch.special.entr(weights_BHTT.double()).sum(-1)
         measured = probe.statistics().mean_nats()[layer]
         torch.testing.assert_close(measured, entropies.mean((0, 2)), atol=2e-5, rtol=0)
+
+
+def first_losses(form: dict[str, Any]) -> list[float]:
+    """Losses of five AdamW steps on one batch, as training makes them: `advance` after each."""
+    torch.manual_seed(0)
+    model = NormFreeForCausalLM(NormFreeConfig(**(SIZES | form))).train()
+    ids_BT = torch.randint(0, 61, (4, 16), generator=torch.Generator().manual_seed(5))
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
+    for step in range(1, 6):
+        output = model(ids_BT, labels=ids_BT, return_logits=False)
+        output.loss.backward()
+        losses.append(output.loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+        model.advance(step, output.norm_sums)
+    return losses
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_first_losses_are_the_committed_ones(form, request):
+    assert first_losses(form) == pytest.approx(json.loads(GOLDEN.read_text())[request.node.callspec.id], rel=2e-5)
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(json.dumps({param.id: first_losses(*param.values) for param in FORMS}, indent=1) + "\n")

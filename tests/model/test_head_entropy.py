@@ -46,7 +46,7 @@ def test_uniform_rows_have_no_gradient():
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_model_returns_the_entropies_that_a_probe_measures(build, ids, attention):
-    model = build(attention=attention, temperature="head", query_key_norm="rmsnorm").train()
+    model = build(attention=attention, attention_temperature="head", query_key_norm="rmsnorm").train()
     with EntropyProbe(model) as probe:
         output = model(ids, entropy_layers=(0, 2))
     measured = probe.statistics().mean_nats()[[0, 2]]

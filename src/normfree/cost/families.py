@@ -87,7 +87,7 @@ NORMFREE_FREE = {
     "branch": ("plain", "fixed", "layerscale", "rezero"),
     "linear": ("plain", "weight_norm", "spectral_norm"),
     "embedding_scale": ("none", "learned"),
-    "temperature": ("fixed", "head"),
+    "attention_temperature": ("fixed", "head"),
     "attention_sink": ("none",),
     "attention_gate": ("none",),
 }

@@ -111,7 +111,7 @@ class Attention(nn.Module):
         self.qkv = query_key_value_projection(config)
         site = NormSite("query_key", layer_idx, config.head_dim)
         self.query_norm, self.key_norm = (QUERY_KEY_NORMS[config.query_key_norm](config, site) for _ in range(2))
-        self.temperature = TEMPERATURES[config.temperature](config)
+        self.temperature = TEMPERATURES[config.attention_temperature](config)
         self.sink = SINKS[config.attention_sink](config)
         self.gate = GATES[config.attention_gate](config)
         self.output = projection(config, "o", config.hidden_size, config.hidden_size, ResidualProjection)

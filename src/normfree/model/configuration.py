@@ -44,7 +44,7 @@ TABLES = {
     "query_key_norm": QUERY_KEY_NORMS,
     "branch": BRANCHES,
     "linear": LINEARS,
-    "temperature": TEMPERATURES,
+    "attention_temperature": TEMPERATURES,
     "attention_sink": SINKS,
     "attention_gate": GATES,
 }
@@ -109,7 +109,7 @@ class NormFreeConfig(PreTrainedConfig):
     """Weights of the blocks' linear maps: plain, weight_norm, spectral_norm."""
     linear_groups: list[str] = dataclass_field(default_factory=lambda: list(LINEAR_GROUPS))
     """linear=weight_norm, spectral_norm: which maps, of q, k, v, o, ffn."""
-    temperature: str = "fixed"
+    attention_temperature: str = "fixed"
     """Temperature of attention: fixed (1), or learned for each head, or for each head and query position (position)."""
     attention_sink: str = "none"
     """Extra logit in each softmax whose probability goes nowhere: none, softmax_1 (always 0), learned (per head)."""

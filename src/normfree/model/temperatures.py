@@ -1,4 +1,4 @@
-"""The temperature of attention: a table from names of `NormFreeConfig.temperature` to builders.
+"""The temperature of attention: a table from names of `NormFreeConfig.attention_temperature` to builders.
 
 A builder takes the config and returns a module called as `temperature(query_BHTD, positions_BT)`, which divides the
 queries: softmax(q.k / (t sqrt(D))), so that a probe reads the scores as they are used.

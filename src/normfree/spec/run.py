@@ -28,7 +28,7 @@ VARIANT_FIELDS = (
     *(f"model.{name}" for name in ("norm", "final_norm", "activation", "negative_slope", "learnable_slope")),
     *(f"model.{name}" for name in ("norm_steepness", "taper_start_step", "taper_end_step", "placement", "post_share")),
     *(f"model.{name}" for name in ("query_key_norm", "branch", "embedding_scale", "linear", "linear_groups")),
-    *(f"model.{name}" for name in ("temperature", "attention_sink", "attention_gate")),
+    *(f"model.{name}" for name in ("attention_temperature", "attention_sink", "attention_gate")),
     *(f"train.{name}" for name in ("decay_slopes", "slope_learning_rate_factor")),
 )
 # Names, and the seeds: other weights and another order of the data are replicates of one recipe.

@@ -27,7 +27,7 @@ def model_fields(fields: dict[str, Any], declared: Fields) -> dict[str, Any]:
 
 LABEL_FIELDS = (
     *("norm", "final_norm", "activation", "learnable_slope", "placement", "query_key_norm", "branch"),
-    *("embedding_scale", "linear", "linear_groups", "temperature", "attention_sink", "attention_gate"),
+    *("embedding_scale", "linear", "linear_groups", "attention_temperature", "attention_sink", "attention_gate"),
 )
 """Fields of the model that a variant's name and label speak of. Of other fields, such as a slope, a tag tells."""
 MAIN = ("sm-ln-g", "sm-ln-r", "sm-g", "sm-r", "sm-ln", "sm", "sm-rg", "sm-gr")
