@@ -22,7 +22,8 @@ CHOICES: list[dict[str, Any]] = [
     },
     {
         "norm": "taper", "taper_end_step": 8, "placement": "mix", "linear": "spectral_norm",
-        "attention_sink": "learned", "attention_gate": "channel", "attention_temperature": "position", "branch": "scaled_ffn",
+        "attention_sink": "learned", "attention_gate": "channel", "attention_temperature": "position",
+        "branch": "scaled_ffn",
     },
     {
         "norm": "rmsnorm", "placement": "post", "position": "rotary", "attention_sink": "softmax_1",

@@ -141,8 +141,9 @@ def _source(name: str) -> dict[str, str]:
         return {"pretrained_model_name_or_path": str(path / "model")}
     if not path.exists():
         beside = {file.parent.name for kind in (RUN_FILE, "config.json") for file in path.parent.glob(f"*/{kind}")}
+        beside_runs = "/" in name and any(path.parent.glob(f"*/{RUN_FILE}"))
         # Names on the hub have one slash at most, and no runs lie beside them.
-        if name.startswith((".", "/")) or name.count("/") > 1 or ("/" in name and beside):
+        if name.startswith((".", "/")) or name.count("/") > 1 or beside_runs:
             raise ValueError(f"{name} does not exist{'; ' + nearest(path.name, sorted(beside)) if beside else ''}")
         _check_hub(name)
     elif path.is_dir() and not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
