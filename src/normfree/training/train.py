@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import set_seed
 from transformers.integrations.integration_utils import TensorBoardCallback
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback
 
 from normfree.data import Corpus, prepare
 from normfree.files import folder_lock, write_manifest
@@ -152,7 +152,6 @@ def _make_trainer(record: Record, model: NormFreeForCausalLM) -> NormFreeTrainer
         data_collator=_collate,
         processing_class=record.corpus.tokenizer(),
     )
-    trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
