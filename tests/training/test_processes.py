@@ -61,6 +61,14 @@ def test_every_parameter_has_a_gradient_to_average(preset: str, variant: str) ->
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
+def test_leftover_variables_that_announce_processes_are_named(tiny: list[str], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")  # without MASTER_ADDR it fails instead of waiting
+    with started(["-m", "normfree", "train", *tiny, "variant=sm-r"], tmp_path) as process:
+        assert process.wait(timeout=100) == 1
+    message = "waiting for the other processes, because WORLD_SIZE=4: start them all with torchrun, or unset it"
+    assert message in (tmp_path / "output").read_text()
+
+
 TARGET = ["train.objective=entropy_target", "train.entropy_weight=0.5", "train.entropy_share=0.5"]
 TAPER = ["model.taper_start_step=1", "model.taper_end_step=5"]
 BAND = ["train.objective=entropy_band", "train.entropy_weight=0.5"]

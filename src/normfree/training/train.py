@@ -36,7 +36,7 @@ from normfree.training.guard import NonFiniteError
 from normfree.training.machine import command_line, device_name, usable_cores
 from normfree.training.objectives import build_objective
 from normfree.training.precision import products_for, restore_fp32_precision
-from normfree.training.processes import broadcast_from_rank_zero, hide_accelerate_variables, training_device
+from normfree.training.processes import broadcast_from_rank_zero, guard_process_variables, training_device
 from normfree.training.record import Record, open_record, wandb_run
 from normfree.training.signals import (
     InterruptedRunError,
@@ -51,7 +51,7 @@ logger = logging.getLogger("normfree")
 
 
 @restore_fp32_precision()
-@hide_accelerate_variables()
+@guard_process_variables()
 def train(
     spec: RunSpec,
     *,
