@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -18,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
 from normfree.spec.compose import compose_run, variants
 from normfree.store.runs import Run, RunWriter, read_run
+from normfree.training.record import wandb_run
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
@@ -67,6 +70,18 @@ def test_leftover_variables_that_announce_processes_are_named(tiny: list[str], t
         assert process.wait(timeout=100) == 1
     message = "waiting for the other processes, because WORLD_SIZE=4: start them all with torchrun, or unset it"
     assert message in (tmp_path / "output").read_text()
+
+
+def test_the_wandb_project_is_normfree_unless_named(tiny_spec, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(run=None, init=lambda **options: options["project"]))
+    writer = SimpleNamespace(facts={"sessions": [{"began": "today"}]})
+    record: Any = SimpleNamespace(
+        writer=writer, spec=tiny_spec("train.trackers=[wandb]"), corpus=SimpleNamespace(fingerprint="")
+    )
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    assert wandb_run(record) == "normfree"
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    assert wandb_run(record) == "mine"
 
 
 TARGET = ["train.objective=entropy_target", "train.entropy_weight=0.5", "train.entropy_share=0.5"]
