@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"analysis", "cost", "files", "spec", "store"},
     "measures": {"entropy", "report", "store"},  # a measurement draws itself
     "pretrained": {"data", "entropy", "model", "spec", "store"},
-    "training": {"analysis", "data", "files", "measures", "model", "report", "spec", "store"},
+    "training": {"analysis", "cost", "data", "files", "measures", "model", "report", "spec", "store"},
     "cli": {
         "analysis",
         "cost",

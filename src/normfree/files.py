@@ -19,6 +19,11 @@ MANIFEST_NAME = "manifest.json"
 LOCK_NAME = ".lock"
 
 
+def default_cache() -> Path:
+    """Where corpora lie: the environment variable NORMFREE_CACHE, else ~/.cache/normfree."""
+    return Path(os.environ.get("NORMFREE_CACHE") or Path.home() / ".cache" / "normfree")
+
+
 def sha256_bytes(content: bytes) -> str:
     """Hexadecimal sha256 of `content`."""
     return hashlib.sha256(content).hexdigest()

@@ -81,10 +81,16 @@ def test_cost_of_a_run_and_of_its_saved_model_agree(trained: Path, run) -> None:
     assert costs[0] == costs[1]
 
 
-@pytest.mark.parametrize("name", ["gpt2-t128", "gpt2", "results/cpu-lr1e-3/sm-g-seed0"])
-def test_cost_by_name_loads_neither_torch_nor_the_hub(name: str) -> None:
+@pytest.mark.parametrize(
+    ("verb", "name", "line"),
+    [
+        *(("cost", name, f"**{name}") for name in ("gpt2-t128", "gpt2", "results/cpu-lr1e-3/sm-g-seed0")),
+        ("verify", "results/quick/sm-g-seed0", "sound   run.json"),
+    ],
+)
+def test_quick_commands_load_neither_torch_nor_the_hub(verb: str, name: str, line: str) -> None:
     heavy = "{'torch', 'transformers', 'huggingface_hub'}"
-    code = f"import sys; from normfree.cli.main import main; assert main(['cost', {name!r}]) == 0; "
+    code = f"import sys; from normfree.cli.main import main; assert main([{verb!r}, {name!r}]) == 0; "
     done = subprocess.run(
         [sys.executable, "-c", code + f"assert not {heavy} & set(sys.modules)"],
         capture_output=True,
@@ -92,7 +98,7 @@ def test_cost_by_name_loads_neither_torch_nor_the_hub(name: str) -> None:
         cwd=ROOT,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert f"**{name}" in done.stdout
+    assert line in done.stdout
 
 
 def test_json_holds_totals_operations_and_every_layer(tmp_path: Path, run) -> None:

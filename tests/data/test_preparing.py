@@ -49,7 +49,7 @@ def test_a_waiting_process_takes_over_from_a_killed_one(
         other.join()
     assert str(corpus.folder) in caplog.text
     assert damages(corpus.folder) == []
-    assert ("encoding with tiktoken" in caplog.text) == killed
+    assert ("Tokenizing the text (" in caplog.text) == killed
 
 
 def wait_until(happened: Callable[[], object]) -> None:

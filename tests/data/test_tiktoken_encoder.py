@@ -175,7 +175,7 @@ def test_other_ids_fall_back_with_the_same_fingerprint(
     Path(spec.paths[0], "file_0.py").write_text("price = '3 \u20ac 25'\n" * 40)
     spec = replace(spec, packing=packing)
     usual, line = fingerprint_and_log(spec, tmp_path / "usual", caplog)
-    assert "encoding with tiktoken" in line
+    assert "Tokenizing the text (" in line
     assert "several times slower" not in line
     words, reason, at_once = DIFFERENCES[difference]
     monkeypatch.setattr(tiktoken_encoder, "WORDS", words)
@@ -186,4 +186,4 @@ def test_other_ids_fall_back_with_the_same_fingerprint(
     assert fallen_back == usual
     assert "the text is encoded with tokenizers, several times slower than with tiktoken: " in line
     assert reason in line
-    assert ("encoding with tiktoken" in line) != at_once
+    assert ("Tokenizing the text (" in line) != at_once

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel, T5Config, T5EncoderModel, ViTConfig, ViTModel
 
 from normfree.pretrained.load import load_config, load_pretrained
 from tests.measures.byte_model import byte_gpt2, byte_tokenizer
@@ -50,6 +52,27 @@ def test_incomplete_files_are_refused_in_one_line(saved, harm, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_pretrained(str(saved))
     assert "\n" not in str(caught.value)
+
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    "encoder",
+    [
+        lambda: BertModel(BertConfig(vocab_size=256, **SIZES)),
+        lambda: T5EncoderModel(T5Config(vocab_size=256, d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=2)),
+        lambda: ViTModel(ViTConfig(image_size=32, patch_size=16, **SIZES)),
+    ],
+    ids=["bert", "t5", "vit"],
+)
+def test_an_encoder_is_said_to_lack_a_head(encoder, tmp_path, monkeypatch, caplog):
+    encoder().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with pytest.raises(ValueError, match=r"has no causal language-model head.* `normfree\.measure\(model, ids\)`"):
+        load_pretrained(tmp_path)
+    assert "LOAD REPORT" not in caplog.text
 
 
 @pytest.mark.parametrize(

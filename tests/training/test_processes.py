@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -18,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
 from normfree.spec.compose import compose_run, variants
 from normfree.store.runs import Run, RunWriter, read_run
+from normfree.training.record import wandb_run
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
@@ -59,6 +62,26 @@ def test_every_parameter_has_a_gradient_to_average(preset: str, variant: str) ->
     ids_BT = torch.arange(16).view(2, 8)
     model(input_ids=ids_BT, labels=ids_BT, return_logits=False).loss.backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+def test_leftover_variables_that_announce_processes_are_named(tiny: list[str], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")  # without MASTER_ADDR it fails instead of waiting
+    with started(["-m", "normfree", "train", *tiny, "variant=sm-r"], tmp_path) as process:
+        assert process.wait(timeout=100) == 1
+    message = "waiting for the other processes, because WORLD_SIZE=4: start them all with torchrun, or unset it"
+    assert message in (tmp_path / "output").read_text()
+
+
+def test_the_wandb_project_is_normfree_unless_named(tiny_spec, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(run=None, init=lambda **options: options["project"]))
+    writer = SimpleNamespace(facts={"sessions": [{"began": "today"}]})
+    record: Any = SimpleNamespace(
+        writer=writer, spec=tiny_spec("train.trackers=[wandb]"), corpus=SimpleNamespace(fingerprint="")
+    )
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    assert wandb_run(record) == "normfree"
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    assert wandb_run(record) == "mine"
 
 
 TARGET = ["train.objective=entropy_target", "train.entropy_weight=0.5", "train.entropy_share=0.5"]

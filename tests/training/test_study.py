@@ -41,12 +41,14 @@ def test_a_diverging_run_does_not_stop_the_others(done: tuple[Path, list[str], P
     assert "A note on weight." in done[2].read_text()
 
 
-def test_a_second_time_nothing_is_trained_again(done: tuple[Path, list[str], Path]) -> None:
+def test_a_second_time_nothing_is_trained_again(done: tuple[Path, list[str], Path], caplog) -> None:
     study, overrides, page = done
     files = [path for path in page.parents[1].rglob("*") if path.name in ("run.json", "metrics.jsonl")]
     before = {path: path.stat().st_mtime_ns for path in files}
     content = page.read_bytes()
-    assert run_study(str(study), overrides) == page
+    with caplog.at_level("INFO", logger="normfree"):
+        assert run_study(str(study), overrides) == page
+    assert "small: 3 runs, 0.0 M tokens, " in caplog.messages[0]
     assert {path: path.stat().st_mtime_ns for path in files} == before
     assert page.read_bytes() == content
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from normfree.data import prepare
 from normfree.measures.perplexity import evaluate_blocks
@@ -38,6 +39,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory, cache: Path, tiny: list[s
 def train_again(finished: Run, cache: Path) -> Callable[..., Path]:
     """`train_again(spec)`: train in the place of the finished run."""
     return lambda spec: train(spec, runs_dir=finished.folder.parents[1], cache=cache, progress=False)
+
+
+def test_no_progress_table_of_transformers_in_a_notebook(train_tiny, monkeypatch) -> None:
+    class Table(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            raise AssertionError("drawn")
+
+    monkeypatch.setattr("transformers.trainer.DEFAULT_PROGRESS_CALLBACK", Table)
+    assert train_tiny("train.steps=1").status == "finished"
 
 
 def test_a_run_records_what_it_was(finished: Run) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from normfree.spec.compose import compose_run
+from normfree.store.verify import Finding, verify
 from normfree.training import train
-from normfree.training.verify import Finding, verify
 from tests.training.runs import DAMAGES, damage
 
 

@@ -121,7 +121,7 @@ def status(folders: Sequence[str], options: StatusOptions) -> None:
 
 def verify(name: str, options: VerifyOptions) -> None:
     """Check a run folder, its checkpoints, model and corpus; fail when one is damaged."""
-    from normfree.training.verify import verify as verify_run
+    from normfree.store.verify import verify as verify_run
 
     findings = verify_run(name, cache=options.cache_dir)
     print("\n".join(map(str, findings)))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import shutil
 import socket
 import sys
@@ -33,7 +32,15 @@ from normfree.data.packing import BlockWriter, concatenated, in_groups, unigram_
 from normfree.data.sources import FilesSource, HubSource, Source, Split, limited
 from normfree.data.tiktoken_encoder import FastEncoder, NotReproducibleError
 from normfree.data.tokenizer import Encoder, load_tokenizer, tokenizer_hash, train_tokenizer, vocabulary_size
-from normfree.files import damages, describe_files, fingerprint, folder_lock, read_manifest, write_manifest
+from normfree.files import (
+    damages,
+    default_cache,
+    describe_files,
+    fingerprint,
+    folder_lock,
+    read_manifest,
+    write_manifest,
+)
 from normfree.spec.run import DataSpec
 
 FORMAT = 1
@@ -43,11 +50,6 @@ CHUNK_CHARACTERS = 4_000_000  # encoded together: large enough for all cores, sm
 LOG_SECONDS = 60.0  # between lines of progress where standard error is not a terminal
 
 log = logging.getLogger("normfree")
-
-
-def default_cache() -> Path:
-    """Where corpora lie: the environment variable NORMFREE_CACHE, else ~/.cache/normfree."""
-    return Path(os.environ.get("NORMFREE_CACHE") or Path.home() / ".cache" / "normfree")
 
 
 @dataclass(frozen=True)

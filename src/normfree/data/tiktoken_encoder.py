@@ -54,7 +54,7 @@ class FastEncoder(Encoder):
         self._check_characters = _CharacterCheck().run
         self._check_characters("".join(map(chr, range(128))))
         self._threads = len(os.sched_getaffinity(0))
-        log.info("encoding with tiktoken on %d threads: its ids are those of tokenizers", self._threads)
+        log.info("Tokenizing the text (%d thread%s)", self._threads, "s" * (self._threads > 1))
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One (S, 1) int32 array of token ids for each text."""

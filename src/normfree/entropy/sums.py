@@ -38,8 +38,8 @@ class HeadSums:
         """Everything that was added, on the CPU. Raises ValueError if that is nothing."""
         if not self._sums:
             raise ValueError(
-                "nothing was measured: call the model inside the `with`; if you did, its attention bypasses the "
-                "registry: load it with attn_implementation='sdpa'"
+                "No forward pass ran inside the `with` block. If one did, the model's attention bypasses the registry: "
+                "load it with attn_implementation='sdpa'"
             )
         layers = sorted(self._sums)
         heads = [len(self._sums[layer]["rows"]) for layer in layers]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -32,6 +33,8 @@ _UNUSED = re.compile(
     r"|(^|\.)(pooler|seq_relationship|mtp|vision|visual|audio|multi_modal|multimodal|embed_vision|embed_audio)"
 )
 """Weights that no prediction of a next token uses: masks, BERT's other heads, multi-token prediction, images, audio."""
+_NO_HEAD = "has no causal language-model head; in Python, `normfree.measure(model, ids)` measures what AutoModel loads"
+_LOADING_LOG = logging.getLogger("transformers.modeling_utils")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -56,6 +59,7 @@ def load_pretrained(
     target, name = usable_device(device), os.fspath(name)
     options: dict[str, Any] = _source(name) | {"trust_remote_code": trust_remote_code}
     loading = {"dtype": DTYPES[dtype], "attn_implementation": attention, "output_loading_info": True}
+    _LOADING_LOG.addFilter(_is_no_load_report)
     try:
         if find_adapter_config_file(options["pretrained_model_name_or_path"]) and not is_peft_available():
             raise ImportError("adapter_config.json: a model with an adapter needs pip install 'peft>=0.17'")
@@ -63,8 +67,14 @@ def load_pretrained(
         tokenizer = AutoTokenizer.from_pretrained(**options)
         model, info = loaded[0].to(target).eval(), loaded[1]
     except _UNREADABLE as error:
+        if "Unrecognized configuration class" in str(error):
+            raise ValueError(f"{name} {_NO_HEAD}") from error
         raise _cannot_load(name, error) from error
+    finally:
+        _LOADING_LOG.removeFilter(_is_no_load_report)
     if missing := sorted(info["missing_keys"]):
+        if not any(key.startswith(f"{model.base_model_prefix}.") for key in missing):
+            raise ValueError(f"{name} {_NO_HEAD}")
         raise ValueError(f"{name} lacks {len(missing)} weights of its model, e.g. {missing[0]}")
     if extra := sorted(key for key in info["unexpected_keys"] if not _UNUSED.search(key)):
         raise ValueError(f"{name} holds {len(extra)} weight(s) without a place in its model, e.g. {extra[0]}")
@@ -113,6 +123,12 @@ def load_config(name: str) -> Any:
         return AutoConfig.from_pretrained(**source)
     except _UNREADABLE as error:
         raise _cannot_load(name, error) from error
+
+
+def _is_no_load_report(record: logging.LogRecord) -> bool:
+    """False for transformers' table of weights, unless an error refers to it: `load_pretrained` says it in one line."""
+    text = record.getMessage()
+    return "LOAD REPORT" not in text or "MISMATCH" in text or "CONVERSION" in text
 
 
 def _cannot_load(name: str, error: Exception) -> ValueError:

@@ -42,6 +42,8 @@ class Study:
     """Allow runs that differ in more than variant and seed, e.g. in learning rate, in one report."""
     note: str = ""
     """What the report says about the study's weight as evidence."""
+    tokens_per_epoch: int | None = None
+    """Tokens of the corpus, to say what runs of `train.epochs` will cost before it is prepared."""
     set: dict[str, Any] = field(default_factory=dict)
     """More `key: value` for all runs."""
 

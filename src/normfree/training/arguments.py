@@ -98,6 +98,8 @@ def training_arguments(spec: RunSpec, *, steps: int, output: Path) -> TrainingAr
         save_strategy="steps",
         save_steps=train.checkpoint_every,
         report_to=list(train.trackers) or "none",
+        project="normfree",  # read by trackio
+        disable_tqdm=True,  # `train` has a bar of its own; this also keeps transformers' table out of notebooks
     )
 
 

@@ -216,7 +216,7 @@ def wandb_run(record: Record) -> AbstractContextManager[Any]:
         return nullcontext()
     identity = [record.spec.identity(), record.corpus.fingerprint, record.writer.facts["sessions"][0]["began"]]
     return wandb.init(
-        project=os.environ.get("WANDB_PROJECT", "huggingface"),
+        project=os.environ.get("WANDB_PROJECT", "normfree"),
         name=f"{record.spec.study}/{record.spec.name}",
         id=os.environ.get("WANDB_RUN_ID") or fingerprint(identity)[:16],
         resume=os.environ.get("WANDB_RESUME") or "allow",  # pyright: ignore[reportArgumentType]

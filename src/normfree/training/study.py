@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from normfree.cost.training import describe_training_cost
 from normfree.data import prepare
 from normfree.report import build_report
 from normfree.spec.compose import Job, read_words
@@ -12,6 +14,8 @@ from normfree.spec.run import RunSpec
 from normfree.spec.study import Study, load_study
 from normfree.store.runs import RUN_FILE, DamagedRunError, find_runs, read_run
 from normfree.training.jobs import Launch, train_jobs
+
+logger = logging.getLogger("normfree")
 
 
 def run_study(name: str, words: Sequence[str] = (), launch: Launch | None = None) -> Path:
@@ -24,6 +28,7 @@ def run_study(name: str, words: Sequence[str] = (), launch: Launch | None = None
     jobs = study.jobs(read_words(words))
     folder = jobs[0].folder.parent
     _check_earlier_results(study, folder, jobs)
+    logger.info("%s: %s", study.name, describe_training_cost(jobs, study.tokens_per_epoch))
     failure = ""
     try:
         train_jobs(jobs, launch)

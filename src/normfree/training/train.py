@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import set_seed
 from transformers.integrations.integration_utils import TensorBoardCallback
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback
 
 from normfree.data import Corpus, prepare
 from normfree.files import folder_lock, write_manifest
@@ -36,7 +36,7 @@ from normfree.training.guard import NonFiniteError
 from normfree.training.machine import command_line, device_name, usable_cores
 from normfree.training.objectives import build_objective
 from normfree.training.precision import products_for, restore_fp32_precision
-from normfree.training.processes import broadcast_from_rank_zero, hide_accelerate_variables, training_device
+from normfree.training.processes import broadcast_from_rank_zero, guard_process_variables, training_device
 from normfree.training.record import Record, open_record, wandb_run
 from normfree.training.signals import (
     InterruptedRunError,
@@ -51,7 +51,7 @@ logger = logging.getLogger("normfree")
 
 
 @restore_fp32_precision()
-@hide_accelerate_variables()
+@guard_process_variables()
 def train(
     spec: RunSpec,
     *,
@@ -152,7 +152,6 @@ def _make_trainer(record: Record, model: NormFreeForCausalLM) -> NormFreeTrainer
         data_collator=_collate,
         processing_class=record.corpus.tokenizer(),
     )
-    trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:

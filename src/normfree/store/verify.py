@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from normfree.data.corpus import default_cache
-from normfree.files import MANIFEST_NAME, damages, fingerprint, read_manifest
+from normfree.files import MANIFEST_NAME, damages, default_cache, fingerprint, read_manifest
 from normfree.spec.run import RunSpec
 from normfree.store.checkpoints import SET_ASIDE, checkpoints_in, problems_of
 from normfree.store.runs import METRICS_FILE, RUN_FILE, DamagedRunError, Run, read_lines, read_run
