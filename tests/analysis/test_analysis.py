@@ -277,3 +277,13 @@ def test_a_group_has_one_run_per_seed_and_data_order(tmp_path: Path) -> None:
     assert [run.spec["study"] for run in group.repeated] == ["repeated"]
     with pytest.raises(ValueError, match="no runs given"):
         group_runs([])
+
+
+def test_a_seed_is_initial_weights_and_data_order(tmp_path: Path) -> None:
+    """As with `data_seed: same`, beside a record whose data has another order."""
+    seeds = ((100, 100), (101, 101), (100, 0))
+    runs = [write_run(tmp_path / f"{s}-{o}", "SM+G", seed=s, data_seed=o, perplexity=20.0) for s, o in seeds]
+    runs += [write_run(tmp_path, "SM+R", seed=seed, data_seed=seed, perplexity=21.0) for seed in (100, 101, 102)]
+    (pair,) = pairs_of(group_runs(runs), [("SM+R", "SM+G")])
+    assert pair.seeds == [(100, 100), (101, 101)]
+    assert (pair.perplexity().n, pair.perplexity().mean) == (2, pytest.approx(0.05))

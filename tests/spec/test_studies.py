@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -36,3 +37,13 @@ def test_special_characters_in_a_study_file_reach_the_run(tmp_path: Path) -> Non
     assert (spec.study, spec.tag) == ("dave's", "it's, mine")
     assert list(spec.data.paths) == paths
     assert (spec.data.source, spec.data.tokenizer, spec.train.peak_learning_rate) == ("files", "true", 1e-3)
+
+
+@pytest.mark.parametrize(("data_seed", "orders"), [("same", [100, 101]), (7, [7, 7]), (None, [3, 3])])
+def test_a_group_says_the_order_of_its_data(data_seed: Any, orders: list[int], tmp_path: Path) -> None:
+    group = {"variants": ["sm"], "seeds": [100, 101]} | ({"data_seed": data_seed} if data_seed else {})
+    file = {"preset": "cpu", "groups": [group], "set": {"data_seed": 3}}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(file))
+    jobs = load_study(str(tmp_path / "s.yaml")).jobs()
+    assert [job.spec.seed for job in jobs] == [100, 101]
+    assert [job.spec.data_seed for job in jobs] == orders

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import ConfigDict, Field
@@ -26,6 +26,8 @@ class Group:
 
     variants: Annotated[list[str], Field(min_length=1)]
     seeds: Annotated[list[int], Field(min_length=1)] = field(default_factory=lambda: [0])
+    data_seed: int | Literal["same"] | None = None
+    """Order of the data; `same`: each run's own seed, so that seeds differ in initial weights and in this order."""
     tag: str = ""
     set: dict[str, Any] = field(default_factory=dict)
     """More `key: value` for these runs."""
@@ -50,6 +52,8 @@ class Study:
         jobs = []
         for group in self.groups:
             common = {"study": self.name, "preset": self.preset, "tag": group.tag} | self.set | group.set
+            if group.data_seed is not None:
+                common["data_seed"] = "${seed}" if group.data_seed == "same" else group.data_seed
             for seed in group.seeds:
                 for variant in group.variants:
                     settings = {key: _number(key, value) for key, value in common.items()}
