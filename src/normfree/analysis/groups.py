@@ -9,9 +9,17 @@ from functools import cache, cached_property
 from typing import Any
 
 from normfree.analysis import published
-from normfree.analysis.seeds import Summary, summarise
+from normfree.analysis.seeds import Summary, compact, summarise
 from normfree.spec.keys import describe_keys
-from normfree.spec.run import NOT_DECIDING, NOT_RECIPE_FIELDS, PLACES_OF_TEXT, VARIANT_FIELDS, RunSpec
+from normfree.spec.run import (
+    NOT_DECIDING,
+    NOT_RECIPE_FIELDS,
+    PLACES_OF_TEXT,
+    VARIANT_FIELDS,
+    RunSpec,
+    check_own_values,
+    own_values,
+)
 from normfree.store.runs import Run
 
 
@@ -20,7 +28,7 @@ class Group:
     """The seeds of one variant under one recipe, or one measured model."""
 
     name: str
-    """The variant in the paper's notation, plus whatever distinguishes it from groups with the same label."""
+    """The variant in the paper's notation, its values of `compare_across`, and what distinguishes it from others."""
     runs: tuple[Run, ...]
     """Finished and diverged runs, one per seed."""
     unfinished: tuple[Run, ...]
@@ -85,7 +93,8 @@ def group_runs(runs: Sequence[Run], *, mix: bool = False, baseline: str = "") ->
     `baseline`: the label, variant or name of the groups to compare all others with. With `mix` each recipe becomes a
     group whose name says how it differs.
 
-    Raises ValueError if runs with a result differ in corpus, precision or any other part of the recipe without `mix`.
+    Raises ValueError if runs with a result differ in corpus, precision or any other part of the recipe without `mix`,
+    and if runs of one variant and tag differ in a key of `compare_across`.
     """
     if not runs:
         raise ValueError("no runs given: give a run folder or a folder of runs")
@@ -100,6 +109,8 @@ def group_runs(runs: Sequence[Run], *, mix: bool = False, baseline: str = "") ->
     for run in sorted(runs, key=lambda run: not run.has_result):
         folder = run.folder if run.kind == "measurement" else None  # measurements are never seeds of each other
         of_key.setdefault((run.label, folder, *_settings(run).items()), []).append(run)
+    for alike in of_key.values():
+        check_own_values({run.place: run.spec for run in alike})
     first_runs = [alike[0] for alike in of_key.values()]
     # Named separately, so that an unfinished run does not change the names of groups with a result.
     with_result = [run for run in first_runs if run.has_result]
@@ -198,8 +209,10 @@ def _names(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         same_label = _differing([other for other in runs if other.label == run.label], ignored=())
         same_tag = _differing([other for other in runs if _tag(other) == _tag(run)])
-        settings = _settings_text(run, sorted({*same_label, *same_tag} - set_by_preset))
-        names.append(f"{run.label} [{settings}]" if settings else run.label)
+        own = own_values(run.spec)
+        name = f"{run.label} ({', '.join(map(compact, own.values()))})" if own else run.label
+        settings = _settings_text(run, sorted({*same_label, *same_tag} - set_by_preset - own.keys()))
+        names.append(f"{name} [{settings}]" if settings else name)
     return [
         f"{name} ({run.folder.name})" if run.kind == "measurement" and names.count(name) > 1 else name
         for run, name in zip(runs, names, strict=True)
@@ -242,10 +255,12 @@ def _defaults() -> dict[str, Any]:
 def _settings(run: Run, *, with_places: bool = False) -> dict[str, str]:
     """Corpus and recipe in a fixed order, as `train.precision -> bf16`; with the paths of its text if `with_places`.
 
-    A setting that did not exist when the run was recorded has its default.
+    A setting that did not exist when the run was recorded has its default. Keys of `compare_across` are "by variant",
+    so that runs that all declare them have one recipe.
     """
     settings = dict(_defaults()) if run.kind == "run" else {}
     for name, value in run.spec.items():
         settings |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+    settings |= dict.fromkeys(own_values(run.spec), "by variant")
     ignored = {*NOT_RECIPE_FIELDS, *NOT_DECIDING} - (set(PLACES_OF_TEXT) if with_places else set())
     return {"corpus": run.corpus[:12]} | {key: str(settings[key]) for key in sorted(settings.keys() - ignored)}

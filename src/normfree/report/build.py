@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from normfree.report.plots.style import COLOURS, to_file, to_svg
 from normfree.report.sections import Section, sections_of
 from normfree.report.summary import question, sentences
 from normfree.report.tables.table import Table, to_csv, to_html, to_latex, to_markdown
+from normfree.spec.run import own_values
 from normfree.store.progress import duration
 from normfree.store.runs import Run, run_frame
 
@@ -193,7 +195,7 @@ def _facts(parts: Sequence[Part]) -> dict[str, list[str]]:
         "Order of the data": [", ".join(map(str, sorted({run.spec["data_seed"] for run in trained})))],
         "Tokens per run": [f"{tokens:,}" for tokens in sorted({run.facts.get("tokens_seen", 0) for run in trained})],
         "Precision": _distinct(runs, lambda run: run.spec["train"]["precision"]),
-        "Recipes": [f"{part.title}: {part.recipe}" for part in parts if part.recipe],
+        "Recipes": _differing_by_variant(trained) + [f"{part.title}: {part.recipe}" for part in parts if part.recipe],
         "Model": _distinct(
             [run for run in runs if run.facts.get("model")],
             lambda run: _MODEL.format(**{"type": "normfree"} | run.facts["model"]),
@@ -203,6 +205,13 @@ def _facts(parts: Sequence[Part]) -> dict[str, list[str]]:
         "Software": _distinct(runs, lambda run: _environment(run, _SOFTWARE)),
     }
     return {name: values for name, values in facts.items() if any(values)}
+
+
+def _differing_by_variant(runs: Sequence[Run]) -> list[str]:
+    """`Peak learning rates differ by variant`: the keys of `compare_across` in which these runs do differ."""
+    values = {(key, str(value)) for run in runs for key, value in own_values(run.spec).items()}
+    differing = sorted(key for key, count in Counter(key for key, _ in values).items() if count > 1)
+    return [f"{key.split('.')[1].replace('_', ' ').capitalize()}s differ by variant" for key in differing]
 
 
 def _measurement(run: Run) -> str:
