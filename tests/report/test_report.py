@@ -245,6 +245,9 @@ def test_each_recipe_has_its_own_part_and_answer(tmp_path: Path) -> None:
     assert re.findall('<p class="kicker">(.*)</p>', page)[1:] == titles
     assert page.count('<p class="answer">Without LayerNorm, ReLU ends 4.2 % below GELU') == 3
     assert not (tmp_path / "out" / "figures").exists()
+    assert page.index('<h2 id="rates">') < page.index('<p class="answer">')
+    rates = pd.read_csv(tmp_path / "out" / "tables" / "rates.csv", index_col="Variant")
+    assert rates.loc["SM+R"].tolist() == [36.1, 36.1, 36.1, 1, "1e-3, edge of the grid"]
 
 
 def test_variants_with_rates_of_their_own_share_a_page(tmp_path: Path) -> None:
@@ -255,7 +258,7 @@ def test_variants_with_rates_of_their_own_share_a_page(tmp_path: Path) -> None:
     ]
     page = build_report(runs, tmp_path / "out").read_text()
     assert "Without LayerNorm (2e-3), ReLU ends 4.2 % below GELU (1.4e-3) in perplexity" in page
-    assert "<dd>Peak learning rates differ by variant</dd>" in page
+    assert "<dd>peak learning rates differ by variant</dd>" in page
     rows = pd.read_csv(tmp_path / "out" / "tables" / "perplexity.csv")
     assert rows.Variant.tolist() == ["SM+LN+G (2.8e-3)", "SM+G (1.4e-3)", "SM+R (2e-3)", "Unigram"]
     assert rows["Against SM+LN+G"].tolist()[:2] == ["baseline", "+10.2 %"]

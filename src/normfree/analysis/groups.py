@@ -22,6 +22,8 @@ from normfree.spec.run import (
 )
 from normfree.store.runs import Run
 
+_RATE = "train.peak_learning_rate"
+
 
 @dataclass(frozen=True)
 class Group:
@@ -109,8 +111,6 @@ def group_runs(runs: Sequence[Run], *, mix: bool = False, baseline: str = "") ->
     for run in sorted(runs, key=lambda run: not run.has_result):
         folder = run.folder if run.kind == "measurement" else None  # measurements are never seeds of each other
         of_key.setdefault((run.label, folder, *_settings(run).items()), []).append(run)
-    for alike in of_key.values():
-        check_own_values({run.place: run.spec for run in alike})
     first_runs = [alike[0] for alike in of_key.values()]
     # Named separately, so that an unfinished run does not change the names of groups with a result.
     with_result = [run for run in first_runs if run.has_result]
@@ -118,7 +118,8 @@ def group_runs(runs: Sequence[Run], *, mix: bool = False, baseline: str = "") ->
     keys_with_result = {_comparison_key(run) for run in with_result}
     groups = []
     for name, alike in zip(names, of_key.values(), strict=True):
-        # The check above skipped unfinished runs.
+        check_own_values({run.place: run.spec for run in alike})
+        # The check of the recipes skipped unfinished runs.
         is_left_out = bool(with_result) and not mix and _comparison_key(alike[0]) not in keys_with_result
         is_baseline = bool(baseline) and baseline in (name, alike[0].spec["label"], alike[0].spec.get("variant"))
         of_seed: dict[Hashable, Run] = {}
@@ -127,8 +128,7 @@ def group_runs(runs: Sequence[Run], *, mix: bool = False, baseline: str = "") ->
         chosen, unfinished = tuple(of_seed.values()), tuple(run for run in alike if not run.has_result)
         repeated = tuple(run for run in alike if run not in (*chosen, *unfinished))
         groups.append(Group(name, chosen, unfinished, repeated, is_left_out, is_baseline))
-    rank = {label: place for place, label in enumerate(published.ORDER)}
-    return sorted(groups, key=lambda group: (rank.get(group.label, len(rank)), group.name))
+    return sorted(groups, key=_paper_first)
 
 
 def parts_of(runs: Sequence[Run], *, mix: bool = False, baseline: str = "") -> list[Part]:
@@ -186,6 +186,26 @@ def perplexities_on_common_seeds(groups: Sequence[Group]) -> dict[str, Summary]:
         name: summarise([value for seed, value in values.items() if seed in common or not common or math.isnan(value)])
         for name, values in of_group.items()
     }
+
+
+def rate_grids(groups: Sequence[Group]) -> dict[str, dict[float, dict[Hashable, list[Run]]]]:
+    """Runs by seed at each peak learning rate, of each variant and recipe that has several, whatever their tags."""
+    of_recipe: dict[Hashable, list[Run]] = {}
+    for run in (run for group in sorted(groups, key=_paper_first) if group.is_trained for run in group.runs):
+        of_recipe.setdefault((run.spec["label"], *({**_settings(run), _RATE: ""}).items()), []).append(run)
+    grids: dict[str, dict[float, dict[Hashable, list[Run]]]] = {}
+    for alike in of_recipe.values():
+        label = alike[0].spec["label"]
+        recipes = [others[0] for others in of_recipe.values() if others[0].spec["label"] == label]
+        settings = _settings_text(alike[0], _differing(recipes, ignored=(_RATE,)))
+        grid = grids.setdefault(f"{label} [{settings}]" if settings else label, {})
+        for run in alike:
+            grid.setdefault(run.spec["train"]["peak_learning_rate"], {}).setdefault(_seed(run), []).append(run)
+    return {name: dict(sorted(grid.items())) for name, grid in grids.items() if len(grid) > 1}
+
+
+def _paper_first(group: Group) -> tuple[int, str]:
+    return [*published.ORDER, group.label].index(group.label), group.name
 
 
 def _seed(run: Run) -> tuple[int, int]:

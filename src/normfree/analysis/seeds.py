@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,10 +54,8 @@ def decimals(value: float, digits: int = 2) -> str:
 
 def compact(value: Any) -> str:
     """`1.4e-3`, or `0.05` from 0.01 on; whatever is no such number as it is."""
-    if not isinstance(value, float) or not 0 < abs(value) < 0.01:
-        return f"{value}"
-    digits, _, exponent = f"{value:e}".partition("e")
-    return f"{float(digits):g}e{int(exponent)}"
+    is_small = isinstance(value, float) and 0 < abs(value) < 0.01
+    return re.sub(r"\.?0*e-0?", "e-", f"{value:e}") if is_small else f"{value}"
 
 
 def summarise(values: Sequence[float]) -> Summary:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from normfree.report.figures import PageFigure
 from normfree.report.plots.style import COLOURS, to_file, to_svg
 from normfree.report.sections import Section, sections_of
 from normfree.report.summary import question, sentences
+from normfree.report.tables.results import rate_table
 from normfree.report.tables.table import Table, to_csv, to_html, to_latex, to_markdown
 from normfree.spec.run import own_values
 from normfree.store.progress import duration
@@ -78,6 +78,8 @@ def build_report(
     members = [run for part in parts for run in all_runs(part.groups)]
     for name, frame in number_frames(members).items():
         write(f"numbers/{name}.csv", frame.to_csv(index=False, na_rep="NaN", lineterminator="\n"))
+    rates = rate_table([group for part in parts for group in part.groups])
+    every_table = [rates] if rates.rows else []
     shown: list[list[dict[str, Any]]] = [[] for _ in parts]
     steps = [(place, section) for place, part in enumerate(parts) for section in sections_of(part.groups)]
     for place, section in tqdm(steps, desc="report", disable=None if progress else True, leave=False):
@@ -87,12 +89,13 @@ def build_report(
             whole = figure.whole()
             for suffix in ("pdf", "png"):
                 write(f"figures/{figure.name}.{suffix}", to_file(whole, suffix))
-        for table in tables:
-            for suffix, convert in (("md", to_markdown), ("tex", to_latex), ("csv", to_csv)):
-                write(f"tables/{table.name}.{suffix}", convert(table))
+        every_table += tables
         if figures or tables:
             shown[place].append(section_values(replace(section, name=prefix + section.name), figures, tables))
-    write("index.html", render_page(parts, shown))
+    for table in every_table:
+        for suffix, convert in (("md", to_markdown), ("tex", to_latex), ("csv", to_csv)):
+            write(f"tables/{table.name}.{suffix}", convert(table))
+    write("index.html", render_page(parts, shown, rates))
     for name in earlier - set(written):
         (output / name).unlink(missing_ok=True)
     write_atomically(output / WRITTEN, json.dumps(sorted(written), indent=1) + "\n")
@@ -142,7 +145,7 @@ def _earlier_files(output: Path) -> set[str]:
     return set()
 
 
-def render_page(parts: Sequence[Part], sections: Sequence[Sequence[dict[str, Any]]]) -> str:
+def render_page(parts: Sequence[Part], sections: Sequence[Sequence[dict[str, Any]]], rates: Table) -> str:
     """The text of index.html: for each part its question, answer and sections (their `section_values`); facts."""
     runs = [run for part in parts for run in all_runs(part.groups)]
     script = _PAGES.loader.get_source(_PAGES, "script.js")[0]  # pyright: ignore[reportOptionalMemberAccess]
@@ -161,6 +164,7 @@ def render_page(parts: Sequence[Part], sections: Sequence[Sequence[dict[str, Any
             }
             for place, (part, of_part) in enumerate(zip(parts, sections, strict=True))
         ],
+        rates=Markup(to_html(rates)) if rates.rows else "",
         facts=_facts(parts),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -186,6 +190,7 @@ def _facts(parts: Sequence[Part]) -> dict[str, list[str]]:
     """What a reader needs to judge or repeat the runs: distinct values by name."""
     runs = [run for part in parts for run in all_runs(part.groups)]
     trained = [run for run in runs if run.kind == "run"]
+    across = dict.fromkeys(key for run in trained for key in own_values(run.spec))
     seconds = sum(run.facts.get("wall_seconds") or 0.0 for run in trained)
     facts = {
         "Command": _distinct(runs, lambda run: run.facts.get("command") or "not recorded"),
@@ -195,7 +200,8 @@ def _facts(parts: Sequence[Part]) -> dict[str, list[str]]:
         "Order of the data": [", ".join(map(str, sorted({run.spec["data_seed"] for run in trained})))],
         "Tokens per run": [f"{tokens:,}" for tokens in sorted({run.facts.get("tokens_seen", 0) for run in trained})],
         "Precision": _distinct(runs, lambda run: run.spec["train"]["precision"]),
-        "Recipes": _differing_by_variant(trained) + [f"{part.title}: {part.recipe}" for part in parts if part.recipe],
+        "Recipes": [f"{part.title}: {part.recipe}" for part in parts if part.recipe]
+        + [f"{key.split('.')[1].replace('_', ' ')}s differ by variant" for key in across],
         "Model": _distinct(
             [run for run in runs if run.facts.get("model")],
             lambda run: _MODEL.format(**{"type": "normfree"} | run.facts["model"]),
@@ -205,13 +211,6 @@ def _facts(parts: Sequence[Part]) -> dict[str, list[str]]:
         "Software": _distinct(runs, lambda run: _environment(run, _SOFTWARE)),
     }
     return {name: values for name, values in facts.items() if any(values)}
-
-
-def _differing_by_variant(runs: Sequence[Run]) -> list[str]:
-    """`Peak learning rates differ by variant`: the keys of `compare_across` in which these runs do differ."""
-    values = {(key, str(value)) for run in runs for key, value in own_values(run.spec).items()}
-    differing = sorted(key for key, count in Counter(key for key, _ in values).items() if count > 1)
-    return [f"{key.split('.')[1].replace('_', ' ').capitalize()}s differ by variant" for key in differing]
 
 
 def _measurement(run: Run) -> str:

@@ -314,12 +314,10 @@ def check_own_values(specs: Mapping[str, Mapping[str, Any]]) -> None:
     """Raises ValueError where runs of one variant and tag, by name, differ in a key of `compare_across`."""
     (first, spec), *others = specs.items()
     for name, other in others:
-        for key, value in own_values(other).items():
-            if value != (earlier := own_values(spec)[key]):
-                raise ValueError(
-                    f"{first} and {name} are one variant with one tag, but their {key} is {earlier} and {value}: "
-                    "give one of them another tag"
-                )
+        if (theirs := own_values(other)) != (ours := own_values(spec)):
+            raise ValueError(
+                f"{first} and {name} are one variant with one tag, but have {ours} and {theirs}: give one another tag"
+            )
 
 
 def _without(spec: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
