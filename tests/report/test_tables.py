@@ -101,7 +101,9 @@ def test_differences_pair_seeds(tmp_path: Path) -> None:
 def test_rates_are_compared_on_common_seeds_and_edges_said(tmp_path: Path) -> None:
     def runs(label: str, tag: str, rate: float, *perplexities: float, **more: Any) -> list[Run]:
         train = {"peak_learning_rate": rate, **more}
-        ends = [{"status": "diverged"} if math.isnan(end) else {"perplexity": end} for end in perplexities]
+        ends: list[dict[str, Any]] = [
+            {"status": "diverged"} if math.isnan(end) else {"perplexity": end} for end in perplexities
+        ]
         places = enumerate(ends)
         return [write_run(tmp_path, label, tag=tag, seed=seed, train=dict(train), **end) for seed, end in places]
 
