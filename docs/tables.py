@@ -30,7 +30,7 @@ from normfree.files import write_atomically
 from normfree.measures import MEASURES
 from normfree.report.plots.style import to_file
 from normfree.report.sections import SECTIONS, figures_of
-from normfree.report.tables.results import percent_with_interval
+from normfree.report.tables.results import percent_with_interval, rate_table
 from normfree.report.tables.table import Table, to_markdown, without_empty_columns
 from normfree.store.quantities import QUANTITIES
 from normfree.store.runs import find_runs
@@ -44,25 +44,6 @@ QUANTITIES_MARKER = re.compile(r"(<!-- quantities -->\n).*?<!-- end -->", re.DOT
 FIGURE = re.compile(
     r"<!-- figure: (?P<name>\S+) of (?P<places>[^>]+?)(?P<mixed> mixed)? -->\n!\[[^\]]*\]\((?P<path>[^)\s]+)\)"
 )
-
-
-def rate_table(groups: Sequence[Group]) -> Table:
-    """Final validation perplexity: a row a variant, a column a peak learning rate. Tags are not looked at."""
-    perplexities: dict[str, dict[float, dict[int, float]]] = {}
-    for group in groups:
-        for run in group.runs:
-            rate = run.spec["train"]["peak_learning_rate"]
-            at_rate = perplexities.setdefault(group.label, {}).setdefault(rate, {})
-            if run.seed in at_rate:
-                raise ValueError(f"{run.place} repeats a seed of {group.label} at its learning rate")
-            at_rate[run.seed] = run.perplexity
-    rates = sorted({rate for of_label in perplexities.values() for rate in of_label})
-    rows = [
-        (label, *(summarise(list(of_label.get(rate, {}).values())).text() for rate in rates))
-        for label, of_label in perplexities.items()
-    ]
-    titles = ("Variant", *(f"{rate:g}" for rate in rates))
-    return Table("rates", "Validation perplexity after training, at each peak learning rate", titles, rows)
 
 
 def seed_table(groups: Sequence[Group]) -> Table:

@@ -20,9 +20,10 @@ from normfree.analysis.entropy import (
     trained_heads,
 )
 from normfree.analysis.groups import group_runs, parts_of
-from normfree.analysis.pairs import pairs_of
+from normfree.analysis.pairs import all_pairs, pairs_of
 from normfree.analysis.seeds import paired_difference, student_t_95, summarise
 from normfree.analysis.verdicts import Slopes, collapse, fixed_slope, overload, slope_layers, slopes
+from normfree.store.runs import Run
 from tests.synthetic import CONTEXT, write_run
 
 
@@ -277,3 +278,43 @@ def test_a_group_has_one_run_per_seed_and_data_order(tmp_path: Path) -> None:
     assert [run.spec["study"] for run in group.repeated] == ["repeated"]
     with pytest.raises(ValueError, match="no runs given"):
         group_runs([])
+
+
+def test_a_seed_is_initial_weights_and_data_order(tmp_path: Path) -> None:
+    """As with `data_seed: same`, beside a record whose data has another order."""
+    seeds = ((100, 100), (101, 101), (100, 0))
+    runs = [write_run(tmp_path / f"{s}-{o}", "SM+G", seed=s, data_seed=o, perplexity=20.0) for s, o in seeds]
+    runs += [write_run(tmp_path, "SM+R", seed=seed, data_seed=seed, perplexity=21.0) for seed in (100, 101, 102)]
+    (pair,) = pairs_of(group_runs(runs), [("SM+R", "SM+G")])
+    assert pair.seeds == [(100, 100), (101, 101)]
+    assert (pair.perplexity().n, pair.perplexity().mean) == (2, pytest.approx(0.05))
+
+
+def with_own_rate(root: Path, label: str, rate: float, **more: Any) -> Run:
+    across = ["train.peak_learning_rate"]
+    return write_run(root, label, compare_across=across, train={"peak_learning_rate": rate}, **more)
+
+
+def test_runs_that_declare_it_are_compared_across_rates(tmp_path: Path) -> None:
+    runs = [with_own_rate(tmp_path, "SM+G", 1.4e-3, seed=seed) for seed in (0, 1)]
+    runs += [with_own_rate(tmp_path, "SM+R", 2e-3, seed=seed) for seed in (0, 1)]
+    (pair,) = all_pairs(group_runs(runs))
+    assert (pair.name, len(pair.seeds)) == ("SM+R (2e-3) against SM+G (1.4e-3)", 2)
+    older = write_run(tmp_path, "SM+LN+G", train={"peak_learning_rate": 2e-3})
+    del older.spec["compare_across"]  # as in records from before there was such a key
+    with pytest.raises(ValueError, match=r"rate: 0\.002 in quick/sm-ln-g-seed0, by variant in quick/sm-g-seed0"):
+        group_runs([*runs, older])
+    parts = parts_of([*runs, older], mix=True)
+    assert [[group.name for group in part.groups] for part in parts] == [["SM+G (1.4e-3)", "SM+R (2e-3)"], ["SM+LN+G"]]
+    assert [part.recipe for part in parts] == ["peak_learning_rate=by variant", "peak_learning_rate=0.002"]
+    undeclared = write_run(tmp_path / "other", "SM+G", train={"peak_learning_rate": 2.8e-3})
+    with pytest.raises(ValueError, match="mix=true"):
+        group_runs([older, undeclared])
+
+
+def test_seeds_of_one_variant_have_one_rate(tmp_path: Path) -> None:
+    runs = [with_own_rate(tmp_path, "SM+G", rate, seed=seed) for seed, rate in ((0, 1.4e-3), (1, 2e-3))]
+    with pytest.raises(ValueError, match=r"seed0 and quick/sm-g-seed1 are .*: 0\.0014} and {.*: 0\.002}: give"):
+        group_runs(runs)
+    tagged = with_own_rate(tmp_path, "SM+G", 2e-3, seed=1, tag="fast")
+    assert [group.name for group in group_runs([runs[0], tagged])] == ["SM+G (1.4e-3)", "SM+G (fast) (2e-3)"]

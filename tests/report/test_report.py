@@ -245,6 +245,23 @@ def test_each_recipe_has_its_own_part_and_answer(tmp_path: Path) -> None:
     assert re.findall('<p class="kicker">(.*)</p>', page)[1:] == titles
     assert page.count('<p class="answer">Without LayerNorm, ReLU ends 4.2 % below GELU') == 3
     assert not (tmp_path / "out" / "figures").exists()
+    assert page.index('<h2 id="rates">') < page.index('<p class="answer">')
+    rates = pd.read_csv(tmp_path / "out" / "tables" / "rates.csv", index_col="Variant")
+    assert rates.loc["SM+R"].tolist() == [36.1, 36.1, 36.1, 1, "1e-3, edge of the grid"]
+
+
+def test_variants_with_rates_of_their_own_share_a_page(tmp_path: Path) -> None:
+    rates = {"SM+G": 1.4e-3, "SM+R": 2e-3, "SM+LN+G": 2.8e-3}
+    runs = [
+        write_run(tmp_path, label, compare_across=["train.peak_learning_rate"], train={"peak_learning_rate": rate})
+        for label, rate in rates.items()
+    ]
+    page = build_report(runs, tmp_path / "out").read_text()
+    assert "Without LayerNorm (2e-3), ReLU ends 4.2 % below GELU (1.4e-3) in perplexity" in page
+    assert "<dd>peak learning rates differ by variant</dd>" in page
+    rows = pd.read_csv(tmp_path / "out" / "tables" / "perplexity.csv")
+    assert rows.Variant.tolist() == ["SM+LN+G (2.8e-3)", "SM+G (1.4e-3)", "SM+R (2e-3)", "Unigram"]
+    assert rows["Against SM+LN+G"].tolist()[:2] == ["baseline", "+10.2 %"]
 
 
 def test_all_variants_are_compared_with_the_baseline(tmp_path: Path) -> None:

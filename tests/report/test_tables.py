@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from normfree.report.tables.results import (
     overload_table,
     perplexity_table,
     range_table,
+    rate_table,
 )
 from normfree.report.tables.runs import run_table, slope_table, verdict_table
 from normfree.report.tables.table import Table, to_csv, to_html, to_latex, to_markdown
@@ -94,6 +96,31 @@ def test_differences_pair_seeds(tmp_path: Path) -> None:
     kinds = (rows["SM+R against SM+G"]["Kind"], rows["SM against SM+R"]["Kind"])
     assert kinds == ("the paper's", "exploratory")
     assert len(rows) == math.comb(10, 2)  # every two of ten variants share seed 0
+
+
+def test_rates_are_compared_on_common_seeds_and_edges_said(tmp_path: Path) -> None:
+    def runs(label: str, tag: str, rate: float, *perplexities: float, **more: Any) -> list[Run]:
+        train = {"peak_learning_rate": rate, **more}
+        ends: list[dict[str, Any]] = [
+            {"status": "diverged"} if math.isnan(end) else {"perplexity": end} for end in perplexities
+        ]
+        places = enumerate(ends)
+        return [write_run(tmp_path, label, tag=tag, seed=seed, train=dict(train), **end) for seed, end in places]
+
+    screen = [*runs("SM+R", "", 1e-3, 24.0, 26.0, 11.0), *runs("SM+R", "b", 2e-3, 21.0, 23.0)]
+    screen += [*runs("SM+R", "c", 4e-3, 22.0, math.nan), *runs("SM+R", "repeated", 1e-3, 20.0)]
+    screen += [*runs("SM+LN+G", "", 1e-3, 25.0), *runs("SM+LN+G", "b", 2e-3, 22.0)]
+    screen += [*runs("SM+G", "", 1e-3, 24.0), *runs("SM+G", "c", 4e-3, 9.0, warmup_share=0.3)]
+    table = rate_table(group_runs(screen, mix=True))
+    assert table.titles == ("Variant", "1e-3", "2e-3", "4e-3", "Seeds", "Lowest at")
+    assert table.rows == [
+        ("SM+LN+G", "25.00", "22.00", "-", "1", "2e-3, edge of the grid"),
+        ("SM+R", "25.00 +- 1.41", "22.00 +- 1.41", "NaN (1/2)", "2", "2e-3"),
+    ]
+    assert table.notes[2:] == ["quick/sm-r-repeated-seed0 is left out: it repeats a seed of SM+R at 1e-3."]
+    only_diverged = [run for run in screen if run.label == "SM+R (c)" and run.status == "diverged"]
+    rows = rate_table(group_runs([*only_diverged, *screen[:1]], mix=True)).rows
+    assert rows == [("SM+R", "-", "NaN (1/1)", "0", "-")]  # no common seed: nothing is compared
 
 
 def test_claims_hold_only_where_their_interval_says_so(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from normfree.spec.compose import members
+from normfree.spec.compose import Job, members
+from normfree.spec.run import own_values
 from normfree.spec.study import load_study
 
 
@@ -36,3 +38,49 @@ def test_special_characters_in_a_study_file_reach_the_run(tmp_path: Path) -> Non
     assert (spec.study, spec.tag) == ("dave's", "it's, mine")
     assert list(spec.data.paths) == paths
     assert (spec.data.source, spec.data.tokenizer, spec.train.peak_learning_rate) == ("files", "true", 1e-3)
+
+
+@pytest.mark.parametrize(("data_seed", "orders"), [("same", [100, 101]), (7, [7, 7]), (None, [3, 3])])
+def test_a_group_says_the_order_of_its_data(data_seed: Any, orders: list[int], tmp_path: Path) -> None:
+    group = {"variants": ["sm"], "seeds": [100, 101]} | ({"data_seed": data_seed} if data_seed else {})
+    file = {"preset": "cpu", "groups": [group], "set": {"data_seed": 3}}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(file))
+    jobs = load_study(str(tmp_path / "s.yaml")).jobs()
+    assert [job.spec.seed for job in jobs] == [100, 101]
+    assert [job.spec.data_seed for job in jobs] == orders
+
+
+OWN_RATES = {
+    "preset": "cpu",
+    "set": {"train.precision": "bf16"},
+    "compare_across": ["train.peak_learning_rate"],
+    "groups": [
+        {"variants": [variant], "seeds": [*range(100, 108)], "data_seed": "same"}
+        | {"set": {"train.peak_learning_rate": rate}}
+        for variant, rate in (("sm-g", "1.4e-3"), ("sm-r", "2.0e-3"), ("sm-ln-g", "2.8e-3"), ("sm-ln-r", "4.0e-3"))
+    ],
+}
+"""As a study that confirms a learning rate for each variant on fresh seeds."""
+
+
+def test_variants_of_a_study_may_have_rates_of_their_own(tmp_path: Path) -> None:
+    def jobs(**changes: Any) -> list[Job]:
+        (tmp_path / "confirm.yaml").write_text(yaml.safe_dump(OWN_RATES | changes))
+        return load_study(str(tmp_path / "confirm.yaml")).jobs()
+
+    specs = [job.spec for job in jobs()]
+    assert len({spec.name for spec in specs}) == len(specs) == 32
+    assert {(spec.seed, spec.data_seed) for spec in specs} == {(seed, seed) for seed in range(100, 108)}
+    assert len({spec.recipe() for spec in specs}) == 1
+    assert own_values(specs[-1].to_dict()) == {"train.peak_learning_rate": 4e-3}
+    undeclared = [job.spec for job in jobs(compare_across=[], mix=True)]
+    assert [(spec.name, spec.identity()) for spec in undeclared] == [(spec.name, spec.identity()) for spec in specs]
+    assert len({spec.recipe() for spec in (*specs, *undeclared)}) == 5
+    with pytest.raises(ValueError, match="add mix: true"):
+        jobs(compare_across=[])
+    with pytest.raises(ValueError, match=r"compare_across=train\.lr is no setting of a run; did you mean train"):
+        jobs(compare_across=["train.lr"])
+    more = {"variants": ["sm-g"], "seeds": [9], "set": {"train.peak_learning_rate": 3e-3}}
+    with pytest.raises(ValueError, match=r"sm-g-seed100 and sm-g-seed9 are .*rate.: 0\.0014} and {.*: 0\.003}"):
+        jobs(groups=[*OWN_RATES["groups"], more])
+    assert len(jobs(groups=[*OWN_RATES["groups"], more | {"tag": "lr3e-3"}])) == 33

@@ -9,10 +9,20 @@ from functools import cache, cached_property
 from typing import Any
 
 from normfree.analysis import published
-from normfree.analysis.seeds import Summary, summarise
+from normfree.analysis.seeds import Summary, compact, summarise
 from normfree.spec.keys import describe_keys
-from normfree.spec.run import NOT_DECIDING, NOT_RECIPE_FIELDS, PLACES_OF_TEXT, VARIANT_FIELDS, RunSpec
+from normfree.spec.run import (
+    NOT_DECIDING,
+    NOT_RECIPE_FIELDS,
+    PLACES_OF_TEXT,
+    VARIANT_FIELDS,
+    RunSpec,
+    check_own_values,
+    own_values,
+)
 from normfree.store.runs import Run
+
+_RATE = "train.peak_learning_rate"
 
 
 @dataclass(frozen=True)
@@ -20,7 +30,7 @@ class Group:
     """The seeds of one variant under one recipe, or one measured model."""
 
     name: str
-    """The variant in the paper's notation, plus whatever distinguishes it from groups with the same label."""
+    """The variant in the paper's notation, its values of `compare_across`, and what distinguishes it from others."""
     runs: tuple[Run, ...]
     """Finished and diverged runs, one per seed."""
     unfinished: tuple[Run, ...]
@@ -85,7 +95,8 @@ def group_runs(runs: Sequence[Run], *, mix: bool = False, baseline: str = "") ->
     `baseline`: the label, variant or name of the groups to compare all others with. With `mix` each recipe becomes a
     group whose name says how it differs.
 
-    Raises ValueError if runs with a result differ in corpus, precision or any other part of the recipe without `mix`.
+    Raises ValueError if runs with a result differ in corpus, precision or any other part of the recipe without `mix`,
+    and if runs of one variant and tag differ in a key of `compare_across`.
     """
     if not runs:
         raise ValueError("no runs given: give a run folder or a folder of runs")
@@ -107,7 +118,8 @@ def group_runs(runs: Sequence[Run], *, mix: bool = False, baseline: str = "") ->
     keys_with_result = {_comparison_key(run) for run in with_result}
     groups = []
     for name, alike in zip(names, of_key.values(), strict=True):
-        # The check above skipped unfinished runs.
+        check_own_values({run.place: run.spec for run in alike})
+        # The check of the recipes skipped unfinished runs.
         is_left_out = bool(with_result) and not mix and _comparison_key(alike[0]) not in keys_with_result
         is_baseline = bool(baseline) and baseline in (name, alike[0].spec["label"], alike[0].spec.get("variant"))
         of_seed: dict[Hashable, Run] = {}
@@ -116,8 +128,7 @@ def group_runs(runs: Sequence[Run], *, mix: bool = False, baseline: str = "") ->
         chosen, unfinished = tuple(of_seed.values()), tuple(run for run in alike if not run.has_result)
         repeated = tuple(run for run in alike if run not in (*chosen, *unfinished))
         groups.append(Group(name, chosen, unfinished, repeated, is_left_out, is_baseline))
-    rank = {label: place for place, label in enumerate(published.ORDER)}
-    return sorted(groups, key=lambda group: (rank.get(group.label, len(rank)), group.name))
+    return sorted(groups, key=_paper_first)
 
 
 def parts_of(runs: Sequence[Run], *, mix: bool = False, baseline: str = "") -> list[Part]:
@@ -177,6 +188,26 @@ def perplexities_on_common_seeds(groups: Sequence[Group]) -> dict[str, Summary]:
     }
 
 
+def rate_grids(groups: Sequence[Group]) -> dict[str, dict[float, dict[Hashable, list[Run]]]]:
+    """Runs by seed at each peak learning rate, of each variant and recipe that has several, whatever their tags."""
+    of_recipe: dict[Hashable, list[Run]] = {}
+    for run in (run for group in sorted(groups, key=_paper_first) if group.is_trained for run in group.runs):
+        of_recipe.setdefault((run.spec["label"], *({**_settings(run), _RATE: ""}).items()), []).append(run)
+    grids: dict[str, dict[float, dict[Hashable, list[Run]]]] = {}
+    for alike in of_recipe.values():
+        label = alike[0].spec["label"]
+        recipes = [others[0] for others in of_recipe.values() if others[0].spec["label"] == label]
+        settings = _settings_text(alike[0], _differing(recipes, ignored=(_RATE,)))
+        grid = grids.setdefault(f"{label} [{settings}]" if settings else label, {})
+        for run in alike:
+            grid.setdefault(run.spec["train"]["peak_learning_rate"], {}).setdefault(_seed(run), []).append(run)
+    return {name: dict(sorted(grid.items())) for name, grid in grids.items() if len(grid) > 1}
+
+
+def _paper_first(group: Group) -> tuple[int, str]:
+    return [*published.ORDER, group.label].index(group.label), group.name
+
+
 def _seed(run: Run) -> tuple[int, int]:
     return run.seed, run.spec["data_seed"]
 
@@ -198,8 +229,10 @@ def _names(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         same_label = _differing([other for other in runs if other.label == run.label], ignored=())
         same_tag = _differing([other for other in runs if _tag(other) == _tag(run)])
-        settings = _settings_text(run, sorted({*same_label, *same_tag} - set_by_preset))
-        names.append(f"{run.label} [{settings}]" if settings else run.label)
+        own = own_values(run.spec)
+        name = f"{run.label} ({', '.join(map(compact, own.values()))})" if own else run.label
+        settings = _settings_text(run, sorted({*same_label, *same_tag} - set_by_preset - own.keys()))
+        names.append(f"{name} [{settings}]" if settings else name)
     return [
         f"{name} ({run.folder.name})" if run.kind == "measurement" and names.count(name) > 1 else name
         for run, name in zip(runs, names, strict=True)
@@ -242,10 +275,12 @@ def _defaults() -> dict[str, Any]:
 def _settings(run: Run, *, with_places: bool = False) -> dict[str, str]:
     """Corpus and recipe in a fixed order, as `train.precision -> bf16`; with the paths of its text if `with_places`.
 
-    A setting that did not exist when the run was recorded has its default.
+    A setting that did not exist when the run was recorded has its default. Keys of `compare_across` are "by variant",
+    so that runs that all declare them have one recipe.
     """
     settings = dict(_defaults()) if run.kind == "run" else {}
     for name, value in run.spec.items():
         settings |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+    settings |= dict.fromkeys(own_values(run.spec), "by variant")
     ignored = {*NOT_RECIPE_FIELDS, *NOT_DECIDING} - (set(PLACES_OF_TEXT) if with_places else set())
     return {"corpus": run.corpus[:12]} | {key: str(settings[key]) for key in sorted(settings.keys() - ignored)}

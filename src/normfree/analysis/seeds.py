@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 # Two-sided 95 % critical values of Student's t for 1..30 degrees of freedom:
 # NIST/SEMATECH e-Handbook of Statistical Methods, table 1.3.6.7.2, column 0.975.
@@ -48,6 +50,12 @@ class Difference(Summary):
 def decimals(value: float, digits: int = 2) -> str:
     """`36.12`, or `1.1e+77` from a million on."""
     return f"{value:.1e}" if 1e6 <= abs(value) < math.inf else f"{value:.{digits}f}"
+
+
+def compact(value: Any) -> str:
+    """`1.4e-3`, or `0.05` from 0.01 on; whatever is no such number as it is."""
+    is_small = isinstance(value, float) and 0 < abs(value) < 0.01
+    return re.sub(r"\.?0*e-0?", "e-", f"{value:e}") if is_small else f"{value}"
 
 
 def summarise(values: Sequence[float]) -> Summary:

@@ -24,7 +24,9 @@ from normfree.report.figures import PageFigure
 from normfree.report.plots.style import COLOURS, to_file, to_svg
 from normfree.report.sections import Section, sections_of
 from normfree.report.summary import question, sentences
+from normfree.report.tables.results import rate_table
 from normfree.report.tables.table import Table, to_csv, to_html, to_latex, to_markdown
+from normfree.spec.run import own_values
 from normfree.store.progress import duration
 from normfree.store.runs import Run, run_frame
 
@@ -76,6 +78,8 @@ def build_report(
     members = [run for part in parts for run in all_runs(part.groups)]
     for name, frame in number_frames(members).items():
         write(f"numbers/{name}.csv", frame.to_csv(index=False, na_rep="NaN", lineterminator="\n"))
+    rates = rate_table([group for part in parts for group in part.groups])
+    every_table = [rates] if rates.rows else []
     shown: list[list[dict[str, Any]]] = [[] for _ in parts]
     steps = [(place, section) for place, part in enumerate(parts) for section in sections_of(part.groups)]
     for place, section in tqdm(steps, desc="report", disable=None if progress else True, leave=False):
@@ -85,12 +89,13 @@ def build_report(
             whole = figure.whole()
             for suffix in ("pdf", "png"):
                 write(f"figures/{figure.name}.{suffix}", to_file(whole, suffix))
-        for table in tables:
-            for suffix, convert in (("md", to_markdown), ("tex", to_latex), ("csv", to_csv)):
-                write(f"tables/{table.name}.{suffix}", convert(table))
+        every_table += tables
         if figures or tables:
             shown[place].append(section_values(replace(section, name=prefix + section.name), figures, tables))
-    write("index.html", render_page(parts, shown))
+    for table in every_table:
+        for suffix, convert in (("md", to_markdown), ("tex", to_latex), ("csv", to_csv)):
+            write(f"tables/{table.name}.{suffix}", convert(table))
+    write("index.html", render_page(parts, shown, rates))
     for name in earlier - set(written):
         (output / name).unlink(missing_ok=True)
     write_atomically(output / WRITTEN, json.dumps(sorted(written), indent=1) + "\n")
@@ -140,7 +145,7 @@ def _earlier_files(output: Path) -> set[str]:
     return set()
 
 
-def render_page(parts: Sequence[Part], sections: Sequence[Sequence[dict[str, Any]]]) -> str:
+def render_page(parts: Sequence[Part], sections: Sequence[Sequence[dict[str, Any]]], rates: Table) -> str:
     """The text of index.html: for each part its question, answer and sections (their `section_values`); facts."""
     runs = [run for part in parts for run in all_runs(part.groups)]
     script = _PAGES.loader.get_source(_PAGES, "script.js")[0]  # pyright: ignore[reportOptionalMemberAccess]
@@ -159,6 +164,7 @@ def render_page(parts: Sequence[Part], sections: Sequence[Sequence[dict[str, Any
             }
             for place, (part, of_part) in enumerate(zip(parts, sections, strict=True))
         ],
+        rates=Markup(to_html(rates)) if rates.rows else "",
         facts=_facts(parts),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -184,6 +190,7 @@ def _facts(parts: Sequence[Part]) -> dict[str, list[str]]:
     """What a reader needs to judge or repeat the runs: distinct values by name."""
     runs = [run for part in parts for run in all_runs(part.groups)]
     trained = [run for run in runs if run.kind == "run"]
+    across = dict.fromkeys(key for run in trained for key in own_values(run.spec))
     seconds = sum(run.facts.get("wall_seconds") or 0.0 for run in trained)
     facts = {
         "Command": _distinct(runs, lambda run: run.facts.get("command") or "not recorded"),
@@ -193,7 +200,8 @@ def _facts(parts: Sequence[Part]) -> dict[str, list[str]]:
         "Order of the data": [", ".join(map(str, sorted({run.spec["data_seed"] for run in trained})))],
         "Tokens per run": [f"{tokens:,}" for tokens in sorted({run.facts.get("tokens_seen", 0) for run in trained})],
         "Precision": _distinct(runs, lambda run: run.spec["train"]["precision"]),
-        "Recipes": [f"{part.title}: {part.recipe}" for part in parts if part.recipe],
+        "Recipes": [f"{part.title}: {part.recipe}" for part in parts if part.recipe]
+        + [f"{key.split('.')[1].replace('_', ' ')}s differ by variant" for key in across],
         "Model": _distinct(
             [run for run in runs if run.facts.get("model")],
             lambda run: _MODEL.format(**{"type": "normfree"} | run.facts["model"]),

@@ -108,6 +108,9 @@ def compose(values: Mapping[str, Any], *, command: str | None = None) -> Job:
         raise ValueError(f"runs_dir={runs_dir}: name a folder, e.g. runs_dir=runs")
     merged["model"] = model_fields(merged["model"], declared_by(merged["variant"]))
     spec = RunSpec.from_dict(merged)
+    settings = sorted(key for key in allowed_keys() if "." in key)
+    if unknown := [key for key in spec.compare_across if key not in settings]:
+        raise ValueError(f"compare_across={unknown[0]} is no setting of a run; {nearest(unknown[0], settings)}")
     check_fields_are_read(spec)
     check_label(spec, {name: declared_by(name) for name in (spec.variant, *variants()) if name != "custom"})
     return Job(spec, Path(runs_dir), Path(cache_dir) if cache_dir else None, command)

@@ -41,6 +41,7 @@ NOT_DECIDING = (
     *(f"train.{name}" for name in ("micro_batch_sequences", "gradient_checkpointing")),
     "data.expected_fingerprint",
     "probe.measures",
+    "compare_across",
     *PLACES_OF_TEXT,
 )
 # They may change within a run; tables over training compare runs that were measured at the same steps.
@@ -258,6 +259,8 @@ class RunSpec:
     """Initial weights and dropout."""
     data_seed: Seed = 0
     """Order of the training blocks, so that variants and seeds can share it."""
+    compare_across: tuple[str, ...] = ()
+    """Keys in which variants of one table may differ, e.g. train.peak_learning_rate: each variant has its own value."""
     model: dict[str, Any] = field(default_factory=dict)
     """Fields of NormFreeConfig."""
     data: DataSpec = field(default_factory=DataSpec)
@@ -298,7 +301,23 @@ class RunSpec:
 
 def recipe_of(spec: Mapping[str, Any]) -> str:
     """Fingerprint of a spec (as run.json has it) without variant, seeds, text and what does not decide the numbers."""
-    return fingerprint(_without(spec, (*NOT_RECIPE_FIELDS, *VARIANT_FIELDS, *NOT_DECIDING)))
+    return fingerprint(_without(spec, (*NOT_RECIPE_FIELDS, *VARIANT_FIELDS, *NOT_DECIDING, *own_values(spec))))
+
+
+def own_values(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A spec's values of the keys that it compares across, by key; older records compare across none."""
+    keys = (key.partition(".") for key in spec.get("compare_across", ()))
+    return {f"{part}.{name}": spec[part].get(name) for part, _, name in keys}
+
+
+def check_own_values(specs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises ValueError where runs of one variant and tag, by name, differ in a key of `compare_across`."""
+    (first, spec), *others = specs.items()
+    for name, other in others:
+        if (theirs := own_values(other)) != (ours := own_values(spec)):
+            raise ValueError(
+                f"{first} and {name} are one variant with one tag, but have {ours} and {theirs}: give one another tag"
+            )
 
 
 def _without(spec: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import ConfigDict, Field
@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from normfree.spec.compose import CONF, NAMES, Job, check_folders_differ, compose, members
 from normfree.spec.keys import build, nearest
+from normfree.spec.run import RunSpec, check_own_values
 
 _CONFIG = ConfigDict(extra="forbid", coerce_numbers_to_str=True)  # tag: 100 is a name
 _EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
@@ -26,6 +27,8 @@ class Group:
 
     variants: Annotated[list[str], Field(min_length=1)]
     seeds: Annotated[list[int], Field(min_length=1)] = field(default_factory=lambda: [0])
+    data_seed: int | Literal["same"] | None = None
+    """Order of the data; `same`: each run's own seed, so that seeds differ in initial weights and in this order."""
     tag: str = ""
     set: dict[str, Any] = field(default_factory=dict)
     """More `key: value` for these runs."""
@@ -38,6 +41,8 @@ class Study:
     name: str
     preset: str
     groups: Annotated[list[Group], Field(min_length=1)]
+    compare_across: tuple[str, ...] = ()
+    """Keys of which each variant has its own value, e.g. train.peak_learning_rate: one table compares them even so."""
     mix: bool = False
     """Allow runs that differ in more than variant and seed, e.g. in learning rate, in one report."""
     note: str = ""
@@ -49,20 +54,26 @@ class Study:
 
     def jobs(self, values: Mapping[str, Any] | None = None) -> list[Job]:
         """The study's runs in their order, each with `values` on top. Raises ValueError for what cannot be a study."""
-        jobs = []
+        jobs, across = [], {"compare_across": list(self.compare_across)}
         for group in self.groups:
-            common = {"study": self.name, "preset": self.preset, "tag": group.tag} | self.set | group.set
+            common = {"study": self.name, "preset": self.preset, "tag": group.tag} | across | self.set | group.set
+            if group.data_seed is not None:
+                common["data_seed"] = "${seed}" if group.data_seed == "same" else group.data_seed
             for seed in group.seeds:
                 for variant in group.variants:
                     settings = {key: _number(key, value) for key, value in common.items()}
                     job = compose(settings | {"variant": variant, "seed": seed} | dict(values or {}))
                     jobs.append(replace(job, note=self.note))
         check_folders_differ(jobs, advice="give each group its own tag")
+        first: dict[tuple[str, ...], RunSpec] = {}
+        for spec in (job.spec for job in jobs):
+            earlier = first.setdefault((spec.variant, spec.tag, spec.recipe()), spec)
+            check_own_values({run.name: run.to_dict() for run in (earlier, spec)})
         recipes = {(job.spec.recipe(), job.spec.data.paths, job.spec.data.validation_paths) for job in jobs}
         if not self.mix and len(recipes) > 1:
             raise ValueError(
                 f"the runs of {self.name} differ in more than variant and seed, so one table cannot compare them: add "
-                "mix: true to the study's file, or make it two studies"
+                "mix: true to the study's file, make it two studies, or declare compare_across: [KEY]"
             )
         return jobs
 

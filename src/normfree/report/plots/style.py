@@ -91,7 +91,9 @@ def variant_styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     free = itertools.cycle(
         {"color": colour, "linestyle": dash} for dash in ("-", "--", "-.", ":") for colour in _OTHERS
     )
-    return {name: _VARIANTS.get(name) or next(free) for name in names}
+    labels = {name: name.partition(" (")[0] for name in names}  # SM+G (2e-3) looks like SM+G if it is the only one
+    unique = {name: label for name, label in labels.items() if list(labels.values()).count(label) == 1}
+    return {name: _VARIANTS.get(unique.get(name, name)) or next(free) for name in names}
 
 
 def panel_figure(

@@ -10,9 +10,9 @@ import numpy as np
 
 from normfree.analysis import entropy, published
 from normfree.analysis.entropy import Heads, probed_heads, top_quarter_share, trained_heads
-from normfree.analysis.groups import Group, counterparts
+from normfree.analysis.groups import Group, counterparts, rate_grids
 from normfree.analysis.pairs import CLAIMS, Pair, all_pairs, baseline_label, main_pairs, pairs_of
-from normfree.analysis.seeds import Difference, paired_difference, summarise
+from normfree.analysis.seeds import Difference, compact, paired_difference, summarise
 from normfree.analysis.verdicts import CLAIM_WORDS, claim_holds, yardsticks
 from normfree.report.tables.table import Table
 from normfree.store.runs import Run
@@ -112,6 +112,30 @@ def range_table(groups: Sequence[Group]) -> Table:
         notes.append(f"Not measured after training, so not counted: {', '.join(missing)}.")
     notes.append("NaN heads are in no range.")
     return Table("ranges", "Share of heads per quarter of the maximum entropy", titles, rows, notes, ("Normaliser",))
+
+
+def rate_table(groups: Sequence[Group]) -> Table:
+    """Final perplexity at each peak learning rate of variants that have several, and the rate with the lowest."""
+    grids, rows = rate_grids(groups), []
+    notes = [
+        "Mean over the seeds that a variant has at all of its rates. NaN (k/n): k of n seeds diverged.",
+        "Lowest at: lowest mean log perplexity, if no seed diverged. Edge of the grid: a rate beyond may be better.",
+    ]
+    rates = sorted({rate for grid in grids.values() for rate in grid})
+    for name, grid in grids.items():
+        common = set.intersection(*map(set, grid.values()))
+        values: dict[float, list[float]] = {}
+        for rate, of_seed in grid.items():
+            ends = {seed: runs[0].perplexity for seed, runs in of_seed.items()}
+            values[rate] = [end for seed, end in ends.items() if seed in common or not math.isfinite(end)]
+            repeated = [run.place for runs in of_seed.values() for run in runs[1:]]
+            notes += [f"{place} is left out: it repeats a seed of {name} at {compact(rate)}." for place in repeated]
+        means = {rate: math.prod(ends) ** (1 / len(ends)) for rate, ends in values.items() if ends}
+        best = min((rate for rate in means if math.isfinite(means[rate])), key=means.__getitem__, default=math.nan)
+        lowest = f"{compact(best)}{', edge of the grid' * (best in (min(grid), max(grid)))}" if best in grid else "-"
+        rows.append((name, *(summarise(values.get(rate, [])).text() for rate in rates), str(len(common)), lowest))
+    titles = ("Variant", *map(compact, rates), "Seeds", "Lowest at")
+    return Table("rates", "Validation perplexity at each peak learning rate", titles, rows, notes, titles[-1:])
 
 
 def percent_with_interval(difference: Difference) -> str:
