@@ -20,9 +20,10 @@ from normfree.store.runs import RunWriter, read_run
 from tests.training.runs import DAMAGES, check_equal_runs, damage
 
 CHECKPOINT_FILES = (
-    *("activations.py", "attention.py", "config.json", "configuration.py", "generation_config.json", "loss.py"),
-    *("manifest.json", "model.safetensors", "modeling.py", "norms.py", "optimizer.pt", "positions.py"),
-    *("rng_state.pth", "scheduler.pt", "tokenizer.json", "tokenizer_config.json", "trainer_state.json"),
+    *("activations.py", "attention.py", "blocks.py", "branches.py", "config.json", "configuration.py", "gates.py"),
+    *("generation_config.json", "head_entropy.py", "linears.py", "loss.py", "manifest.json", "model.safetensors"),
+    *("modeling.py", "norms.py", "optimizer.pt", "placements.py", "positions.py", "rng_state.pth", "scheduler.pt"),
+    *("sinks.py", "temperatures.py", "tokenizer.json", "tokenizer_config.json", "trainer_state.json"),
 )
 CORPUS_FILES = ("manifest.json", "tokenizer.json", "tokenizer_config.json", "train.arrow", "validation.arrow")
 
