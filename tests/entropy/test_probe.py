@@ -315,7 +315,7 @@ def test_other_misuse_says_what_to_do():
     pair = torch.nn.ModuleDict({"teacher": tiny_model("gpt2"), "student": tiny_model("gpt2")})
     with pytest.raises(ValueError, match="holds 2 Hugging Face models; use one probe for each"):
         EntropyProbe(pair)
-    with EntropyProbe(pair["teacher"]) as probe, pytest.raises(ValueError, match="call the model inside"):
+    with EntropyProbe(pair["teacher"]) as probe, pytest.raises(ValueError, match="No forward pass ran inside"):
         probe.statistics()
 
 

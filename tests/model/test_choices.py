@@ -201,9 +201,10 @@ def test_taper_ends_as_a_scale_that_the_next_matrix_absorbs(ids):
     for step in range(1, 9):
         model.advance(step, model(ids).norm_sums)
         shares.append(float(model.model.layers[0].attention_norm.share))
-    assert shares[:2] == [1.0, 1.0]
-    assert shares[-1] == 0.0
-    assert all(after < before for before, after in itertools.pairwise(shares[1:]))
+    assert shares[0] == 1.0  # step 2 is the last with the whole norm
+    assert shares[1] == pytest.approx(0.5 * (1 + math.cos(math.pi / 6)))
+    assert shares[6:] == [0.0, 0.0]  # step 8 has the fixed scale
+    assert all(after < before for before, after in itertools.pairwise(shares[:7]))
     expected = model.eval()(ids).logits
     with torch.no_grad():
         for block in model.model.layers:

@@ -129,7 +129,9 @@ def test_a_profile_sorts_averages_and_interpolates(train_tiny, tiny_spec, donor)
         (["train.entropy_nats=[0.1,3.0]"], "from 0 to the ceiling of 1.917 nats"),
         (["train.entropy_share=1.5"], "entropy_share"),
         ([], "needs exactly one of train.entropy_share, train.entropy_nats and train.entropy_profile, got none"),
-        (["train.entropy_share=0.5", "train.entropy_layers=[2]"], "give different layers of 0 to 1"),
+        (["train.entropy_share=0.5", "train.entropy_layers=[2]"], "give layers of 0 to 1, each once"),
+        (["train.entropy_nats=[1,1.5]", "train.entropy_layers=[1,0]"], "give layers of 0 to 1, each once"),
+        (["train.entropy_share=0.5", "train.entropy_layers=[-1]"], "give layers of 0 to 1, each once"),
         (["variant=sm-sink-r", "train.entropy_share=0.5"], "train.objective=entropy_target with model.attention_sink"),
     ],
 )

@@ -134,7 +134,7 @@ def _normfree(values: Mapping[str, Any]) -> Architecture:
     known["leaky_relu"] = _operations(LEAKY_RELU, "learnable_slope", values["learnable_slope"])
     for name, free in NORMFREE_FREE.items():
         if values[name] not in free:
-            raise NoPriceError(f"{name}={values[name]!r} has no known cost; with a known cost: {', '.join(free)}")
+            raise NoPriceError(f"{name}={values[name]!r} has no known cost; only {name}={' or '.join(free)} is priced")
     names = ("norm", "final_norm", "query_key_norm")
     norms: dict[str, Any] = {name: _operations(NORMFREE_NORMS, name, values[name]) for name in names}
     if values["placement"] == "peri":
@@ -202,7 +202,8 @@ def _decoder(
 
 def _operations(known: Mapping[str, tuple[str, ...]], field: str, name: str) -> tuple[str, ...]:
     if name not in known:
-        raise NoPriceError(f"{field}={name!r} has no known cost; {nearest(name, list(known))}")
+        hint = nearest(name, list(known)).replace("allowed:", "with a known cost:")
+        raise NoPriceError(f"{field}={name!r} has no known cost; {hint}")
     return known[name]
 
 

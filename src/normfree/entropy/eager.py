@@ -64,6 +64,7 @@ class EagerHooks:
         self._call.returns_dict = getattr(config, "return_dict", True) if as_dict is None else as_dict
         return args, named | {"output_attentions": True, "return_dict": True}
 
+    @torch.no_grad()
     def _read_matrices(self, _model: Any, args: Any, named: dict[str, Any], output: Any) -> Any:
         attentions = getattr(output, "attentions", None)
         if not attentions:

@@ -51,4 +51,7 @@ def refusal(model_type: str) -> str:
     """Why a model of this type has no attention in the registry, and what to do."""
     if model_type in ROUTED:
         return f"this {model_type} has no attention module that knows its layer (see its config): nothing to measure"
-    return f"{model_type} does not route through AttentionInterface; pass method='eager' (O(T^2) memory)"
+    return (
+        f"{model_type} has no attention module that knows its layer and routes through AttentionInterface; pass "
+        "method='eager' (O(T^2) memory)"
+    )

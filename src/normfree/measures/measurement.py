@@ -37,6 +37,8 @@ class Measurement:
     peak_memory_mib: float
 
     def __getitem__(self, quantity: str) -> np.ndarray:
+        if quantity not in self.values:
+            raise KeyError(f"{quantity!r} was not measured; measured: {', '.join(self.values)}")
         return self.values[quantity]
 
     def to_frame(self) -> pd.DataFrame:
@@ -143,6 +145,8 @@ class MeasureCallback(TrainerCallback):
 
 def _batches(model: PreTrainedModel, inputs: Inputs, batch: int, tokenizer: Any) -> Iterable[Batch]:
     if isinstance(inputs, str):
+        if tokenizer is None and not model.name_or_path:
+            raise ValueError("a text needs tokenizer=, because this model was not loaded by a name; or give token ids")
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(model.name_or_path)
         inputs = tokenizer(inputs, return_tensors="pt")["input_ids"]
     if isinstance(inputs, Tensor):

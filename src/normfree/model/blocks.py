@@ -43,7 +43,7 @@ class FeedForward(nn.Module):
 class NormSums(list[Tensor]):
     """In training, the sums of those norms that were called and whose state `advance` changes."""
 
-    def call(self, norm: nn.Module, features: Tensor) -> Tensor:
+    def apply(self, norm: nn.Module, features: Tensor) -> Tensor:
         """Normalize `features`, and add the norm's sums if it has any."""
         sums: Callable[[Tensor], Tensor] | None = getattr(norm, "sums", None)
         if sums is not None and norm.training:
@@ -76,18 +76,18 @@ class Block(GradientCheckpointingLayer):
     def forward(self, hidden_BTE: Tensor, shared_slope: Tensor | None, **context: Any) -> Tensor | tuple[Any, ...]:
         """The next hidden states; with `entropy_layers`, or norms that have sums, also (H,) and (norms, 2), or None."""
         sums = NormSums()
-        attended_BTE, _, entropies_H = self.attention(sums.call(self.attention_norm, hidden_BTE), **context)
-        joined_BTE = self.attention_join(hidden_BTE, sums.call(self.attention_output_norm, attended_BTE))
-        joined_BTE = sums.call(self.attention_stream_norm, joined_BTE)
-        source_BTE = self.source_of_feed_forward(hidden_BTE, joined_BTE)
-        fed_BTE = self.feed_forward(sums.call(self.feed_forward_norm, source_BTE), shared_slope)
-        joined_BTE = self.feed_forward_join(joined_BTE, sums.call(self.feed_forward_output_norm, fed_BTE))
-        joined_BTE = sums.call(self.feed_forward_stream_norm, joined_BTE)
+        attended_BTE, _, entropies_H = self.attention(sums.apply(self.attention_norm, hidden_BTE), **context)
+        joined_BTE = self.attention_join(hidden_BTE, sums.apply(self.attention_output_norm, attended_BTE))
+        joined_BTE = sums.apply(self.attention_stream_norm, joined_BTE)
+        source_BTE = self.feed_forward_input(hidden_BTE, joined_BTE)
+        fed_BTE = self.feed_forward(sums.apply(self.feed_forward_norm, source_BTE), shared_slope)
+        joined_BTE = self.feed_forward_join(joined_BTE, sums.apply(self.feed_forward_output_norm, fed_BTE))
+        joined_BTE = sums.apply(self.feed_forward_stream_norm, joined_BTE)
         if entropies_H is None and not sums:
             return joined_BTE
         return joined_BTE, entropies_H, torch.stack(sums) if sums else None
 
-    def source_of_feed_forward(self, hidden_BTE: Tensor, joined_BTE: Tensor) -> Tensor:
+    def feed_forward_input(self, hidden_BTE: Tensor, joined_BTE: Tensor) -> Tensor:
         """What the feed-forward part reads: the block's input, or that with attention's output."""
         raise NotImplementedError
 
@@ -95,14 +95,14 @@ class Block(GradientCheckpointingLayer):
 class SequentialBlock(Block):
     """The feed-forward part reads the output of attention (GPT-2)."""
 
-    def source_of_feed_forward(self, hidden_BTE: Tensor, joined_BTE: Tensor) -> Tensor:
+    def feed_forward_input(self, hidden_BTE: Tensor, joined_BTE: Tensor) -> Tensor:
         return joined_BTE
 
 
 class ParallelBlock(Block):
     """Attention and the feed-forward part read the same input (GPT-NeoX)."""
 
-    def source_of_feed_forward(self, hidden_BTE: Tensor, joined_BTE: Tensor) -> Tensor:
+    def feed_forward_input(self, hidden_BTE: Tensor, joined_BTE: Tensor) -> Tensor:
         return hidden_BTE
 
 

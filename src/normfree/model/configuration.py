@@ -5,7 +5,6 @@ No `from __future__ import annotations` here: building a config checks the types
 
 import math
 from dataclasses import Field, fields
-from dataclasses import field as dataclass_field
 from difflib import get_close_matches
 from typing import Any, Literal
 
@@ -107,12 +106,12 @@ class NormFreeConfig(PreTrainedConfig):
     """learned: token embeddings times one learnable number that starts at sqrt(hidden_size)."""
     linear: str = "plain"
     """Weights of the blocks' linear maps: plain, weight_norm, spectral_norm."""
-    linear_groups: list[str] = dataclass_field(default_factory=lambda: list(LINEAR_GROUPS))
-    """linear=weight_norm, spectral_norm: which maps, of q, k, v, o, ffn."""
+    linear_groups: list[str] | None = None
+    """linear=weight_norm, spectral_norm: which maps, of q, k, v, o, ffn; None means all."""
     attention_temperature: str = "fixed"
     """Temperature of attention: fixed (1), or learned for each head, or for each head and query position (position)."""
     attention_sink: str = "none"
-    """Extra logit in each softmax whose probability goes nowhere: none, softmax_1 (always 0), learned (per head)."""
+    """Extra logit in each softmax, for no token: none, softmax_1 (always 0), learned (per head)."""
     attention_gate: str = "none"
     """Sigmoid gate on the output of attention: none, one for each head, or one for each channel."""
     activation: str | list[str] = "gelu"
@@ -237,11 +236,13 @@ class NormFreeConfig(PreTrainedConfig):
             raise ValueError("branch='scaled_ffn' needs residual='sequential', got 'parallel'")
         if not 0 < self.post_share < 1:
             raise ValueError(f"post_share={self.post_share} must be above 0 and below 1")
-        if isinstance(self.norm_steepness, list) and len(self.norm_steepness) != 3:
+        steepness = self.norm_steepness if isinstance(self.norm_steepness, list) else [self.norm_steepness] * 3
+        if len(steepness) != 3 or not all(0 < value < math.inf for value in steepness):
             raise ValueError(
-                f"norm_steepness={self.norm_steepness}; give one number, or three: attention, feed-forward, final norm"
+                f"norm_steepness={self.norm_steepness}; give one number above 0, or three: attention, feed-forward, "
+                "final norm"
             )
-        if unknown := set(self.linear_groups) - set(LINEAR_GROUPS):
+        if unknown := set(self.linear_groups or ()) - set(LINEAR_GROUPS):
             raise ValueError(f"linear_groups names {', '.join(sorted(unknown))}; allowed: {', '.join(LINEAR_GROUPS)}")
         if self.final_norm == "taper":
             raise ValueError("final_norm='taper': without a final norm the logits run away, so it stays; give another")

@@ -149,4 +149,4 @@ def projection(
 
 
 def _weight_map(config: NormFreeConfig, group: str) -> Callable[[int, int], nn.Module]:
-    return LINEARS[config.linear if group in config.linear_groups else "plain"]
+    return LINEARS[config.linear if group in (config.linear_groups or LINEAR_GROUPS) else "plain"]

@@ -90,12 +90,14 @@ class NormFreePreTrainedModel(PreTrainedModel):
         return any(hasattr(each, "sums") or (isinstance(each, Projection) and each.maps) for each in self.modules())
 
     def advance(self, step: int, norm_sums: Tensor | None = None) -> None:
-        """Move state that changes while training to where it stands after optimiser step `step`.
+        """Move state that changes while training to its state after optimiser step `step`.
 
         `norm_sums`: the model's output of that name, added up over the step's micro-batches and processes. Call it once
         for each optimiser step; forward passes change nothing.
         """
         norms_with_state: list[Any] = [module for module in self.modules() if hasattr(module, "sums")]
+        if norms_with_state and norm_sums is None:
+            raise ValueError("norm='taper' needs norm_sums, the output of that name of the step's forward passes")
         for norm, sums in zip(norms_with_state, () if norm_sums is None else norm_sums, strict=True):
             norm.advance(step, sums)
         for module in self.modules():

@@ -87,9 +87,9 @@ class BoundedTanh(nn.Module):
 class TaperedNorm(nn.Module):
     """gain * (share / rms(x) + (1 - share) * mean_inverse_rms) * x (arXiv 2602.10408).
 
-    The share is 1 until `start` and falls to 0 along a cosine until step `end`; then the norm is a fixed scale that a
-    matrix can absorb. `mean_inverse_rms` averages 1/rms over the tokens of a step, 0.9 old and 0.1 new, while the share
-    is above 0. `advance` changes both; `forward` never does.
+    Optimiser steps up to `start` have share 1. It falls to 0 along a cosine; from step `end` on the norm is a fixed
+    scale that a matrix can absorb. `mean_inverse_rms` averages 1/rms over the tokens of a step, 0.9 old and 0.1 new,
+    while the share is above 0. `advance` changes both; `forward` never does.
     """
 
     def __init__(self, width: int, eps: float, start: int, end: int) -> None:
@@ -113,11 +113,11 @@ class TaperedNorm(nn.Module):
 
     @torch.no_grad()
     def advance(self, step: int, sums: Tensor) -> None:
-        """Move to the state after optimiser step `step`, from the `sums` over its tokens."""
+        """Move to the state that the optimiser step after `step` has, from the `sums` over the tokens of `step`."""
         mean = sums[0] / sums[1]
         average = torch.where(self.mean_inverse_rms == 0, mean, 0.9 * self.mean_inverse_rms + 0.1 * mean)
         self.mean_inverse_rms.copy_(torch.where(self.share > 0, average, self.mean_inverse_rms))
-        progress = min(max((step - self.start) / (self.end - self.start), 0.0), 1.0)
+        progress = min(max((step + 1 - self.start) / (self.end - self.start), 0.0), 1.0)
         self.share.fill_(0.5 * (1 + math.cos(math.pi * progress)) if progress < 1 else 0.0)
 
 

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 def _mixed(config: NormFreeConfig, layer: int) -> set[str]:
-    return {"stream"} if layer < round(config.post_share * config.num_hidden_layers) else {"input"}
+    layers = config.num_hidden_layers
+    post = min(max(int(config.post_share * layers + 0.5), 1), layers - 1)  # at least one of either
+    return {"stream"} if layer < post else {"input"}
 
 
 PLACEMENTS: dict[str, Callable[[NormFreeConfig, int], set[str]]] = {

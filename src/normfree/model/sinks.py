@@ -1,8 +1,8 @@
 """Attention sinks: a table from names of `NormFreeConfig.attention_sink` to builders.
 
-softmax_1 and learned sinks give each row an extra logit m whose probability goes nowhere: p_j = exp(s_j) / (exp(m) +
-sum exp(s)). Here that is one more key, with a value of 0, in front of the others, so every attention function computes
-it, with its gradient and without the T x T matrix.
+softmax_1 and learned sinks give each row an extra logit m whose probability is assigned to no token:
+p_j = exp(s_j) / (exp(m) + sum exp(s)). Here that is one more key, with a value of 0, in front of the others, so every
+attention function computes it, with its gradient and without the T x T matrix.
 """
 
 # B batch, H heads, T query, S key, D head dim

@@ -37,7 +37,9 @@ def sentences(groups: Sequence[Group]) -> list[str]:
     if any(measured for of_group in heads.values() for measured in of_group):
         findings += [_near_uniform(heads), _overloaded(heads)]
     if trained := [group for group in groups if group.is_trained]:
-        findings += [*map(_diverged, trained), _learned(trained), _one_seed(trained), *_unfinished(trained)]
+        learned = _learned(trained)
+        findings.insert(0 if LEARNED_WORDS[None] in learned else len(findings), learned)
+        findings += [*map(_diverged, trained), _one_seed(trained), *_unfinished(trained)]
     return [sentence for sentence in findings if sentence]
 
 

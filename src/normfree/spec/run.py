@@ -139,7 +139,7 @@ class TrainSpec:
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the matrices of the blocks, AdamW for all other parameters."""
     objective: Literal["next_token", "entropy_target", "entropy_band"] = "next_token"
-    """What is minimised: the loss alone, or with a term that moves head entropies (docs/training.md)."""
+    """What is minimised: the loss alone, or with a term that moves head entropies (docs/architecture.md)."""
     entropy_weight: NotNegative | None = None
     """objective=entropy_target, entropy_band: weight of the term; 0 only records entropies against their targets."""
     entropy_layers: tuple[int, ...] | None = None

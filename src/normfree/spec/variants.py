@@ -46,10 +46,8 @@ def read_variant(name: str, folder: Path) -> dict[str, Any]:
     first, *codes = name.split("-")
     unknown = [code for code in codes if code not in parts | activations]
     if first != "sm" or unknown:
-        raise ValueError(
-            f"unknown variant {name!r}; {nearest(name, [*MAIN, *files])}; or join with dashes sm, any of "
-            f"{', '.join(parts)}, and one of {', '.join(activations)}"
-        )
+        part = f"; part {unknown[0]!r}: {nearest(unknown[0], [*parts, *activations])}" if first == "sm" else ""
+        raise ValueError(f"unknown variant {name!r}; {nearest(name, [*MAIN, *files])}{part}")
     entries = [table["sm"], *((parts | activations)[code] for code in codes)]
     ordered = [code for code in [*parts, *activations] if code in codes]
     model: dict[str, Any] = dict(table["sm"]["model"])
@@ -113,12 +111,12 @@ def check_fields_are_read(spec: RunSpec) -> None:
     rotary = config.position == "rotary", "model.position=rotary"
     learned = own_activation or config.learnable_slope != "none", "model.learnable_slope=per_layer or shared"
     tapers = own_norm or config.norm == "taper", "model.norm=taper"
-    divides = {"layernorm", "rmsnorm", "lns", "bhyt", "taper"}
+    squashing, dividing = {"dyt", "derf"}, {"layernorm", "rmsnorm", "lns", "bhyt", "taper"}
     needs = {
         "rotary_share": rotary,
         "rotary_base": rotary,
-        "norm_epsilon": (own_norm or not divides.isdisjoint(used_norms), "a norm that divides"),
-        "norm_steepness": (own_norm or not {"dyt", "derf"}.isdisjoint(used_norms), "model.norm=dyt or derf"),
+        "norm_epsilon": (own_norm or not used_norms <= {"none", *squashing}, "a norm that divides"),
+        "norm_steepness": (own_norm or not used_norms <= {"none", *dividing}, "model.norm=dyt or derf"),
         "taper_start_step": tapers,
         "taper_end_step": tapers,
         "placement": (config.norm != "none", "a norm"),

@@ -182,4 +182,7 @@ def model_config(spec: RunSpec, corpus: Corpus) -> NormFreeConfig:
         raise ValueError(f"model.vocab_size={vocabulary} is below the tokenizer's {corpus.vocab_size}; leave it out")
     if positions < spec.data.context:
         raise ValueError(f"data.context={spec.data.context} is longer than model.max_position_embeddings={positions}")
-    return NormFreeConfig(**fields)
+    config = NormFreeConfig(**fields)
+    if config.norm == "taper" and config.taper_end_step > (steps := total_steps(spec, corpus)):
+        raise ValueError(f"model.taper_end_step={config.taper_end_step} is beyond the run's {steps} steps")
+    return config

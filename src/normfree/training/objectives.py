@@ -40,7 +40,7 @@ class Objective(nn.Module):
         """Move to the state after optimiser step `step`."""
 
     def discard_step(self) -> None:
-        """Forget what a step measured that is left out."""
+        """Discard a skipped step's measurements."""
 
     def values(self) -> dict[str, list[float]]:
         """What to record: quantities by layer, NaN for layers that the objective does not read."""
@@ -68,10 +68,10 @@ class EntropyObjective(Objective):
         self.register_buffer("sum_LH", torch.zeros(shape))
 
     def deviations(self) -> Tensor:
-        """(L, H): M minus where it shall be, without gradient."""
+        """(L, H): M minus its target, without gradient."""
         raise NotImplementedError
 
-    def moved(self, entropies_LH: Tensor) -> Tensor:
+    def penalised(self, entropies_LH: Tensor) -> Tensor:
         """(L, H): what the term is linear in."""
         return entropies_LH
 
@@ -79,7 +79,7 @@ class EntropyObjective(Objective):
         self.sum_LH += entropies_LH.detach() * share
         if not self.step:
             return entropies_LH.new_zeros(())
-        return self.weight * share * (2 * self.deviations() * self.moved(entropies_LH)).mean()
+        return self.weight * share * (2 * self.deviations() * self.penalised(entropies_LH)).mean()
 
     def advance(self, step: int, sum_over_processes: Callable[[Tensor], Tensor]) -> None:
         self.previous_LH.copy_(sum_over_processes(self.sum_LH))
@@ -145,14 +145,14 @@ class EntropyBand(EntropyObjective):
 
     def deviations(self) -> Tensor:
         deviations_LH = self.previous_LH - self.theta_LH.detach() * self.ceiling
-        return torch.where(deviations_LH.abs() > BAND * self.ceiling, deviations_LH, 0.0)
+        return torch.where(deviations_LH.abs() <= BAND * self.ceiling, 0.0, deviations_LH)  # NaN stays NaN
 
-    def moved(self, entropies_LH: Tensor) -> Tensor:
+    def penalised(self, entropies_LH: Tensor) -> Tensor:
         return entropies_LH - self.theta_LH * self.ceiling
 
 
 def build_objective(spec: RunSpec, config: NormFreeConfig, steps: int) -> Objective:
-    """Build the objective of a run of so many steps.
+    """Build the objective of a run with this many steps.
 
     Raises ValueError for layers that the model lacks, targets out of range, and donor runs that are missing, damaged,
     or of another shape.
@@ -161,9 +161,10 @@ def build_objective(spec: RunSpec, config: NormFreeConfig, steps: int) -> Object
     if train.objective == "next_token":
         return Objective()
     layers = tuple(range(config.num_hidden_layers)) if train.entropy_layers is None else train.entropy_layers
-    if not layers or max(layers) >= config.num_hidden_layers or len(set(layers)) < len(layers):
+    last = config.num_hidden_layers - 1
+    if not layers or list(layers) != sorted(set(layers) & set(range(last + 1))):
         raise ValueError(
-            f"train.entropy_layers={list(layers)}; give different layers of 0 to {config.num_hidden_layers - 1}"
+            f"train.entropy_layers={list(layers)}; give layers of 0 to {last}, each once and in ascending order"
         )
     if config.attention_sink != "none":
         raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
-from normfree.model.linears import Projection
+from normfree.model.blocks import Block
 from normfree.model.modeling import NormFreePreTrainedModel
 from normfree.spec.run import TrainSpec
 from normfree.training.objectives import Objective
@@ -45,8 +45,11 @@ class MuonWithAdamW(Optimizer):
 
     def __init__(self, model: nn.Module, groups: list[dict[str, Any]], train: TrainSpec) -> None:
         super().__init__(groups, {"lr": train.peak_learning_rate})
+        linears = [module for block in model.modules() if isinstance(block, Block) for module in block.modules()]
         self._matrices = {
-            module.weight: module.row_counts for module in model.modules() if isinstance(module, Projection)
+            module.weight: getattr(module, "row_counts", [module.out_features])
+            for module in linears
+            if isinstance(module, nn.Linear)
         }
         self._parts = {weight: list(weight.detach().split(rows)) for weight, rows in self._matrices.items()}
         parts = [part for weight_parts in self._parts.values() for part in weight_parts]

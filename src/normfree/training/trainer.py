@@ -42,7 +42,7 @@ class NormFreeTrainer(Trainer):
         self.objective = record.objective.to(args.device)
         if "objective" in manifest:
             self.objective.restore(manifest["objective"])
-        self._loss_alone: Tensor | None = None
+        self._next_token_loss: Tensor | None = None
         self._norm_sums: Tensor | None = None
         self._has_state = model.has_state
         self._batches_of_step: list[dict[str, Tensor]] = []
@@ -89,14 +89,14 @@ class NormFreeTrainer(Trainer):
         if (sums := outputs.get("norm_sums")) is not None:
             self._norm_sums = sums.detach() if self._norm_sums is None else self._norm_sums + sums.detach()
         if self.objective.layers:
-            self._loss_alone = loss.detach()
+            self._next_token_loss = loss.detach()
             share = len(inputs["input_ids"]) / self.spec.train.batch_sequences
             # Gradients are averaged over processes, and Trainer scales its loss for that too.
             loss = loss + self.objective.term(outputs["head_entropies"], share) * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def advance(self, step: int) -> None:
-        """Move the objective, and norms and linear maps that have state, to where they stand after this step."""
+        """Move the objective, and norms and linear maps that have state, to their state after this step."""
         if self.skipped and self.skipped[-1].step == step:
             return
         self.objective.advance(step, self._sum_over_processes)
@@ -122,8 +122,8 @@ class NormFreeTrainer(Trainer):
             self._loss_before_step = self._tr_loss.clone()
         self._batches_of_step.append(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self._loss_alone is not None:  # the logged loss is that of the next token
-            loss = self._loss_alone
+        if self._next_token_loss is not None:  # the logged loss is that of the next token
+            loss = self._next_token_loss
         if self.accelerator.sync_gradients:
             for parameter in self.objective.parameters():  # they are not in the model that averages its gradients
                 if parameter.grad is not None:

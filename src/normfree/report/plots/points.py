@@ -13,7 +13,7 @@ from normfree.analysis.groups import Group
 from normfree.analysis.pairs import Pair
 from normfree.analysis.seeds import decimals, summarise
 from normfree.cost.tradeoff import Point
-from normfree.report.plots.style import GREEN, GRID, INK, MUTED, RED, Styles, empty, wrapped
+from normfree.report.plots.style import GREEN, GRID, INK, MUTED, RED, Styles, empty, plain_ticks, wrapped
 
 
 def perplexity_points(groups: Sequence[Group], *, ax: Axes, styles: Styles) -> Axes:
@@ -31,6 +31,7 @@ def perplexity_points(groups: Sequence[Group], *, ax: Axes, styles: Styles) -> A
         ax.text(1.02, row, text, color=ink, transform=ax.get_yaxis_transform(), va="center", fontsize=7.5)
     if _is_wide([value for group in rows for value in group.perplexities.values()]):
         ax.set_xscale("log")
+        plain_ticks(ax.xaxis)
     return _name_rows(ax, [group.name for group in rows], "validation perplexity")
 
 
@@ -93,6 +94,7 @@ def trade_off_points(points: Sequence[Point], *, ax: Axes) -> Axes:
         ax.text(0, -0.2, text, transform=ax.transAxes, va="top", fontsize=7.5, color=RED)
     if _is_wide([point.perplexity for point in finite]):
         ax.set_yscale("log")
+        plain_ticks(ax.yaxis)
     ax.margins(x=0.08)
     ax.grid(visible=False)  # its lines look like those of the names
     ax.set(xlabel="sent in private inference (GB)", ylabel="validation perplexity")

@@ -190,7 +190,11 @@ def _perplexity_notes(groups: Sequence[Group], baseline: str, *, has_paper: bool
         notes.append("NaN (k/n): k of n seeds diverged or have no finite perplexity. The others are not averaged.")
     if has_paper:
         notes.append(f"Paper: {published.SOURCE}; another corpus and size, so only changes can be compared.")
-    expected = {(run.corpus, run.spec["data"].get("expected_fingerprint")) for run in runs}
+    expected = {
+        (run.corpus, run.spec["data"].get("expected_fingerprint"))
+        for run in runs
+        if run.spec["data"].get("source") != "files"  # a text of one's own is meant to be another
+    }
     notes += [
         f"Corpus {corpus[:12]} is not the one behind the committed results ({other[:12]}): "
         "compare changes with them, not perplexities."
