@@ -121,11 +121,11 @@ def _model_facts(model: Any) -> dict[str, Any]:
 def _print_measurement(run: Run, measured: Measurement) -> None:
     from normfree.analysis.groups import group_runs
     from normfree.report.tables.runs import layer_table, verdict_table
-    from normfree.report.tables.table import to_markdown
+    from normfree.report.tables.table import to_markdown, without_empty_columns
 
     groups = group_runs([run])
     tables = [table for make in (layer_table, verdict_table) if (table := make(groups)).rows]
-    print("\n".join(map(to_markdown, tables)))
+    print("\n".join(to_markdown(without_empty_columns(table)) for table in tables))
     for quantity, value in measured.values.items():
         if not value.ndim:
             print(f"{quantity}  {value:.4f}")

@@ -40,7 +40,8 @@ def verdict_table(groups: Sequence[Group]) -> Table:
         cells = ("-", "not measured", "not measured", "-")
         if heads := entropy.final_heads(run):
             probes, slopes = entropy.probed_heads(run), verdicts.slopes(run)
-            cells = (str(heads.step), *(f"{judge(heads, probes)}" for judge in _JUDGES), slopes.text if slopes else "-")
+            step = str(heads.step) if run.kind == "run" else "-"
+            cells = (step, *(f"{judge(heads, probes)}" for judge in _JUDGES), slopes.text if slopes else "-")
         rows.append((run.place, *cells))
     titles = ("Run", "Measured at step", "Overload", "Collapse", "Slopes")
     return Table("verdicts", "Verdicts on every run", titles, rows, notes, words=titles[2:])
