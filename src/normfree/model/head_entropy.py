@@ -27,14 +27,20 @@ def causal_head_entropies(query_BHTD: Tensor, key_BHTD: Tensor, scaling: float) 
 
 
 class _RowEntropies(torch.autograd.Function):
-    """-sum_j p_j ln p_j of each row. Its derivative by a score is -p_j (ln p_j + entropy)."""
+    """-sum_j p_j ln p_j of each row. Its derivative by a score is -p_j (ln p_j + entropy).
+
+    Short rows, in one block, are kept for the backward pass; those of several blocks are computed again.
+    """
 
     @staticmethod
     def forward(ctx: Any, query_NTD: Tensor, key_NTD: Tensor, scaling: float) -> Tensor:
-        entropies_NT = torch.cat(
-            [-_weighted_logs(logs_NRC).sum(-1) for _, logs_NRC in _blocks(query_NTD, key_NTD, scaling)], dim=1
-        )
-        ctx.save_for_backward(query_NTD, key_NTD, entropies_NT)
+        entropies, kept = [], ()
+        for _, logs_NRC in _blocks(query_NTD, key_NTD, scaling):
+            weights_NRC = logs_NRC.exp()
+            entropies.append(-(weights_NRC * logs_NRC).sum(-1))
+            kept = (logs_NRC, weights_NRC)
+        entropies_NT = torch.cat(entropies, dim=1)
+        ctx.save_for_backward(query_NTD, key_NTD, entropies_NT, *(kept if len(entropies) == 1 else ()))
         ctx.scaling = scaling
         return entropies_NT
 
@@ -42,18 +48,23 @@ class _RowEntropies(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         if torch.is_grad_enabled():  # create_graph=True
             raise RuntimeError("head entropies have first derivatives only")
-        query_NTD, key_NTD, entropies_NT = ctx.saved_tensors
+        query_NTD, key_NTD, entropies_NT, *kept = ctx.saved_tensors
         (gradient_NT,) = gradients
         wide = entropies_NT.dtype
+        factors_NT1 = (-ctx.scaling * gradient_NT)[..., None]
         query_gradient_NTD = torch.empty_like(query_NTD)
         key_gradient_NTD = torch.zeros_like(key_NTD, dtype=wide)
+        blocks = _blocks(query_NTD, key_NTD, ctx.scaling) if not kept else [(slice(query_NTD.shape[1]), kept[0])]
         with torch.autocast(query_NTD.device.type, enabled=False):
-            for rows, logs_NRC in _blocks(query_NTD, key_NTD, ctx.scaling):
+            for rows, logs_NRC in blocks:
                 keys = slice(logs_NRC.shape[-1])
-                score_gradients_NRC = _weighted_logs(logs_NRC) + logs_NRC.exp() * entropies_NT[:, rows, None]
-                score_gradients_NRC *= -ctx.scaling * gradient_NT[:, rows, None]
-                query_gradient_NTD[:, rows] = (score_gradients_NRC @ key_NTD[:, keys].to(wide)).to(query_NTD.dtype)
-                key_gradient_NTD[:, keys] += score_gradients_NRC.mT @ query_NTD[:, rows].to(wide)
+                score_gradients_NRC = logs_NRC + entropies_NT[:, rows, None]
+                score_gradients_NRC *= kept[1] if kept else logs_NRC.exp_()
+                # The factor of a row goes to the smaller matrices.
+                by_key_NRD = score_gradients_NRC @ key_NTD[:, keys].to(wide) * factors_NT1[:, rows]
+                query_gradient_NTD[:, rows] = by_key_NRD.to(query_NTD.dtype)
+                scaled_query_NRD = query_NTD[:, rows].to(wide) * factors_NT1[:, rows]
+                key_gradient_NTD[:, keys] += score_gradients_NRC.mT @ scaled_query_NRD
         return query_gradient_NTD, key_gradient_NTD.to(key_NTD.dtype), None
 
 
@@ -61,17 +72,13 @@ _row_entropies: Any = torch.compiler.disable(_RowEntropies.apply)
 
 
 def _blocks(query_NTD: Tensor, key_NTD: Tensor, scaling: float) -> Iterator[tuple[slice, Tensor]]:
-    """Rows, and the logarithms of their probabilities (N, R, C): -inf for keys that a row may not see."""
+    """Rows, and the logarithms of their probabilities (N, R, C): hugely negative, but finite, for hidden keys."""
     tokens = query_NTD.shape[1]
     wide = torch.promote_types(query_NTD.dtype, torch.float32)
     with torch.autocast(query_NTD.device.type, enabled=False):
         for start in range(0, tokens, ROWS):
             rows = slice(start, min(start + ROWS, tokens))
-            scores_NRC = query_NTD[:, rows].to(wide) @ (key_NTD[:, : rows.stop].to(wide).mT * scaling)
-            future_RC = torch.ones(scores_NRC.shape[1:], dtype=torch.bool, device=scores_NRC.device).triu(start + 1)
-            yield rows, scores_NRC.masked_fill_(future_RC, -torch.inf).log_softmax(-1)
-
-
-def _weighted_logs(logs_NRC: Tensor) -> Tensor:
-    """p ln p of each key, 0 for hidden keys."""
-    return (logs_NRC.exp() * logs_NRC).masked_fill_(logs_NRC == -torch.inf, 0.0)
+            hidden_RC = query_NTD.new_full((rows.stop - start, rows.stop), torch.finfo(wide).min / 2, dtype=wide)
+            query_NRD, key_NCD = query_NTD[:, rows].to(wide), key_NTD[:, : rows.stop].to(wide)
+            scores_NRC = torch.baddbmm(hidden_RC.triu_(start + 1), query_NRD, key_NCD.mT, alpha=scaling)
+            yield rows, scores_NRC.log_softmax(-1)
