@@ -56,3 +56,16 @@ def test_a_model_returns_the_entropies_that_a_probe_measures(build, ids, attenti
 def test_padding_is_refused(build, ids):
     with pytest.raises(ValueError, match="entropy_layers needs full causal blocks"):
         build()(ids, attention_mask=torch.ones_like(ids), entropy_layers=(0,))
+
+
+def test_bf16_training_takes_them_from_the_written_out_weights(build, ids):
+    model = build(norm="layernorm", spread=0.1).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(ids, entropy_layers=(0, 2))
+        with EntropyProbe(model) as probe:
+            model(ids)
+    output.head_entropies.sum().backward()
+    measured = probe.statistics().mean_nats()[[0, 2]]
+    torch.testing.assert_close(output.head_entropies.double(), measured, atol=3e-3, rtol=0)
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert model.model.layers[2].attention.qkv.weight.grad.abs().max() > 0

@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration import NormFreeConfig
 from .gates import GATES
-from .head_entropy import causal_head_entropies
+from .head_entropy import causal_head_entropies, entropies_of_weights
 from .linears import ResidualProjection, projection, query_key_value_projection
 from .norms import QUERY_KEY_NORMS, NormSite
 from .positions import Rotation, rotate
@@ -61,8 +61,10 @@ def written_out_causal_attention(
     scaling: float,
     dropout: float = 0.0,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Explicit causal attention of full blocks, (B, T, H, D), in the inputs' dtype; the softmax sums in float32.
+) -> tuple[Tensor, Tensor]:
+    """Explicit causal attention of full blocks, (B, T, H, D), in the inputs' dtype, and its weights (N, T, T).
+
+    The softmax sums in float32.
 
     For training in bf16 on the CPU, where the backward pass of fused attention is slow.
     """
@@ -70,8 +72,10 @@ def written_out_causal_attention(
     future_TT = torch.full((tokens, tokens), -torch.inf, dtype=query_BHTD.dtype).triu(1)
     with torch.autocast("cpu", enabled=False):
         scores_NTT = torch.baddbmm(future_TT, query_BHTD.flatten(0, 1), key_BHTD.flatten(0, 1).mT, alpha=scaling)
-        weights_NTT = F.dropout(F.softmax(scores_NTT, dim=-1), p=dropout, training=module.training)
-        return (weights_NTT @ value_BHTD.flatten(0, 1)).unflatten(0, (batch, heads)).transpose(1, 2), None
+        weights_NTT = F.softmax(scores_NTT, dim=-1)
+        dropped_NTT = F.dropout(weights_NTT, p=dropout, training=module.training)
+        mixed_BHTD = (dropped_NTT @ value_BHTD.flatten(0, 1)).unflatten(0, (batch, heads))
+        return mixed_BHTD.transpose(1, 2), weights_NTT
 
 
 def trains_faster_written_out(query_BHTD: Tensor, attention_mask: Tensor | None) -> bool:
@@ -136,9 +140,6 @@ class Attention(nn.Module):
         if rotation is not None:
             query_BHTD, key_BHSD = rotate(query_BHTD, rotation), rotate(key_BHSD, rotation)
         query_BHTD = self.temperature(query_BHTD, token_positions)
-        entropies_H = None
-        if self.layer_idx in entropy_layers:
-            entropies_H = causal_head_entropies(query_BHTD, key_BHSD, self.scaling)
         if past_key_values is not None:
             key_BHSD, value_BHSD = past_key_values.update(key_BHSD, value_BHSD, self.layer_idx)
         implementation = self.config._attn_implementation or "eager"
@@ -158,6 +159,13 @@ class Attention(nn.Module):
             dropout=self.config.attention_dropout if self.training else 0.0,
             **kwargs,
         )
+        entropies_H = None
+        if attend is written_out_causal_attention:
+            if self.layer_idx in entropy_layers:
+                entropies_H = entropies_of_weights(weights_BHTS, batch)
+            weights_BHTS = None
+        elif self.layer_idx in entropy_layers:
+            entropies_H = causal_head_entropies(query_BHTD, key_BHSD, self.scaling)
         if self.sink is not None:
             mixed_BTHD, weights_BHTS = self.sink.remove(mixed_BTHD, weights_BHTS, like=query_BHTD)
         mixed_BTHD = self.gate(mixed_BTHD, hidden_BTE)

@@ -26,6 +26,16 @@ def causal_head_entropies(query_BHTD: Tensor, key_BHTD: Tensor, scaling: float) 
     return entropies_NT.unflatten(0, query_BHTD.shape[:2]).mean((0, 2))
 
 
+def entropies_of_weights(weights_NTS: Tensor, batch: int) -> Tensor:
+    """(H,) the same from attention weights that exist anyway; in bf16 they give it within about 0.003 nats.
+
+    A hidden key has weight 0, where the derivative of p ln p has no bound; clamped, softmax makes it 0.
+    """
+    logs_NTS = weights_NTS.clamp(min=1e-9).log()
+    entropies_NT = -(weights_NTS * logs_NTS).sum(-1, dtype=torch.float32)
+    return entropies_NT.unflatten(0, (batch, -1)).mean((0, 2))
+
+
 class _RowEntropies(torch.autograd.Function):
     """-sum_j p_j ln p_j of each row. Its derivative by a score is -p_j (ln p_j + entropy).
 
