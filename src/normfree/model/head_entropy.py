@@ -49,7 +49,7 @@ class _RowEntropies(torch.autograd.Function):
             weights_NRC = logs_NRC.exp()
             entropies.append(-(weights_NRC * logs_NRC).sum(-1))
             kept = (logs_NRC, weights_NRC)
-        entropies_NT = torch.cat(entropies, dim=1)
+        entropies_NT = torch.cat(entropies[::-1], dim=1)
         ctx.save_for_backward(query_NTD, key_NTD, entropies_NT, *(kept if len(entropies) == 1 else ()))
         ctx.scaling = scaling
         return entropies_NT
@@ -86,7 +86,8 @@ def _blocks(query_NTD: Tensor, key_NTD: Tensor, scaling: float) -> Iterator[tupl
     tokens = query_NTD.shape[1]
     wide = torch.promote_types(query_NTD.dtype, torch.float32)
     with torch.autocast(query_NTD.device.type, enabled=False):
-        for start in range(0, tokens, ROWS):
+        # The longest rows first: shorter ones then fit into the memory that those before them freed.
+        for start in reversed(range(0, tokens, ROWS)):
             rows = slice(start, min(start + ROWS, tokens))
             hidden_RC = query_NTD.new_full((rows.stop - start, rows.stop), torch.finfo(wide).min / 2, dtype=wide)
             query_NRD, key_NCD = query_NTD[:, rows].to(wide), key_NTD[:, : rows.stop].to(wide)
