@@ -53,9 +53,17 @@ def test_a_model_returns_the_entropies_that_a_probe_measures(build, ids, attenti
     torch.testing.assert_close(output.head_entropies.double(), measured, atol=2e-6, rtol=0)
 
 
-def test_padding_is_refused(build, ids):
-    with pytest.raises(ValueError, match="entropy_layers needs full causal blocks"):
-        build()(ids, attention_mask=torch.ones_like(ids), entropy_layers=(0,))
+@pytest.mark.parametrize(
+    ("fields", "options", "message"),
+    [
+        ({}, {"attention_mask": torch.ones(2, 12)}, "needs full causal blocks"),
+        ({}, {"entropy_layers": (3,)}, "allowed: 0 to 2"),
+        ({"attention_sink": "learned"}, {}, "needs attention_sink='none'"),
+    ],
+)
+def test_entropies_that_cannot_be_given_are_refused(build, ids, fields, options, message):
+    with pytest.raises(ValueError, match=message):
+        build(**fields)(ids, **({"entropy_layers": (0,)} | options))
 
 
 def test_bf16_training_takes_them_from_the_written_out_weights(build, ids):

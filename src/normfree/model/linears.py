@@ -66,7 +66,10 @@ class SpectralNorm(nn.Module):
         self.left.copy_(F.normalize(weight_RC @ self.right, dim=0))
 
 
-LINEARS: dict[str, Callable[[int, int], nn.Module]] = {
+WeightMap = Callable[[int, int], nn.Module]
+"""Builds the map of a matrix from its rows and columns."""
+
+LINEARS: dict[str, WeightMap] = {
     "plain": lambda rows, columns: nn.Identity(),
     "weight_norm": WeightNorm,
     "spectral_norm": SpectralNorm,
@@ -81,9 +84,7 @@ class Projection(nn.Linear):
     `matrices` gives the number of rows of each matrix, and the builder of its map in `LINEARS`.
     """
 
-    def __init__(
-        self, columns: int, matrices: Mapping[str, tuple[int, Callable[[int, int], nn.Module]]], *, bias: bool
-    ) -> None:
+    def __init__(self, columns: int, matrices: Mapping[str, tuple[int, WeightMap]], *, bias: bool) -> None:
         super().__init__(columns, sum(rows for rows, _ in matrices.values()), bias=bias)
         self.row_counts = [rows for rows, _ in matrices.values()]
         maps = {name: build(rows, columns) for name, (rows, build) in matrices.items()}
@@ -110,8 +111,9 @@ class Projection(nn.Linear):
     def advance(self) -> None:
         """Move the state of the maps to the next optimiser step."""
         for map_, part in self._parts():
-            if isinstance(map_, SpectralNorm):
-                map_.advance(part)
+            advance: Callable[[Tensor], None] | None = getattr(map_, "advance", None)
+            if advance is not None:
+                advance(part)
 
     def _parts(self) -> list[tuple[nn.Module, Tensor]]:
         if self.maps is None:
@@ -122,7 +124,7 @@ class Projection(nn.Linear):
 class QueryKeyBiasProjection(Projection):
     """Queries, keys and values in one matmul; only queries and keys have a bias."""
 
-    def __init__(self, columns: int, matrices: Mapping[str, tuple[int, Callable[[int, int], nn.Module]]]) -> None:
+    def __init__(self, columns: int, matrices: Mapping[str, tuple[int, WeightMap]]) -> None:
         super().__init__(columns, matrices, bias=False)
         self.bias = nn.Parameter(torch.empty(2 * columns))
 
@@ -148,5 +150,5 @@ def projection(
     return kind(columns, {group: (rows, _weight_map(config, group))}, bias=config.bias == "all")
 
 
-def _weight_map(config: NormFreeConfig, group: str) -> Callable[[int, int], nn.Module]:
+def _weight_map(config: NormFreeConfig, group: str) -> WeightMap:
     return LINEARS[config.linear if group in (config.linear_groups or LINEAR_GROUPS) else "plain"]

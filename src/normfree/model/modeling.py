@@ -36,7 +36,7 @@ class NormFreeModelOutput(BaseModelOutputWithPast):
     """Hidden states, the entropies that `entropy_layers` chose, and sums for `advance`."""
 
     head_entropies: Tensor | None = None
-    """(layers of entropy_layers, H): mean entropy in nats over rows and sequences, with gradients."""
+    """(layers of entropy_layers, ascending, H): mean entropy in nats over rows and sequences, with gradients."""
     norm_sums: Tensor | None = None
     """(norms that have sums, 2), in training."""
 
@@ -161,8 +161,9 @@ class NormFreeModel(NormFreePreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if entropy_layers and not (attention_mask is None and position_ids is None and past_key_values is None):
-            raise ValueError("entropy_layers needs full causal blocks: no attention_mask, position_ids or cache")
+        if entropy_layers:
+            whole = attention_mask is None and position_ids is None and past_key_values is None
+            self._check_entropy_layers(entropy_layers, whole_blocks=whole)
         tokens_BTE = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if self.embedding_scale is not None:
             tokens_BTE = tokens_BTE * self.embedding_scale
@@ -202,6 +203,14 @@ class NormFreeModel(NormFreePreTrainedModel):
             head_entropies=torch.stack(entropies) if entropies else None,
             norm_sums=torch.cat(sums) if sums else None,
         )
+
+    def _check_entropy_layers(self, entropy_layers: Collection[int], *, whole_blocks: bool) -> None:
+        if not whole_blocks:
+            raise ValueError("entropy_layers needs full causal blocks: no attention_mask, position_ids or cache")
+        if self.config.attention_sink != "none":
+            raise ValueError("entropy_layers needs attention_sink='none', so that attention rows sum to 1")
+        if not set(entropy_layers) <= set(range(len(self.layers))):
+            raise ValueError(f"entropy_layers={list(entropy_layers)}; allowed: 0 to {len(self.layers) - 1}")
 
 
 def _positions_after(cache: Cache | None, tokens_BTE: Tensor) -> Tensor:

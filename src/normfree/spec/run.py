@@ -23,12 +23,15 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
+# Fields of the model that a variant's name and label cover; a tag names differences in the values below.
+LABEL_FIELDS = (
+    *("norm", "final_norm", "activation", "learnable_slope", "placement", "query_key_norm", "branch"),
+    *("embedding_scale", "linear", "linear_groups", "attention_temperature", "attention_sink", "attention_gate"),
+)
+VALUE_FIELDS = ("negative_slope", "norm_steepness", "taper_start_step", "taper_end_step", "post_share")
 # What tells one variant from another under one recipe: tables compare over these and nothing else.
 VARIANT_FIELDS = (
-    *(f"model.{name}" for name in ("norm", "final_norm", "activation", "negative_slope", "learnable_slope")),
-    *(f"model.{name}" for name in ("norm_steepness", "taper_start_step", "taper_end_step", "placement", "post_share")),
-    *(f"model.{name}" for name in ("query_key_norm", "branch", "embedding_scale", "linear", "linear_groups")),
-    *(f"model.{name}" for name in ("attention_temperature", "attention_sink", "attention_gate")),
+    *(f"model.{name}" for name in (*LABEL_FIELDS, *VALUE_FIELDS)),
     *(f"train.{name}" for name in ("decay_slopes", "slope_learning_rate_factor")),
 )
 # Names, and the seeds: other weights and another order of the data are replicates of one recipe.

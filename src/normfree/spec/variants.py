@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from normfree.spec.keys import nearest
-from normfree.spec.run import RunSpec
+from normfree.spec.run import LABEL_FIELDS, RunSpec
 
 Fields = Mapping[str, Any]
 
@@ -25,11 +25,6 @@ def model_fields(fields: dict[str, Any], declared: Fields) -> dict[str, Any]:
     return {name: float(value) if isinstance(getattr(config, name), float) else value for name, value in fields.items()}
 
 
-LABEL_FIELDS = (
-    *("norm", "final_norm", "activation", "learnable_slope", "placement", "query_key_norm", "branch"),
-    *("embedding_scale", "linear", "linear_groups", "attention_temperature", "attention_sink", "attention_gate"),
-)
-"""Fields of the model that a variant's name and label speak of. Of other fields, such as a slope, a tag tells."""
 MAIN = ("sm-ln-g", "sm-ln-r", "sm-g", "sm-r", "sm-ln", "sm", "sm-rg", "sm-gr")
 """Composed variants that help and advice name; any other order-preserving choice of parts works too."""
 
@@ -115,8 +110,8 @@ def check_fields_are_read(spec: RunSpec) -> None:
     needs = {
         "rotary_share": rotary,
         "rotary_base": rotary,
-        "norm_epsilon": (own_norm or not used_norms <= {"none", *squashing}, "a norm that divides"),
-        "norm_steepness": (own_norm or not used_norms <= {"none", *dividing}, "model.norm=dyt or derf"),
+        "norm_epsilon": (not used_norms <= {"none", *squashing}, "a norm that divides"),
+        "norm_steepness": (not used_norms <= {"none", *dividing}, "model.norm=dyt or derf"),
         "taper_start_step": tapers,
         "taper_end_step": tapers,
         "placement": (config.norm != "none", "a norm"),
