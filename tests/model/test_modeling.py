@@ -151,8 +151,11 @@ def test_gradient_checkpointing_gives_equal_gradients(build, ids, form, reentran
         model = build(activation="leaky_relu", learnable_slope="shared", **form).train()
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": reentrant})
-        output = model(ids, labels=ids, entropy_layers=(0, 2))
-        (output.loss + output.head_entropies.sum()).backward()
+        if "attention_sink" in form:  # rows that do not sum to 1 have no entropy
+            model(ids, labels=ids).loss.backward()
+        else:
+            output = model(ids, labels=ids, entropy_layers=(0, 2))
+            (output.loss + output.head_entropies.sum()).backward()
         return {name: parameter.grad for name, parameter in model.named_parameters()}
 
     plain, checkpointed = gradients(False), gradients(True)
