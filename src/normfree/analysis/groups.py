@@ -269,7 +269,7 @@ def _comparison_key(run: Run) -> Hashable:
 
 @cache
 def _defaults() -> dict[str, Any]:
-    return {key: default for key, (default, _) in describe_keys(RunSpec).items() if "." in key}
+    return {key: default for key, (default, _) in describe_keys(RunSpec).items()}
 
 
 def _settings(run: Run, *, with_places: bool = False) -> dict[str, str]:

@@ -23,7 +23,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import Attention
-from .blocks import BLOCKS, Block
+from .blocks import BLOCKS, Block, NormSums
 from .configuration import NormFreeConfig
 from .linears import Projection, ResidualProjection
 from .loss import next_token_loss
@@ -38,7 +38,7 @@ class NormFreeModelOutput(BaseModelOutputWithPast):
     head_entropies: Tensor | None = None
     """(layers of entropy_layers, ascending, H): mean entropy in nats over rows and sequences, with gradients."""
     norm_sums: Tensor | None = None
-    """(norms that have sums, 2), in training."""
+    """(norms that have sums, sums of each), in training."""
 
 
 @dataclass
@@ -97,7 +97,7 @@ class NormFreePreTrainedModel(PreTrainedModel):
         """
         norms_with_state: list[Any] = [module for module in self.modules() if hasattr(module, "sums")]
         if norms_with_state and norm_sums is None:
-            raise ValueError("norm='taper' needs norm_sums, the output of that name of the step's forward passes")
+            raise ValueError(f"norm={self.config.norm!r} needs norm_sums, the output of that name of the step's forward passes")
         for norm, sums in zip(norms_with_state, () if norm_sums is None else norm_sums, strict=True):
             norm.advance(step, sums)
         for module in self.modules():
@@ -197,8 +197,11 @@ class NormFreeModel(NormFreePreTrainedModel):
             hidden_BTE, entropies_H, norm_sums = outputs if isinstance(outputs, tuple) else (outputs, None, None)
             entropies += [] if entropies_H is None else [entropies_H]
             sums += [] if norm_sums is None else [norm_sums]
+        final_sums = NormSums()
+        last_BTE = final_sums.apply(self.final_norm, hidden_BTE)
+        sums += [torch.stack(final_sums)] if final_sums else []
         return NormFreeModelOutput(
-            last_hidden_state=self.final_norm(hidden_BTE),
+            last_hidden_state=last_BTE,
             past_key_values=past_key_values,
             head_entropies=torch.stack(entropies) if entropies else None,
             norm_sums=torch.cat(sums) if sums else None,
@@ -226,7 +229,7 @@ class NormFreeForCausalLM(NormFreePreTrainedModel, GenerationMixin):
     def __init__(self, config: NormFreeConfig) -> None:
         super().__init__(config)
         self.model = NormFreeModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.output_bias)
         self.post_init()
 
     @can_return_tuple
