@@ -55,14 +55,16 @@ def train(words: Sequence[str], *, many: bool = False, show: bool = False) -> No
     """Train one run, or one for each combination of comma-separated values with -m."""
     from accelerate import PartialState
 
-    from normfree.spec.compose import compose_run, compose_runs
+    from normfree.spec.compose import compose, compose_runs, control_of, read_words
     from normfree.store.runs import RUN_FILE, read_run
     from normfree.training import train as train_run
     from normfree.training.jobs import read_launch, train_jobs
     from normfree.training.processes import prepare_process
 
     launch, of_runs = read_launch(words) if many else (None, words)
-    jobs = compose_runs(of_runs) if many else [compose_run(of_runs)]
+    jobs = compose_runs(of_runs) if many else [compose(values := read_words(of_runs))]
+    if not many and (control := control_of(values, jobs[0])):
+        jobs.insert(0, control)
     if show:
         _show(jobs)
         return
@@ -75,9 +77,10 @@ def train(words: Sequence[str], *, many: bool = False, show: bool = False) -> No
                 if (job.folder / RUN_FILE).is_file():
                     print(job.folder)
         return
-    folder = train_run(jobs[0].spec, runs_dir=jobs[0].runs_dir, cache=jobs[0].cache_dir)
-    if PartialState().is_main_process:
-        print(f"{read_run(folder)}\n{folder}")
+    for job in jobs:
+        folder = train_run(job.spec, runs_dir=job.runs_dir, cache=job.cache_dir)
+        if PartialState().is_main_process:
+            print(f"{read_run(folder)}\n{folder}")
 
 
 def study(name: str, words: Sequence[str], *, show: bool = False) -> None:

@@ -83,9 +83,9 @@ class NormFreeConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
     """One matrix for the input embedding and the output projection."""
     norm: str = "layernorm"
-    """Normalization in the blocks: layernorm, rmsnorm, lns, dyt, derf, bhyt, taper, fake, none (docs/architecture.md)."""
+    """Normalization in the blocks: layernorm, rmsnorm, lns, dyt, derf, bhyt, taper, fake, none (docs/architecture)."""
     final_norm: str = "layernorm"
-    """Normalization after the last block: any of norm but taper; fake needs norm=fake. The paper keeps LayerNorm in every model."""
+    """Normalization after the last block: any of norm but taper. The paper keeps LayerNorm in every model."""
     norm_epsilon: float = 1e-5
     """layernorm, rmsnorm, lns, bhyt, taper, fake: added to the variance or mean square before the square root."""
     norm_steepness: float | list[float] = 1.0

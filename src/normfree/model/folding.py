@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from .modeling import NormFreeForCausalLM
 from .norms import FakeLayerNorm, TaperedNorm
 
+FOLDABLE = ("fake", "taper")
+"""Names of `NormFreeConfig.norm` that end in a fixed scale."""
+
 
 @dataclass(frozen=True)
 class LinearNorm:
@@ -39,8 +42,10 @@ def fold_norms(model: NormFreeForCausalLM) -> NormFreeForCausalLM:
     norms are not fixed yet, and parts that read a norm and are no plain matrix.
     """
     config = model.config
-    if config.norm not in ("fake", "taper"):
-        raise ValueError(f"norm={config.norm!r}: there is nothing to fold; norm='fake' and norm='taper' end in a fixed scale")
+    if config.norm not in FOLDABLE:
+        raise ValueError(
+            f"norm={config.norm!r}: there is nothing to fold; norm='fake' and norm='taper' end in a fixed scale"
+        )
     for name, allowed in {"placement": "pre", "linear": "plain", "attention_gate": "none"}.items():
         if (value := getattr(config, name)) != allowed:
             raise ValueError(f"{name}={value!r}: norms fold with {name}={allowed!r} only")

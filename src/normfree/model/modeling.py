@@ -97,7 +97,9 @@ class NormFreePreTrainedModel(PreTrainedModel):
         """
         norms_with_state: list[Any] = [module for module in self.modules() if hasattr(module, "sums")]
         if norms_with_state and norm_sums is None:
-            raise ValueError(f"norm={self.config.norm!r} needs norm_sums, the output of that name of the step's forward passes")
+            raise ValueError(
+                f"norm={self.config.norm!r} needs norm_sums, the output of that name of the step's forward passes"
+            )
         for norm, sums in zip(norms_with_state, () if norm_sums is None else norm_sums, strict=True):
             norm.advance(step, sums)
         for module in self.modules():

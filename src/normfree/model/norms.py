@@ -182,7 +182,9 @@ MERGE_DELAY = 10
 
 def removal_order(config: NormFreeConfig, site: NormSite) -> int:
     """norm=fake: how many norms are removed before this one: feed-forward norms, attention norms, the final norm."""
-    return site.layer + config.num_hidden_layers * (site.part != "feed_forward")  # the final norm's layer is their number
+    return site.layer + config.num_hidden_layers * (
+        site.part != "feed_forward"
+    )  # the final norm's layer is their number
 
 
 def last_removal(config: NormFreeConfig) -> int:

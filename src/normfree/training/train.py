@@ -26,6 +26,7 @@ from normfree.measures import open_measures, periods_of
 from normfree.measures.perplexity import evaluate_blocks
 from normfree.measures.text_perplexity import spread
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
+from normfree.model.folding import FOLDABLE, fold_norms
 from normfree.spec.run import RunSpec
 from normfree.store import checkpoints
 from normfree.store.runs import read_run
@@ -45,6 +46,7 @@ from normfree.training.signals import (
     stopping_signals,
     warning_signals,
 )
+from normfree.training.start import initial_model
 from normfree.training.trainer import NormFreeTrainer
 
 logger = logging.getLogger("normfree")
@@ -91,7 +93,7 @@ def train(
             return folder
         set_seed(spec.seed)
         objective = build_objective(spec, config, steps)
-        model = NormFreeForCausalLM(config)
+        model = initial_model(spec, config, corpus)
         open_measures(measures, model)  # raises for measures that do not fit the model
         facts = {"command": command or command_line(), "study_note": note, "steps": steps}
         record = open_record(folder, spec, corpus, model, objective, **facts)
@@ -181,14 +183,32 @@ def _finish(record: Record, model: NormFreeForCausalLM, measures: list[str], tra
     bytes_of_text = corpus.predicted_bytes()
     result = evaluate_blocks(model, record.held_out_NT, predicted_bytes=bytes_of_text, batch_sequences=size)
     if PartialState().is_main_process:
+        saved, folded = _without_fixed_norms(model, record)
         card = model_card(read_run(record.folder), result.to_dict())
-        _save_model(model, corpus, card, record.folder / "model")
+        _save_model(saved, corpus, card, record.folder / "model")
+        record.update(**folded)
     record.update(status="finished", final=result.to_dict(), **record.progress_at(record.steps))
     try:
         trainer.log({"eval_final_loss": result.loss_nats, "eval_final_perplexity": result.perplexity})
     except Exception as error:  # a tracker's failure must not cost the run
         logger.warning("the trackers did not get the final perplexity: %s", error)
     PartialState().wait_for_everyone()  # every process returns after the record is complete
+
+
+@torch.no_grad()
+def _without_fixed_norms(
+    model: NormFreeForCausalLM, record: Record
+) -> tuple[NormFreeForCausalLM, dict[str, dict[str, Any]]]:
+    """The model to save, with norms folded that training left fixed, and what to record about that."""
+    if model.config.norm not in FOLDABLE:
+        return model, {}
+    folded, ids_BT = fold_norms(model), record.held_out_NT[:8].to(model.device)
+    model.eval()
+    difference = (folded(ids_BT).logits - model(ids_BT).logits).abs().max().item()
+    before = model.config.to_dict()
+    changed = {name: value for name, value in folded.config.to_dict().items() if value != before.get(name)}
+    logger.info("%s: fixed norms are folded into matrices; logits differ by %.1e at most", record.spec.name, difference)
+    return folded, {"folded": {"model": changed, "largest_logit_difference": difference}}
 
 
 def _save_model(model: NormFreeForCausalLM, corpus: Corpus, card: str, folder: Path) -> None:
