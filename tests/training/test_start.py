@@ -113,3 +113,20 @@ def test_the_control_runs_beside_a_removal(
     assert folders == ["sm-fake-g-cut-seed0", "sm-ln-g-cut-seed0"]
     control = read_run(tmp_path / "both" / "single" / "sm-ln-g-cut-seed0")
     assert control.facts["steps"] == 100
+
+
+def test_the_variance_of_sigma_falls_with_its_weight(train_tiny: Callable[..., Run], trained: Run) -> None:
+    def variance(run: Run) -> float:
+        model = AutoModelForCausalLM.from_pretrained(run.folder / "model")
+        ids = torch.arange(160).view(10, 16) % 300
+        return model(ids, sigma_variance=True).sigma_variance.item()
+
+    words = (f"start=run:{trained.folder}", "variant=sm-ln-g", "train.steps=40")
+    plain = train_tiny(*words, "tag=plain")
+    penalised, cut = (
+        train_tiny(*words, "train.sigma_weight=1", f"tag={tag}", *more)
+        for tag, more in (("whole", []), ("cut", ["train.micro_batch_sequences=1"]))
+    )
+    assert variance(penalised) < 0.7 * variance(plain)
+    assert variance(cut) == pytest.approx(variance(penalised), rel=1e-3)
+    assert penalised.series("train", "loss")[0][1] == pytest.approx(plain.series("train", "loss")[0][1], abs=1e-6)

@@ -39,6 +39,8 @@ class NormFreeModelOutput(BaseModelOutputWithPast):
     """(layers of entropy_layers, ascending, H): mean entropy in nats over rows and sequences, with gradients."""
     norm_sums: Tensor | None = None
     """(norms that have sums, sums of each), in training."""
+    sigma_variance: Tensor | None = None
+    """With `sigma_variance=True`: variance over a sequence's tokens of what the final norm divides by; mean."""
 
 
 @dataclass
@@ -47,6 +49,7 @@ class NormFreeCausalLMOutput(CausalLMOutputWithPast):
 
     head_entropies: Tensor | None = None
     norm_sums: Tensor | None = None
+    sigma_variance: Tensor | None = None
 
 
 class NormFreePreTrainedModel(PreTrainedModel):
@@ -155,6 +158,7 @@ class NormFreeModel(NormFreePreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         entropy_layers: Collection[int] = (),
+        sigma_variance: bool = False,
         **kwargs: Any,
     ) -> NormFreeModelOutput:
         """Final hidden states (B, T, E). `position_ids` (B, T) default to 0, 1, ... after the cache.
@@ -182,23 +186,16 @@ class NormFreeModel(NormFreePreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         positions_BT = _positions_after(past_key_values, tokens_BTE) if position_ids is None else position_ids
         placed_BTE, rotation = self.positions(tokens_BTE, positions_BT)
-        hidden_BTE = self.dropout(placed_BTE)
-        entropies, sums = [], []
-        for block in self.layers:
-            outputs = block(
-                hidden_BTE,
-                self.shared_negative_slope,
-                attention_mask=mask,
-                rotation=rotation,
-                token_positions=positions_BT,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-                entropy_layers=entropy_layers,
-                **kwargs,
-            )
-            hidden_BTE, entropies_H, norm_sums = outputs if isinstance(outputs, tuple) else (outputs, None, None)
-            entropies += [] if entropies_H is None else [entropies_H]
-            sums += [] if norm_sums is None else [norm_sums]
+        hidden_BTE, entropies, sums = self._through_blocks(
+            self.dropout(placed_BTE),
+            attention_mask=mask,
+            rotation=rotation,
+            token_positions=positions_BT,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            entropy_layers=entropy_layers,
+            **kwargs,
+        )
         final_sums = NormSums()
         last_BTE = final_sums.apply(self.final_norm, hidden_BTE)
         sums += [torch.stack(final_sums)] if final_sums else []
@@ -207,7 +204,20 @@ class NormFreeModel(NormFreePreTrainedModel):
             past_key_values=past_key_values,
             head_entropies=torch.stack(entropies) if entropies else None,
             norm_sums=torch.cat(sums) if sums else None,
+            sigma_variance=hidden_BTE.float().std(-1, correction=0).var(1, correction=0).mean()
+            if sigma_variance
+            else None,
         )
+
+    def _through_blocks(self, hidden_BTE: Tensor, **context: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """The stream after the last block, the entropies that were asked for, and the sums of norms that have some."""
+        entropies, sums = [], []
+        for block in self.layers:
+            outputs = block(hidden_BTE, self.shared_negative_slope, **context)
+            hidden_BTE, entropies_H, norm_sums = outputs if isinstance(outputs, tuple) else (outputs, None, None)
+            entropies += [] if entropies_H is None else [entropies_H]
+            sums += [] if norm_sums is None else [norm_sums]
+        return hidden_BTE, entropies, sums
 
     def _check_entropy_layers(self, entropy_layers: Collection[int], *, whole_blocks: bool) -> None:
         if not whole_blocks:
@@ -285,6 +295,7 @@ class NormFreeForCausalLM(NormFreePreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             head_entropies=outputs.head_entropies,
             norm_sums=outputs.norm_sums,
+            sigma_variance=outputs.sigma_variance,
         )
 
 

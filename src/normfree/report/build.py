@@ -196,6 +196,9 @@ def _facts(parts: Sequence[Part]) -> dict[str, list[str]]:
         "Command": _distinct(runs, lambda run: run.facts.get("command") or "not recorded"),
         "Measured": [_measurement(run) for run in runs if run.kind == "measurement"],
         "Runs": [f"{len(trained)}, trained in {duration(seconds)} altogether"] if trained else [],
+        "Weights at the start": [
+            name for name in _distinct(trained, lambda run: run.spec.get("start_name", "")) if name
+        ],
         "Seeds": [", ".join(map(str, sorted({run.seed for run in trained})))],
         "Order of the data": [", ".join(map(str, sorted({run.spec["data_seed"] for run in trained})))],
         "Tokens per run": [f"{tokens:,}" for tokens in sorted({run.facts.get("tokens_seen", 0) for run in trained})],

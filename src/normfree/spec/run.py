@@ -183,6 +183,8 @@ class TrainSpec:
     """Compute activations again in the backward pass instead of keeping them: less memory, slower."""
     compile: bool = False
     """torch.compile the model."""
+    sigma_weight: NotNegative = 0.0
+    """Weight in the loss of the variance, over a sequence's tokens, of what the final norm divides by."""
     frozen: tuple[str, ...] = ()
     """Parameters that keep their values, as patterns of names, e.g. ['*embed_tokens*']."""
     on_nonfinite: str = "stop"

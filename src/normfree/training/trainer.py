@@ -82,17 +82,23 @@ class NormFreeTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Add the objective's term to the loss, and collect the sums of norms whose state changes."""
+        sigma_weight = self.spec.train.sigma_weight
         if self.objective.layers:
             inputs = {**inputs, "entropy_layers": self.objective.layers}
+        if sigma_weight:
+            inputs = {**inputs, "sigma_variance": True}
         computed: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
         loss, outputs = computed
         if (sums := outputs.get("norm_sums")) is not None:
             self._norm_sums = sums.detach() if self._norm_sums is None else self._norm_sums + sums.detach()
-        if self.objective.layers:
+        if self.objective.layers or sigma_weight:
             self._next_token_loss = loss.detach()
             share = len(inputs["input_ids"]) / self.spec.train.batch_sequences
+            term = self.objective.term(outputs["head_entropies"], share) if self.objective.layers else 0.0
+            if sigma_weight:
+                term = term + sigma_weight * share * outputs["sigma_variance"]
             # Gradients are averaged over processes, and Trainer scales its loss for that too.
-            loss = loss + self.objective.term(outputs["head_entropies"], share) * self.accelerator.num_processes
+            loss = loss + term * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def advance(self, step: int) -> None:
