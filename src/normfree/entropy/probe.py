@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from normfree.entropy.eager import EagerHooks
 from normfree.entropy.functional import measure
+from normfree.entropy.request import AttentionEntropy
 from normfree.entropy.routing import AttentionCall
 from normfree.entropy.statistics import HeadEntropy
 from normfree.entropy.sums import HeadSums, sums_of
@@ -82,7 +83,7 @@ class EntropyProbe:
             return
         if self._patterns:
             call.check_first_token(layer)
-        entropies = measure(call.request(patterns=self._patterns))
+        entropies = call.once(rows_with_patterns) if self._patterns else measure(call.request())
         own_mask = None if call.mask is None else call.mask[..., : call.own_keys]
         padded = padding_rows(own_mask, call.q.shape[2], call.own_keys)
         if padded is not None:
@@ -99,6 +100,11 @@ class EntropyProbe:
         before, self._before.places = getattr(self._before, "places", None), now
         self._before.call = call  # keeps this memory from another use
         return before == now
+
+
+def rows_with_patterns(call: AttentionCall) -> AttentionEntropy:
+    """Every row of a call, padded ones too: entropy, distance and mass on the first token."""
+    return measure(call.request(patterns=True))
 
 
 def _outermost_models(module: nn.Module) -> list[PreTrainedModel]:

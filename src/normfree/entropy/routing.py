@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,11 @@ from normfree.entropy.request import Request, as_request
 from normfree.entropy.support import CROSS_ATTENTION_NAMES, UnsupportedModel
 from normfree.entropy.visibility import last_key_is_hidden, shown
 
+Result = TypeVar("Result")
 
-class AttentionCall(NamedTuple):
-    """One call of a registered function: arguments of `attention_entropy`, and facts about the keys."""
+
+class Arguments(NamedTuple):
+    """Arguments of `attention_entropy`, and facts about the keys."""
 
     q: Tensor
     k: Tensor
@@ -33,6 +35,17 @@ class AttentionCall(NamedTuple):
     forgets_first: bool  # the cache of the layer drops the first token
     own_keys: int  # the first so many keys stand for one token each; 0 where a cache hides the number
     positions: Tensor | None  # position ids, where nothing else tells apart the texts of a row
+
+
+class AttentionCall(Arguments):
+    """One call of a registered function, as every tap sees it."""
+
+    def once(self, compute: Callable[[AttentionCall], Result]) -> Result:
+        """What `compute` makes of this call, computed for the first tap and kept for the others."""
+        results: dict[Any, Any] = vars(self).setdefault("results", {})
+        if compute not in results:
+            results[compute] = compute(self)
+        return results[compute]
 
     def request(self, *, patterns: bool = False) -> Request:
         """The call as input of the paths that compute entropy. Raises UnsupportedModel for several texts in a row."""

@@ -52,8 +52,12 @@ class Measure:
         """Raise ValueError if these first inputs cannot be measured, before anything runs."""
 
     def totals(self) -> dict[str, Total]:
-        """Sums over all passes so far, by quantity. A quantity that this model does not have is left out."""
+        """Sums over all passes so far, by quantity, but for pooled ones. What this model does not have is left out."""
         raise NotImplementedError
+
+    def pooled(self, device: torch.device | str | None) -> dict[str, Tensor]:
+        """Values that no merging of values gives, computed from sums over all processes (`over_processes`)."""
+        return {}
 
     @property
     def layers(self) -> list[int] | None:
@@ -67,14 +71,16 @@ def values_of(measures: Sequence[Measure], device: torch.device | str | None = N
     `device` is where the backend of the processes adds: under NCCL the process's own GPU. None means that each process
     measured everything.
     """
-    return {
-        name: _merge(QUANTITIES[name].merges, total, device)
-        for measure in measures
-        for name, total in measure.totals().items()
-    }
+    values = {}
+    for measure in measures:
+        totals = measure.totals().items()
+        values |= {name: merged(QUANTITIES[name].merges, total, device) for name, total in totals}
+        values |= measure.pooled(device)
+    return values
 
 
-def _merge(how: str, total: Total, device: torch.device | str | None) -> Tensor:
+def merged(how: str, total: Total, device: torch.device | str | None) -> Tensor:
+    """One quantity over all processes; `how` is one of `Merge`."""
     if isinstance(total, tuple):
         summed, count = (over_processes(part, device) for part in total)
         mean = torch.where(count > 0, summed / count.clamp(min=1), torch.nan)
@@ -86,6 +92,9 @@ def _merge(how: str, total: Total, device: torch.device | str | None) -> Tensor:
         return mean
     if how == "sum":
         return over_processes(total, device)
+    if how == "minimum":
+        assert isinstance(total, Tensor)
+        return -merged("maximum", -total, device)
     assert how == "maximum"
     is_nan = over_processes(total.isnan().long(), device) > 0  # backends treat NaN differently
     highest = over_processes(torch.where(total.isnan(), -torch.inf, total), device, "MAX")
