@@ -7,10 +7,13 @@ from typing import Any
 
 from torch import nn
 
+from normfree.measures.gradients import Gradients
 from normfree.measures.heads import Heads
 from normfree.measures.logits import Logits
+from normfree.measures.losses import Losses
 from normfree.measures.measure import Measure
 from normfree.measures.perplexity import Perplexity
+from normfree.measures.propagation import Propagation
 from normfree.measures.residual import Residual
 from normfree.measures.slopes import Slopes
 from normfree.store.quantities import QUANTITIES
@@ -21,6 +24,9 @@ MEASURES: dict[str, type[Measure]] = {
     "perplexity": Perplexity,
     "logits": Logits,
     "residual": Residual,
+    "propagation": Propagation,
+    "losses": Losses,
+    "gradients": Gradients,
 }
 
 
