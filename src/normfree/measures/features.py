@@ -8,10 +8,9 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from normfree.measures.measure import Measure
+from normfree.measures.measure import Measure, Total
 from normfree.measures.places import places_of
 
 
@@ -46,6 +45,9 @@ class FeatureMeasure(Measure):
     def read_after(self, layer: int, features_NF: Tensor) -> None:
         """Read the activated features, in a gated part the product."""
 
+    def totals(self) -> dict[str, Total]:
+        return {}
+
     @property
     def layers(self) -> list[int | str]:
         return [place.label for place in self.places]
@@ -59,9 +61,3 @@ def real_tokens(features: Tensor, mask_BT: Tensor | None) -> Tensor:
     if mask_BT.numel() != len(features_NF):
         raise ValueError(f"a mask of shape {tuple(mask_BT.shape)} does not fit {len(features_NF)} tokens of a layer")
     return features_NF[mask_BT.flatten() != 0]
-
-
-def added(sums: list[Tensor | None], layer: int, more: Tensor) -> None:
-    """Add to the sum of a layer, on the CPU; None is nothing so far."""
-    before = sums[layer]
-    sums[layer] = more.cpu() if before is None else before + more.cpu()

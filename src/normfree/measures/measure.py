@@ -28,6 +28,8 @@ class Measure:
     """Names in `QUANTITIES`."""
     needs_logits: ClassVar[bool] = False
     """True if the model must compute the logits of every token."""
+    needs_tokenizer: ClassVar[bool] = False
+    """True if the measure takes an option `tokenizer`."""
     labels_BT: Tensor | None = None
     """Labels of the current pass, set by the held-out loop; None: the tokens are the labels."""
     mask_BT: Tensor | None = None

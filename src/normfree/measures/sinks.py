@@ -56,9 +56,7 @@ class Sinks(Measure):
         rows_BH = real_BHT.sum(-1)
         text_BH = _above(mass_BHT.sum(-1) / rows_BH.clamp(min=1))
         texts_BH = rows_BH > 0
-        sums_4H = torch.stack(
-            [text_BH.sum(0), texts_BH.sum(0), _above(mass_BHT).sum((0, 2)), rows_BH.sum(0)]
-        ).cpu()
+        sums_4H = torch.stack([text_BH.sum(0), texts_BH.sum(0), _above(mass_BHT).sum((0, 2)), rows_BH.sum(0)]).cpu()
         self._sums[layer] = self._sums.get(layer, 0) + sums_4H
 
     def totals(self) -> dict[str, Total]:

@@ -20,8 +20,9 @@ class Spectrum(FeatureMeasure):
 
     From the eigenvalues of the covariance over all tokens of a measurement, as shares p of their sum in falling order:
     entropy -sum p ln p, participation ratio 1 / sum p^2, early enrichment sum_k (cum_k - k/F) / (F/2), and the
-    Jensen-Shannon divergence of the two spectra (NerVE, arXiv 2603.06922). Second moments are added up in float64, which
-    takes 16 F^2 bytes a layer. With fewer tokens than features the ratio is capped: `tokens_per_feature` says how many.
+    Jensen-Shannon divergence of the two spectra (NerVE, arXiv 2603.06922). Second moments are added up in float64,
+    which takes 16 F^2 bytes a layer. Fewer tokens than features cap the ratio: `tokens_per_feature` has their number.
+
     Raises ValueError for a model whose feed-forward parts are not found.
     """
 
