@@ -1,4 +1,4 @@
-"""EntropyProbe: measure the attention heads of any Hugging Face causal LM while it runs.
+"""EntropyProbe: measure the attention heads of any Hugging Face model while it runs.
 
 Inside the context a tap shows every attention call. On leaving, also after an exception, everything is as before.
 Config and training mode are never touched.
@@ -11,11 +11,13 @@ import weakref
 from dataclasses import replace
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from normfree.entropy.eager import EagerHooks
 from normfree.entropy.functional import measure
+from normfree.entropy.layers import HeadLayer
 from normfree.entropy.routing import AttentionCall
 from normfree.entropy.statistics import HeadEntropy
 from normfree.entropy.sums import HeadSums, sums_of
@@ -51,7 +53,7 @@ class EntropyProbe:
             raise ValueError("patterns=True needs method='auto'")
         models = _outermost_models(model)  # a model may be wrapped
         if len(models) != 1:
-            advice = "use one probe for each" if models else "load one with AutoModelForCausalLM"
+            advice = "use one probe for each" if models else "load one with AutoModelForCausalLM or AutoModel"
             raise UnsupportedModel(f"{type(model).__name__} holds {len(models)} Hugging Face models; {advice}")
         [self._model] = models
         if reason := without_rows(self._model.config.model_type):
@@ -77,21 +79,37 @@ class EntropyProbe:
         """Sums and counts over all forward passes so far. Raises ValueError if there was none."""
         return self._sums.statistics()
 
-    def _read(self, layer: int, call: AttentionCall) -> None:
+    def _read(self, layer: HeadLayer, call: AttentionCall) -> None:
         if self._model.config.model_type == "diffllama" and self._repeats(call):
             return
-        if self._patterns:
+        if self._patterns and not layer.is_cross:
             call.check_first_token(layer)
         entropies = measure(call.request(patterns=self._patterns))
-        own_mask = None if call.mask is None else call.mask[..., : call.own_keys]
-        padded = padding_rows(own_mask, call.q.shape[2], call.own_keys)
+        padded = self._padded_queries(layer, call)
         if padded is not None:
             entropies = replace(entropies, visible=entropies.visible.masked_fill(padded, 0))
         visible = entropies.visible
+        if layer.is_cross and entropies.distance is not None:  # positions of two sequences have no distance
+            entropies = replace(entropies, distance=torch.full_like(entropies.distance, torch.nan))
         # A row that sees one key behind a row that is no padding: a second text begins.
-        if self._patterns and not call.chunked and bool(((visible[..., 1:] == 1) & (visible[..., :-1] > 0)).any()):
+        elif self._patterns and not call.chunked and bool(((visible[..., 1:] == 1) & (visible[..., :-1] > 0)).any()):
             raise ValueError("several texts are packed into one row; give a padded batch, or leave out patterns=True")
         self._sums.add([(layer, sums_of(entropies))])
+
+    def _padded_queries(self, layer: HeadLayer, call: AttentionCall) -> Tensor | None:
+        """True for queries that are padding, broadcastable to (B, H, T); None if none is known.
+
+        The mask of cross-attention says nothing of its queries: they are those of the self-attention before it.
+        """
+        paddings = vars(self._before).setdefault("paddings", {})
+        if layer.is_cross:
+            queries, padded = paddings.get(layer.stack, (0, None))
+            return padded if queries == call.q.shape[2] else None
+        own_mask = None if call.mask is None else call.mask[..., : call.own_keys]
+        padded = padding_rows(own_mask, call.q.shape[2], call.own_keys)
+        # A bias by head gives one mask a head; any of them tells.
+        paddings[layer.stack] = (call.q.shape[2], None if padded is None else padded[:, :1])
+        return padded
 
     def _repeats(self, call: AttentionCall) -> bool:
         """True if the call before had these very tensors: two calls, for two halves of the values, are one row."""

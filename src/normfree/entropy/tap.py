@@ -15,7 +15,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, library, nn
 
-from normfree.entropy.routing import AttentionCall, eager_function, read_call, registry_of, routed_attention
+from normfree.entropy.layers import HeadLayer, attention_layers
+from normfree.entropy.routing import AttentionCall, eager_function, read_call, registry_of
 from normfree.entropy.support import UnsupportedModel, refusal
 
 SLOT = "_normfree_slot"  # attribute of an attention module, present only inside its taps
@@ -29,19 +30,20 @@ _ticket = torch.zeros(())
 class AttentionTap:
     """Call `read(layer, call)` at every attention call of a model inside the `with`; the registry is restored after it.
 
-    Taps may be nested. Calls that gradient checkpointing repeats are not shown again. Raises UnsupportedModel (a
-    ValueError) for a model that does not route its attention through the registry of transformers.
+    Layers sort in the model's order, and `labels` makes of them what results call them. Taps may be nested. Calls that
+    gradient checkpointing repeats are not shown again. Raises UnsupportedModel (a ValueError) for a model that does not
+    route its attention through the registry of transformers.
     """
 
-    def __init__(self, model: Any, read: Callable[[int, AttentionCall], None]) -> None:
-        self.modules: list[Any] = routed_attention(model)
-        if not self.modules:
+    def __init__(self, model: Any, read: Callable[[HeadLayer, AttentionCall], None]) -> None:
+        layers = attention_layers(model)
+        self.modules: list[Any] = list(layers)
+        if not layers:
             raise UnsupportedModel(refusal(model.config.model_type))
         self._model, self._read = model, read
-        self._layers = {id(module): module.layer_idx for module in self.modules}
+        self._layers = {id(module): layer for module, layer in layers.items()}
 
     def __enter__(self) -> Self:
-        self._slot_of_layer: dict[int, int] = {}
         self._used = list(map(self._implementation, self.modules))
         for module, name in zip(self.modules, self._used, strict=True):
             setattr(module, SLOT, id(module))
@@ -65,14 +67,8 @@ class AttentionTap:
         return getattr(module, "config", self._model.config)._attn_implementation
 
     def show(self, slot: int, call: AttentionCall) -> None:
-        """Pass a call on to the reader. Raises ValueError for a second module with the same layer number."""
-        layer = self._layers[slot]
-        if self._slot_of_layer.setdefault(layer, slot) != slot:
-            raise ValueError(
-                f"two attention modules have the layer number {layer}; probe an encoder or a decoder alone, e.g. "
-                "EntropyProbe(model.get_decoder())"
-            )
-        self._read(layer, call)
+        """Pass a call on to the reader."""
+        self._read(self._layers[slot], call)
 
 
 def _replace_entry(registry: Any, name: str) -> None:

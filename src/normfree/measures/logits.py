@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from normfree.entropy.layers import HeadLayer, Layer, labels
 from normfree.entropy.routing import AttentionCall
 from normfree.entropy.tap import AttentionTap
 from normfree.entropy.visibility import ROWS
@@ -24,13 +25,13 @@ class Logits(Measure):
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__(model)
-        self._highest: dict[int, Tensor] = {}
+        self._highest: dict[HeadLayer, Tensor] = {}
         self._tap = AttentionTap(model, self._read)
 
     def attach(self) -> AttentionTap:
         return self._tap
 
-    def _read(self, layer: int, call: AttentionCall) -> None:
+    def _read(self, layer: HeadLayer, call: AttentionCall) -> None:
         request = call.request()
         for block in request.visibility.blocks(ROWS):
             if block.first < block.last:  # a row of this block sees a key
@@ -43,9 +44,9 @@ class Logits(Measure):
             raise ValueError(
                 "no attention call reached transformers' registry; run a forward pass inside the `with` block"
             )
-        highest = [self._highest[layer].double().cpu() for layer in self.layers]  # layers may differ in heads
+        highest = [self._highest[layer].double().cpu() for layer in sorted(self._highest)]  # layers may differ in heads
         return {"max_logit": torch.nn.utils.rnn.pad_sequence(highest, batch_first=True, padding_value=torch.nan)}
 
     @property
-    def layers(self) -> list[int]:
-        return sorted(self._highest)
+    def layers(self) -> list[Layer]:
+        return labels(self._highest)

@@ -56,8 +56,8 @@ class Measure:
         raise NotImplementedError
 
     @property
-    def layers(self) -> list[int] | None:
-        """Numbers of the measured layers, unless these are 0, 1, 2, ..."""
+    def layers(self) -> Sequence[int | str] | None:
+        """The measured layers, unless these are 0, 1, 2, ..."""
         return None
 
 
