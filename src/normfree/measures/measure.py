@@ -62,8 +62,8 @@ class Measure:
         return {}
 
     @property
-    def layers(self) -> list[int] | None:
-        """Numbers of the measured layers, unless these are 0, 1, 2, ..."""
+    def layers(self) -> Sequence[int | str] | None:
+        """The measured layers, unless these are 0, 1, 2, ..."""
         return None
 
 

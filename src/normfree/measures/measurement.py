@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback, TrainerState
 
+from normfree.entropy.layers import Layer
 from normfree.measures import open_measures, periods_of
 from normfree.measures.held_out import Batch, measure_batches
 from normfree.measures.measure import values_of
@@ -32,8 +33,8 @@ class Measurement:
 
     values: dict[str, np.ndarray]
     """[L, H], [L] or [], by the axes in `normfree.store.quantities`."""
-    layers: dict[str, list[int]]
-    """The numbers of the layers of each quantity in the model."""
+    layers: dict[str, list[Layer]]
+    """The layers of each quantity: their numbers in the model, or `encoder 0` where it has several groups of heads."""
     seconds: float
     peak_memory_mib: float
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normfree.entropy.layers import HeadLayer, Layer, labels
 from normfree.entropy.routing import AttentionCall
 from normfree.entropy.statistics import over_processes
 from normfree.entropy.tap import AttentionTap
@@ -63,8 +64,8 @@ class Ranges(FeatureMeasure):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self._tap = AttentionTap(model, self._read_scores)
-        self._scores: dict[Any, Range] = {}
-        self._sites: dict[str, dict[Any, Range]] = {site: {} for site in LAYER_SITES[1:]}
+        self._scores: dict[HeadLayer, Range] = {}
+        self._sites: dict[str, dict[Layer, Range]] = {site: {} for site in LAYER_SITES[1:]}
         self._norms = [module for name, module in model.named_modules() if is_norm(name, module)]
         inside = {module for place in self.places for module in place.block.modules()}
         self._outside = {norm: Range() for norm in self._norms if norm not in inside}  # but for those that a map reads
@@ -83,7 +84,7 @@ class Ranges(FeatureMeasure):
                 hooks.callback(module.register_forward_pre_hook(hook).remove)
         return hooks
 
-    def _read_scores(self, layer: Any, call: AttentionCall) -> None:
+    def _read_scores(self, layer: HeadLayer, call: AttentionCall) -> None:
         scores = call.once(scores_of)
         self._scores.setdefault(layer, Range()).add(scores.lowest_H.amin(), scores.highest_H.amax(), scores.counts)
 
@@ -95,7 +96,7 @@ class Ranges(FeatureMeasure):
         if norm in self._outside:
             self._outside[norm].add_values(real_tokens(inputs[0], self.mask_BT))
 
-    def _read_consumer(self, site: str, label: Any, _linear: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def _read_consumer(self, site: str, label: Layer, _linear: nn.Module, inputs: tuple[Any, ...]) -> None:
         for norm, output, features, counted in self._outputs:
             if inputs and inputs[0].data_ptr() == output.data_ptr() and inputs[0].numel() == output.numel():
                 self._outside.pop(norm, None)
@@ -127,17 +128,18 @@ class Ranges(FeatureMeasure):
 
     def _ranges(self) -> dict[str, list[Range]]:
         """The ranges of every site that the model has, a layer each; that of the final norm is alone."""
-        sites = {"softmax_input": self._scores} | self._sites
-        layers = {
-            site: [ranges.get(layer, Range()) for layer in self.layers] for site, ranges in sites.items() if ranges
-        }
+        in_order = [self._scores[layer] for layer in sorted(self._scores)]
+        scores = dict(zip(labels(self._scores), in_order, strict=True))
+        sites = {"softmax_input": scores} | self._sites
+        order = self.layers
+        layers = {site: [ranges.get(label, Range()) for label in order] for site, ranges in sites.items() if ranges}
         final = [each for each in self._outside.values() if each.counts.any()]
         return layers | ({"final_norm_input": final} if len(final) == 1 else {})
 
     @property
     def layers(self) -> list[int | str]:
         places = super().layers
-        return [*places, *(layer for layer in sorted(self._scores) if layer not in places)]
+        return [*places, *(label for label in labels(self._scores) if label not in places)]
 
 
 def _readers(place: Place) -> dict[nn.Module, str]:

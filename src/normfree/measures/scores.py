@@ -11,7 +11,7 @@ from torch import Tensor
 
 from normfree.entropy.request import Request
 from normfree.entropy.routing import AttentionCall
-from normfree.entropy.visibility import Block, padding_rows
+from normfree.entropy.visibility import Block
 from normfree.measures.histogram import BINS, NEGATIVE_INFINITE, float_counts
 
 ROWS = 64
@@ -30,7 +30,7 @@ class Scores(NamedTuple):
 
 def scores_of(call: AttentionCall) -> Scores:
     """Form the scores of a call with scale, soft-capping and bias, in float32 or, for a float64 model, float64."""
-    request, padded_BHT = call.request(), padded_queries(call)
+    request, padded_BHT = call.request(), call.padded
     lowest_H = request.q.new_full((request.q.shape[1],), torch.inf)
     highest_H, counts = -lowest_H, torch.zeros(BINS, dtype=torch.int64, device=request.q.device)
     with torch.autocast(request.q.device.type, enabled=False):
@@ -69,9 +69,3 @@ def _scores(request: Request, block: Block) -> Tensor:
     if request.softcap is not None:
         scores_BHRC = scores_BHRC.div_(request.softcap).tanh_().mul_(request.softcap)
     return scores_BHRC if block.bias is None else scores_BHRC + block.bias
-
-
-def padded_queries(call: AttentionCall) -> Tensor | None:
-    """True for queries that are padding, broadcastable to (B, H, T); None if the mask tells of none."""
-    own_mask = None if call.mask is None else call.mask[..., : call.own_keys]
-    return padding_rows(own_mask, call.q.shape[2], call.own_keys)
