@@ -7,10 +7,13 @@ from typing import Any
 
 from torch import nn
 
+from normfree.measures.gradients import Gradients
 from normfree.measures.heads import Heads
 from normfree.measures.logits import Logits
+from normfree.measures.losses import Losses
 from normfree.measures.measure import Measure
 from normfree.measures.perplexity import Perplexity
+from normfree.measures.propagation import Propagation
 from normfree.measures.ranges import Ranges
 from normfree.measures.residual import Residual
 from normfree.measures.selectivity import Selectivity
@@ -26,6 +29,9 @@ MEASURES: dict[str, type[Measure]] = {
     "perplexity": Perplexity,
     "logits": Logits,
     "residual": Residual,
+    "propagation": Propagation,
+    "losses": Losses,
+    "gradients": Gradients,
     "sinks": Sinks,
     "ranges": Ranges,
     "units": Units,

@@ -34,10 +34,10 @@ class FeatureMeasure(Measure):
         return hooks
 
     def _before(self, layer: int, width: int, _linear: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> None:
-        self.read_before(layer, real_tokens(output.detach()[..., :width], self.mask_BT))
+        self.read_before(layer, real_tokens(output.detach()[..., :width], self.mask_of(self.places[layer].label)))
 
     def _after(self, layer: int, _linear: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self.read_after(layer, real_tokens(inputs[0].detach(), self.mask_BT))
+        self.read_after(layer, real_tokens(inputs[0].detach(), self.mask_of(self.places[layer].label)))
 
     def read_before(self, layer: int, features_NF: Tensor) -> None:
         """Read what enters the nonlinearity; `layer` counts `places`."""

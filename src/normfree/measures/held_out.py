@@ -29,9 +29,12 @@ def measure_batches(
 ) -> None:
     """Pass batches through the model in evaluation mode, without gradients, while the measures read.
 
-    Logits are computed only if a measure needs them. `progress` is the title of a bar, shown on a terminal.
-    Raises ValueError if there is no batch, or a measure refuses the model.
+    Logits are computed only if a measure needs them, and nothing if all measures read training steps instead.
+    `progress` is the title of a bar, shown on a terminal. Raises ValueError if there is no batch, or a measure refuses
+    the model.
     """
+    if all(measure.needs_training for measure in measures):  # they read no forward pass
+        return
     device = next(model.parameters()).device
     total = len(batches) if isinstance(batches, Sized) else None
     call: Callable[..., Any] = partial(model, use_cache=False)
@@ -51,10 +54,13 @@ def measure_batches(
         bar = {"total": total, "desc": progress, "disable": None if progress else True, "leave": False}
         for batch in tqdm(itertools.chain([first], batches), **bar):
             inputs = {name: value.to(device) for name, value in batch.items()}
-            labels_BT, mask = inputs.pop("labels", None), inputs.get("attention_mask")
+            labels_BT = inputs.pop("labels", None)
+            masks = [inputs.get(name) for name in ("attention_mask", "decoder_attention_mask")]
             for measure in measures:
                 measure.labels_BT = labels_BT
-                measure.mask_BT = mask if mask is not None and mask.dim() == 2 else None
+                measure.mask_BT, measure.decoder_mask_BT = (
+                    mask if mask is not None and mask.dim() == 2 else None for mask in masks
+                )
             call(**inputs)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from normfree.entropy.statistics import over_processes
+from normfree.measures.places import Label
 from normfree.store.quantities import QUANTITIES
 
 Total = Tensor | tuple[Tensor, Tensor]
@@ -30,10 +31,14 @@ class Measure:
     """True if the model must compute the logits of every token."""
     needs_tokenizer: ClassVar[bool] = False
     """True if the measure takes an option `tokenizer`."""
+    needs_training: ClassVar[bool] = False
+    """True if only `normfree train` can measure it."""
     labels_BT: Tensor | None = None
     """Labels of the current pass, set by the held-out loop; None: the tokens are the labels."""
     mask_BT: Tensor | None = None
     """Padding mask of the current pass (0 is padding), set by the held-out loop."""
+    decoder_mask_BT: Tensor | None = None
+    """The same of a decoder's tokens, where an encoder has tokens of its own."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
@@ -61,8 +66,16 @@ class Measure:
         """Values that no merging of values gives, computed from sums over all processes (`over_processes`)."""
         return {}
 
+    def mask_of(self, label: Label) -> Tensor | None:
+        """Padding mask of the tokens in a block: the decoder's own, none for patches and frames, else `mask_BT`."""
+        stack = label.split()[0] if isinstance(label, str) else ""
+        if stack in ("vision", "audio"):
+            return None
+        has_encoder: bool = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        return self.decoder_mask_BT if stack == "decoder" and has_encoder else self.mask_BT
+
     @property
-    def layers(self) -> Sequence[int | str] | None:
+    def layers(self) -> Sequence[Label] | None:
         """The measured layers, unless these are 0, 1, 2, ..."""
         return None
 

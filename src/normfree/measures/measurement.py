@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback, TrainerState
 
-from normfree.entropy.layers import Layer
-from normfree.measures import open_measures, periods_of
+from normfree.measures import MEASURES, open_measures, periods_of
 from normfree.measures.held_out import Batch, measure_batches
 from normfree.measures.measure import values_of
+from normfree.measures.places import Label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,8 +33,8 @@ class Measurement:
 
     values: dict[str, np.ndarray]
     """[L, H], [L] or [], by the axes in `normfree.store.quantities`."""
-    layers: dict[str, list[Layer]]
-    """The layers of each quantity: their numbers in the model, or `encoder 0` where it has several groups of heads."""
+    layers: dict[str, list[Label]]
+    """The layers of each quantity: their numbers in the model, or `encoder 0` where it has several stacks."""
     seconds: float
     peak_memory_mib: float
 
@@ -99,6 +99,8 @@ def measure(
     names = list(periods_of([measures] if isinstance(measures, str) else measures, 1))
     if unknown := sorted(options.keys() - set(names)):
         raise ValueError(f"{unknown[0]}= is no chosen measure; give options as heads={{'method': 'eager'}}")
+    if of_training := [name for name in names if MEASURES[name].needs_training]:
+        raise ValueError(f"measure {of_training[0]}: only a training run has it; give it in probe.measures")
     began = time.perf_counter()
     opened = open_measures(names, model, partial(_tokenizer, model, tokenizer), **options)
     batches = _batches(model, inputs, batch, tokenizer)
@@ -107,7 +109,7 @@ def measure(
     numbers = {name: each.layers for each in opened for name in each.gives}
     return Measurement(
         values=values,
-        layers={name: numbers[name] or list(range(len(value))) for name, value in values.items() if value.ndim},
+        layers={name: list(numbers[name] or range(len(value))) for name, value in values.items() if value.ndim},
         seconds=time.perf_counter() - began,
         peak_memory_mib=peak_memory_mib(next(model.parameters()).device),
     )

@@ -88,21 +88,16 @@ def sees_later_tokens(model: PreTrainedModel, ids_BT: Tensor) -> bool:
     return bool((first - second).abs().max() > rounding * first.std())
 
 
-class Perplexity(Measure):
-    """Loss and perplexity of all tokens, each predicted from those before it in its row.
+class NextToken(Measure):
+    """Base of measures of next-token predictions, each from the tokens before it in its row.
 
     Raises ValueError, before the first pass, for a model that sees later tokens.
     """
 
-    gives = ("loss", "perplexity")
     needs_logits = True
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__(model)
-        self.nats, self.tokens = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
-
     def attach(self) -> AbstractContextManager[Any]:
-        return self.model.register_forward_hook(self._add, with_kwargs=True)
+        return self.model.register_forward_hook(self._read, with_kwargs=True)
 
     def check(self, inputs: Mapping[str, Tensor]) -> None:
         if "input_ids" not in inputs or cast(PreTrainedModel, self.model).get_output_embeddings() is None:
@@ -113,13 +108,33 @@ class Perplexity(Measure):
                 "it has no perplexity; `normfree measure` shows its heads (BERT is causal with is_decoder=true)"
             )
 
-    def _add(self, _model: torch.nn.Module, positional: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+    def _read(self, _model: torch.nn.Module, positional: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         labels_BT = named["input_ids"] if self.labels_BT is None else self.labels_BT
         if self.mask_BT is not None:  # padding is not predicted, nor is anything predicted from it
             known_BT = self.mask_BT != 0
             known_BT = torch.cat([known_BT[:, :1], known_BT[:, 1:] & known_BT[:, :-1]], dim=1)
             labels_BT = labels_BT.masked_fill(~known_BT, IGNORED)
-        nats, tokens = next_token_nats(output.logits, labels_BT)
+        self.add(output.logits, labels_BT)
+
+    def add(self, logits_BTV: Tensor, labels_BT: Tensor) -> None:
+        """Add the predictions of a pass: logits at t are of the label at t + 1; labels of -100 do not count."""
+        raise NotImplementedError
+
+
+class Perplexity(NextToken):
+    """Loss and perplexity of all tokens, each predicted from those before it in its row.
+
+    Raises ValueError, before the first pass, for a model that sees later tokens.
+    """
+
+    gives = ("loss", "perplexity")
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__(model)
+        self.nats, self.tokens = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
+
+    def add(self, logits_BTV: Tensor, labels_BT: Tensor) -> None:
+        nats, tokens = next_token_nats(logits_BTV, labels_BT)
         self.nats, self.tokens = self.nats + nats, self.tokens + tokens
 
     def totals(self) -> dict[str, Total]:

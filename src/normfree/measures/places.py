@@ -51,8 +51,11 @@ class Place:
 
 
 def stream_of(positional: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
-    """The residual stream among the arguments of a block."""
-    return positional[0] if positional else named["hidden_states"]
+    """The residual stream among the arguments of a block. Raises ValueError if it is not the first or hidden_states."""
+    stream = positional[0] if positional else named.get("hidden_states")
+    if not isinstance(stream, Tensor):
+        raise ValueError(f"a block takes no hidden_states among its arguments {', '.join(named)}")
+    return stream
 
 
 def blocks_of(model: nn.Module) -> dict[Label, nn.Module]:
