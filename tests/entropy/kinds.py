@@ -9,9 +9,10 @@ import inspect
 from typing import Any
 
 import torch
-from families import TINY
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
+
+from tests.entropy.families import TINY
 
 SHAPES = TINY | {
     "projection_dim": 16,

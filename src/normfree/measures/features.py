@@ -61,3 +61,16 @@ def real_tokens(features: Tensor, mask_BT: Tensor | None) -> Tensor:
     if mask_BT.numel() != len(features_NF):
         raise ValueError(f"a mask of shape {tuple(mask_BT.shape)} does not fit {len(features_NF)} tokens of a layer")
     return features_NF[mask_BT.flatten() != 0]
+
+
+def added(sums: list[Tensor | None], layer: int, more: Tensor) -> None:
+    """Add to the sum of a layer, on the CPU; None is nothing so far."""
+    before = sums[layer]
+    sums[layer] = more.cpu() if before is None else before + more.cpu()
+
+
+def complete(sums: list[Tensor | None]) -> list[Tensor]:
+    """The sums of all layers. Raises ValueError if a layer has none."""
+    if missing := [layer for layer, each in enumerate(sums) if each is None]:
+        raise ValueError(f"no forward pass reached layer {missing[0]}; run one inside the `with` block")
+    return [each for each in sums if each is not None]

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfree.entropy.layers import HeadLayer, Layer, labels
+from normfree.entropy.layers import HeadLayer, labels
 from normfree.entropy.routing import AttentionCall
 from normfree.entropy.statistics import over_processes
 from normfree.entropy.tap import AttentionTap
 from normfree.measures.features import FeatureMeasure, real_tokens
 from normfree.measures.histogram import BINS, float_counts, quantile
 from normfree.measures.measure import Total, merged
-from normfree.measures.places import Place
+from normfree.measures.places import Label, Place
 from normfree.measures.scores import scores_of
 
 LAYER_SITES = ("softmax_input", "activation_input", "attention_norm_input", "feed_forward_norm_input")
@@ -51,9 +51,10 @@ class Ranges(FeatureMeasure):
 
     Softmax takes the scores of visible keys with scale, bias and soft-capping, of all heads of a layer (`logits` shares
     them); the activation the first feed-forward map's output. A norm is named for the linear maps that read its output,
-    attention's or the feed-forward part's, and has their layer; the final norm is the only one outside of the blocks
-    that no map of a block reads. Norms of branch outputs, queries and keys are left out, and layers without a site are
-    NaN there. Quantiles come from histograms and are within 2^-8 (0.4 %). Padding counts nowhere.
+    attention's or the feed-forward part's, and has their layer; the final norm, in a model with one stack of blocks, is
+    the only one outside of them that none of their maps reads. Norms of branch outputs, queries and keys are left out,
+    and layers without a site are NaN there. Quantiles come from histograms and are within 2^-8 (0.4 %). Padding counts
+    nowhere.
 
     Raises UnsupportedModel (a ValueError) for a model that does not route its attention through transformers' registry,
     ValueError for one whose feed-forward parts are not found.
@@ -65,10 +66,12 @@ class Ranges(FeatureMeasure):
         super().__init__(model)
         self._tap = AttentionTap(model, self._read_scores)
         self._scores: dict[HeadLayer, Range] = {}
-        self._sites: dict[str, dict[Layer, Range]] = {site: {} for site in LAYER_SITES[1:]}
+        self._sites: dict[str, dict[Label, Range]] = {site: {} for site in LAYER_SITES[1:]}
         self._norms = [module for name, module in model.named_modules() if is_norm(name, module)]
         inside = {module for place in self.places for module in place.block.modules()}
-        self._outside = {norm: Range() for norm in self._norms if norm not in inside}  # but for those that a map reads
+        one_stack = all(isinstance(place.label, int) for place in self.places)
+        # Candidates for the final norm: a norm that a map of a block reads leaves them.
+        self._outside = {norm: Range() for norm in self._norms if one_stack and norm not in inside}
         # The newest outputs of norms: the norm, its output, its input, and the sites that were counted.
         self._outputs: deque[tuple[nn.Module, Tensor, Tensor, set[str]]] = deque(maxlen=4)
 
@@ -96,13 +99,13 @@ class Ranges(FeatureMeasure):
         if norm in self._outside:
             self._outside[norm].add_values(real_tokens(inputs[0], self.mask_BT))
 
-    def _read_consumer(self, site: str, label: Layer, _linear: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def _read_consumer(self, site: str, label: Label, _linear: nn.Module, inputs: tuple[Any, ...]) -> None:
         for norm, output, features, counted in self._outputs:
             if inputs and inputs[0].data_ptr() == output.data_ptr() and inputs[0].numel() == output.numel():
                 self._outside.pop(norm, None)
                 if site not in counted:  # queries, keys and values read one norm
                     counted.add(site)
-                    features_NF = real_tokens(features, self.mask_BT)
+                    features_NF = real_tokens(features, self.mask_of(label))
                     self._sites[site].setdefault(label, Range()).add_values(features_NF)
 
     def totals(self) -> dict[str, Total]:
@@ -137,7 +140,7 @@ class Ranges(FeatureMeasure):
         return layers | ({"final_norm_input": final} if len(final) == 1 else {})
 
     @property
-    def layers(self) -> list[int | str]:
+    def layers(self) -> list[Label]:
         places = super().layers
         return [*places, *(label for label in labels(self._scores) if label not in places)]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.entropy.statistics import over_processes
-from normfree.measures.features import FeatureMeasure, real_tokens
+from normfree.measures.features import FeatureMeasure, complete, real_tokens
 from normfree.measures.histogram import counts_of
 from normfree.measures.token_classes import token_classes
 
@@ -52,8 +52,8 @@ class Selectivity(FeatureMeasure):
         self._shuffling = torch.Generator().manual_seed(0)
         self._labels: list[Tensor] = []  # of the current pass: real and shuffled, each (N,)
         # By layer; the first axis is real and shuffled labels.
-        self._sums = [torch.zeros(0)] * len(self.places)  # (2, C, F) float64, of magnitudes
-        self._counts = [torch.zeros(0)] * len(self.places)  # (2, C, F, B) int64, of magnitudes in the bins
+        self._sums: list[Tensor | None] = [None] * len(self.places)  # (2, C, F) float64, of magnitudes
+        self._counts: list[Tensor | None] = [None] * len(self.places)  # (2, C, F, B) int64, of magnitudes in the bins
 
     def attach(self) -> ExitStack:
         hooks = super().attach()
@@ -73,20 +73,22 @@ class Selectivity(FeatureMeasure):
             )
         magnitude_NF = features_NF.float().abs()
         width = magnitude_NF.shape[1]
-        if not len(self._sums[layer]):
-            self._sums[layer] = torch.zeros(2, self._number, width, dtype=torch.float64)
-            self._counts[layer] = torch.zeros(2, self._number, width, BINS, dtype=torch.int64)
+        sums_2CF, counts_2CFB = self._sums[layer], self._counts[layer]
+        if sums_2CF is None or counts_2CFB is None:
+            sums_2CF = self._sums[layer] = torch.zeros(2, self._number, width, dtype=torch.float64)
+            counts_2CFB = self._counts[layer] = torch.zeros(2, self._number, width, BINS, dtype=torch.int64)
         codes_NF = (magnitude_NF.contiguous().view(torch.int32) >> 20).sub_(LOWEST).clamp_(0, BINS - 1)
         codes_NF += torch.arange(0, width * BINS, BINS, dtype=torch.int32, device=codes_NF.device)
         for labelling, labels_N in enumerate(self._labels):
             for label in labels_N.unique().tolist():
                 rows = (labels_N == label).nonzero().flatten().to(codes_NF.device)
-                self._sums[layer][labelling, label] += magnitude_NF[rows].sum(0, dtype=torch.float64).cpu()
-                self._counts[layer][labelling, label] += counts_of(codes_NF[rows], width * BINS).view(width, BINS).cpu()
+                sums_2CF[labelling, label] += magnitude_NF[rows].sum(0, dtype=torch.float64).cpu()
+                counts_FB = counts_of(codes_NF[rows], width * BINS).view(width, BINS)
+                counts_2CFB[labelling, label] += counts_FB.cpu()
 
     def pooled(self, device: torch.device | str | None) -> dict[str, Tensor]:
         values = []
-        for layer in zip(self._sums, self._counts, strict=True):
+        for layer in zip(complete(self._sums), complete(self._counts), strict=True):
             sums_2CF, counts_2CFB = (over_processes(part, device) for part in layer)
             values += [_selectivity(sums_2CF[labelling], counts_2CFB[labelling]) for labelling in range(2)]
         values_L22 = torch.stack(values).view(len(self.places), 2, 2)
