@@ -34,18 +34,18 @@ class Spectrum(FeatureMeasure):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self._before: list[Tensor | None] = [None] * len(self.places)  # second moments, see _moment
-        self._after: list[Tensor | None] = [None] * len(self.places)
+        self._moments_before: list[Tensor | None] = [None] * len(self.places)  # second moments, see _moment
+        self._moments_after: list[Tensor | None] = [None] * len(self.places)
 
     def read_before(self, layer: int, features_NF: Tensor) -> None:
-        added(self._before, layer, _moment(features_NF))
+        added(self._moments_before, layer, _moment(features_NF))
 
     def read_after(self, layer: int, features_NF: Tensor) -> None:
-        added(self._after, layer, _moment(features_NF))
+        added(self._moments_after, layer, _moment(features_NF))
 
     def pooled(self, device: torch.device | str | None) -> dict[str, Tensor]:
         rows = []
-        for moments in zip(complete(self._before), complete(self._after), strict=True):
+        for moments in zip(complete(self._moments_before), complete(self._moments_after), strict=True):
             tokens = over_processes(moments[0], device)[-1, -1]
             before_F, after_F = (_spectrum(over_processes(moment, device)) for moment in moments)
             shapes = [*_shape_of(before_F), *_shape_of(after_F), _divergence(before_F, after_F)]
