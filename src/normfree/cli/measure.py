@@ -61,7 +61,9 @@ def measure(name: str, options: MeasureOptions) -> None:
     check_output(output, facts)
     method = {"heads": {"method": options.method}} if "heads" in measures else {}
     with products_for(options.dtype, model.device):
-        measured = measure_model(model, windows_NT, measures, batch=options.batch, progress=True, **method)
+        measured = measure_model(
+            model, windows_NT, measures, batch=options.batch, tokenizer=tokenizer, progress=True, **method
+        )
     run = write_measurement(
         output,
         facts | {"peak_memory_mib": measured.peak_memory_mib},

@@ -14,7 +14,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask, flash
 from transformers.modeling_utils import AttentionInterface
 
 from normfree.entropy.request import Request, as_request
-from normfree.entropy.support import CROSS_ATTENTION_NAMES, UnsupportedModel
+from normfree.entropy.support import UnsupportedModel
 from normfree.entropy.visibility import last_key_is_hidden, shown
 
 Result = TypeVar("Result")
@@ -40,6 +40,9 @@ class Arguments(NamedTuple):
 class AttentionCall(Arguments):
     """One call of a registered function, as every tap sees it."""
 
+    padded: Tensor | None = None
+    """True for queries that are padding, broadcastable to (B, H, T); None if none is known. The first tap sets it."""
+
     def once(self, compute: Callable[[AttentionCall], Result]) -> Result:
         """What `compute` makes of this call, computed for the first tap and kept for the others."""
         results: dict[Any, Any] = vars(self).setdefault("results", {})
@@ -55,7 +58,7 @@ class AttentionCall(Arguments):
         both = torch.promote_types(self.q.dtype, self.k.dtype)
         return as_request(self.q.to(both), self.k.to(both), *self[2:8], patterns)
 
-    def check_first_token(self, layer: int) -> None:
+    def check_first_token(self, layer: object) -> None:
         """Raise ValueError if the distances of the keys or the first token are unknown."""
         advice, keys = "leave out patterns=True", self.k.shape[2]
         if self.own_keys != keys:
@@ -90,18 +93,6 @@ def _global_named(module_class: type[nn.Module], matches: Callable[[str], bool])
                     if matches(name) and name in function.__globals__:
                         return function.__globals__[name]
     return None
-
-
-def routed_attention(model: nn.Module) -> list[nn.Module]:
-    """Self-attention modules that look up their function in a registry and know their layer."""
-    return [
-        module
-        for name, module in model.named_modules()
-        if isinstance(layer := getattr(module, "layer_idx", None), int)
-        and layer >= 0  # zamba2 numbers all of them -1
-        and CROSS_ATTENTION_NAMES.isdisjoint(name.split("."))
-        and registry_of(module) is not None
-    ]
 
 
 def read_call(
@@ -184,7 +175,8 @@ def _own_keys(module: Any, queries: int, keys: int) -> int:
 
 def _is_chunked(module: Any) -> bool:
     types = getattr(getattr(module, "config", None), "layer_types", None)
-    return bool(types) and types[module.layer_idx] == "chunked_attention"
+    layer = getattr(module, "layer_idx", None)
+    return bool(types) and isinstance(layer, int) and types[layer] == "chunked_attention"
 
 
 def _with_bias(mask: Tensor | None, bias: Tensor | None, keys: int) -> Tensor | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normfree.measures.measure import Measure
+from normfree.measures.measure import Measure, Total
 from normfree.measures.places import places_of
 
 
@@ -45,6 +45,9 @@ class FeatureMeasure(Measure):
     def read_after(self, layer: int, features_NF: Tensor) -> None:
         """Read the activated features, in a gated part the product."""
 
+    def totals(self) -> dict[str, Total]:
+        return {}
+
     @property
     def layers(self) -> list[int | str]:
         return [place.label for place in self.places]
@@ -64,3 +67,10 @@ def added(sums: list[Tensor | None], layer: int, more: Tensor) -> None:
     """Add to the sum of a layer, on the CPU; None is nothing so far."""
     before = sums[layer]
     sums[layer] = more.cpu() if before is None else before + more.cpu()
+
+
+def complete(sums: list[Tensor | None]) -> list[Tensor]:
+    """The sums of all layers. Raises ValueError if a layer has none."""
+    if missing := [layer for layer, each in enumerate(sums) if each is None]:
+        raise ValueError(f"no forward pass reached layer {missing[0]}; run one inside the `with` block")
+    return [each for each in sums if each is not None]

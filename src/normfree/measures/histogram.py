@@ -10,8 +10,8 @@ from torch import Tensor
 
 BINS = 2**16
 """Bins of `float_counts`: sign, exponent and 7 bits of the fraction of a float32."""
-INFINITE = 0x7F80
-"""The bin of infinity."""
+INFINITE, NEGATIVE_INFINITE = 0x7F80, 0xFF80
+"""The bins of infinity and its negative."""
 
 
 def counts_of(codes: Tensor, size: int) -> Tensor:
@@ -37,7 +37,7 @@ def quantile(counts_LB: Tensor, share: float) -> Tensor:
     """
     order_B = torch.cat([torch.arange(BINS - 1, BINS // 2 - 1, -1), torch.arange(BINS // 2)])
     values_B = ((order_B << 16) | 0x8000).to(torch.int32).view(torch.float32).double()
-    values_B[order_B == INFINITE], values_B[order_B == INFINITE + BINS // 2] = torch.inf, -torch.inf
+    values_B[order_B == INFINITE], values_B[order_B == NEGATIVE_INFINITE] = torch.inf, -torch.inf
     counts_LB = counts_LB.cpu()[:, order_B]
     total_L = counts_LB.sum(1)
     rank_L1 = (share * total_L).ceil().clamp(min=1)[:, None]

@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from normfree.entropy.layers import HeadLayer, Layer, labels
 from normfree.entropy.routing import AttentionCall
 from normfree.entropy.tap import AttentionTap
 from normfree.measures.measure import Measure, Total
@@ -24,13 +25,13 @@ class Logits(Measure):
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__(model)
-        self._highest: dict[int, Tensor] = {}
+        self._highest: dict[HeadLayer, Tensor] = {}
         self._tap = AttentionTap(model, self._read)
 
     def attach(self) -> AttentionTap:
         return self._tap
 
-    def _read(self, layer: int, call: AttentionCall) -> None:
+    def _read(self, layer: HeadLayer, call: AttentionCall) -> None:
         highest_H = call.once(scores_of).highest_H
         self._highest[layer] = torch.maximum(highest_H, self._highest.get(layer, highest_H))
 
@@ -44,5 +45,5 @@ class Logits(Measure):
         return {"max_logit": padded_LH.masked_fill(padded_LH == -torch.inf, torch.nan)}  # no row saw a key
 
     @property
-    def layers(self) -> list[int]:
-        return sorted(self._highest)
+    def layers(self) -> list[Layer]:
+        return labels(self._highest)

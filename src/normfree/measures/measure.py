@@ -29,6 +29,8 @@ class Measure:
     """Names in `QUANTITIES`."""
     needs_logits: ClassVar[bool] = False
     """True if the model must compute the logits of every token."""
+    needs_tokenizer: ClassVar[bool] = False
+    """True if the measure takes an option `tokenizer`."""
     needs_training: ClassVar[bool] = False
     """True if only `normfree train` can measure it."""
     labels_BT: Tensor | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -88,8 +89,8 @@ def measure(
     """Measure a model on a text, token ids or model inputs, in evaluation mode.
 
     `batch` is the number of sequences of token ids in a forward pass. A text is one sequence, tokenized by `tokenizer`
-    (default: the one saved beside the model). `options` are keyword arguments of single measures, e.g.
-    `heads={"method": "eager"}`.
+    (default: the one saved beside the model), which `selectivity` needs too. `options` are keyword arguments of single
+    measures, e.g. `heads={"method": "eager"}`.
 
     Raises ValueError for an unknown measure, one that the model cannot serve, or a batch below 1.
     """
@@ -101,7 +102,7 @@ def measure(
     if of_training := [name for name in names if MEASURES[name].needs_training]:
         raise ValueError(f"measure {of_training[0]}: only a training run has it; give it in probe.measures")
     began = time.perf_counter()
-    opened = open_measures(names, model, **options)
+    opened = open_measures(names, model, partial(_tokenizer, model, tokenizer), **options)
     batches = _batches(model, inputs, batch, tokenizer)
     measure_batches(model, batches, opened, progress="measuring" if progress else None)
     values = {name: value.numpy() for name, value in values_of(opened).items()}
@@ -148,13 +149,16 @@ class MeasureCallback(TrainerCallback):
 
 def _batches(model: PreTrainedModel, inputs: Inputs, batch: int, tokenizer: Any) -> Iterable[Batch]:
     if isinstance(inputs, str):
-        if tokenizer is None and not model.name_or_path:
-            raise ValueError("a text needs tokenizer=, because this model was not loaded by a name; or give token ids")
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model.name_or_path)
-        inputs = tokenizer(inputs, return_tensors="pt")["input_ids"]
+        inputs = cast(Tensor, _tokenizer(model, tokenizer)(inputs, return_tensors="pt")["input_ids"])
     if isinstance(inputs, Tensor):
         return [{"input_ids": ids_BT} for ids_BT in torch.atleast_2d(inputs).split(batch)]
     return [inputs] if isinstance(inputs, Mapping) else cast(Sequence[Batch], inputs)
+
+
+def _tokenizer(model: PreTrainedModel, tokenizer: Any) -> Any:
+    if tokenizer is None and not model.name_or_path:
+        raise ValueError("a text needs tokenizer=, because this model was not loaded by a name; or give token ids")
+    return tokenizer or AutoTokenizer.from_pretrained(model.name_or_path)
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.entropy.statistics import over_processes
-from normfree.measures.features import FeatureMeasure, real_tokens
+from normfree.measures.features import FeatureMeasure, complete, real_tokens
 from normfree.measures.histogram import counts_of
 from normfree.measures.token_classes import token_classes
 
@@ -51,8 +51,9 @@ class Selectivity(FeatureMeasure):
         self._classes_V, self._number = classes.long(), int(classes.max()) + 1
         self._shuffling = torch.Generator().manual_seed(0)
         self._labels: list[Tensor] = []  # of the current pass: real and shuffled, each (N,)
-        # For each layer and labelling: sums and counts of a class and unit, (C, F, 1 + B).
-        self._sums: list[list[Tensor]] = [[] for _ in self.places]
+        # By layer; the first axis is real and shuffled labels.
+        self._sums: list[Tensor | None] = [None] * len(self.places)  # (2, C, F) float64, of magnitudes
+        self._counts: list[Tensor | None] = [None] * len(self.places)  # (2, C, F, B) int64, of magnitudes in the bins
 
     def attach(self) -> ExitStack:
         hooks = super().attach()
@@ -70,38 +71,40 @@ class Selectivity(FeatureMeasure):
                 f"selectivity knows the class of {len(self._labels[0]) if self._labels else 0} tokens, but layer "
                 f"{self.layers[layer]} has {len(features_NF)}: run the model on input_ids"
             )
-        sums = [self._sums_of(features_NF.float().abs(), labels_N) for labels_N in self._labels]
-        before = self._sums[layer]
-        self._sums[layer] = [old + new for old, new in zip(before, sums, strict=True)] if before else sums
-
-    def _sums_of(self, magnitude_NF: Tensor, labels_N: Tensor) -> Tensor:
-        """(C, F, 1 + B) float64: the sum of magnitudes and their counts in the bins."""
+        magnitude_NF = features_NF.float().abs()
         width = magnitude_NF.shape[1]
+        sums_2CF, counts_2CFB = self._sums[layer], self._counts[layer]
+        if sums_2CF is None or counts_2CFB is None:
+            sums_2CF = self._sums[layer] = torch.zeros(2, self._number, width, dtype=torch.float64)
+            counts_2CFB = self._counts[layer] = torch.zeros(2, self._number, width, BINS, dtype=torch.int64)
         codes_NF = (magnitude_NF.contiguous().view(torch.int32) >> 20).sub_(LOWEST).clamp_(0, BINS - 1)
         codes_NF += torch.arange(0, width * BINS, BINS, dtype=torch.int32, device=codes_NF.device)
-        sums = torch.zeros(self._number, width, 1 + BINS, dtype=torch.float64)
-        for label in labels_N.unique().tolist():
-            rows = (labels_N == label).nonzero().flatten().to(magnitude_NF.device)
-            sums[label, :, 0] = magnitude_NF[rows].sum(0, dtype=torch.float64).cpu()
-            sums[label, :, 1:] = counts_of(codes_NF[rows], width * BINS).view(width, BINS).cpu()
-        return sums
+        for labelling, labels_N in enumerate(self._labels):
+            for label in labels_N.unique().tolist():
+                rows = (labels_N == label).nonzero().flatten().to(codes_NF.device)
+                sums_2CF[labelling, label] += magnitude_NF[rows].sum(0, dtype=torch.float64).cpu()
+                counts_FB = counts_of(codes_NF[rows], width * BINS).view(width, BINS)
+                counts_2CFB[labelling, label] += counts_FB.cpu()
 
     def pooled(self, device: torch.device | str | None) -> dict[str, Tensor]:
-        rows = [[_selectivity(over_processes(sums, device)) for sums in layer] for layer in self._sums]
-        values_L22 = torch.stack([torch.stack(layer) for layer in rows])
+        values = []
+        for layer in zip(complete(self._sums), complete(self._counts), strict=True):
+            sums_2CF, counts_2CFB = (over_processes(part, device) for part in layer)
+            values += [_selectivity(sums_2CF[labelling], counts_2CFB[labelling]) for labelling in range(2)]
+        values_L22 = torch.stack(values).view(len(self.places), 2, 2)
         return dict(zip(self.gives, values_L22.transpose(1, 2).flatten(1).unbind(1), strict=True))
 
 
-def _selectivity(sums: Tensor) -> Tensor:
+def _selectivity(sums_CF: Tensor, counts_CFB: Tensor) -> Tensor:
     """(2,) float64: means over units of the index and of the best class's area; NaN if a feature is, or with one class.
 
     A unit without any activity has index 0 and area 1/2.
     """
-    tokens_C = sums[:, 0, 1:].sum(1)
-    sums, tokens_C = sums[tokens_C > 0], tokens_C[tokens_C > 0]
-    if len(tokens_C) < 2 or not sums.isfinite().all():
+    tokens_C = counts_CFB[:, 0].sum(1)
+    sums_CF, counts_CFB, tokens_C = (part[tokens_C > 0].double() for part in (sums_CF, counts_CFB, tokens_C))
+    if len(tokens_C) < 2 or not sums_CF.isfinite().all():
         return torch.full((2,), torch.nan, dtype=torch.float64)
-    mean_CF, counts_CFB = sums[:, :, 0] / tokens_C[:, None], sums[:, :, 1:]
+    mean_CF = sums_CF / tokens_C[:, None]
     highest_F = mean_CF.amax(0)
     rest_F = (mean_CF.sum(0) - highest_F) / (len(tokens_C) - 1)
     index_F = torch.where(highest_F > 0, (highest_F - rest_F) / (highest_F + rest_F), 0.0)

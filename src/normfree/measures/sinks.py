@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from normfree.entropy.probe import rows_with_patterns
+from normfree.entropy.layers import HeadLayer, Layer, labels
+from normfree.entropy.probe import measured_rows
 from normfree.entropy.routing import AttentionCall
 from normfree.entropy.tap import AttentionTap
 from normfree.measures.measure import Measure, Total
-from normfree.measures.scores import padded_queries
 
 THRESHOLD = 0.3
 """Mass that makes a sink (Gu et al., arXiv 2410.10781)."""
@@ -37,28 +37,22 @@ class Sinks(Measure):
         if first_row < 0:
             raise ValueError(f"first_row={first_row} must be at least 0")
         self.first_row = first_row
-        self._sums: dict[int, Tensor] = {}
+        self._sums: dict[HeadLayer, Tensor] = {}
         self._tap = AttentionTap(model, self._read)
 
     def attach(self) -> AttentionTap:
         return self._tap
 
-    def _read(self, layer: int, call: AttentionCall) -> None:
-        call.check_first_token(layer)
-        rows, padded_BHT = call.once(rows_with_patterns), padded_queries(call)
-        mass_BHT = rows.first_mass
+    def _read(self, layer: HeadLayer, call: AttentionCall) -> None:
+        rows = measured_rows(layer, call, patterns=True)
+        mass_BHT, real_BHT = rows.first_mass, rows.visible > 0
         assert mass_BHT is not None
-        real_BHT = rows.visible > 0
-        if padded_BHT is not None:
-            real_BHT = real_BHT & ~padded_BHT
         real_BHT = real_BHT & (real_BHT.cumsum(-1) > self.first_row)
         mass_BHT = torch.where(real_BHT, mass_BHT, 0.0).double()
         rows_BH = real_BHT.sum(-1)
         text_BH = _above(mass_BHT.sum(-1) / rows_BH.clamp(min=1))
         texts_BH = rows_BH > 0
-        sums_4H = torch.stack(
-            [text_BH.sum(0), texts_BH.sum(0), _above(mass_BHT).sum((0, 2)), rows_BH.sum(0)]
-        ).cpu()
+        sums_4H = torch.stack([text_BH.sum(0), texts_BH.sum(0), _above(mass_BHT).sum((0, 2)), rows_BH.sum(0)]).cpu()
         self._sums[layer] = self._sums.get(layer, 0) + sums_4H
 
     def totals(self) -> dict[str, Total]:
@@ -75,8 +69,8 @@ class Sinks(Measure):
         }
 
     @property
-    def layers(self) -> list[int]:
-        return sorted(self._sums)
+    def layers(self) -> list[Layer]:
+        return labels(self._sums)
 
 
 def _above(mass: Tensor) -> Tensor:

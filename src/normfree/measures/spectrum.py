@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.entropy.statistics import over_processes
-from normfree.measures.features import FeatureMeasure
+from normfree.measures.features import FeatureMeasure, added, complete
 
 BEFORE_AND_AFTER = ("spectral_entropy", "participation_ratio", "early_enrichment")
 
@@ -20,8 +20,9 @@ class Spectrum(FeatureMeasure):
 
     From the eigenvalues of the covariance over all tokens of a measurement, as shares p of their sum in falling order:
     entropy -sum p ln p, participation ratio 1 / sum p^2, early enrichment sum_k (cum_k - k/F) / (F/2), and the
-    Jensen-Shannon divergence of the two spectra (NerVE, arXiv 2603.06922). Second moments are added up in float64, which
-    takes 16 F^2 bytes a layer. With fewer tokens than features the ratio is capped: `tokens_per_feature` says how many.
+    Jensen-Shannon divergence of the two spectra (NerVE, arXiv 2603.06922). Second moments are added up in float64,
+    which takes 16 F^2 bytes a layer. Fewer tokens than features cap the ratio: `tokens_per_feature` has their number.
+
     Raises ValueError for a model whose feed-forward parts are not found.
     """
 
@@ -33,43 +34,39 @@ class Spectrum(FeatureMeasure):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self._moments: list[list[Tensor | None]] = [[None, None] for _ in self.places]
+        self._moments_before: list[Tensor | None] = [None] * len(self.places)  # second moments, see _moment
+        self._moments_after: list[Tensor | None] = [None] * len(self.places)
 
     def read_before(self, layer: int, features_NF: Tensor) -> None:
-        self._add(layer, 0, features_NF)
+        added(self._moments_before, layer, _moment(features_NF))
 
     def read_after(self, layer: int, features_NF: Tensor) -> None:
-        self._add(layer, 1, features_NF)
-
-    def _add(self, layer: int, place: int, features_NF: Tensor) -> None:
-        # A column of ones makes the sums and the number of tokens a part of the second moment.
-        ones_NG = nn.functional.pad(features_NF.double(), (0, 1), value=1.0)
-        new_GG, old_GG = ones_NG.mT @ ones_NG, self._moments[layer][place]
-        self._moments[layer][place] = new_GG if old_GG is None else old_GG + new_GG
+        added(self._moments_after, layer, _moment(features_NF))
 
     def pooled(self, device: torch.device | str | None) -> dict[str, Tensor]:
         rows = []
-        for moments in self._moments:
-            spectra, tokens = [], 0.0
-            for moment in moments:
-                assert moment is not None, "a forward pass ran"
-                spectrum_F, tokens = _spectrum(over_processes(moment, device))
-                spectra.append(spectrum_F)
-            before_F, after_F = spectra
-            values = [*_shape_of(before_F), *_shape_of(after_F), _divergence(before_F, after_F)]
-            rows.append([*(value.item() for value in values), tokens / len(after_F)])
-        values_LQ = torch.tensor(rows, dtype=torch.float64)
-        return dict(zip(self.gives, values_LQ.unbind(1), strict=True))
+        for moments in zip(complete(self._moments_before), complete(self._moments_after), strict=True):
+            tokens = over_processes(moments[0], device)[-1, -1]
+            before_F, after_F = (_spectrum(over_processes(moment, device)) for moment in moments)
+            shapes = [*_shape_of(before_F), *_shape_of(after_F), _divergence(before_F, after_F)]
+            rows.append(torch.stack([*shapes, tokens / len(after_F)]))
+        return dict(zip(self.gives, torch.stack(rows).unbind(1), strict=True))
 
 
-def _spectrum(moment_GG: Tensor) -> tuple[Tensor, float]:
-    """Eigenvalues of the covariance as shares of their sum, falling, and the tokens; NaN if a feature is not finite."""
-    tokens, mean_F = moment_GG[-1, -1], moment_GG[-1, :-1] / moment_GG[-1, -1]
-    covariance_FF = moment_GG[:-1, :-1] / tokens - mean_F.outer(mean_F)
+def _moment(features_NF: Tensor) -> Tensor:
+    """(F + 1, F + 1) float64 second moment; the last column is of ones, so it has the sums and the number of tokens."""
+    ones_NG = nn.functional.pad(features_NF.double(), (0, 1), value=1.0)
+    return ones_NG.mT @ ones_NG
+
+
+def _spectrum(moment_GG: Tensor) -> Tensor:
+    """Eigenvalues of the covariance as shares of their sum, falling; NaN if a feature is not finite."""
+    mean_F = moment_GG[-1, :-1] / moment_GG[-1, -1]
+    covariance_FF = moment_GG[:-1, :-1] / moment_GG[-1, -1] - mean_F.outer(mean_F)
     if not covariance_FF.isfinite().all():
-        return torch.full_like(mean_F, torch.nan), tokens.item()
+        return torch.full_like(mean_F, torch.nan)
     values_F = torch.linalg.eigvalsh(covariance_FF).flip(0).clamp(min=0)  # rounding makes small ones negative
-    return values_F / values_F.sum(), tokens.item()
+    return values_F / values_F.sum()
 
 
 def _shape_of(share_F: Tensor) -> list[Tensor]:

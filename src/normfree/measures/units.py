@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.entropy.statistics import over_processes
-from normfree.measures.features import FeatureMeasure
+from normfree.measures.features import FeatureMeasure, added, complete
 from normfree.measures.histogram import counts_of
 
 EXPONENTS = 256
@@ -28,7 +28,7 @@ class Units(FeatureMeasure):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self._counts = [torch.zeros(0) for _ in self.places]  # (F, E + 2): exponents, zeros, positive features
+        self._counts: list[Tensor | None] = [None] * len(self.places)  # (F, E + 2): exponents, zeros, positive features
 
     def read_after(self, layer: int, features_NF: Tensor) -> None:
         features_NF = features_NF.float().contiguous()
@@ -37,11 +37,10 @@ class Units(FeatureMeasure):
         codes_NF += torch.arange(0, width * EXPONENTS, EXPONENTS, dtype=torch.int32, device=codes_NF.device)
         exponents_FE = counts_of(codes_NF, width * EXPONENTS).view(width, EXPONENTS)
         columns = [exponents_FE, (features_NF == 0).sum(0)[:, None], (features_NF > 0).sum(0)[:, None]]
-        counts = torch.cat(columns, dim=1).cpu()
-        self._counts[layer] = self._counts[layer] + counts if len(self._counts[layer]) else counts
+        added(self._counts, layer, torch.cat(columns, dim=1))
 
     def pooled(self, device: torch.device | str | None) -> dict[str, Tensor]:
-        values_L4 = torch.stack([_shares(over_processes(counts, device)) for counts in self._counts])
+        values_L4 = torch.stack([_shares(over_processes(counts, device)) for counts in complete(self._counts)])
         return dict(zip(self.gives, values_L4.unbind(1), strict=True))
 
 

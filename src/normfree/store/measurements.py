@@ -30,13 +30,13 @@ def write_measurement(
     folder: Path,
     facts: Mapping[str, Any],
     values: Mapping[str, Any],
-    layers: Mapping[str, Sequence[int]],
+    layers: Mapping[str, Sequence[int | str]],
     **more: Any,
 ) -> Run:
     """Write run.json and metrics.jsonl of a measurement, then read it back.
 
-    `facts` describe model, text and method; `layers` are the model's indices of the layers of a quantity; `more` are
-    the facts model, command, environment and wall_seconds.
+    `facts` describe model, text and method; `layers` are those of a quantity, as `3` or `encoder 3`; `more` are the
+    facts model, command, environment and wall_seconds.
     """
     descriptions = describe(values)
     for name, numbers in layers.items():
