@@ -33,7 +33,7 @@ def measure_batches(
     `progress` is the title of a bar, shown on a terminal. Raises ValueError if there is no batch, or a measure refuses
     the model.
     """
-    if all(measure.needs_training for measure in measures):  # they read no forward pass
+    if measures and all(measure.needs_training for measure in measures):  # they read no forward pass
         return
     device = next(model.parameters()).device
     total = len(batches) if isinstance(batches, Sized) else None

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed
+import torch.nn.functional as F
 from torch import Tensor
 
 from normfree.entropy.statistics import over_processes
@@ -21,8 +22,8 @@ _QUANTILES = {"loss_median": 0.5, "loss_99_percent": 0.99, "loss_99_9_percent": 
 class Losses(NextToken):
     """Median, 99 %, 99.9 % and largest next-token loss over all tokens, as numpy's quantiles of all losses.
 
-    Losses are kept in float32, 4 bytes a token. Raises ValueError, before the first pass, for a model that sees later
-    tokens.
+    Losses are computed and kept in float32, 4 bytes a token. Raises ValueError, before the first pass, for a model that
+    sees later tokens.
     """
 
     gives = tuple(_QUANTILES)
@@ -33,10 +34,8 @@ class Losses(NextToken):
 
     def add(self, logits_BTV: Tensor, labels_BT: Tensor) -> None:
         for logits_TV, labels_T in zip(logits_BTV[:, :-1], labels_BT[:, 1:], strict=True):
-            counts_T = labels_T != IGNORED
-            logits_NV, targets_N1 = logits_TV[counts_T].float(), labels_T[counts_T, None]
-            losses_N = logits_NV.logsumexp(-1) - logits_NV.gather(1, targets_N1)[:, 0]
-            self._losses.append(losses_N.cpu())
+            losses_T = F.cross_entropy(logits_TV.float(), labels_T, ignore_index=IGNORED, reduction="none")
+            self._losses.append(losses_T[labels_T != IGNORED].cpu())
 
     def totals(self) -> dict[str, Total]:
         return {}

@@ -8,7 +8,6 @@ import logging
 from contextlib import ExitStack
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -70,12 +69,12 @@ class Residual(StreamMeasure):
         stream_NE = real_tokens(stream_BTE, mask_BT).float()
         if not len(stream_NE):
             return
-        sizes_NE = stream_NE.abs()
-        sorted_NE, width = _sorted(sizes_NE), stream_NE.shape[1]
+        sizes_NE, width = stream_NE.abs(), stream_NE.shape[1]
+        self._counts[layer] += float_counts(sizes_NE).cpu()
+        sorted_NE = _sort(sizes_NE)
         largest_N, median_N = sorted_NE[:, -1], sorted_NE[:, (width - 1) // 2 : width // 2 + 1].mean(1)
         self._squares[layer] = self._squares[layer] + stream_NE.square().sum(0, dtype=torch.float64).cpu()
         self._tokens[layer] += len(stream_NE)
-        self._counts[layer] += float_counts(sizes_NE).cpu()
         self._largest[layer] = torch.maximum(self._largest[layer], largest_N.amax().double().cpu())
         self._ratios[layer] += (largest_N / median_N).sum(dtype=torch.float64).cpu()
 
@@ -114,11 +113,12 @@ class Residual(StreamMeasure):
         return values
 
 
-def _sorted(values_NE: Tensor) -> Tensor:
-    """Each row in rising order, NaN last; on the CPU by numpy, in a 70th of torch's time at E = 128."""
-    if values_NE.device.type == "cpu":
-        return torch.from_numpy(np.sort(values_NE.numpy(), axis=-1))
-    return values_NE.sort(-1).values
+def _sort(values_NE: Tensor) -> Tensor:
+    """Each row in rising order, NaN last; on the CPU in place, by numpy in a 70th of torch's time at E = 128."""
+    if values_NE.device.type != "cpu":
+        return values_NE.sort(-1).values
+    values_NE.numpy().sort(-1)
+    return values_NE
 
 
 def _kurtosis(squares_E: Tensor) -> Tensor:
