@@ -105,7 +105,7 @@ def test_our_branches_add_up_to_the_blocks_output(fields: dict[str, Any]) -> Non
         assert same(place.block.feed_forward.activation(before, None), after)
 
 
-def test_the_pre_activation_is_the_first_half_of_a_fused_map() -> None:
+def test_the_gate_is_first_in_a_fused_map() -> None:
     for place, block in passing(tiny_model("phi3"), {"input_ids": IDS}):
         gate, up = block.tensors["before"].split(place.width, dim=-1)
         assert same(nn.functional.silu(gate) * up, block.tensors["after"])

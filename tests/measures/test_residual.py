@@ -78,15 +78,15 @@ def test_what_branches_add_is_recomputed_from_their_inputs() -> None:
             for part, added in (("attention", attended), ("feed_forward", fed)):
                 rms = added.double().square().mean().sqrt().item()
                 assert measured[f"{part}_rms"][layer] == pytest.approx(rms, rel=1e-5)
-                share = rms / measured["residual_rms"][layer]
-                assert measured[f"{part}_share"][layer] == pytest.approx(share, rel=1e-5)
+                ratio = rms / measured["residual_rms"][layer]
+                assert measured[f"{part}_to_stream"][layer] == pytest.approx(ratio, rel=1e-5)
 
 
 def test_a_learned_scale_is_a_part_of_what_is_added() -> None:
     """ReZero's scale is 0 at the start: the branches add nothing, whatever they compute."""
     measured = measure(small_model(branch="rezero", spread=0.0), IDS, "residual")
     assert not measured["attention_rms"].any()
-    assert not measured["feed_forward_share"].any()
+    assert not measured["feed_forward_to_stream"].any()
 
 
 def planted_gpt2() -> Any:

@@ -71,8 +71,8 @@ def attention_layers(model: nn.Module) -> dict[Any, HeadLayer]:
         for name, module in model.named_modules()
         if not isinstance(module, PreTrainedModel) and registry_of(module) is not None
     }
-    own = _names(stack for stack, _, is_cross in routed.values() if not is_cross)
-    across = _names(stack for stack, _, is_cross in routed.values() if is_cross)
+    own = stack_names(stack for stack, _, is_cross in routed.values() if not is_cross)
+    across = stack_names(stack for stack, _, is_cross in routed.values() if is_cross)
     if across and len(own) == 1:
         own = dict.fromkeys(own, "decoder")
     groups: dict[str, dict[nn.Module, HeadLayer]] = {}
@@ -98,7 +98,7 @@ def _place(model: nn.Module, path: list[str], module: Any) -> tuple[tuple[str, .
     return tuple(path[:-1] if depth is None else path[:depth]), number, is_cross
 
 
-def _names(stacks: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+def stack_names(stacks: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
     """A group name for each stack: the last part of its path that tells it from another; empty for a single one.
 
     Where two stacks would have one name, they have that part unchanged, or the whole path.

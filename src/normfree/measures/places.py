@@ -15,7 +15,8 @@ import yaml
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-Label = int | str
+from normfree.entropy.layers import Layer as Label
+from normfree.entropy.layers import stack_names
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,10 +71,12 @@ def blocks_of(model: nn.Module) -> dict[Label, nn.Module]:
         raise ValueError(f"no list of blocks in {type(model).__name__}; looked for lists named {looked_for}")
     if len(stacks) == 1:
         return dict(enumerate(next(iter(stacks.values()))))
-    called = {path: _stack_name(path) for path in stacks}
-    if len(set(called.values())) < len(called):
-        called = {path: path for path in stacks}
-    return {f"{called[path]} {number}": block for path, stack in stacks.items() for number, block in enumerate(stack)}
+    called = stack_names(tuple(path.split(".")) for path in stacks)
+    return {
+        f"{name} {number}": block
+        for name, stack in zip(called.values(), stacks.values(), strict=True)
+        for number, block in enumerate(stack)
+    }
 
 
 def places_of(model: nn.Module) -> list[Place]:
@@ -118,10 +121,6 @@ def _find(block: nn.Module, path: str) -> nn.Module | None:
     except AttributeError:
         return None
     return part if isinstance(part, nn.Module) else None
-
-
-def _stack_name(path: str) -> str:
-    return next((name for word, name in _names()["stacks"].items() if word in path), "text")
 
 
 @cache

@@ -34,7 +34,7 @@ class Residual(StreamMeasure):
     """
 
     gives = (
-        *("residual_rms", "attention_rms", "feed_forward_rms", "attention_share", "feed_forward_share"),
+        *("residual_rms", "attention_rms", "feed_forward_rms", "attention_to_stream", "feed_forward_to_stream"),
         *("feature_size_kurtosis", "largest_activation", "median_activation", "largest_to_median"),
         *(f"activations_over_{medians}_medians" for medians in MASSIVE),
         "largest_to_median_of_token",
@@ -99,7 +99,7 @@ class Residual(StreamMeasure):
         rms_L = merged("root of the mean", totals["residual_rms"], device)
         values = {"feature_size_kurtosis": torch.stack([_kurtosis(over_processes(s, device)) for s in self._squares])}
         for part in BRANCHES if self._places else ():
-            values[f"{part}_share"] = merged("root of the mean", totals[f"{part}_rms"], device) / rms_L
+            values[f"{part}_to_stream"] = merged("root of the mean", totals[f"{part}_rms"], device) / rms_L
         counts_LB = over_processes(self._counts, device)
         [median_L] = quantiles(counts_LB, [0.5])
         largest_L = merged("maximum", totals["largest_activation"], device)
