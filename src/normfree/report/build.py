@@ -216,13 +216,20 @@ def _facts(parts: Sequence[Part]) -> dict[str, list[str]]:
 def _measurement(run: Run) -> str:
     facts = run.facts["measurement"]
     windows = "1 window" if facts["sequences"] == 1 else f"{facts['sequences']} windows"
+    rows = " and ".join(facts.get("inputs") or [f"{windows} of {facts['context']} tokens"])  # older records lack them
     first = f", each with {''.join(facts['leading_tokens'])} first" if facts["leading_tokens"] else ""
-    causal = "" if facts["causal"] else "; not causal: queries see later tokens; ceilings are means of ln(visible)"
+    causal = causality_note(facts)
     memory = "GPU memory" if facts["device"].startswith("cuda") else "memory of the process"
     return (
-        f"{facts['name']}: {windows} of {facts['context']} tokens from {facts['text']}{first}{causal}; on "
+        f"{facts['name']}: {rows} from {facts['text']}{first}{causal and f'; {causal}'}; on "
         f"{facts['device']}, {duration(run.facts['wall_seconds'])}, peak {memory} {facts['peak_memory_mib']:.0f} MiB"
     )
+
+
+def causality_note(facts: Mapping[str, Any]) -> str:
+    """What the ceilings of a measurement mean, unless all its rows are causal."""
+    note = "ceilings are means of ln(visible)"
+    return {True: "", False: f"not causal: queries see later tokens; {note}"}.get(facts["causal"], note)
 
 
 def _environment(run: Run, texts: Mapping[str, str]) -> str:
