@@ -35,7 +35,7 @@ class MeasureOptions(ModelOptions):
 
 
 def measure(name: str, options: MeasureOptions) -> None:
-    """Measure a model on a text or images; write records that `normfree report` reads, and a page; print main tables."""
+    """Measure a model on a text or images; write records for `normfree report` and a page; print the main tables."""
     from normfree.measures import periods_of
     from normfree.measures.measurement import measure as measure_model
     from normfree.pretrained.load import load_measurable

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from tqdm import tqdm
 
 from normfree import __version__
-from normfree.analysis.entropy import shares_of_ceiling, trained_heads
+from normfree.analysis.entropy import ceiling_words, shares_of_ceiling, trained_heads
 from normfree.analysis.groups import Part, all_runs, parts_of
 from normfree.files import write_atomically
 from normfree.report.figures import PageFigure
@@ -151,6 +151,7 @@ def render_page(parts: Sequence[Part], sections: Sequence[Sequence[dict[str, Any
     script = _PAGES.loader.get_source(_PAGES, "script.js")[0]  # pyright: ignore[reportOptionalMemberAccess]
     return _PAGES.get_template("index.html.j2").render(
         version=__version__,
+        is_causal=ceiling_words(runs) == "causal ceiling",
         title=f"normfree: {', '.join(_distinct(runs, lambda run: run.spec['study']))}",
         parts=[
             {
