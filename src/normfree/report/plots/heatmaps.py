@@ -137,9 +137,8 @@ def heatmap_svg(drawing: Heatmap) -> Markup:
         if width == 30:
             shade = "" if is_light_LH[layer, head] else ' fill="#fff"'
             parts.append(f'<text x="{x + 15}" y="{y + 14}"{shade}>{text}</text>')
-    rows = [
-        (left // 2 + 1, layer * _HEIGHT + 14, drawing.layers[layer]) for layer in range(0, layers, 1 + layers // 24)
-    ]
+    middle, every = left // 2 + 1, 1 + layers // 24
+    rows = [(middle, layer * _HEIGHT + 14, drawing.layers[layer]) for layer in range(0, layers, every)]
     columns = [(left + (head + 0.5) * width, layers * _HEIGHT + 14, head) for head in range(0, heads, 1 + heads // 17)]
     parts += [f'<text class="axis" x="{x}" y="{y}">{number}</text>' for x, y, number in (*rows, *columns)]
     box = f"0 0 {left + heads * width} {layers * _HEIGHT + _BOTTOM}"
