@@ -132,6 +132,9 @@ def _load_beside(name: str, loader: Any, source: dict[str, Any]) -> Any:
     try:
         return loader.from_pretrained(**source)
     except _UNREADABLE as error:
+        if loader is AutoImageProcessor:
+            why = _first_line(error)
+            raise ValueError(f"{name} has no image processor ({why}); save the model's beside it") from error
         raise _cannot_load(name, error) from error
 
 
