@@ -94,7 +94,9 @@ class Ranges(FeatureMeasure):
     def read_before(self, layer: int, features_NF: Tensor) -> None:
         self._sites["activation_input"].setdefault(self.places[layer].label, Range()).add_values(features_NF)
 
-    def _read_norm(self, norm: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def _read_norm(self, norm: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if not (inputs and isinstance(output, Tensor)):
+            return
         self._outputs.append((norm, output, inputs[0], set()))
         if norm in self._outside:
             self._outside[norm].add_values(real_tokens(inputs[0], self.mask_BT))
