@@ -253,7 +253,7 @@ def wrong_labels(model: Any) -> None:
     [
         (lambda model: Selectivity(model, classes=torch.arange(60)), r"classes has shape \(60,\).*each of the 61 ids"),
         (lambda model: Selectivity(model, classes=torch.rand(61)), "dtype torch.float32"),
-        (Selectivity, "give selectivity={'classes'"),
+        (Selectivity, "give tokenizer=, or selectivity={'classes'"),
         (wrong_labels, "knows the class of 0 tokens, but layer 0 has 4"),
         (lambda model: values_of([Units(model)]), "no forward pass reached layer 0"),
         (lambda model: values_of([Spectrum(model)]), "no forward pass reached layer 0"),

@@ -25,8 +25,9 @@ FIGURES = {("layer", "head"): ("heads", "layers"), ("layer",): ("depth", "layers
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory, tiny: list[str], cache: Path) -> Run:
-    """A run with every measure; its slopes are learnable, so that it has all quantities."""
-    words = [*tiny, "variant=leaky-per-layer", f"probe.measures=[{','.join(MEASURES)}]"]
+    """A run with every measure; it has norms and learnable slopes, so that it has all quantities."""
+    words = [*tiny, "variant=custom", "tag=all", "model.norm=layernorm", "model.activation=leaky_relu"]
+    words += ["model.learnable_slope=per_layer", f"probe.measures=[{','.join(MEASURES)}]"]
     return read_run(train(compose_run(words).spec, runs_dir=tmp_path_factory.mktemp("runs"), cache=cache))
 
 

@@ -54,7 +54,8 @@ class HeadLayer(NamedTuple):
 def labels(layers: Iterable[HeadLayer]) -> list[Layer]:
     """Labels of measured layers in their order: numbers if all are of one group."""
     ordered = sorted(layers)
-    return [each.number if len({layer.group for layer in ordered}) == 1 else str(each) for each in ordered]
+    is_one_group = len({layer.group for layer in ordered}) == 1
+    return [layer.number if is_one_group else str(layer) for layer in ordered]
 
 
 def attention_layers(model: nn.Module) -> dict[Any, HeadLayer]:

@@ -6,10 +6,9 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed
@@ -37,10 +36,13 @@ def measure_batches(
         return
     device = next(model.parameters()).device
     total = len(batches) if isinstance(batches, Sized) else None
-    call: Callable[..., Any] = partial(model, use_cache=False)
+    reads, words = model, {}
     if not any(measure.needs_logits for measure in measures):
-        one_logit = "logits_to_keep" in inspect.signature(type(model).forward).parameters
-        call = partial(call, logits_to_keep=1) if one_logit else partial(model.base_model, use_cache=False)
+        if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
+            words = {"logits_to_keep": 1}
+        else:
+            reads = model.base_model
+    call = partial(reads, **words, **_without_cache(reads))
     batches = iter(batches)
     first = next(batches, None)
     if first is None:
@@ -62,6 +64,13 @@ def measure_batches(
                     mask if mask is not None and mask.dim() == 2 else None for mask in masks
                 )
             call(**inputs)
+
+
+def _without_cache(model: nn.Module) -> dict[str, bool]:
+    """`use_cache=False` for a model that has a cache: encoders of images know no such word."""
+    words = inspect.signature(model.forward).parameters.values()
+    is_known = any(word.name == "use_cache" or word.kind is word.VAR_KEYWORD for word in words)
+    return {"use_cache": False} if is_known else {}
 
 
 def blocks_of(

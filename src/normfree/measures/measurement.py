@@ -157,7 +157,7 @@ def _batches(model: PreTrainedModel, inputs: Inputs, batch: int, tokenizer: Any)
 
 def _tokenizer(model: PreTrainedModel, tokenizer: Any) -> Any:
     if tokenizer is None and not model.name_or_path:
-        raise ValueError("a text needs tokenizer=, because this model was not loaded by a name; or give token ids")
+        raise ValueError("give tokenizer=, because this model was not loaded by a name; for a text, token ids will do")
     return tokenizer or AutoTokenizer.from_pretrained(model.name_or_path)
 
 

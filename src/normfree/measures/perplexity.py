@@ -70,6 +70,8 @@ def next_token_nats(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[float, int]:
 def sees_later_tokens(model: PreTrainedModel, ids_BT: Tensor) -> bool:
     """True if changing later tokens moves the logits of earlier ones by more than rounding; NaN moves nothing.
 
+    Without a language-model head it is the last hidden states that are compared.
+
     The tokens change from an odd place on, where no block of 2, 4, 8, ... tokens ends. Experts regroup their tokens, so
     their rounding is allowed for (1e-5 of the logits' spread in fp32). Our own models are causal by construction, and
     not run.
@@ -81,8 +83,9 @@ def sees_later_tokens(model: PreTrainedModel, ids_BT: Tensor) -> bool:
     changed_BT = ids_BT.clone()
     changed_BT[:, same:] += 1
     changed_BT %= len(cast(nn.Embedding, model.get_input_embeddings()).weight)
+    read = model.base_model if model.get_output_embeddings() is None else model
     with in_evaluation_mode(model):
-        first, second = (model(input_ids=ids, use_cache=False).logits[:, :same].float() for ids in (ids_BT, changed_BT))
+        first, second = (read(input_ids=ids, use_cache=False)[0][:, :same].float() for ids in (ids_BT, changed_BT))
     experts = any("expert" in name for name, _ in model.named_modules())
     rounding = max(1e-4, 8 * torch.finfo(model.dtype).eps * experts)
     return bool((first - second).abs().max() > rounding * first.std())
@@ -100,8 +103,9 @@ class NextToken(Measure):
         return self.model.register_forward_hook(self._read, with_kwargs=True)
 
     def check(self, inputs: Mapping[str, Tensor]) -> None:
-        if "input_ids" not in inputs or cast(PreTrainedModel, self.model).get_output_embeddings() is None:
-            raise ValueError("perplexity needs input_ids and a model with a language-model head")
+        is_seq2seq = "decoder_input_ids" in inputs
+        if "input_ids" not in inputs or is_seq2seq or cast(PreTrainedModel, self.model).get_output_embeddings() is None:
+            raise ValueError("perplexity needs input_ids alone and a model with a causal language-model head")
         if sees_later_tokens(cast(PreTrainedModel, self.model), inputs["input_ids"]):
             raise ValueError(
                 f"{type(self.model).__name__} is not causal: later tokens change its predictions of earlier ones, so "

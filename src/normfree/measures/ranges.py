@@ -17,7 +17,7 @@ from normfree.entropy.routing import AttentionCall
 from normfree.entropy.statistics import over_processes
 from normfree.entropy.tap import AttentionTap
 from normfree.measures.features import FeatureMeasure, real_tokens
-from normfree.measures.histogram import BINS, float_counts, quantile
+from normfree.measures.histogram import BINS, float_counts, quantiles
 from normfree.measures.measure import Total, merged
 from normfree.measures.places import Label, Place
 from normfree.measures.scores import scores_of
@@ -94,7 +94,9 @@ class Ranges(FeatureMeasure):
     def read_before(self, layer: int, features_NF: Tensor) -> None:
         self._sites["activation_input"].setdefault(self.places[layer].label, Range()).add_values(features_NF)
 
-    def _read_norm(self, norm: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def _read_norm(self, norm: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if not (inputs and isinstance(output, Tensor)):
+            return
         self._outputs.append((norm, output, inputs[0], set()))
         if norm in self._outside:
             self._outside[norm].add_values(real_tokens(inputs[0], self.mask_BT))
@@ -123,9 +125,8 @@ class Ranges(FeatureMeasure):
         for site, ranges in self._ranges().items():
             counts_LB = over_processes(torch.stack([each.counts for each in ranges]), device)
             lowest, highest = (merged(f"{name}imum", extremes[f"{site}_{name}"], device) for name in ("min", "max"))
-            for name, share in QUANTILES.items():
-                quantile_L = quantile(counts_LB, share)
-                value = quantile_L if site in LAYER_SITES else quantile_L[0]
+            for name, value in zip(QUANTILES, quantiles(counts_LB, [*QUANTILES.values()]), strict=True):
+                value = value if site in LAYER_SITES else value[0]
                 values[f"{site}_{name}"] = torch.minimum(torch.maximum(value, lowest), highest)
         return values
 

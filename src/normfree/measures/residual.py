@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from normfree.entropy.statistics import over_processes
 from normfree.measures.features import real_tokens
-from normfree.measures.histogram import BINS, INFINITE, float_counts, quantile
+from normfree.measures.histogram import BINS, INFINITE, float_counts, quantiles
 from normfree.measures.measure import Total, merged
 from normfree.measures.places import Label, places_of
 from normfree.measures.stream import StreamMeasure
@@ -101,7 +101,7 @@ class Residual(StreamMeasure):
         for part in BRANCHES if self._places else ():
             values[f"{part}_to_stream"] = merged("root of the mean", totals[f"{part}_rms"], device) / rms_L
         counts_LB = over_processes(self._counts, device)
-        median_L = quantile(counts_LB, 0.5)
+        [median_L] = quantiles(counts_LB, [0.5])
         largest_L = merged("maximum", totals["largest_activation"], device)
         values |= {"median_activation": median_L, "largest_to_median": largest_L / median_L}
         sizes_B = ((torch.arange(INFINITE) << 16) | 0x8000).to(torch.int32).view(torch.float32).double()

@@ -41,7 +41,7 @@ class Selectivity(FeatureMeasure):
         rows = len(cast(Tensor, self._embedding.weight))
         if classes is None:
             if tokenizer is None:
-                raise ValueError("give selectivity={'classes': a tensor with the class of each id}, or tokenizer=")
+                raise ValueError("give tokenizer=, or selectivity={'classes': a tensor with the class of each id}")
             classes = token_classes(tokenizer, rows)
         if classes.shape != (rows,) or classes.is_floating_point() or classes.min() < 0:
             raise ValueError(
@@ -85,6 +85,8 @@ class Selectivity(FeatureMeasure):
                 sums_2CF[labelling, label] += magnitude_NF[rows].sum(0, dtype=torch.float64).cpu()
                 counts_FB = counts_of(codes_NF[rows], width * BINS).view(width, BINS)
                 counts_2CFB[labelling, label] += counts_FB.cpu()
+        if layer == len(self.places) - 1:
+            self._labels = []  # the next pass has its own
 
     def pooled(self, device: torch.device | str | None) -> dict[str, Tensor]:
         values = []
