@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,7 +22,9 @@ NORMALISERS = {
     "observed": "the highest entropy measured here (the paper's Max)",
     "log_t": "ln T, which only the last row of a causal matrix can reach",
     "causal": "ln(T!)/T, the entropy if every token looked equally at all tokens up to itself",
+    "ceiling": "in models that are not causal, the entropy if every row looked equally at all that it sees",
 }
+"""`log_t` and `causal` are of causal models, `ceiling` of the others."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,24 @@ class Heads:
     ceiling_L: Floats
     """Entropy in nats of a head that attends uniformly to every visible token."""
     step: int
-    layers: Sequence[int]
-    """The model's own numbers of the layers."""
+    layers: Sequence[int | str]
+    """The model's own numbers of the layers, or `encoder 0`, `cross 0` in a model with several groups of heads."""
+
+    @property
+    def groups(self) -> list[Heads]:
+        """The heads of each group; one for a model with a single stack of layers."""
+        places: dict[str, list[int]] = {}
+        for place, layer in enumerate(self.layers):
+            places.setdefault(group_and_number(layer)[0], []).append(place)
+        return [
+            replace(
+                self,
+                entropy_LH=self.entropy_LH[part],
+                ceiling_L=self.ceiling_L[part],
+                layers=[self.layers[place] for place in part],
+            )
+            for part in places.values()
+        ]
 
 
 @dataclass(frozen=True)
@@ -55,6 +73,21 @@ class RangeCounts:
     def shares(self) -> list[float]:
         """Shares of all heads; they sum to 1 only if every head is finite."""
         return [count / self.heads for count in self.finite_R]
+
+
+def group_and_number(layer: int | str) -> tuple[str, int]:
+    """`encoder 3` as (encoder, 3); the group of a plain number is empty."""
+    group, _, number = str(layer).rpartition(" ")
+    return group, int(number)
+
+
+def ceiling_words(runs: Iterable[Run]) -> str:
+    """What the ceiling of these runs is called: causal, unless a measured model has rows that see later tokens."""
+    return "causal ceiling" if all(map(_is_causal, runs)) else "ceiling"
+
+
+def _is_causal(run: Run) -> bool:
+    return run.facts.get("measurement", {}).get("causal", True) is True
 
 
 def causal_ceiling(context: int) -> float:
@@ -156,7 +189,10 @@ def pooled_ranges(groups: Sequence[Group]) -> dict[str, dict[str, RangeCounts]]:
     for group in groups:
         if heads := heads_of[group.name]:
             entropy_LH = np.concatenate([seed.entropy_LH for seed in heads])
-            maxima = {"observed": observed, "log_t": math.log(group.runs[0].spec["data"]["context"])}
-            maxima |= {"causal": np.concatenate([seed.ceiling_L for seed in heads])}
-            pooled[group.name] = {name: range_counts(entropy_LH, maxima[name]) for name in NORMALISERS}
+            maxima, ceiling_L = {"observed": observed}, np.concatenate([seed.ceiling_L for seed in heads])
+            if _is_causal(group.runs[0]):
+                maxima |= {"log_t": math.log(group.runs[0].spec["data"]["context"]), "causal": ceiling_L}
+            else:
+                maxima["ceiling"] = ceiling_L
+            pooled[group.name] = {name: range_counts(entropy_LH, maximum) for name, maximum in maxima.items()}
     return pooled

@@ -1,4 +1,4 @@
-"""Attention entropy of any Hugging Face causal language model, without the T x T matrix.
+"""Attention entropy of any Hugging Face model, without the T x T matrix.
 
 This package imports nothing else of normfree.
 """

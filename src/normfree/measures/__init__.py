@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from normfree.measures.gradients import Gradients
 from normfree.measures.heads import Heads
 from normfree.measures.logits import Logits
+from normfree.measures.losses import Losses
 from normfree.measures.measure import Measure
 from normfree.measures.perplexity import Perplexity
+from normfree.measures.propagation import Propagation
+from normfree.measures.ranges import Ranges
 from normfree.measures.residual import Residual
+from normfree.measures.selectivity import Selectivity
+from normfree.measures.sinks import Sinks
 from normfree.measures.slopes import Slopes
+from normfree.measures.spectrum import Spectrum
+from normfree.measures.units import Units
 from normfree.store.quantities import QUANTITIES
 
 MEASURES: dict[str, type[Measure]] = {
@@ -21,6 +29,14 @@ MEASURES: dict[str, type[Measure]] = {
     "perplexity": Perplexity,
     "logits": Logits,
     "residual": Residual,
+    "propagation": Propagation,
+    "losses": Losses,
+    "gradients": Gradients,
+    "sinks": Sinks,
+    "ranges": Ranges,
+    "units": Units,
+    "spectrum": Spectrum,
+    "selectivity": Selectivity,
 }
 
 
@@ -49,15 +65,22 @@ def periods_of(entries: Sequence[str], default: int) -> dict[str, int]:
     return periods
 
 
-def open_measures(names: Sequence[str], model: nn.Module, **options: Mapping[str, Any]) -> list[Measure]:
+def open_measures(
+    names: Sequence[str], model: nn.Module, tokenizer: Callable[[], Any] | None = None, **options: Mapping[str, Any]
+) -> list[Measure]:
     """Build measures for a model. `options` are keyword arguments by the measure's name.
+
+    `tokenizer` loads the model's tokenizer, for measures that need one.
 
     Raises ValueError, with the measure's name, for a model that it cannot serve.
     """
     measures = []
     for name in sorted(names, key=lambda name: name != "heads"):  # the first to enter the registry, the last to leave
+        own = options.get(name) or {}
         try:
-            measures.append(MEASURES[name](model, **options.get(name, {})))
+            if MEASURES[name].needs_tokenizer and tokenizer is not None and not own:
+                own = {"tokenizer": tokenizer()}
+            measures.append(MEASURES[name](model, **own))
         except ValueError as error:
             raise type(error)(f"measure {name}: {error}") from error
     return measures

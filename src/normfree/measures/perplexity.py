@@ -70,6 +70,8 @@ def next_token_nats(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[float, int]:
 def sees_later_tokens(model: PreTrainedModel, ids_BT: Tensor) -> bool:
     """True if changing later tokens moves the logits of earlier ones by more than rounding; NaN moves nothing.
 
+    Without a language-model head it is the last hidden states that are compared.
+
     The tokens change from an odd place on, where no block of 2, 4, 8, ... tokens ends. Experts regroup their tokens, so
     their rounding is allowed for (1e-5 of the logits' spread in fp32). Our own models are causal by construction, and
     not run.
@@ -81,45 +83,62 @@ def sees_later_tokens(model: PreTrainedModel, ids_BT: Tensor) -> bool:
     changed_BT = ids_BT.clone()
     changed_BT[:, same:] += 1
     changed_BT %= len(cast(nn.Embedding, model.get_input_embeddings()).weight)
+    read = model.base_model if model.get_output_embeddings() is None else model
     with in_evaluation_mode(model):
-        first, second = (model(input_ids=ids, use_cache=False).logits[:, :same].float() for ids in (ids_BT, changed_BT))
+        first, second = (read(input_ids=ids, use_cache=False)[0][:, :same].float() for ids in (ids_BT, changed_BT))
     experts = any("expert" in name for name, _ in model.named_modules())
     rounding = max(1e-4, 8 * torch.finfo(model.dtype).eps * experts)
     return bool((first - second).abs().max() > rounding * first.std())
 
 
-class Perplexity(Measure):
-    """Loss and perplexity of all tokens, each predicted from those before it in its row.
+class NextToken(Measure):
+    """Base of measures of next-token predictions, each from the tokens before it in its row.
 
     Raises ValueError, before the first pass, for a model that sees later tokens.
     """
 
-    gives = ("loss", "perplexity")
     needs_logits = True
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__(model)
-        self.nats, self.tokens = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
-
     def attach(self) -> AbstractContextManager[Any]:
-        return self.model.register_forward_hook(self._add, with_kwargs=True)
+        return self.model.register_forward_hook(self._read, with_kwargs=True)
 
     def check(self, inputs: Mapping[str, Tensor]) -> None:
-        if "input_ids" not in inputs or cast(PreTrainedModel, self.model).get_output_embeddings() is None:
-            raise ValueError("perplexity needs input_ids and a model with a language-model head")
+        is_seq2seq = "decoder_input_ids" in inputs
+        if "input_ids" not in inputs or is_seq2seq or cast(PreTrainedModel, self.model).get_output_embeddings() is None:
+            raise ValueError("perplexity needs input_ids alone and a model with a causal language-model head")
         if sees_later_tokens(cast(PreTrainedModel, self.model), inputs["input_ids"]):
             raise ValueError(
                 f"{type(self.model).__name__} is not causal: later tokens change its predictions of earlier ones, so "
                 "it has no perplexity; `normfree measure` shows its heads (BERT is causal with is_decoder=true)"
             )
 
-    def _add(self, _model: torch.nn.Module, positional: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+    def _read(self, _model: torch.nn.Module, positional: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         labels_BT = named["input_ids"] if self.labels_BT is None else self.labels_BT
         if self.mask_BT is not None:  # padding is not predicted, nor is anything predicted from it
             known_BT = self.mask_BT != 0
             known_BT = torch.cat([known_BT[:, :1], known_BT[:, 1:] & known_BT[:, :-1]], dim=1)
             labels_BT = labels_BT.masked_fill(~known_BT, IGNORED)
-        nats, tokens = next_token_nats(output.logits, labels_BT)
+        self.add(output.logits, labels_BT)
+
+    def add(self, logits_BTV: Tensor, labels_BT: Tensor) -> None:
+        """Add the predictions of a pass: logits at t are of the label at t + 1; labels of -100 do not count."""
+        raise NotImplementedError
+
+
+class Perplexity(NextToken):
+    """Loss and perplexity of all tokens, each predicted from those before it in its row.
+
+    Raises ValueError, before the first pass, for a model that sees later tokens.
+    """
+
+    gives = ("loss", "perplexity")
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__(model)
+        self.nats, self.tokens = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
+
+    def add(self, logits_BTV: Tensor, labels_BT: Tensor) -> None:
+        nats, tokens = next_token_nats(logits_BTV, labels_BT)
         self.nats, self.tokens = self.nats + nats, self.tokens + tokens
 
     def totals(self) -> dict[str, Total]:

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from tqdm import tqdm
 
 from normfree import __version__
-from normfree.analysis.entropy import shares_of_ceiling, trained_heads
+from normfree.analysis.entropy import ceiling_words, shares_of_ceiling, trained_heads
 from normfree.analysis.groups import Part, all_runs, parts_of
 from normfree.files import write_atomically
 from normfree.report.figures import PageFigure
@@ -151,6 +151,7 @@ def render_page(parts: Sequence[Part], sections: Sequence[Sequence[dict[str, Any
     script = _PAGES.loader.get_source(_PAGES, "script.js")[0]  # pyright: ignore[reportOptionalMemberAccess]
     return _PAGES.get_template("index.html.j2").render(
         version=__version__,
+        is_causal=ceiling_words(runs) == "causal ceiling",
         title=f"normfree: {', '.join(_distinct(runs, lambda run: run.spec['study']))}",
         parts=[
             {
@@ -219,13 +220,20 @@ def _facts(parts: Sequence[Part]) -> dict[str, list[str]]:
 def _measurement(run: Run) -> str:
     facts = run.facts["measurement"]
     windows = "1 window" if facts["sequences"] == 1 else f"{facts['sequences']} windows"
+    rows = " and ".join(facts.get("inputs") or [f"{windows} of {facts['context']} tokens"])  # older records lack them
     first = f", each with {''.join(facts['leading_tokens'])} first" if facts["leading_tokens"] else ""
-    causal = "" if facts["causal"] else "; not causal: queries see later tokens; ceilings are means of ln(visible)"
+    causal = causality_note(facts)
     memory = "GPU memory" if facts["device"].startswith("cuda") else "memory of the process"
     return (
-        f"{facts['name']}: {windows} of {facts['context']} tokens from {facts['text']}{first}{causal}; on "
+        f"{facts['name']}: {rows} from {facts['text']}{first}{causal and f'; {causal}'}; on "
         f"{facts['device']}, {duration(run.facts['wall_seconds'])}, peak {memory} {facts['peak_memory_mib']:.0f} MiB"
     )
+
+
+def causality_note(facts: Mapping[str, Any]) -> str:
+    """What the ceilings of a measurement mean, unless all its rows are causal."""
+    note = "ceilings are means of ln(visible)"
+    return {True: "", False: f"not causal: queries see later tokens; {note}"}.get(facts["causal"], note)
 
 
 def _environment(run: Run, texts: Mapping[str, str]) -> str:

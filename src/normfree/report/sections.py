@@ -7,8 +7,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from normfree.analysis import published
-from normfree.analysis.entropy import causal_ceiling, recorded_quantities, shares_of_ceiling, trained_heads
-from normfree.analysis.groups import Group
+from normfree.analysis.entropy import (
+    causal_ceiling,
+    ceiling_words,
+    recorded_quantities,
+    shares_of_ceiling,
+    trained_heads,
+)
+from normfree.analysis.groups import Group, all_runs
 from normfree.analysis.pairs import main_pairs
 from normfree.cost.tradeoff import trade_off
 from normfree.report import figures
@@ -105,11 +111,12 @@ def _published(groups: Groups) -> PageFigure | None:
 
 
 def _overload(groups: Groups) -> PageFigure | None:
+    ceiling = ceiling_words(all_runs(groups))
     return seed_figure(
         groups,
         curves.overload_series,
         draws=[partial(curves.seed_curves, series=curves.overload_series, label="heads in the top quarter (%)")],
-        caption="Heads at or above 3/4 of the causal ceiling, in percent of all heads. Untrained heads are nearly "
+        caption=f"Heads at or above 3/4 of the {ceiling}, in percent of all heads. Untrained heads are nearly "
         "uniform, so lines begin at the top; what counts is where they end. The verdict of overload counts only the "
         "first third of the layers, which the table below shows separately.",
     )

@@ -94,7 +94,7 @@ def train(
         set_seed(spec.seed)
         objective = build_objective(spec, config, steps)
         model = initial_model(spec, config, corpus)
-        open_measures(measures, model)  # raises for measures that do not fit the model
+        open_measures(measures, model, corpus.tokenizer)  # raises for measures that do not fit the model
         facts = {"command": command or command_line(), "study_note": note, "steps": steps}
         record = open_record(folder, spec, corpus, model, objective, **facts)
         try:
@@ -179,7 +179,8 @@ def _finish(record: Record, model: NormFreeForCausalLM, measures: list[str], tra
     """Measure and save the trained model."""
     spec, corpus, size = record.spec, record.corpus, record.spec.train.micro_batch_sequences
     final_NT = spread(record.held_out_NT, spec.probe.final_sequences)
-    record.log(record.steps, "final", measurements(model, final_NT, measures, batch_sequences=size))
+    values = measurements(model, final_NT, measures, batch_sequences=size, tokenizer=corpus.tokenizer)
+    record.log(record.steps, "final", values)
     bytes_of_text = corpus.predicted_bytes()
     result = evaluate_blocks(model, record.held_out_NT, predicted_bytes=bytes_of_text, batch_sequences=size)
     if PartialState().is_main_process:

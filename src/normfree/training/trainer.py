@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from normfree.files import read_manifest
+from normfree.measures import periods_of
+from normfree.measures.gradients import block_gradient_norms
 from normfree.model.modeling import NormFreePreTrainedModel
 from normfree.store.checkpoints import CheckpointError
 from normfree.training.guard import Divergence, NonFiniteError, earliest, locate
@@ -48,6 +50,7 @@ class NormFreeTrainer(Trainer):
         self._batches_of_step: list[dict[str, Tensor]] = []
         self._loss_before_step = torch.zeros(())
         self._gradient_norm: Tensor | None = None
+        self._gradients_every = periods_of(self.spec.probe.measures, self.spec.probe.every_steps).get("gradients")
         super().__init__(model=model, args=args, **rest)
         self.add_callback(_Advance(self))
         use_fp32_products()  # TrainingArguments and Accelerate turn TF32 on when they compile
@@ -152,6 +155,17 @@ class NormFreeTrainer(Trainer):
         return bool(torch.isfinite(total))
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Clip, and leave norms of the blocks' gradients to the measure `gradients` in the steps where it is due."""
+        step, every = self.state.global_step + 1, self._gradients_every
+        if every is None or (step % every and step != self.state.max_steps):
+            return self._clip(model)
+        scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0  # fp16's gradients have it
+        before_L = block_gradient_norms(self.network) / scale
+        norm = self._clip(model)
+        vars(self.network)["block_gradient_norms"] = before_L, block_gradient_norms(self.network)
+        return norm
+
+    def _clip(self, model: nn.Module) -> Tensor:
         if self._gradient_norm is None:
             return cast(Tensor, super()._clip_grad_norm(model))
         nn.utils.clip_grads_with_norm_(self.network.parameters(), self.args.max_grad_norm, self._gradient_norm)

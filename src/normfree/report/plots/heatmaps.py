@@ -29,8 +29,8 @@ class Heatmap:
 
     title: str
     values_LH: np.ndarray
-    layers: Sequence[int]
-    """Numbers of the rows."""
+    layers: Sequence[int | str]
+    """Numbers or names of the rows."""
     limits: tuple[float, float]
     colours: str = HEATMAP_COLOURS
 
@@ -127,20 +127,22 @@ def heatmap_svg(drawing: Heatmap) -> Markup:
     """Hand-written SVG for the page: small, fast, with values on hover. Heads that are not finite are grey."""
     layers, heads = drawing.values_LH.shape
     width = 30 if heads <= 16 else 16
+    left = max(_LEFT, 10 + 6 * max(len(str(layer)) for layer in drawing.layers))  # room for "encoder 0"
     parts, (fills_LH3, is_light_LH) = [], drawing.colour_cells()
     for (layer, head), value in np.ndenumerate(drawing.values_LH):
-        x, y = _LEFT + head * width, layer * _HEIGHT
+        x, y = left + head * width, layer * _HEIGHT
         text = f"{value:z.2f}" if np.isfinite(value) else "NaN"
         parts.append(f'<rect x="{x}" y="{y}" fill="{to_hex(tuple(fills_LH3[layer, head]))}">')
-        parts.append(f"<title>layer {drawing.layers[layer]} head {head}: {text}</title></rect>")
+        parts.append(f"<title>layer {escape(drawing.layers[layer])} head {head}: {text}</title></rect>")
         if width == 30:
             shade = "" if is_light_LH[layer, head] else ' fill="#fff"'
             parts.append(f'<text x="{x + 15}" y="{y + 14}"{shade}>{text}</text>')
-    rows = [(_LEFT - 12, layer * _HEIGHT + 14, drawing.layers[layer]) for layer in range(0, layers, 1 + layers // 24)]
-    columns = [(_LEFT + (head + 0.5) * width, layers * _HEIGHT + 14, head) for head in range(0, heads, 1 + heads // 17)]
+    middle, every = left // 2 + 1, 1 + layers // 24
+    rows = [(middle, layer * _HEIGHT + 14, drawing.layers[layer]) for layer in range(0, layers, every)]
+    columns = [(left + (head + 0.5) * width, layers * _HEIGHT + 14, head) for head in range(0, heads, 1 + heads // 17)]
     parts += [f'<text class="axis" x="{x}" y="{y}">{number}</text>' for x, y, number in (*rows, *columns)]
-    box = f"0 0 {_LEFT + heads * width} {layers * _HEIGHT + _BOTTOM}"
-    size = f"width: {1.15 * (_LEFT + heads * width):.0f}px; max-width: 100%"
+    box = f"0 0 {left + heads * width} {layers * _HEIGHT + _BOTTOM}"
+    size = f"width: {1.15 * (left + heads * width):.0f}px; max-width: 100%"
     opening = f'<svg class="cells{"" if width == 30 else " small"}" viewBox="{box}" aria-hidden="true">'
     title = escape(drawing.title)
     return Markup(f'<div style="{size}"><p class="panel-title">{title}</p>{opening}{"".join(parts)}</svg></div>')
