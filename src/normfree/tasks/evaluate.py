@@ -65,6 +65,8 @@ def evaluate_items(
     outside its vocabulary, and a model that sees later tokens.
     """
     context, leading = checked_context(model, context), leading_ids(model, tokenizer, bos)
+    if (room := context - len(leading)) < 4:
+        raise ValueError(f"context={context} has room for {room} tokens of text; tasks need at least 4")
 
     def encoded(text: str) -> tuple[list[int], list[int] | None]:
         encoding, _, _ = encode(model, tokenizer, text, context, bos)
@@ -81,7 +83,7 @@ def evaluate_items(
     records = {}
     for task, of_task in items.items():
         score = score_solutions if task == HUMANEVAL else score_pairs
-        record = score(of_task, encoded, scorers, context - len(leading))
+        record = score(of_task, encoded, scorers, room)
         hashed = fingerprint([list(item) for item in of_task])
         records[task] = {"items_sha256": hashed, "context": context, **record}
     return records

@@ -67,7 +67,7 @@ def make_pairs(task: str, functions: Sequence[Function], *, seed: int = 0, count
             for span, wrong in edits:
                 waiting[function.text[slice(*span)], wrong].append((function, span))
     if not pairs:
-        raise ValueError(f"task {task}: {len(functions)} functions give no pair for items={count}; give more Python")
+        raise ValueError(f"task {task}: {len(functions)} functions give no pair (items={count}); give more text")
     return pairs
 
 

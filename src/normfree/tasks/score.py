@@ -90,9 +90,14 @@ def shared_window(good: list[int], bad: list[int], room: int) -> tuple[list[int]
 
 
 def score_pairs(pairs: Sequence[Pair], encode: Encode, scorers: Mapping[str, Scorer], room: int) -> dict[str, Any]:
-    """Log-likelihood of the good text less that of the bad one in nats, by scorer; without twos that are too long."""
+    """Log-likelihood of the good text less that of the bad one in nats, by scorer; without twos that are too long.
+
+    Raises ValueError if all are.
+    """
     windows = [shared_window(encode(pair.good)[0], encode(pair.bad)[0], room) for pair in pairs]
     twos = [(one, other) for one, other in zip(windows[::2], windows[1::2], strict=True) if one and other]
+    if not twos:
+        raise ValueError(f"the difference of no pair fits {room} tokens: give a longer context=")
     rows = [row for two in twos for window in two for row in window]
     values = {}
     for name, scorer in scorers.items():

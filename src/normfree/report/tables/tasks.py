@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +25,7 @@ Sums = tuple[NDArray[np.float64], NDArray[np.float64]]
 ItemsOf = Callable[[Mapping[str, Any], str], Sums]
 
 
-@dataclass(frozen=True)
-class Ratio:
+class Ratio(NamedTuple):
     """Sum of numbers over a sum of sizes, with its standard error over items."""
 
     value: float
@@ -44,8 +42,7 @@ def ratio(numbers_I: NDArray[np.float64], sizes_I: NDArray[np.float64]) -> Ratio
 
 def task_table(groups: Sequence[Group]) -> Table:
     """How well each model does on each task that it was evaluated on."""
-    of_group = {group.name: [read_tasks(run.folder) for run in group.runs] for group in groups}
-    return tasks_table(of_group)
+    return tasks_table({group.name: [read_tasks(run.folder) for run in group.runs] for group in groups})
 
 
 def tasks_table(tasks_of_seeds: Mapping[str, Sequence[Mapping[str, Mapping[str, Any]]]]) -> Table:
@@ -76,8 +73,10 @@ def _cells(records: Records) -> tuple[str, ...]:
     counts = sorted({len(record["values"][_MODEL]) for record in records})
     cells = [_over_seeds(records, scores, name, digits) for name in (_MODEL, *_CONTROLS)]
     cells += [_difference(records, scores, name, digits) for name in _CONTROLS]
-    margins = (_over_seeds(records, _nats, _MODEL, 3), _difference(records, _nats, "untrained", 3))
-    return (measured, *cells, *(margins if is_pairs else "--"), " or ".join(map(str, counts)), str(len(records)))
+    margins = ["-", "-"]
+    if is_pairs:
+        margins = [_over_seeds(records, _nats, _MODEL, 3), _difference(records, _nats, "untrained", 3)]
+    return (measured, *cells, *margins, " or ".join(map(str, counts)), str(len(records)))
 
 
 def _bits(record: Mapping[str, Any], name: str) -> Sums:
@@ -109,7 +108,8 @@ def _over_seeds(records: Records, items_of: ItemsOf, name: str, digits: int) -> 
     ratios = [ratio(*items_of(record, name)) for record in records]
     if len(ratios) > 1:
         return summarise([of_seed.value for of_seed in ratios]).text(digits)
-    return f"{decimals(ratios[0].value, digits)} +- {decimals(ratios[0].standard_error, digits)}"
+    value, error = ratios[0]
+    return f"{decimals(value, digits)} +- {decimals(error, digits)}" if math.isfinite(value) else "NaN"
 
 
 def _difference(records: Records, items_of: ItemsOf, control: str, digits: int) -> str:
@@ -118,10 +118,12 @@ def _difference(records: Records, items_of: ItemsOf, control: str, digits: int) 
         return "-"
     if len(records) == 1:
         (ours_I, sizes_I), (theirs_I, _) = items_of(records[0], _MODEL), items_of(records[0], control)
-        mean, error = vars(ratio(ours_I - theirs_I, sizes_I)).values()
+        mean, error = ratio(ours_I - theirs_I, sizes_I)
         low, high = mean - 1.96 * error, mean + 1.96 * error
     else:
         values = ({n: ratio(*items_of(r, name)).value for n, r in enumerate(records)} for name in (_MODEL, control))
         over_seeds = paired_difference(*values)
         mean, low, high = over_seeds.mean, over_seeds.low, over_seeds.high
+    if not math.isfinite(mean):
+        return "NaN"
     return f"{mean:+z.{digits}f} ({low:+z.{digits}f} to {high:+z.{digits}f})"
