@@ -104,7 +104,7 @@ def test_margins_of_a_window_are_those_of_the_texts() -> None:
         score_pairs([Pair("a" + "b" * 9, "a" + "c" * 9, "", "")] * 2, letters, scorers, 4)
 
 
-def test_a_pair_that_does_not_fit_takes_its_mirror_with_it() -> None:
+def test_a_pair_too_long_takes_its_mirror_with_it() -> None:
     long, short = Pair("a" + "b" * 9 + "a", "a" + "c" * 9 + "a", "", ""), Pair("aba", "aca", "", "")
     scorers = {"unigram": unigram(np.arange(len(LETTERS)))}
     record = score_pairs([short, long, short, short], letters, scorers, 8)

@@ -38,6 +38,8 @@ def test_scores_have_the_standard_error_of_mirrored_twos() -> None:
     assert row["Less untrained"] == f"{mean:+.1f} ({mean - reach:+.1f} to {mean + reach:+.1f})"
     margins = model.reshape(-1, 2).mean(axis=1)
     assert row["Margin (nats)"] == f"{margins.mean():.3f} +- {margins.std(ddof=1) / 10:.3f}"
+    both_ways = 100.0 * (margins > 0)
+    assert row["Both ways (%)"] == f"{both_ways.mean():.1f} +- {both_ways.std(ddof=1) / 10:.1f}"
     assert (row["Unigram"], row["Less unigram"], row["Items"], row["Seeds"]) == ("-", "-", "200", "1")
 
 

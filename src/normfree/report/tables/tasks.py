@@ -54,11 +54,12 @@ def tasks_table(tasks_of_seeds: Mapping[str, Sequence[Mapping[str, Mapping[str, 
             rows.append((name, task, *_cells(records)))
             items.setdefault(task, set()).update(record["items_sha256"] for record in records)
     titles = ("Variant", "Task", "Measured", "Score", "Untrained", "Unigram", "Less untrained", "Less unigram")
-    titles += ("Margin (nats)", "Margin less untrained", "Items", "Seeds")
+    titles += ("Margin (nats)", "Margin less untrained", "Both ways (%)", "Items", "Seeds")
     notes = [
         "Accuracy: pairs whose good text is likelier than the bad one. A mirror of each pair swaps the same pieces the "
         "other way round: 50 % is chance, and what a unigram gets. Margin: log-likelihood of the good text less that "
-        "of the bad one; 0 for a unigram. Bits per byte: lower is better.",
+        "of the bad one; 0 for a unigram. Both ways: mirrored twos whose margins sum to more than 0, so that a "
+        "preference for one piece does not count. Bits per byte: lower is better.",
         "+-: standard error over items for one seed, else the sample standard deviation over seeds. In brackets: 95 % "
         "interval of the difference paired by item, over items for one seed (normal), else over seeds (Student-t).",
     ]
@@ -73,10 +74,11 @@ def _cells(records: Records) -> tuple[str, ...]:
     counts = sorted({len(record["values"][_MODEL]) for record in records})
     cells = [_over_seeds(records, scores, name, digits) for name in (_MODEL, *_CONTROLS)]
     cells += [_difference(records, scores, name, digits) for name in _CONTROLS]
-    margins = ["-", "-"]
+    more = ["-"] * 3
     if is_pairs:
-        margins = [_over_seeds(records, _nats, _MODEL, 3), _difference(records, _nats, "untrained", 3)]
-    return (measured, *cells, *margins, " or ".join(map(str, counts)), str(len(records)))
+        more = [_over_seeds(records, _nats, _MODEL, 3), _difference(records, _nats, "untrained", 3)]
+        more += [_over_seeds(records, _both_ways, _MODEL, 1)]
+    return (measured, *cells, *more, " or ".join(map(str, counts)), str(len(records)))
 
 
 def _bits(record: Mapping[str, Any], name: str) -> Sums:
@@ -90,6 +92,11 @@ def _percent(record: Mapping[str, Any], name: str) -> Sums:
 
 def _nats(record: Mapping[str, Any], name: str) -> Sums:
     return _by_twos(_values(record, name))
+
+
+def _both_ways(record: Mapping[str, Any], name: str) -> Sums:
+    margins_I, sizes_I = _nats(record, name)
+    return 50 + 50 * np.sign(margins_I), sizes_I / 2
 
 
 def _values(record: Mapping[str, Any], name: str) -> NDArray[np.float64]:
