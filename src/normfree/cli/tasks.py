@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normfree.cli.options import check_writable, read_text
+from normfree.cli.options import read_text
 from normfree.store.runs import RUN_FILE, Run, read_run
 
 if TYPE_CHECKING:
@@ -27,17 +27,20 @@ def evaluate_tasks(name: str, options: EvaluateOptions) -> None:
 
     if options.stride is not None:
         raise ValueError("stride= advances windows of a text, and tasks have none: leave it out")
-    if options.export:
-        check_writable(options.export)
     names = [word.strip() for word in options.tasks.strip("[]").split(",")]
     items = make_items(names, partial(_documents, options.text), seed=options.item_seed, count=options.items)
     prepare_process()
     loading = {"dtype": options.dtype, "device": options.device, "trust_remote_code": options.trust_remote_code}
     model, tokenizer = load_pretrained(name, **loading)
+    cut = {"context": options.context}
+    if options.export:
+        for file, count in export_pairs(options.export, items, model, tokenizer, **cut).items():
+            print(f"{count} pairs in {file}")
     run = read_run(name) if (Path(name) / RUN_FILE).is_file() else None
-    facts = {"item_seed": options.item_seed, "untrained_seed": run.seed if run else options.item_seed}
-    facts |= {"precision": options.dtype, "text": str(options.text or "held-out Python code of this machine")}
-    controls, cut = _controls(model, run, facts["untrained_seed"], options.cache_dir), {"context": options.context}
+    seed = run.seed if run else options.item_seed
+    facts = {"item_seed": options.item_seed, "untrained_seed": seed, "precision": options.dtype}
+    facts |= {"text": str(options.text or "held-out Python code of this machine")}
+    controls = _controls(model, run, seed, options.cache_dir)
     with products_for(options.dtype, model.device):
         records = evaluate_items(model, tokenizer, items, controls, **cut, bos=options.bos, progress=True)
     records = {task: facts | record for task, record in records.items()}
@@ -48,9 +51,6 @@ def evaluate_tasks(name: str, options: EvaluateOptions) -> None:
         print(f"recorded in {write_tasks(folder, records)}; `normfree report` shows it")
     else:
         print(f"not recorded, as {folder} has no {RUN_FILE}: `normfree measure {name}` makes it")
-    if options.export:
-        for file, count in export_pairs(options.export, items, model, tokenizer, **cut).items():
-            print(f"{count} pairs in {file}")
 
 
 def _documents(text: Path | None) -> list[str]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ def make_items(names: Sequence[str], read: Callable[[], Sequence[str]], *, seed:
 def token_counts(corpus: Corpus) -> NDArray[np.int64]:
     """How often each token occurs in the training blocks."""
     counts_V = np.zeros(corpus.vocab_size, dtype=np.int64)
-    for batch in corpus.train.with_format("numpy").iter(batch_size=4096):
+    for batch in cast(Iterable[Any], corpus.train.with_format("numpy").iter(batch_size=4096)):
         counts_V += np.bincount(np.ravel(batch["input_ids"]), minlength=len(counts_V))
     return counts_V
 

@@ -68,7 +68,7 @@ def untrained_copy(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         fresh = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
-    return fresh.to(model.device).eval()
+    return fresh.eval().to(device=model.device)
 
 
 def shared_window(good: list[int], bad: list[int], room: int) -> tuple[list[int], list[int]] | None:

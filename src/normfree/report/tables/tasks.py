@@ -128,8 +128,8 @@ def _difference(records: Records, items_of: ItemsOf, control: str, digits: int) 
         mean, error = ratio(ours_I - theirs_I, sizes_I)
         low, high = mean - 1.96 * error, mean + 1.96 * error
     else:
-        values = ({n: ratio(*items_of(r, name)).value for n, r in enumerate(records)} for name in (_MODEL, control))
-        over_seeds = paired_difference(*values)
+        ours, theirs = ([ratio(*items_of(record, name)).value for record in records] for name in (_MODEL, control))
+        over_seeds = paired_difference(dict(enumerate(ours)), dict(enumerate(theirs)))
         mean, low, high = over_seeds.mean, over_seeds.low, over_seeds.high
     if not math.isfinite(mean):
         return "NaN"
