@@ -123,12 +123,23 @@ def test_humaneval_is_read_from_its_package(copied: Path, cache: Path, human_eva
     assert "its problems are not on this machine; pip install 'normfree[tasks]'" in run(*words)[2]
 
 
+def test_a_measured_model_has_its_record_there(text: Path, tmp_path: Path, run, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["evaluate", str(saved_model(tmp_path / "model")), f"text={text}", "tasks=name", "items=2"]
+    status, out, err = run(*words)
+    assert status == 0, err
+    assert "without a unigram: only a run has training tokens on record" in out
+    assert "not recorded, as measured/model has no run.json" in out
+    (tmp_path / "measured" / "model").mkdir(parents=True)
+    (tmp_path / "measured" / "model" / "run.json").write_text("{}")
+    assert run(*words)[0] == 0
+    assert read_tasks(tmp_path / "measured" / "model")["name"]["values"].keys() == {"model", "untrained"}
+
+
 def test_exported_pairs_are_read_back(text: Path, tmp_path: Path, run) -> None:
     words = ["tasks=docstring,name", "items=40", f"export={tmp_path / 'out'}"]
     status, out, err = run("evaluate", str(saved_model(tmp_path / "model")), f"text={text}", *words)
     assert status == 0, err
-    assert "without a unigram: only a run has training tokens on record" in out
-    assert "not recorded" in out
     pairs = make_pairs("name", functions_of([text.read_text()]), count=40)
     fitting = [
         pair

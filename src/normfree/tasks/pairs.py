@@ -122,7 +122,7 @@ def _function_name(function: Function) -> Iterator[Span]:
 
 def _docstring(function: Function) -> Iterator[Span]:
     """The text of a docstring of one line, if there is more than it in the function."""
-    docstring = re.compile(r'\n +"""([^"\\\n]{15,})"""\n').search(function.text)
+    docstring = re.search(r'\n +"""([^"\\\n]{15,})"""\n', function.text)
     if docstring and ast.get_docstring(function.node) == docstring[1] and len(function.node.body) > 1:
         yield docstring.span(1)
 
