@@ -67,8 +67,8 @@ def untrained_copy(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     """A model of the same config with random weights from `seed`, on the same device."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        fresh = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
-    return fresh.eval().to(device=model.device)
+        fresh: Any = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
+    return fresh.to(model.device).eval()
 
 
 def shared_window(good: list[int], bad: list[int], room: int) -> tuple[list[int], list[int]] | None:
