@@ -13,7 +13,7 @@ class EvaluateOptions(ModelOptions):
     stride: int | None = None
     """Tokens by which windows advance; smaller gives each token more context and costs more."""
     tasks: str = ""
-    """Scores these instead: keyword, indentation, bracket, name, docstring, function_name, humaneval (docs/tasks.md)."""
+    """Score instead: keyword, indentation, bracket, name, docstring, function_name, humaneval (docs/tasks.md)."""
     items: int = 500
     """Pairs of a task, at most."""
     item_seed: int = 0
