@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"analysis", "cost", "files", "spec", "store"},
     "measures": {"entropy", "report", "store"},  # a measurement draws itself
     "pretrained": {"data", "entropy", "model", "spec", "store"},
+    "tasks": {"data", "files", "measures", "spec"},
     "training": {"analysis", "cost", "data", "files", "measures", "model", "report", "spec", "store"},
     "cli": {
         "analysis",
@@ -37,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
         "report",
         "spec",
         "store",
+        "tasks",
         "training",
     },
     "__main__": {"cli"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from normfree.cli.options import ModelOptions, read_text, uses_own_text
 
 
@@ -10,10 +12,25 @@ class EvaluateOptions(ModelOptions):
 
     stride: int | None = None
     """Tokens by which windows advance; smaller gives each token more context and costs more."""
+    tasks: str = ""
+    """Score instead: keyword, indentation, bracket, name, docstring, function_name, humaneval (docs/tasks.md)."""
+    items: int = 500
+    """Pairs of a task, at most."""
+    item_seed: int = 0
+    """Chooses the pairs; also the seed of the untrained model, unless MODEL is a run and has its own."""
+    export: Path | None = None
+    """Folder for the pairs as JSON lines and as tasks of lm-eval."""
 
 
 def evaluate(name: str, options: EvaluateOptions) -> None:
-    """Print token-weighted perplexity and bits per byte."""
+    """Print token-weighted perplexity and bits per byte, or with tasks= what the model can do."""
+    if options.tasks:
+        from normfree.cli.tasks import evaluate_tasks
+
+        evaluate_tasks(name, options)
+        return
+    if options.export:
+        raise ValueError("export= writes the items of tasks: give tasks= too")
     import torch
 
     from normfree.measures.perplexity import evaluate_blocks

@@ -21,7 +21,7 @@ from normfree.report import figures
 from normfree.report.figures import PageFigure, heatmap_figure, seed_figure
 from normfree.report.plots import curves, points
 from normfree.report.plots.style import variant_styles, wrapped
-from normfree.report.tables import cost, results, runs
+from normfree.report.tables import cost, results, runs, tasks
 from normfree.report.tables.table import Table, without_empty_columns
 from normfree.store.quantities import QUANTITIES
 
@@ -167,6 +167,8 @@ SECTIONS: tuple[Section, ...] = (
             tables={"overload": results.overload_table}),
     Section(name="ranges", title="Heads per range of entropy", menu="Ranges",
             tables={"ranges": results.range_table}, measurements=True),
+    Section(name="tasks", title="What the models can do", menu="Tasks", tables={"tasks": tasks.task_table},
+            measurements=True),
     Section(name="losses", title="Loss", figures=[_losses]),
     Section(name="nonfinite", title="Non-finite attention rows", menu="Non-finite", figures=[_nonfinite]),
     Section(name="private-inference", title="Perplexity against communication in private inference",
