@@ -92,7 +92,7 @@ def test_starts_that_cannot_be(train_tiny: Callable[..., Run], trained: Run, wor
         train_tiny("variant=sm-ln-g", *words)
 
 
-def test_changed_weights_are_refused(train_tiny: Callable[..., Run], trained: Run) -> None:
+def test_changed_weights_are_refused(train_tiny: Callable[..., Run], trained: Run, cache: Path) -> None:
     from normfree.spec.compose import compose_run
     from normfree.training import train
 
@@ -100,7 +100,7 @@ def test_changed_weights_are_refused(train_tiny: Callable[..., Run], trained: Ru
     other = train_tiny("variant=sm-ln-g", "seed=1")
     (other.folder / "model" / "model.safetensors").replace(trained.folder / "model" / "model.safetensors")
     with pytest.raises(ValueError, match="other weights than when this run began"):
-        train(spec, runs_dir=trained.folder.parents[1], progress=False)
+        train(spec, runs_dir=trained.folder.parents[1], cache=cache, progress=False)
 
 
 def test_the_control_runs_beside_a_removal(
