@@ -102,7 +102,7 @@ def test_a_measure_that_does_not_fit_is_refused_before_training(
 def test_your_own_measure_needs_a_description_and_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(QUANTITIES, "no_such_number", Quantity(name="no_such_number", title="Mine", meaning="A test."))
     monkeypatch.setitem(MEASURES, "mine", Unknown)
-    assert periods_of(["heads", "mine:7"], 2) == {"heads": 2, "mine": 7}
+    assert periods_of(["heads", "mine:7", "slopes:x3"], 2) == {"heads": 2, "mine": 7, "slopes": 6}
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_your_own_measure_needs_a_description_and_a_name(monkeypatch: pytest.Mon
     [
         (["hedas"], "unknown measure 'hedas'; allowed: heads, "),
         (["heads", "heads"], "heads stands twice"),
-        (["heads:0"], "give NAME or NAME:STEPS"),
+        (["heads:0"], "give NAME, NAME:STEPS or NAME:xTIMES"),
     ],
 )
 def test_wrong_entries_are_refused(entries: list[str], message: str) -> None:

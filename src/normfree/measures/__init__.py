@@ -41,7 +41,9 @@ MEASURES: dict[str, type[Measure]] = {
 
 
 def periods_of(entries: Sequence[str], default: int) -> dict[str, int]:
-    """`["heads", "logits:2500"]` as steps between measurements, by name; an entry without a number has `default`.
+    """`["heads", "logits:2500", "spectrum:x25"]` as steps between measurements, by name.
+
+    An entry without a number has `default`, one with x25 every 25th of those.
 
     Raises ValueError for an unknown or repeated measure, a number that is no period, and quantities that have no
     description or come from two measures.
@@ -52,11 +54,12 @@ def periods_of(entries: Sequence[str], default: int) -> dict[str, int]:
         name, colon, steps = entry.partition(":")
         if name not in MEASURES:
             raise ValueError(f"probe.measures: unknown measure {name!r}; allowed: {', '.join(MEASURES)}")
-        if colon and not (steps.isdigit() and int(steps)):
-            raise ValueError(f"probe.measures: {entry!r}; give NAME or NAME:STEPS, e.g. {name}:500")
+        number = steps.removeprefix("x")
+        if colon and not (number.isdigit() and int(number)):
+            raise ValueError(f"probe.measures: {entry!r}; give NAME, NAME:STEPS or NAME:xTIMES, e.g. {name}:500")
         if name in periods:
             raise ValueError(f"probe.measures: {name} stands twice; give it once")
-        periods[name] = int(steps) if colon else default
+        periods[name] = int(number or 1) * (1 if steps.isdigit() else default)
         for quantity in MEASURES[name].gives:
             if quantity not in QUANTITIES:
                 raise ValueError(f"the measure {name} gives {quantity!r}, which has no description in QUANTITIES")

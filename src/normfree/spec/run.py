@@ -249,8 +249,11 @@ class TrainSpec:
 class ProbeSpec:
     """When and on how much held-out text the heads are measured."""
 
-    measures: tuple[str, ...] = ("heads", "slopes")
-    """What is measured (docs/quantities.md); NAME:STEPS gives a measure a period of its own."""
+    measures: tuple[str, ...] = (
+        *("heads", "slopes", "sinks", "logits", "residual", "ranges", "losses"),
+        *("spectrum:x25", "selectivity:x25", "propagation:x25"),
+    )
+    """What is measured (docs/quantities.md): NAME, NAME:STEPS for a period of its own, NAME:x25 for every 25th time."""
     every_steps: Count = 100
     """Steps between measurements."""
     sequences: Count = 64
