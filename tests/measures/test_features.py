@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from tokenizers import decoders
 
 from normfree import measure
+from normfree.measures import open_measures
 from normfree.measures.features import real_tokens
+from normfree.measures.held_out import blocks_of, measure_batches
 from normfree.measures.measure import values_of
 from normfree.measures.selectivity import Selectivity
 from normfree.measures.spectrum import Spectrum
@@ -243,8 +248,30 @@ def test_padded_tokens_are_left_out() -> None:
         assert padded[quantity] == pytest.approx(value, rel=1e-4, abs=1e-4)
 
 
+def measure_a_half(rank: int, address: str) -> None:
+    """Values over all processes are those of all the text."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    model, options = small_model(norm="layernorm"), {"selectivity": {"classes": torch.arange(61) % 3}}
+    names = ["sinks", "ranges", "units", "spectrum", "selectivity"]
+    shared, alone = (open_measures(names, model, **options) for _ in range(2))
+    measure_batches(model, blocks_of(model, IDS, 4), shared)
+    measure_batches(model, [{"input_ids": ids_BT} for ids_BT in IDS.split(5)], alone)
+    values = values_of(shared, "cpu")
+    for name, value in values_of(alone).items():
+        if "shuffled" not in name:
+            np.testing.assert_allclose(values[name], value, rtol=1e-5, atol=1e-7)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_processes_pool_what_they_read_of_a_text(tmp_path: Path) -> None:
+    mp.spawn(measure_a_half, args=(f"file://{tmp_path}/meeting",), nprocs=2)
+
+
 def wrong_labels(model: Any) -> None:
     with Selectivity(model, classes=torch.arange(61) % 2):
+        model(IDS[:1, :4])  # as many tokens, but of another pass
         model(inputs_embeds=torch.randn(1, 4, 32))
 
 

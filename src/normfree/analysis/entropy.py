@@ -38,6 +38,13 @@ class Heads:
     step: int
     layers: Sequence[int | str]
     """The model's own numbers of the layers, or `encoder 0`, `cross 0` in a model with several groups of heads."""
+    exists_LH: NDArray[np.bool_] | None = None
+    """False where a layer has fewer heads than the widest one; None: every layer has all."""
+
+    @property
+    def existing(self) -> NDArray[np.bool_]:
+        """[L, H]: `exists_LH`, True for all heads where that is None."""
+        return np.ones(self.entropy_LH.shape, dtype=bool) if self.exists_LH is None else self.exists_LH
 
     @property
     def groups(self) -> list[Heads]:
@@ -51,6 +58,7 @@ class Heads:
                 entropy_LH=self.entropy_LH[part],
                 ceiling_L=self.ceiling_L[part],
                 layers=[self.layers[place] for place in part],
+                exists_LH=self.existing[part],
             )
             for part in places.values()
         ]
@@ -110,9 +118,9 @@ def shares_of_ceiling(heads: Heads) -> Floats:
 
 def top_quarter_share(heads: Heads | None) -> float:
     """Share of heads that are nearly uniform; NaN if a head is not finite or nothing was measured."""
-    if heads is None or not np.isfinite(heads.entropy_LH).all():
+    if heads is None or not np.isfinite(heads.entropy_LH[heads.existing]).all():
         return math.nan
-    return float((shares_of_ceiling(heads) >= OVERLOAD_SHARE).mean())
+    return float((shares_of_ceiling(heads)[heads.existing] >= OVERLOAD_SHARE).mean())
 
 
 def values_over_training(run: Run, name: str) -> list[tuple[int, Floats]]:
@@ -142,12 +150,16 @@ def recorded_quantities(groups: Sequence[Group], *, drawn: str) -> list[Quantity
 def probed_heads(run: Run, split: str = "probe") -> list[Heads]:
     """The entropies of every probe of a run, oldest first; `final` is the large sample after training."""
     ceilings = dict(run.series(split, "ceiling_nats"))
+    rows, nonfinite = (
+        dict(run.series(split, name) if run.kind == "measurement" else ()) for name in ("rows", "nonfinite_rows")
+    )
     heads = []
     for step, value in run.series(split, "entropy_nats"):
         ceiling_L = np.array(ceilings[step], dtype=float)
         ceiling_L[np.isnan(ceiling_L)] = causal_ceiling(run.spec["data"]["context"])  # no finite row in this layer
         layers = run.layer_numbers("entropy_nats", len(value))
-        heads.append(Heads(np.array(value, dtype=float), ceiling_L, step, layers))
+        exists_LH = None if step not in rows else np.array(rows[step]) + np.array(nonfinite[step]) > 0
+        heads.append(Heads(np.array(value, dtype=float), ceiling_L, step, layers, exists_LH))
     return heads
 
 
@@ -194,5 +206,7 @@ def pooled_ranges(groups: Sequence[Group]) -> dict[str, dict[str, RangeCounts]]:
                 maxima |= {"log_t": math.log(group.runs[0].spec["data"]["context"]), "causal": ceiling_L}
             else:
                 maxima["ceiling"] = ceiling_L
-            pooled[group.name] = {name: range_counts(entropy_LH, maximum) for name, maximum in maxima.items()}
+            counts = {name: range_counts(entropy_LH, maximum) for name, maximum in maxima.items()}
+            missing = sum(int((~seed.existing).sum()) for seed in heads)
+            pooled[group.name] = {n: replace(count, nonfinite=count.nonfinite - missing) for n, count in counts.items()}
     return pooled

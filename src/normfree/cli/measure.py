@@ -64,7 +64,7 @@ def measure(name: str, options: MeasureOptions) -> None:
     inputs, facts = _read_inputs(name, loaded, options, own=own)
     facts |= {"name": name, "label": label, "measures": measures} | _facts(model, inputs, options)
     check_output(output, facts)
-    method = {"heads": {"method": options.method}} if "heads" in measures else {}
+    method: dict[str, Any] = {"heads": {"method": options.method}} if "heads" in measures else {}
     with products_for(options.dtype, model.device):
         batches = [
             {key: value[start : start + options.batch] for key, value in inputs.items()}

@@ -8,7 +8,10 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 _KINDS = {"input_ids": {"text"}, "pixel_values": {"images"}}
 _READS = {"text": "a text", "images": "images", "target": "the target of an encoder-decoder"}
@@ -19,6 +22,8 @@ def kinds_read(model: PreTrainedModel) -> set[str]:
 
     Raises ValueError for a model of something else, such as sound.
     """
+    if model.config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not model.config.is_encoder_decoder:
+        return {"text"}
     arguments = inspect.signature(model.forward).parameters
     has_towers = model.config.model_type in MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
     if has_towers and _KINDS.keys() <= arguments.keys():

@@ -131,7 +131,11 @@ def quantity_frame(runs: Sequence[Run], *axes: str) -> pd.DataFrame:
                 place = (run.place, run.label, run.seed, numbers[index[0]], *index[1:])
                 rows.setdefault((values.shape, place), {})[name] = float(value)  # a shared slope has its own row
     keys = ["run", "label", "seed", *axes]
-    records = [{**dict(zip(keys, place, strict=True)), **values} for (_, place), values in rows.items()]
+    records = [
+        {**dict(zip(keys, place, strict=True)), **values}
+        for (_, place), values in rows.items()
+        if values.get("rows") != 0 or values["nonfinite_rows"]  # else the layer has fewer heads than others
+    ]
     return pd.DataFrame(records, columns=None if records else keys)
 
 

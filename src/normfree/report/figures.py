@@ -11,7 +11,14 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from normfree.analysis.entropy import Floats, group_and_number, layer_means, newest_values, values_over_training
+from normfree.analysis.entropy import (
+    Floats,
+    final_heads,
+    group_and_number,
+    layer_means,
+    newest_values,
+    values_over_training,
+)
 from normfree.analysis.groups import Group
 from normfree.analysis.pairs import Pair, main_pairs
 from normfree.analysis.verdicts import slope_layers
@@ -248,6 +255,9 @@ def _measured(groups: Sequence[Group], quantity: Quantity) -> list[tuple[Group, 
         run = group.heatmap_run
         if run and (values := newest_values(run, quantity.name)) is not None:
             layers = run.layer_numbers(quantity.name, len(values))
+            heads = final_heads(run)
+            if heads is not None and heads.existing.shape == values.shape and not heads.existing.all():
+                values = np.ma.array(values, mask=~heads.existing)  # layers may differ in heads
             measured.append((group, run, values, slope_layers(run) if quantity.name == "negative_slope" else layers))
     return measured
 

@@ -29,6 +29,7 @@ class Heatmap:
 
     title: str
     values_LH: np.ndarray
+    """Masked where a layer has fewer heads than another."""
     layers: Sequence[int | str]
     """Numbers or names of the rows."""
     limits: tuple[float, float]
@@ -93,7 +94,7 @@ def draw_heatmap(drawing: Heatmap, *, ax: Axes) -> Axes:
     layers, heads = values_LH.shape
     image = ax.imshow(values_LH, cmap=drawing.colour_map, vmin=low, vmax=high, aspect="auto", interpolation="none")
     ax.grid(visible=False)
-    for layer, head in np.argwhere(~np.isfinite(values_LH)):
+    for layer, head in np.argwhere(np.ma.filled(~np.isfinite(values_LH), fill_value=False)):
         corner = (head - 0.5, layer - 0.5)
         ax.add_patch(Rectangle(corner, 1, 1, fill=False, hatch="////", edgecolor=MUTED, linewidth=0))
     _write_values(drawing, image)
@@ -117,6 +118,8 @@ def _write_values(drawing: Heatmap, image: AxesImage) -> None:
     style = {"ha": "center", "va": "center", "fontsize": size, "in_layout": False, "clip_on": True}
     for (layer, head), is_light in np.ndenumerate(drawing.colour_cells()[1]):
         value = drawing.values_LH[layer, head]
+        if value is np.ma.masked:
+            continue
         text = image.axes.text(head, layer, f"{value:z.2f}", color="k" if is_light else "w", **style)
         if not np.isfinite(value):
             text.set_text("NaN")
@@ -129,7 +132,8 @@ def heatmap_svg(drawing: Heatmap) -> Markup:
     width = 30 if heads <= 16 else 16
     left = max(_LEFT, 10 + 6 * max(len(str(layer)) for layer in drawing.layers))  # room for "encoder 0"
     parts, (fills_LH3, is_light_LH) = [], drawing.colour_cells()
-    for (layer, head), value in np.ndenumerate(drawing.values_LH):
+    for layer, head in zip(*np.nonzero(~np.ma.getmaskarray(drawing.values_LH)), strict=True):
+        value = drawing.values_LH[layer, head]
         x, y = left + head * width, layer * _HEIGHT
         text = f"{value:z.2f}" if np.isfinite(value) else "NaN"
         parts.append(f'<rect x="{x}" y="{y}" fill="{to_hex(tuple(fills_LH3[layer, head]))}">')
@@ -150,4 +154,5 @@ def heatmap_svg(drawing: Heatmap) -> Markup:
 
 def highest_finite(values: np.ndarray) -> float:
     """The highest finite value, or 1 if none is above 0."""
+    values = np.asarray(values)  # masked cells hold NaN
     return float(values[np.isfinite(values)].max(initial=0.0)) or 1.0

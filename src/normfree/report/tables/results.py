@@ -289,7 +289,8 @@ def _by_depth(heads: Heads | None) -> list[float | None]:
     layers = np.arange(len(heads.entropy_LH))
     shares = []
     for part in (*np.array_split(layers if len(heads.groups) == 1 else layers[:0], len(_DEPTHS)), layers):
-        some = replace(heads, entropy_LH=heads.entropy_LH[part], ceiling_L=heads.ceiling_L[part])
+        parts = {"entropy_LH": heads.entropy_LH[part], "exists_LH": heads.existing[part]}
+        some = replace(heads, ceiling_L=heads.ceiling_L[part], **parts)
         shares.append(top_quarter_share(some) if len(part) else None)
     return shares
 

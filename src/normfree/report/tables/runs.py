@@ -156,7 +156,8 @@ def layer_table(groups: Sequence[Group]) -> Table:
     for run, heads in _measured(groups):
         near_uniform_LH = entropy.shares_of_ceiling(heads) >= entropy.OVERLOAD_SHARE
         nonfinite_LH = np.array(entropy.newest_values(run, "nonfinite_rows"))
-        for layer, entropy_H in enumerate(heads.entropy_LH):
+        for layer, exists_H in enumerate(heads.existing):
+            entropy_H = heads.entropy_LH[layer][exists_H]
             nats = (entropy_H.mean(), entropy_H.min(), entropy_H.max(), heads.ceiling_L[layer])
             near = f"{near_uniform_LH[layer].sum()} of {len(entropy_H)}"
             cells = (*(f"{value:.3f}" for value in nats), near, f"{nonfinite_LH[layer].sum():.0f}")
