@@ -106,7 +106,7 @@ def measure(
     numbers = {name: each.layers for each in opened for name in each.gives}
     return Measurement(
         values=values,
-        layers={name: numbers[name] or list(range(len(value))) for name, value in values.items() if value.ndim},
+        layers={name: list(numbers[name] or range(len(value))) for name, value in values.items() if value.ndim},
         seconds=time.perf_counter() - began,
         peak_memory_mib=peak_memory_mib(next(model.parameters()).device),
     )
