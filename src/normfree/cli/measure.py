@@ -151,9 +151,12 @@ def _describe_rows(name: str, rows: Tensor) -> str:
 
 
 def _model_facts(model: Any) -> dict[str, Any]:
+    from normfree.pretrained.inputs import kinds_read
+
     config = model.config.get_text_config()
     names = {"layers": "num_hidden_layers", "heads": "num_attention_heads", "hidden_size": "hidden_size"}
-    sizes = {name: getattr(config, key, None) for name, key in names.items()}
+    several = len(kinds_read(model)) > 1  # stacks, which may differ
+    sizes = {name: None if several else getattr(config, key, None) for name, key in names.items()}
     return {"parameters": model.num_parameters(), "type": model.config.model_type, **sizes}
 
 

@@ -49,6 +49,7 @@ _HARDWARE = {"processor": "{}", **_HARDWARE, "memory_gib": "{:g} GiB", "device":
 _SOFTWARE = {name: name + " {}" for name in ("normfree", "python", "torch", "transformers", "datasets")}
 _SOFTWARE |= {"git_commit": "commit {:.12}"}
 _MODEL = "{type}: {layers} layers of {heads} heads, width {hidden_size}, {parameters:,} parameters"
+_PARTS = "{type}: {parameters:,} parameters"  # a model of several stacks
 _CORPUS = (
     "source {source}, blocks of {context} tokens, vocabulary {vocab_size:,}, {train_tokens:,} tokens to train on, "
     "{validation_tokens:,} held-out tokens, unigram perplexity {unigram_perplexity:.1f}, fingerprint {fingerprint:.12}"
@@ -212,7 +213,9 @@ def _facts(parts: Sequence[Part]) -> dict[str, list[str]]:
         + [f"{key.split('.')[1].replace('_', ' ')}s differ by variant" for key in across],
         "Model": _distinct(
             [run for run in runs if run.facts.get("model")],
-            lambda run: _MODEL.format(**{"type": "normfree"} | run.facts["model"]),
+            lambda run: (_MODEL if run.facts["model"]["layers"] else _PARTS).format(
+                **{"type": "normfree"} | run.facts["model"]
+            ),
         ),
         "Corpus": _distinct(trained, lambda run: _CORPUS.format(**run.facts["corpus"])),
         "Hardware": _distinct(runs, lambda run: _environment(run, _HARDWARE)),

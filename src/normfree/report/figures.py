@@ -71,7 +71,7 @@ class PageFigure:
 
 
 def heatmap_figure(
-    titled: Sequence[tuple[str, np.ndarray, Sequence[int]]],
+    titled: Sequence[tuple[str, np.ndarray, Sequence[int | str]]],
     *,
     label: str,
     limit: float | None = None,
@@ -248,7 +248,7 @@ FIGURES: dict[tuple[str, ...], tuple[Callable[..., PageFigure | None], ...]] = {
 """The figures of a quantity, by its axes."""
 
 
-def _measured(groups: Sequence[Group], quantity: Quantity) -> list[tuple[Group, Run, Floats, list[int]]]:
+def _measured(groups: Sequence[Group], quantity: Quantity) -> list[tuple[Group, Run, Floats, list[int | str]]]:
     """Each group's run that is drawn, with its newest values and the layers' numbers."""
     measured = []
     for group in groups:
@@ -262,7 +262,7 @@ def _measured(groups: Sequence[Group], quantity: Quantity) -> list[tuple[Group, 
     return measured
 
 
-def _sorted_means(groups: Sequence[Group], quantity: Quantity) -> dict[str, tuple[int, Floats, list[int]]]:
+def _sorted_means(groups: Sequence[Group], quantity: Quantity) -> dict[str, tuple[int, Floats, list[int | str]]]:
     """By group: the number of finished seeds, their mean with each layer sorted, the layers' numbers.
 
     Empty for folded quantities, so that the page stays small.
