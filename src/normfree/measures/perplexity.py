@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -31,6 +31,7 @@ class Evaluation:
     nats: float  # sum of cross-entropies
     tokens: int  # predicted tokens: the first of a text predicts, but is not predicted
     bytes: int = 0  # UTF-8 bytes of the predicted tokens
+    passes: tuple[tuple[float, int], ...] = field(default=(), repr=False)  # nats and tokens of each forward pass
 
     @property
     def loss_nats(self) -> float:
@@ -46,6 +47,22 @@ class Evaluation:
     def bits_per_byte(self) -> float:
         """Comparable between tokenizers; NaN if no byte was counted."""
         return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
+
+    def minus(self, other: Evaluation) -> tuple[float, float]:
+        """Difference of the mean losses on the same passes, and its standard error, in nats per token.
+
+        The error is that of a ratio of sums over passes (NaN for one pass), so it holds for tokens that are alike
+        within a pass. Raises ValueError for evaluations of other tokens.
+        """
+        if [tokens for _, tokens in self.passes] != [tokens for _, tokens in other.passes]:
+            raise ValueError("the two evaluations have other tokens; compare the same text in the same batches")
+        difference, count = self.loss_nats - other.loss_nats, len(self.passes)
+        residuals = [
+            mine - theirs - difference * tokens
+            for (mine, tokens), (theirs, _) in zip(self.passes, other.passes, strict=True)
+        ]
+        variance = math.nan if count < 2 else count / (count - 1) * math.fsum(value**2 for value in residuals)
+        return difference, math.sqrt(variance) / self.tokens if self.tokens else math.nan
 
     def to_dict(self) -> dict[str, float | int]:
         """The fields of run.json."""
@@ -100,6 +117,7 @@ class Perplexity(Measure):
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__(model)
         self.nats, self.tokens = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
+        self.passes: list[tuple[float, int]] = []
 
     def attach(self) -> AbstractContextManager[Any]:
         return self.model.register_forward_hook(self._add, with_kwargs=True)
@@ -121,14 +139,18 @@ class Perplexity(Measure):
             labels_BT = labels_BT.masked_fill(~known_BT, IGNORED)
         nats, tokens = next_token_nats(output.logits, labels_BT)
         self.nats, self.tokens = self.nats + nats, self.tokens + tokens
+        self.passes.append((nats, tokens))
 
     def totals(self) -> dict[str, Total]:
         return dict.fromkeys(self.gives, (self.nats, self.tokens))
 
     def evaluation(self, *, predicted_bytes: int, device: torch.device | str | None = None) -> Evaluation:
-        """Sums over processes that share the text on `device`; `predicted_bytes` is that of the whole text."""
+        """Sums over processes that share the text on `device`, and the passes of this one.
+
+        `predicted_bytes` is that of the whole text.
+        """
         nats, tokens = over_processes(self.nats, device), over_processes(self.tokens, device)
-        return Evaluation(nats.item(), int(tokens), predicted_bytes)
+        return Evaluation(nats.item(), int(tokens), predicted_bytes, tuple(self.passes))
 
 
 def evaluate_blocks(
