@@ -138,7 +138,7 @@ def test_the_page_says_first_what_was_found(report: Path) -> None:
     assert published.SOURCE.replace("&", "&amp;") in text
 
 
-def test_the_page_says_above_its_answer_what_names_mean(report: Path, tmp_path: Path) -> None:
+def test_the_page_says_above_its_answer_what_names_mean(report: Path) -> None:
     above = (report / "index.html").read_text().partition('class="answer"')[0]
     assert "SM is softmax attention, LN is LayerNorm inside the blocks, G is GELU and R is ReLU" in above
     assert "The unigram predicts every token by how often it occurs in the training text" in above
