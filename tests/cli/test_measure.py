@@ -62,6 +62,7 @@ def test_the_command_writes_a_run_folder_and_its_page(saved, tmp_path, capsys) -
     assert "<svg" in page
     assert f": {run.facts['measurement']['sequences']} windows of 32 tokens" in page
     assert "://" not in page
+    assert "SM is softmax attention" not in page  # names of variants
     for name in ("figures/entropy_nats-heads.png", "tables/layers.csv", "tables/ranges.md", "numbers/heads.csv"):
         assert (tmp_path / "measured" / "report" / name).stat().st_size > 0
 

@@ -23,7 +23,10 @@ def test_evaluate_prints_perplexity_and_bits_per_byte(trained: Path, tmp_path: P
     assert "bits per byte" in out
 
 
-def test_evaluating_a_run_gives_its_recorded_perplexity(trained: Path, cache: Path, tmp_path: Path, run) -> None:
+def test_evaluating_a_run_gives_its_recorded_perplexity(
+    trained: Path, cache: Path, tmp_path: Path, run, monkeypatch
+) -> None:
+    monkeypatch.setenv("NORMFREE_CACHE", str(tmp_path / "empty"))
     status, out, err = run("evaluate", str(trained), f"cache_dir={cache}")
     assert status == 0, err
     recorded = read_run(trained).facts["final"]
@@ -79,8 +82,8 @@ def per_token_nats(model, blocks) -> np.ndarray:
         (["heads=[[0,64]]"], "layer 0 has no head 64; allowed: 0 to "),
         (["heads=[0,1]"], "heads='[0,1]'; give one or more pairs, e.g. heads=[[0,3],[1,2]]"),
         (["heads=[[0,1.5]]"], "give one or more pairs"),
-        (["heads=[[0,1]]", "how=mean"], "how='mean'; allowed: average, zero or a finite number"),
-        (["heads=[[0,1]]", "how=nan"], "how='nan'; allowed"),
+        (["heads=[[0,1]]", "how=mean"], "how='mean'; allowed: 'average', 'zero' or a finite number"),
+        (["heads=[[0,1]]", "how=nan"], "how=nan; allowed"),
         (["how=zero"], "how= needs the heads to change, e.g. heads=[[0,3],[1,2]]"),
     ],
 )

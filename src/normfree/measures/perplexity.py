@@ -1,6 +1,6 @@
 """Loss and perplexity of the next token."""
 
-# B batch, T tokens, V vocabulary; t tokens of one block of logits
+# B batch, T tokens, V vocabulary; t tokens of one block of logits; P forward passes
 
 from __future__ import annotations
 
@@ -54,15 +54,13 @@ class Evaluation:
         The error is that of a ratio of sums over passes (NaN for one pass), so it holds for tokens that are alike
         within a pass. Raises ValueError for evaluations of other tokens.
         """
-        if [tokens for _, tokens in self.passes] != [tokens for _, tokens in other.passes]:
-            raise ValueError("the two evaluations have other tokens; compare the same text in the same batches")
         difference, count = self.loss_nats - other.loss_nats, len(self.passes)
-        residuals = [
-            mine - theirs - difference * tokens
-            for (mine, tokens), (theirs, _) in zip(self.passes, other.passes, strict=True)
-        ]
-        variance = math.nan if count < 2 else count / (count - 1) * math.fsum(value**2 for value in residuals)
-        return difference, math.sqrt(variance) / self.tokens if self.tokens else math.nan
+        nats_P, tokens_P = torch.tensor(self.passes, dtype=torch.float64).T
+        other_nats_P, other_tokens_P = torch.tensor(other.passes, dtype=torch.float64).T
+        if not torch.equal(tokens_P, other_tokens_P):
+            raise ValueError("the two evaluations are of different tokens; give the same text in the same batches")
+        squares = (nats_P - other_nats_P - difference * tokens_P).square().sum().item()
+        return difference, math.sqrt(squares * count / (count - 1)) / self.tokens if count > 1 else math.nan
 
     def to_dict(self) -> dict[str, float | int]:
         """The fields of run.json."""

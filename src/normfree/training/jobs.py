@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import field, replace
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -79,7 +80,7 @@ def train_jobs(jobs: Sequence[Job], launch: Launch | None = None) -> None:
     if launch.submit:
         failures, left = _submit(jobs, launch), ()
     else:
-        _prepare_texts([job for job in jobs if not is_done(job.folder, job.spec)])
+        _prepare_texts(jobs)
     if launch.workers > 1:
         jobs = [_with_threads(job, usable_cores() // launch.workers) for job in jobs]
         failures = _share(jobs, launch.workers)
@@ -90,11 +91,16 @@ def train_jobs(jobs: Sequence[Job], launch: Launch | None = None) -> None:
 
 
 def _prepare_texts(jobs: Sequence[Job]) -> None:
-    """Prepare the texts of these runs, each once. Raises ValueError for one that would fail all its runs.
+    """Prepare the texts of unfinished runs, each once. Raises ValueError for a text that would fail all its runs.
 
     The folder of the runs is locked meanwhile, by which `normfree status` sees it; another study there waits.
     """
-    for job in {(job.spec.data, job.cache_dir): job for job in jobs}.values():
+    jobs_by_text: dict[Any, Job] = {}
+    for job in jobs:
+        with suppress(ValueError):  # the folder holds another run, which `train` says in its turn
+            if not is_done(job.folder, job.spec):
+                jobs_by_text.setdefault((job.spec.data, job.cache_dir), job)
+    for job in jobs_by_text.values():
         with folder_lock(job.folder.parent, on_wait=lambda owner: logger.info("waiting for the text of %s", owner)):
             prepare(job.spec.data, cache=job.cache_dir)
 

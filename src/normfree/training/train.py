@@ -80,7 +80,7 @@ def train(
     arguments.check_machine(spec, training_device())
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))  # set by torchrun
     torch.set_num_threads(spec.train.threads or max(1, usable_cores() // processes_here))
-    with folder_lock(folder) if state.is_main_process else nullcontext():  # `status` says that the text is prepared
+    with folder_lock(folder) if state.is_main_process else nullcontext():  # from here on `status` shows it
         with state.main_process_first():
             corpus = prepare(spec.data, cache=Path(cache) if cache else None, progress=progress)
         if state.is_main_process and any(corpus.facts()["dropped"].values()):
