@@ -15,7 +15,7 @@ from transformers.masking_utils import eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from normfree.entropy import EntropyProbe, UnsupportedModel
-from normfree.entropy.interventions import intervene
+from normfree.entropy.interventions import How, intervene
 from normfree.entropy.routing import eager_function, routed_attention
 from tests.entropy.families import tiny_model
 from tests.entropy.test_support import AGREE
@@ -39,7 +39,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "ours with sinks and gates": partial(small_model, spread=0.1, **CHOICES[1]),
     "ours with rotary positions and softmax_1": partial(small_model, **CHOICES[2]),
 }
-HOWS = ("average", "zero", 2.5)
+HOWS: tuple[How, ...] = ("average", "zero", 2.5)
 
 
 @contextmanager
@@ -102,7 +102,8 @@ def test_heads_change_as_matrices_edited_by_hand(name, implementation):
 @pytest.mark.parametrize("family", AGREE.split())
 def test_families_change_as_matrices_edited_by_hand(family):
     model = tiny_model(family)
-    heads = [(module.layer_idx, 1) for module in routed_attention(model)]
+    modules: list[Any] = [*routed_attention(model)]
+    heads = [(module.layer_idx, 1) for module in modules]
     for how in HOWS:
         truth = logits(model, edited_by_hand(model, how, heads))
         torch.testing.assert_close(logits(model, intervene(model, heads, how)), truth, atol=2e-5, rtol=1e-4)

@@ -99,14 +99,14 @@ def _showing(name: str, original: Callable[..., Any] | None) -> Callable[..., An
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **named: Any
     ) -> Any:
         slot = getattr(module, SLOT, None)
-        tapped = slot == id(module)  # a copy of the module has the number of the original
-        if tapped:
+        call = None
+        if slot == id(module):  # a copy of the module has the number of the original
             with torch.no_grad():
                 call = read_call(name, module, query, key, attention_mask, named)
                 torch.ops.normfree.show_call(_ticket, slot, *call)
         attend = original if original is not None else eager_function(type(module))
         result = attend(module, query, key, value, attention_mask, *args, **named)
-        if tapped:
+        if call is not None:
             own_value = named["before_sink"][2] if "before_sink" in named else value  # as in read_call
             for edit in getattr(module, EDITS, ()):
                 result = edit(call, own_value, result)
