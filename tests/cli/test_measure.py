@@ -75,6 +75,7 @@ def test_the_command_writes_a_run_folder_and_its_page(saved, tmp_path, capsys) -
     assert "<svg" in page
     assert f": {run.facts['measurement']['sequences']} windows of 32 tokens" in page
     assert "://" not in page
+    assert "SM is softmax attention" not in page  # names of variants
     for name in ("figures/entropy_nats-heads.png", "tables/layers.csv", "tables/ranges.md", "numbers/heads.csv"):
         assert (tmp_path / "measured" / "report" / name).stat().st_size > 0
 
@@ -110,6 +111,24 @@ def test_two_models_of_one_folder_name_stay_two(saved: Path, tmp_path: Path) -> 
     assert measure(twin, f"text={tmp_path / 'text.py'}", f"output={tmp_path / 'second'}") == 0
     groups = group_runs(find_runs([tmp_path / "measured", tmp_path / "second"]))
     assert [group.name for group in groups] == ["model (measured)", "model (second)"]
+
+
+@pytest.mark.parametrize(
+    ("second", "names"),
+    [
+        ("other.py", ["model [text=other.py]", "model [text=text.py]"]),
+        ("more/text.py", ["model [text=text.py] (first)", "model [text=text.py] (second)"]),
+    ],
+)
+def test_two_texts_of_one_model_have_two_labels(second, names, saved: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / second).parent.mkdir(exist_ok=True)
+    (tmp_path / second).write_text(TEXT[::-1])
+    for text, output in ((tmp_path / "text.py", "first"), (tmp_path / second, "second")):
+        assert measure(saved, f"text={text}", f"output={tmp_path / output}") == 0
+    assert main(["report", str(tmp_path / "first"), str(tmp_path / "second"), f"output={tmp_path / 'both'}"]) == 0
+    page = (tmp_path / "both" / "index.html").read_text()
+    assert all(name in page for name in names)
+    assert [group.name for group in group_runs(find_runs([tmp_path / "first", tmp_path / "second"]))] == names
 
 
 def test_the_page_names_the_bos_token_of_windows(saved, tmp_path, capsys) -> None:

@@ -107,16 +107,19 @@ def _show(jobs: Sequence[Job]) -> None:
 
 def status(folders: Sequence[str], options: StatusOptions) -> None:
     """Print how far runs are: step, loss, tokens per second, time left, running or stopped."""
-    from normfree.store.progress import progress_line
-    from normfree.store.runs import find_runs
+    from normfree.store.progress import preparing_folders, progress_line
+    from normfree.store.runs import RUN_FILE, find_runs
 
     while True:
-        runs = [run for run in find_runs(folders) if run.kind == "run"]
-        if not runs:
+        preparing = {folder: preparing_folders(Path(folder)) for folder in folders}
+        recorded = [folder for folder in folders if not preparing[folder] or any(Path(folder).rglob(RUN_FILE))]
+        runs = [run for run in find_runs(recorded) if run.kind == "run"]
+        lines = [f"{place}  preparing the text" for places in preparing.values() for place in places]
+        if not runs and not lines:
             raise ValueError(f"{', '.join(folders)}: measured models, no training run")
-        width = max(len(run.place) for run in runs)
-        print("\n".join(progress_line(run, width=width) for run in runs), flush=True)
-        if not options.watch or not any(run.state == "running" for run in runs):
+        width = max((len(run.place) for run in runs), default=0)
+        print("\n".join([*lines, *(progress_line(run, width=width) for run in runs)]), flush=True)
+        if not options.watch or not (lines or any(run.state == "running" for run in runs)):
             return
         time.sleep(10)
         print()

@@ -4,9 +4,10 @@ This package imports nothing else of normfree.
 """
 
 from normfree.entropy.functional import attention_entropy
+from normfree.entropy.interventions import intervene
 from normfree.entropy.probe import EntropyProbe
 from normfree.entropy.request import AttentionEntropy
 from normfree.entropy.statistics import HeadEntropy
 from normfree.entropy.support import UnsupportedModel
 
-__all__ = ["AttentionEntropy", "EntropyProbe", "HeadEntropy", "UnsupportedModel", "attention_entropy"]
+__all__ = ["AttentionEntropy", "EntropyProbe", "HeadEntropy", "UnsupportedModel", "attention_entropy", "intervene"]

@@ -22,6 +22,7 @@ from normfree.entropy.support import UnsupportedModel, refusal
 from normfree.entropy.visibility import padding_rows
 
 SLOT = "_normfree_slot"  # attribute of an attention module, present only inside its taps
+EDITS = "_normfree_edits"  # inside interventions: functions of a call, its values and what the original returned
 
 _taps: dict[int, list[AttentionTap]] = {}  # by slot, the id of an attention module
 _replaced = ExitStack()
@@ -112,12 +113,18 @@ def _showing(name: str, original: Callable[..., Any] | None) -> Callable[..., An
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **named: Any
     ) -> Any:
         slot = getattr(module, SLOT, None)
+        call = None
         if slot == id(module):  # a copy of the module has the number of the original
             with torch.no_grad():
                 call = read_call(name, module, query, key, attention_mask, named)
                 torch.ops.normfree.show_call(_ticket, slot, *call)
         attend = original if original is not None else eager_function(type(module))
-        return attend(module, query, key, value, attention_mask, *args, **named)
+        result = attend(module, query, key, value, attention_mask, *args, **named)
+        if call is not None:
+            own_value = named["before_sink"][2] if "before_sink" in named else value  # as in read_call
+            for edit in getattr(module, EDITS, ()):
+                result = edit(call, own_value, result)
+        return result
 
     vars(shown_attention)["shows_calls"] = True
     return shown_attention

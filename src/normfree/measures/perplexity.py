@@ -1,13 +1,13 @@
 """Loss and perplexity of the next token."""
 
-# B batch, T tokens, V vocabulary; t tokens of one block of logits
+# B batch, T tokens, V vocabulary; t tokens of one block of logits; P forward passes
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -31,6 +31,7 @@ class Evaluation:
     nats: float  # sum of cross-entropies
     tokens: int  # predicted tokens: the first of a text predicts, but is not predicted
     bytes: int = 0  # UTF-8 bytes of the predicted tokens
+    passes: tuple[tuple[float, int], ...] = field(default=(), repr=False)  # nats and tokens of each forward pass
 
     @property
     def loss_nats(self) -> float:
@@ -46,6 +47,20 @@ class Evaluation:
     def bits_per_byte(self) -> float:
         """Comparable between tokenizers; NaN if no byte was counted."""
         return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
+
+    def minus(self, other: Evaluation) -> tuple[float, float]:
+        """Difference of the mean losses on the same passes, and its standard error, in nats per token.
+
+        The error is that of a ratio of sums over passes (NaN for one pass), so it holds for tokens that are alike
+        within a pass. Raises ValueError for evaluations of other tokens.
+        """
+        difference, count = self.loss_nats - other.loss_nats, len(self.passes)
+        nats_P, tokens_P = torch.tensor(self.passes, dtype=torch.float64).T
+        other_nats_P, other_tokens_P = torch.tensor(other.passes, dtype=torch.float64).T
+        if not torch.equal(tokens_P, other_tokens_P):
+            raise ValueError("the two evaluations are of different tokens; give the same text in the same batches")
+        squares = (nats_P - other_nats_P - difference * tokens_P).square().sum().item()
+        return difference, math.sqrt(squares * count / (count - 1)) / self.tokens if count > 1 else math.nan
 
     def to_dict(self) -> dict[str, float | int]:
         """The fields of run.json."""
@@ -136,18 +151,23 @@ class Perplexity(NextToken):
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__(model)
         self.nats, self.tokens = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
+        self.passes: list[tuple[float, int]] = []
 
     def add(self, logits_BTV: Tensor, labels_BT: Tensor) -> None:
         nats, tokens = next_token_nats(logits_BTV, labels_BT)
         self.nats, self.tokens = self.nats + nats, self.tokens + tokens
+        self.passes.append((nats, tokens))
 
     def totals(self) -> dict[str, Total]:
         return dict.fromkeys(self.gives, (self.nats, self.tokens))
 
     def evaluation(self, *, predicted_bytes: int, device: torch.device | str | None = None) -> Evaluation:
-        """Sums over processes that share the text on `device`; `predicted_bytes` is that of the whole text."""
+        """Sums over processes that share the text on `device`, and the passes of this one.
+
+        `predicted_bytes` is that of the whole text.
+        """
         nats, tokens = over_processes(self.nats, device), over_processes(self.tokens, device)
-        return Evaluation(nats.item(), int(tokens), predicted_bytes)
+        return Evaluation(nats.item(), int(tokens), predicted_bytes, tuple(self.passes))
 
 
 def evaluate_blocks(

@@ -41,9 +41,6 @@ _PAGES = Environment(
     lstrip_blocks=True,
 )
 _PAGES.globals["colours"] = COLOURS
-_NARROW_INCHES = 4.2
-"""Wider panels scroll on narrow screens instead of shrinking."""
-_PIXELS_PER_INCH = 96
 _HARDWARE = {name: "{:g} " + name for name in ("cores", "threads", "processes")}
 _HARDWARE = {"processor": "{}", **_HARDWARE, "memory_gib": "{:g} GiB", "device": "{}", "platform": "{}"}
 _SOFTWARE = {name: name + " {}" for name in ("normfree", "python", "torch", "transformers", "datasets")}
@@ -171,6 +168,7 @@ def render_page(parts: Sequence[Part], sections: Sequence[Sequence[dict[str, Any
             for place, (part, of_part) in enumerate(zip(parts, sections, strict=True))
         ],
         rates=Markup(to_html(rates)) if rates.rows else "",
+        trained=any(run.kind == "run" for run in runs),
         facts=_facts(parts),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -181,13 +179,11 @@ def section_values(section: Section, figures: Sequence[PageFigure], tables: Sequ
     """The values of a section for the template, with its figures as SVG and its tables as HTML."""
     drawn = []
     for figure in figures:
-        key, width = figure.key_part(), figure.panel_inches[0]
-        panels = figure.drawings
+        key, panels = figure.key_part(), figure.drawings
         if not panels:
             panels = [Markup(to_svg(part, f"{figure.name}-{place}")) for place, part in enumerate(figure.parts())]
-        values = {"figure": figure, "panels": panels, "pixels": round(width * _PIXELS_PER_INCH)}
+        values = {"figure": figure, "panels": panels, "kind": "cells" if figure.drawings else ""}
         values["key"] = key and Markup(to_svg(key, f"{figure.name}-key"))
-        values["kind"] = "cells" if figure.drawings else "wide scroll" if width > _NARROW_INCHES else ""
         drawn.append(values)
     return {"section": section, "figures": drawn, "tables": [Markup(to_html(table)) for table in tables]}
 

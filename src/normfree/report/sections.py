@@ -144,14 +144,14 @@ def _private_inference(groups: Groups) -> PageFigure | None:
     priced, _ = trade_off(groups)
     if not priced:
         return None
-    longest = max(len(point.name) for point in priced)
+    lines = [line for point in priced for line in points.name_in_column(point).split("\n")]
     return PageFigure(
         caption="One point per variant: bytes sent in one forward pass over one block under CHEETAH, and perplexity "
         "(the table says over which seeds). Further left and lower is better. Circles are on the Pareto front, "
         "crosses are not; the line joins the front of one corpus. Read differences between variants, not totals "
         "(docs/private-inference.md).",
         panels=[partial(points.trade_off_points, priced)],
-        panel_inches=(5.8 + 0.06 * max(0, longest - 25), max(2.9, 0.8 + 0.17 * len(priced))),
+        panel_inches=(2.8 + 0.06 * max(map(len, lines)), max(2.9, 0.8 + 0.15 * len(lines))),
     )
 
 

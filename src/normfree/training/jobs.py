@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import field, replace
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -18,6 +19,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from normfree.data import prepare
+from normfree.files import folder_lock
 from normfree.measures import periods_of
 from normfree.spec.compose import Job, read_words
 from normfree.spec.keys import build
@@ -66,8 +68,8 @@ def read_launch(words: Sequence[str]) -> tuple[Launch, list[str]]:
 def train_jobs(jobs: Sequence[Job], launch: Launch | None = None) -> None:
     """Train runs that are not finished yet.
 
-    Raises ValueError for jobs or a launch that cannot work, before anything is trained; RuntimeError at the end if runs
-    failed; InterruptedRunError on a signal.
+    Raises ValueError for jobs, a launch or a text that cannot work, before anything is trained; RuntimeError at the end
+    if runs failed; InterruptedRunError on a signal.
     """
     launch = launch or Launch()
     for job in jobs:  # `train` refuses a wrong measure too, but after the runs before it
@@ -77,13 +79,30 @@ def train_jobs(jobs: Sequence[Job], launch: Launch | None = None) -> None:
     left: Iterable[int] = range(len(jobs))
     if launch.submit:
         failures, left = _submit(jobs, launch), ()
-    elif launch.workers > 1:
+    else:
+        _prepare_texts(jobs)
+    if launch.workers > 1:
         jobs = [_with_threads(job, usable_cores() // launch.workers) for job in jobs]
         failures = _share(jobs, launch.workers)
         left = [n for n, job in enumerate(jobs) if n not in failures and not is_done(job.folder, job.spec)]
     failures |= _train_each(jobs, left)
     if failures:
         raise RuntimeError(f"{len(failures)} of {len(jobs)} runs failed: {'; '.join(failures.values())}")
+
+
+def _prepare_texts(jobs: Sequence[Job]) -> None:
+    """Prepare the texts of unfinished runs, each once. Raises ValueError for a text that would fail all its runs.
+
+    The folder of the runs is locked meanwhile, by which `normfree status` sees it; another study there waits.
+    """
+    jobs_by_text: dict[Any, Job] = {}
+    for job in jobs:
+        with suppress(ValueError):  # the folder holds another run, which `train` says in its turn
+            if not is_done(job.folder, job.spec):
+                jobs_by_text.setdefault((job.spec.data, job.cache_dir), job)
+    for job in jobs_by_text.values():
+        with folder_lock(job.folder.parent, on_wait=lambda owner: logger.info("waiting for the text of %s", owner)):
+            prepare(job.spec.data, cache=job.cache_dir)
 
 
 def _train(job: Job, *, progress: bool = True) -> Path:
@@ -121,7 +140,6 @@ def _share(jobs: Sequence[Job], workers: int) -> dict[int, str]:
     A signal is passed on once: the processes have sessions of their own, since a Ctrl-C that reached them twice would
     make a run leave without a checkpoint. A run of a process that died is left.
     """
-    prepare(jobs[0].spec.data, cache=jobs[0].cache_dir)  # once, with its bar, before the processes ask for it
     logger.info("%d processes share %d runs, train.threads=%s each", workers, len(jobs), jobs[0].spec.train.threads)
     context = multiprocessing.get_context("spawn")
     taken, queue = context.Value("i", 0), context.SimpleQueue()

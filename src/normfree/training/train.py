@@ -82,13 +82,13 @@ def train(
     arguments.check_machine(spec, training_device())
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))  # set by torchrun
     torch.set_num_threads(spec.train.threads or max(1, usable_cores() // processes_here))
-    with state.main_process_first():
-        corpus = prepare(spec.data, cache=Path(cache) if cache else None, progress=progress)
-    if state.is_main_process and any(corpus.facts()["dropped"].values()):
-        left_out = corpus.left_out("train"), corpus.left_out("validation")
-        logger.info("corpus %s; left out: %s; of held-out text: %s", corpus.fingerprint[:12], *left_out)
-    steps, config = arguments.total_steps(spec, corpus), arguments.model_config(spec, corpus)
-    with folder_lock(folder) if state.is_main_process else nullcontext():
+    with folder_lock(folder) if state.is_main_process else nullcontext():  # from here on `status` shows it
+        with state.main_process_first():
+            corpus = prepare(spec.data, cache=Path(cache) if cache else None, progress=progress)
+        if state.is_main_process and any(corpus.facts()["dropped"].values()):
+            left_out = corpus.left_out("train"), corpus.left_out("validation")
+            logger.info("corpus %s; left out: %s; of held-out text: %s", corpus.fingerprint[:12], *left_out)
+        steps, config = arguments.total_steps(spec, corpus), arguments.model_config(spec, corpus)
         if broadcast_from_rank_zero(arguments.is_done(folder, spec, corpus)):  # by another command, or with its text
             return folder
         set_seed(spec.seed)
