@@ -259,7 +259,7 @@ class ProbeSpec:
     sequences: Count = 64
     """Size of the fixed held-out batch."""
     final_sequences: Count = 1000
-    """Held-out sequences measured once, after the last step; heatmaps use these."""
+    """Held-out sequences measured once, after the last step, by all but rarer measures; heatmaps use these."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

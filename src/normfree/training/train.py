@@ -99,7 +99,7 @@ def train(
         record = open_record(folder, spec, corpus, model, objective, **facts)
         try:
             with wandb_run(record):
-                _train_to_an_end(record, model, measures, progress=progress)
+                _train_to_an_end(record, model, progress=progress)
         except InterruptedRunError as stopped:
             if stopped.signal_number in warning_signals():
                 signal.raise_signal(stopped.signal_number)  # now the handler may act, e.g. submitit's requeues the job
@@ -111,7 +111,7 @@ def train(
     return folder
 
 
-def _train_to_an_end(record: Record, model: NormFreeForCausalLM, measures: list[str], *, progress: bool) -> None:
+def _train_to_an_end(record: Record, model: NormFreeForCausalLM, *, progress: bool) -> None:
     """Train until the run is finished, has diverged or a signal stops it, and record which of them."""
     device, stop, signals = training_device(), StopOnSignal(), (*stopping_signals(), *warning_signals())
     resumes = "the same command resumes from its newest checkpoint"
@@ -122,7 +122,7 @@ def _train_to_an_end(record: Record, model: NormFreeForCausalLM, measures: list[
             _run_steps(trainer, record, stop, progress=progress)
             stop.at_once = stop.received is None  # no step boundary will follow
             if stop.agree(device) is None:
-                _finish(record, model, measures, trainer)
+                _finish(record, model, trainer)
             else:
                 record.update(status="interrupted")
         except NonFiniteError as error:
@@ -175,12 +175,22 @@ def _run_steps(trainer: NormFreeTrainer, record: Record, stop: StopOnSignal, *, 
         trainer.train(resume_from_checkpoint=str(record.checkpoint) if record.checkpoint else None)
 
 
-def _finish(record: Record, model: NormFreeForCausalLM, measures: list[str], trainer: NormFreeTrainer) -> None:
+def _final_measures(spec: RunSpec) -> list[tuple[list[str], int]]:
+    """Measures of the trained model, and on how many sequences: on those of a probe if they are rarer than probes."""
+    probe, often, rarely = spec.probe, [], []
+    for name, every in periods_of(probe.measures, probe.every_steps).items():
+        (rarely if every > probe.every_steps else often).append(name)
+    parts = [(often, probe.final_sequences), (rarely, probe.sequences)]
+    return [(names, sequences) for names, sequences in parts if names]
+
+
+def _finish(record: Record, model: NormFreeForCausalLM, trainer: NormFreeTrainer) -> None:
     """Measure and save the trained model."""
     spec, corpus, size = record.spec, record.corpus, record.spec.train.micro_batch_sequences
-    final_NT = spread(record.held_out_NT, spec.probe.final_sequences)
-    values = measurements(model, final_NT, measures, batch_sequences=size, tokenizer=corpus.tokenizer)
-    record.log(record.steps, "final", values)
+    for measures, sequences in _final_measures(spec):
+        blocks_NT = spread(record.held_out_NT, sequences)
+        values = measurements(model, blocks_NT, measures, batch_sequences=size, tokenizer=corpus.tokenizer)
+        record.log(record.steps, "final", values)
     bytes_of_text = corpus.predicted_bytes()
     result = evaluate_blocks(model, record.held_out_NT, predicted_bytes=bytes_of_text, batch_sequences=size)
     if PartialState().is_main_process:
