@@ -179,8 +179,8 @@ RECORDED = {
     "asr_encoder, diarization_model, language_model, word_timestamp_encoder": "nemo_speechlm",
     "adapter, decoder, speech_encoder.encoder.layers, t2u_model cross, t2u_model.model.encoder.layers, text cross, "
     "text_decoder, text_encoder": "seamless_m4t",
-    "cross, speech_encoder.adapter.layers, speech_encoder.encoder.layers, t2u_model.model.decoder.layers, "
-    "t2u_model.model.encoder.layers, text_decoder.layers, text_encoder.layers": "seamless_m4t_v2",
+    "adapter, cross, decoder, speech_encoder.encoder.layers, t2u_model.model.encoder.layers, text_decoder, "
+    "text_encoder": "seamless_m4t_v2",
     "decoder, text, vision": "t5gemma2",
     "auxiliary_layers, spatial_layers, temporal_layers, text, video_model": "videoprism",
 }
