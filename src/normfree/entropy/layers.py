@@ -67,10 +67,12 @@ def attention_layers(model: nn.Module) -> dict[Any, HeadLayer]:
     """
     if getattr(getattr(model, "config", None), "model_type", None) in EAGER_ONLY:
         return {}
+    one_of_class = {type(module): module for module in model.modules() if not isinstance(module, PreTrainedModel)}
+    classes = {kind for kind, module in one_of_class.items() if registry_of(module) is not None}
     routed = {
         module: _place(model, name.split("."), module)
         for name, module in model.named_modules()
-        if not isinstance(module, PreTrainedModel) and registry_of(module) is not None
+        if type(module) in classes
     }
     own = stack_names(stack for stack, _, is_cross in routed.values() if not is_cross)
     across = stack_names(stack for stack, _, is_cross in routed.values() if is_cross)

@@ -53,17 +53,18 @@ def read_images(folder: Path, processor: Any, count: int) -> dict[str, Tensor]:
 
     Raises ValueError for a folder without images, and a file that is none.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL.Image import open as decode_image
+    from PIL.Image import registered_extensions
 
-    endings = Image.registered_extensions()
+    endings = registered_extensions()
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings)[:count]
     if not paths:
         raise ValueError(f"images={folder} holds no image; give a folder of files such as .png or .jpg")
     images = []
     for path in paths:
         try:
-            with Image.open(path) as image:
+            with decode_image(path) as image:
                 images.append(image.convert("RGB"))
-        except (OSError, UnidentifiedImageError) as error:
+        except OSError as error:
             raise ValueError(f"{path} cannot be read as an image ({error})") from None
     return dict(processor(images=images, return_tensors="pt"))
