@@ -1,9 +1,10 @@
-"""What enters and leaves modules of a model, written down by hooks of the tests' own."""
+"""What enters modules of a model, written down by a hook of the tests' own."""
 
 # N tokens, F features
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
-def recorded(model: PreTrainedModel, inputs: dict[str, Any], before: list[Any] = [], after: list[Any] = []) -> Any:  # noqa: B006
-    """(N, F) float64 first inputs of the modules `before` and outputs of the modules `after`, by module."""
+def recorded(model: PreTrainedModel, inputs: dict[str, Any], before: Iterable[Any]) -> dict[nn.Module, np.ndarray]:
+    """(N, F) float64 first inputs of modules in a forward pass."""
     values: dict[nn.Module, np.ndarray] = {}
 
-    def keep(module: nn.Module, value: torch.Tensor) -> None:
-        values[module] = value.reshape(-1, value.shape[-1]).double().numpy().copy()
+    def keep(module: nn.Module, positional: tuple[Any, ...]) -> None:
+        values[module] = positional[0].reshape(-1, positional[0].shape[-1]).double().numpy().copy()
 
-    hooks = [module.register_forward_pre_hook(lambda module, args: keep(module, args[0])) for module in before]
-    hooks += [module.register_forward_hook(lambda module, _, output: keep(module, output)) for module in after]
+    hooks = [module.register_forward_pre_hook(keep) for module in before]
     with torch.no_grad():
         model(**inputs)
     for hook in hooks:
