@@ -62,9 +62,12 @@ def train(words: Sequence[str], *, many: bool = False, show: bool = False) -> No
     from normfree.training.processes import prepare_process
 
     launch, of_runs = read_launch(words) if many else (None, words)
-    jobs = compose_runs(of_runs) if many else [compose(values := read_words(of_runs))]
-    if not many and (control := control_of(values, jobs[0])):
-        jobs.insert(0, control)
+    if many:
+        jobs = compose_runs(of_runs)
+    else:
+        values = read_words(of_runs)
+        job = compose(values)
+        jobs = [*filter(None, [control_of(values, job)]), job]
     if show:
         _show(jobs)
         return

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from normfree.entropy.layers import Layer, attention_layers, labels
 from normfree.entropy.routing import AttentionCall
 from normfree.entropy.support import UnsupportedModel
 from normfree.entropy.tap import EDITS, AttentionTap
@@ -23,9 +24,10 @@ How = Literal["average", "zero"] | float
 
 
 @contextmanager
-def intervene(model: nn.Module, heads: Sequence[tuple[int, int]], how: How = "average") -> Iterator[None]:
-    """Change what heads, given as (layer, head), hand to the output projection, in each forward pass in the `with`.
+def intervene(model: nn.Module, heads: Sequence[tuple[Layer, int]], how: How = "average") -> Iterator[None]:
+    """Change what heads hand to the output projection, in each forward pass in the `with`.
 
+    heads: (layer, head) each, the layer as results call it: 3, or "cross 3" in a model with several groups of heads.
     how: 'average' puts the mean of the values in place of the attention, over all keys that the row may see (causality,
         windows and padding count; a sink gets nothing, a position bias plays no part, nothing is dropped out);
         'zero' silences the heads; a number multiplies what they write.
@@ -45,7 +47,7 @@ def intervene(model: nn.Module, heads: Sequence[tuple[int, int]], how: How = "av
     if not hasattr(model, "config"):
         raise UnsupportedModel(f"{type(model).__name__} is no Hugging Face model; give the one that it wraps")
     tap = AttentionTap(model, lambda layer, call: None)
-    edits = [(module, _Edit(layer, chosen, how)) for module, layer, chosen in _chosen_modules(tap, heads)]
+    edits = [(module, _Edit(layer, chosen, how)) for module, layer, chosen in _chosen_modules(model, heads)]
     with tap:
         for module, edit in edits:
             setattr(module, EDITS, (*getattr(module, EDITS, ()), edit))
@@ -61,9 +63,11 @@ def _is_number(how: object) -> bool:
     return isinstance(how, (int, float)) and not isinstance(how, bool) and math.isfinite(how)
 
 
-def _chosen_modules(tap: AttentionTap, heads: Sequence[tuple[int, int]]) -> Iterator[tuple[Any, int, list[int]]]:
-    """Each chosen layer's module, number and heads in ascending order."""
-    heads_of_layer: dict[int, set[int]] = defaultdict(set)
+def _chosen_modules(
+    model: nn.Module, heads: Sequence[tuple[Layer, int]]
+) -> Iterator[tuple[nn.Module, Layer, list[int]]]:
+    """Each chosen layer's module, label and heads in ascending order."""
+    heads_of_layer: dict[Layer, set[int]] = defaultdict(set)
     try:
         for layer, head in heads:
             heads_of_layer[layer].add(head)
@@ -71,15 +75,11 @@ def _chosen_modules(tap: AttentionTap, heads: Sequence[tuple[int, int]]) -> Iter
         heads_of_layer.clear()
     if not heads_of_layer:
         raise ValueError(f"heads={heads!r}; give one or more pairs (layer, head), e.g. [(0, 3), (1, 2)]")
-    modules = {module.layer_idx: module for module in tap.modules}
-    if len(modules) < len(tap.modules):
-        raise ValueError(
-            "some attention modules have the same layer number; give an encoder or a decoder alone, e.g. "
-            "model.get_decoder()"
-        )
-    for layer, chosen in sorted(heads_of_layer.items()):
+    layers = attention_layers(model)
+    modules = dict(zip(labels(layers.values()), sorted(layers, key=layers.__getitem__), strict=True))
+    for layer, chosen in heads_of_layer.items():
         if layer not in modules:
-            raise ValueError(f"layer {layer} has no attention here; allowed: {', '.join(map(str, sorted(modules)))}")
+            raise ValueError(f"layer {layer} has no attention here; allowed: {', '.join(map(str, modules))}")
         yield modules[layer], layer, sorted(chosen)
 
 
@@ -87,7 +87,7 @@ def _chosen_modules(tap: AttentionTap, heads: Sequence[tuple[int, int]]) -> Iter
 class _Edit:
     """What happens to the heads of one layer."""
 
-    layer: int
+    layer: Layer
     heads: list[int]
     how: How
 

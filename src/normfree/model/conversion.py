@@ -123,7 +123,7 @@ def convert(theirs: Any) -> NormFreeForCausalLM:
     weights = _converted_weights(theirs.state_dict(), theirs.config.num_attention_heads)
     if not fields.get("output_bias"):
         return _loaded(NormFreeConfig(**fields), weights)
-    epsilon = config.get("layer_norm_epsilon", config.get("layer_norm_eps"))
+    epsilon = float(config["layer_norm_epsilon" if "layer_norm_epsilon" in config else "layer_norm_eps"])
     tied = theirs.config.tie_word_embeddings
     fields |= {
         "norm": "fake",

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ def fold_norms(model: NormFreeForCausalLM) -> NormFreeForCausalLM:
             state[f"{reader}.{name}"] = value.to(weight_RE.dtype)
         state = {name: value for name, value in state.items() if not name.startswith(f"{prefix}{norm_name}.")}
     with torch.random.fork_rng(devices=[]):
-        result = NormFreeForCausalLM._from_config(folded_config, dtype=model.dtype)
+        result: Any = NormFreeForCausalLM._from_config(folded_config, dtype=model.dtype)
     for name, module in result.named_modules():  # biases that no norm filled
         if isinstance(module, nn.Linear) and module.bias is not None:
             state.setdefault(f"{name}.bias", torch.zeros_like(module.bias))

@@ -126,7 +126,7 @@ def check_start(start: Start, fields: Mapping[str, Any]) -> None:
     old.activation, new.activation = old.layer_activations, new.layer_activations
     for name in NormFreeConfig.__annotations__:
         before, now = getattr(old, name, None), getattr(new, name, None)
-        removes = name in ("norm", "final_norm") and REMOVALS.get(now) == before
+        removes = name in ("norm", "final_norm") and now in REMOVALS and REMOVALS[now] == before
         if before != now and name not in MAY_CHANGE and not removes:
             hint = f"; norm={now} replaces {REMOVALS[now]}" if name == "norm" and now in REMOVALS else ""
             raise ValueError(
