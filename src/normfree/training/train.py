@@ -89,6 +89,7 @@ def train(
     with folder_lock(folder) if state.is_main_process else nullcontext():
         if broadcast_from_rank_zero(arguments.is_done(folder, spec, corpus)):  # by another command, or with its text
             return folder
+        arguments.announce_needs(spec, corpus, training_device())
         set_seed(spec.seed)
         objective = build_objective(spec, config, steps)
         model = NormFreeForCausalLM(config)
