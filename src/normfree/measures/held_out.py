@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -29,7 +30,8 @@ def measure_batches(
 ) -> None:
     """Pass batches through the model in evaluation mode, without gradients, while the measures read.
 
-    Logits are computed only if a measure needs them. `progress` is the title of a bar, shown on a terminal.
+    Logits are computed only if a measure needs them. `progress` is the title of a bar, shown on a terminal. Processes
+    that hold parts of one model wait for each other in every pass, so those with fewer batches add unmeasured passes.
     Raises ValueError if there is no batch, or a measure refuses the model.
     """
     device = next(model.parameters()).device
@@ -44,8 +46,9 @@ def measure_batches(
         raise ValueError("there is nothing to measure: give at least one sequence")
     for measure in measures:
         measure.check(first)
-    with ExitStack() as contexts:
-        contexts.enter_context(in_evaluation_mode(model))
+    passes_to_add = _passes_of_others(total, device) if isinstance(model, FSDPModule) else 0
+    inputs: dict[str, Tensor] = {}
+    with in_evaluation_mode(model), ExitStack() as contexts:
         for measure in measures:
             contexts.enter_context(measure)
         bar = {"total": total, "desc": progress, "disable": None if progress else True, "leave": False}
@@ -56,6 +59,19 @@ def measure_batches(
                 measure.labels_BT = labels_BT
                 measure.mask_BT = mask if mask is not None and mask.dim() == 2 else None
             call(**inputs)
+        contexts.close()
+        for _ in range(passes_to_add):
+            call(**inputs)
+    if isinstance(model, FSDPModule):
+        model.reshard()  # a forward pass leaves the weights outside the blocks whole
+
+
+def _passes_of_others(own: int | None, device: torch.device) -> int:
+    """How many passes the process with most of them makes beyond this one's."""
+    assert own is not None, "a sharded model is measured on a list of batches"
+    most = torch.tensor(own, device=device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return int(most) - own
 
 
 def blocks_of(

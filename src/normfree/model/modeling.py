@@ -111,7 +111,11 @@ class NormFreePreTrainedModel(PreTrainedModel):
         shared, none if slopes are fixed.
         """
         return {
-            name: parameter.detach().float().reshape(()).clone()
+            name: (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter)  # sharded by FSDP
+            .detach()
+            .float()
+            .reshape(())
+            .clone()
             for name, parameter in self.named_parameters()
             if name.endswith("slope") and parameter.numel() == 1
         }

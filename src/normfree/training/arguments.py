@@ -20,6 +20,7 @@ from normfree.model import NormFreeConfig
 from normfree.spec.run import RunSpec
 from normfree.store.runs import OVER, RUN_FILE, DamagedRunError, read_run
 from normfree.training.precision import check_fp32_variables, needs_fp32_units
+from normfree.training.sharding import check_can_shard
 
 DEVICES = Path("/dev")
 logger = logging.getLogger("normfree")
@@ -41,6 +42,15 @@ def check_machine(spec: RunSpec, device: torch.device) -> None:
             f"train.sharding={train.sharding} needs several processes, and this is 1: start it with torchrun "
             "(docs/training.md), or leave the key out"
         )
+    if train.sharding == "fsdp":
+        check_can_shard(spec)
+    measured = {"probe.sequences": spec.probe.sequences, "probe.final_sequences": spec.probe.final_sequences}
+    measured |= {"train.evaluation_sequences": train.evaluation_sequences or processes}
+    for name, sequences in measured.items():
+        if sequences < processes:
+            raise ValueError(
+                f"{name}={sequences} gives some of the {processes} processes nothing to measure: give more"
+            )
     if missing := [name for name in train.trackers if find_spec(name) is None]:
         raise ValueError(f"train.trackers needs {', '.join(missing)}, not installed: pip install -e '.[trackers]'")
     if train.precision == "fp16" and device.type == "cpu":

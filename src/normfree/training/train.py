@@ -38,6 +38,7 @@ from normfree.training.objectives import build_objective
 from normfree.training.precision import products_for, restore_fp32_precision
 from normfree.training.processes import broadcast_from_rank_zero, guard_process_variables, training_device
 from normfree.training.record import Record, open_record, wandb_run
+from normfree.training.sharding import gather
 from normfree.training.signals import (
     InterruptedRunError,
     StopOnSignal,
@@ -181,9 +182,10 @@ def _finish(record: Record, model: NormFreeForCausalLM, measures: list[str], tra
     record.log(record.steps, "final", measurements(model, final_NT, measures, batch_sequences=size))
     bytes_of_text = corpus.predicted_bytes()
     result = evaluate_blocks(model, record.held_out_NT, predicted_bytes=bytes_of_text, batch_sequences=size)
-    if PartialState().is_main_process:
+    whole_model = gather(model) if spec.train.sharding == "fsdp" else model
+    if PartialState().is_main_process and whole_model is not None:
         card = model_card(read_run(record.folder), result.to_dict())
-        _save_model(model, corpus, card, record.folder / "model")
+        _save_model(whole_model, corpus, card, record.folder / "model")
     record.update(status="finished", final=result.to_dict(), **record.progress_at(record.steps))
     try:
         trainer.log({"eval_final_loss": result.loss_nats, "eval_final_perplexity": result.perplexity})
