@@ -195,6 +195,7 @@ def test_estimate_prints_the_parts_without_torch() -> None:
         (["utilisation=2"], "utilisation=2.0 must be above 0 and at most 1"),
         (["train.sharding=fsdp"], "train.sharding=fsdp with gpus=1: give gpus=2 or more, or leave it out"),
         (["model.hidden_size=wide"], "model.hidden_size='wide' must be a whole number above 0"),
+        (["model.bias=some"], "model.bias='some'; allowed: none, qk, all"),
         (["train.lr=1"], "unknown key 'train.lr'; did you mean train.peak_learning_rate?"),
     ],
 )

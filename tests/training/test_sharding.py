@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoModelForCausalLM
 
 from normfree.spec.compose import compose_run
 from normfree.store.checkpoints import check_sharding, checkpoints_in, newest_sound
 from normfree.store.runs import Run, read_run
-from normfree.training import arguments, train
+from normfree.training import arguments, sharding, train
+from tests.small_model import small_model
 from tests.training.runs import DAMAGES, check_equal_runs, damage, weights
 from tests.training.test_processes import losses, started
 
@@ -140,10 +142,17 @@ def test_kills_and_signals_cost_no_bit(sharded: Command, two: Path, tmp_path: Pa
 
 @pytest.mark.slow
 def test_bf16_with_checkpointing_skips_a_step_of_nan(sharded: Command, words, cache: Path, tmp_path: Path) -> None:
-    more = ["train.precision=bf16", "train.gradient_checkpointing=true", "train.on_nonfinite=skip:1", "train.steps=8"]
+    """With norms, whose weights stay in fp32."""
+    more = [
+        "variant=sm-ln-g",
+        "train.precision=bf16",
+        "train.gradient_checkpointing=true",
+        "train.on_nonfinite=skip:1",
+        "train.steps=8",
+    ]
     status, output = sharded(tmp_path / "two", *more, action="nan", at_step=5)
     assert status == 0, output
-    run = read_run(tmp_path / "two" / "single" / NAME)
+    run = read_run(tmp_path / "two" / "single" / "sm-ln-g-seed0")
     (skipped,) = run.facts["skipped_steps"]
     assert (skipped["step"], skipped["kind"]) == (6, "gradient")
     assert skipped["module"] in weights(run.folder)
@@ -164,10 +173,10 @@ def test_each_damaged_part_is_named(two: Path, words, tmp_path: Path, name: str,
     assert f"rejected checkpoint-20: shards/{name}" in caplog.text
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
-def test_sharding_with_one_process_is_refused(tiny_spec, sharding: str) -> None:
-    with pytest.raises(ValueError, match=f"train.sharding={sharding} needs several processes, and this is 1: start it"):
-        arguments.check_machine(tiny_spec(f"train.sharding={sharding}"), torch.device("cpu"))
+@pytest.mark.parametrize("value", ["ddp", "fsdp"])
+def test_sharding_with_one_process_is_refused(tiny_spec, value: str) -> None:
+    with pytest.raises(ValueError, match=f"train.sharding={value} needs several processes, and this is 1: start it"):
+        arguments.check_machine(tiny_spec(f"train.sharding={value}"), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -191,6 +200,33 @@ def test_what_cannot_be_sharded_is_refused(tiny_spec, word: str, message: str, m
     spec: Any = tiny_spec("train.sharding=fsdp", "train.batch_sequences=16", word)
     with pytest.raises(ValueError, match=message):
         arguments.check_machine(spec, torch.device("cpu"))
+
+
+def test_a_full_disk_of_one_process_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        error: Any = OSError("No space left on device"), None
+        raise CheckpointException("write", {1: error})
+
+    monkeypatch.setattr(sharding.dcp, "save", fail)
+    model = small_model(num_hidden_layers=1)
+    with pytest.raises(OSError, match="process 1: No space left on device"):
+        sharding.save_shards(tmp_path, model, torch.optim.AdamW(model.parameters()))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_moments_come_back_without_a_step_before(tmp_path: Path) -> None:
+    """As in a resume, whose optimiser has no state yet; one process, without torch.distributed."""
+    models = [small_model(seed=seed, num_hidden_layers=1) for seed in (0, 1)]
+    optimizers = [torch.optim.AdamW(model.parameters(), fused=True) for model in models]
+    for parameter in models[0].parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizers[0].step()
+    sharding.save_shards(tmp_path, models[0], optimizers[0])
+    sharding.load_weights(tmp_path, models[1])
+    sharding.load_states(tmp_path, models[1], optimizers[1])
+    for theirs, ours in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=0)
+        torch.testing.assert_close(optimizers[0].state[theirs], optimizers[1].state[ours], rtol=0, atol=0)
 
 
 def test_a_checkpoint_of_another_sharding_is_refused(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ GIB = 2**30
 CONTEXT_BYTES = 1.0 * GIB
 """What a process holds on a GPU beyond torch's tensors: CUDA's context, libraries, gaps. Assumed."""
 RING = 2
-"""Blocks that FSDP2 holds gathered at once: the one that computes and the one fetched ahead."""
+"""Blocks that FSDP2 holds gathered at once: the one that computes and the one that is fetched ahead."""
 
 # The package's constants, repeated here because importing them loads torch; a test compares them.
 LOSS_ROWS, LOSS_LOGITS = 1024, 2**24
@@ -89,7 +89,7 @@ class Sizes:
 
 
 def sizes_of(spec: RunSpec, device: Literal["cpu", "gpu"] = "gpu") -> Sizes:
-    """The sizes of a run's model. Raises ValueError for a size that is no whole number above 0."""
+    """The sizes of a run's model. Raises ValueError for a size or choice that no model has."""
     model = config_of(spec)
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
         if (value := model[name]) is not None and not (isinstance(value, int) and value > 0):
@@ -97,10 +97,11 @@ def sizes_of(spec: RunSpec, device: Literal["cpu", "gpu"] = "gpu") -> Sizes:
     width, layers = model["hidden_size"], model["num_hidden_layers"]
     feed_forward = model["intermediate_size"] or 4 * width
     sites = 4 if model["placement"] == "peri" else 2
-    bias = {"none": 0, "qk": 2 * width, "all": 5 * width + feed_forward}[model["bias"]]
+    bias = _chosen(model, "bias", {"none": 0, "qk": 2 * width, "all": 5 * width + feed_forward})
     projections = 4 * width**2 + 2 * width * feed_forward
     activations = spread_over_layers(model["activation"], layers)
-    slopes = {"none": 0, "shared": 1, "per_layer": activations.count("leaky_relu")}[model["learnable_slope"]]
+    leaky = activations.count("leaky_relu")
+    slopes = _chosen(model, "learnable_slope", {"none": 0, "shared": 1, "per_layer": leaky})
     positions = width * model["max_position_embeddings"] * (model["position"] == "learned")
     embeddings = width * model["vocab_size"] * (1 if model["tie_word_embeddings"] else 2)
     final_norm = _norm_parameters(model["final_norm"], width)
@@ -116,6 +117,12 @@ def sizes_of(spec: RunSpec, device: Literal["cpu", "gpu"] = "gpu") -> Sizes:
         final_norm_keeps=NORM_KEEPS.get(model["final_norm"], 0),
         feed_forward=feed_forward,
     )
+
+
+def _chosen(model: dict[str, Any], field: str, numbers: dict[str, int]) -> int:
+    if model[field] not in numbers:
+        raise ValueError(f"model.{field}={model[field]!r}; allowed: {', '.join(numbers)}")
+    return numbers[model[field]]
 
 
 def _norm_parameters(name: str, width: int) -> int:
@@ -138,12 +145,8 @@ def _layer_keeps(
     row_bytes = compute * tokens if written_out else 4  # the weights of a row, or the logarithm of their sum
     attention += row_bytes * model["num_attention_heads"] / width
     ratio = (model["intermediate_size"] or 4 * width) / width
-    return (
-        inputs
-        + attention
-        + compute * ratio * ACTIVATION_KEEPS.get(activation, 2)
-        + sites * NORM_KEEPS.get(model["norm"], 0)
-    )
+    fed = compute * ratio * ACTIVATION_KEEPS.get(activation, 2)
+    return inputs + attention + fed + sites * NORM_KEEPS.get(model["norm"], 0)
 
 
 def _compute_bytes(spec: RunSpec) -> int:

@@ -189,7 +189,8 @@ def _work(jobs: Sequence[Job], taken: Any, failures: Any) -> None:
     os.setsid()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logger.setLevel(logging.INFO)
-    logger.addFilter(lambda line: line.module != "callbacks")  # progress is in the parent's table
+    # Progress is in the parent's table, and what a run needs was checked there.
+    logger.addFilter(lambda line: line.module not in ("callbacks", "arguments"))
     prepare_process()
     try:
         for failure in _train_each(jobs, _take_numbers(taken, len(jobs)), progress=False):

@@ -39,15 +39,17 @@ def check_can_shard(spec: RunSpec) -> None:
 def shard(model: NormFreeForCausalLM, precision: str, device: torch.device) -> None:
     """Shard every block, then the rest, over all processes, in place. Weights must be equal in all of them.
 
-    Parts stay in fp32; with bf16 the blocks are gathered in bf16, and their gradients added in fp32. The residual
-    stream keeps the dtype that autocast gives it.
+    Parts stay in fp32. With bf16 the linear maps of the blocks are gathered in bf16, as autocast would cast them, and
+    their gradients added in fp32; norms and all else of a block are a group of their own, gathered in fp32.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    if precision == "bf16":
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    in_bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in model.model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        own = [module for module in block.modules() if next(module.parameters(recurse=False), None) is not None]
+        others = [module for module in own if not isinstance(module, nn.Linear)]
+        if precision == "bf16" and others:
+            fully_shard(others, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=in_bf16 if precision == "bf16" else MixedPrecisionPolicy())
     fully_shard(model, mesh=mesh)
 
 
