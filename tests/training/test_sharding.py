@@ -207,7 +207,7 @@ def test_a_full_disk_of_one_process_is_named(tmp_path: Path, monkeypatch: pytest
         error: Any = OSError("No space left on device"), None
         raise CheckpointException("write", {1: error})
 
-    monkeypatch.setattr(sharding.dcp, "save", fail)
+    monkeypatch.setattr(sharding.state_dict_saver, "save", fail)
     model = small_model(num_hidden_layers=1)
     with pytest.raises(OSError, match="process 1: No space left on device"):
         sharding.save_shards(tmp_path, model, torch.optim.AdamW(model.parameters()))

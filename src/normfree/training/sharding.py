@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import cast
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -18,6 +18,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from normfree.model import NormFreeForCausalLM
+from normfree.model.blocks import Block
+from normfree.model.modeling import NormFreePreTrainedModel
 from normfree.spec.run import RunSpec
 from normfree.store.checkpoints import SHARDS
 
@@ -36,7 +38,7 @@ def check_can_shard(spec: RunSpec) -> None:
         raise ValueError(f"train.sharding=fsdp does not work with {' and '.join(chosen)}: give train.sharding=ddp")
 
 
-def shard(model: NormFreeForCausalLM, precision: str, device: torch.device) -> None:
+def shard(model: NormFreePreTrainedModel, precision: str, device: torch.device) -> None:
     """Shard every block, then the rest, over all processes, in place. Weights must be equal in all of them.
 
     Parts stay in fp32. With bf16 the linear maps of the blocks are gathered in bf16, as autocast would cast them, and
@@ -44,7 +46,7 @@ def shard(model: NormFreeForCausalLM, precision: str, device: torch.device) -> N
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     in_bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    for block in model.model.layers:
+    for block in [module for module in model.modules() if isinstance(module, Block)]:
         own = [module for module in block.modules() if next(module.parameters(recurse=False), None) is not None]
         others = [module for module in own if not isinstance(module, nn.Linear)]
         if precision == "bf16" and others:
@@ -69,30 +71,30 @@ def own_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def save_shards(folder: Path, model: NormFreeForCausalLM, optimizer: Optimizer) -> None:
+def save_shards(folder: Path, model: NormFreePreTrainedModel, optimizer: Optimizer) -> None:
     """Write the parts of all processes under `folder`. Raises OSError in each if one of them fails."""
     try:
-        dcp.save(_weights(model) | _states(model, optimizer), checkpoint_id=folder / SHARDS)
+        state_dict_saver.save(_weights(model) | _states(model, optimizer), checkpoint_id=folder / SHARDS)
     except CheckpointException as error:  # not an Exception
         raise OSError("; ".join(f"process {rank}: {failure[0]}" for rank, failure in error.failures.items())) from error
 
 
-def load_weights(folder: Path, model: NormFreeForCausalLM) -> None:
+def load_weights(folder: Path, model: NormFreePreTrainedModel) -> None:
     """Read this process's part of the weights and buffers, in place."""
-    dcp.load(_weights(model), checkpoint_id=folder / SHARDS)
+    state_dict_loader.load(_weights(model), checkpoint_id=folder / SHARDS)
 
 
-def load_states(folder: Path, model: NormFreeForCausalLM, optimizer: Optimizer) -> None:
+def load_states(folder: Path, model: NormFreePreTrainedModel, optimizer: Optimizer) -> None:
     """Read this process's part of AdamW's states, in place."""
-    dcp.load(_states(model, optimizer), checkpoint_id=folder / SHARDS)
+    state_dict_loader.load(_states(model, optimizer), checkpoint_id=folder / SHARDS)
 
 
-def _weights(model: NormFreeForCausalLM) -> dict[str, Tensor]:
+def _weights(model: NormFreePreTrainedModel) -> dict[str, Tensor]:
     """Sharded parameters, and buffers, without the second name of a tied weight."""
     return {name: value for name, value in model.state_dict().items() if name not in model.all_tied_weights_keys}
 
 
-def _states(model: NormFreeForCausalLM, optimizer: Optimizer) -> dict[str, Tensor]:
+def _states(model: NormFreePreTrainedModel, optimizer: Optimizer) -> dict[str, Tensor]:
     """AdamW's step and moments of every parameter; zero, as AdamW would begin, where it has taken no step."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     assert isinstance(optimizer, AdamW), "check_can_shard refuses the others"

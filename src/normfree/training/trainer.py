@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -193,8 +193,9 @@ class NormFreeTrainer(Trainer):
         if not self.sharded:  # else `shard` has done it
             super()._move_model_to_device(model, device)
 
-    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
-        return nullcontext()  # each micro-batch is reduced: whole gradients until the last take 4 bytes a parameter
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        yield  # each micro-batch is reduced: whole gradients until the last would take 4 bytes a parameter
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not self.sharded:  # else `_save_optimizer_and_scheduler` saves both
@@ -204,9 +205,9 @@ class NormFreeTrainer(Trainer):
         if not self.sharded:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        save_shards(Path(output_dir), self.network, self.optimizer.optimizer)
+        save_shards(Path(output_dir), self.network, cast(Any, self.optimizer).optimizer)
         if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+            torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.sharded:
@@ -218,9 +219,10 @@ class NormFreeTrainer(Trainer):
         if not self.sharded or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        load_states(Path(checkpoint), self.network, self.optimizer.optimizer)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
-        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+        optimizer, scheduler = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
+        load_states(Path(checkpoint), self.network, optimizer.optimizer)
+        scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
