@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from normfree.entropy import EntropyProbe, HeadEntropy, attention_entropy
+    from normfree.entropy import EntropyProbe, HeadEntropy, attention_entropy, intervene
     from normfree.measures.measurement import MeasureCallback, Measurement, measure
     from normfree.measures.text_perplexity import perplexity
     from normfree.model import NormFreeConfig, NormFreeForCausalLM
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _NAMES = {
-    "normfree.entropy": ("EntropyProbe", "HeadEntropy", "attention_entropy"),
+    "normfree.entropy": ("EntropyProbe", "HeadEntropy", "attention_entropy", "intervene"),
     "normfree.measures.measurement": ("MeasureCallback", "Measurement", "measure"),
     "normfree.measures.text_perplexity": ("perplexity",),
     "normfree.model": ("NormFreeConfig", "NormFreeForCausalLM"),
@@ -41,8 +41,8 @@ _PUBLIC = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = [
     "EntropyProbe", "HeadEntropy", "MeasureCallback", "Measurement", "NormFreeConfig", "NormFreeForCausalLM", "Run",
     "__version__", "attention_entropy", "build_report", "compare", "compose_run", "find_runs", "heatmap",
-    "held_out_blocks", "load_pretrained", "load_runs", "measure", "perplexity", "plot_curves", "plot_heads",
-    "read_run", "train",
+    "held_out_blocks", "intervene", "load_pretrained", "load_runs", "measure", "perplexity", "plot_curves",
+    "plot_heads", "read_run", "train",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""`normfree measure`: any language model in, the folder of a run and a page out."""
+"""`normfree measure`: any model in, the folder of a run and a page out."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+import transformers
 from transformers import (
+    BertConfig,
+    BertModel,
     BloomConfig,
     BloomForCausalLM,
+    CLIPConfig,
+    CLIPModel,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
@@ -19,8 +25,15 @@ from transformers import (
     MambaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
+import normfree
 from normfree.analysis.groups import group_runs
 from normfree.cli.main import main
 from normfree.store.runs import find_runs, load_runs, read_run
@@ -62,6 +75,7 @@ def test_the_command_writes_a_run_folder_and_its_page(saved, tmp_path, capsys) -
     assert "<svg" in page
     assert f": {run.facts['measurement']['sequences']} windows of 32 tokens" in page
     assert "://" not in page
+    assert "SM is softmax attention" not in page  # names of variants
     for name in ("figures/entropy_nats-heads.png", "tables/layers.csv", "tables/ranges.md", "numbers/heads.csv"):
         assert (tmp_path / "measured" / "report" / name).stat().st_size > 0
 
@@ -97,6 +111,24 @@ def test_two_models_of_one_folder_name_stay_two(saved: Path, tmp_path: Path) -> 
     assert measure(twin, f"text={tmp_path / 'text.py'}", f"output={tmp_path / 'second'}") == 0
     groups = group_runs(find_runs([tmp_path / "measured", tmp_path / "second"]))
     assert [group.name for group in groups] == ["model (measured)", "model (second)"]
+
+
+@pytest.mark.parametrize(
+    ("second", "names"),
+    [
+        ("other.py", ["model [text=other.py]", "model [text=text.py]"]),
+        ("more/text.py", ["model [text=text.py] (first)", "model [text=text.py] (second)"]),
+    ],
+)
+def test_two_texts_of_one_model_have_two_labels(second, names, saved: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / second).parent.mkdir(exist_ok=True)
+    (tmp_path / second).write_text(TEXT[::-1])
+    for text, output in ((tmp_path / "text.py", "first"), (tmp_path / second, "second")):
+        assert measure(saved, f"text={text}", f"output={tmp_path / output}") == 0
+    assert main(["report", str(tmp_path / "first"), str(tmp_path / "second"), f"output={tmp_path / 'both'}"]) == 0
+    page = (tmp_path / "both" / "index.html").read_text()
+    assert all(name in page for name in names)
+    assert [group.name for group in group_runs(find_runs([tmp_path / "first", tmp_path / "second"]))] == names
 
 
 def test_the_page_names_the_bos_token_of_windows(saved, tmp_path, capsys) -> None:
@@ -152,3 +184,129 @@ def test_a_model_without_attention_is_refused(tmp_path: Path, capsys: pytest.Cap
     assert not (tmp_path / "measured").exists()
     words = ["evaluate", str(folder), f"text={tmp_path / 'text.py'}", "context=16"]
     assert main(words) == 0, capsys.readouterr().err
+
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+IMAGES = {"image_size": 16, "patch_size": 8}
+
+
+T5 = {"d_model": 32, "d_kv": 16, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+WHISPER = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+WHISPER |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "pad_token_id": 0, "max_source_positions": 8}
+
+
+def tiny(family: str) -> PreTrainedModel:
+    if family == "bert":
+        return BertModel(BertConfig(vocab_size=256, **SIZES))
+    if family == "vit":
+        return ViTForImageClassification(ViTConfig(**SIZES, **IMAGES))
+    if family == "t5":
+        return T5ForConditionalGeneration(T5Config(vocab_size=256, **T5))
+    if family == "whisper":
+        return WhisperForConditionalGeneration(WhisperConfig(vocab_size=256, decoder_start_token_id=1, **WHISPER))
+    text = SIZES | {"vocab_size": 256, "max_position_embeddings": 32, "num_attention_heads": 4}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=SIZES | IMAGES))
+
+
+def saved_model(family: str, parent: Path) -> Path:
+    """The model with what must lie beside it, a text, a target and a folder of three images."""
+    folder = save(tiny(family), parent / family)
+    (parent / "target.py").write_text(TEXT[::-1])
+    if family in ("vit", "clip"):
+        image = pytest.importorskip("PIL.Image", reason="images need Pillow")
+        (parent / "images" / "more").mkdir(parents=True)
+        for name in ("b", "a", "more/c"):
+            image.new("L", (20, 30), color=len(name) * 40).save(parent / "images" / f"{name}.png")
+        (parent / "images" / "labels.csv").write_text("a,1")
+        transformers.ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "layers", "ceilings"),
+    [
+        pytest.param("bert", "text=text.py context=32", [0, 1], [math.log(32)] * 2, marks=pytest.mark.slow),
+        ("vit", "images=images", [0, 1], [math.log(5)] * 2),
+        (
+            "t5",
+            "text=text.py target=target.py context=16",
+            [f"{group} {layer}" for group in ("encoder", "decoder", "cross") for layer in (0, 1)],
+            [math.log(16)] * 2 + [math.lgamma(17) / 16] * 2 + [math.log(16)] * 2,
+        ),
+        (
+            "clip",
+            "text=text.py images=images context=16",
+            ["vision 0", "vision 1", "text 0", "text 1"],
+            [math.log(5)] * 2 + [math.lgamma(17) / 16] * 2,
+        ),
+    ],
+)
+def test_any_kind_of_model_has_records_and_a_page(
+    family, keys, layers, ceilings, tmp_path, capsys, monkeypatch
+) -> None:
+    folder = saved_model(family, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(["measure", str(folder), *keys.split(), "output=measured", "batch=2"]) == 0, capsys.readouterr().err
+    run = read_run(tmp_path / "measured")
+    assert run.layer_numbers("entropy_nats", len(layers)) == layers
+    assert run.last("final", "ceiling_nats") == pytest.approx(ceilings)
+    assert run.facts["measurement"]["sequences"] == (3 if "images" in keys else 16 if "context=32" not in keys else 14)
+    heads = pd.read_csv(tmp_path / "measured" / "report" / "numbers" / "heads.csv")
+    assert list(dict.fromkeys(heads["layer"])) == layers
+    page = (tmp_path / "measured" / "report" / "index.html").read_text()
+    assert "causal ceiling" not in page
+    assert "causal ceiling" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "message"),
+    [
+        ("vit", "text=text.py", "text= is a text, and ViTForImageClassification reads none: give images="),
+        ("vit", "", "ViTForImageClassification reads images: give images="),
+        ("vit", "images=empty", "images=empty holds no image"),
+        ("vit", "images=images context=8", "context= cuts a text, and ViTForImageClassification reads none"),
+        ("bert", "text=text.py images=empty", "images= is images, and BertModel reads none: give text="),
+        (
+            "bert",
+            "text=text.py target=text.py",
+            "target= is the target of an encoder-decoder, and BertModel",
+        ),
+        ("t5", "text=text.py", "reads the target of an encoder-decoder: give text= and target="),
+        ("t5", "text=text.py target=nowhere.py", "target=nowhere.py cannot be read"),
+        ("t5", "text=text.py target=text.py measures=perplexity", "a causal language-model head"),
+        ("clip", "text=text.py", "CLIPModel reads images: give text= and images="),
+        ("whisper", "text=text.py", "reads input_features, which the command has no key for"),
+    ],
+)
+def test_keys_that_do_not_fit_the_model_are_refused(family, keys, message, tmp_path, capsys, monkeypatch) -> None:
+    folder = saved_model(family, tmp_path)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main(["measure", str(folder), *keys.split(), "output=measured"]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "measured").exists()
+
+
+def test_a_file_that_is_no_image_is_named(tmp_path, capsys) -> None:
+    folder = saved_model("vit", tmp_path)
+    (tmp_path / "images" / "0.png").write_text("no image")
+    assert main(["measure", str(folder), f"images={tmp_path / 'images'}"]) == 1
+    assert f"{tmp_path / 'images' / '0.png'} cannot be read as an image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["bert", "t5", "vit"])
+def test_evaluate_refuses_what_predicts_no_next_token(family, tmp_path, capsys) -> None:
+    assert main(["evaluate", str(saved_model(family, tmp_path)), f"text={tmp_path / 'text.py'}"]) == 1
+    assert "has no causal language-model head" in capsys.readouterr().err
+
+
+def test_any_inputs_of_a_model_are_measured_in_python() -> None:
+    patches = normfree.measure(tiny("vit").eval(), {"pixel_values": torch.rand(2, 3, 16, 16)})
+    assert patches["rows"].tolist() == [[10, 10]] * 2
+    ids_BT = torch.arange(3, 23).view(2, 10)
+    inputs = {"input_ids": ids_BT, "decoder_input_ids": ids_BT[:, :4]}
+    table = normfree.measure(tiny("t5").eval(), inputs, ["heads", "logits"]).to_frame()
+    assert table["layer"].unique().tolist() == [
+        f"{group} {n}" for group in ("encoder", "decoder", "cross") for n in (0, 1)
+    ]
+    assert table["max_logit"].notna().all()

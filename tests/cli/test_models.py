@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from normfree import held_out_blocks, intervene, load_pretrained
 from normfree.store.runs import read_run
 
 
@@ -21,7 +23,10 @@ def test_evaluate_prints_perplexity_and_bits_per_byte(trained: Path, tmp_path: P
     assert "bits per byte" in out
 
 
-def test_evaluating_a_run_gives_its_recorded_perplexity(trained: Path, cache: Path, tmp_path: Path, run) -> None:
+def test_evaluating_a_run_gives_its_recorded_perplexity(
+    trained: Path, cache: Path, tmp_path: Path, run, monkeypatch
+) -> None:
+    monkeypatch.setenv("NORMFREE_CACHE", str(tmp_path / "empty"))
     status, out, err = run("evaluate", str(trained), f"cache_dir={cache}")
     assert status == 0, err
     recorded = read_run(trained).facts["final"]
@@ -38,6 +43,55 @@ def test_evaluating_a_run_gives_its_recorded_perplexity(trained: Path, cache: Pa
     other = shutil.copytree(trained, tmp_path / "other")
     (other / "run.json").write_text((other / "run.json").read_text().replace(read_run(trained).corpus, "0" * 64))
     assert "other has corpus 000000000000, and its" in run("evaluate", str(other), f"cache_dir={cache}")[2]
+
+
+def test_evaluate_prints_what_changing_heads_does(trained: Path, cache: Path, run) -> None:
+    words = ["evaluate", str(trained), f"cache_dir={cache}", "heads=[[0,1],[1,0]]"]
+    model, _ = load_pretrained(str(trained))
+    blocks = held_out_blocks(str(trained), cache=cache)
+    for how, description in (("average", "averaged"), ("zero", "silenced"), ("0.5", "times 0.5")):
+        status, out, err = run(*words, f"how={how}")
+        assert status == 0, err
+        assert f"\nheads          0.1, 1.0 {description}\n" in out
+        before, after = map(float, re.findall(r"cross-entropy  ([\d.]+) nats", out))
+        match = re.search(
+            r"difference     ([+-][\d.]+) nats per token \(standard error ([\d.]+) over (\d+) passes\)", out
+        )
+        assert match
+        with intervene(model, [(0, 1), (1, 0)], float(how) if how == "0.5" else how):
+            changed = per_token_nats(model, blocks)
+        plain = per_token_nats(model, blocks)
+        assert after == pytest.approx(changed.mean(), abs=1e-4)
+        assert before == pytest.approx(plain.mean(), abs=1e-4)
+        assert float(match[1]) == pytest.approx((changed - plain).mean(), abs=1e-4)
+        of_pass = np.array([part.mean() for part in np.array_split(changed - plain, int(match[3]))])
+        assert float(match[2]) == pytest.approx(of_pass.std(ddof=1) / np.sqrt(len(of_pass)), rel=0.2, abs=1e-4)
+
+
+def per_token_nats(model, blocks) -> np.ndarray:
+    """(N, T - 1) cross-entropies by hand."""
+    with torch.no_grad():
+        logits = model(input_ids=blocks).logits[:, :-1].double()
+    return -logits.log_softmax(-1).gather(-1, blocks[:, 1:, None])[..., 0].numpy()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["heads=[[0,1],[9,0]]"], "layer 9 has no attention here; allowed: 0, 1"),
+        (["heads=[[0,64]]"], "layer 0 has no head 64; allowed: 0 to "),
+        (["heads=[0,1]"], "heads='[0,1]'; give one or more pairs, e.g. heads=[[0,3],[1,2]]"),
+        (["heads=[[0,1.5]]"], "give one or more pairs"),
+        (["heads=[[0,1]]", "how=mean"], "how='mean'; allowed: 'average', 'zero' or a finite number"),
+        (["heads=[[0,1]]", "how=nan"], "how=nan; allowed"),
+        (["how=zero"], "how= needs the heads to change, e.g. heads=[[0,3],[1,2]]"),
+    ],
+)
+def test_wrong_heads_of_evaluate_are_named_in_a_line(words, message, trained: Path, cache: Path, run) -> None:
+    status, out, err = run("evaluate", str(trained), f"cache_dir={cache}", *words)
+    assert (status != 0, out) == (True, "")
+    assert message in err
+    assert len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("command", ["evaluate", "measure"])

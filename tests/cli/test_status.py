@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from normfree.cli.main import main
 from normfree.files import folder_lock
 from tests.synthetic import write_run
 
@@ -47,6 +49,35 @@ def test_a_killed_run_is_stopped_at_its_last_step(tmp_path: Path, run) -> None:
     assert "stopped      step     40 of 200" in out
     assert "left" not in out
     assert "the same command resumes it" in out
+
+
+def test_a_folder_held_without_a_record_is_preparing_its_text(tmp_path: Path, run) -> None:
+    with folder_lock(tmp_path / "runs" / "quick"):
+        status, out, err = run("status", str(tmp_path / "runs"))
+        assert (status, out, err) == (0, f"{tmp_path / 'runs' / 'quick'}  preparing the text\n", "")
+        place = unfinished(tmp_path / "runs" / "quick")
+        assert run("status", str(tmp_path / "runs"))[1].splitlines()[1].startswith(f"quick/{place.name}  stopped")
+    assert "preparing" not in run("status", str(tmp_path / "runs"))[1]
+
+
+@pytest.mark.parametrize("verb", ["study", "train"])
+def test_status_says_preparing_while_a_text_is_prepared(verb, tiny, cache, tmp_path, run, monkeypatch, capsys) -> None:
+    study = tmp_path / "small.yaml"
+    study.write_text("preset: cpu-quick\ngroups:\n  - {variants: [sm], seeds: [0]}\n")
+    words = ["study", str(study)] if verb == "study" else ["train", "variant=sm", "study=small"]
+    words += [*(word for word in tiny if verb == "train" or not word.startswith("preset=")), f"runs_dir={tmp_path}"]
+    lines = []
+
+    def watch(*_: object, **__: object) -> None:
+        main(["status", str(tmp_path / "small")])
+        lines.extend(capsys.readouterr().out.splitlines())
+        raise ValueError("no text")
+
+    module = import_module(f"normfree.training.{'jobs' if verb == 'study' else 'train'}")
+    monkeypatch.setattr(module, "prepare", watch)
+    assert run(*words, f"cache_dir={cache}")[0] == 1
+    place = tmp_path / "small" if verb == "study" else tmp_path / "small" / "sm-seed0"
+    assert lines == [f"{place}  preparing the text"]
 
 
 @pytest.mark.parametrize(

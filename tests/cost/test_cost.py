@@ -27,6 +27,7 @@ from transformers import (
 from normfree.cost.constants import find_protocol, load_constants
 from normfree.cost.counts import Matmul, count
 from normfree.cost.families import (
+    NORM_FREE_EPSILON,
     NORMFREE_ACTIVATIONS,
     NORMFREE_DEFAULTS,
     NORMFREE_FREE,
@@ -36,6 +37,7 @@ from normfree.cost.families import (
     read_architecture,
 )
 from normfree.cost.totals import of_config, of_run
+from normfree.model import conversion
 from normfree.model.activations import ACTIVATIONS
 from normfree.model.configuration import TABLES, NormFreeConfig
 from normfree.model.norms import NORMS
@@ -155,6 +157,15 @@ def test_identity_and_no_norm_are_the_only_free_choices() -> None:
     assert set(counts) == {"embedding", "matmul", "attention_product", "softmax"}
 
 
+@pytest.mark.parametrize(("kind", "name"), [("gpt2", "layer_norm_epsilon"), ("gpt_neox", "layer_norm_eps")])
+def test_a_layernorm_with_a_huge_epsilon_is_free(kind: str, name: str) -> None:
+    config = {"gpt2": GPT2Config, "gpt_neox": GPTNeoXConfig}[kind]()
+    assert "layernorm" in elements(config, 16)
+    setattr(config, name, NORM_FREE_EPSILON)
+    assert "layernorm" not in elements(config, 16)
+    assert conversion.NORM_FREE_EPSILON == NORM_FREE_EPSILON
+
+
 def test_defaults_are_those_of_the_config() -> None:
     config = NormFreeConfig()
     for key, value in NORMFREE_DEFAULTS.items():
@@ -164,7 +175,7 @@ def test_defaults_are_those_of_the_config() -> None:
 
 def test_every_activation_and_norm_of_the_model_has_a_price() -> None:
     assert {*NORMFREE_ACTIVATIONS, "leaky_relu"} == {*ACTIVATIONS, "silu"}
-    assert {*NORMFREE_NORMS, "taper"} == set(NORMS)  # whether it has tapered off, a config does not say
+    assert {*NORMFREE_NORMS, "taper", "fake"} == set(NORMS)  # whether it has tapered off, a config does not say
     for name, free in NORMFREE_FREE.items():
         assert set(free) <= set(TABLES.get(name, ("none", "learned")))
     for protocol, name in ((p, n) for p in load_constants()["protocols"] for n in ACTIVATIONS):

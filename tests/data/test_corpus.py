@@ -116,7 +116,11 @@ def test_a_saved_tokenizer_is_used_as_it_is(spec: DataSpec, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"context": 100_000}, "fills no block of data.context=100000"),
+        ({"context": 100_000}, "fills no block of data.context=100000 tokens; give more text in data.validation_paths"),
+        (
+            {"context": 100_000, "validation_documents": 3},
+            "validation text .* tokens; raise data.validation_documents=3, or a shorter context",
+        ),
         ({"vocab_size": 50_000}, "data.vocab_size=50000"),
         ({"max_bytes": 5}, "the training text has only 260 pieces"),
     ],

@@ -131,6 +131,7 @@ BAD_FILES = {
     "blank.txt": (b"\n", "gives no train text"),
     "missing/*.py": (None, "matches no file; allowed are"),
     "empty": (None, "matches no file; allowed are"),
+    "notes.md": (b"text", "matches only files of kinds that are not read (.md); allowed are folders or globs of .py, "),
 }
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from truths import causal, check, random_heads, truth
 
 from normfree.entropy import attention_entropy, functional, fused
+from normfree.entropy.layers import HeadLayer
 from normfree.entropy.request import Request
 from normfree.entropy.sums import HeadSums, sums_of
 from normfree.entropy.visibility import Visibility
@@ -282,11 +283,11 @@ def test_the_ceiling_is_that_of_the_rows_in_the_mean(broken_from, rows):
     q, k = torch.zeros(1, 2, 20, 8), torch.zeros(1, 2, 20, 8)
     k[:, :, broken_from] = math.nan
     sums = HeadSums()
-    sums.add([(0, sums_of(attention_entropy(q, k, causal=True)))])
+    sums.add([(HeadLayer.of("", 0), sums_of(attention_entropy(q, k, causal=True)))])
     statistics = sums.statistics()
     expected = torch.arange(1, rows + 1, dtype=torch.float64).log().mean()
     torch.testing.assert_close(statistics.ceiling_nats(), expected[None], equal_nan=True)
-    sums.add([(0, sums_of(attention_entropy(q[:, :, :8], q[:, :, :8], causal=True)))])
+    sums.add([(HeadLayer.of("", 0), sums_of(attention_entropy(q[:, :, :8], q[:, :, :8], causal=True)))])
     both = sums.statistics().ceiling_nats()
     torch.testing.assert_close(both, torch.arange(1, 9, dtype=torch.float64).log().mean()[None])
     assert statistics.nonfinite_rows.tolist() == [[20 - broken_from] * 2]

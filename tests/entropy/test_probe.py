@@ -13,14 +13,8 @@ import torch._dynamo.testing
 from families import tiny_model
 from torch.utils.checkpoint import checkpoint
 from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
-    BertConfig,
-    BertLMHeadModel,
     MambaConfig,
     MambaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -257,34 +251,6 @@ def test_a_nan_head_keeps_the_ceiling_of_the_others():
     assert entropies.visible[0].tolist() == [list(range(1, 9))] * 2
     assert entropies.counted.sum((0, 2)).tolist() == [8, 0]
     assert entropy_of_probabilities(p_BHTS[:, 1:]).visible.unique().tolist() == [8]  # no head shows what is visible
-
-
-BART = dict.fromkeys(("d_model", "encoder_ffn_dim", "decoder_ffn_dim"), 16) | {"vocab_size": 60}
-BART |= {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
-T5 = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2, "vocab_size": 60}
-
-
-@pytest.mark.parametrize(
-    "model",
-    [BartForConditionalGeneration(BartConfig(**BART)), T5ForConditionalGeneration(T5Config(**T5))],
-    ids=["bart", "t5"],
-)
-def test_an_encoder_and_a_decoder_are_not_added_up(model):
-    inputs = {"input_ids": IDS, "decoder_input_ids": IDS[:, :7]}
-    advice = r"EntropyProbe\(model.get_decoder\(\)\)"
-    with EntropyProbe(model), torch.no_grad(), pytest.raises(ValueError, match=advice):
-        model(**inputs)
-    with EntropyProbe(model.get_decoder()) as probe, torch.no_grad():
-        model(**inputs)
-    assert probe.statistics().rows.unique().tolist() == [14]  # two sequences of seven: no cross-attention
-
-
-def test_cross_attention_of_a_bert_decoder_is_left_out():
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    model = BertLMHeadModel(BertConfig(**shape, vocab_size=60, is_decoder=True, add_cross_attention=True)).eval()
-    with EntropyProbe(model) as probe, torch.no_grad():
-        model(input_ids=IDS, encoder_hidden_states=torch.randn(2, 5, 16))
-    assert probe.statistics().rows.unique().tolist() == [40]
 
 
 def test_eager_probes_refuse_dropout_and_keep_the_calls_form():

@@ -58,7 +58,7 @@ def test_the_tables_list_installed_types_once():
 
 @pytest.mark.parametrize("model_type", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 def test_the_table_says_what_the_installed_source_does(model_type):
-    routed = ROUTED | {"blt", "hrm_text"} | {"git", "zamba", "zamba2"}  # the last: by parts, or without layer numbers
+    routed = ROUTED | {"blt"} | {"git", "zamba", "zamba2"}  # the last: by parts, or shared by layers
     assert ("ALL_ATTENTION_FUNCTIONS" in modeling_source(model_type)) == (model_type in routed)
 
 

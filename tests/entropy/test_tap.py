@@ -7,6 +7,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from normfree.entropy import EntropyProbe
+from normfree.entropy.layers import labels
 from normfree.entropy.tap import AttentionTap
 from tests.entropy.families import tiny_model
 
@@ -32,8 +33,8 @@ def test_a_tap_reads_every_call_beside_a_probe(family, probe_first):
     model.set_attn_implementation("eager")
     with torch.no_grad():
         attentions = model(IDS, output_attentions=True).attentions
-    assert sorted(read) == list(range(len(attentions)))
-    for layer, weights in enumerate(attentions):
+    assert labels(read) == list(range(len(attentions)))
+    for layer, weights in zip(sorted(read), attentions, strict=True):
         assert torch.allclose(eager_weights(read[layer]), weights, atol=1e-5)
     assert probe.statistics().rows.unique().tolist() == [IDS.numel()]
 

@@ -10,9 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertModel, T5Config, T5EncoderModel, ViTConfig, ViTModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
+)
 
-from normfree.pretrained.load import load_config, load_pretrained
+from normfree.pretrained.load import load_config, load_measurable, load_pretrained
 from tests.measures.byte_model import byte_gpt2, byte_tokenizer
 
 
@@ -70,9 +79,53 @@ def test_an_encoder_is_said_to_lack_a_head(encoder, tmp_path, monkeypatch, caplo
     encoder().save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    with pytest.raises(ValueError, match=r"has no causal language-model head.* `normfree\.measure\(model, ids\)`"):
+    with pytest.raises(ValueError, match=r"has no causal language-model head.*; `normfree measure` measures its heads"):
         load_pretrained(tmp_path)
     assert "LOAD REPORT" not in caplog.text
+
+
+def tiny_t5() -> T5Config:
+    return T5Config(vocab_size=256, d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=2)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: byte_gpt2(),
+        lambda: BertModel(BertConfig(vocab_size=256, **SIZES)),
+        lambda: BertForMaskedLM(BertConfig(vocab_size=256, **SIZES)),
+        lambda: T5EncoderModel(tiny_t5()),
+        lambda: T5ForConditionalGeneration(tiny_t5()),
+    ],
+    ids=["gpt2", "bert", "masked", "t5-encoder", "t5"],
+)
+def test_any_model_of_texts_is_loaded_whole(model, tmp_path):
+    saved = model()
+    saved.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    loaded, tokenizer, processor = load_measurable(tmp_path, device="cpu")
+    assert tokenizer("a")["input_ids"]
+    assert processor is None
+    weights = dict(loaded.named_parameters())
+    assert all(torch.equal(value, weights[name]) for name, value in saved.named_parameters() if name in weights)
+    assert weights.keys() >= {name for name, _ in saved.named_parameters() if "pooler" not in name}
+
+
+def test_an_encoder_with_missing_layers_is_refused(tmp_path):
+    T5ForConditionalGeneration(tiny_t5()).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    rest = {name: value for name, value in weights.items() if "decoder.block.1." not in name}
+    save_file(rest, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks \d+ weights of its model, e\.g\. decoder\.block\.1"):
+        load_measurable(tmp_path)
+
+
+def test_a_model_of_images_needs_its_processor_beside_it(tmp_path):
+    pytest.importorskip("PIL", reason="images need Pillow")
+    ViTModel(ViTConfig(image_size=32, patch_size=16, **SIZES)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no image processor.*; save the model's beside it"):
+        load_measurable(tmp_path)
 
 
 @pytest.mark.parametrize(

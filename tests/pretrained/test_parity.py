@@ -4,40 +4,19 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from normfree.model import NormFreeConfig, NormFreeForCausalLM
+from normfree.model import NormFreeForCausalLM
+from normfree.model.conversion import convert, fields_of
 
 SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 SIZES |= {"max_position_embeddings": 64}
 TOLERANCE = {"atol": 1e-5, "rtol": 0.0}
-ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "leaky_relu": "leaky_relu",
-    "linear": "identity",
-    "relu": "relu",
-}
-# Parts of transformers' names of modules -> ours, in both families.
-NAMES = {
-    r"^(transformer|gpt_neox)\.": "model.",
-    r"\.h\.": ".layers.",
-    r"wte|embed_in": "embed_tokens",
-    r"wpe": "positions.vectors",
-    r"ln_1|input_layernorm": "attention_norm",
-    r"ln_2|post_attention_layernorm": "feed_forward_norm",
-    r"ln_f|final_layer_norm": "final_norm",
-    r"attn\.c_attn|attention\.query_key_value": "attention.qkv",
-    r"attn\.c_proj|attention\.dense": "attention.output",
-    r"mlp\.(c_fc|dense_h_to_4h)": "feed_forward.input",
-    r"mlp\.(c_proj|dense_4h_to_h)": "feed_forward.output",
-}
+ACTIVATIONS = ("gelu", "gelu_new", "leaky_relu", "linear", "relu")
 
 
 def randomised(model: Any) -> Any:
@@ -51,41 +30,16 @@ def randomised(model: Any) -> Any:
     return model.eval()
 
 
-def ours_like(theirs: Any, **fields: Any) -> NormFreeForCausalLM:
-    """A normfree model with the weights of a GPT-2 or GPT-NeoX."""
-    config = NormFreeConfig(**SIZES, **fields, bias="all", tie_word_embeddings=theirs.config.tie_word_embeddings)
-    ours = NormFreeForCausalLM._from_config(config, attn_implementation=theirs.config._attn_implementation)
-    ours.load_state_dict({our_name(name): our_layout(name, weight) for name, weight in theirs.state_dict().items()})
-    return ours.eval()
-
-
-def our_name(name: str) -> str:
-    for theirs, ours in NAMES.items():
-        name = re.sub(theirs, ours, name)
-    return name
-
-
-def our_layout(name: str, weight: Tensor) -> Tensor:
-    if ".c_" in name:
-        return weight.t()  # GPT-2 stores (input, output); a bias stays as it is
-    if "query_key_value" in name:  # rows from (H, 3, D), by head, to (3, H, D): all queries first
-        return weight.unflatten(0, (4, 3, -1)).transpose(0, 1).flatten(0, 2)
-    return weight
-
-
 def gpt2_pair(activation: str = "gelu_new", *, epsilon: float = 1e-5, **fields: Any) -> tuple[Any, NormFreeForCausalLM]:
     config = GPT2Config(**SIZES, activation_function=activation, layer_norm_epsilon=epsilon, **fields)
     theirs = randomised(GPT2LMHeadModel(config))
-    inner = fields.get("n_inner")
-    return theirs, ours_like(theirs, activation=ACTIVATIONS[activation], norm_epsilon=epsilon, intermediate_size=inner)
+    return theirs, convert(theirs)
 
 
 def neox_pair(share: float = 0.25, *, parallel: bool = True, base: float = 10000.0, **fields: Any) -> Any:
     fields |= {"rotary_pct": share, "use_parallel_residual": parallel, "rotary_emb_base": base}
     theirs = randomised(GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES, intermediate_size=96, **fields)))
-    positions = {"position": "rotary", "rotary_share": share, "rotary_base": base}
-    residual = "parallel" if parallel else "sequential"
-    return theirs, ours_like(theirs, residual=residual, intermediate_size=96, norm_epsilon=1e-5, **positions)
+    return theirs, convert(theirs)
 
 
 def assert_parity(theirs: Any, ours: NormFreeForCausalLM) -> None:
@@ -123,3 +77,31 @@ def test_neox_logits_are_equal(share: float, parallel: bool) -> None:
 def test_other_fields_are_equal() -> None:
     assert_parity(*neox_pair(base=500.0, tie_word_embeddings=True))
     assert_parity(*gpt2_pair(epsilon=1e-2, tie_word_embeddings=False, n_inner=50, attn_implementation="eager"))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_layernorms_with_a_huge_epsilon_are_folded(tied: bool) -> None:
+    theirs = randomised(GPT2LMHeadModel(GPT2Config(**SIZES, layer_norm_epsilon=1e12, tie_word_embeddings=tied)))
+    with torch.no_grad():
+        for name, weight in theirs.named_parameters():
+            if ".ln_" in name and name.endswith("weight"):
+                weight.mul_(1e6)  # as published: gain times 1e6 / sigma
+    ours, ids = convert(theirs), torch.randint(0, 61, (2, 20), generator=torch.Generator().manual_seed(2))
+    expected = theirs(ids).logits
+    torch.testing.assert_close(ours(ids).logits, expected, atol=1e-5 * expected.abs().max().item(), rtol=0)
+    assert (ours.config.norm, ours.config.final_norm) == ("none", "none")
+    assert ours.half()(ids).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "llama"}, "allowed: normfree, gpt2, gpt_neox"),
+        ({"model_type": "gpt2", "activation_function": "silu"}, "activation 'silu'"),
+        ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "scales its attention"),
+        ({"model_type": "gpt_neox", "attention_bias": False}, "attention without bias"),
+    ],
+)
+def test_other_architectures_are_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fields_of(config)

@@ -138,6 +138,12 @@ def test_the_page_says_first_what_was_found(report: Path) -> None:
     assert published.SOURCE.replace("&", "&amp;") in text
 
 
+def test_the_page_says_above_its_answer_what_names_mean(report: Path) -> None:
+    above = (report / "index.html").read_text().partition('class="answer"')[0]
+    assert "SM is softmax attention, LN is LayerNorm inside the blocks, G is GELU and R is ReLU" in above
+    assert "The unigram predicts every token by how often it occurs in the training text" in above
+
+
 def test_finite_rows_and_missing_prices_are_notes(tmp_path: Path) -> None:
     sentence = "No probe of any run found an attention row with NaN or infinity."
     runs = [write_run(tmp_path / "runs", "SM+G"), write_run(tmp_path / "runs", "SM+R", broken_probe=True)]

@@ -83,6 +83,22 @@ def test_the_page_reads_well(browser: Browser, report: Path, width: int, scheme:
     assert problems(browser, report / "index.html", width=width, scheme=scheme) == []
 
 
+def test_a_phone_hides_and_clips_nothing(browser: Browser, report: Path) -> None:
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    page.goto((report / "index.html").as_uri())
+    page.evaluate("document.querySelectorAll('details').forEach((fold) => { fold.open = true })")
+    outside = """() => [...document.querySelectorAll('main td, main th, main svg, main svg text, main p, main dd')]
+        .filter((node) => node.getClientRects().length && !node.closest('thead'))
+        .filter((node) => { const box = node.getBoundingClientRect(); return box.left < -1 || box.right > 391; })
+        .map((node) => node.textContent.slice(0, 40))"""
+    assert page.evaluate(outside) == []
+    assert page.evaluate("[...document.querySelectorAll('.scroll')].every((n) => n.scrollWidth <= n.clientWidth)")
+    cells = page.locator("tbody tr", has_text="Without it, ReLU is better").first.locator("td")
+    titles = cells.evaluate_all("cells => cells.map((cell) => getComputedStyle(cell, '::before').content)")
+    assert {'"Verdict"', '"Compared"', '"Measured"'} <= set(titles)
+    page.close()
+
+
 def test_a_click_on_a_title_sorts_its_column(browser: Browser, report: Path) -> None:
     page = browser.new_page()
     page.goto((report / "index.html").as_uri())
@@ -99,7 +115,7 @@ def test_a_click_on_a_title_sorts_its_column(browser: Browser, report: Path) -> 
 
 def test_the_keyboard_reaches_every_scroll_area_and_scrolls_it(browser: Browser, report: Path) -> None:
     # wait_for_function evaluates a string again at every frame, which the page's own policy forbids.
-    page = browser.new_page(viewport={"width": 390, "height": 844}, bypass_csp=True)
+    page = browser.new_page(viewport={"width": 600, "height": 844}, bypass_csp=True)
     page.goto((report / "index.html").as_uri())
     page.evaluate("document.querySelectorAll('details').forEach((fold) => { fold.open = true })")
     page.keyboard.press("Tab")

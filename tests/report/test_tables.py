@@ -292,7 +292,7 @@ def test_skipped_steps_are_shown(tmp_path: Path) -> None:
 
 def test_html_and_markdown_escape_every_cell() -> None:
     text = to_html(NASTY_TABLE)
-    assert text.count("&lt;script&gt;") == 4
+    assert text.count("&lt;script&gt;") == 6
     assert all(word in text for word in ('scope="col"', 'scope="row"'))
     lines = [line for line in to_markdown(NASTY_TABLE).splitlines() if line.startswith("|")]
     assert {line.replace("\\|", "").count("|") for line in lines} == {3}
@@ -313,3 +313,19 @@ def test_csv_round_trips_and_runs_no_formula() -> None:
     cells = list(csv.reader(io.StringIO(to_csv(NASTY_TABLE))))
     assert cells[1] == [NASTY, "'=1+1"]
     assert cells[2] == ["-", "-4.2 %"]
+
+
+@pytest.mark.parametrize(
+    "cell", ["-9.2 % to +0.7 %", "-9.2 to +0.7 %", "+18.8 points", "-3.5 % (-5.4 to -1.6)", "+7.8 % (n = 3)", "-3", "-"]
+)
+def test_csv_leaves_numbers_and_intervals_alone(cell: str) -> None:
+    table = Table("t", "c", ("a", "b"), [("x", cell)])
+    assert list(csv.reader(io.StringIO(to_csv(table))))[1] == ["x", cell]
+
+
+@pytest.mark.parametrize(
+    "cell", ["-1+cmd|' /C calc'!A0", "+1 to +A1", "-1 points+2", "@SUM(1)", "+A1 %", "-1 to =2", "-1 (A1)"]
+)
+def test_csv_quotes_every_other_sign(cell: str) -> None:
+    table = Table("t", "c", ("a", "b"), [("x", cell)])
+    assert list(csv.reader(io.StringIO(to_csv(table))))[1] == ["x", f"'{cell}"]

@@ -30,7 +30,13 @@ def test_a_name_is_composed_of_parts(name, label, fields):
 
 @pytest.mark.parametrize("part", PARTS["parts"])
 def test_every_part_trains_as_a_variant(part):
-    needs = {"taper": ["model.taper_end_step=9"], "post": ["ln"], "peri": ["ln"], "mix": ["ln"]}.get(part, [])
+    needs = {
+        "taper": ["model.taper_end_step=9"],
+        "fake": ["model.fake_start_step=9"],
+        "post": ["ln"],
+        "peri": ["ln"],
+        "mix": ["ln"],
+    }.get(part, [])
     words = [word for word in needs if "=" in word]
     name = "-".join(["sm", *(word for word in needs if "=" not in word), part, "r"])
     spec = compose_run([f"variant={name}", *words]).spec

@@ -184,8 +184,9 @@ def test_sharding_with_one_process_is_refused(tiny_spec, value: str) -> None:
     [
         (
             "train.optimizer=muon",
-            "fsdp does not work with train.optimizer=muon: give train.sharding=ddp",
+            "fsdp does not work with train.optimizer=muon: leave that out, or give train",
         ),
+        ("probe.measures=[gradients]", "fsdp does not work with probe.measures=gradients"),
         ("train.compile=true", "fsdp does not work with train.compile=true"),
         ("variant=sm-wn-r", "fsdp does not work with model.linear=weight_norm"),
         ("probe.sequences=1", "probe.sequences=1 gives some of the 2 processes nothing to measure: give more"),

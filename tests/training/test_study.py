@@ -138,6 +138,16 @@ def test_a_study_of_which_no_run_can_begin_says_why(done: tuple[Path, list[str],
         run_study(str(done[0]), words)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_missing_text_stops_a_study_once(workers, done, tmp_path, run, caplog) -> None:
+    words = [*done[1], f"runs_dir={tmp_path / 'runs'}", "data.paths=[nowhere]", "train.steps=1", f"workers={workers}"]
+    status, out, err = run("study", str(done[0]), *words)
+    assert (status, out) == (1, "")
+    assert err.splitlines()[-1].startswith("normfree: data.paths: 'nowhere' matches no file; allowed are")
+    assert "failed" not in caplog.text + err
+    assert not list((tmp_path / "runs").rglob("run.json"))
+
+
 def test_a_run_that_another_process_trains_is_left_to_it(done, tmp_path, caplog) -> None:
     study, overrides, _ = done
     elsewhere = tmp_path / "runs"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,7 +22,9 @@ NORMALISERS = {
     "observed": "the highest entropy measured here (the paper's Max)",
     "log_t": "ln T, which only the last row of a causal matrix can reach",
     "causal": "ln(T!)/T, the entropy if every token looked equally at all tokens up to itself",
+    "ceiling": "in models that are not causal, the entropy if every row looked equally at all that it sees",
 }
+"""`log_t` and `causal` are of causal models, `ceiling` of the others."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,32 @@ class Heads:
     ceiling_L: Floats
     """Entropy in nats of a head that attends uniformly to every visible token."""
     step: int
-    layers: Sequence[int]
-    """The model's own numbers of the layers."""
+    layers: Sequence[int | str]
+    """The model's own numbers of the layers, or `encoder 0`, `cross 0` in a model with several groups of heads."""
+    exists_LH: NDArray[np.bool_] | None = None
+    """False where a layer has fewer heads than the widest one; None: every layer has all."""
+
+    @property
+    def existing(self) -> NDArray[np.bool_]:
+        """[L, H]: `exists_LH`, True for all heads where that is None."""
+        return np.ones(self.entropy_LH.shape, dtype=bool) if self.exists_LH is None else self.exists_LH
+
+    @property
+    def groups(self) -> list[Heads]:
+        """The heads of each group; one for a model with a single stack of layers."""
+        places: dict[str, list[int]] = {}
+        for place, layer in enumerate(self.layers):
+            places.setdefault(group_and_number(layer)[0], []).append(place)
+        return [
+            replace(
+                self,
+                entropy_LH=self.entropy_LH[part],
+                ceiling_L=self.ceiling_L[part],
+                layers=[self.layers[place] for place in part],
+                exists_LH=self.existing[part],
+            )
+            for part in places.values()
+        ]
 
 
 @dataclass(frozen=True)
@@ -55,6 +81,21 @@ class RangeCounts:
     def shares(self) -> list[float]:
         """Shares of all heads; they sum to 1 only if every head is finite."""
         return [count / self.heads for count in self.finite_R]
+
+
+def group_and_number(layer: int | str) -> tuple[str, int]:
+    """`encoder 3` as (encoder, 3); the group of a plain number is empty."""
+    group, _, number = str(layer).rpartition(" ")
+    return group, int(number)
+
+
+def ceiling_words(runs: Iterable[Run]) -> str:
+    """What the ceiling of these runs is called: causal, unless a measured model has rows that see later tokens."""
+    return "causal ceiling" if all(map(_is_causal, runs)) else "ceiling"
+
+
+def _is_causal(run: Run) -> bool:
+    return run.facts.get("measurement", {}).get("causal", True) is True
 
 
 def causal_ceiling(context: int) -> float:
@@ -77,9 +118,9 @@ def shares_of_ceiling(heads: Heads) -> Floats:
 
 def top_quarter_share(heads: Heads | None) -> float:
     """Share of heads that are nearly uniform; NaN if a head is not finite or nothing was measured."""
-    if heads is None or not np.isfinite(heads.entropy_LH).all():
+    if heads is None or not np.isfinite(heads.entropy_LH[heads.existing]).all():
         return math.nan
-    return float((shares_of_ceiling(heads) >= OVERLOAD_SHARE).mean())
+    return float((shares_of_ceiling(heads)[heads.existing] >= OVERLOAD_SHARE).mean())
 
 
 def values_over_training(run: Run, name: str) -> list[tuple[int, Floats]]:
@@ -109,12 +150,16 @@ def recorded_quantities(groups: Sequence[Group], *, drawn: str) -> list[Quantity
 def probed_heads(run: Run, split: str = "probe") -> list[Heads]:
     """The entropies of every probe of a run, oldest first; `final` is the large sample after training."""
     ceilings = dict(run.series(split, "ceiling_nats"))
+    rows, nonfinite = (
+        dict(run.series(split, name) if run.kind == "measurement" else ()) for name in ("rows", "nonfinite_rows")
+    )
     heads = []
     for step, value in run.series(split, "entropy_nats"):
         ceiling_L = np.array(ceilings[step], dtype=float)
         ceiling_L[np.isnan(ceiling_L)] = causal_ceiling(run.spec["data"]["context"])  # no finite row in this layer
         layers = run.layer_numbers("entropy_nats", len(value))
-        heads.append(Heads(np.array(value, dtype=float), ceiling_L, step, layers))
+        exists_LH = None if step not in rows else np.array(rows[step]) + np.array(nonfinite[step]) > 0
+        heads.append(Heads(np.array(value, dtype=float), ceiling_L, step, layers, exists_LH))
     return heads
 
 
@@ -156,7 +201,12 @@ def pooled_ranges(groups: Sequence[Group]) -> dict[str, dict[str, RangeCounts]]:
     for group in groups:
         if heads := heads_of[group.name]:
             entropy_LH = np.concatenate([seed.entropy_LH for seed in heads])
-            maxima = {"observed": observed, "log_t": math.log(group.runs[0].spec["data"]["context"])}
-            maxima |= {"causal": np.concatenate([seed.ceiling_L for seed in heads])}
-            pooled[group.name] = {name: range_counts(entropy_LH, maxima[name]) for name in NORMALISERS}
+            maxima, ceiling_L = {"observed": observed}, np.concatenate([seed.ceiling_L for seed in heads])
+            if _is_causal(group.runs[0]):
+                maxima |= {"log_t": math.log(group.runs[0].spec["data"]["context"]), "causal": ceiling_L}
+            else:
+                maxima["ceiling"] = ceiling_L
+            counts = {name: range_counts(entropy_LH, maximum) for name, maximum in maxima.items()}
+            missing = sum(int((~seed.existing).sum()) for seed in heads)
+            pooled[group.name] = {n: replace(count, nonfinite=count.nonfinite - missing) for n, count in counts.items()}
     return pooled

@@ -6,6 +6,7 @@ import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any
 
 from normfree.analysis import published
@@ -245,8 +246,11 @@ def _name_a_run_per_value(key: str, runs: Sequence[Run]) -> str:
 
 
 def _settings_text(run: Run, keys: Sequence[str]) -> str:
-    """`steps=40, precision=bf16`."""
+    """`steps=40, precision=bf16`; the text of a measurement has its file's name in place of a fingerprint."""
     values = _settings(run, with_places=True)
+    if run.kind == "measurement":
+        values["text"] = Path(run.facts["corpus"]["source"]).name
+        keys = ["text" if key == "corpus" else key for key in keys]
     return ", ".join(f"{key.split('.')[-1]}={values.get(key, 'unset')}" for key in keys)
 
 
@@ -269,7 +273,7 @@ def _comparison_key(run: Run) -> Hashable:
 
 @cache
 def _defaults() -> dict[str, Any]:
-    return {key: default for key, (default, _) in describe_keys(RunSpec).items() if "." in key}
+    return {key: default for key, (default, _) in describe_keys(RunSpec).items()}
 
 
 def _settings(run: Run, *, with_places: bool = False) -> dict[str, str]:

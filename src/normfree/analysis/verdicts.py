@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from normfree.analysis.entropy import OVERLOAD_SHARE, Heads, shares_of_ceiling
+from normfree.analysis.entropy import OVERLOAD_SHARE, Heads, group_and_number, shares_of_ceiling
 from normfree.analysis.seeds import Difference
 from normfree.store.runs import Run
 
@@ -151,18 +151,28 @@ def _judge(rule: Rule, heads: Heads, probes: Sequence[Heads]) -> Verdict:
 
 
 def _is_overloaded(heads: Heads) -> tuple[bool | None, str]:
+    """Whether one of the groups is, each by the first third of its own layers."""
+    judged = [_is_group_overloaded(group) for group in heads.groups]
+    answers = {holds for holds, _ in judged}
+    return True if True in answers else None if None in answers else False, "; ".join(text for _, text in judged)
+
+
+def _is_group_overloaded(heads: Heads) -> tuple[bool | None, str]:
     early = math.ceil(len(heads.entropy_LH) / 3)
-    share_LH = shares_of_ceiling(heads)[:early]
-    high, unknown = int((share_LH >= OVERLOAD_SHARE).sum()), int((~np.isfinite(share_LH)).sum())
-    holds = True if high >= share_LH.size / 2 else None if high + unknown >= share_LH.size / 2 else False
+    share_N = shares_of_ceiling(heads)[:early][heads.existing[:early]]
+    high, unknown = int((share_N >= OVERLOAD_SHARE).sum()), int((~np.isfinite(share_N)).sum())
+    holds = True if high >= share_N.size / 2 else None if high + unknown >= share_N.size / 2 else False
     first, last = heads.layers[0], heads.layers[early - 1]
-    place = f"layer {first}" if first == last else f"layers {first}-{last}"
-    return holds, f"{100 * high / share_LH.size:.0f} % of the heads in {place}"
+    group, number = group_and_number(last)
+    place = f"layer {first}" if first == last else f"layers {first}-{number}"
+    place = place.partition(" ")[2] if group else place  # "encoder 0-1"
+    return holds, f"{100 * high / share_N.size:.0f} % of the heads in {place}"
 
 
 def _is_collapsed(heads: Heads) -> tuple[bool | None, str]:
-    low = [f"layer {heads.layers[layer]} head {head}" for layer, head in np.argwhere(heads.entropy_LH < COLLAPSE_NATS)]
+    names = [layer if isinstance(layer, str) else f"layer {layer}" for layer in heads.layers]
+    low = [f"{names[layer]} head {head}" for layer, head in np.argwhere(heads.entropy_LH < COLLAPSE_NATS)]
     if not low:
-        return (False if np.isfinite(heads.entropy_LH).all() else None), ""
+        return (False if np.isfinite(heads.entropy_LH[heads.existing]).all() else None), ""
     more = f" and {len(low) - 3} more" if len(low) > 3 else ""
     return True, f"{', '.join(low[:3])}{more} (lowest {np.nanmin(heads.entropy_LH):.3f} nats)"

@@ -21,9 +21,13 @@ class MeasureOptions(ModelOptions):
     measures: str = "heads"
     """What is measured: names with commas between them (docs/quantities.md)."""
     sequences: int = 16
-    """At most this many windows, spread evenly over the text."""
+    """At most this many windows, spread evenly over the text, or images."""
+    images: Path | None = None
+    """Folder of images, for a model that reads images; sorted by path."""
+    target: Path | None = None
+    """UTF-8 text file that the decoder of an encoder-decoder reads."""
     batch: int = 1
-    """Windows per forward pass."""
+    """Windows or images per forward pass."""
     method: Literal["auto", "eager"] = "auto"
     """eager asks the model for its attention matrices (O(T^2) memory): for families that do not route."""
     output: Path | None = None
@@ -31,10 +35,10 @@ class MeasureOptions(ModelOptions):
 
 
 def measure(name: str, options: MeasureOptions) -> None:
-    """Measure a model on a text; write records that `normfree report` reads, and a page; print the main tables."""
+    """Measure a model on a text or images; write records for `normfree report` and a page; print the main tables."""
     from normfree.measures import periods_of
     from normfree.measures.measurement import measure as measure_model
-    from normfree.pretrained.load import load_pretrained
+    from normfree.pretrained.load import load_measurable
     from normfree.report import build_report
     from normfree.store.measurements import check_output, write_measurement
     from normfree.training.machine import command_line, describe_environment
@@ -49,19 +53,24 @@ def measure(name: str, options: MeasureOptions) -> None:
     output = options.output or Path("measured") / label.replace("/", "--")
     check_writable(output)  # before the work, not after it
     prepare_process()
-    model, tokenizer = load_pretrained(
+    loaded = load_measurable(
         name,
         dtype=options.dtype,
         device=options.device,
         trust_remote_code=options.trust_remote_code,
         attention="eager" if options.method == "eager" else None,
     )
-    windows_NT, facts = _read_windows(name, model, tokenizer, options, own=own)
-    facts |= {"name": name, "label": label, "measures": measures} | _facts(model, windows_NT, options)
+    model = loaded[0]
+    inputs, facts = _read_inputs(name, loaded, options, own=own)
+    facts |= {"name": name, "label": label, "measures": measures} | _facts(model, inputs, options)
     check_output(output, facts)
-    method = {"heads": {"method": options.method}} if "heads" in measures else {}
+    method: dict[str, Any] = {"heads": {"method": options.method}} if "heads" in measures else {}
     with products_for(options.dtype, model.device):
-        measured = measure_model(model, windows_NT, measures, batch=options.batch, progress=True, **method)
+        batches = [
+            {key: value[start : start + options.batch] for key, value in inputs.items()}
+            for start in range(0, facts["sequences"], options.batch)
+        ]
+        measured = measure_model(model, batches, measures, tokenizer=loaded[1], progress=True, **method)
     run = write_measurement(
         output,
         facts | {"peak_memory_mib": measured.peak_memory_mib},
@@ -77,49 +86,83 @@ def measure(name: str, options: MeasureOptions) -> None:
     print(f"The page: {page}")
 
 
-def _read_windows(
-    name: str, model: Any, tokenizer: Any, options: MeasureOptions, *, own: bool
-) -> tuple[Tensor, dict[str, Any]]:
-    """(N, T) token ids; the text they are from and the tokens that every window begins with. `own`: a run's blocks."""
+def _read_inputs(
+    name: str, loaded: tuple[Any, Any, Any], options: MeasureOptions, *, own: bool
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Inputs of the model with N rows each, what they are from and how they begin. `own`: a run's blocks.
+
+    Raises ValueError for keys that do not fit the model.
+    """
     from normfree.measures.text_perplexity import leading_ids, spread
-    from normfree.measures.windows import token_windows
+    from normfree.measures.windows import target_windows, token_windows
+    from normfree.pretrained.inputs import check_kinds, kinds_read, read_images
     from normfree.pretrained.load import held_out_blocks
 
+    (model, tokenizer, processor), kinds = loaded, kinds_read(loaded[0])
+    given = {kind for kind in ("text", "images", "target") if getattr(options, kind) is not None}
+    check_kinds(model, given | ({"text"} & kinds))  # a text has a default
+    cut = {"context": options.context, "sequences": options.sequences, "bos": options.bos}
+    if unused := [key for key in ("context", "bos") if cut[key] is not None and not kinds & {"text", "target"}]:
+        raise ValueError(f"{unused[0]}= cuts a text, and {type(model).__name__} reads none: leave it out")
     if own:
         windows_NT = spread(held_out_blocks(name, cache=options.cache_dir), options.sequences)
-        return windows_NT, {"text": "the run's own held-out blocks", "leading_tokens": []}
-    text, cut = read_text(options.text), {"context": options.context, "sequences": options.sequences}
-    windows_NT = token_windows(model, tokenizer, text, **cut, bos=options.bos)
-    leading = tokenizer.convert_ids_to_tokens(leading_ids(model, tokenizer, options.bos))
-    source = str(options.text or "held-out Python code of this machine")
-    return windows_NT, {"text": source, "leading_tokens": leading}
+        return {"input_ids": windows_NT}, {"text": "the run's own held-out blocks", "leading_tokens": []}
+    inputs: dict[str, Tensor] = {}
+    sources, leading = [], []
+    if "text" in kinds:
+        inputs["input_ids"] = token_windows(model, tokenizer, read_text(options.text), **cut)
+        sources.append(str(options.text or "held-out Python code of this machine"))
+        leading = tokenizer.convert_ids_to_tokens(leading_ids(model, tokenizer, options.bos))
+    if options.images:
+        inputs |= read_images(options.images, processor, options.sequences)
+        sources.append(str(options.images))
+    if options.target:
+        inputs["decoder_input_ids"] = target_windows(model, tokenizer, read_text(options.target, "target"), **cut)
+        sources.append(str(options.target))
+    count = min(map(len, inputs.values()))
+    inputs = {key: value[:count] for key, value in inputs.items()}
+    return inputs, {"text": " and ".join(sources), "leading_tokens": leading}
 
 
-def _facts(model: Any, windows_NT: Tensor, options: MeasureOptions) -> dict[str, Any]:
+def _facts(model: Any, inputs: dict[str, Tensor], options: MeasureOptions) -> dict[str, Any]:
     from normfree.measures.perplexity import sees_later_tokens
 
-    sequences, context = windows_NT.shape
+    windows = [value.shape[1] for name, value in inputs.items() if name.endswith("input_ids")]
+    config = model.config.get_text_config()
     return {
-        "tokens_sha256": sha256_bytes(windows_NT.numpy().tobytes()),
-        "context": context,
-        "sequences": sequences,
+        "tokens_sha256": sha256_bytes(b"".join(value.numpy().tobytes() for value in inputs.values())),
+        "context": max(windows, default=None),
+        "inputs": [_describe_rows(name, value) for name, value in inputs.items() if name in _ROWS],
+        "sequences": len(next(iter(inputs.values()))),
         "precision": options.dtype,
         "method": options.method,
-        "causal": not sees_later_tokens(model, windows_NT),
+        "causal": not sees_later_tokens(model, inputs["input_ids"]) if list(inputs) == ["input_ids"] else None,
         "device": str(model.device),
-        "vocab_size": model.config.get_text_config().vocab_size,
+        "vocab_size": getattr(config, "vocab_size", None),
     }
 
 
+_ROWS = {"input_ids": "window", "pixel_values": "image", "decoder_input_ids": "target window"}
+
+
+def _describe_rows(name: str, rows: Tensor) -> str:
+    size = f"{rows.shape[1]} tokens" if rows.dim() == 2 else " x ".join(map(str, rows.shape[1:]))
+    return f"{len(rows)} {_ROWS[name]}{'s' * (len(rows) > 1)} of {size}"
+
+
 def _model_facts(model: Any) -> dict[str, Any]:
+    from normfree.pretrained.inputs import kinds_read
+
     config = model.config.get_text_config()
     names = {"layers": "num_hidden_layers", "heads": "num_attention_heads", "hidden_size": "hidden_size"}
-    sizes = {name: getattr(config, key, None) for name, key in names.items()}
+    several = len(kinds_read(model)) > 1  # stacks, which may differ
+    sizes = {name: None if several else getattr(config, key, None) for name, key in names.items()}
     return {"parameters": model.num_parameters(), "type": model.config.model_type, **sizes}
 
 
 def _print_measurement(run: Run, measured: Measurement) -> None:
     from normfree.analysis.groups import group_runs
+    from normfree.report.build import causality_note
     from normfree.report.tables.runs import layer_table, verdict_table
     from normfree.report.tables.table import to_markdown, without_empty_columns
 
@@ -129,6 +172,6 @@ def _print_measurement(run: Run, measured: Measurement) -> None:
     for quantity, value in measured.values.items():
         if not value.ndim:
             print(f"{quantity}  {value:.4f}")
-    if not run.facts["measurement"]["causal"]:
-        print("not causal: queries see later tokens; ceilings are means of ln(visible)")
+    if note := causality_note(run.facts["measurement"]):
+        print(note)
     print(f"{measured.seconds:.1f} s, peak memory {measured.peak_memory_mib:.0f} MiB")

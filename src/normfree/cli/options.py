@@ -46,8 +46,11 @@ def uses_own_text(name: str, options: ModelOptions) -> bool:
     return own
 
 
-def read_text(path: Path | None) -> str:
-    """The content of text=, or held-out Python code of this machine. Raises ValueError for what cannot be read."""
+def read_text(path: Path | None, key: str = "text") -> str:
+    """The content of text=, or held-out Python code of this machine. Raises ValueError for what cannot be read.
+
+    `key` is the option that gave the path, for errors.
+    """
     if path is None:
         from normfree.data import held_out_text
 
@@ -55,9 +58,9 @@ def read_text(path: Path | None) -> str:
     try:
         text = path.read_bytes().decode()  # as training reads it: line ends stay as they are
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"text={path} cannot be read ({error}); give a UTF-8 text file") from None
+        raise ValueError(f"{key}={path} cannot be read ({error}); give a UTF-8 text file") from None
     if not text.strip():
-        raise ValueError(f"text={path} is empty")
+        raise ValueError(f"{key}={path} is empty")
     return text
 
 

@@ -55,14 +55,16 @@ def train(words: Sequence[str], *, many: bool = False, show: bool = False) -> No
     """Train one run, or one for each combination of comma-separated values with -m."""
     from accelerate import PartialState
 
-    from normfree.spec.compose import compose_run, compose_runs
+    from normfree.spec.compose import compose, compose_runs, control_of, read_words
     from normfree.store.runs import RUN_FILE, read_run
     from normfree.training import train as train_run
     from normfree.training.jobs import read_launch, train_jobs
     from normfree.training.processes import prepare_process
 
     launch, of_runs = read_launch(words) if many else (None, words)
-    jobs = compose_runs(of_runs) if many else [compose_run(of_runs)]
+    jobs = compose_runs(of_runs) if many else [compose(values := read_words(of_runs))]
+    if not many and (control := control_of(values, jobs[0])):
+        jobs.insert(0, control)
     if show:
         _show(jobs)
         return
@@ -75,9 +77,10 @@ def train(words: Sequence[str], *, many: bool = False, show: bool = False) -> No
                 if (job.folder / RUN_FILE).is_file():
                     print(job.folder)
         return
-    folder = train_run(jobs[0].spec, runs_dir=jobs[0].runs_dir, cache=jobs[0].cache_dir)
-    if PartialState().is_main_process:
-        print(f"{read_run(folder)}\n{folder}")
+    for job in jobs:
+        folder = train_run(job.spec, runs_dir=job.runs_dir, cache=job.cache_dir)
+        if PartialState().is_main_process:
+            print(f"{read_run(folder)}\n{folder}")
 
 
 def study(name: str, words: Sequence[str], *, show: bool = False) -> None:
@@ -104,16 +107,19 @@ def _show(jobs: Sequence[Job]) -> None:
 
 def status(folders: Sequence[str], options: StatusOptions) -> None:
     """Print how far runs are: step, loss, tokens per second, time left, running or stopped."""
-    from normfree.store.progress import progress_line
-    from normfree.store.runs import find_runs
+    from normfree.store.progress import preparing_folders, progress_line
+    from normfree.store.runs import RUN_FILE, find_runs
 
     while True:
-        runs = [run for run in find_runs(folders) if run.kind == "run"]
-        if not runs:
+        preparing = {folder: preparing_folders(Path(folder)) for folder in folders}
+        recorded = [folder for folder in folders if not preparing[folder] or any(Path(folder).rglob(RUN_FILE))]
+        runs = [run for run in find_runs(recorded) if run.kind == "run"]
+        lines = [f"{place}  preparing the text" for places in preparing.values() for place in places]
+        if not runs and not lines:
             raise ValueError(f"{', '.join(folders)}: measured models, no training run")
-        width = max(len(run.place) for run in runs)
-        print("\n".join(progress_line(run, width=width) for run in runs), flush=True)
-        if not options.watch or not any(run.state == "running" for run in runs):
+        width = max((len(run.place) for run in runs), default=0)
+        print("\n".join([*lines, *(progress_line(run, width=width) for run in runs)]), flush=True)
+        if not options.watch or not (lines or any(run.state == "running" for run in runs)):
             return
         time.sleep(10)
         print()

@@ -92,6 +92,8 @@ NORMFREE_FREE = {
     "attention_gate": ("none",),
 }
 
+NORM_FREE_EPSILON = 1e6  # as in normfree.model.conversion (a test compares them)
+
 # Defaults of NormFreeConfig (a test compares them), because importing it would load torch.
 NORMFREE_DEFAULTS: dict[str, Any] = {
     "vocab_size": 50257,
@@ -148,14 +150,21 @@ def _gpt2(values: Mapping[str, Any]) -> Architecture:
     if values.get("add_cross_attention"):
         raise NoPriceError("add_cross_attention=True has no known cost; use add_cross_attention=False")
     values = {GPT2_NAMES.get(name, name): value for name, value in values.items()}
-    return _decoder({"intermediate_size": None, **values}, norm=("layernorm",), final_norm=("layernorm",))
+    norm = _layer_norm(values.get("layer_norm_epsilon", 1e-5))
+    return _decoder({"intermediate_size": None, **values}, norm=norm, final_norm=norm)
 
 
 def _gpt_neox(values: Mapping[str, Any]) -> Architecture:
     # transformers 4 wrote rotary_pct, transformers 5 writes rope_parameters.
     share = (values.get("rope_parameters") or {}).get("partial_rotary_factor")
     share = values["rotary_pct"] if share is None else share
-    return _decoder(values, rotary_share=share, norm=("layernorm",), final_norm=("layernorm",))
+    norm = _layer_norm(values.get("layer_norm_eps", 1e-5))
+    return _decoder(values, rotary_share=share, norm=norm, final_norm=norm)
+
+
+def _layer_norm(epsilon: float) -> tuple[str, ...]:
+    """Nothing for a huge epsilon: such a LayerNorm divides by sqrt(epsilon) whatever its input is, so it folds."""
+    return () if epsilon >= NORM_FREE_EPSILON else ("layernorm",)
 
 
 def _llama(values: Mapping[str, Any]) -> Architecture:

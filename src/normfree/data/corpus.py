@@ -47,6 +47,11 @@ FORMAT = 1
 SOURCES = {"installed": InstalledSource, "codeparrot": HubSource, "hub": HubSource, "files": FilesSource}
 SPLITS: tuple[Split, ...] = ("train", "validation")
 CHUNK_CHARACTERS = 4_000_000  # encoded together: large enough for all cores, small enough for any memory
+_LIMITS: dict[Split, tuple[str, ...]] = {
+    "train": ("train_documents", "max_bytes"),
+    "validation": ("validation_documents",),
+}
+"""Keys of `data` that limit how much text a split has."""
 LOG_SECONDS = 60.0  # between lines of progress where standard error is not a terminal
 
 log = logging.getLogger("normfree")
@@ -286,9 +291,14 @@ class _Preparation:
         writer = BlockWriter(self.folder / f"{split}.arrow", vocab_size=vocabulary_size(tokenizer))
         writer.write_all(blocks)
         if not writer.blocks:
+            limits = {f"data.{name}": getattr(self.spec, name) for name in _LIMITS[split]}
+            raised = [f"{key}={most}" for key, most in limits.items() if most is not None]
+            paths = {"train": "data.paths", "validation": "data.validation_paths"}[split]
+            more = f"give more text{f' in {paths}' if self.spec.source == 'files' else ''}"
+            more = f"raise {' or '.join(raised)}" if raised else more
             raise ValueError(
                 f"the {split} text ({self.read[split]['bytes']} bytes) fills no block of data.context="
-                f"{self.spec.context} tokens; give more text or a shorter context"
+                f"{self.spec.context} tokens; {more}, or a shorter context"
             )
         return writer
 

@@ -169,8 +169,10 @@ def find_text_files(patterns: Iterable[str], *, key: str) -> tuple[list[Path], i
         files = {os.path.realpath(file): file for name in names for file in _files_at(existing / name)}
         matching = {real: file for real, file in files.items() if file.suffix in SUFFIXES and file.is_file()}
         if not matching:
+            kinds = sorted({file.suffix or file.name for file in files.values() if file.is_file()})
+            reason = f"only files of kinds that are not read ({', '.join(kinds)})" if kinds else "no file"
             allowed = f"allowed are folders or globs of {', '.join(SUFFIXES)}, hidden ones only by name"
-            raise ValueError(f"{key}: {pattern!r} matches no file; {allowed}")
+            raise ValueError(f"{key}: {pattern!r} matches {reason}; {allowed}")
         texts |= matching
         reals |= files.keys()
     return sorted(texts.values()), len(reals - texts.keys())

@@ -1,12 +1,13 @@
-"""Attention entropy of any Hugging Face causal language model, without the T x T matrix.
+"""Attention entropy of any Hugging Face model, without the T x T matrix.
 
 This package imports nothing else of normfree.
 """
 
 from normfree.entropy.functional import attention_entropy
+from normfree.entropy.interventions import intervene
 from normfree.entropy.probe import EntropyProbe
 from normfree.entropy.request import AttentionEntropy
 from normfree.entropy.statistics import HeadEntropy
 from normfree.entropy.support import UnsupportedModel
 
-__all__ = ["AttentionEntropy", "EntropyProbe", "HeadEntropy", "UnsupportedModel", "attention_entropy"]
+__all__ = ["AttentionEntropy", "EntropyProbe", "HeadEntropy", "UnsupportedModel", "attention_entropy", "intervene"]

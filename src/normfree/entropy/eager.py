@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,14 +14,22 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from normfree.entropy.layers import HeadLayer, attention_layers
 from normfree.entropy.request import AttentionEntropy
-from normfree.entropy.routing import routed_attention
 from normfree.entropy.sums import HeadSums, sums_of
 from normfree.entropy.support import UnsupportedModel
 from normfree.entropy.tap import is_recomputation
 from normfree.entropy.visibility import Visibility
 
 _LARGEST_ERROR_OF_A_SUM = 0.01  # of a row of probabilities in bf16; the largest seen was 0.0025
+
+_FIELDS = {
+    "attentions": ("", "attention_mask"),
+    "encoder_attentions": ("encoder", "attention_mask"),
+    "decoder_attentions": ("decoder", "decoder_attention_mask"),
+    "cross_attentions": ("cross", "decoder_attention_mask"),
+}
+"""Fields of a model's output that hold matrices: their group of heads, and the argument with the queries' padding."""
 
 
 class EagerHooks:
@@ -39,7 +47,7 @@ class EagerHooks:
         self.modules: list[Any] = [model]
         self._model, self._sums = model, sums
         self._handles: list[RemovableHandle] = []
-        self._routed = bool(routed_attention(model))
+        self._routed = bool(attention_layers(model))
         self._call = threading.local()
 
     def __enter__(self) -> None:
@@ -66,21 +74,27 @@ class EagerHooks:
 
     @torch.no_grad()
     def _read_matrices(self, _model: Any, args: Any, named: dict[str, Any], output: Any) -> Any:
-        attentions = getattr(output, "attentions", None)
-        if not attentions:
+        groups = {name: value for name in _FIELDS if (value := getattr(output, name, None))}
+        if not groups:
             raise UnsupportedModel(f"{type(self._model).__name__} returned no attention matrices")
         arguments = inspect.signature(self._model.forward).bind_partial(*args, **named).arguments
         if getattr(arguments.get("past_key_values"), "is_compileable", False):
             raise UnsupportedModel("method='eager' does not read a static cache; use a dynamic one, or none")
         if not is_recomputation():
-            padding, matrices = arguments.get("attention_mask"), _attention_layers(self._model.config, attentions)
-            measured = {layer: self._measure(layer, p_BHTS, padding) for layer, p_BHTS in matrices.items()}
+            measured = {}
+            for name, attentions in groups.items():
+                group, mask = _FIELDS[name]
+                matrices = _attention_layers(self._model.config, attentions) if group == "" else enumerate(attentions)
+                for number, p_BHTS in matrices:
+                    layer = HeadLayer.of(group if len(groups) > 1 else "", number)
+                    measured[layer] = self._measure(layer, p_BHTS, arguments.get(mask))
             self._sums.add((layer, sums_of(entropies)) for layer, entropies in measured.items())
         if not self._call.returns_attentions:
-            output.attentions = None
+            for name in groups:
+                setattr(output, name, None)
         return output if self._call.returns_dict else output.to_tuple()
 
-    def _measure(self, layer: int, p_BHTS: Tensor, padding: Tensor | None) -> AttentionEntropy:
+    def _measure(self, layer: HeadLayer, p_BHTS: Tensor, padding: Tensor | None) -> AttentionEntropy:
         if p_BHTS.dtype == torch.float16:
             raise UnsupportedModel("fp16 rounds small probabilities to 0; load the model in float32 or bfloat16")
         if padding is not None and padding.dim() != 2:
@@ -89,8 +103,9 @@ class EagerHooks:
                 "generation no static cache"
             )
         config = self._model.config
-        is_local = getattr(config, "attention_layers", [])[layer : layer + 1] == ["local"]  # gpt_neo
-        visible = None if self._routed else _causally_visible(p_BHTS, padding, config.window_size if is_local else None)
+        is_local = getattr(config, "attention_layers", [])[layer.number :][:1] == ["local"]  # gpt_neo
+        told = self._routed or layer.is_cross
+        visible = None if told else _causally_visible(p_BHTS, padding, config.window_size if is_local else None)
         entropies = entropy_of_probabilities(p_BHTS, padding, visible)
         # Some routed families report weights without their sinks; method='auto' serves those better.
         if not self._routed:
@@ -104,9 +119,12 @@ class EagerHooks:
         return entropies
 
 
-def _attention_layers(config: Any, attentions: Sequence[Tensor | None]) -> dict[int, Tensor]:
-    """The matrices by layer. Hybrid models return those of their attention layers alone, or add the states of linear
-    attention (minimax), which are left out."""
+def _attention_layers(config: Any, attentions: Sequence[Tensor | None]) -> Iterable[tuple[int, Tensor]]:
+    """The matrices with their layers' numbers.
+
+    Hybrid models return those of their attention layers alone, or add the states of linear attention (minimax), which
+    are left out.
+    """
     config = config.get_text_config()
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
     softmax = [
@@ -119,7 +137,7 @@ def _attention_layers(config: Any, attentions: Sequence[Tensor | None]) -> dict[
     else:
         layers = softmax if len(softmax) == len(attentions) else range(len(attentions))
         matrices = dict(zip(layers, attentions, strict=True))
-    return {layer: p_BHTS for layer, p_BHTS in matrices.items() if p_BHTS is not None}
+    return ((layer, p_BHTS) for layer, p_BHTS in matrices.items() if p_BHTS is not None)
 
 
 def _causally_visible(p_BHTS: Tensor, padding: Tensor | None, window: int | None) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""EntropyProbe: measure the attention heads of any Hugging Face causal LM while it runs.
+"""EntropyProbe: measure the attention heads of any Hugging Face model while it runs.
 
 Inside the context a tap shows every attention call. On leaving, also after an exception, everything is as before.
 Config and training mode are never touched.
@@ -11,17 +11,19 @@ import weakref
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from normfree.entropy.eager import EagerHooks
 from normfree.entropy.functional import measure
+from normfree.entropy.layers import HeadLayer
+from normfree.entropy.request import AttentionEntropy
 from normfree.entropy.routing import AttentionCall
 from normfree.entropy.statistics import HeadEntropy
 from normfree.entropy.sums import HeadSums, sums_of
 from normfree.entropy.support import UnsupportedModel, without_rows
 from normfree.entropy.tap import AttentionTap
-from normfree.entropy.visibility import padding_rows
 
 ProbeMethod = Literal["auto", "eager"]
 _measured_now: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -51,7 +53,7 @@ class EntropyProbe:
             raise ValueError("patterns=True needs method='auto'")
         models = _outermost_models(model)  # a model may be wrapped
         if len(models) != 1:
-            advice = "use one probe for each" if models else "load one with AutoModelForCausalLM"
+            advice = "use one probe for each" if models else "load one with AutoModelForCausalLM or AutoModel"
             raise UnsupportedModel(f"{type(model).__name__} holds {len(models)} Hugging Face models; {advice}")
         [self._model] = models
         if reason := without_rows(self._model.config.model_type):
@@ -77,20 +79,12 @@ class EntropyProbe:
         """Sums and counts over all forward passes so far. Raises ValueError if there was none."""
         return self._sums.statistics()
 
-    def _read(self, layer: int, call: AttentionCall) -> None:
+    def _read(self, layer: HeadLayer, call: AttentionCall) -> None:
         if self._model.config.model_type == "diffllama" and self._repeats(call):
             return
-        if self._patterns:
-            call.check_first_token(layer)
-        entropies = measure(call.request(patterns=self._patterns))
-        own_mask = None if call.mask is None else call.mask[..., : call.own_keys]
-        padded = padding_rows(own_mask, call.q.shape[2], call.own_keys)
-        if padded is not None:
-            entropies = replace(entropies, visible=entropies.visible.masked_fill(padded, 0))
-        visible = entropies.visible
-        # A row that sees one key behind a row that is no padding: a second text begins.
-        if self._patterns and not call.chunked and bool(((visible[..., 1:] == 1) & (visible[..., :-1] > 0)).any()):
-            raise ValueError("several texts are packed into one row; give a padded batch, or leave out patterns=True")
+        entropies = measured_rows(layer, call, patterns=self._patterns)
+        if layer.is_cross and entropies.distance is not None:  # positions of two sequences have no distance
+            entropies = replace(entropies, distance=torch.full_like(entropies.distance, torch.nan))
         self._sums.add([(layer, sums_of(entropies))])
 
     def _repeats(self, call: AttentionCall) -> bool:
@@ -99,6 +93,27 @@ class EntropyProbe:
         before, self._before.places = getattr(self._before, "places", None), now
         self._before.call = call  # keeps this memory from another use
         return before == now
+
+
+def measured_rows(layer: HeadLayer, call: AttentionCall, *, patterns: bool) -> AttentionEntropy:
+    """The rows of a call; padded ones see no key. With patterns, all taps of a call share what is measured.
+
+    Raises ValueError for patterns where distances or the first token are unknown.
+    """
+    if patterns and not layer.is_cross:
+        call.check_first_token(layer)
+    rows = call.once(_rows_with_patterns) if patterns else measure(call.request())
+    if call.padded is not None:
+        rows = replace(rows, visible=rows.visible.masked_fill(call.padded, 0))
+    in_order = patterns and not (layer.is_cross or call.chunked)
+    # A row that sees one key behind a row that is no padding: a second text begins.
+    if in_order and bool(((rows.visible[..., 1:] == 1) & (rows.visible[..., :-1] > 0)).any()):
+        raise ValueError("several texts are packed into one row; give a padded batch, or leave out patterns=True")
+    return rows
+
+
+def _rows_with_patterns(call: AttentionCall) -> AttentionEntropy:
+    return measure(call.request(patterns=True))
 
 
 def _outermost_models(module: nn.Module) -> list[PreTrainedModel]:

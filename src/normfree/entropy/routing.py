@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,14 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask, flash
 from transformers.modeling_utils import AttentionInterface
 
 from normfree.entropy.request import Request, as_request
-from normfree.entropy.support import CROSS_ATTENTION_NAMES, UnsupportedModel
+from normfree.entropy.support import UnsupportedModel
 from normfree.entropy.visibility import last_key_is_hidden, shown
 
+Result = TypeVar("Result")
 
-class AttentionCall(NamedTuple):
-    """One call of a registered function: arguments of `attention_entropy`, and facts about the keys."""
+
+class Arguments(NamedTuple):
+    """Arguments of `attention_entropy`, and facts about the keys."""
 
     q: Tensor
     k: Tensor
@@ -34,6 +36,20 @@ class AttentionCall(NamedTuple):
     own_keys: int  # the first so many keys stand for one token each; 0 where a cache hides the number
     positions: Tensor | None  # position ids, where nothing else tells apart the texts of a row
 
+
+class AttentionCall(Arguments):
+    """One call of a registered function, as every tap sees it."""
+
+    padded: Tensor | None = None
+    """True for queries that are padding, broadcastable to (B, H, T); None if none is known. The first tap sets it."""
+
+    def once(self, compute: Callable[[AttentionCall], Result]) -> Result:
+        """What `compute` makes of this call, computed for the first tap and kept for the others."""
+        results: dict[Any, Any] = vars(self).setdefault("results", {})
+        if compute not in results:
+            results[compute] = compute(self)
+        return results[compute]
+
     def request(self, *, patterns: bool = False) -> Request:
         """The call as input of the paths that compute entropy. Raises UnsupportedModel for several texts in a row."""
         if self.positions is not None and bool((self.positions.diff(dim=-1) != 1).any()):
@@ -42,7 +58,7 @@ class AttentionCall(NamedTuple):
         both = torch.promote_types(self.q.dtype, self.k.dtype)
         return as_request(self.q.to(both), self.k.to(both), *self[2:8], patterns)
 
-    def check_first_token(self, layer: int) -> None:
+    def check_first_token(self, layer: object) -> None:
         """Raise ValueError if the distances of the keys or the first token are unknown."""
         advice, keys = "leave out patterns=True", self.k.shape[2]
         if self.own_keys != keys:
@@ -77,18 +93,6 @@ def _global_named(module_class: type[nn.Module], matches: Callable[[str], bool])
                     if matches(name) and name in function.__globals__:
                         return function.__globals__[name]
     return None
-
-
-def routed_attention(model: nn.Module) -> list[nn.Module]:
-    """Self-attention modules that look up their function in a registry and know their layer."""
-    return [
-        module
-        for name, module in model.named_modules()
-        if isinstance(layer := getattr(module, "layer_idx", None), int)
-        and layer >= 0  # zamba2 numbers all of them -1
-        and CROSS_ATTENTION_NAMES.isdisjoint(name.split("."))
-        and registry_of(module) is not None
-    ]
 
 
 def read_call(
@@ -171,7 +175,8 @@ def _own_keys(module: Any, queries: int, keys: int) -> int:
 
 def _is_chunked(module: Any) -> bool:
     types = getattr(getattr(module, "config", None), "layer_types", None)
-    return bool(types) and types[module.layer_idx] == "chunked_attention"
+    layer = getattr(module, "layer_idx", None)
+    return bool(types) and isinstance(layer, int) and types[layer] == "chunked_attention"
 
 
 def _with_bias(mask: Tensor | None, bias: Tensor | None, keys: int) -> Tensor | None:

@@ -20,8 +20,9 @@ class HeadEntropy:
     Where layers differ in heads, H is the largest number and the missing heads have no rows (mean NaN).
     """
 
-    layers: list[int]
-    """Numbers of the measured layers; hybrid models skip some."""
+    layers: list[int | str]
+    """The measured layers: their numbers (hybrid models skip some), or `encoder 0`, `cross 0` in a model with several
+    groups of heads."""
     heads: list[int]
     """Heads of each of these layers."""
     sum_nats: Tensor

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from normfree.entropy.layers import HeadLayer, labels
 from normfree.entropy.request import AttentionEntropy
 from normfree.entropy.statistics import HeadEntropy
 
@@ -20,11 +21,11 @@ class HeadSums:
     """Sums by layer. They stay on the device, so adding never synchronises with it; threads may add at once."""
 
     def __init__(self) -> None:
-        self._sums: dict[int, Sums] = {}
+        self._sums: dict[HeadLayer, Sums] = {}
         self._lock = threading.Lock()
 
-    def add(self, calls: Iterable[tuple[int, Sums]]) -> None:
-        """Add `sums_of` attention calls, each with the number of its layer."""
+    def add(self, calls: Iterable[tuple[HeadLayer, Sums]]) -> None:
+        """Add `sums_of` attention calls, each with its layer."""
         with self._lock:
             for layer, new in calls:
                 old = self._sums.get(layer)
@@ -50,7 +51,7 @@ class HeadSums:
             if parts[0].dim():
                 parts = [torch.nn.functional.pad(part, (0, max(heads) - len(part))) for part in parts]
             joined[name] = torch.stack(parts)
-        return HeadEntropy(layers, heads, **joined)
+        return HeadEntropy(labels(layers), heads, **joined)
 
 
 def sums_of(entropies: AttentionEntropy) -> Sums:

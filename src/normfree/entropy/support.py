@@ -1,6 +1,6 @@
 """How each causal-LM type of transformers 5.23 can be measured; a test compares it with the installed source.
 
-The tables only document and explain refusals: any other type is measured if its modules use `ALL_ATTENTION_FUNCTIONS`.
+The tables document and explain refusals: any other type is measured if its modules use `ALL_ATTENTION_FUNCTIONS`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ _EAGER_NAMES = """
     openai-gpt prophetnet rembert roformer trocr xglm xlm xlnet zamba zamba2
 """
 EAGER_ONLY = frozenset(_EAGER_NAMES.split())
-"""Softmax attention outside the registry, or in modules that do not know their layer: method='eager', O(T^2) memory."""
+"""Softmax attention outside the registry, or in modules that several layers share: method='eager', O(T^2) memory."""
 
 NO_SOFTMAX = frozenset({"falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm"})
 """Recurrent: there is no attention row to have an entropy."""
 
 NOT_MEASURED = {
-    "blt": "has parallel parts that number their layers alike",
+    "blt": "reads bytes in patches, and which patches are padding is not known",
     "cpmant": "cuts the columns of its prompt off its matrices",
-    "hrm_text": "has two stacks that number their layers alike",
     "reformer": "attends within hashed buckets",
 }
 """Softmax attention that neither method reads, and why."""
@@ -31,7 +30,7 @@ ROUTED = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - EAGER_ONLY - NO_SOFTMAX - NO
 CROSS_ATTENTION_NAMES = frozenset(
     {"crossattention", "cross_attn", "cross_attn_layers", "cross_attention", "encoder_attn", "EncDecAttention"}
 )
-"""Submodule names of attention over another sequence, which is not measured."""
+"""Submodule names of attention over another sequence."""
 
 
 class UnsupportedModel(ValueError):  # noqa: N818 - the message is the point, not the suffix
@@ -50,8 +49,5 @@ def without_rows(model_type: str) -> str | None:
 def refusal(model_type: str) -> str:
     """Why a model of this type has no attention in the registry, and what to do."""
     if model_type in ROUTED:
-        return f"this {model_type} has no attention module that knows its layer (see its config): nothing to measure"
-    return (
-        f"{model_type} has no attention module that knows its layer and routes through AttentionInterface; pass "
-        "method='eager' (O(T^2) memory)"
-    )
+        return f"this {model_type} has no attention module (see its config): nothing to measure"
+    return f"not all heads of {model_type} are routed through AttentionInterface; pass method='eager' (O(T^2) memory)"

@@ -8,6 +8,7 @@ reads a slot is looked up when the operator runs.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Self
@@ -15,10 +16,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, library, nn
 
-from normfree.entropy.routing import AttentionCall, eager_function, read_call, registry_of, routed_attention
+from normfree.entropy.layers import HeadLayer, attention_layers
+from normfree.entropy.routing import AttentionCall, eager_function, read_call, registry_of
 from normfree.entropy.support import UnsupportedModel, refusal
+from normfree.entropy.visibility import padding_rows
 
 SLOT = "_normfree_slot"  # attribute of an attention module, present only inside its taps
+EDITS = "_normfree_edits"  # inside interventions: functions of a call, its values and what the original returned
 
 _taps: dict[int, list[AttentionTap]] = {}  # by slot, the id of an attention module
 _replaced = ExitStack()
@@ -29,19 +33,21 @@ _ticket = torch.zeros(())
 class AttentionTap:
     """Call `read(layer, call)` at every attention call of a model inside the `with`; the registry is restored after it.
 
-    Taps may be nested. Calls that gradient checkpointing repeats are not shown again. Raises UnsupportedModel (a
-    ValueError) for a model that does not route its attention through the registry of transformers.
+    Layers sort in the model's order, and `labels` makes of them what results call them. Taps may be nested. Calls that
+    gradient checkpointing repeats are not shown again. Raises UnsupportedModel (a ValueError) for a model that does not
+    route its attention through the registry of transformers.
     """
 
-    def __init__(self, model: Any, read: Callable[[int, AttentionCall], None]) -> None:
-        self.modules: list[Any] = routed_attention(model)
-        if not self.modules:
+    def __init__(self, model: Any, read: Callable[[HeadLayer, AttentionCall], None]) -> None:
+        layers = attention_layers(model)
+        self.modules: list[Any] = list(layers)
+        if not layers:
             raise UnsupportedModel(refusal(model.config.model_type))
         self._model, self._read = model, read
-        self._layers = {id(module): module.layer_idx for module in self.modules}
+        self._layers = {id(module): layer for module, layer in layers.items()}
+        self._paddings = threading.local()  # by stack, of the newest self-attention: the queries, and which are padding
 
     def __enter__(self) -> Self:
-        self._slot_of_layer: dict[int, int] = {}
         self._used = list(map(self._implementation, self.modules))
         for module, name in zip(self.modules, self._used, strict=True):
             setattr(module, SLOT, id(module))
@@ -50,6 +56,7 @@ class AttentionTap:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._paddings = threading.local()
         changed = self._used != list(map(self._implementation, self.modules))
         for module in self.modules:
             _taps[id(module)].remove(self)
@@ -65,14 +72,22 @@ class AttentionTap:
         return getattr(module, "config", self._model.config)._attn_implementation
 
     def show(self, slot: int, call: AttentionCall) -> None:
-        """Pass a call on to the reader. Raises ValueError for a second module with the same layer number."""
+        """Pass a call on to the reader, with its padded queries."""
         layer = self._layers[slot]
-        if self._slot_of_layer.setdefault(layer, slot) != slot:
-            raise ValueError(
-                f"two attention modules have the layer number {layer}; probe an encoder or a decoder alone, e.g. "
-                "EntropyProbe(model.get_decoder())"
-            )
+        if "padded" not in vars(call):
+            call.padded = self._padded_queries(layer, call)
         self._read(layer, call)
+
+    def _padded_queries(self, layer: HeadLayer, call: AttentionCall) -> Tensor | None:
+        """The mask of cross-attention says nothing of its queries: they are those of the self-attention before it."""
+        if layer.is_cross:
+            queries, padded = vars(self._paddings).get(layer.stack, (0, None))
+            return padded if queries == call.q.shape[2] else None
+        own_mask = None if call.mask is None else call.mask[..., : call.own_keys]
+        padded = padding_rows(own_mask, call.q.shape[2], call.own_keys)
+        # A bias by head gives one mask a head; any of them tells.
+        vars(self._paddings)[layer.stack] = (call.q.shape[2], None if padded is None else padded[:, :1])
+        return padded
 
 
 def _replace_entry(registry: Any, name: str) -> None:
@@ -98,12 +113,18 @@ def _showing(name: str, original: Callable[..., Any] | None) -> Callable[..., An
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **named: Any
     ) -> Any:
         slot = getattr(module, SLOT, None)
+        call = None
         if slot == id(module):  # a copy of the module has the number of the original
             with torch.no_grad():
                 call = read_call(name, module, query, key, attention_mask, named)
                 torch.ops.normfree.show_call(_ticket, slot, *call)
         attend = original if original is not None else eager_function(type(module))
-        return attend(module, query, key, value, attention_mask, *args, **named)
+        result = attend(module, query, key, value, attention_mask, *args, **named)
+        if call is not None:
+            own_value = named["before_sink"][2] if "before_sink" in named else value  # as in read_call
+            for edit in getattr(module, EDITS, ()):
+                result = edit(call, own_value, result)
+        return result
 
     vars(shown_attention)["shows_calls"] = True
     return shown_attention

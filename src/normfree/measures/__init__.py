@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from normfree.measures.gradients import Gradients
 from normfree.measures.heads import Heads
 from normfree.measures.logits import Logits
+from normfree.measures.losses import Losses
 from normfree.measures.measure import Measure
 from normfree.measures.perplexity import Perplexity
+from normfree.measures.propagation import Propagation
+from normfree.measures.ranges import Ranges
 from normfree.measures.residual import Residual
+from normfree.measures.selectivity import Selectivity
+from normfree.measures.sinks import Sinks
 from normfree.measures.slopes import Slopes
+from normfree.measures.spectrum import Spectrum
+from normfree.measures.units import Units
 from normfree.store.quantities import QUANTITIES
 
 MEASURES: dict[str, type[Measure]] = {
@@ -21,11 +29,21 @@ MEASURES: dict[str, type[Measure]] = {
     "perplexity": Perplexity,
     "logits": Logits,
     "residual": Residual,
+    "propagation": Propagation,
+    "losses": Losses,
+    "gradients": Gradients,
+    "sinks": Sinks,
+    "ranges": Ranges,
+    "units": Units,
+    "spectrum": Spectrum,
+    "selectivity": Selectivity,
 }
 
 
 def periods_of(entries: Sequence[str], default: int) -> dict[str, int]:
-    """`["heads", "logits:2500"]` as steps between measurements, by name; an entry without a number has `default`.
+    """`["heads", "logits:2500", "spectrum:x25"]` as steps between measurements, by name.
+
+    An entry without a number has `default`, one with x25 every 25th of those.
 
     Raises ValueError for an unknown or repeated measure, a number that is no period, and quantities that have no
     description or come from two measures.
@@ -36,11 +54,12 @@ def periods_of(entries: Sequence[str], default: int) -> dict[str, int]:
         name, colon, steps = entry.partition(":")
         if name not in MEASURES:
             raise ValueError(f"probe.measures: unknown measure {name!r}; allowed: {', '.join(MEASURES)}")
-        if colon and not (steps.isdigit() and int(steps)):
-            raise ValueError(f"probe.measures: {entry!r}; give NAME or NAME:STEPS, e.g. {name}:500")
+        number = steps.removeprefix("x")
+        if colon and not (number.isdigit() and int(number)):
+            raise ValueError(f"probe.measures: {entry!r}; give NAME, NAME:STEPS or NAME:xTIMES, e.g. {name}:500")
         if name in periods:
             raise ValueError(f"probe.measures: {name} stands twice; give it once")
-        periods[name] = int(steps) if colon else default
+        periods[name] = int(number or 1) * (1 if steps.isdigit() else default)
         for quantity in MEASURES[name].gives:
             if quantity not in QUANTITIES:
                 raise ValueError(f"the measure {name} gives {quantity!r}, which has no description in QUANTITIES")
@@ -49,15 +68,22 @@ def periods_of(entries: Sequence[str], default: int) -> dict[str, int]:
     return periods
 
 
-def open_measures(names: Sequence[str], model: nn.Module, **options: Mapping[str, Any]) -> list[Measure]:
+def open_measures(
+    names: Sequence[str], model: nn.Module, tokenizer: Callable[[], Any] | None = None, **options: Mapping[str, Any]
+) -> list[Measure]:
     """Build measures for a model. `options` are keyword arguments by the measure's name.
+
+    `tokenizer` loads the model's tokenizer, for measures that need one.
 
     Raises ValueError, with the measure's name, for a model that it cannot serve.
     """
     measures = []
     for name in sorted(names, key=lambda name: name != "heads"):  # the first to enter the registry, the last to leave
+        own = options.get(name) or {}
         try:
-            measures.append(MEASURES[name](model, **options.get(name, {})))
+            if MEASURES[name].needs_tokenizer and tokenizer is not None and not own:
+                own = {"tokenizer": tokenizer()}
+            measures.append(MEASURES[name](model, **own))
         except ValueError as error:
             raise type(error)(f"measure {name}: {error}") from error
     return measures

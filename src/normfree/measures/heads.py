@@ -7,6 +7,7 @@ import logging
 import torch
 
 from normfree.entropy import EntropyProbe
+from normfree.entropy.layers import Layer
 from normfree.entropy.probe import ProbeMethod
 from normfree.entropy.routing import compresses_keys
 from normfree.measures.measure import Measure, Total
@@ -48,5 +49,5 @@ class Heads(Measure):
         return totals
 
     @property
-    def layers(self) -> list[int]:
+    def layers(self) -> list[Layer]:
         return self.probe.statistics().layers

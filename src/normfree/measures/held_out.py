@@ -6,10 +6,9 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed
@@ -30,16 +29,22 @@ def measure_batches(
 ) -> None:
     """Pass batches through the model in evaluation mode, without gradients, while the measures read.
 
-    Logits are computed only if a measure needs them. `progress` is the title of a bar, shown on a terminal. Processes
-    that hold parts of one model wait for each other in every pass, so those with fewer batches add unmeasured passes.
-    Raises ValueError if there is no batch, or a measure refuses the model.
+    Logits are computed only if a measure needs them, and nothing if all measures read training steps instead.
+    `progress` is the title of a bar, shown on a terminal. Processes that hold parts of one model wait for each other in
+    every pass, so those with fewer batches add unmeasured passes. Raises ValueError if there is no batch, or a measure
+    refuses the model.
     """
+    if measures and all(measure.needs_training for measure in measures):  # they read no forward pass
+        return
     device = next(model.parameters()).device
     total = len(batches) if isinstance(batches, Sized) else None
-    call: Callable[..., Any] = partial(model, use_cache=False)
+    reads, words = model, {}
     if not any(measure.needs_logits for measure in measures):
-        one_logit = "logits_to_keep" in inspect.signature(type(model).forward).parameters
-        call = partial(call, logits_to_keep=1) if one_logit else partial(model.base_model, use_cache=False)
+        if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
+            words = {"logits_to_keep": 1}
+        else:
+            reads = model.base_model
+    call = partial(reads, **words, **_without_cache(reads))
     batches = iter(batches)
     first = next(batches, None)
     if first is None:
@@ -54,10 +59,13 @@ def measure_batches(
         bar = {"total": total, "desc": progress, "disable": None if progress else True, "leave": False}
         for batch in tqdm(itertools.chain([first], batches), **bar):
             inputs = {name: value.to(device) for name, value in batch.items()}
-            labels_BT, mask = inputs.pop("labels", None), inputs.get("attention_mask")
+            labels_BT = inputs.pop("labels", None)
+            masks = [inputs.get(name) for name in ("attention_mask", "decoder_attention_mask")]
             for measure in measures:
                 measure.labels_BT = labels_BT
-                measure.mask_BT = mask if mask is not None and mask.dim() == 2 else None
+                measure.mask_BT, measure.decoder_mask_BT = (
+                    mask if mask is not None and mask.dim() == 2 else None for mask in masks
+                )
             call(**inputs)
         contexts.close()
         for _ in range(passes_to_add):
@@ -72,6 +80,13 @@ def _passes_of_others(own: int | None, device: torch.device) -> int:
     most = torch.tensor(own, device=device)
     torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
     return int(most) - own
+
+
+def _without_cache(model: nn.Module) -> dict[str, bool]:
+    """`use_cache=False` for a model that has a cache: encoders of images know no such word."""
+    words = inspect.signature(model.forward).parameters.values()
+    is_known = any(word.name == "use_cache" or word.kind is word.VAR_KEYWORD for word in words)
+    return {"use_cache": False} if is_known else {}
 
 
 def blocks_of(

@@ -1,51 +1,49 @@
 """The largest attention logit of every head."""
 
-# B batch, H query heads, R rows of one block, C columns of one block
+# H query heads
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from normfree.entropy.layers import HeadLayer, Layer, labels
 from normfree.entropy.routing import AttentionCall
 from normfree.entropy.tap import AttentionTap
-from normfree.entropy.visibility import ROWS
 from normfree.measures.measure import Measure, Total
+from normfree.measures.scores import scores_of
 
 
 class Logits(Measure):
     """The largest score that a head gives a visible key, before softmax, with scale, bias and soft-capping.
 
-    Scores are computed in float32, a block of rows at a time, so memory is linear in the context. Raises
-    UnsupportedModel (a ValueError) for a model that does not route its attention through transformers' registry.
+    Scores are computed in float32, a block of rows at a time, so memory is linear in the context; `ranges` shares them.
+    Raises UnsupportedModel (a ValueError) for a model that does not route its attention through transformers' registry.
     """
 
     gives = ("max_logit",)
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__(model)
-        self._highest: dict[int, Tensor] = {}
+        self._highest: dict[HeadLayer, Tensor] = {}
         self._tap = AttentionTap(model, self._read)
 
     def attach(self) -> AttentionTap:
         return self._tap
 
-    def _read(self, layer: int, call: AttentionCall) -> None:
-        request = call.request()
-        for block in request.visibility.blocks(ROWS):
-            if block.first < block.last:  # a row of this block sees a key
-                scores_BHRC = request.scores(block).masked_fill(~block.visible, -torch.inf)
-                highest_H = scores_BHRC.amax((0, 2, 3))
-                self._highest[layer] = torch.maximum(highest_H, self._highest.get(layer, highest_H))
+    def _read(self, layer: HeadLayer, call: AttentionCall) -> None:
+        highest_H = call.once(scores_of).highest_H
+        self._highest[layer] = torch.maximum(highest_H, self._highest.get(layer, highest_H))
 
     def totals(self) -> dict[str, Total]:
         if not self._highest:
             raise ValueError(
                 "no attention call reached transformers' registry; run a forward pass inside the `with` block"
             )
-        highest = [self._highest[layer].double().cpu() for layer in self.layers]  # layers may differ in heads
-        return {"max_logit": torch.nn.utils.rnn.pad_sequence(highest, batch_first=True, padding_value=torch.nan)}
+        highest = [self._highest[layer].double().cpu() for layer in sorted(self._highest)]  # layers may differ in heads
+        padded_LH = torch.nn.utils.rnn.pad_sequence(highest, batch_first=True, padding_value=torch.nan)
+        return {"max_logit": padded_LH.masked_fill(padded_LH == -torch.inf, torch.nan)}  # no row saw a key
 
     @property
-    def layers(self) -> list[int]:
-        return sorted(self._highest)
+    def layers(self) -> list[Layer]:
+        return labels(self._highest)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from normfree.entropy.statistics import over_processes
+from normfree.measures.places import Label
 from normfree.store.quantities import QUANTITIES
 
 Total = Tensor | tuple[Tensor, Tensor]
@@ -28,10 +29,16 @@ class Measure:
     """Names in `QUANTITIES`."""
     needs_logits: ClassVar[bool] = False
     """True if the model must compute the logits of every token."""
+    needs_tokenizer: ClassVar[bool] = False
+    """True if the measure takes an option `tokenizer`."""
+    needs_training: ClassVar[bool] = False
+    """True if only `normfree train` can measure it."""
     labels_BT: Tensor | None = None
     """Labels of the current pass, set by the held-out loop; None: the tokens are the labels."""
     mask_BT: Tensor | None = None
     """Padding mask of the current pass (0 is padding), set by the held-out loop."""
+    decoder_mask_BT: Tensor | None = None
+    """The same of a decoder's tokens, where an encoder has tokens of its own."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
@@ -52,12 +59,24 @@ class Measure:
         """Raise ValueError if these first inputs cannot be measured, before anything runs."""
 
     def totals(self) -> dict[str, Total]:
-        """Sums over all passes so far, by quantity. A quantity that this model does not have is left out."""
+        """Sums over all passes so far, by quantity, but for pooled ones. What this model does not have is left out."""
         raise NotImplementedError
 
+    def pooled(self, device: torch.device | str | None) -> dict[str, Tensor]:
+        """Values that no merging of values gives, computed from sums over all processes (`over_processes`)."""
+        return {}
+
+    def mask_of(self, label: Label) -> Tensor | None:
+        """Padding mask of the tokens in a block: the decoder's own, none for patches and frames, else `mask_BT`."""
+        stack = label.split()[0] if isinstance(label, str) else ""
+        if stack in ("vision", "audio"):
+            return None
+        has_encoder: bool = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        return self.decoder_mask_BT if stack == "decoder" and has_encoder else self.mask_BT
+
     @property
-    def layers(self) -> list[int] | None:
-        """Numbers of the measured layers, unless these are 0, 1, 2, ..."""
+    def layers(self) -> Sequence[Label] | None:
+        """The measured layers, unless these are 0, 1, 2, ..."""
         return None
 
 
@@ -67,14 +86,16 @@ def values_of(measures: Sequence[Measure], device: torch.device | str | None = N
     `device` is where the backend of the processes adds: under NCCL the process's own GPU. None means that each process
     measured everything.
     """
-    return {
-        name: _merge(QUANTITIES[name].merges, total, device)
-        for measure in measures
-        for name, total in measure.totals().items()
-    }
+    values = {}
+    for measure in measures:
+        totals = measure.totals().items()
+        values |= {name: merged(QUANTITIES[name].merges, total, device) for name, total in totals}
+        values |= measure.pooled(device)
+    return values
 
 
-def _merge(how: str, total: Total, device: torch.device | str | None) -> Tensor:
+def merged(how: str, total: Total, device: torch.device | str | None) -> Tensor:
+    """One quantity over all processes; `how` is one of `Merge`."""
     if isinstance(total, tuple):
         summed, count = (over_processes(part, device) for part in total)
         mean = torch.where(count > 0, summed / count.clamp(min=1), torch.nan)
@@ -86,6 +107,9 @@ def _merge(how: str, total: Total, device: torch.device | str | None) -> Tensor:
         return mean
     if how == "sum":
         return over_processes(total, device)
+    if how == "minimum":
+        assert isinstance(total, Tensor)
+        return -merged("maximum", -total, device)
     assert how == "maximum"
     is_nan = over_processes(total.isnan().long(), device) > 0  # backends treat NaN differently
     highest = over_processes(torch.where(total.isnan(), -torch.inf, total), device, "MAX")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback, TrainerState
 
-from normfree.measures import open_measures, periods_of
+from normfree.measures import MEASURES, open_measures, periods_of
 from normfree.measures.held_out import Batch, measure_batches
 from normfree.measures.measure import values_of
+from normfree.measures.places import Label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,8 +33,8 @@ class Measurement:
 
     values: dict[str, np.ndarray]
     """[L, H], [L] or [], by the axes in `normfree.store.quantities`."""
-    layers: dict[str, list[int]]
-    """The numbers of the layers of each quantity in the model."""
+    layers: dict[str, list[Label]]
+    """The layers of each quantity: their numbers in the model, or `encoder 0` where it has several stacks."""
     seconds: float
     peak_memory_mib: float
 
@@ -87,8 +89,8 @@ def measure(
     """Measure a model on a text, token ids or model inputs, in evaluation mode.
 
     `batch` is the number of sequences of token ids in a forward pass. A text is one sequence, tokenized by `tokenizer`
-    (default: the one saved beside the model). `options` are keyword arguments of single measures, e.g.
-    `heads={"method": "eager"}`.
+    (default: the one saved beside the model), which `selectivity` needs too. `options` are keyword arguments of single
+    measures, e.g. `heads={"method": "eager"}`.
 
     Raises ValueError for an unknown measure, one that the model cannot serve, or a batch below 1.
     """
@@ -97,15 +99,17 @@ def measure(
     names = list(periods_of([measures] if isinstance(measures, str) else measures, 1))
     if unknown := sorted(options.keys() - set(names)):
         raise ValueError(f"{unknown[0]}= is no chosen measure; give options as heads={{'method': 'eager'}}")
+    if of_training := [name for name in names if MEASURES[name].needs_training]:
+        raise ValueError(f"measure {of_training[0]}: only a training run has it; give it in probe.measures")
     began = time.perf_counter()
-    opened = open_measures(names, model, **options)
+    opened = open_measures(names, model, partial(_tokenizer, model, tokenizer), **options)
     batches = _batches(model, inputs, batch, tokenizer)
     measure_batches(model, batches, opened, progress="measuring" if progress else None)
     values = {name: value.numpy() for name, value in values_of(opened).items()}
     numbers = {name: each.layers for each in opened for name in each.gives}
     return Measurement(
         values=values,
-        layers={name: numbers[name] or list(range(len(value))) for name, value in values.items() if value.ndim},
+        layers={name: list(numbers[name] or range(len(value))) for name, value in values.items() if value.ndim},
         seconds=time.perf_counter() - began,
         peak_memory_mib=peak_memory_mib(next(model.parameters()).device),
     )
@@ -145,13 +149,16 @@ class MeasureCallback(TrainerCallback):
 
 def _batches(model: PreTrainedModel, inputs: Inputs, batch: int, tokenizer: Any) -> Iterable[Batch]:
     if isinstance(inputs, str):
-        if tokenizer is None and not model.name_or_path:
-            raise ValueError("a text needs tokenizer=, because this model was not loaded by a name; or give token ids")
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model.name_or_path)
-        inputs = tokenizer(inputs, return_tensors="pt")["input_ids"]
+        inputs = cast(Tensor, _tokenizer(model, tokenizer)(inputs, return_tensors="pt")["input_ids"])
     if isinstance(inputs, Tensor):
         return [{"input_ids": ids_BT} for ids_BT in torch.atleast_2d(inputs).split(batch)]
     return [inputs] if isinstance(inputs, Mapping) else cast(Sequence[Batch], inputs)
+
+
+def _tokenizer(model: PreTrainedModel, tokenizer: Any) -> Any:
+    if tokenizer is None and not model.name_or_path:
+        raise ValueError("give tokenizer=, because this model was not loaded by a name; for a text, token ids will do")
+    return tokenizer or AutoTokenizer.from_pretrained(model.name_or_path)
 
 
 def peak_memory_mib(device: torch.device) -> float:

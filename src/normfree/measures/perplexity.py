@@ -1,13 +1,13 @@
 """Loss and perplexity of the next token."""
 
-# B batch, T tokens, V vocabulary; t tokens of one block of logits
+# B batch, T tokens, V vocabulary; t tokens of one block of logits; P forward passes
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -31,6 +31,7 @@ class Evaluation:
     nats: float  # sum of cross-entropies
     tokens: int  # predicted tokens: the first of a text predicts, but is not predicted
     bytes: int = 0  # UTF-8 bytes of the predicted tokens
+    passes: tuple[tuple[float, int], ...] = field(default=(), repr=False)  # nats and tokens of each forward pass
 
     @property
     def loss_nats(self) -> float:
@@ -46,6 +47,20 @@ class Evaluation:
     def bits_per_byte(self) -> float:
         """Comparable between tokenizers; NaN if no byte was counted."""
         return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
+
+    def minus(self, other: Evaluation) -> tuple[float, float]:
+        """Difference of the mean losses on the same passes, and its standard error, in nats per token.
+
+        The error is that of a ratio of sums over passes (NaN for one pass), so it holds for tokens that are alike
+        within a pass. Raises ValueError for evaluations of other tokens.
+        """
+        difference, count = self.loss_nats - other.loss_nats, len(self.passes)
+        nats_P, tokens_P = torch.tensor(self.passes, dtype=torch.float64).T
+        other_nats_P, other_tokens_P = torch.tensor(other.passes, dtype=torch.float64).T
+        if not torch.equal(tokens_P, other_tokens_P):
+            raise ValueError("the two evaluations are of different tokens; give the same text in the same batches")
+        squares = (nats_P - other_nats_P - difference * tokens_P).square().sum().item()
+        return difference, math.sqrt(squares * count / (count - 1)) / self.tokens if count > 1 else math.nan
 
     def to_dict(self) -> dict[str, float | int]:
         """The fields of run.json."""
@@ -70,6 +85,8 @@ def next_token_nats(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[float, int]:
 def sees_later_tokens(model: PreTrainedModel, ids_BT: Tensor) -> bool:
     """True if changing later tokens moves the logits of earlier ones by more than rounding; NaN moves nothing.
 
+    Without a language-model head it is the last hidden states that are compared.
+
     The tokens change from an odd place on, where no block of 2, 4, 8, ... tokens ends. Experts regroup their tokens, so
     their rounding is allowed for (1e-5 of the logits' spread in fp32). Our own models are causal by construction, and
     not run.
@@ -81,54 +98,76 @@ def sees_later_tokens(model: PreTrainedModel, ids_BT: Tensor) -> bool:
     changed_BT = ids_BT.clone()
     changed_BT[:, same:] += 1
     changed_BT %= len(cast(nn.Embedding, model.get_input_embeddings()).weight)
+    read = model.base_model if model.get_output_embeddings() is None else model
     with in_evaluation_mode(model):
-        first, second = (model(input_ids=ids, use_cache=False).logits[:, :same].float() for ids in (ids_BT, changed_BT))
+        first, second = (read(input_ids=ids, use_cache=False)[0][:, :same].float() for ids in (ids_BT, changed_BT))
     experts = any("expert" in name for name, _ in model.named_modules())
     rounding = max(1e-4, 8 * torch.finfo(model.dtype).eps * experts)
     return bool((first - second).abs().max() > rounding * first.std())
 
 
-class Perplexity(Measure):
-    """Loss and perplexity of all tokens, each predicted from those before it in its row.
+class NextToken(Measure):
+    """Base of measures of next-token predictions, each from the tokens before it in its row.
 
     Raises ValueError, before the first pass, for a model that sees later tokens.
     """
 
-    gives = ("loss", "perplexity")
     needs_logits = True
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__(model)
-        self.nats, self.tokens = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
-
     def attach(self) -> AbstractContextManager[Any]:
-        return self.model.register_forward_hook(self._add, with_kwargs=True)
+        return self.model.register_forward_hook(self._read, with_kwargs=True)
 
     def check(self, inputs: Mapping[str, Tensor]) -> None:
-        if "input_ids" not in inputs or cast(PreTrainedModel, self.model).get_output_embeddings() is None:
-            raise ValueError("perplexity needs input_ids and a model with a language-model head")
+        is_seq2seq = "decoder_input_ids" in inputs
+        if "input_ids" not in inputs or is_seq2seq or cast(PreTrainedModel, self.model).get_output_embeddings() is None:
+            raise ValueError("perplexity needs input_ids alone and a model with a causal language-model head")
         if sees_later_tokens(cast(PreTrainedModel, self.model), inputs["input_ids"]):
             raise ValueError(
                 f"{type(self.model).__name__} is not causal: later tokens change its predictions of earlier ones, so "
                 "it has no perplexity; `normfree measure` shows its heads (BERT is causal with is_decoder=true)"
             )
 
-    def _add(self, _model: torch.nn.Module, positional: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+    def _read(self, _model: torch.nn.Module, positional: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         labels_BT = named["input_ids"] if self.labels_BT is None else self.labels_BT
         if self.mask_BT is not None:  # padding is not predicted, nor is anything predicted from it
             known_BT = self.mask_BT != 0
             known_BT = torch.cat([known_BT[:, :1], known_BT[:, 1:] & known_BT[:, :-1]], dim=1)
             labels_BT = labels_BT.masked_fill(~known_BT, IGNORED)
-        nats, tokens = next_token_nats(output.logits, labels_BT)
+        self.add(output.logits, labels_BT)
+
+    def add(self, logits_BTV: Tensor, labels_BT: Tensor) -> None:
+        """Add the predictions of a pass: logits at t are of the label at t + 1; labels of -100 do not count."""
+        raise NotImplementedError
+
+
+class Perplexity(NextToken):
+    """Loss and perplexity of all tokens, each predicted from those before it in its row.
+
+    Raises ValueError, before the first pass, for a model that sees later tokens.
+    """
+
+    gives = ("loss", "perplexity")
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__(model)
+        self.nats, self.tokens = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
+        self.passes: list[tuple[float, int]] = []
+
+    def add(self, logits_BTV: Tensor, labels_BT: Tensor) -> None:
+        nats, tokens = next_token_nats(logits_BTV, labels_BT)
         self.nats, self.tokens = self.nats + nats, self.tokens + tokens
+        self.passes.append((nats, tokens))
 
     def totals(self) -> dict[str, Total]:
         return dict.fromkeys(self.gives, (self.nats, self.tokens))
 
     def evaluation(self, *, predicted_bytes: int, device: torch.device | str | None = None) -> Evaluation:
-        """Sums over processes that share the text on `device`; `predicted_bytes` is that of the whole text."""
+        """Sums over processes that share the text on `device`, and the passes of this one.
+
+        `predicted_bytes` is that of the whole text.
+        """
         nats, tokens = over_processes(self.nats, device), over_processes(self.tokens, device)
-        return Evaluation(nats.item(), int(tokens), predicted_bytes)
+        return Evaluation(nats.item(), int(tokens), predicted_bytes, tuple(self.passes))
 
 
 def evaluate_blocks(

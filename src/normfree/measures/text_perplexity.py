@@ -78,10 +78,17 @@ def encode(
     ids = encoded["input_ids"]
     if len(ids) < 2:
         raise ValueError(f"the text has {len(ids)} token(s); at least 2 are needed to predict one")
-    rows, highest = len(cast(nn.Embedding, model.get_input_embeddings()).weight), max(leading + ids)
+    rows, highest = _vocabulary(model), max(leading + ids)
     if highest >= rows:
         raise ValueError(f"the tokenizer gives token {highest}, but the model's vocabulary has {rows}: use its own")
     return encoded, leading, context - len(leading)
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    try:
+        return len(cast(nn.Embedding, model.get_input_embeddings()).weight)
+    except NotImplementedError:  # a text tower beside one of images
+        return model.config.get_text_config().vocab_size
 
 
 def leading_ids(model: PreTrainedModel, tokenizer: Any, bos: bool | None) -> list[int]:

@@ -1,4 +1,4 @@
-"""Windows of a text for a pretrained model."""
+"""Windows of a text for a pretrained model.  N windows, T tokens"""
 
 from __future__ import annotations
 
@@ -35,3 +35,14 @@ def default_context(model: PreTrainedModel, context: int | None) -> int:
     """`context`, or the model's limit, at most 1024. Raises ValueError for what the model does not allow."""
     limit = checked_context(model, context)
     return limit if context else min(limit, DEFAULT_CONTEXT)
+
+
+def target_windows(model: PreTrainedModel, tokenizer: Any, text: str, **cut: Any) -> Tensor:
+    """(N, T) inputs of a decoder: windows of `token_windows`, moved right behind the token that starts a target."""
+    windows_NT = token_windows(model, tokenizer, text, **cut)
+    names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")  # T5 starts with its padding
+    known = [getattr(config, name, None) for name in names for config in (model.config, model.generation_config)]
+    start = next((token for token in known if token is not None), None)
+    if start is None:
+        raise ValueError(f"{type(model).__name__} has no decoder_start_token_id: set it in its config")
+    return torch.cat([torch.full_like(windows_NT[:, :1], start), windows_NT[:, :-1]], dim=1)

@@ -74,7 +74,7 @@ class Block(GradientCheckpointingLayer):
         self.feed_forward_join = BRANCHES[config.branch](config, "feed_forward")
 
     def forward(self, hidden_BTE: Tensor, shared_slope: Tensor | None, **context: Any) -> Tensor | tuple[Any, ...]:
-        """The next hidden states; with `entropy_layers`, or norms that have sums, also (H,) and (norms, 2), or None."""
+        """The next hidden states; with `entropy_layers`, or norms that have sums, also (H,) and (norms, n), or None."""
         sums = NormSums()
         attended_BTE, _, entropies_H = self.attention(sums.apply(self.attention_norm, hidden_BTE), **context)
         joined_BTE = self.attention_join(hidden_BTE, sums.apply(self.attention_output_norm, attended_BTE))

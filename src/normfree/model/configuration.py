@@ -83,17 +83,23 @@ class NormFreeConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
     """One matrix for the input embedding and the output projection."""
     norm: str = "layernorm"
-    """Normalization in the blocks: layernorm, rmsnorm, lns, dyt, derf, bhyt, taper, none (docs/architecture.md)."""
+    """Normalization in the blocks: layernorm, rmsnorm, lns, dyt, derf, bhyt, taper, fake, none (docs/architecture)."""
     final_norm: str = "layernorm"
     """Normalization after the last block: any of norm but taper. The paper keeps LayerNorm in every model."""
     norm_epsilon: float = 1e-5
-    """layernorm, rmsnorm, lns, bhyt, taper: added to the variance or mean square before the square root."""
+    """layernorm, rmsnorm, lns, bhyt, taper, fake: added to the variance or mean square before the square root."""
     norm_steepness: float | list[float] = 1.0
     """norm=dyt, derf: initial factor of the input, for all, or one for attention, feed-forward and final norm."""
     taper_start_step: int = 0
     """norm=taper: the last optimiser step with the whole norm."""
     taper_end_step: int = 0
     """norm=taper: the optimiser step from which a fixed scale stands in its place."""
+    fake_start_step: int = 0
+    """norm=fake: the optimiser step from which the first norm, that of layer 0's feed-forward part, is fixed."""
+    fake_gap_steps: int = 0
+    """norm=fake: steps from one norm's removal to the next: feed-forward norms, attention norms, the final norm."""
+    output_bias: bool = False
+    """A bias on the logits: what a final norm leaves that was folded into the output projection."""
     placement: str = "pre"
     """Where a block's norms sit: pre, post, peri (input and output of a branch), mix (post first, then pre)."""
     post_share: float = 0.5
@@ -244,6 +250,16 @@ class NormFreeConfig(PreTrainedConfig):
             )
         if unknown := set(self.linear_groups or ()) - set(LINEAR_GROUPS):
             raise ValueError(f"linear_groups names {', '.join(sorted(unknown))}; allowed: {', '.join(LINEAR_GROUPS)}")
+        if self.norm == "fake" and (self.fake_start_step < 1 or self.fake_gap_steps < 0):
+            raise ValueError(
+                f"norm='fake' needs fake_start_step={self.fake_start_step} of at least 1 and "
+                f"fake_gap_steps={self.fake_gap_steps} of at least 0, e.g. model.fake_start_step=100 "
+                "model.fake_gap_steps=10"
+            )
+        if self.norm == "fake" and self.placement != "pre":
+            raise ValueError(f"norm='fake' needs placement='pre', got {self.placement!r}: it folds into what reads it")
+        if self.final_norm == "fake" and self.norm != "fake":
+            raise ValueError(f"final_norm='fake' needs norm='fake', got {self.norm!r}: the final norm goes last")
         if self.final_norm == "taper":
             raise ValueError("final_norm='taper': without a final norm the logits run away, so it stays; give another")
         if self.norm == "taper" and not 0 <= self.taper_start_step < self.taper_end_step:

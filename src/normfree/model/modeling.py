@@ -23,7 +23,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import Attention
-from .blocks import BLOCKS, Block
+from .blocks import BLOCKS, Block, NormSums
 from .configuration import NormFreeConfig
 from .linears import Projection, ResidualProjection
 from .loss import next_token_loss
@@ -38,7 +38,9 @@ class NormFreeModelOutput(BaseModelOutputWithPast):
     head_entropies: Tensor | None = None
     """(layers of entropy_layers, ascending, H): mean entropy in nats over rows and sequences, with gradients."""
     norm_sums: Tensor | None = None
-    """(norms that have sums, 2), in training."""
+    """(norms that have sums, sums of each), in training."""
+    sigma_variance: Tensor | None = None
+    """With `sigma_variance=True`: variance over a sequence's tokens of what the final norm divides by; mean."""
 
 
 @dataclass
@@ -47,6 +49,7 @@ class NormFreeCausalLMOutput(CausalLMOutputWithPast):
 
     head_entropies: Tensor | None = None
     norm_sums: Tensor | None = None
+    sigma_variance: Tensor | None = None
 
 
 class NormFreePreTrainedModel(PreTrainedModel):
@@ -97,7 +100,9 @@ class NormFreePreTrainedModel(PreTrainedModel):
         """
         norms_with_state: list[Any] = [module for module in self.modules() if hasattr(module, "sums")]
         if norms_with_state and norm_sums is None:
-            raise ValueError("norm='taper' needs norm_sums, the output of that name of the step's forward passes")
+            raise ValueError(
+                f"norm={self.config.norm!r} needs norm_sums, the output of that name of the step's forward passes"
+            )
         for norm, sums in zip(norms_with_state, () if norm_sums is None else norm_sums, strict=True):
             norm.advance(step, sums)
         for module in self.modules():
@@ -158,6 +163,7 @@ class NormFreeModel(NormFreePreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         entropy_layers: Collection[int] = (),
+        sigma_variance: bool = False,
         **kwargs: Any,
     ) -> NormFreeModelOutput:
         """Final hidden states (B, T, E). `position_ids` (B, T) default to 0, 1, ... after the cache.
@@ -185,29 +191,38 @@ class NormFreeModel(NormFreePreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         positions_BT = _positions_after(past_key_values, tokens_BTE) if position_ids is None else position_ids
         placed_BTE, rotation = self.positions(tokens_BTE, positions_BT)
-        hidden_BTE = self.dropout(placed_BTE)
-        entropies, sums = [], []
-        for block in self.layers:
-            outputs = block(
-                hidden_BTE,
-                self.shared_negative_slope,
-                attention_mask=mask,
-                rotation=rotation,
-                token_positions=positions_BT,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-                entropy_layers=entropy_layers,
-                **kwargs,
-            )
-            hidden_BTE, entropies_H, norm_sums = outputs if isinstance(outputs, tuple) else (outputs, None, None)
-            entropies += [] if entropies_H is None else [entropies_H]
-            sums += [] if norm_sums is None else [norm_sums]
+        hidden_BTE, entropies, sums = self._through_blocks(
+            self.dropout(placed_BTE),
+            attention_mask=mask,
+            rotation=rotation,
+            token_positions=positions_BT,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            entropy_layers=entropy_layers,
+            **kwargs,
+        )
+        final_sums = NormSums()
+        last_BTE = final_sums.apply(self.final_norm, hidden_BTE)
+        sums += [torch.stack(final_sums)] if final_sums else []
         return NormFreeModelOutput(
-            last_hidden_state=self.final_norm(hidden_BTE),
+            last_hidden_state=last_BTE,
             past_key_values=past_key_values,
             head_entropies=torch.stack(entropies) if entropies else None,
             norm_sums=torch.cat(sums) if sums else None,
+            sigma_variance=hidden_BTE.float().std(-1, correction=0).var(1, correction=0).mean()
+            if sigma_variance
+            else None,
         )
+
+    def _through_blocks(self, hidden_BTE: Tensor, **context: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """The stream after the last block, the entropies that were asked for, and the sums of norms that have some."""
+        entropies, sums = [], []
+        for block in self.layers:
+            outputs = block(hidden_BTE, self.shared_negative_slope, **context)
+            hidden_BTE, entropies_H, norm_sums = outputs if isinstance(outputs, tuple) else (outputs, None, None)
+            entropies += [] if entropies_H is None else [entropies_H]
+            sums += [] if norm_sums is None else [norm_sums]
+        return hidden_BTE, entropies, sums
 
     def _check_entropy_layers(self, entropy_layers: Collection[int], *, whole_blocks: bool) -> None:
         if not whole_blocks:
@@ -231,7 +246,7 @@ class NormFreeForCausalLM(NormFreePreTrainedModel, GenerationMixin):
     def __init__(self, config: NormFreeConfig) -> None:
         super().__init__(config)
         self.model = NormFreeModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.output_bias)
         self.post_init()
 
     @can_return_tuple
@@ -285,6 +300,7 @@ class NormFreeForCausalLM(NormFreePreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             head_entropies=outputs.head_entropies,
             norm_sums=outputs.norm_sums,
+            sigma_variance=outputs.sigma_variance,
         )
 
 

@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from huggingface_hub import model_info, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError, StrictDataclassError  # pyright: ignore[reportPrivateImportUsage]
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.import_utils import is_peft_available
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.import_utils import is_peft_available, is_vision_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
 import normfree.model  # noqa: F401 - registers our architecture with the Auto classes
 from normfree.pretrained.gguf import correct_or_refuse
+from normfree.pretrained.inputs import kinds_read
 from normfree.spec.keys import nearest
 from normfree.spec.run import RunSpec
 from normfree.store.runs import RUN_FILE, Run, RunFolder, read_run
@@ -33,9 +35,13 @@ _UNUSED = re.compile(
     r"|(^|\.)(pooler|seq_relationship|mtp|vision|visual|audio|multi_modal|multimodal|embed_vision|embed_audio)"
 )
 """Weights that no prediction of a next token uses: masks, BERT's other heads, multi-token prediction, images, audio."""
-_NO_HEAD = "has no causal language-model head; in Python, `normfree.measure(model, ids)` measures what AutoModel loads"
+_NO_HEAD = "has no causal language-model head, so it predicts no next token; `normfree measure` measures its heads"
 _LOADING_LOG = logging.getLogger("transformers.modeling_utils")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NoCausalHead(ValueError):  # noqa: N818 - the message is the point
+    """The model is no causal language model."""
 
 
 def load_pretrained(
@@ -54,35 +60,88 @@ def load_pretrained(
     (transformers would fill these with random numbers), or transformers leaves out a part of it: weights without a
     place, an adapter without peft, keys of a .gguf file.
     """
+    options: dict[str, Any] = _source(os.fspath(name)) | {"trust_remote_code": trust_remote_code}
+    if find_adapter_config_file(options["pretrained_model_name_or_path"]) and not is_peft_available():
+        error = ImportError("adapter_config.json: a model with an adapter needs pip install 'peft>=0.17'")
+        raise _cannot_load(os.fspath(name), error)
+    model = _load(os.fspath(name), AutoModelForCausalLM, options, dtype, device, attention)
+    tokenizer = _load_beside(os.fspath(name), AutoTokenizer, options)
+    if file := options.get("gguf_file"):
+        correct_or_refuse(Path(options["pretrained_model_name_or_path"]) / file, model, tokenizer)
+    return model, _checked_tokenizer(os.fspath(name), tokenizer)
+
+
+def load_measurable(name: RunFolder, **options: Any) -> tuple[Any, Any, Any]:
+    """Load (model, tokenizer, image processor) of any model; None for what the model has no use for.
+
+    A causal LM as `load_pretrained` loads it, whose `options` these are; others as the class that saved them, or as
+    AutoModel. Raises ValueError as `load_pretrained` does, and for a model without a processor of its images.
+    """
+    source = _source(os.fspath(name)) | {"trust_remote_code": options.get("trust_remote_code", False)}
+    try:
+        config = AutoConfig.from_pretrained(**source)
+    except _UNREADABLE:  # of an adapter, or unreadable: load_pretrained says why
+        config = None
+    if not getattr(config, "is_encoder_decoder", False):
+        try:
+            return *load_pretrained(name, **options), None
+        except NoCausalHead:
+            pass
+    saved_by = next(iter(getattr(config, "architectures", None) or ()), "")
+    loader = getattr(transformers, saved_by, AutoModel)
+    chosen = (options.get("dtype", "fp32"), options.get("device"), options.get("attention"))
+    model = _load(os.fspath(name), loader, source, *chosen)
+    kinds = kinds_read(model)
+    tokenizer = processor = None
+    if {"text", "target"} & kinds:
+        tokenizer = _checked_tokenizer(os.fspath(name), _load_beside(os.fspath(name), AutoTokenizer, source))
+    if "images" in kinds:
+        if not is_vision_available():
+            raise ValueError(f"{name} reads images: pip install pillow")
+        processor = _load_beside(os.fspath(name), AutoImageProcessor, source)
+    return model, tokenizer, processor
+
+
+def _load(name: str, loader: Any, source: dict[str, Any], dtype: str, device: str | None, attention: str | None) -> Any:
+    """The whole model, by this class of transformers. Raises ValueError as `load_pretrained` says."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
-    target, name = usable_device(device), os.fspath(name)
-    options: dict[str, Any] = _source(name) | {"trust_remote_code": trust_remote_code}
+    target = usable_device(device)
     loading = {"dtype": DTYPES[dtype], "attn_implementation": attention, "output_loading_info": True}
     _LOADING_LOG.addFilter(_is_no_load_report)
     try:
-        if find_adapter_config_file(options["pretrained_model_name_or_path"]) and not is_peft_available():
-            raise ImportError("adapter_config.json: a model with an adapter needs pip install 'peft>=0.17'")
-        loaded: Any = AutoModelForCausalLM.from_pretrained(**options, **loading)
-        tokenizer = AutoTokenizer.from_pretrained(**options)
+        loaded: Any = loader.from_pretrained(**source, **loading)
         model, info = loaded[0].to(target).eval(), loaded[1]
     except _UNREADABLE as error:
         if "Unrecognized configuration class" in str(error):
-            raise ValueError(f"{name} {_NO_HEAD}") from error
+            raise NoCausalHead(f"{name} {_NO_HEAD}") from error
         raise _cannot_load(name, error) from error
     finally:
         _LOADING_LOG.removeFilter(_is_no_load_report)
     if missing := sorted(info["missing_keys"]):
-        if not any(key.startswith(f"{model.base_model_prefix}.") for key in missing):
-            raise ValueError(f"{name} {_NO_HEAD}")
+        if loader is AutoModelForCausalLM and not any(key.startswith(f"{model.base_model_prefix}.") for key in missing):
+            raise NoCausalHead(f"{name} {_NO_HEAD}")
         raise ValueError(f"{name} lacks {len(missing)} weights of its model, e.g. {missing[0]}")
     if extra := sorted(key for key in info["unexpected_keys"] if not _UNUSED.search(key)):
         raise ValueError(f"{name} holds {len(extra)} weight(s) without a place in its model, e.g. {extra[0]}")
-    if file := options.get("gguf_file"):
-        correct_or_refuse(Path(options["pretrained_model_name_or_path"]) / file, model, tokenizer)
+    return model
+
+
+def _load_beside(name: str, loader: Any, source: dict[str, Any]) -> Any:
+    """The tokenizer or image processor beside a model."""
+    try:
+        return loader.from_pretrained(**source)
+    except _UNREADABLE as error:
+        if loader is AutoImageProcessor:
+            why = _first_line(error)
+            raise ValueError(f"{name} has no image processor ({why}); save the model's beside it") from error
+        raise _cannot_load(name, error) from error
+
+
+def _checked_tokenizer(name: str, tokenizer: Any) -> Any:
     if not tokenizer("text", add_special_tokens=False)["input_ids"]:  # what transformers makes of no files at all
         raise ValueError(f"{name} has no tokenizer that makes tokens of text; save the model's beside it")
-    return model, tokenizer
+    return tokenizer
 
 
 def held_out_blocks(run: RunFolder, *, cache: Path | None = None) -> Tensor:

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from tqdm import tqdm
 
 from normfree import __version__
-from normfree.analysis.entropy import shares_of_ceiling, trained_heads
+from normfree.analysis.entropy import ceiling_words, shares_of_ceiling, trained_heads
 from normfree.analysis.groups import Part, all_runs, parts_of
 from normfree.files import write_atomically
 from normfree.report.figures import PageFigure
@@ -41,14 +41,12 @@ _PAGES = Environment(
     lstrip_blocks=True,
 )
 _PAGES.globals["colours"] = COLOURS
-_NARROW_INCHES = 4.2
-"""Wider panels scroll on narrow screens instead of shrinking."""
-_PIXELS_PER_INCH = 96
 _HARDWARE = {name: "{:g} " + name for name in ("cores", "threads", "processes")}
 _HARDWARE = {"processor": "{}", **_HARDWARE, "memory_gib": "{:g} GiB", "device": "{}", "platform": "{}"}
 _SOFTWARE = {name: name + " {}" for name in ("normfree", "python", "torch", "transformers", "datasets")}
 _SOFTWARE |= {"git_commit": "commit {:.12}"}
 _MODEL = "{type}: {layers} layers of {heads} heads, width {hidden_size}, {parameters:,} parameters"
+_PARTS = "{type}: {parameters:,} parameters"  # a model of several stacks
 _CORPUS = (
     "source {source}, blocks of {context} tokens, vocabulary {vocab_size:,}, {train_tokens:,} tokens to train on, "
     "{validation_tokens:,} held-out tokens, unigram perplexity {unigram_perplexity:.1f}, fingerprint {fingerprint:.12}"
@@ -131,7 +129,11 @@ def quantity_frame(runs: Sequence[Run], *axes: str) -> pd.DataFrame:
                 place = (run.place, run.label, run.seed, numbers[index[0]], *index[1:])
                 rows.setdefault((values.shape, place), {})[name] = float(value)  # a shared slope has its own row
     keys = ["run", "label", "seed", *axes]
-    records = [{**dict(zip(keys, place, strict=True)), **values} for (_, place), values in rows.items()]
+    records = [
+        {**dict(zip(keys, place, strict=True)), **values}
+        for (_, place), values in rows.items()
+        if values.get("rows") != 0 or values["nonfinite_rows"]  # else the layer has fewer heads than others
+    ]
     return pd.DataFrame(records, columns=None if records else keys)
 
 
@@ -151,6 +153,7 @@ def render_page(parts: Sequence[Part], sections: Sequence[Sequence[dict[str, Any
     script = _PAGES.loader.get_source(_PAGES, "script.js")[0]  # pyright: ignore[reportOptionalMemberAccess]
     return _PAGES.get_template("index.html.j2").render(
         version=__version__,
+        is_causal=ceiling_words(runs) == "causal ceiling",
         title=f"normfree: {', '.join(_distinct(runs, lambda run: run.spec['study']))}",
         parts=[
             {
@@ -165,6 +168,7 @@ def render_page(parts: Sequence[Part], sections: Sequence[Sequence[dict[str, Any
             for place, (part, of_part) in enumerate(zip(parts, sections, strict=True))
         ],
         rates=Markup(to_html(rates)) if rates.rows else "",
+        trained=any(run.kind == "run" for run in runs),
         facts=_facts(parts),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -175,13 +179,11 @@ def section_values(section: Section, figures: Sequence[PageFigure], tables: Sequ
     """The values of a section for the template, with its figures as SVG and its tables as HTML."""
     drawn = []
     for figure in figures:
-        key, width = figure.key_part(), figure.panel_inches[0]
-        panels = figure.drawings
+        key, panels = figure.key_part(), figure.drawings
         if not panels:
             panels = [Markup(to_svg(part, f"{figure.name}-{place}")) for place, part in enumerate(figure.parts())]
-        values = {"figure": figure, "panels": panels, "pixels": round(width * _PIXELS_PER_INCH)}
+        values = {"figure": figure, "panels": panels, "kind": "cells" if figure.drawings else ""}
         values["key"] = key and Markup(to_svg(key, f"{figure.name}-key"))
-        values["kind"] = "cells" if figure.drawings else "wide scroll" if width > _NARROW_INCHES else ""
         drawn.append(values)
     return {"section": section, "figures": drawn, "tables": [Markup(to_html(table)) for table in tables]}
 
@@ -196,6 +198,9 @@ def _facts(parts: Sequence[Part]) -> dict[str, list[str]]:
         "Command": _distinct(runs, lambda run: run.facts.get("command") or "not recorded"),
         "Measured": [_measurement(run) for run in runs if run.kind == "measurement"],
         "Runs": [f"{len(trained)}, trained in {duration(seconds)} altogether"] if trained else [],
+        "Weights at the start": [
+            name for name in _distinct(trained, lambda run: run.spec.get("start_name", "")) if name
+        ],
         "Seeds": [", ".join(map(str, sorted({run.seed for run in trained})))],
         "Order of the data": [", ".join(map(str, sorted({run.spec["data_seed"] for run in trained})))],
         "Tokens per run": [f"{tokens:,}" for tokens in sorted({run.facts.get("tokens_seen", 0) for run in trained})],
@@ -204,7 +209,9 @@ def _facts(parts: Sequence[Part]) -> dict[str, list[str]]:
         + [f"{key.split('.')[1].replace('_', ' ')}s differ by variant" for key in across],
         "Model": _distinct(
             [run for run in runs if run.facts.get("model")],
-            lambda run: _MODEL.format(**{"type": "normfree"} | run.facts["model"]),
+            lambda run: (_MODEL if run.facts["model"]["layers"] else _PARTS).format(
+                **{"type": "normfree"} | run.facts["model"]
+            ),
         ),
         "Corpus": _distinct(trained, lambda run: _CORPUS.format(**run.facts["corpus"])),
         "Hardware": _distinct(runs, lambda run: _environment(run, _HARDWARE)),
@@ -216,13 +223,20 @@ def _facts(parts: Sequence[Part]) -> dict[str, list[str]]:
 def _measurement(run: Run) -> str:
     facts = run.facts["measurement"]
     windows = "1 window" if facts["sequences"] == 1 else f"{facts['sequences']} windows"
+    rows = " and ".join(facts.get("inputs") or [f"{windows} of {facts['context']} tokens"])  # older records lack them
     first = f", each with {''.join(facts['leading_tokens'])} first" if facts["leading_tokens"] else ""
-    causal = "" if facts["causal"] else "; not causal: queries see later tokens; ceilings are means of ln(visible)"
+    causal = causality_note(facts)
     memory = "GPU memory" if facts["device"].startswith("cuda") else "memory of the process"
     return (
-        f"{facts['name']}: {windows} of {facts['context']} tokens from {facts['text']}{first}{causal}; on "
+        f"{facts['name']}: {rows} from {facts['text']}{first}{causal and f'; {causal}'}; on "
         f"{facts['device']}, {duration(run.facts['wall_seconds'])}, peak {memory} {facts['peak_memory_mib']:.0f} MiB"
     )
+
+
+def causality_note(facts: Mapping[str, Any]) -> str:
+    """What the ceilings of a measurement mean, unless all its rows are causal."""
+    note = "ceilings are means of ln(visible)"
+    return {True: "", False: f"not causal: queries see later tokens; {note}"}.get(facts["causal"], note)
 
 
 def _environment(run: Run, texts: Mapping[str, str]) -> str:

@@ -11,7 +11,14 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from normfree.analysis.entropy import Floats, layer_means, newest_values, values_over_training
+from normfree.analysis.entropy import (
+    Floats,
+    final_heads,
+    group_and_number,
+    layer_means,
+    newest_values,
+    values_over_training,
+)
 from normfree.analysis.groups import Group
 from normfree.analysis.pairs import Pair, main_pairs
 from normfree.analysis.verdicts import slope_layers
@@ -64,7 +71,7 @@ class PageFigure:
 
 
 def heatmap_figure(
-    titled: Sequence[tuple[str, np.ndarray, Sequence[int]]],
+    titled: Sequence[tuple[str, np.ndarray, Sequence[int | str]]],
     *,
     label: str,
     limit: float | None = None,
@@ -183,7 +190,7 @@ def layers_over_training(groups: Sequence[Group], quantity: Quantity) -> PageFig
     """The layers of one run of each group over training."""
     panels = []
     measured = _measured(groups, quantity)
-    deepest = max((layer for *_, layers in measured for layer in layers), default=0)
+    deepest = max((group_and_number(layer)[1] for *_, layers in measured for layer in layers), default=0)
     for group, run, _, layers in measured:
         if len(history := values_over_training(run, quantity.name)) > 1:
             top = _ceiling(run, quantity)
@@ -203,8 +210,14 @@ def layers_over_training(groups: Sequence[Group], quantity: Quantity) -> PageFig
 
 def profile(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
     """The newest values of one run of each group over the layers."""
-    profiles = {group.name: (layers, layer_means(values)) for group, _, values, layers in _measured(groups, quantity)}
-    styles = variant_styles([group.name for group in groups])
+    profiles: dict[str, tuple[list[int], Floats]] = {}
+    for group, _, values, layers in _measured(groups, quantity):
+        of_layer = list(map(group_and_number, layers))
+        for heads in dict.fromkeys(name for name, _ in of_layer):  # a line for each group of heads
+            chosen = [name == heads for name, _ in of_layer]
+            numbers = [number for name, number in of_layer if name == heads]
+            profiles[f"{group.name}{heads and f', {heads}'}"] = (numbers, layer_means(values)[chosen])
+    styles = variant_styles(list(profiles) if len(profiles) > len(groups) else [group.name for group in groups])
     figure = PageFigure(
         panels=[partial(depth_profile, profiles, label=quantity.label, styles=styles)],
         name=f"{quantity.name}-depth",
@@ -235,18 +248,21 @@ FIGURES: dict[tuple[str, ...], tuple[Callable[..., PageFigure | None], ...]] = {
 """The figures of a quantity, by its axes."""
 
 
-def _measured(groups: Sequence[Group], quantity: Quantity) -> list[tuple[Group, Run, Floats, list[int]]]:
+def _measured(groups: Sequence[Group], quantity: Quantity) -> list[tuple[Group, Run, Floats, list[int | str]]]:
     """Each group's run that is drawn, with its newest values and the layers' numbers."""
     measured = []
     for group in groups:
         run = group.heatmap_run
         if run and (values := newest_values(run, quantity.name)) is not None:
             layers = run.layer_numbers(quantity.name, len(values))
+            heads = final_heads(run)
+            if heads is not None and heads.existing.shape == values.shape and not heads.existing.all():
+                values = np.ma.array(values, mask=~heads.existing)  # layers may differ in heads
             measured.append((group, run, values, slope_layers(run) if quantity.name == "negative_slope" else layers))
     return measured
 
 
-def _sorted_means(groups: Sequence[Group], quantity: Quantity) -> dict[str, tuple[int, Floats, list[int]]]:
+def _sorted_means(groups: Sequence[Group], quantity: Quantity) -> dict[str, tuple[int, Floats, list[int | str]]]:
     """By group: the number of finished seeds, their mean with each layer sorted, the layers' numbers.
 
     Empty for folded quantities, so that the page stays small.

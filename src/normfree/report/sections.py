@@ -7,15 +7,21 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from normfree.analysis import published
-from normfree.analysis.entropy import causal_ceiling, recorded_quantities, shares_of_ceiling, trained_heads
-from normfree.analysis.groups import Group
+from normfree.analysis.entropy import (
+    causal_ceiling,
+    ceiling_words,
+    recorded_quantities,
+    shares_of_ceiling,
+    trained_heads,
+)
+from normfree.analysis.groups import Group, all_runs
 from normfree.analysis.pairs import main_pairs
 from normfree.cost.tradeoff import trade_off
 from normfree.report import figures
 from normfree.report.figures import PageFigure, heatmap_figure, seed_figure
 from normfree.report.plots import curves, points
 from normfree.report.plots.style import variant_styles, wrapped
-from normfree.report.tables import cost, results, runs
+from normfree.report.tables import cost, results, runs, tasks
 from normfree.report.tables.table import Table, without_empty_columns
 from normfree.store.quantities import QUANTITIES
 
@@ -105,11 +111,12 @@ def _published(groups: Groups) -> PageFigure | None:
 
 
 def _overload(groups: Groups) -> PageFigure | None:
+    ceiling = ceiling_words(all_runs(groups))
     return seed_figure(
         groups,
         curves.overload_series,
         draws=[partial(curves.seed_curves, series=curves.overload_series, label="heads in the top quarter (%)")],
-        caption="Heads at or above 3/4 of the causal ceiling, in percent of all heads. Untrained heads are nearly "
+        caption=f"Heads at or above 3/4 of the {ceiling}, in percent of all heads. Untrained heads are nearly "
         "uniform, so lines begin at the top; what counts is where they end. The verdict of overload counts only the "
         "first third of the layers, which the table below shows separately.",
     )
@@ -137,14 +144,14 @@ def _private_inference(groups: Groups) -> PageFigure | None:
     priced, _ = trade_off(groups)
     if not priced:
         return None
-    longest = max(len(point.name) for point in priced)
+    lines = [line for point in priced for line in points.name_in_column(point).split("\n")]
     return PageFigure(
         caption="One point per variant: bytes sent in one forward pass over one block under CHEETAH, and perplexity "
         "(the table says over which seeds). Further left and lower is better. Circles are on the Pareto front, "
         "crosses are not; the line joins the front of one corpus. Read differences between variants, not totals "
         "(docs/private-inference.md).",
         panels=[partial(points.trade_off_points, priced)],
-        panel_inches=(5.8 + 0.06 * max(0, longest - 25), max(2.9, 0.8 + 0.17 * len(priced))),
+        panel_inches=(2.8 + 0.06 * max(map(len, lines)), max(2.9, 0.8 + 0.15 * len(lines))),
     )
 
 
@@ -160,6 +167,8 @@ SECTIONS: tuple[Section, ...] = (
             tables={"overload": results.overload_table}),
     Section(name="ranges", title="Heads per range of entropy", menu="Ranges",
             tables={"ranges": results.range_table}, measurements=True),
+    Section(name="tasks", title="What the models can do", menu="Tasks", tables={"tasks": tasks.task_table},
+            measurements=True),
     Section(name="losses", title="Loss", figures=[_losses]),
     Section(name="nonfinite", title="Non-finite attention rows", menu="Non-finite", figures=[_nonfinite]),
     Section(name="private-inference", title="Perplexity against communication in private inference",

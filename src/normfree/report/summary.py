@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from normfree.analysis import published
-from normfree.analysis.entropy import Heads, top_quarter_share, trained_heads
-from normfree.analysis.groups import Group
+from normfree.analysis.entropy import Heads, ceiling_words, top_quarter_share, trained_heads
+from normfree.analysis.groups import Group, all_runs
 from normfree.analysis.pairs import Pair, all_pairs, baseline_label
 from normfree.analysis.seeds import summarise
 from normfree.analysis.verdicts import LEARNED_WORDS, WORDS, bar_to_learn, overload
@@ -35,7 +35,7 @@ def sentences(groups: Sequence[Group]) -> list[str]:
     findings = [_comparison(pair) for pair in _compared(groups)]
     heads = {group.name: [trained_heads(run) for run in group.runs] for group in groups if group.runs}
     if any(measured for of_group in heads.values() for measured in of_group):
-        findings += [_near_uniform(heads), _overloaded(heads)]
+        findings += [_near_uniform(heads, ceiling_words(all_runs(groups))), _overloaded(heads)]
     if trained := [group for group in groups if group.is_trained]:
         learned = _learned(trained)
         findings.insert(0 if LEARNED_WORDS[None] in learned else len(findings), learned)
@@ -83,12 +83,12 @@ def _above_or_below(share: float) -> str:
     return f"{100 * abs(share):.1f} % {'below' if share < 0 else 'above'}"
 
 
-def _near_uniform(heads: Mapping[str, Sequence[Heads | None]]) -> str:
+def _near_uniform(heads: Mapping[str, Sequence[Heads | None]], ceiling: str) -> str:
     shares = {name: summarise([100 * top_quarter_share(h) for h in of_group]) for name, of_group in heads.items()}
     texts = {name: f"{name} {s.text() if s.nonfinite else f'{s.mean:.0f} %'}" for name, s in shares.items()}
     ranked = sorted((s.mean, texts[name]) for name, s in shares.items() if not s.nonfinite)
     mean = ", mean over seeds" if any(len(of_group) > 1 for of_group in heads.values()) else ""
-    start = f"Near-uniform heads (in the top quarter of the causal ceiling){mean}"
+    start = f"Near-uniform heads (in the top quarter of the {ceiling}){mean}"
     if len(texts) <= _LISTED or not ranked:
         return f"{start}: {', '.join(texts.values())}."
     return f"{start}: from {ranked[0][1]} to {ranked[-1][1]}; the table has all {len(texts)} variants."

@@ -67,7 +67,7 @@ def compare(first: Any, second: Any, quantity: str = "entropy_nats") -> pd.DataF
     return frame.sort_values("difference", key=abs, ascending=False, ignore_index=True, kind="stable")
 
 
-def _heads(model: Any, name: str) -> tuple[Quantity, np.ndarray, list[int], Any]:
+def _heads(model: Any, name: str) -> tuple[Quantity, np.ndarray, list[int | str], Any]:
     """A quantity, its values [L, H], the numbers of its layers, and its ceiling or None."""
     if hasattr(model, "values"):
         quantities, values, layers = QUANTITIES, model.values, model.layers

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from normfree.spec.keys import describe_keys, nearest
 from normfree.spec.run import NOT_SET_ALONE, RunSpec
+from normfree.spec.start import REMOVALS, Start, check_start, read_start
 from normfree.spec.variants import (
     MAIN,
     check_fields_are_read,
@@ -100,11 +101,14 @@ def compose(values: Mapping[str, Any], *, command: str | None = None) -> Job:
     Raises ValueError, with the nearest valid names, for an unknown key, preset, variant or value.
     """
     _check_keys(values)
-    merged = _merge(values)
+    start = read_start(str(values.get("start", "random")))
+    merged = _merge(values, start)
     runs_dir, cache_dir = merged.pop("runs_dir", "runs"), merged.pop("cache_dir", None)
     if not runs_dir:
         raise ValueError(f"runs_dir={runs_dir}: name a folder, e.g. runs_dir=runs")
     merged["model"] = model_fields(merged["model"], declared_by(merged["variant"]))
+    if start is not None:
+        check_start(start, merged["model"])
     spec = RunSpec.from_dict(merged)
     settings = sorted(key for key in allowed_keys() if "." in key)
     if unknown := [key for key in spec.compare_across if key not in settings]:
@@ -112,6 +116,19 @@ def compose(values: Mapping[str, Any], *, command: str | None = None) -> Job:
     check_fields_are_read(spec)
     check_label(spec, {name: declared_by(name) for name in (spec.variant, *variants()) if name != "custom"})
     return Job(spec, Path(runs_dir), Path(cache_dir) if cache_dir else None, command)
+
+
+def control_of(values: Mapping[str, Any], job: Job) -> Job | None:
+    """The run that trains on without removing norms: the same start, data and steps. None for a run that removes none.
+
+    `values` are those that the run was composed from.
+    """
+    if job.spec.start == "random" or job.spec.model.get("norm") not in REMOVALS:
+        return None
+    fields = ("norm", "final_norm", "fake_start_step", "fake_gap_steps", "taper_start_step", "taper_end_step")
+    return compose(
+        {key: value for key, value in values.items() if key not in ("variant", *(f"model.{f}" for f in fields))}
+    )
 
 
 def read_preset(preset: str, variant: str) -> RunSpec:
@@ -122,7 +139,7 @@ def read_preset(preset: str, variant: str) -> RunSpec:
 def compose_unchecked(values: Mapping[str, Any]) -> RunSpec:
     """Compose a run as `compose` does, with the model's fields unchecked: their check loads torch."""
     _check_keys(values)
-    merged = _merge(values)
+    merged = _merge(values, read_start(str(values.get("start", "random"))))
     for place in ("runs_dir", "cache_dir"):
         merged.pop(place, None)
     model = merged["model"]
@@ -206,16 +223,24 @@ def _read_value(key: str, text: str) -> Any:
         raise ValueError(f'cannot read {f"{key}={text}"!r}; quote special characters: "{key}={quoted}"') from None
 
 
-def _merge(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The corpus, then the preset over it, then the variant, then single values, with ${...} resolved."""
-    chosen = DEFAULTS | {key: value for key, value in values.items() if key in GROUPS}
+def _merge(values: Mapping[str, Any], start: Start | None = None) -> dict[str, Any]:
+    """The corpus, then the preset over it, then the variant, then single values, with ${...} resolved.
+
+    A start's settings come before the variant, and in place of a corpus and a preset that `values` do not name.
+    """
+    groups = {key: value for key, value in values.items() if key in GROUPS}
+    chosen = DEFAULTS | (start.names() if start else {}) | groups
     presets = [_read_member("preset", chosen["preset"])]
     while "extends" in presets[0]:
         presets.insert(0, _read_member("preset", presets[0].pop("extends")))
     corpora = [preset.pop("corpus") for preset in presets if "corpus" in preset]
     corpus = values.get("data", corpora[-1] if corpora else DEFAULTS["data"])
     variant = read_variant(str(chosen["variant"]), CONF / "variant")
-    layers = [{"data": _read_member("data", corpus)}, *presets, variant]
+    layers = [
+        {"data": _read_member("data", corpus)},
+        *presets,
+        *(start.layers(groups, variant) if start else [variant]),
+    ]
     try:
         # Names and seeds too, so that ${seed} in a tag resolves.
         merged = OmegaConf.merge({key: DEFAULTS[key] for key in DEFAULTS if key not in GROUPS}, *layers)

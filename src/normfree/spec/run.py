@@ -28,14 +28,22 @@ LABEL_FIELDS = (
     *("norm", "final_norm", "activation", "learnable_slope", "placement", "query_key_norm", "branch"),
     *("embedding_scale", "linear", "linear_groups", "attention_temperature", "attention_sink", "attention_gate"),
 )
-VALUE_FIELDS = ("negative_slope", "norm_steepness", "taper_start_step", "taper_end_step", "post_share")
+VALUE_FIELDS = (
+    "negative_slope",
+    "norm_steepness",
+    "taper_start_step",
+    "taper_end_step",
+    "post_share",
+    "fake_start_step",
+    "fake_gap_steps",
+)
 # What tells one variant from another under one recipe: tables compare over these and nothing else.
 VARIANT_FIELDS = (
     *(f"model.{name}" for name in (*LABEL_FIELDS, *VALUE_FIELDS)),
     *(f"train.{name}" for name in ("decay_slopes", "slope_learning_rate_factor")),
 )
 # Names, and the seeds: other weights and another order of the data are replicates of one recipe.
-NOT_RECIPE_FIELDS = ("study", "variant", "label", "tag", "seed", "data_seed")
+NOT_RECIPE_FIELDS = ("study", "variant", "label", "tag", "seed", "data_seed", "start", "start_sha256")
 # Where the text lies: what it is, the fingerprint of its corpus says.
 PLACES_OF_TEXT = ("data.paths", "data.validation_paths")
 # How a run is watched, placed and cut into passes: its numbers depend on these by rounding and dropout masks only.
@@ -45,6 +53,7 @@ NOT_DECIDING = (
     "data.expected_fingerprint",
     "probe.measures",
     "compare_across",
+    "start",
     *PLACES_OF_TEXT,
 )
 # They may change within a run; tables over training compare runs that were measured at the same steps.
@@ -54,7 +63,7 @@ WHEN_MEASURED = ("train.evaluate_every", "probe.every_steps")
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True)
 
 # Keys of a run that a group of the configuration sets, with others (data=files), or that stand for many.
-NOT_SET_ALONE = ("model", "preset", "variant", "label", "data.source")
+NOT_SET_ALONE = ("model", "preset", "variant", "label", "data.source", "start_name", "start_sha256")
 
 _SOURCES_THAT_READ = {
     **dict.fromkeys(("paths", "validation_paths"), ("files",)),
@@ -176,6 +185,10 @@ class TrainSpec:
     """none: every process holds the whole model (ddp: and one alone is refused); fsdp: each holds a part (FSDP2)."""
     compile: bool = False
     """torch.compile the model."""
+    sigma_weight: NotNegative = 0.0
+    """Weight in the loss of the variance, over a sequence's tokens, of what the final norm divides by."""
+    frozen: tuple[str, ...] = ()
+    """Parameters that keep their values, as patterns of names, e.g. ['*embed_tokens*']."""
     on_nonfinite: str = "stop"
     """A step whose loss or gradient is not finite: `stop` records the run as diverged, `skip:N` leaves out up to N."""
     evaluate_every: Count = 500
@@ -238,14 +251,17 @@ class TrainSpec:
 class ProbeSpec:
     """When and on how much held-out text the heads are measured."""
 
-    measures: tuple[str, ...] = ("heads", "slopes")
-    """What is measured (docs/quantities.md); NAME:STEPS gives a measure a period of its own."""
+    measures: tuple[str, ...] = (
+        *("heads", "slopes", "sinks", "logits", "residual", "ranges", "losses"),
+        *("spectrum:x25", "selectivity:x25", "propagation:x25"),
+    )
+    """What is measured (docs/quantities.md): NAME, NAME:STEPS for a period of its own, NAME:x25 for every 25th time."""
     every_steps: Count = 100
     """Steps between measurements."""
     sequences: Count = 64
     """Size of the fixed held-out batch."""
     final_sequences: Count = 1000
-    """Held-out sequences measured once, after the last step; heatmaps use these."""
+    """Held-out sequences measured once, after the last step, by all but rarer measures; heatmaps use these."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -264,6 +280,12 @@ class RunSpec:
     """Initial weights and dropout."""
     data_seed: Seed = 0
     """Order of the training blocks, so that variants and seeds can share it."""
+    start: str = "random"
+    """Weights to begin with: random, run:FOLDER, or model:NAME (one of ours, a GPT-2 or a GPT-NeoX)."""
+    start_name: str = ""
+    """Which run, without its seed, or model `start` is; read from it."""
+    start_sha256: str = ""
+    """sha256 of its weights."""
     compare_across: tuple[str, ...] = ()
     """Keys in which variants of one table may differ, e.g. train.peak_learning_rate: each variant has its own value."""
     model: dict[str, Any] = field(default_factory=dict)

@@ -106,7 +106,8 @@ def check_fields_are_read(spec: RunSpec) -> None:
     rotary = config.position == "rotary", "model.position=rotary"
     learned = own_activation or config.learnable_slope != "none", "model.learnable_slope=per_layer or shared"
     tapers = own_norm or config.norm == "taper", "model.norm=taper"
-    squashing, dividing = {"dyt", "derf"}, {"layernorm", "rmsnorm", "lns", "bhyt", "taper"}
+    removes = own_norm or config.norm == "fake", "model.norm=fake"
+    squashing, dividing = {"dyt", "derf"}, {"layernorm", "rmsnorm", "lns", "bhyt", "taper", "fake"}
     needs = {
         "rotary_share": rotary,
         "rotary_base": rotary,
@@ -114,6 +115,8 @@ def check_fields_are_read(spec: RunSpec) -> None:
         "norm_steepness": (not used_norms <= {"none", *dividing}, "model.norm=dyt or derf"),
         "taper_start_step": tapers,
         "taper_end_step": tapers,
+        "fake_start_step": removes,
+        "fake_gap_steps": removes,
         "placement": (config.norm != "none", "a norm"),
         "post_share": (config.placement == "mix", "model.placement=mix"),
         "linear_groups": (config.linear != "plain", "model.linear=weight_norm or spectral_norm"),

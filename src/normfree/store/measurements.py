@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,19 +31,19 @@ def write_measurement(
     folder: Path,
     facts: Mapping[str, Any],
     values: Mapping[str, Any],
-    layers: Mapping[str, Sequence[int]],
+    layers: Mapping[str, Sequence[int | str]],
     **more: Any,
 ) -> Run:
     """Write run.json and metrics.jsonl of a measurement, then read it back.
 
-    `facts` describe model, text and method; `layers` are the model's indices of the layers of a quantity; `more` are
-    the facts model, command, environment and wall_seconds.
+    `facts` describe model, text and method; `layers` are those of a quantity, as `3` or `encoder 3`; `more` are the
+    facts model, command, environment and wall_seconds.
     """
     descriptions = describe(values)
     for name, numbers in layers.items():
         if list(numbers) != list(range(len(numbers))):
             descriptions[name]["layers"] = list(numbers)
-    label, context = facts["label"], facts["context"]
+    label, context = facts["label"], facts["context"] or _most_keys(values)
     record = {
         "kind": "measurement",
         "spec": {
@@ -66,3 +67,9 @@ def write_measurement(
     writer.log(0, "final", values.items())
     writer.update(status="finished")
     return read_run(folder)
+
+
+def _most_keys(values: Mapping[str, Any]) -> int:
+    """Keys that a row of heads sees, for inputs that are not counted in tokens; 1 where heads were not measured."""
+    ceilings = [float(nats) for nats in values.get("ceiling_nats", ()) if math.isfinite(nats)]
+    return round(math.exp(max(ceilings, default=0.0)))

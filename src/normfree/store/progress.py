@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 
-from normfree.store.runs import METRICS_FILE, Run
+from normfree.files import LOCK_NAME, is_locked
+from normfree.store.runs import METRICS_FILE, RUN_FILE, Run
+
+
+def preparing_folders(folder: Path) -> list[Path]:
+    """Folders of runs, and runs, in or below `folder` that a living process holds before there is a record."""
+    locked = (lock.parent for lock in sorted(folder.rglob(LOCK_NAME)))
+    return [place for place in locked if not (place / RUN_FILE).exists() and is_locked(place)]
 
 
 def progress_line(run: Run, *, width: int = 0) -> str:

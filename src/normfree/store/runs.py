@@ -154,8 +154,8 @@ class Run:
             return {name: QUANTITIES[name] for name in self.metrics["name"].unique() if name in QUANTITIES}
         return {name: read_description(name, values) for name, values in descriptions.items()}
 
-    def layer_numbers(self, name: str, count: int) -> list[int]:
-        """The model's indices of the `count` layers in which a quantity was measured."""
+    def layer_numbers(self, name: str, count: int) -> list[int | str]:
+        """The `count` layers in which a quantity was measured: the model's numbers, or `encoder 0` of a group."""
         return (self.facts.get("quantities") or {}).get(name, {}).get("layers") or list(range(count))
 
     @cached_property

@@ -77,9 +77,10 @@ class RecordMetrics(TrainerCallback):
     def _measure(
         self, state: TrainerState, control: TrainerControl, due: list[Schedule], model: NormFreePreTrainedModel
     ) -> None:
-        size = self.record.spec.train.micro_batch_sequences
+        size, tokenizer = self.record.spec.train.micro_batch_sequences, self.record.corpus.tokenizer
         for schedule in due:
-            values = measurements(model, schedule.blocks_NT, schedule.measures, batch_sequences=size)
+            names = schedule.measures
+            values = measurements(model, schedule.blocks_NT, names, batch_sequences=size, tokenizer=tokenizer)
             self.record.log(state.global_step, schedule.split, values)
             if scalars := {f"eval_{name}": value for name, value in values if isinstance(value, float)}:
                 training_loss_due = control.should_log
@@ -137,10 +138,15 @@ class ShowProgress(TrainerCallback):
 
 
 def measurements(
-    model: NormFreePreTrainedModel, blocks_NT: Tensor, names: Sequence[str], *, batch_sequences: int
+    model: NormFreePreTrainedModel,
+    blocks_NT: Tensor,
+    names: Sequence[str],
+    *,
+    batch_sequences: int,
+    tokenizer: Callable[[], Any] | None = None,
 ) -> list[tuple[str, Any]]:
     """Measure full blocks in evaluation mode and the run's precision, over all processes."""
-    measures = open_measures(names, model)
+    measures = open_measures(names, model, tokenizer)
     measure_batches(model, blocks_of(model, blocks_NT, batch_sequences, measures), measures)
     values = values_of(measures, next(model.parameters()).device)
     return [(name, value if value.dim() else value.item()) for name, value in values.items()]

@@ -22,6 +22,7 @@ from pydantic.dataclasses import dataclass
 
 from normfree.cost.estimate import GIB, check_memory
 from normfree.data import prepare
+from normfree.files import folder_lock
 from normfree.measures import periods_of
 from normfree.spec.compose import Job, read_words
 from normfree.spec.keys import build
@@ -74,8 +75,8 @@ def read_launch(words: Sequence[str]) -> tuple[Launch, list[str]]:
 def train_jobs(jobs: Sequence[Job], launch: Launch | None = None) -> None:
     """Train runs that are not finished yet.
 
-    Raises ValueError for jobs or a launch that cannot work, before anything is trained; RuntimeError at the end if runs
-    failed; InterruptedRunError on a signal.
+    Raises ValueError for jobs, a launch or a text that cannot work, before anything is trained; RuntimeError at the end
+    if runs failed; InterruptedRunError on a signal.
     """
     launch = launch or Launch()
     for job in jobs:  # `train` refuses a wrong measure too, but after the runs before it
@@ -85,8 +86,11 @@ def train_jobs(jobs: Sequence[Job], launch: Launch | None = None) -> None:
     left: Iterable[int] = range(len(jobs))
     if launch.submit:
         failures, left = _submit(jobs, launch), ()
-    elif launch.workers > 1:
-        _check_gpu_memory(jobs, launch.workers)
+    else:
+        if launch.workers > 1:
+            _check_gpu_memory(jobs, launch.workers)
+        _prepare_texts(jobs)
+    if launch.workers > 1:
         jobs = [_with_threads(job, max(1, usable_cores() // launch.workers)) for job in jobs]
         failures = _share(jobs, launch.workers)
         left = [n for n, job in enumerate(jobs) if n not in failures and not is_done(job.folder, job.spec)]
@@ -102,6 +106,21 @@ def _check_gpu_memory(jobs: Sequence[Job], workers: int) -> None:
     facts = torch.cuda.get_device_properties(0)
     for job in jobs:
         check_memory(job.spec, facts.total_memory / GIB, name=facts.name, runs=min(workers, len(jobs)))
+
+
+def _prepare_texts(jobs: Sequence[Job]) -> None:
+    """Prepare the texts of unfinished runs, each once. Raises ValueError for a text that would fail all its runs.
+
+    The folder of the runs is locked meanwhile, by which `normfree status` sees it; another study there waits.
+    """
+    jobs_by_text: dict[Any, Job] = {}
+    for job in jobs:
+        with suppress(ValueError):  # the folder holds another run, which `train` says in its turn
+            if not is_done(job.folder, job.spec):
+                jobs_by_text.setdefault((job.spec.data, job.cache_dir), job)
+    for job in jobs_by_text.values():
+        with folder_lock(job.folder.parent, on_wait=lambda owner: logger.info("waiting for the text of %s", owner)):
+            prepare(job.spec.data, cache=job.cache_dir)
 
 
 def _train(job: Job, *, progress: bool = True) -> Path:
@@ -139,7 +158,6 @@ def _share(jobs: Sequence[Job], workers: int) -> dict[int, str]:
     A signal is passed on once: the processes have sessions of their own, since a Ctrl-C that reached them twice would
     make a run leave without a checkpoint. A run of a process that died is left.
     """
-    prepare(jobs[0].spec.data, cache=jobs[0].cache_dir)  # once, with its bar, before the processes ask for it
     logger.info("%d processes share %d runs, train.threads=%s each", workers, len(jobs), jobs[0].spec.train.threads)
     context = multiprocessing.get_context("spawn")
     taken, queue = context.Value("i", 0), context.SimpleQueue()

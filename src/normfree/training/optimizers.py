@@ -49,7 +49,7 @@ class MuonWithAdamW(Optimizer):
         self._matrices = {
             module.weight: getattr(module, "row_counts", [module.out_features])
             for module in linears
-            if isinstance(module, nn.Linear)
+            if isinstance(module, nn.Linear) and module.weight.requires_grad
         }
         self._parts = {weight: list(weight.detach().split(rows)) for weight, rows in self._matrices.items()}
         parts = [part for weight_parts in self._parts.values() for part in weight_parts]

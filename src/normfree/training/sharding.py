@@ -17,25 +17,33 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
+from normfree.measures import periods_of
 from normfree.model import NormFreeForCausalLM
 from normfree.model.blocks import Block
 from normfree.model.modeling import NormFreePreTrainedModel
 from normfree.spec.run import RunSpec
 from normfree.store.checkpoints import SHARDS
 
+MEASURES = ("heads", "slopes", "perplexity", "logits", "residual")
+"""Measures of a sharded run: they read forward passes, and no weights or gradients."""
+
 
 def check_can_shard(spec: RunSpec) -> None:
     """Raise ValueError for choices that need whole matrices, or that nobody has tested with FSDP."""
     train = spec.train
+    others = [name for name in periods_of(spec.probe.measures, 1) if name not in MEASURES]
     refused = {
         "train.optimizer=muon": train.optimizer == "muon",
         "train.objective=entropy_band": train.objective == "entropy_band",
         "train.precision=fp16": train.precision == "fp16",
         "train.compile=true": train.compile,
+        f"probe.measures={','.join(others)}": bool(others),
         f"model.linear={spec.model.get('linear')}": spec.model.get("linear", "plain") != "plain",
     }
     if chosen := [key for key, is_chosen in refused.items() if is_chosen]:
-        raise ValueError(f"train.sharding=fsdp does not work with {' and '.join(chosen)}: give train.sharding=ddp")
+        raise ValueError(
+            f"train.sharding=fsdp does not work with {' and '.join(chosen)}: leave that out, or give train.sharding=ddp"
+        )
 
 
 def shard(model: NormFreePreTrainedModel, precision: str, device: torch.device) -> None:

@@ -26,6 +26,7 @@ from normfree.measures import open_measures, periods_of
 from normfree.measures.perplexity import evaluate_blocks
 from normfree.measures.text_perplexity import spread
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
+from normfree.model.folding import FOLDABLE, fold_norms
 from normfree.spec.run import RunSpec
 from normfree.store import checkpoints
 from normfree.store.runs import read_run
@@ -46,6 +47,7 @@ from normfree.training.signals import (
     stopping_signals,
     warning_signals,
 )
+from normfree.training.start import initial_model
 from normfree.training.trainer import NormFreeTrainer
 
 logger = logging.getLogger("normfree")
@@ -81,25 +83,25 @@ def train(
     arguments.check_machine(spec, training_device())
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))  # set by torchrun
     torch.set_num_threads(spec.train.threads or max(1, usable_cores() // processes_here))
-    with state.main_process_first():
-        corpus = prepare(spec.data, cache=Path(cache) if cache else None, progress=progress)
-    if state.is_main_process and any(corpus.facts()["dropped"].values()):
-        left_out = corpus.left_out("train"), corpus.left_out("validation")
-        logger.info("corpus %s; left out: %s; of held-out text: %s", corpus.fingerprint[:12], *left_out)
-    steps, config = arguments.total_steps(spec, corpus), arguments.model_config(spec, corpus)
-    with folder_lock(folder) if state.is_main_process else nullcontext():
+    with folder_lock(folder) if state.is_main_process else nullcontext():  # from here on `status` shows it
+        with state.main_process_first():
+            corpus = prepare(spec.data, cache=Path(cache) if cache else None, progress=progress)
+        if state.is_main_process and any(corpus.facts()["dropped"].values()):
+            left_out = corpus.left_out("train"), corpus.left_out("validation")
+            logger.info("corpus %s; left out: %s; of held-out text: %s", corpus.fingerprint[:12], *left_out)
+        steps, config = arguments.total_steps(spec, corpus), arguments.model_config(spec, corpus)
         if broadcast_from_rank_zero(arguments.is_done(folder, spec, corpus)):  # by another command, or with its text
             return folder
         arguments.announce_needs(spec, corpus, training_device())
         set_seed(spec.seed)
         objective = build_objective(spec, config, steps)
-        model = NormFreeForCausalLM(config)
-        open_measures(measures, model)  # raises for measures that do not fit the model
+        model = initial_model(spec, config, corpus)
+        open_measures(measures, model, corpus.tokenizer)  # raises for measures that do not fit the model
         facts = {"command": command or command_line(), "study_note": note, "steps": steps}
         record = open_record(folder, spec, corpus, model, objective, **facts)
         try:
             with wandb_run(record):
-                _train_to_an_end(record, model, measures, progress=progress)
+                _train_to_an_end(record, model, progress=progress)
         except InterruptedRunError as stopped:
             if stopped.signal_number in warning_signals():
                 signal.raise_signal(stopped.signal_number)  # now the handler may act, e.g. submitit's requeues the job
@@ -111,7 +113,7 @@ def train(
     return folder
 
 
-def _train_to_an_end(record: Record, model: NormFreeForCausalLM, measures: list[str], *, progress: bool) -> None:
+def _train_to_an_end(record: Record, model: NormFreeForCausalLM, *, progress: bool) -> None:
     """Train until the run is finished, has diverged or a signal stops it, and record which of them."""
     device, stop, signals = training_device(), StopOnSignal(), (*stopping_signals(), *warning_signals())
     resumes = "the same command resumes from its newest checkpoint"
@@ -122,7 +124,7 @@ def _train_to_an_end(record: Record, model: NormFreeForCausalLM, measures: list[
             _run_steps(trainer, record, stop, progress=progress)
             stop.at_once = stop.received is None  # no step boundary will follow
             if stop.agree(device) is None:
-                _finish(record, model, measures, trainer)
+                _finish(record, model, trainer)
             else:
                 record.update(status="interrupted")
         except NonFiniteError as error:
@@ -175,23 +177,52 @@ def _run_steps(trainer: NormFreeTrainer, record: Record, stop: StopOnSignal, *, 
         trainer.train(resume_from_checkpoint=str(record.checkpoint) if record.checkpoint else None)
 
 
-def _finish(record: Record, model: NormFreeForCausalLM, measures: list[str], trainer: NormFreeTrainer) -> None:
+def _final_measures(spec: RunSpec) -> list[tuple[list[str], int]]:
+    """Measures of the trained model, and on how many sequences: on those of a probe if they are rarer than probes."""
+    probe, often, rarely = spec.probe, [], []
+    for name, every in periods_of(probe.measures, probe.every_steps).items():
+        (rarely if every > probe.every_steps else often).append(name)
+    parts = [(often, probe.final_sequences), (rarely, probe.sequences)]
+    return [(names, sequences) for names, sequences in parts if names]
+
+
+def _finish(record: Record, model: NormFreeForCausalLM, trainer: NormFreeTrainer) -> None:
     """Measure and save the trained model."""
     spec, corpus, size = record.spec, record.corpus, record.spec.train.micro_batch_sequences
-    final_NT = spread(record.held_out_NT, spec.probe.final_sequences)
-    record.log(record.steps, "final", measurements(model, final_NT, measures, batch_sequences=size))
+    for measures, sequences in _final_measures(spec):
+        blocks_NT = spread(record.held_out_NT, sequences)
+        values = measurements(model, blocks_NT, measures, batch_sequences=size, tokenizer=corpus.tokenizer)
+        record.log(record.steps, "final", values)
     bytes_of_text = corpus.predicted_bytes()
     result = evaluate_blocks(model, record.held_out_NT, predicted_bytes=bytes_of_text, batch_sequences=size)
     whole_model = gather(model) if spec.train.sharding == "fsdp" else model
     if PartialState().is_main_process and whole_model is not None:
+        saved, folded = _without_fixed_norms(whole_model, record)
         card = model_card(read_run(record.folder), result.to_dict())
-        _save_model(whole_model, corpus, card, record.folder / "model")
+        _save_model(saved, corpus, card, record.folder / "model")
+        record.update(**folded)
     record.update(status="finished", final=result.to_dict(), **record.progress_at(record.steps))
     try:
         trainer.log({"eval_final_loss": result.loss_nats, "eval_final_perplexity": result.perplexity})
     except Exception as error:  # a tracker's failure must not cost the run
         logger.warning("the trackers did not get the final perplexity: %s", error)
     PartialState().wait_for_everyone()  # every process returns after the record is complete
+
+
+@torch.no_grad()
+def _without_fixed_norms(
+    model: NormFreeForCausalLM, record: Record
+) -> tuple[NormFreeForCausalLM, dict[str, dict[str, Any]]]:
+    """The model to save, with norms folded that training left fixed, and what to record about that."""
+    if model.config.norm not in FOLDABLE:
+        return model, {}
+    folded, ids_BT = fold_norms(model), record.held_out_NT[:8].to(model.device)
+    model.eval()
+    difference = (folded(ids_BT).logits - model(ids_BT).logits).abs().max().item()
+    before = model.config.to_dict()
+    changed = {name: value for name, value in folded.config.to_dict().items() if value != before.get(name)}
+    logger.info("%s: fixed norms are folded into matrices; logits differ by %.1e at most", record.spec.name, difference)
+    return folded, {"folded": {"model": changed, "largest_logit_difference": difference}}
 
 
 def _save_model(model: NormFreeForCausalLM, corpus: Corpus, card: str, folder: Path) -> None:

@@ -18,6 +18,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 
 from normfree.files import read_manifest
+from normfree.measures import periods_of
+from normfree.measures.gradients import block_gradient_norms
 from normfree.model.modeling import NormFreePreTrainedModel
 from normfree.store.checkpoints import CheckpointError
 from normfree.training.guard import Divergence, NonFiniteError, earliest, locate
@@ -52,6 +54,7 @@ class NormFreeTrainer(Trainer):
         self._batches_of_step: list[dict[str, Tensor]] = []
         self._loss_before_step = torch.zeros(())
         self._gradient_norm: Tensor | None = None
+        self._gradients_every = periods_of(self.spec.probe.measures, self.spec.probe.every_steps).get("gradients")
         self.sharded = self.spec.train.sharding == "fsdp"
         if self.sharded:
             shard(model, self.spec.train.precision, args.device)
@@ -90,17 +93,23 @@ class NormFreeTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Add the objective's term to the loss, and collect the sums of norms whose state changes."""
+        sigma_weight = self.spec.train.sigma_weight
         if self.objective.layers:
             inputs = {**inputs, "entropy_layers": self.objective.layers}
+        if sigma_weight:
+            inputs = {**inputs, "sigma_variance": True}
         computed: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
         loss, outputs = computed
         if (sums := outputs.get("norm_sums")) is not None:
             self._norm_sums = sums.detach() if self._norm_sums is None else self._norm_sums + sums.detach()
-        if self.objective.layers:
+        if self.objective.layers or sigma_weight:
             self._next_token_loss = loss.detach()
             share = len(inputs["input_ids"]) / self.spec.train.batch_sequences
+            term = self.objective.term(outputs["head_entropies"], share) if self.objective.layers else 0.0
+            if sigma_weight:
+                term = term + sigma_weight * share * outputs["sigma_variance"]
             # Gradients are averaged over processes, and Trainer scales its loss for that too.
-            loss = loss + self.objective.term(outputs["head_entropies"], share) * self.accelerator.num_processes
+            loss = loss + term * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def advance(self, step: int) -> None:
@@ -154,6 +163,17 @@ class NormFreeTrainer(Trainer):
         return bool(torch.isfinite(total))
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Clip, and leave norms of the blocks' gradients to the measure `gradients` in the steps where it is due."""
+        step, every = self.state.global_step + 1, self._gradients_every
+        if every is None or (step % every and step != self.state.max_steps):
+            return self._clip(model)
+        scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0  # fp16's gradients have it
+        before_L = block_gradient_norms(self.network) / scale
+        norm = self._clip(model)
+        vars(self.network)["block_gradient_norms"] = before_L, block_gradient_norms(self.network)
+        return norm
+
+    def _clip(self, model: nn.Module) -> Tensor:
         if self._gradient_norm is None:
             return cast(Tensor, super()._clip_grad_norm(model))
         nn.utils.clip_grads_with_norm_(self.network.parameters(), self.args.max_grad_norm, self._gradient_norm)

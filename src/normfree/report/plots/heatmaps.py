@@ -29,8 +29,9 @@ class Heatmap:
 
     title: str
     values_LH: np.ndarray
-    layers: Sequence[int]
-    """Numbers of the rows."""
+    """Masked where a layer has fewer heads than another."""
+    layers: Sequence[int | str]
+    """Numbers or names of the rows."""
     limits: tuple[float, float]
     colours: str = HEATMAP_COLOURS
 
@@ -93,7 +94,7 @@ def draw_heatmap(drawing: Heatmap, *, ax: Axes) -> Axes:
     layers, heads = values_LH.shape
     image = ax.imshow(values_LH, cmap=drawing.colour_map, vmin=low, vmax=high, aspect="auto", interpolation="none")
     ax.grid(visible=False)
-    for layer, head in np.argwhere(~np.isfinite(values_LH)):
+    for layer, head in np.argwhere(np.ma.filled(~np.isfinite(values_LH), fill_value=False)):
         corner = (head - 0.5, layer - 0.5)
         ax.add_patch(Rectangle(corner, 1, 1, fill=False, hatch="////", edgecolor=MUTED, linewidth=0))
     _write_values(drawing, image)
@@ -117,6 +118,8 @@ def _write_values(drawing: Heatmap, image: AxesImage) -> None:
     style = {"ha": "center", "va": "center", "fontsize": size, "in_layout": False, "clip_on": True}
     for (layer, head), is_light in np.ndenumerate(drawing.colour_cells()[1]):
         value = drawing.values_LH[layer, head]
+        if value is np.ma.masked:
+            continue
         text = image.axes.text(head, layer, f"{value:z.2f}", color="k" if is_light else "w", **style)
         if not np.isfinite(value):
             text.set_text("NaN")
@@ -127,20 +130,23 @@ def heatmap_svg(drawing: Heatmap) -> Markup:
     """Hand-written SVG for the page: small, fast, with values on hover. Heads that are not finite are grey."""
     layers, heads = drawing.values_LH.shape
     width = 30 if heads <= 16 else 16
+    left = max(_LEFT, 10 + 6 * max(len(str(layer)) for layer in drawing.layers))  # room for "encoder 0"
     parts, (fills_LH3, is_light_LH) = [], drawing.colour_cells()
-    for (layer, head), value in np.ndenumerate(drawing.values_LH):
-        x, y = _LEFT + head * width, layer * _HEIGHT
+    for layer, head in zip(*np.nonzero(~np.ma.getmaskarray(drawing.values_LH)), strict=True):
+        value = drawing.values_LH[layer, head]
+        x, y = left + head * width, layer * _HEIGHT
         text = f"{value:z.2f}" if np.isfinite(value) else "NaN"
         parts.append(f'<rect x="{x}" y="{y}" fill="{to_hex(tuple(fills_LH3[layer, head]))}">')
-        parts.append(f"<title>layer {drawing.layers[layer]} head {head}: {text}</title></rect>")
+        parts.append(f"<title>layer {escape(drawing.layers[layer])} head {head}: {text}</title></rect>")
         if width == 30:
             shade = "" if is_light_LH[layer, head] else ' fill="#fff"'
             parts.append(f'<text x="{x + 15}" y="{y + 14}"{shade}>{text}</text>')
-    rows = [(_LEFT - 12, layer * _HEIGHT + 14, drawing.layers[layer]) for layer in range(0, layers, 1 + layers // 24)]
-    columns = [(_LEFT + (head + 0.5) * width, layers * _HEIGHT + 14, head) for head in range(0, heads, 1 + heads // 17)]
+    middle, every = left // 2 + 1, 1 + layers // 24
+    rows = [(middle, layer * _HEIGHT + 14, drawing.layers[layer]) for layer in range(0, layers, every)]
+    columns = [(left + (head + 0.5) * width, layers * _HEIGHT + 14, head) for head in range(0, heads, 1 + heads // 17)]
     parts += [f'<text class="axis" x="{x}" y="{y}">{number}</text>' for x, y, number in (*rows, *columns)]
-    box = f"0 0 {_LEFT + heads * width} {layers * _HEIGHT + _BOTTOM}"
-    size = f"width: {1.15 * (_LEFT + heads * width):.0f}px; max-width: 100%"
+    box = f"0 0 {left + heads * width} {layers * _HEIGHT + _BOTTOM}"
+    size = f"width: {1.15 * (left + heads * width):.0f}px; max-width: 100%"
     opening = f'<svg class="cells{"" if width == 30 else " small"}" viewBox="{box}" aria-hidden="true">'
     title = escape(drawing.title)
     return Markup(f'<div style="{size}"><p class="panel-title">{title}</p>{opening}{"".join(parts)}</svg></div>')
@@ -148,4 +154,5 @@ def heatmap_svg(drawing: Heatmap) -> Markup:
 
 def highest_finite(values: np.ndarray) -> float:
     """The highest finite value, or 1 if none is above 0."""
+    values = np.asarray(values)  # masked cells hold NaN
     return float(values[np.isfinite(values)].max(initial=0.0)) or 1.0

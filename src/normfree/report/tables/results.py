@@ -107,7 +107,8 @@ def range_table(groups: Sequence[Group]) -> Table:
             rows.append((group.name, normaliser, *cells, " / ".join(map(str, paper or "-"))))
     heads = ("Seeds", "Heads", "NaN heads", "Paper, GPT-2 125M (%)")
     titles = ("Variant", "Normaliser", "Max (nats)", *entropy.RANGES, *heads)
-    notes = [f"{name}: {meaning}." for name, meaning in entropy.NORMALISERS.items()]
+    used = {normaliser for counts in pooled.values() for normaliser in counts}
+    notes = [f"{name}: {meaning}." for name, meaning in entropy.NORMALISERS.items() if name in used]
     if missing:
         notes.append(f"Not measured after training, so not counted: {', '.join(missing)}.")
     notes.append("NaN heads are in no range.")
@@ -246,7 +247,8 @@ def overload_table(groups: Sequence[Group]) -> Table:
     ]
     if labels:
         notes.append(f"Paper: {published.SOURCE}; its published heatmaps of 12 x 12 heads.")
-    caption = "Heads in the top quarter of the causal ceiling, by depth and over training (%)"
+    ceiling = entropy.ceiling_words(run for group in groups for run in group.runs)
+    caption = f"Heads in the top quarter of the {ceiling}, by depth and over training (%)"
     titles = ("Variant", *_DEPTHS, "All layers", *_SHARE_TITLES, "Seeds")
     return Table("overload", caption, titles, rows, notes)
 
@@ -278,13 +280,17 @@ def _at_share(runs: Sequence[Run], curves: Sequence[Mapping[int, float]], share:
 
 
 def _by_depth(heads: Heads | None) -> list[float | None]:
-    """Top-quarter share of the early, middle and late third of the layers, then of all; None for an empty third."""
+    """Top-quarter share of the early, middle and late third of the layers, then of all; None for an empty third.
+
+    Several groups of heads have no common depth, so no thirds.
+    """
     if heads is None:
         return [math.nan] * (len(_DEPTHS) + 1)
     layers = np.arange(len(heads.entropy_LH))
     shares = []
-    for part in (*np.array_split(layers, len(_DEPTHS)), layers):
-        some = replace(heads, entropy_LH=heads.entropy_LH[part], ceiling_L=heads.ceiling_L[part])
+    for part in (*np.array_split(layers if len(heads.groups) == 1 else layers[:0], len(_DEPTHS)), layers):
+        parts = {"entropy_LH": heads.entropy_LH[part], "exists_LH": heads.existing[part]}
+        some = replace(heads, ceiling_L=heads.ceiling_L[part], **parts)
         shares.append(top_quarter_share(some) if len(part) else None)
     return shares
 

@@ -24,7 +24,8 @@ def verdict_table(groups: Sequence[Group]) -> Table:
     """Overload, collapse and slopes of every run; of many runs, how often each verdict holds in every variant."""
     notes = [
         f"Overload: at least half of the heads in the first third of the layers are at or above "
-        f"{100 * entropy.OVERLOAD_SHARE:.0f} % of the causal ceiling.",
+        f"{100 * entropy.OVERLOAD_SHARE:.0f} % of the {entropy.ceiling_words(all_runs(groups))}"
+        f"{'' if _in_one_stack(groups) else ', judged in each group of heads'}.",
         f"Collapse: a head below {verdicts.COLLAPSE_NATS} nats.",
         f"Slopes: apart if the highest is {verdicts.SLOPE_SPREAD} or more above the lowest.",
         "Undecided: some heads are NaN and could change the verdict. Layers and heads count from 0.",
@@ -129,6 +130,11 @@ def _has_leaky_relu(run: Run) -> bool:
     return verdicts.only_activation(run) == "leaky_relu" or bool(run.series("probe", "negative_slope"))
 
 
+def _in_one_stack(groups: Sequence[Group]) -> bool:
+    heads = [measured for run in all_runs(groups) if (measured := entropy.final_heads(run))]
+    return all(len(measured.groups) == 1 for measured in heads)
+
+
 def rows_are_finite(groups: Sequence[Group]) -> bool:
     """Whether attention was probed, and no probe found a row with NaN or infinity."""
     runs = [run for group in groups for run in group.curve_runs]
@@ -150,7 +156,8 @@ def layer_table(groups: Sequence[Group]) -> Table:
     for run, heads in _measured(groups):
         near_uniform_LH = entropy.shares_of_ceiling(heads) >= entropy.OVERLOAD_SHARE
         nonfinite_LH = np.array(entropy.newest_values(run, "nonfinite_rows"))
-        for layer, entropy_H in enumerate(heads.entropy_LH):
+        for layer, exists_H in enumerate(heads.existing):
+            entropy_H = heads.entropy_LH[layer][exists_H]
             nats = (entropy_H.mean(), entropy_H.min(), entropy_H.max(), heads.ceiling_L[layer])
             near = f"{near_uniform_LH[layer].sum()} of {len(entropy_H)}"
             cells = (*(f"{value:.3f}" for value in nats), near, f"{nonfinite_LH[layer].sum():.0f}")

@@ -24,7 +24,9 @@ _HTML = Template(
     Path(__file__).with_name("table.html.j2").read_text(encoding="utf-8"), autoescape=True, trim_blocks=True
 )
 
-_FORMULA = re.compile(r"(?!-$|[-+]\d+(\.\d+)? ?%?$)[=+\-@\t\r]")
+_NUMBER = r"[-+]?\d+(\.\d+)?( ?%| points)?"
+_INTERVAL = rf"{_NUMBER} to {_NUMBER}"
+_FORMULA = re.compile(rf"(?!-$|({_INTERVAL}|{_NUMBER}( \(({_INTERVAL}|n = \d+)\))?)$)[=+\-@\t\r]")
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def to_latex(table: Table) -> str:
 def to_csv(table: Table) -> str:
     """Comma-separated cells below a header line, without caption and notes.
 
-    Text that a spreadsheet would run as a formula gets a leading apostrophe; numbers stay as they are.
+    Text that a spreadsheet would run as a formula gets a leading apostrophe; numbers and intervals stay as they are.
     """
     file = io.StringIO()
     rows = [[f"'{cell}" if _FORMULA.match(cell) else cell for cell in row] for row in (table.titles, *table.rows)]

@@ -1,0 +1,129 @@
+"""intervene(): replace what chosen attention heads write, in any model that routes its attention."""
+
+# B batch, T query, S key, H query heads, G key heads, D value width; h chosen heads; R rows and C columns of one block
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from normfree.entropy.routing import AttentionCall
+from normfree.entropy.support import UnsupportedModel
+from normfree.entropy.tap import EDITS, AttentionTap
+from normfree.entropy.visibility import ROWS, Visibility
+
+How = Literal["average", "zero"] | float
+
+
+@contextmanager
+def intervene(model: nn.Module, heads: Sequence[tuple[int, int]], how: How = "average") -> Iterator[None]:
+    """Change what heads, given as (layer, head), hand to the output projection, in each forward pass in the `with`.
+
+    how: 'average' puts the mean of the values in place of the attention, over all keys that the row may see (causality,
+        windows and padding count; a sink gets nothing, a position bias plays no part, nothing is dropped out);
+        'zero' silences the heads; a number multiplies what they write.
+
+    Heads of one query group differ in nothing under 'average'. Gradients flow; with gradient checkpointing call
+    backward inside the `with`. A compiled model has a break in its graph at each changed layer, so torch refuses one
+    with fullgraph=True. Interventions may be nested (the inner one changes what the outer one left)
+    and open beside a probe. A probe and `output_attentions` show of a changed head the attention that it computes and
+    that is discarded; all layers after it compute from what it writes now. On leaving, also after an exception,
+    everything is as before.
+
+    Raises ValueError for layers that are not there and other values of `how`, and in the first forward pass for heads
+    that are not there; UnsupportedModel (a ValueError) for a model that does not route its attention.
+    """
+    if how not in ("average", "zero") and not _is_number(how):
+        raise ValueError(f"how={how!r}; allowed: 'average', 'zero' or a finite number that scales the heads")
+    if not hasattr(model, "config"):
+        raise UnsupportedModel(f"{type(model).__name__} is no Hugging Face model; give the one that it wraps")
+    tap = AttentionTap(model, lambda layer, call: None)
+    edits = [(module, _Edit(layer, chosen, how)) for module, layer, chosen in _chosen_modules(tap, heads)]
+    with tap:
+        for module, edit in edits:
+            setattr(module, EDITS, (*getattr(module, EDITS, ()), edit))
+        try:
+            yield
+        finally:
+            for module, edit in edits:
+                others = tuple(other for other in getattr(module, EDITS) if other is not edit)
+                setattr(module, EDITS, others) if others else delattr(module, EDITS)
+
+
+def _is_number(how: object) -> bool:
+    return isinstance(how, (int, float)) and not isinstance(how, bool) and math.isfinite(how)
+
+
+def _chosen_modules(tap: AttentionTap, heads: Sequence[tuple[int, int]]) -> Iterator[tuple[Any, int, list[int]]]:
+    """Each chosen layer's module, number and heads in ascending order."""
+    heads_of_layer: dict[int, set[int]] = defaultdict(set)
+    try:
+        for layer, head in heads:
+            heads_of_layer[layer].add(head)
+    except (TypeError, ValueError):
+        heads_of_layer.clear()
+    if not heads_of_layer:
+        raise ValueError(f"heads={heads!r}; give one or more pairs (layer, head), e.g. [(0, 3), (1, 2)]")
+    modules = {module.layer_idx: module for module in tap.modules}
+    if len(modules) < len(tap.modules):
+        raise ValueError(
+            "some attention modules have the same layer number; give an encoder or a decoder alone, e.g. "
+            "model.get_decoder()"
+        )
+    for layer, chosen in sorted(heads_of_layer.items()):
+        if layer not in modules:
+            raise ValueError(f"layer {layer} has no attention here; allowed: {', '.join(map(str, sorted(modules)))}")
+        yield modules[layer], layer, sorted(chosen)
+
+
+@dataclass(frozen=True, eq=False)
+class _Edit:
+    """What happens to the heads of one layer."""
+
+    layer: int
+    heads: list[int]
+    how: How
+
+    @torch.compiler.disable(reason="normfree.intervene works between graphs: compile without fullgraph=True")
+    def __call__(self, call: AttentionCall, value_BGSD: Tensor, result: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        """The result of an attention function, (B, T, H, D) and weights, with other outputs of the chosen heads."""
+        output_BTHD, weights = result
+        count = call.q.shape[1]
+        if wrong := [head for head in self.heads if not 0 <= head < count]:
+            raise ValueError(f"layer {self.layer} has no head {wrong[0]}; allowed: 0 to {count - 1}")
+        heads_h = torch.tensor(self.heads, device=output_BTHD.device)
+        written_BThD = output_BTHD.index_select(2, heads_h)
+        if self.how == "average":
+            value_BhSD = value_BGSD[:, heads_h // (count // value_BGSD.shape[1]), : call.k.shape[2]]
+            mean_BThD = _mean_of_visible(value_BhSD, call.request().visibility, heads_h).transpose(1, 2)
+            # A model of ours with a sink has a first row and a last column more, which it removes.
+            rows, columns = (written_BThD.shape[axis] - mean_BThD.shape[axis] for axis in (1, 3))
+            written_BThD = nn.functional.pad(mean_BThD, (0, columns, 0, 0, rows, 0)).to(output_BTHD.dtype)
+        elif self.how == "zero":
+            written_BThD = torch.zeros_like(written_BThD)
+        else:
+            written_BThD = written_BThD * self.how
+        return output_BTHD.index_copy(2, heads_h, written_BThD), weights
+
+
+def _mean_of_visible(value_BhSD: Tensor, visibility: Visibility, heads_h: Tensor) -> Tensor:
+    """(B, h, T, D): for every row the mean value of the keys that it may see, in float32 at least; 0 if there is none.
+
+    `value_BhSD` has the chosen heads alone, `visibility` all heads.
+    """
+    value_BhSD = value_BhSD.to(torch.promote_types(value_BhSD.dtype, torch.float32))
+    rows = []
+    with torch.autocast(value_BhSD.device.type, enabled=False):
+        for block in visibility.blocks(ROWS):
+            visible_BhRC = block.visible if block.visible.shape[1] == 1 else block.visible[:, heads_h]
+            seen_BhRC = visible_BhRC.to(value_BhSD.dtype)
+            total_BhRD = seen_BhRC @ value_BhSD[:, :, block.first : block.last]
+            rows.append(total_BhRD / seen_BhRC.sum(-1, keepdim=True).clamp(min=1))
+    return torch.cat(rows, dim=2)

@@ -1,0 +1,33 @@
+"""Gradient norms of every block in training, before and after clipping."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from normfree.measures.measure import Measure, Total
+from normfree.measures.places import blocks_of
+
+
+class Gradients(Measure):
+    """L2 norm of the gradient of each block's parameters in the last optimiser step, averaged over processes.
+
+    The trainer of `normfree train` leaves the norms on the model, in `block_gradient_norms`. Nothing before the first
+    step; NaN for a step that was skipped.
+    """
+
+    gives = ("block_gradient_norm", "clipped_block_gradient_norm")
+    needs_training = True
+
+    def totals(self) -> dict[str, Total]:
+        norms: tuple[Tensor, ...] = getattr(self.model, "block_gradient_norms", ())
+        return {name: (norm_L, torch.ones_like(norm_L)) for name, norm_L in zip(self.gives, norms, strict=False)}
+
+
+def block_gradient_norms(model: nn.Module) -> Tensor:
+    """(L,) float64: the L2 norm of the current gradient of each block; NaN for a block without any."""
+    norms = []
+    for block in blocks_of(model).values():
+        gradients = [parameter.grad for parameter in block.parameters() if parameter.grad is not None]
+        norms.append(nn.utils.get_total_norm(gradients).double() if gradients else torch.tensor(torch.nan).double())
+    return torch.stack([norm.cpu() for norm in norms])

@@ -1,0 +1,62 @@
+"""Quantiles of the losses of single tokens."""
+
+# B batch, T tokens, V vocabulary, N losses
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from torch import Tensor
+
+from normfree.entropy.statistics import over_processes
+from normfree.measures.measure import Total
+from normfree.measures.perplexity import IGNORED, NextToken
+
+_QUANTILES = {"loss_median": 0.5, "loss_99_percent": 0.99, "loss_99_9_percent": 0.999, "loss_worst": 1.0}
+
+
+class Losses(NextToken):
+    """Median, 99 %, 99.9 % and largest next-token loss over all tokens, as numpy's quantiles of all losses.
+
+    Losses are computed and kept in float32, 4 bytes a token. Raises ValueError, before the first pass, for a model that
+    sees later tokens.
+    """
+
+    gives = tuple(_QUANTILES)
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__(model)
+        self._losses: list[Tensor] = []
+
+    def add(self, logits_BTV: Tensor, labels_BT: Tensor) -> None:
+        for logits_TV, labels_T in zip(logits_BTV[:, :-1], labels_BT[:, 1:], strict=True):
+            losses_T = F.cross_entropy(logits_TV.float(), labels_T, ignore_index=IGNORED, reduction="none")
+            self._losses.append(losses_T[labels_T != IGNORED].cpu())
+
+    def totals(self) -> dict[str, Total]:
+        return {}
+
+    def pooled(self, device: torch.device | str | None) -> dict[str, Tensor]:
+        losses_N = of_all_processes(torch.cat([torch.zeros(0), *self._losses]), device).numpy()
+        if not len(losses_N):
+            return {name: torch.tensor(torch.nan) for name in self.gives}
+        values: Any = np.quantile(losses_N, list(_QUANTILES.values()))
+        return dict(zip(_QUANTILES, torch.from_numpy(values).double(), strict=True))
+
+
+def of_all_processes(values_N: Tensor, device: torch.device | str | None) -> Tensor:
+    """The values of all processes one after another, by a sum that each adds its own part to."""
+    if device is None or not torch.distributed.is_initialized():
+        return values_N
+    rank = torch.distributed.get_rank()
+    lengths = torch.zeros(torch.distributed.get_world_size(), dtype=torch.int64)
+    lengths[rank] = len(values_N)
+    lengths = over_processes(lengths, device)
+    start = int(lengths[:rank].sum())
+    values = torch.zeros(int(lengths.sum()))
+    values[start : start + len(values_N)] = values_N
+    return over_processes(values, device)

@@ -1,0 +1,70 @@
+"""What a model reads, and its inputs from images."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+)
+
+_KINDS = {"input_ids": {"text"}, "pixel_values": {"images"}}
+_READS = {"text": "a text", "images": "images", "target": "the target of an encoder-decoder"}
+
+
+def kinds_read(model: PreTrainedModel) -> set[str]:
+    """What the model's forward pass needs, of text, images and target (the decoder's own text).
+
+    Raises ValueError for a model of something else, such as sound.
+    """
+    if model.config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not model.config.is_encoder_decoder:
+        return {"text"}
+    arguments = inspect.signature(model.forward).parameters
+    has_towers = model.config.model_type in MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    if has_towers and _KINDS.keys() <= arguments.keys():
+        return {"text", "images"}
+    if model.main_input_name not in _KINDS:
+        raise ValueError(
+            f"{type(model).__name__} reads {model.main_input_name}, which the command has no key for; in Python: "
+            f"normfree.measure(model, {{'{model.main_input_name}': ...}})"
+        )
+    target = {"target"} if model.config.is_encoder_decoder and "decoder_input_ids" in arguments else set()
+    return _KINDS[model.main_input_name] | target
+
+
+def check_kinds(model: PreTrainedModel, given: set[str]) -> None:
+    """Raise ValueError for a key of the command that the model has no use for, or a missing one."""
+    kinds = kinds_read(model)
+    needs = " and ".join(f"{kind}=" for kind in _READS if kind in kinds)
+    for kind in _READS:
+        if kind in given - kinds:
+            raise ValueError(f"{kind}= is {_READS[kind]}, and {type(model).__name__} reads none: give {needs}")
+        if kind in kinds - given:
+            raise ValueError(f"{type(model).__name__} reads {_READS[kind]}: give {needs}")
+
+
+def read_images(folder: Path, processor: Any, count: int) -> dict[str, Tensor]:
+    """What an image processor makes of the first `count` images of a folder and the folders in it, sorted by path.
+
+    Raises ValueError for a folder without images, and a file that is none.
+    """
+    from PIL.Image import open as decode_image
+    from PIL.Image import registered_extensions
+
+    endings = registered_extensions()
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings)[:count]
+    if not paths:
+        raise ValueError(f"images={folder} holds no image; give a folder of files such as .png or .jpg")
+    images = []
+    for path in paths:
+        try:
+            with decode_image(path) as image:
+                images.append(image.convert("RGB"))
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read as an image ({error})") from None
+    return dict(processor(images=images, return_tensors="pt"))

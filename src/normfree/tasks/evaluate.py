@@ -1,0 +1,89 @@
+"""TASKS: make the items of a task, and evaluate a model on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from normfree.data import Corpus
+from normfree.files import fingerprint
+from normfree.measures.perplexity import Perplexity
+from normfree.measures.text_perplexity import checked_context, encode, leading_ids
+from normfree.spec.keys import nearest
+from normfree.tasks.functions import functions_of
+from normfree.tasks.humaneval import problems
+from normfree.tasks.pairs import PAIR_TASKS, make_pairs
+from normfree.tasks.score import Rows, Scorer, log_likelihoods, score_pairs, score_solutions
+
+HUMANEVAL = "humaneval"
+TASKS = (*PAIR_TASKS, HUMANEVAL)
+Items = Mapping[str, Sequence[Any]]
+"""Pairs by task, and HumanEval's prompts and solutions."""
+
+
+def make_items(names: Sequence[str], read: Callable[[], Sequence[str]], *, seed: int, count: int) -> dict[str, Any]:
+    """The items of each task; `read` gives the Python files that pairs are made of, and is called if one is named.
+
+    Raises ValueError for a name that is no task, and for a task whose data is not on this machine.
+    """
+    for name in names:
+        if name not in TASKS:
+            raise ValueError(f"tasks: {name!r} is no task; {nearest(name, list(TASKS))}")
+    items = {HUMANEVAL: problems()} if HUMANEVAL in names else {}
+    functions = functions_of(read()) if items.keys() != set(names) else []
+    return {name: items.get(name) or make_pairs(name, functions, seed=seed, count=count) for name in names}
+
+
+def token_counts(corpus: Corpus) -> NDArray[np.int64]:
+    """How often each token occurs in the training blocks."""
+    counts_V = np.zeros(corpus.vocab_size, dtype=np.int64)
+    for batch in cast(Iterable[Any], corpus.train.with_format("numpy").iter(batch_size=4096)):
+        counts_V += np.bincount(np.ravel(batch["input_ids"]), minlength=len(counts_V))
+    return counts_V
+
+
+def evaluate_items(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    items: Items,
+    controls: Mapping[str, Scorer],
+    *,
+    context: int | None = None,
+    bos: bool | None = None,
+    progress: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """For each task what tasks.json records: `values` of the model and of each control, item by item.
+
+    Texts are scored whole, in a window of `context` tokens (default: the model's limit), and begin with what
+    `leading_ids` says: nothing with our models. Raises ValueError for a context that the model does not allow, ids
+    outside its vocabulary, and a model that sees later tokens.
+    """
+    context, leading = checked_context(model, context), leading_ids(model, tokenizer, bos)
+    if (room := context - len(leading)) < 4:
+        raise ValueError(f"context={context} has room for {room} tokens of text; tasks need at least 4")
+
+    def encoded(text: str) -> tuple[list[int], list[int] | None]:
+        encoding, _, _ = encode(model, tokenizer, text, context, bos)
+        spans = encoding.get("offset_mapping")
+        return encoding["input_ids"], spans and [end for _, end in spans]
+
+    def behind_leading(scorer: Scorer, rows: Rows) -> list[NDArray[np.float64]]:
+        return scorer([[*leading, *row] for row in rows])
+
+    some_ids, _ = encoded("".join(next(iter(items.values()))[0][:2]))
+    Perplexity(model).check({"input_ids": torch.tensor([some_ids[:context]])})
+    scorers = {"model": partial(log_likelihoods, model, progress="evaluating" if progress else None), **controls}
+    scorers = {name: partial(behind_leading, scorer) for name, scorer in scorers.items()}
+    records = {}
+    for task, of_task in items.items():
+        score = score_solutions if task == HUMANEVAL else score_pairs
+        record = score(of_task, encoded, scorers, room)
+        hashed = fingerprint([list(item) for item in of_task])
+        records[task] = {"items_sha256": hashed, "context": context, **record}
+    return records

@@ -1,0 +1,56 @@
+"""Write pairs for other tools: JSON lines, and a task of lm-eval (0.4) that scores whole texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from normfree.files import write_atomically
+from normfree.measures.text_perplexity import checked_context
+from normfree.tasks.pairs import PAIR_TASKS
+
+_YAML = """\
+# cd into this folder: lm_eval --model hf --model_args pretrained=MODEL --include_path . --tasks normfree_{task}
+task: normfree_{task}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {task}.jsonl
+output_type: multiple_choice
+test_split: test
+doc_to_text: ""
+doc_to_choice: choices
+doc_to_target: 0
+target_delimiter: ""
+num_fewshot: 0
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+metadata:
+  version: 1.0
+"""
+
+
+def export_pairs(
+    folder: Path, items: Mapping[str, Sequence[Any]], model: PreTrainedModel, tokenizer: Any, context: int | None = None
+) -> dict[Path, int]:
+    """Write each task of pairs as TASK.jsonl (`{"choices": [good, bad], "pieces": [right, wrong]}`) and TASK.yaml.
+
+    Only mirrored twos whose texts all fit the model, as lm-eval fails at longer ones. Returns the pairs in each file.
+    """
+    most, counts = checked_context(model, context), {}
+    for task in [task for task in items if task in PAIR_TASKS]:
+        lines = []
+        for two in zip(items[task][::2], items[task][1::2], strict=True):
+            texts = [text for pair in two for text in (pair.good, pair.bad)]
+            if max(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])) <= most:
+                lines += [json.dumps({"choices": pair[:2], "pieces": pair[2:]}) + "\n" for pair in two]
+        counts[folder / f"{task}.jsonl"] = len(lines)
+        write_atomically(folder / f"{task}.jsonl", "".join(lines))
+        write_atomically(folder / f"{task}.yaml", _YAML.format(task=task))
+    return counts

@@ -1,0 +1,59 @@
+"""Functions of Python files, and what `ast` says of a text."""
+
+from __future__ import annotations
+
+import ast
+import re
+import textwrap
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+SHORTEST, LONGEST = 80, 400
+"""Characters of a function: a window of 128 tokens holds about 400 characters of code."""
+
+
+@dataclass(frozen=True)
+class Function:
+    """One function in ASCII, from `def` on, without indentation and decorators."""
+
+    text: str
+    file: int
+    """Number of the file it is from."""
+    node: ast.FunctionDef = field(compare=False)
+    """Its syntax tree; places count within `text`."""
+
+    @cached_property
+    def words(self) -> frozenset[str]:
+        """Every word of the text, in comments and strings too."""
+        return frozenset(re.findall(r"\w+", self.text))
+
+    def place(self, line: int, column: int) -> int:
+        """Where in the text a line (from 1) and column lie."""
+        return sum(len(text) + 1 for text in self.text.split("\n")[: line - 1]) + column
+
+
+def parse(text: str) -> ast.Module | Exception:
+    """The syntax tree of a text, or what is wrong with it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of strings such as "\d"
+        try:
+            return ast.parse(text)
+        except (SyntaxError, ValueError) as error:  # ValueError: null bytes
+            return error
+
+
+def functions_of(documents: Iterable[str]) -> list[Function]:
+    """Functions of `SHORTEST` to `LONGEST` characters, each text once. Documents that are no Python have none."""
+    functions: dict[str, Function] = {}
+    for number, document in enumerate(documents):
+        document = document.replace("\r\n", "\n")
+        lines, tree = document.split("\n"), parse(document)
+        for node in ast.walk(tree) if isinstance(tree, ast.Module) else ():
+            if isinstance(node, ast.FunctionDef):
+                text = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])) + "\n"
+                match parse(text) if SHORTEST <= len(text) <= LONGEST and text.isascii() else None:
+                    case ast.Module(body=[ast.FunctionDef() as alone]):
+                        functions.setdefault(text, Function(text, number, alone))
+    return list(functions.values())

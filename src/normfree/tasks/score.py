@@ -1,0 +1,134 @@
+"""Log-likelihoods of whole texts under a model, an untrained copy of it and a unigram.
+
+Shapes: B texts, T tokens, V vocabulary, t tokens of one block of logits.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from normfree.measures.held_out import LARGEST_LOGITS, in_evaluation_mode
+from normfree.tasks.pairs import Pair
+
+Rows = Sequence[Sequence[int]]
+Scorer = Callable[[Rows], list[NDArray[np.float64]]]
+"""Log-probabilities in nats of tokens 2 to the last of every row, each given the tokens before it."""
+Encode = Callable[[str], tuple[list[int], Any]]
+"""Token ids of a text, and the place in it where each token ends (None if the tokenizer does not say)."""
+_LARGEST_BLOCK = 2**22  # elements of the logits in float64 at once: 32 MiB
+
+
+@torch.no_grad()
+def log_likelihoods(model: PreTrainedModel, rows: Rows, *, progress: str | None = None) -> list[NDArray[np.float64]]:
+    """A `Scorer` of a causal model. Shorter rows are padded behind their end, which no token of theirs sees."""
+    most_tokens = max(1, LARGEST_LOGITS // model.config.get_text_config().vocab_size)
+    order = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
+    results: dict[int, NDArray[np.float64]] = {}
+    bar = tqdm(total=len(rows), desc=progress, disable=None if progress else True, leave=False)
+    with bar, in_evaluation_mode(model):
+        while order:
+            longest = len(rows[order[0]])
+            size = max(1, most_tokens // longest)
+            batch, order = order[:size], order[size:]
+            ids_BT = torch.tensor([[*rows[number], *[0] * (longest - len(rows[number]))] for number in batch])
+            logits_BTV = model(input_ids=ids_BT.to(model.device), use_cache=False).logits
+            for number, logits_TV in zip(batch, logits_BTV, strict=True):
+                results[number] = _of_row(logits_TV, rows[number])
+            bar.update(len(batch))
+    return [results[number] for number in range(len(rows))]
+
+
+def _of_row(logits_TV: Tensor, row: Sequence[int]) -> NDArray[np.float64]:
+    """In float64, a block of logits at a time."""
+    targets_T = torch.tensor(row[1:], device=logits_TV.device)
+    block = max(1, _LARGEST_BLOCK // logits_TV.shape[-1])
+    blocks = zip(logits_TV[: len(targets_T)].split(block), targets_T.split(block), strict=True)
+    nats = [F.cross_entropy(logits_tV.double(), targets_t, reduction="none") for logits_tV, targets_t in blocks]
+    return -torch.cat(nats).cpu().numpy()
+
+
+def unigram(counts_V: NDArray[np.int64]) -> Scorer:
+    """A `Scorer` by the add-one smoothed counts of training tokens."""
+    log_V = np.log((counts_V + 1) / (counts_V.sum() + len(counts_V)))
+    return lambda rows: [log_V[np.asarray(row[1:])] for row in rows]
+
+
+def untrained_copy(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """A model of the same config with random weights from `seed`, on the same device."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        fresh: Any = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
+    return fresh.to(model.device).eval()
+
+
+def shared_window(good: list[int], bad: list[int], room: int) -> tuple[list[int], list[int]] | None:
+    """Both rows, without the same tokens at both ends if one is longer than `room`; None if that is not enough.
+
+    First their common end is cut, then their common beginning; a quarter of the window is left of each.
+    """
+    shorter = min(len(good), len(bad))
+    same = np.equal(good[:shorter], bad[:shorter])
+    first = shorter if same.all() else int(same.argmin())
+    same_end = np.equal(good[::-1][: shorter - first], bad[::-1][: shorter - first])
+    last = shorter - first if same_end.all() else int(same_end.argmin())
+    over, kept = max(0, max(len(good), len(bad)) - room), max(1, room // 4)
+    end = min(over, max(0, last - kept))
+    start = min(over - end, max(0, first - kept))
+    if end + start < over or first == 0:
+        return None
+    return good[start : len(good) - end], bad[start : len(bad) - end]
+
+
+def score_pairs(pairs: Sequence[Pair], encode: Encode, scorers: Mapping[str, Scorer], room: int) -> dict[str, Any]:
+    """Log-likelihood of the good text less that of the bad one in nats, by scorer; without twos that are too long.
+
+    Raises ValueError if all are.
+    """
+    windows = [shared_window(encode(pair.good)[0], encode(pair.bad)[0], room) for pair in pairs]
+    twos = [(one, other) for one, other in zip(windows[::2], windows[1::2], strict=True) if one and other]
+    if not twos:
+        raise ValueError(f"the difference of no pair fits {room} tokens: give a longer context=")
+    rows = [row for two in twos for window in two for row in window]
+    values = {}
+    for name, scorer in scorers.items():
+        sums = np.array([nats.sum() for nats in scorer(rows)]).reshape(-1, 2)
+        values[name] = (sums[:, 0] - sums[:, 1]).tolist()
+    return {"unit": "nats", "left_out": len(pairs) - 2 * len(twos), "values": values}
+
+
+def score_solutions(
+    problems: Sequence[tuple[str, str]], encode: Encode, scorers: Mapping[str, Scorer], room: int
+) -> dict[str, Any]:
+    """Bits of each solution behind its prompt, by scorer, and its bytes.
+
+    A token that is partly prompt counts whole, with all its bytes. Long texts advance by half a window, so that every
+    token sees at least half a window of what is before it. Raises ValueError if the tokenizer gives no offsets.
+    """
+    rows, owners, sizes = [], [], []
+    for number, (prompt, solution) in enumerate(problems):
+        ids, ends = encode(prompt + solution)
+        if ends is None:
+            raise ValueError("humaneval needs a tokenizer with offsets (a fast one)")
+        first = next(place for place, end in enumerate(ends) if end > len(prompt))
+        sizes.append(len((prompt + solution)[ends[first - 1] :].encode()))
+        for start in range(first, len(ids), room // 2):
+            end = min(start + room // 2, len(ids))
+            rows.append(ids[max(0, end - room) : end])
+            owners.append((number, end - start))
+    values = {}
+    for name, scorer in scorers.items():
+        bits = np.zeros(len(problems))
+        for (number, count), nats in zip(owners, scorer(rows), strict=True):
+            bits[number] -= nats[-count:].sum() / np.log(2)
+        values[name] = bits.tolist()
+    return {"unit": "bits", "left_out": 0, "values": values, "bytes": sizes}

@@ -1,0 +1,65 @@
+"""The model that a run begins with: random weights, or those of its start."""
+
+from __future__ import annotations
+
+import logging
+from fnmatch import fnmatch
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from normfree.data import Corpus
+from normfree.data.tokenizer import load_tokenizer, tokenizer_hash
+from normfree.model import NormFreeConfig, NormFreeForCausalLM
+from normfree.model.conversion import convert
+from normfree.spec.run import RunSpec
+from normfree.spec.start import read_start
+
+logger = logging.getLogger("normfree")
+
+
+def initial_model(spec: RunSpec, config: NormFreeConfig, corpus: Corpus) -> NormFreeForCausalLM:
+    """Build the run's model, with the weights of its start and with frozen parameters.
+
+    Raises ValueError for weights that changed since the spec was composed, another tokenizer than the start's, more
+    positions than it has, and patterns of `train.frozen` that name no parameter.
+    """
+    model = NormFreeForCausalLM(config)
+    if spec.start != "random":
+        _load_start(model, spec, corpus)
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in spec.train.frozen:
+        if not any(fnmatch(name, pattern) for name in names):
+            raise ValueError(f"train.frozen: {pattern!r} names no parameter; there are {', '.join(names[:4])}, ...")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(fnmatch(name, pattern) for pattern in spec.train.frozen))
+    return model
+
+
+def _load_start(model: NormFreeForCausalLM, spec: RunSpec, corpus: Corpus) -> None:
+    start = read_start(spec.start)
+    if start is None or start.sha256 != spec.start_sha256:
+        raise ValueError(f"start={spec.start} has other weights than when this run began; give tag=NAME for a new run")
+    if tokenizer_hash(load_tokenizer(str(start.folder))) != tokenizer_hash(corpus.tokenizer()):
+        raise ValueError(
+            f"start={spec.start} has another tokenizer than this corpus: give data.tokenizer={start.folder}"
+        )
+    theirs = AutoModelForCausalLM.from_pretrained(start.folder, dtype=torch.float32)
+    weights = (theirs if theirs.config.model_type == "normfree" else convert(theirs)).state_dict()
+    positions = "model.positions.vectors.weight"
+    if positions in weights:
+        wanted, known = model.config.max_position_embeddings, len(weights[positions])
+        if wanted > known:
+            raise ValueError(f"data.context={wanted} is beyond the {known} learned positions of start={spec.start}")
+        weights[positions] = weights[positions][:wanted]
+    if model.config.norm == "taper":  # an RMSNorm calls its gain weight
+        weights = {_as_gain(name): weight for name, weight in weights.items()}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    buffers = {name for name, _ in model.named_buffers()}
+    if wrong := sorted((set(missing) - buffers) | set(unexpected)):
+        raise ValueError(f"start={spec.start} does not fit this model: {', '.join(wrong[:3])}")
+    logger.info("%s: weights of %s", spec.name, start.name)
+
+
+def _as_gain(name: str) -> str:
+    return name.replace("norm.weight", "norm.gain") if ".layers." in name else name

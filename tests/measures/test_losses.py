@@ -1,0 +1,65 @@
+"""Quantiles of token losses against log-softmax in float64 and numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from transformers import GPT2LMHeadModel
+
+from normfree import measure
+from normfree.measures.losses import of_all_processes
+from tests.entropy.families import tiny_model
+
+IDS = torch.randint(0, 256, (6, 40), generator=torch.Generator().manual_seed(1))
+NAMES = {"loss_median": 0.5, "loss_99_percent": 0.99, "loss_99_9_percent": 0.999, "loss_worst": 1.0}
+
+
+def losses_of(model: GPT2LMHeadModel, ids: torch.Tensor, **rest: torch.Tensor) -> np.ndarray:
+    with torch.no_grad():
+        logits = model(ids, **rest).logits.double()
+    nats = F.log_softmax(logits[:, :-1], -1).gather(-1, ids[:, 1:, None])
+    return -nats[..., 0].numpy()
+
+
+def test_quantiles_are_numpys_of_all_losses(model: GPT2LMHeadModel) -> None:
+    losses = losses_of(model.eval(), IDS)
+    measured = measure(model, IDS, ["losses", "perplexity"], batch=4)
+    for name, share in NAMES.items():
+        assert measured[name] == pytest.approx(np.quantile(losses, share), rel=1e-6)
+    assert measured["loss"] == pytest.approx(losses.mean(), rel=1e-6)
+
+
+def test_padding_and_ignored_labels_have_no_loss(model: GPT2LMHeadModel) -> None:
+    mask, labels = torch.ones_like(IDS), IDS.clone()
+    mask[0, 30:], labels[1, :9] = 0, -100
+    losses = losses_of(model.eval(), IDS, attention_mask=mask)
+    counted = np.ones_like(losses, dtype=bool)
+    counted[0, 29:], counted[1, :8] = False, False
+    measured = measure(model, {"input_ids": IDS, "attention_mask": mask, "labels": labels}, "losses")
+    assert measured["loss_median"] == pytest.approx(np.median(losses[counted]), rel=1e-6)
+
+
+def test_a_nan_loss_makes_every_quantile_nan(model: GPT2LMHeadModel) -> None:
+    with torch.no_grad():
+        model.transformer.wpe.weight[-1] = torch.nan
+    assert np.isnan([measure(model, torch.arange(64), "losses")[name] for name in NAMES]).all()
+
+
+def test_a_model_that_sees_later_tokens_has_no_losses() -> None:
+    with pytest.raises(ValueError, match="is not causal"):
+        measure(tiny_model("bert", is_decoder=False), IDS[:, :12] % 90, "losses")
+
+
+def gather(rank: int, address: str) -> None:
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    values = torch.tensor([[1.0, torch.nan], [3.0, 4.0, 5.0]][rank])
+    assert of_all_processes(values, "cpu").nan_to_num(2.0).tolist() == [1, 2, 3, 4, 5]
+    dist.destroy_process_group()
+
+
+def test_losses_of_all_processes_come_together(tmp_path) -> None:
+    mp.spawn(gather, args=(f"file://{tmp_path}/meeting",), nprocs=2)

@@ -1,0 +1,139 @@
+"""Pairs are what their tasks claim, mirrored, reproducible, and at chance for a unigram."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from random import Random
+
+import numpy as np
+import pytest
+
+from normfree.data.installed import InstalledSource
+from normfree.data.tokenizer import Encoder, train_tokenizer
+from normfree.spec.run import DataSpec
+from normfree.tasks.functions import LONGEST, SHORTEST, Function, functions_of
+from normfree.tasks.pairs import PAIR_TASKS, Pair, make_pairs
+from normfree.tasks.score import score_pairs, unigram
+
+EVERY = pytest.mark.parametrize("task", PAIR_TASKS)
+
+
+def alike(first: str, second: str) -> int:
+    """Length of the common beginning."""
+    return next(
+        (n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(map(len, (first, second)))
+    )
+
+
+def differing(pair: Pair) -> tuple[str, str]:
+    """What is left of both texts without their common beginning and end."""
+    start = alike(pair.good, pair.bad)
+    end = alike(pair.good[start:][::-1], pair.bad[start:][::-1])
+    return pair.good[start : len(pair.good) - end], pair.bad[start : len(pair.bad) - end]
+
+
+@EVERY
+def test_texts_differ_in_one_piece_and_are_mirrored(task: str, functions: list[Function]) -> None:
+    pairs = make_pairs(task, functions, count=60)
+    assert 10 <= len(pairs) <= 60
+    assert len({pair.good for pair in pairs}) == len(pairs)
+    for one, other in zip(pairs[::2], pairs[1::2], strict=True):
+        assert (one.right, one.wrong) == (other.wrong, other.right)
+    for pair in pairs:
+        assert pair.good != pair.bad
+        right, wrong = differing(pair)
+        assert right in pair.right
+        assert wrong in pair.wrong
+
+
+@pytest.mark.parametrize("task", ["keyword", "bracket", "indentation"])
+def test_bad_texts_are_syntax_errors(task: str, functions: list[Function]) -> None:
+    error = IndentationError if task == "indentation" else SyntaxError
+    for pair in make_pairs(task, functions, count=60):
+        ast.parse(pair.good)
+        with pytest.raises(error):
+            ast.parse(pair.bad)
+
+
+@pytest.mark.parametrize("task", ["name", "docstring", "function_name"])
+def test_other_bad_texts_parse_and_mean_something_else(task: str, functions: list[Function]) -> None:
+    for pair in make_pairs(task, functions, count=60):
+        assert ast.dump(ast.parse(pair.good)) != ast.dump(ast.parse(pair.bad))
+        if task == "name":
+            assert not re.search(rf"\b{pair.wrong.strip()}\b", pair.good)
+            assert len(re.findall(rf"\b{pair.right.strip()}\b", pair.good)) >= 2
+
+
+def test_only_code_is_edited_not_strings() -> None:
+    text = 'def f(x):\n    """(if) [for] {in}: a docstring of more than eighty characters."""\n    x = "(["  # ) ]\n'
+    (function,) = functions_of([text])
+    (brackets, _), (keywords, _) = PAIR_TASKS["bracket"], PAIR_TASKS["keyword"]
+    ((_, edits),) = brackets([function], Random(0))
+    assert {function.text[slice(*span)] for span, _ in edits} == {"(", "):"}
+    assert list(keywords([function], Random(0))) == [(function, [])]
+
+
+@EVERY
+def test_a_unigram_is_at_chance(task: str, documents: list[str], functions: list[Function]) -> None:
+    tokenizer = train_tokenizer(documents, 600)
+    encoder = Encoder(tokenizer)
+    counts_V = np.bincount(np.concatenate(encoder.encode(documents)).ravel(), minlength=600)
+
+    def encode(text: str) -> tuple[list[int], None]:
+        return encoder.encode([text])[0].ravel().tolist(), None
+
+    pairs = make_pairs(task, functions, count=400)
+    margins = np.array(score_pairs(pairs, encode, {"unigram": unigram(counts_V)}, 10**6)["values"]["unigram"])
+    accuracy = np.mean((margins > 0) + 0.5 * (margins == 0))
+    assert abs(accuracy - 0.5) <= 2 * np.sqrt(0.25 / len(margins))
+    assert np.abs(margins).max() > 0.5  # it is not at chance because it sees no difference
+    assert abs(margins.mean()) < 0.02 * np.abs(margins).mean()
+
+
+def test_seed_and_count_decide_the_pairs(functions: list[Function]) -> None:
+    first = make_pairs("bracket", functions, seed=1, count=20)
+    assert first == make_pairs("bracket", functions, seed=1, count=20)
+    assert first != make_pairs("bracket", functions, seed=2, count=20)
+    assert len(make_pairs("bracket", functions, count=7)) == 6
+
+
+def test_pairs_do_not_depend_on_the_hash_seed() -> None:
+    code = (
+        "import inspect, argparse, hashlib; from normfree.tasks.functions import functions_of\n"
+        "from normfree.tasks.pairs import PAIR_TASKS, make_pairs\n"
+        "functions = functions_of([inspect.getsource(m) for m in (argparse, inspect)])\n"
+        "print(hashlib.sha256(repr([make_pairs(t, functions, count=20) for t in PAIR_TASKS]).encode()).hexdigest())"
+    )
+    hashes = [
+        subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True)
+        for seed in "12"
+    ]
+    assert hashes[0].returncode == 0, hashes[0].stderr
+    assert hashes[0].stdout == hashes[1].stdout
+
+
+def test_functions_are_whole_short_and_without_decorators(documents: list[str], functions: list[Function]) -> None:
+    assert len(functions) > 50
+    for function in functions:
+        assert function.text.startswith("def ")
+        assert SHORTEST <= len(function.text) <= LONGEST
+    assert functions_of(["no python (", "x = '\0'", "def f(): pass\n"]) == []
+    assert functions_of([documents[0].replace("\n", "\r\n")]) == functions_of(documents[:1])
+
+
+def test_too_little_text_is_said() -> None:
+    with pytest.raises(ValueError, match=r"task keyword: 0 functions give no pair \(items=500\)"):
+        make_pairs("keyword", functions_of(["x = 1\n"]))
+
+
+@pytest.mark.slow
+def test_this_machine_has_two_thousand_minimal_pairs() -> None:
+    documents = list(InstalledSource(DataSpec()).documents("validation", Counter()))
+    functions = functions_of(documents)
+    counts = [len(make_pairs(task, functions)) for task in ("keyword", "indentation", "bracket", "name")]
+    assert counts == [500] * 4

