@@ -37,6 +37,7 @@ from normfree.spec.run import RunSpec
 from normfree.training import arguments, train
 
 TAPER = ["model.taper_end_step=5"]
+SCHEDULES = {"taper": TAPER, "fake": ["model.fake_start_step=2"]}
 WIDTH, TOKENS, BATCH = 64, 521, 2  # a prime number of tokens: no weight has a multiple of so many elements
 
 
@@ -105,7 +106,7 @@ def kept_of_a_layer(spec: RunSpec) -> float:
 @pytest.mark.parametrize(
     "words",
     [
-        *([f"model.norm={name}", *(TAPER if name == "taper" else [])] for name in NORMS),
+        *([f"model.norm={name}", *(SCHEDULES.get(name, []))] for name in NORMS),
         *(["model.norm=none", f"model.activation={name}"] for name in ACTIVATIONS),
         ["model.norm=layernorm", "model.placement=post"],
         ["model.norm=none", "model.position=rotary"],

@@ -50,7 +50,13 @@ sys.exit(main(["train", "train.sharding=fsdp", *words]))
 # Processes have unequal numbers of passes in probes (5 sequences) and evaluations.
 SIZES = [
     *("variant=leaky-shared", "train.steps=20", "train.micro_batch_sequences=2", "train.checkpoint_every=10"),
-    *("train.evaluate_every=10", "probe.every_steps=10", "probe.sequences=5", "probe.final_sequences=5"),
+    *(
+        "train.evaluate_every=10",
+        "probe.every_steps=10",
+        "probe.sequences=5",
+        "probe.final_sequences=5",
+        "probe.measures=[heads,slopes,logits,residual]",
+    ),
 ]
 NAME = "leaky-shared-seed0"
 
@@ -198,7 +204,7 @@ def test_sharding_with_one_process_is_refused(tiny_spec, value: str) -> None:
 )
 def test_what_cannot_be_sharded_is_refused(tiny_spec, word: str, message: str, monkeypatch) -> None:
     monkeypatch.setattr(arguments, "PartialState", lambda: SimpleNamespace(num_processes=2))
-    spec: Any = tiny_spec("train.sharding=fsdp", "train.batch_sequences=16", word)
+    spec: Any = tiny_spec("train.sharding=fsdp", "train.batch_sequences=16", "probe.measures=[heads]", word)
     with pytest.raises(ValueError, match=message):
         arguments.check_machine(spec, torch.device("cpu"))
 

@@ -29,11 +29,11 @@ EVALUATION_LOGITS = 2**26
 LONGEST_WRITTEN_OUT = 512
 
 NORM_PARAMETERS = {
-    **{"layernorm": (2, 0), "lns": (2, 0), "rmsnorm": (1, 0), "taper": (1, 0), "none": (0, 0)},
+    **{"layernorm": (2, 0), "lns": (2, 0), "rmsnorm": (1, 0), "taper": (1, 0), "fake": (2, 0), "none": (0, 0)},
     **{"dyt": (2, 1), "derf": (2, 2), "bhyt": (1, 1)},
 }
 """Parameters of one norm: per channel, and besides."""
-NORM_KEEPS = {"none": 0, "layernorm": 4, "lns": 4, "rmsnorm": 8, "taper": 8, "dyt": 8, "bhyt": 8, "derf": 12}
+NORM_KEEPS = {"none": 0, "layernorm": 4, "lns": 4, "rmsnorm": 8, "taper": 8, "fake": 8, "dyt": 8, "bhyt": 8, "derf": 12}
 """Bytes that a norm keeps for the backward pass, per token and channel, beside its output, over an fp32 stream."""
 ACTIVATION_KEEPS = {"relu": 1, "identity": 1, "gelu": 2, "gelu_tanh": 2, "leaky_relu": 2}
 """Tensors of the feed-forward width that an activation and the projection after it keep."""
