@@ -23,7 +23,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
 from normfree.training.precision import products_for
 
-HEADS = {128: 4, 192: 6, 256: 8, 768: 12}
+HEADS = {32: 2, 128: 4, 192: 6, 256: 8, 768: 12, 1024: 16}
 
 
 @dataclass(frozen=True)

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from normfree.files import folder_lock
 from normfree.spec.compose import Job, compose_runs
-from normfree.store.runs import find_runs
+from normfree.store.runs import RunWriter, find_runs, read_run
 from normfree.training import InterruptedRunError, jobs
-from normfree.training.jobs import Launch, train_jobs
+from normfree.training.jobs import Launch, progress_table, train_jobs
 from tests.training.runs import send_in_step
 
 
@@ -57,6 +62,48 @@ def test_a_signal_ends_many_runs(tmp_path: Path, tiny_jobs, monkeypatch) -> None
 def test_more_workers_than_cores_are_refused(workers: int) -> None:
     with pytest.raises(ValueError, match=f"workers={workers}: this machine has"):
         Launch(workers=workers)
+
+
+@pytest.fixture
+def small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = SimpleNamespace(name="Tiny GPU", total_memory=4 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: facts)
+
+
+@pytest.mark.usefixtures("small_gpu")
+def test_workers_that_do_not_fit_a_gpu_are_refused(tiny_jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU more of them than cores are allowed."""
+    monkeypatch.setattr(jobs, "usable_cores", lambda: 2)
+    monkeypatch.setattr(jobs, "_share", lambda *_: pytest.fail("it began to train"))
+    with pytest.raises(
+        ValueError, match=r"workers=5: 5 runs of 1\.0 GiB need 5\.\d GiB, and Tiny GPU has 4\.0 .*workers=3"
+    ):
+        train_jobs(tiny_jobs("seed=0,1,2,3,4"), Launch(workers=5))
+
+
+@pytest.mark.usefixtures("small_gpu")
+def test_fewer_runs_than_workers_need_less(tiny_jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "usable_cores", lambda: 2)
+    threads: list[int | None] = []
+    monkeypatch.setattr(
+        jobs, "_share", lambda shared, _: threads.extend(job.spec.train.threads for job in shared) or {}
+    )
+    monkeypatch.setattr(jobs, "is_done", lambda *_: True)
+    train_jobs(tiny_jobs("seed=0,1", "train.threads=null"), Launch(workers=5))
+    assert threads == [1, 1]
+
+
+def test_the_progress_table_has_a_line_a_run_under_way(tiny_jobs, tmp_path: Path, trained: Path) -> None:
+    several = tiny_jobs("variant=sm-r", "seed=0,1,2")
+    assert progress_table(several) == "0 of 3 runs are over"
+    shutil.copytree(trained, several[0].folder)
+    shutil.copytree(trained, several[1].folder)
+    RunWriter(several[1].folder, {**read_run(trained).facts, "status": "running", "final": None})
+    with folder_lock(several[1].folder):
+        title, line = progress_table(several).splitlines()
+    assert title == "1 of 3 runs are over"
+    assert re.match(r".*sm-r-seed1  running +step +6 of 6  loss \d\.\d+ nats", line)
 
 
 @pytest.mark.slow

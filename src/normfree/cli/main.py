@@ -16,6 +16,7 @@ from typing import Any, get_type_hints
 from normfree import __version__
 from normfree.cli import runs
 from normfree.cli.cost import cost
+from normfree.cli.estimate import estimate
 from normfree.cli.evaluate import evaluate
 from normfree.cli.measure import measure
 from normfree.spec.keys import build, describe_keys, nearest
@@ -48,6 +49,7 @@ class Verb:
 VERBS = {
     "data": Verb(runs.data, "SOURCE", "normfree data installed"),
     "train": Verb(runs.train, "", "normfree train preset=cpu-quick variant=sm-r seed=1"),
+    "estimate": Verb(estimate, "", "normfree estimate preset=gpt2-1.3b gpus=8 gpu=h100 train.sharding=fsdp"),
     "study": Verb(runs.study, "STUDY", "normfree study quick"),
     "evaluate": Verb(evaluate, "MODEL", "normfree evaluate runs/quick/sm-r-seed0 text=README.md"),
     "measure": Verb(measure, "MODEL", "normfree measure runs/quick/sm-g-seed0"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
 from normfree.cost.counts import Matmul, count
 from normfree.cost.families import NORMFREE_DEFAULTS, read_architecture
@@ -14,15 +15,27 @@ from normfree.store.runs import read_run
 
 H100_FLOPS, UTILISATION = 989e12, 0.4  # a second in bf16 without sparsity, and the share that we reckon with
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+# Defaults of NormFreeConfig that `NORMFREE_DEFAULTS` lacks, because they change no price of private inference.
+MORE_DEFAULTS: dict[str, Any] = {
+    **{"residual": "sequential", "tie_word_embeddings": True, "bias": "qk"},
+    **{"embedding_dropout": 0.0, "attention_dropout": 0.0, "residual_dropout": 0.0},
+}
+
+
+def config_of(spec: RunSpec) -> dict[str, Any]:
+    """The fields of a run's model with their defaults, before its corpus is prepared.
+
+    The vocabulary is GPT-2's in place of one that is known once it is downloaded, as `normfree cost` takes it.
+    """
+    vocab_size = NORMFREE_DEFAULTS["vocab_size"] if spec.data.tokenizer else spec.data.vocab_size
+    from_corpus = {"vocab_size": vocab_size, "max_position_embeddings": spec.data.context}
+    return {"model_type": "normfree", **NORMFREE_DEFAULTS, **MORE_DEFAULTS, **from_corpus, **spec.model}
 
 
 def training_flops(spec: RunSpec, tokens: float) -> float:
     """FLOPs of training: 6 per token and weight of blocks and head, 12 x layers x width x T per token for attention."""
-    context = spec.data.context
-    # GPT-2's vocabulary in place of one that is known once it is downloaded, as `normfree cost` takes it.
-    vocab_size = NORMFREE_DEFAULTS["vocab_size"] if spec.data.tokenizer else spec.data.vocab_size
-    config = {"model_type": "normfree", "vocab_size": vocab_size, "max_position_embeddings": context}
-    config |= {name: spec.model[name] for name in SIZES if name in spec.model}
+    context, model = spec.data.context, config_of(spec)
+    config = {name: model[name] for name in ("model_type", "max_position_embeddings", *SIZES)}
     products = [each for each in count(read_architecture(config), context) if isinstance(each, Matmul)]
     return 6 * tokens / context * sum(each.elements * each.k for each in products if each.operation != "embedding")
 

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -29,8 +30,9 @@ def measure_batches(
     """Pass batches through the model in evaluation mode, without gradients, while the measures read.
 
     Logits are computed only if a measure needs them, and nothing if all measures read training steps instead.
-    `progress` is the title of a bar, shown on a terminal. Raises ValueError if there is no batch, or a measure refuses
-    the model.
+    `progress` is the title of a bar, shown on a terminal. Processes that hold parts of one model wait for each other in
+    every pass, so those with fewer batches add unmeasured passes. Raises ValueError if there is no batch, or a measure
+    refuses the model.
     """
     if measures and all(measure.needs_training for measure in measures):  # they read no forward pass
         return
@@ -49,8 +51,9 @@ def measure_batches(
         raise ValueError("there is nothing to measure: give at least one sequence")
     for measure in measures:
         measure.check(first)
-    with ExitStack() as contexts:
-        contexts.enter_context(in_evaluation_mode(model))
+    passes_to_add = _passes_of_others(total, device) if isinstance(model, FSDPModule) else 0
+    inputs: dict[str, Tensor] = {}
+    with in_evaluation_mode(model), ExitStack() as contexts:
         for measure in measures:
             contexts.enter_context(measure)
         bar = {"total": total, "desc": progress, "disable": None if progress else True, "leave": False}
@@ -64,6 +67,19 @@ def measure_batches(
                     mask if mask is not None and mask.dim() == 2 else None for mask in masks
                 )
             call(**inputs)
+        contexts.close()
+        for _ in range(passes_to_add):
+            call(**inputs)
+    if isinstance(model, FSDPModule):
+        model.reshard()  # a forward pass leaves the weights outside the blocks whole
+
+
+def _passes_of_others(own: int | None, device: torch.device) -> int:
+    """How many passes the process with most of them makes beyond this one's."""
+    assert own is not None, "a sharded model is measured on a list of batches"
+    most = torch.tensor(own, device=device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return int(most) - own
 
 
 def _without_cache(model: nn.Module) -> dict[str, bool]:

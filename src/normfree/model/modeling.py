@@ -116,7 +116,7 @@ class NormFreePreTrainedModel(PreTrainedModel):
         shared, none if slopes are fixed.
         """
         return {
-            name: parameter.detach().float().reshape(()).clone()
+            name: _whole(parameter).detach().float().reshape(()).clone()
             for name, parameter in self.named_parameters()
             if name.endswith("slope") and parameter.numel() == 1
         }
@@ -125,6 +125,11 @@ class NormFreePreTrainedModel(PreTrainedModel):
         """The layer of each of `negative_slopes`, without the shared slope."""
         places = [name.split(".") for name in self.negative_slopes()]
         return [int(place[place.index("layers") + 1]) for place in places if "layers" in place]
+
+
+def _whole(parameter: Any) -> Tensor:
+    """All of a parameter, which FSDP may have sharded over processes."""
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
 class NormFreeModel(NormFreePreTrainedModel):

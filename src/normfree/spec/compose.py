@@ -100,9 +100,7 @@ def compose(values: Mapping[str, Any], *, command: str | None = None) -> Job:
 
     Raises ValueError, with the nearest valid names, for an unknown key, preset, variant or value.
     """
-    for key in values:
-        if key not in allowed_keys():
-            raise ValueError(f"unknown key {key!r}; {_advice_on_key(key)}")
+    _check_keys(values)
     start = read_start(str(values.get("start", "random")))
     merged = _merge(values, start)
     runs_dir, cache_dir = merged.pop("runs_dir", "runs"), merged.pop("cache_dir", None)
@@ -135,7 +133,15 @@ def control_of(values: Mapping[str, Any], job: Job) -> Job | None:
 
 def read_preset(preset: str, variant: str) -> RunSpec:
     """Compose a preset and a variant, with the model's fields unchecked: their check loads torch."""
-    merged = _merge({"preset": preset, "variant": variant})
+    return compose_unchecked({"preset": preset, "variant": variant})
+
+
+def compose_unchecked(values: Mapping[str, Any]) -> RunSpec:
+    """Compose a run as `compose` does, with the model's fields unchecked: their check loads torch."""
+    _check_keys(values)
+    merged = _merge(values, read_start(str(values.get("start", "random"))))
+    for place in ("runs_dir", "cache_dir"):
+        merged.pop(place, None)
     model = merged["model"]
     model["activation"] = spread_over_layers(model["activation"], model["num_hidden_layers"])
     return RunSpec.from_dict(merged)
@@ -185,6 +191,12 @@ def describe_run() -> list[tuple[str, Any, str]]:
 def allowed_keys() -> frozenset[str]:
     """Every key that can be set."""
     return frozenset([*GROUPS, "runs_dir", "cache_dir", *(key for key, _, _ in describe_run())])
+
+
+def _check_keys(values: Iterable[str]) -> None:
+    for key in values:
+        if key not in allowed_keys():
+            raise ValueError(f"unknown key {key!r}; {_advice_on_key(key)}")
 
 
 def _texts_by_key(words: Sequence[str]) -> dict[str, list[str]]:

@@ -49,7 +49,7 @@ PLACES_OF_TEXT = ("data.paths", "data.validation_paths")
 # How a run is watched, placed and cut into passes: its numbers depend on these by rounding and dropout masks only.
 NOT_DECIDING = (
     *(f"train.{name}" for name in ("trackers", "threads", "log_every", "checkpoint_every", "checkpoints_kept")),
-    *(f"train.{name}" for name in ("micro_batch_sequences", "gradient_checkpointing")),
+    *(f"train.{name}" for name in ("micro_batch_sequences", "gradient_checkpointing", "sharding")),
     "data.expected_fingerprint",
     "probe.measures",
     "compare_across",
@@ -181,6 +181,8 @@ class TrainSpec:
     """fp32, or autocast in bf16 or fp16 over fp32 weights (fp16 needs a GPU)."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, slower."""
+    sharding: Literal["none", "ddp", "fsdp"] = "none"
+    """none: every process holds the whole model (ddp: and one alone is refused); fsdp: each holds a part (FSDP2)."""
     compile: bool = False
     """torch.compile the model."""
     sigma_weight: NotNegative = 0.0

@@ -18,6 +18,8 @@ from normfree.spec.run import RunSpec
 
 STAGING = ".staging"
 SET_ASIDE = "damaged"
+SHARDS = "shards"
+"""Folder of a checkpoint whose weights and optimiser states are in parts (train.sharding=fsdp)."""
 
 logger = logging.getLogger("normfree")
 
@@ -87,6 +89,17 @@ def problems_of(checkpoint: Path, spec: RunSpec | None) -> list[str]:
     except (KeyError, ValueError):
         same = False
     return [] if same else ["it belongs to a run with another spec"]
+
+
+def check_sharding(checkpoint: Path, sharding: str) -> None:
+    """Raise ValueError unless a run with this `train.sharding` can read the checkpoint."""
+    in_parts = (checkpoint / SHARDS).is_dir()
+    if in_parts != (sharding == "fsdp"):
+        kind, key = ("in parts", "fsdp") if in_parts else ("whole", "none or ddp")
+        raise ValueError(
+            f"{checkpoint} holds the model {kind}, and train.sharding={sharding} cannot resume from it: give "
+            f"train.sharding={key}, or tag=NAME for a run of its own"
+        )
 
 
 def compare_surroundings(checkpoint: Path, now: dict[str, Any]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,14 +14,17 @@ import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
 
+from normfree.cost.estimate import GIB, GPUS, check_memory, describe_estimate, find_gpu
 from normfree.data import Corpus
 from normfree.model import NormFreeConfig
 from normfree.model.norms import MERGE_DELAY, last_removal
 from normfree.spec.run import RunSpec
 from normfree.store.runs import OVER, RUN_FILE, DamagedRunError, read_run
 from normfree.training.precision import check_fp32_variables, needs_fp32_units
+from normfree.training.sharding import check_can_shard
 
 DEVICES = Path("/dev")
+logger = logging.getLogger("normfree")
 
 
 def check_machine(spec: RunSpec, device: torch.device) -> None:
@@ -33,6 +38,20 @@ def check_machine(spec: RunSpec, device: torch.device) -> None:
             f"train.batch_sequences={batch} must be a multiple of train.micro_batch_sequences={micro} times the "
             f"{processes} processes"
         )
+    if train.sharding != "none" and processes == 1:
+        raise ValueError(
+            f"train.sharding={train.sharding} needs several processes, and this is 1: start it with torchrun "
+            "(docs/training.md), or leave the key out"
+        )
+    if train.sharding == "fsdp":
+        check_can_shard(spec)
+    measured = {"probe.sequences": spec.probe.sequences, "probe.final_sequences": spec.probe.final_sequences}
+    measured |= {"train.evaluation_sequences": train.evaluation_sequences or processes}
+    for name, sequences in measured.items():
+        if sequences < processes:
+            raise ValueError(
+                f"{name}={sequences} gives some of the {processes} processes nothing to measure: give more"
+            )
     if missing := [name for name in train.trackers if find_spec(name) is None]:
         raise ValueError(f"train.trackers needs {', '.join(missing)}, not installed: pip install -e '.[trackers]'")
     if train.precision == "fp16" and device.type == "cpu":
@@ -59,6 +78,21 @@ def _check_gpus(processes: int) -> None:
             f"this process sees {torch.cuda.device_count()} GPUs but trains on one: set CUDA_VISIBLE_DEVICES=0, or "
             "start it with torchrun (docs/training.md)"
         )
+
+
+def announce_needs(spec: RunSpec, corpus: Corpus, device: torch.device) -> None:
+    """Log what the run needs of a GPU, in process 0. Raise ValueError if its memory is too small; silent on a CPU."""
+    if device.type != "cuda":
+        return
+    state, facts = PartialState(), torch.cuda.get_device_properties(device)
+    spec = replace(spec, model={"vocab_size": corpus.vocab_size, **spec.model})
+    steps = total_steps(spec, corpus)
+    memory_gib, processes = facts.total_memory / GIB, state.num_processes
+    if (key := find_gpu(facts.name)) and state.is_main_process:
+        tokens = steps * spec.train.batch_sequences * spec.data.context
+        gpu = replace(GPUS[key], memory_gib=round(memory_gib, 1))
+        logger.info("%s", describe_estimate(spec, gpu, name=facts.name, processes=processes, tokens=tokens))
+    check_memory(spec, memory_gib, name=facts.name, processes=processes)
 
 
 def training_arguments(spec: RunSpec, *, steps: int, output: Path) -> TrainingArguments:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from normfree.store.runs import divergence_text
+from normfree.training.sharding import gather_no_more, own_part
 
 KINDS = ("weight", "activation", "loss", "gradient")
 """In the order in which a step computes them."""
@@ -49,21 +50,23 @@ def locate(model: nn.Module, batches: list[dict[str, Tensor]], *, step: int) -> 
     """Find where a step became non-finite: in a weight, else in a forward pass, else in a gradient.
 
     Of weights and activations the first in model order counts, of gradients the last, because backward starts at the
-    end. Repeats the forward passes without gradients; existing gradients are not changed.
+    end. Repeats the forward passes without gradients; existing gradients are not changed. A process with a part of the
+    model looks at its own part, and makes every pass, because the others wait for it.
     """
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            return _divergence(step, name, "weight")
+    named = list(model.named_parameters())
+    weights = [name for name, parameter in named if not torch.isfinite(own_part(parameter)).all()]
+    gradients = [(name, own_part(p.grad)) for name, p in named if p.grad is not None]
+    broken = [name for name, gradient in gradients if not torch.isfinite(gradient).all()]
+    divergences = [_divergence(step, name, "weight") for name in weights[:1]]
     for batch in batches:
         with _nonfinite_modules(model) as modules, torch.no_grad():
             loss = model(**batch).loss
         if modules:
-            return _divergence(step, modules[0], "activation")
-        if not torch.isfinite(loss):
-            return _divergence(step, "loss", "loss")
-    gradients = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-    broken = [name for name, gradient in gradients if not torch.isfinite(gradient).all()]
-    return _divergence(step, broken[-1] if broken else "gradient norm", "gradient")
+            divergences.append(_divergence(step, modules[0], "activation"))
+        elif not torch.isfinite(loss):
+            divergences.append(_divergence(step, "loss", "loss"))
+    gather_no_more(model)
+    return [*divergences, _divergence(step, broken[-1] if broken else "gradient norm", "gradient")][0]
 
 
 def earliest(divergences: Sequence[Divergence]) -> Divergence:

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import re
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import field, replace
@@ -15,15 +16,18 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from normfree.cost.estimate import GIB, check_memory
 from normfree.data import prepare
 from normfree.files import folder_lock
 from normfree.measures import periods_of
 from normfree.spec.compose import Job, read_words
 from normfree.spec.keys import build
-from normfree.store.runs import read_run
+from normfree.store.progress import progress_line
+from normfree.store.runs import OVER, read_run
 from normfree.training.arguments import is_done
 from normfree.training.machine import command_line, usable_cores
 from normfree.training.processes import prepare_process
@@ -32,13 +36,16 @@ from normfree.training.train import train
 
 logger = logging.getLogger("normfree")
 
+TABLE_SECONDS = 60.0
+"""Time between two tables of progress of processes that share runs."""
+
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
 class Launch:
     """Where the runs of a study or of `train -m` are trained."""
 
     workers: int = 1
-    """Processes that share the runs and this machine's cores."""
+    """Processes that share the runs and this machine's cores, or its GPU."""
     submit: Literal["slurm", "local"] | None = None
     """slurm: one cluster job for each run, through submitit (the extra `cluster`); local: the same on this machine."""
     submit_options: dict[str, Any] = field(default_factory=dict)
@@ -46,7 +53,7 @@ class Launch:
 
     def __post_init__(self) -> None:
         cores = usable_cores()
-        if not 1 <= self.workers <= cores:
+        if self.workers < 1 or (self.workers > cores and not torch.cuda.is_available()):
             raise ValueError(f"workers={self.workers}: this machine has {cores} cores, so give 1 to {cores}")
         if self.submit and self.workers > 1:
             raise ValueError(f"workers={self.workers} and submit={self.submit}: give one of them")
@@ -80,14 +87,25 @@ def train_jobs(jobs: Sequence[Job], launch: Launch | None = None) -> None:
     if launch.submit:
         failures, left = _submit(jobs, launch), ()
     else:
+        if launch.workers > 1:
+            _check_gpu_memory(jobs, launch.workers)
         _prepare_texts(jobs)
     if launch.workers > 1:
-        jobs = [_with_threads(job, usable_cores() // launch.workers) for job in jobs]
+        jobs = [_with_threads(job, max(1, usable_cores() // launch.workers)) for job in jobs]
         failures = _share(jobs, launch.workers)
         left = [n for n, job in enumerate(jobs) if n not in failures and not is_done(job.folder, job.spec)]
     failures |= _train_each(jobs, left)
     if failures:
         raise RuntimeError(f"{len(failures)} of {len(jobs)} runs failed: {'; '.join(failures.values())}")
+
+
+def _check_gpu_memory(jobs: Sequence[Job], workers: int) -> None:
+    """Raise ValueError if so many of the runs at once need more memory than this machine's GPU has."""
+    if not torch.cuda.is_available():
+        return
+    facts = torch.cuda.get_device_properties(0)
+    for job in jobs:
+        check_memory(job.spec, facts.total_memory / GIB, name=facts.name, runs=min(workers, len(jobs)))
 
 
 def _prepare_texts(jobs: Sequence[Job]) -> None:
@@ -145,7 +163,7 @@ def _share(jobs: Sequence[Job], workers: int) -> dict[int, str]:
     taken, queue = context.Value("i", 0), context.SimpleQueue()
     processes = [context.Process(target=_work, args=(jobs, taken, queue), daemon=True) for _ in range(workers)]
     received: list[int] = []
-    passed_on = 0
+    passed_on, next_table = 0, time.monotonic() + TABLE_SECONDS
     failures: dict[int, str] = {}
     with handle_signals(lambda number, _frame: received.append(number), stopping_signals()):
         for process in processes:
@@ -160,6 +178,9 @@ def _share(jobs: Sequence[Job], workers: int) -> dict[int, str]:
             passed_on += len(new)
             for process, number in itertools.product(alive, new):
                 os.kill(cast(int, process.pid), number)
+            if time.monotonic() >= next_table:
+                next_table = time.monotonic() + TABLE_SECONDS
+                logger.info("%s", progress_table(jobs))
             wait([process.sentinel for process in alive], timeout=0.2)
     if received:
         outcome = f"was stopped by signal {received[0]}; the same command resumes its runs"
@@ -169,11 +190,25 @@ def _share(jobs: Sequence[Job], workers: int) -> dict[int, str]:
     return failures
 
 
+def progress_table(jobs: Sequence[Job]) -> str:
+    """How many runs are over, and a line for each that is under way."""
+    runs = []
+    for job in jobs:
+        with suppress(OSError, ValueError):  # not begun, or damaged
+            runs.append(read_run(job.folder))
+    running = [run for run in runs if run.state == "running"]
+    width = max((len(run.place) for run in running), default=0)
+    title = f"{sum(run.status in OVER for run in runs)} of {len(jobs)} runs are over"
+    return "\n".join([title, *(progress_line(run, width=width) for run in running)])
+
+
 def _work(jobs: Sequence[Job], taken: Any, failures: Any) -> None:
     """Train runs as one of several processes, without bars: those of two processes would overwrite each other."""
     os.setsid()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logger.setLevel(logging.INFO)
+    # Progress is in the parent's table, and what a run needs was checked there.
+    logger.addFilter(lambda line: line.module not in ("callbacks", "arguments"))
     prepare_process()
     try:
         for failure in _train_each(jobs, _take_numbers(taken, len(jobs)), progress=False):

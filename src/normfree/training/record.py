@@ -112,6 +112,7 @@ def open_record(
     newest = checkpoints.newest_sound(folder / "checkpoints", spec=spec) if state.is_main_process else None
     checkpoint = broadcast_from_rank_zero(newest)
     if checkpoint is not None:
+        checkpoints.check_sharding(checkpoint, spec.train.sharding)
         checkpoints.compare_surroundings(checkpoint, surroundings(spec, corpus))
     if state.is_main_process:
         processes, threads = state.num_processes, torch.get_num_threads()

@@ -39,6 +39,7 @@ from normfree.training.objectives import build_objective
 from normfree.training.precision import products_for, restore_fp32_precision
 from normfree.training.processes import broadcast_from_rank_zero, guard_process_variables, training_device
 from normfree.training.record import Record, open_record, wandb_run
+from normfree.training.sharding import gather
 from normfree.training.signals import (
     InterruptedRunError,
     StopOnSignal,
@@ -91,6 +92,7 @@ def train(
         steps, config = arguments.total_steps(spec, corpus), arguments.model_config(spec, corpus)
         if broadcast_from_rank_zero(arguments.is_done(folder, spec, corpus)):  # by another command, or with its text
             return folder
+        arguments.announce_needs(spec, corpus, training_device())
         set_seed(spec.seed)
         objective = build_objective(spec, config, steps)
         model = initial_model(spec, config, corpus)
@@ -193,8 +195,9 @@ def _finish(record: Record, model: NormFreeForCausalLM, trainer: NormFreeTrainer
         record.log(record.steps, "final", values)
     bytes_of_text = corpus.predicted_bytes()
     result = evaluate_blocks(model, record.held_out_NT, predicted_bytes=bytes_of_text, batch_sequences=size)
-    if PartialState().is_main_process:
-        saved, folded = _without_fixed_norms(model, record)
+    whole_model = gather(model) if spec.train.sharding == "fsdp" else model
+    if PartialState().is_main_process and whole_model is not None:
+        saved, folded = _without_fixed_norms(whole_model, record)
         card = model_card(read_run(record.folder), result.to_dict())
         _save_model(saved, corpus, card, record.folder / "model")
         record.update(**folded)

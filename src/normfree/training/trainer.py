@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -13,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 
 from normfree.files import read_manifest
 from normfree.measures import periods_of
@@ -23,6 +26,7 @@ from normfree.training.guard import Divergence, NonFiniteError, earliest, locate
 from normfree.training.optimizers import OPTIMIZERS, parameter_groups
 from normfree.training.precision import use_fp32_products
 from normfree.training.record import Record
+from normfree.training.sharding import load_states, load_weights, save_shards, shard, whole
 
 MINIMUM_SCALE = 1e-4
 """Lowest scale of fp16's gradient scaler, which starts at 65,536 and halves with each overflow."""
@@ -51,7 +55,11 @@ class NormFreeTrainer(Trainer):
         self._loss_before_step = torch.zeros(())
         self._gradient_norm: Tensor | None = None
         self._gradients_every = periods_of(self.spec.probe.measures, self.spec.probe.every_steps).get("gradients")
+        self.sharded = self.spec.train.sharding == "fsdp"
+        if self.sharded:
+            shard(model, self.spec.train.precision, args.device)
         super().__init__(model=model, args=args, **rest)
+        self.is_distributed_loading_by_transformers = self.sharded  # Trainer then adds autocast, and no DDP
         self.add_callback(_Advance(self))
         use_fp32_products()  # TrainingArguments and Accelerate turn TF32 on when they compile
 
@@ -149,7 +157,7 @@ class NormFreeTrainer(Trainer):
         total = self._tr_loss + loss  # with the earlier micro-batches
         if self.accelerator.scaler is None:  # fp16's scaler expects infinite gradients and skips them itself
             gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-            self._gradient_norm = nn.utils.get_total_norm(gradients)
+            self._gradient_norm = whole(nn.utils.get_total_norm(gradients))
             total = total + self._gradient_norm
         total = cast(Tensor, self.accelerator.reduce(total))  # every process must take the same branch
         return bool(torch.isfinite(total))
@@ -200,6 +208,42 @@ class NormFreeTrainer(Trainer):
         tied = self.network.all_tied_weights_keys  # saved once, under their shared tensor's name
         missing = [key for key in load_result.missing_keys if key not in tied]
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not self.sharded:  # else `shard` has done it
+            super()._move_model_to_device(model, device)
+
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        yield  # each micro-batch is reduced: whole gradients until the last would take 4 bytes a parameter
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.sharded:  # else `_save_optimizer_and_scheduler` saves both
+            super().save_model(output_dir, _internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_shards(Path(output_dir), self.network, cast(Any, self.optimizer).optimizer)
+        if self.args.should_save:
+            torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.sharded:
+            load_weights(Path(resume_from_checkpoint), self.network)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.sharded or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer, scheduler = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
+        load_states(Path(checkpoint), self.network, optimizer.optimizer)
+        scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         step = self.state.global_step

@@ -1,0 +1,315 @@
+"""What a training run needs on each device: parameters, bytes of memory and time, from its spec. No torch needed.
+
+The bytes follow one training step in this package: fp32 weights, autocast, the loss in blocks of rows. Tests compare
+them with what torch's allocator hands out on the CPU; on a GPU they are not measured.
+"""
+
+# B sequences of a pass, T tokens, E width, F feed-forward width, V vocabulary
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from normfree.cost.training import UTILISATION, config_of, training_flops
+from normfree.spec.run import RunSpec
+from normfree.spec.variants import spread_over_layers
+from normfree.store.progress import duration
+
+GIB = 2**30
+CONTEXT_BYTES = 1.0 * GIB
+"""What a process holds on a GPU beyond torch's tensors: CUDA's context, libraries, gaps. Assumed."""
+RING = 2
+"""Blocks that FSDP2 holds gathered at once: the one that computes and the one that is fetched ahead."""
+
+# The package's constants, repeated here because importing them loads torch; a test compares them.
+LOSS_ROWS, LOSS_LOGITS = 1024, 2**24
+EVALUATION_LOGITS = 2**26
+LONGEST_WRITTEN_OUT = 512
+
+NORM_PARAMETERS = {
+    **{"layernorm": (2, 0), "lns": (2, 0), "rmsnorm": (1, 0), "taper": (1, 0), "fake": (2, 0), "none": (0, 0)},
+    **{"dyt": (2, 1), "derf": (2, 2), "bhyt": (1, 1)},
+}
+"""Parameters of one norm: per channel, and besides."""
+NORM_KEEPS = {"none": 0, "layernorm": 4, "lns": 4, "rmsnorm": 8, "taper": 8, "fake": 8, "dyt": 8, "bhyt": 8, "derf": 12}
+"""Bytes that a norm keeps for the backward pass, per token and channel, beside its output, over an fp32 stream."""
+ACTIVATION_KEEPS = {"relu": 1, "identity": 1, "gelu": 2, "gelu_tanh": 2, "leaky_relu": 2}
+"""Tensors of the feed-forward width that an activation and the projection after it keep."""
+NOT_COUNTED = {
+    **{"query_key_norm": "none", "branch": "plain", "linear": "plain", "attention_temperature": "fixed"},
+    **{"attention_sink": "none", "attention_gate": "none", "embedding_scale": "none"},
+    **{"embedding_dropout": 0.0, "attention_dropout": 0.0, "residual_dropout": 0.0},
+}
+"""Fields whose other values keep more than is reckoned here, with the value that is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """A GPU from NVIDIA's data sheets."""
+
+    memory_gib: float  # as torch reports it
+    bf16_tflops: float  # dense
+    fp32_tflops: float  # without TF32
+
+
+GPUS = {
+    "h100": Gpu(memory_gib=79, bf16_tflops=989, fp32_tflops=67),
+    "h200": Gpu(memory_gib=139, bf16_tflops=989, fp32_tflops=67),
+    "b200": Gpu(memory_gib=178, bf16_tflops=2250, fp32_tflops=75),
+    "a100": Gpu(memory_gib=79, bf16_tflops=312, fp32_tflops=19.5),
+    "a100-40gb": Gpu(memory_gib=39, bf16_tflops=312, fp32_tflops=19.5),
+    "l40s": Gpu(memory_gib=44, bf16_tflops=362, fp32_tflops=91.6),
+    "rtx4090": Gpu(memory_gib=23.5, bf16_tflops=165, fp32_tflops=82.6),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Parameters of a model by place, and sizes of its tensors."""
+
+    block: int
+    """Parameters of one block."""
+    projections: int
+    """Those of them in matrices, which autocast copies."""
+    root: int
+    """Parameters outside the blocks."""
+    layers: int
+    width: int
+    vocab_size: int
+    layer_keeps: float
+    """Bytes that a layer keeps for the backward pass, per token and channel, on average over the layers."""
+    final_norm_keeps: float
+    feed_forward: int
+
+    @property
+    def parameters(self) -> int:
+        return self.block * self.layers + self.root
+
+
+def sizes_of(spec: RunSpec, device: Literal["cpu", "gpu"] = "gpu") -> Sizes:
+    """The sizes of a run's model. Raises ValueError for a size or choice that no model has."""
+    model = config_of(spec)
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        if (value := model[name]) is not None and not (isinstance(value, int) and value > 0):
+            raise ValueError(f"model.{name}={value!r} must be a whole number above 0")
+    width, layers = model["hidden_size"], model["num_hidden_layers"]
+    feed_forward = model["intermediate_size"] or 4 * width
+    sites = 4 if model["placement"] == "peri" else 2
+    bias = _chosen(model, "bias", {"none": 0, "qk": 2 * width, "all": 5 * width + feed_forward})
+    projections = 4 * width**2 + 2 * width * feed_forward
+    activations = spread_over_layers(model["activation"], layers)
+    leaky = activations.count("leaky_relu")
+    slopes = _chosen(model, "learnable_slope", {"none": 0, "shared": 1, "per_layer": leaky})
+    positions = width * model["max_position_embeddings"] * (model["position"] == "learned")
+    embeddings = width * model["vocab_size"] * (1 if model["tie_word_embeddings"] else 2)
+    final_norm = _norm_parameters(model["final_norm"], width)
+    kept = [_layer_keeps(spec, model, name, sites, device) for name in activations]
+    return Sizes(
+        block=projections + bias + sites * _norm_parameters(model["norm"], width),
+        projections=projections,
+        root=embeddings + positions + final_norm + slopes,
+        layers=layers,
+        width=width,
+        vocab_size=model["vocab_size"],
+        layer_keeps=sum(kept) / layers,
+        final_norm_keeps=NORM_KEEPS.get(model["final_norm"], 0),
+        feed_forward=feed_forward,
+    )
+
+
+def _chosen(model: dict[str, Any], field: str, numbers: dict[str, int]) -> int:
+    if model[field] not in numbers:
+        raise ValueError(f"model.{field}={model[field]!r}; allowed: {', '.join(numbers)}")
+    return numbers[model[field]]
+
+
+def _norm_parameters(name: str, width: int) -> int:
+    per_channel, besides = NORM_PARAMETERS.get(name, (0, 0))
+    return per_channel * width + besides
+
+
+def _layer_keeps(
+    spec: RunSpec, model: dict[str, Any], activation: str, sites: int, device: Literal["cpu", "gpu"]
+) -> float:
+    """Bytes that autograd keeps of one layer, per token and channel."""
+    compute, width, tokens = _compute_bytes(spec), model["hidden_size"], spec.data.context
+    # Of attention and of the feed-forward part; parallel fp32 branches without norm read one and the same tensor.
+    shared = model["residual"] == "parallel" and model["norm"] == "none" and compute == 4
+    inputs = compute * (1 if shared else 2)
+    attention = 4 * compute  # queries, keys, values and the output
+    if model["position"] == "rotary":
+        attention += 3 * compute
+    written_out = device == "cpu" and compute == 2 and tokens <= LONGEST_WRITTEN_OUT
+    row_bytes = compute * tokens if written_out else 4  # the weights of a row, or the logarithm of their sum
+    attention += row_bytes * model["num_attention_heads"] / width
+    ratio = (model["intermediate_size"] or 4 * width) / width
+    fed = compute * ratio * ACTIVATION_KEEPS.get(activation, 2)
+    return inputs + attention + fed + sites * NORM_KEEPS.get(model["norm"], 0)
+
+
+def _compute_bytes(spec: RunSpec) -> int:
+    return 4 if spec.train.precision == "fp32" else 2
+
+
+def peak_memory(
+    spec: RunSpec, *, processes: int = 1, device: Literal["cpu", "gpu"] = "gpu"
+) -> tuple[str, dict[str, float]]:
+    """The moment of a run at which each device holds most, and its bytes then, by what they are.
+
+    `processes` share every batch, each on its own device. Raises ValueError as `sizes_of` does.
+    """
+    size, train, compute = sizes_of(spec, device), spec.train, _compute_bytes(spec)
+    sharded = train.sharding == "fsdp"
+    shards = processes if sharded else 1
+    pass_tokens = train.micro_batch_sequences * spec.data.context
+    stream = pass_tokens * size.width
+    head = size.vocab_size * size.width
+    states = {
+        "weights": 4 * size.parameters / shards,
+        f"states of {train.optimizer}": _state_bytes(spec, size) / shards,
+    }
+    gradients = {"gradients": 4 * size.parameters / shards}
+    if processes > 1 and not sharded:
+        states["gradients in DDP's buckets"] = 4 * size.parameters
+    kept_before = gradients if train.batch_sequences > train.micro_batch_sequences * processes else {}
+    copies = 0 if compute == 4 else 2 * size.projections * size.layers
+    if sharded:  # gathered in the dtype of the products
+        copies = 0
+        states["gathered weights"] = 4 * size.root + compute * RING * size.block
+        gradients["gathered gradients"] = 4 * RING * size.block
+    layer = stream * size.layer_keeps + copies / size.layers
+    activations = 4 * stream * size.layers if train.gradient_checkpointing else layer * size.layers
+    again = {"a layer computed again": layer} if train.gradient_checkpointing else {}
+    ends = stream * (size.final_norm_keeps + 4 + 4 + compute)
+    # Gradients of the residual stream and of the feed-forward part.
+    passing = {"gradients passing through a layer": stream * (8 + 4 * size.feed_forward / size.width)}
+    moments = {
+        "while the loss is computed": {
+            **{"activations": activations + ends, "loss": _loss_bytes(size, pass_tokens, compute)},
+            **kept_before,
+            **({"weights cast by autocast": copies} if train.gradient_checkpointing else {}),
+        },
+        "as the backward pass begins": {"activations": activations, "loss": 8 * head} | kept_before | again | passing,
+        "in the backward pass of the first layer": {"activations": layer} | gradients | passing,
+        "as the backward pass ends": {"gradient of the embedding": 4 * head} | gradients,
+        "in an evaluation": {"logits": _evaluation_bytes(spec, size, compute)},
+    }
+    if not kept_before and not sharded:  # the first layer's own gradients come last
+        moments["in the backward pass of the first layer"]["gradients"] -= 4 * size.block
+    moments = {name: states | parts for name, parts in moments.items()}
+    moment = max(moments, key=lambda name: sum(moments[name].values()))
+    return moment, {name: value for name, value in moments[moment].items() if value}
+
+
+def _state_bytes(spec: RunSpec, size: Sizes) -> int:
+    """Two moments of AdamW; Muon has one for the matrices of the blocks."""
+    muon = size.projections * size.layers if spec.train.optimizer == "muon" else 0
+    return 8 * size.parameters - 4 * muon
+
+
+def _loss_bytes(size: Sizes, pass_tokens: int, compute: int) -> float:
+    """The gradient of the output matrix, a copy of that, and the logits of a block of rows, or of two in turn."""
+    rows = min(LOSS_ROWS, max(1, LOSS_LOGITS // size.vocab_size), pass_tokens)
+    of_block = rows * size.vocab_size
+    two_blocks = of_block * min(2, math.ceil(pass_tokens / rows))
+    head = size.vocab_size * size.width
+    if compute == 4:
+        return 4 * head + 4 * max(two_blocks, head + of_block)
+    return 6 * head + 6 * max(two_blocks, head + of_block)
+
+
+def _evaluation_bytes(spec: RunSpec, size: Sizes, compute: int) -> float:
+    tokens = spec.data.context
+    fitting = max(1, EVALUATION_LOGITS // (tokens * size.vocab_size))
+    elements = min(spec.train.micro_batch_sequences, fitting) * tokens * size.vocab_size
+    return elements * (4 if compute == 4 else 6)
+
+
+def find_gpu(name: str) -> str | None:
+    """The key in `GPUS` of a device as torch names it, e.g. "NVIDIA H100 80GB HBM3"; None for an unknown one."""
+    squeezed = name.lower().replace(" ", "").replace("-", "")
+    fitting = [key for key in GPUS if all(part in squeezed for part in key.split("-"))]
+    return max(fitting, key=len, default=None)
+
+
+def describe_estimate(
+    spec: RunSpec,
+    gpu: Gpu,
+    *,
+    name: str,
+    processes: int = 1,
+    utilisation: float = UTILISATION,
+    tokens: float | None = None,
+) -> str:
+    """Parameters, operations, memory by part, and time, in lines. `tokens`: of the whole run, where it counts epochs.
+
+    Raises ValueError as `sizes_of` does.
+    """
+    size, train, flops = sizes_of(spec), spec.train, training_flops(spec, 1)
+    moment, parts = peak_memory(spec, processes=processes)
+    rows = parts | {"CUDA context, libraries, gaps (assumed)": CONTEXT_BYTES}
+    needed = sum(rows.values()) / GIB
+    fits = "fits" if needed <= gpu.memory_gib else f"does not fit; {_advice(spec)}"
+    lines = [
+        f"{spec.preset} {spec.label}: {size.parameters:,} parameters, {flops:.2e} FLOPs of training a token",
+        f"each of {processes} {name}: {train.precision}, train.sharding={train.sharding}, passes of "
+        f"{train.micro_batch_sequences} x {spec.data.context} tokens; most is held {moment}",
+        *(f"  {part:<41}{value / GIB:8.2f} GiB" for part, value in rows.items()),
+        f"  {'together':<41}{needed:8.2f} GiB of {gpu.memory_gib:g} GiB: {fits}",
+        _time_line(spec, gpu, flops, processes, utilisation, tokens),
+    ]
+    if uncounted := not_counted(spec):
+        lines.append(f"not counted: {', '.join(uncounted)}")
+    return "\n".join(lines)
+
+
+def _time_line(spec: RunSpec, gpu: Gpu, flops: float, processes: int, utilisation: float, tokens: float | None) -> str:
+    tflops = gpu.fp32_tflops if spec.train.precision == "fp32" else gpu.bf16_tflops
+    speed = utilisation * tflops * 1e12 / flops
+    total = (spec.train.steps or 0) * spec.train.batch_sequences * spec.data.context or tokens
+    line = f"{speed * processes:,.0f} tokens/s if {utilisation:.0%} of {tflops:g} TFLOP/s are reached (assumed)"
+    if not total:
+        return f"{line}; {1e9 / speed / 3600:.2f} GPU-hours a billion tokens (tokens=2.1e9 gives those of a run)"
+    seconds = total / speed
+    return f"{line}; {total / 1e6:,.0f} M tokens: {duration(seconds / processes)}, {seconds / 3600:.2f} GPU-hours"
+
+
+def not_counted(spec: RunSpec) -> list[str]:
+    """Settings of a run that need memory or parameters beyond the estimate, as key=value."""
+    model = config_of(spec)
+    fields = [f"model.{name}={model[name]}" for name, usual in NOT_COUNTED.items() if model[name] != usual]
+    activations = spread_over_layers(model["activation"], model["num_hidden_layers"])
+    tables = [("norm", [model["norm"]], NORM_KEEPS), ("final_norm", [model["final_norm"]], NORM_KEEPS)]
+    for name, values, known in [*tables, ("activation", activations, ACTIVATION_KEEPS)]:
+        fields += [f"model.{name}={value}" for value in dict.fromkeys(values) if value not in known]
+    if spec.train.objective != "next_token":
+        fields.append(f"train.objective={spec.train.objective}")
+    return fields
+
+
+def check_memory(spec: RunSpec, memory_gib: float, *, name: str, processes: int = 1, runs: int = 1) -> None:
+    """Raise ValueError if one run, or `runs` at once, need more than each GPU has."""
+    _, parts = peak_memory(spec, processes=processes)
+    each = (sum(parts.values()) + CONTEXT_BYTES) / GIB
+    if runs * each <= memory_gib:
+        return
+    has = f"and {name} has {memory_gib:.1f} (`normfree estimate` shows the parts)"
+    if runs > 1:
+        raise ValueError(
+            f"workers={runs}: {runs} runs of {each:.1f} GiB need {runs * each:.1f} GiB, {has}: give workers="
+            f"{max(1, int(memory_gib / each))} or fewer"
+        )
+    raise ValueError(f"this run needs about {each:.1f} GiB, {has}: {_advice(spec)}")
+
+
+def _advice(spec: RunSpec) -> str:
+    """What makes a run need less."""
+    train, keys = spec.train, []
+    if train.micro_batch_sequences > 1:
+        keys.append("a smaller train.micro_batch_sequences")
+    if not train.gradient_checkpointing:
+        keys.append("train.gradient_checkpointing=true")
+    keys.append("more GPUs" if train.sharding == "fsdp" else "train.sharding=fsdp on several GPUs")
+    return f"give {', or '.join(keys)}"
