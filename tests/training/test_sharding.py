@@ -55,7 +55,6 @@ SIZES = [
         "probe.every_steps=10",
         "probe.sequences=5",
         "probe.final_sequences=5",
-        "probe.measures=[heads,slopes,logits,residual]",
     ),
 ]
 NAME = "leaky-shared-seed0"

@@ -17,21 +17,18 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
-from normfree.measures import periods_of
+from normfree.measures import MEASURES, periods_of
 from normfree.model import NormFreeForCausalLM
 from normfree.model.blocks import Block
 from normfree.model.modeling import NormFreePreTrainedModel
 from normfree.spec.run import RunSpec
 from normfree.store.checkpoints import SHARDS
 
-MEASURES = ("heads", "slopes", "perplexity", "logits", "residual")
-"""Measures of a sharded run: they read forward passes, and no weights or gradients."""
-
 
 def check_can_shard(spec: RunSpec) -> None:
     """Raise ValueError for choices that need whole matrices, or that nobody has tested with FSDP."""
     train = spec.train
-    others = [name for name in periods_of(spec.probe.measures, 1) if name not in MEASURES]
+    others = [name for name in periods_of(spec.probe.measures, 1) if MEASURES[name].needs_training]
     refused = {
         "train.optimizer=muon": train.optimizer == "muon",
         "train.objective=entropy_band": train.objective == "entropy_band",
