@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "analysis": {"spec", "store"},
     "cost": {"analysis", "spec", "store"},
     "report": {"analysis", "cost", "files", "spec", "store"},
-    "measures": {"entropy", "report", "store"},  # a measurement draws itself
+    "measures": {"entropy", "report", "spec", "store"},  # a measurement draws itself
     "pretrained": {"data", "entropy", "model", "spec", "store"},
     "tasks": {"data", "files", "measures", "spec"},
     "training": {"analysis", "cost", "data", "files", "measures", "model", "report", "spec", "store"},

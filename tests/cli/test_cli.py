@@ -122,7 +122,7 @@ def test_cfg_prints_the_composed_run_and_trains_nothing(run, tmp_path: Path, mon
         (["train", "-m", "workers=0", "seed=0,1"], "workers=0: this machine has"),
         (["train", "-m", "workers=two", "seed=0,1"], "workers='two': it should be a valid integer"),
         (["study", "quick", "submit.timeout_min=5"], "submit.timeout_min= is read with submit=slurm or"),
-        (["train", "probe.measures=[hedas]"], "unknown measure 'hedas'; allowed: heads, slopes"),
+        (["train", "probe.measures=[hedas]"], "unknown measure 'hedas'; did you mean heads?"),
         (["evaluate", "m", "text=README.md", "cache_dir=c"], "cache_dir= is read for the text of a run only"),
         (["train", "seed=0,1"], "'seed=0,1' has several values: `normfree train -m` trains one run for each"),
         (["data", "files", "data.paths=[nowhere/*.py]"], "nowhere"),

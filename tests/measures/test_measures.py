@@ -108,7 +108,7 @@ def test_your_own_measure_needs_a_description_and_a_name(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        (["hedas"], "unknown measure 'hedas'; allowed: heads, "),
+        (["hedas"], "unknown measure 'hedas'; did you mean heads?"),
         (["heads", "heads"], "heads stands twice"),
         (["heads:0"], "give NAME, NAME:STEPS or NAME:xTIMES"),
     ],

@@ -84,11 +84,13 @@ def evaluate(name: str, options: EvaluateOptions) -> None:
     if changed:
         difference, error = changed.minus(result)
         what = {"average": "averaged", "zero": "silenced"}.get(str(options.how), f"times {options.how}")
-        print(f"\nheads          {', '.join(f'{layer}.{head}' for layer, head in options.heads or [])} {what}")
+        print(
+            f"\nheads          {', '.join(f'layer {layer} head {head}' for layer, head in options.heads or [])} {what}"
+        )
         _print_evaluation(changed, "the same tokens")
         passes = len(result.passes)
-        spread = f"standard error {error:.4f} over {passes} passes" if passes > 1 else "one pass, no standard error"
-        print(f"difference     {difference:+.4f} nats per token ({spread})")
+        spread = f"standard error {error:.6f} over {passes} passes" if passes > 1 else "one pass, no standard error"
+        print(f"difference     {difference:+.6f} nats per token ({spread})")
 
 
 def _evaluate(

@@ -21,6 +21,7 @@ from normfree.measures.sinks import Sinks
 from normfree.measures.slopes import Slopes
 from normfree.measures.spectrum import Spectrum
 from normfree.measures.units import Units
+from normfree.spec.keys import nearest
 from normfree.store.quantities import QUANTITIES
 
 MEASURES: dict[str, type[Measure]] = {
@@ -53,7 +54,7 @@ def periods_of(entries: Sequence[str], default: int) -> dict[str, int]:
     for entry in entries:
         name, colon, steps = entry.partition(":")
         if name not in MEASURES:
-            raise ValueError(f"probe.measures: unknown measure {name!r}; allowed: {', '.join(MEASURES)}")
+            raise ValueError(f"unknown measure {name!r}; {nearest(name, list(MEASURES))}")
         number = steps.removeprefix("x")
         if colon and not (number.isdigit() and int(number)):
             raise ValueError(f"probe.measures: {entry!r}; give NAME, NAME:STEPS or NAME:xTIMES, e.g. {name}:500")

@@ -120,7 +120,9 @@ class NextToken(Measure):
     def check(self, inputs: Mapping[str, Tensor]) -> None:
         is_seq2seq = "decoder_input_ids" in inputs
         if "input_ids" not in inputs or is_seq2seq or cast(PreTrainedModel, self.model).get_output_embeddings() is None:
-            raise ValueError("perplexity needs input_ids alone and a model with a causal language-model head")
+            raise ValueError(
+                "losses of next tokens need input_ids alone and a causal language-model head: leave this measure out"
+            )
         if sees_later_tokens(cast(PreTrainedModel, self.model), inputs["input_ids"]):
             raise ValueError(
                 f"{type(self.model).__name__} is not causal: later tokens change its predictions of earlier ones, so "

@@ -193,6 +193,18 @@ def last_removal(config: NormFreeConfig) -> int:
     return config.fake_start_step + config.fake_gap_steps * (norms - 1)
 
 
+def check_removal(config: NormFreeConfig, steps: int) -> None:
+    """Raises ValueError if norms that leave a model would not be fixed in a run of so many steps."""
+    last = last_removal(config) + MERGE_DELAY
+    if config.norm == "fake" and last >= steps:
+        raise ValueError(
+            f"model.fake_start_step={config.fake_start_step} and model.fake_gap_steps={config.fake_gap_steps} end at "
+            f"step {last}; this run has {steps} steps"
+        )
+    if config.norm == "taper" and config.taper_end_step > steps:
+        raise ValueError(f"model.taper_end_step={config.taper_end_step} is beyond the run's {steps} steps")
+
+
 def _inverse_rms(features: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean square + eps) of the last dimension, (..., 1), in float32 at least."""
     wide = features.to(torch.promote_types(features.dtype, torch.float32))

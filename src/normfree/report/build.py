@@ -199,7 +199,7 @@ def _facts(parts: Sequence[Part]) -> dict[str, list[str]]:
         "Measured": [_measurement(run) for run in runs if run.kind == "measurement"],
         "Runs": [f"{len(trained)}, trained in {duration(seconds)} altogether"] if trained else [],
         "Weights at the start": [
-            name for name in _distinct(trained, lambda run: run.spec.get("start_name", "")) if name
+            name for name in _distinct(trained, lambda run: run.spec.get("start_name", "random")) if name != "random"
         ],
         "Seeds": [", ".join(map(str, sorted({run.seed for run in trained})))],
         "Order of the data": [", ".join(map(str, sorted({run.spec["data_seed"] for run in trained})))],

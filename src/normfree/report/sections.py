@@ -165,7 +165,7 @@ SECTIONS: tuple[Section, ...] = (
     Section(name="published", title="The paper's heads beside ours", menu="Beside the paper", figures=[_published]),
     Section(name="overload", title="Heads near uniform", menu="Near uniform", figures=[_overload],
             tables={"overload": results.overload_table}),
-    Section(name="ranges", title="Heads per range of entropy", menu="Ranges",
+    Section(name="ranges", title="Heads per range of entropy", menu="Entropy ranges",
             tables={"ranges": results.range_table}, measurements=True),
     Section(name="tasks", title="What the models can do", menu="Tasks", tables={"tasks": tasks.task_table},
             measurements=True),

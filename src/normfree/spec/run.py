@@ -282,7 +282,7 @@ class RunSpec:
     """Order of the training blocks, so that variants and seeds can share it."""
     start: str = "random"
     """Weights to begin with: random, run:FOLDER, or model:NAME (one of ours, a GPT-2 or a GPT-NeoX)."""
-    start_name: str = ""
+    start_name: str = "random"
     """Which run, without its seed, or model `start` is; read from it."""
     start_sha256: str = ""
     """sha256 of its weights."""

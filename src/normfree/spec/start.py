@@ -72,7 +72,9 @@ def _run(start: str, folder: Path) -> Start:
     except FileNotFoundError:
         raise ValueError(f"start={start}: {folder} is not a run folder, it has no run.json") from None
     if not (folder / "model" / "config.json").is_file():
-        raise ValueError(f"start={start}: the run is {facts['status']} and has no folder model/; give a finished run")
+        raise ValueError(
+            f"start={start}: no folder model/ there, and the run is {facts['status']}; give a finished run"
+        )
     spec = facts["spec"]
     folded = facts.get("folded") or {}
     settings = {part: spec[part] for part in ("preset", "variant", "label", "data", "train", "probe")}

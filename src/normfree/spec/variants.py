@@ -95,10 +95,12 @@ def check_label(spec: RunSpec, variants: Mapping[str, Fields]) -> None:
 
 
 def check_fields_are_read(spec: RunSpec) -> None:
-    """Raises ValueError for a setting, other than the default, that nothing in this model reads."""
+    """Raises ValueError for a setting, other than the default, that nothing reads, and norms that leave too late."""
     from normfree.model import NormFreeConfig, activations, norms
 
     config = NormFreeConfig(**spec.model)
+    if spec.train.steps:
+        norms.check_removal(config, spec.train.steps)
     names, used_norms = set(config.layer_activations), {config.norm, config.final_norm}
     # What a user registered may read and learn whatever it likes.
     own_activation = bool(names - activations.IN_THIS_FILE.keys())

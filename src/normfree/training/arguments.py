@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from normfree.cost.estimate import GIB, GPUS, check_memory, describe_estimate, find_gpu
 from normfree.data import Corpus
 from normfree.model import NormFreeConfig
-from normfree.model.norms import MERGE_DELAY, last_removal
+from normfree.model.norms import check_removal
 from normfree.spec.run import RunSpec
 from normfree.store.runs import OVER, RUN_FILE, DamagedRunError, read_run
 from normfree.training.precision import check_fp32_variables, needs_fp32_units
@@ -218,11 +218,5 @@ def model_config(spec: RunSpec, corpus: Corpus) -> NormFreeConfig:
     if positions < spec.data.context:
         raise ValueError(f"data.context={spec.data.context} is longer than model.max_position_embeddings={positions}")
     config = NormFreeConfig(**fields)
-    if config.norm == "taper" and config.taper_end_step > (steps := total_steps(spec, corpus)):
-        raise ValueError(f"model.taper_end_step={config.taper_end_step} is beyond the run's {steps} steps")
-    if config.norm == "fake" and (last := last_removal(config) + MERGE_DELAY) >= total_steps(spec, corpus):
-        raise ValueError(
-            f"model.fake_start_step={config.fake_start_step} and model.fake_gap_steps={config.fake_gap_steps} end at "
-            f"step {last}; this run has {total_steps(spec, corpus)} steps"
-        )
+    check_removal(config, total_steps(spec, corpus))
     return config

@@ -216,12 +216,16 @@ def _without_fixed_norms(
     """The model to save, with norms folded that training left fixed, and what to record about that."""
     if model.config.norm not in FOLDABLE:
         return model, {}
-    folded, ids_BT = fold_norms(model), record.held_out_NT[:8].to(model.device)
-    model.eval()
-    difference = (folded(ids_BT).logits - model(ids_BT).logits).abs().max().item()
+    with torch.random.fork_rng(devices=[]):
+        in_fp32 = NormFreeForCausalLM(model.config)  # Trainer wrapped the model's own forward in autocast
+    in_fp32.load_state_dict(model.state_dict())
+    folded, ids_BT = fold_norms(in_fp32), record.held_out_NT[:8]
+    difference = (folded(ids_BT).logits - in_fp32.eval()(ids_BT).logits).abs().max().item()
     before = model.config.to_dict()
     changed = {name: value for name, value in folded.config.to_dict().items() if value != before.get(name)}
-    logger.info("%s: fixed norms are folded into matrices; logits differ by %.1e at most", record.spec.name, difference)
+    logger.info(
+        "%s: fixed norms are folded into matrices; in fp32 logits differ by %.1e at most", record.spec.name, difference
+    )
     return folded, {"folded": {"model": changed, "largest_logit_difference": difference}}
 
 
