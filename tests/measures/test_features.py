@@ -220,7 +220,7 @@ def measure_a_half(rank: int, address: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
     model, options = small_model(norm="layernorm"), {"selectivity": {"classes": torch.arange(61) % 3}}
-    names = ["sinks", "ranges", "units", "spectrum", "selectivity"]
+    names = ["sinks", "logits", "ranges", "residual", "propagation", "losses", "units", "spectrum", "selectivity"]
     shared, alone = (open_measures(names, model, **options) for _ in range(2))
     measure_batches(model, blocks_of(model, IDS, 4), shared)
     measure_batches(model, [{"input_ids": ids_BT} for ids_BT in IDS.split(5)], alone)

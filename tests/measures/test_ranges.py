@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from normfree import measure
 from normfree.entropy.routing import AttentionCall
-from normfree.measures import ranges, scores
+from normfree.measures import scores
 from normfree.measures.histogram import float_counts, quantiles
 from tests.entropy.families import tiny_model
 from tests.entropy.kinds import inputs_of, tiny_kind
@@ -150,8 +150,3 @@ def test_logits_and_ranges_form_scores_once(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(scores, "_scores", lambda *call: formed.append(call) or once(*call))
     measure(small_model(), IDS, ["logits", "ranges"], batch=8)
     assert len(formed) == 3  # layers
-
-
-def test_models_without_feed_forward_parts_are_refused() -> None:
-    with pytest.raises(ValueError, match="mixture of experts"):
-        ranges.Ranges(tiny_model("mixtral"))

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
 from normfree import measure
-from normfree.measures.residual import Residual
 from tests.entropy.families import tiny_model
 from tests.measures.families import inputs_of, kind_of, random_model
 from tests.small_model import small_model
@@ -140,8 +139,3 @@ def test_branches_of_experts_are_left_out_with_a_warning(caplog: pytest.LogCaptu
     assert "residual_rms" in measured.values
     assert "attention_rms" not in measured.values
     assert "is a mixture of experts" in caplog.text
-
-
-def test_a_model_without_blocks_is_refused() -> None:
-    with pytest.raises(ValueError, match="no list of blocks in Linear"):
-        Residual(nn.Linear(2, 2))

@@ -112,7 +112,7 @@ class LayerMeasure(Measure):
         """What `add` and `raise_to` call the layers, in their order."""
         return range(len(self.layers or ()))
 
-    def values_of(self, layer: Any, device: torch.device | str | None) -> dict[str, Tensor]:
+    def layer_values(self, layer: Any, device: torch.device | str | None) -> dict[str, Tensor]:
         """The quantities of a layer over all processes; none if no pass reached it."""
         kept = {name: over_processes(part, device) for name, part in self.sums.get(layer, {}).items()}
         maxima = self.maxima.get(layer, {})
@@ -122,7 +122,8 @@ class LayerMeasure(Measure):
     def pooled(self, device: torch.device | str | None) -> dict[str, Tensor]:
         if not self.sums and not self.maxima:
             raise ValueError(f"no forward pass reached {type(self).__name__}; run one inside the `with` block")
-        return stacked([self.values_of(layer, device) for layer in self.keys()])
+        values = stacked([self.layer_values(layer, device) for layer in self.keys()])
+        return {name: values[name] for name in self.gives if name in values}
 
 
 def stacked(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

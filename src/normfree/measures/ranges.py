@@ -110,7 +110,7 @@ class Ranges(FeatureMeasure):
         keys["final_norm_input"] = final if len(final) == 1 else []
         values = {}
         for site, of_layers in keys.items():
-            for name, value in stacked([self.values_of((site, key), device) for key in of_layers]).items():
+            for name, value in stacked([self.layer_values((site, key), device) for key in of_layers]).items():
                 values[f"{site}_{name}"] = value[0] if site == "final_norm_input" else value
         return values
 
