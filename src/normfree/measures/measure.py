@@ -104,8 +104,11 @@ class LayerMeasure(Measure):
             value = value.double().cpu()
             maxima[name] = torch.maximum(maxima[name], value) if name in maxima else value
 
-    def values(self, **kept: Tensor) -> dict[str, Tensor]:
-        """The quantities of a layer, () or (H,) each, from its sums and maxima over all passes and processes."""
+    def values(self, *_: Any, **kept: Any) -> dict[str, Tensor]:
+        """The quantities of a layer, () or (H,) each, from its sums and maxima over all passes and processes.
+
+        A subclass names these as arguments.
+        """
         raise NotImplementedError
 
     def keys(self) -> Iterable[Hashable]:
