@@ -4,17 +4,20 @@
 
 from __future__ import annotations
 
+import json
+from collections import defaultdict
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
-from families import tiny_model
-from kinds import IDS, PADDED, SIDES, TARGETS, inputs_of, matrices_of, real_queries, tiny_kind
 from transformers import CONFIG_MAPPING, AutoModel, BertConfig, BertLMHeadModel
 from transformers.models.auto import modeling_auto
 
 from normfree.entropy import EntropyProbe, HeadEntropy
 from normfree.entropy.layers import attention_layers
+from tests.entropy.families import tiny_model
+from tests.entropy.kinds import IDS, PADDED, SIDES, TARGETS, inputs_of, matrices_of, real_queries, tiny_kind
 
 FAST = ["bert", "bart", "t5", "vit", "clip", "whisper"]
 SLOW = """
@@ -140,52 +143,9 @@ def test_two_stacks_of_one_model_are_named_by_their_modules():
 
 
 MAPPINGS = "MASKED_LM SEQ_TO_SEQ_CAUSAL_LM IMAGE_CLASSIFICATION SPEECH_SEQ_2_SEQ ZERO_SHOT_IMAGE_CLASSIFICATION"
-# The types of these mappings by their groups of routed heads; "" is a model with one stack. Not built here: another
-# package is missing, or the type has no configuration of its own.
-RECORDED = {
-    "not routed": """
-        big_bird bit blip convbert convnext convnextv2 cvt data2vec-vision deberta deberta-v2 donut-swin
-        efficientnet flaubert fnet focalnet fsmt hgnet_v2 hiera ibert imagegpt led levit longformer luke
-        megatron-bert mobilenet_v1 mobilenet_v2 mobilevit mobilevitv2 mpnet mra mvp nystromformer perceiver poolformer
-        prophetnet pvt pvt_v2 reformer regnet rembert resnet roformer speecht5 squeezebert swiftformer swinv2 tapas
-        textnet xlm yoso
-    """,
-    "": """
-        albert align beit bert camembert data2vec-text deit dinov2 dinov2_with_registers distilbert electra ernie
-        esmc eurobert gte ijepa jina_embeddings_v3 kyutai_speech_to_text layoutlm mobilebert modernbert neomme
-        nomic_bert roberta roberta-prelayernorm roc_bert segformer swin ultrabert vibevoice vibevoice_asr vit
-        vit_msn xlm-roberta xlm-roberta-xl xmod
-    """,
-    "cross, decoder, encoder": """
-        bart blenderbot blenderbot-small canary cohere_asr dia m2m_100 marian mbart moonshine mt5 nllb-moe pegasus
-        plbart speech_to_text switch_transformers t5 t5gemma umt5 whisper
-    """,
-    "text, vision": """
-        altclip chinese_clip clip clipseg metaclip_2 modernvbert siglip siglip2 tipsv2 ultravbert
-    """,
-    "not built here": """
-        dinat encoder-decoder esm funnel moonshine_streaming pop2piano pp_lcnet shieldgemma2 speech-encoder-decoder
-        timm_wrapper
-    """,
-    "audio, text": """
-        audioflamingo3 glmasr moss_transcribe_diarize musicflamingo qwen2_audio qwen3_asr voxtral voxtral_realtime
-    """,
-    "cross, decoder": """
-        bigbird_pegasus longt5 pegasus_x
-    """,
-    "cross, projector, text": """
-        granite_speech granite_speech_plus
-    """,
-    "cross, qformer, text, vision": "blip-2",
-    "audio, multi_modal_projector, text": "fun_asr_nano",
-    "asr_encoder, diarization_model, text, word_timestamp_encoder": "nemo_speechlm",
-    "adapter, decoder, speech_encoder.encoder.layers, t2u_model cross, t2u_model.model.encoder.layers, text cross, "
-    "text_decoder, text_encoder": "seamless_m4t",
-    "adapter, cross, decoder, speech_encoder.encoder.layers, t2u_model.model.encoder.layers, text_decoder, "
-    "text_encoder": "seamless_m4t_v2",
-    "decoder, text, vision": "t5gemma2",
-    "auxiliary_layers, spatial_layers, temporal_layers, text, video_model": "videoprism",
-}
+GROUPS = Path(__file__).with_name("groups.json")
+"""The types of these mappings by their groups of routed heads; "" is a model with one stack. Not built here: another
+package is missing, or the type has no configuration of its own."""
 
 
 def groups_of(model_type: str) -> str:
@@ -204,9 +164,20 @@ def groups_of(model_type: str) -> str:
     return ", ".join(sorted({layer.group for layer in layers.values()})) if layers else "not routed"
 
 
+def types_by_groups() -> dict[str, list[str]]:
+    tables = [getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES") for mapping in MAPPINGS.split()]
+    types = defaultdict(list)
+    for name in sorted({name for table in tables for name in table}):
+        types[groups_of(name)].append(name)
+    return dict(sorted(types.items()))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_installed_types_have_the_recorded_groups_of_heads():
-    tables = [getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES") for mapping in MAPPINGS.split()]
-    recorded = {name: groups for groups, names in RECORDED.items() for name in names.split()}
-    assert {name: groups_of(name) for table in tables for name in table} == recorded
+    """An upgrade that changes this set is looked at, then recorded: `python -m tests.entropy.test_kinds`."""
+    assert types_by_groups() == json.loads(GROUPS.read_text())
+
+
+if __name__ == "__main__":
+    GROUPS.write_text(json.dumps(types_by_groups(), indent=1) + "\n")

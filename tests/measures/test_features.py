@@ -15,9 +15,9 @@ from tokenizers import decoders
 
 from normfree import measure
 from normfree.measures import open_measures
-from normfree.measures.features import real_tokens
 from normfree.measures.held_out import blocks_of, measure_batches
 from normfree.measures.measure import values_of
+from normfree.measures.reading import real_tokens
 from normfree.measures.selectivity import Selectivity
 from normfree.measures.spectrum import Spectrum
 from normfree.measures.token_classes import CLASSES, class_of, token_classes
@@ -43,14 +43,6 @@ def built(kind: str) -> tuple[Any, list[Any], list[Any]]:
     model = small_model(activation=kind)
     blocks = model.model.layers
     return model, [b.feed_forward.activation for b in blocks], [b.feed_forward.output for b in blocks]
-
-
-def broken() -> Any:
-    """A model whose second layer has a feature that is NaN."""
-    model = small_model()
-    with torch.no_grad():
-        model.model.layers[1].feed_forward.input.weight[3, 5] = torch.nan
-    return model
 
 
 @pytest.mark.parametrize("kind", ["relu", "gelu", "llama", "bert"])
@@ -223,37 +215,12 @@ def test_a_tokenizer_gives_the_classes_of_its_vocabulary() -> None:
     assert np.isfinite(measured["selectivity_index"]).all()
 
 
-@pytest.mark.parametrize("name", ["units", "spectrum", "selectivity"])
-def test_a_nan_makes_its_layers_nan(name: str) -> None:
-    measured = measure(
-        broken(), IDS, name, **({name: {"classes": torch.arange(61) % 2}} if name == "selectivity" else {})
-    )
-    for quantity, value in measured.values.items():
-        counts_tokens = quantity in ("unit_tokens", "tokens_per_feature")
-        assert np.isfinite(value[0])
-        assert np.isnan(value[1:]).all() != counts_tokens
-
-
-def test_padded_tokens_are_left_out() -> None:
-    model = tiny_model("gpt2")
-    texts = [torch.arange(3, 23)[None], torch.arange(30, 44)[None]]
-    ids = torch.zeros(2, 20, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, text in enumerate(texts):
-        ids[row, : text.shape[1]], mask[row, : text.shape[1]] = text, 1
-    padded = measure(model, {"input_ids": ids, "attention_mask": mask}, ["units", "spectrum"])
-    alone = measure(model, [{"input_ids": text} for text in texts], ["units", "spectrum"])
-    assert (alone["unit_tokens"] == 34).all()
-    for quantity, value in alone.values.items():
-        assert padded[quantity] == pytest.approx(value, rel=1e-4, abs=1e-4)
-
-
 def measure_a_half(rank: int, address: str) -> None:
     """Values over all processes are those of all the text."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
     model, options = small_model(norm="layernorm"), {"selectivity": {"classes": torch.arange(61) % 3}}
-    names = ["sinks", "ranges", "units", "spectrum", "selectivity"]
+    names = ["sinks", "logits", "ranges", "residual", "propagation", "losses", "units", "spectrum", "selectivity"]
     shared, alone = (open_measures(names, model, **options) for _ in range(2))
     measure_batches(model, blocks_of(model, IDS, 4), shared)
     measure_batches(model, [{"input_ids": ids_BT} for ids_BT in IDS.split(5)], alone)
@@ -282,8 +249,8 @@ def wrong_labels(model: Any) -> None:
         (lambda model: Selectivity(model, classes=torch.rand(61)), "dtype torch.float32"),
         (Selectivity, "give tokenizer=, or selectivity={'classes'"),
         (wrong_labels, "knows the class of 0 tokens, but layer 0 has 4"),
-        (lambda model: values_of([Units(model)]), "no forward pass reached layer 0"),
-        (lambda model: values_of([Spectrum(model)]), "no forward pass reached layer 0"),
+        (lambda model: values_of([Units(model)]), "no forward pass reached Units"),
+        (lambda model: values_of([Spectrum(model)]), "no forward pass reached Spectrum"),
         (lambda model: Units(tiny_model("mixtral")), "mixture of experts"),
         (lambda model: real_tokens(torch.ones(2, 3, 4), torch.ones(2, 4)), r"mask of shape \(2, 4\) does not fit 6"),
     ],

@@ -5,13 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from transformers import GPT2LMHeadModel
 
 from normfree import measure
-from normfree.measures.losses import of_all_processes
 from tests.entropy.families import tiny_model
 
 IDS = torch.randint(0, 256, (6, 40), generator=torch.Generator().manual_seed(1))
@@ -52,14 +49,3 @@ def test_a_nan_loss_makes_every_quantile_nan(model: GPT2LMHeadModel) -> None:
 def test_a_model_that_sees_later_tokens_has_no_losses() -> None:
     with pytest.raises(ValueError, match="is not causal"):
         measure(tiny_model("bert", is_decoder=False), IDS[:, :12] % 90, "losses")
-
-
-def gather(rank: int, address: str) -> None:
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    values = torch.tensor([[1.0, torch.nan], [3.0, 4.0, 5.0]][rank])
-    assert of_all_processes(values, "cpu").nan_to_num(2.0).tolist() == [1, 2, 3, 4, 5]
-    dist.destroy_process_group()
-
-
-def test_losses_of_all_processes_come_together(tmp_path) -> None:
-    mp.spawn(gather, args=(f"file://{tmp_path}/meeting",), nprocs=2)

@@ -56,18 +56,6 @@ def test_a_table_has_one_row_a_layer_or_one(model, name, rows):
     assert len(measure(model, torch.arange(20), name).to_frame()) == rows
 
 
-def test_padding_changes_no_number(model):
-    """Right padding, so that positions stay the same."""
-    ids_BT = torch.arange(60).view(3, 20)
-    padded_BT = torch.cat([ids_BT, torch.zeros(3, 7, dtype=torch.long)], dim=1)
-    mask_BT = (torch.arange(27) < 20).long().expand(3, -1)
-    names = ["heads", "perplexity", "residual"]
-    plain = measure(model, ids_BT, names, batch=3)
-    padded = measure(model, {"input_ids": padded_BT, "attention_mask": mask_BT}, names)
-    for name in ("entropy_nats", "loss", "perplexity", "residual_rms", "rows"):
-        assert np.allclose(padded[name], plain[name], rtol=1e-5, atol=1e-6), name
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

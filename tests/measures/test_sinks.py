@@ -102,5 +102,5 @@ def test_a_nan_makes_the_rates_of_its_heads_nan() -> None:
 def test_a_negative_first_row_and_no_pass_are_refused() -> None:
     with pytest.raises(ValueError, match="first_row=-1 must be at least 0"):
         Sinks(small_model(), first_row=-1)
-    with pytest.raises(ValueError, match="run a forward pass inside"):
+    with pytest.raises(ValueError, match="run one inside"):
         values_of([Sinks(small_model())])

@@ -2,32 +2,16 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from tokenizers import processors
-from transformers import (
-    BertConfig,
-    BertLMHeadModel,
-    ByT5Tokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    PreTrainedConfig,
-    PreTrainedTokenizerFast,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-    XLNetConfig,
-    XLNetLMHeadModel,
-)
+from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedConfig, PreTrainedTokenizerFast
 
 from normfree.measures.perplexity import Evaluation, evaluate_blocks, next_token_nats, sees_later_tokens
 from normfree.measures.text_perplexity import checked_context, perplexity
-from normfree.model import NormFreeConfig, NormFreeForCausalLM
+from tests.entropy.families import tiny_model
+from tests.small_model import small_model
 
 
 @pytest.fixture
@@ -89,9 +73,7 @@ def test_bos_follows_the_tokenizer_by_default(model, bos_tokenizer):
 
 
 def test_our_models_get_no_bos_token_by_default(bos_tokenizer):
-    ours = NormFreeForCausalLM(
-        NormFreeConfig(vocab_size=256, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
-    )
+    ours = small_model(vocab_size=256)
     result = perplexity(ours, bos_tokenizer, "for word in words")
     assert result == perplexity(ours, bos_tokenizer, "for word in words", bos=False)
     assert result.tokens + 1 == perplexity(ours, bos_tokenizer, "for word in words", bos=True).tokens
@@ -178,23 +160,10 @@ def test_what_cannot_be_evaluated_is_refused(model, tokenizer):
         perplexity(model, tokenizer, "zzz")
 
 
-SIZES = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-SIZES |= {"num_key_value_heads": 2}
-
-
-def bidirectional(name: str) -> Any:
-    torch.manual_seed(0)
-    if name == "bert":
-        return BertLMHeadModel(BertConfig(**SIZES, intermediate_size=64))
-    if name == "xlnet":
-        return XLNetLMHeadModel(XLNetConfig(vocab_size=256, d_model=32, n_layer=2, n_head=2, d_inner=64))
-    return LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=64, is_causal=False))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["bert", "xlnet", "llama"])
-def test_a_model_that_sees_later_tokens_has_no_perplexity(tokenizer, name, dtype):
-    model = bidirectional(name).to(dtype)
+@pytest.mark.parametrize("family", ["bert", "xlnet", "llama"])
+def test_a_model_that_sees_later_tokens_has_no_perplexity(tokenizer, family, dtype):
+    model = tiny_model(family, vocab_size=256, is_decoder=False, is_causal=False).to(dtype)
     for text in ("ab", "abc", "a" * 300, "for word in words: yield word"):
         with pytest.raises(ValueError, match=r"is not causal: later tokens"):
             perplexity(model, tokenizer, text, context=64)
@@ -217,20 +186,12 @@ def test_tokens_that_see_their_own_block_are_later_tokens_too(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    "model_class",
-    [
-        (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 4}),
-        (Qwen3MoeConfig, Qwen3MoeForCausalLM, {"num_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}),
-        (BertConfig, BertLMHeadModel, {"is_decoder": True}),
-    ],
-)
-def test_regrouping_experts_do_not_count_as_later_tokens(model_class, dtype):
-    kind, of, fields = model_class
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "bert"])
+def test_regrouping_experts_do_not_count_as_later_tokens(family, dtype):
+    model = tiny_model(family).to(dtype)
     for seed in range(3):
-        torch.manual_seed(seed)
-        model = of(kind(**SIZES | fields, intermediate_size=64, initializer_range=0.3)).to(dtype)
-        assert not sees_later_tokens(model, torch.randint(0, 256, (1, 64)))
+        ids = torch.randint(0, 96, (1, 64), generator=torch.Generator().manual_seed(seed))
+        assert not sees_later_tokens(model, ids)
 
 
 @pytest.mark.parametrize("name", ["max_seq_len", "n_ctx", "seq_length", "max_sequence_length", "model_max_length"])

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import pytest
 from tokenizers import processors
-from transformers import (
-    RobertaConfig,
-    RobertaForCausalLM,
-    XLNetConfig,
-    XLNetLMHeadModel,
-)
 
 from normfree.measures.measurement import measure
 from normfree.measures.windows import token_windows
+from tests.entropy.families import tiny_model
 from tests.measures.byte_model import TEXT
 
 
@@ -53,10 +48,9 @@ def test_texts_and_contexts_that_do_not_fit_are_refused(model, tokenizer, text, 
 
 def test_the_default_context_fits_roberta_and_xlnet(tokenizer):
     """RoBERTa's positions begin behind padding, XLNet's never end."""
-    sizes = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    roberta = RobertaForCausalLM(RobertaConfig(**sizes, max_position_embeddings=34, pad_token_id=1, is_decoder=True))
+    roberta = tiny_model("roberta", vocab_size=256, max_position_embeddings=34, pad_token_id=1)
     ids_NT = token_windows(roberta, tokenizer, TEXT, context=None, sequences=2)
     assert ids_NT.shape[1] == 32
-    assert measure(roberta, ids_NT)["rows"].tolist() == [[64, 64]]
-    xlnet = XLNetLMHeadModel(XLNetConfig(vocab_size=256, d_model=32, n_layer=1, n_head=2, d_inner=32))
+    assert measure(roberta, ids_NT)["rows"].tolist() == [[64] * 4] * 2
+    xlnet = tiny_model("xlnet", vocab_size=256)
     assert token_windows(xlnet, tokenizer, TEXT, context=40, sequences=1).shape == (1, 40)

@@ -33,8 +33,11 @@ class Bigram(torch.nn.Module):
         super().__init__()
         probabilities = np.random.default_rng(0).dirichlet(np.ones(len(LETTERS)), size=len(LETTERS))
         self.log_VV = torch.nn.Parameter(torch.tensor(np.log(probabilities)))
-        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=len(LETTERS)))
-        self.device = torch.device("cpu")
+        sizes = SimpleNamespace(vocab_size=len(LETTERS))
+        self.config = SimpleNamespace(get_text_config=lambda: sizes, model_type="normfree")  # known to be causal
+
+    def get_output_embeddings(self) -> torch.nn.Parameter:
+        return self.log_VV
 
     def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
         return SimpleNamespace(logits=self.log_VV[input_ids] + 3.0)  # logits have no scale of their own
@@ -60,7 +63,7 @@ def test_scores_are_log_softmax_by_hand_whatever_the_padding() -> None:
 
 def test_a_long_row_is_scored_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = log_likelihoods(small_model(), [list(range(30)), [3, 1, 2]])
-    monkeypatch.setattr("normfree.tasks.score._LARGEST_BLOCK", 61 * 4)
+    monkeypatch.setattr("normfree.measures.perplexity._LARGEST_BLOCK", 61 * 4)
     monkeypatch.setattr("normfree.tasks.score.LARGEST_LOGITS", 61)
     blocks = log_likelihoods(small_model(), [list(range(30)), [3, 1, 2]])
     assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(whole, blocks, strict=True))

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2LMHeadModel
 
 from normfree.pretrained.load import corpus_of_run, load_pretrained
 from normfree.store.runs import read_run
@@ -21,6 +20,7 @@ from normfree.store.tasks import read_tasks
 from normfree.tasks.evaluate import evaluate_items, make_items, token_counts
 from normfree.tasks.functions import functions_of
 from normfree.tasks.pairs import make_pairs
+from tests.entropy.families import tiny_model
 from tests.measures.byte_model import byte_tokenizer
 
 PROBLEM = {"task_id": "HumanEval/0", "prompt": "def add(a, b):\n", "canonical_solution": "    return a + b\n"}
@@ -51,13 +51,10 @@ def human_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return data
 
 
-def saved_model(folder: Path, *, encoder: bool = False) -> Path:
+def saved_model(folder: Path, family: str = "gpt2", **own: Any) -> Path:
     """A folder with a model of at most 300 tokens and a tokenizer of one token a byte."""
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"vocab_size": 256, "max_position_embeddings": 300, "hidden_size": 32}
-    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2}
-    config = BertConfig(**sizes, intermediate_size=32) if encoder else GPT2Config(**sizes, initializer_range=0.5)
-    (BertLMHeadModel if encoder else GPT2LMHeadModel)(config).save_pretrained(folder)
+    own |= {"n_positions" if family == "gpt2" else "max_position_embeddings": 300}
+    tiny_model(family, vocab_size=256, **own).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
 
@@ -169,7 +166,7 @@ def test_mistakes_are_one_line(copied: Path, cache: Path, text: Path, tmp_path: 
         assert (status, err) == (1, f"normfree: {message}\n")
     assert "stride= advances windows" in run(*words, "tasks=name", "stride=4")[2]
     assert "tasks need at least 4" in run(*words, "tasks=name", "context=3")[2]
-    encoder = saved_model(tmp_path / "encoder", encoder=True)
+    encoder = saved_model(tmp_path / "encoder", "bert", is_decoder=False)
     status, _, err = run("evaluate", str(encoder), f"text={text}", "tasks=name", "items=4")
     assert status == 1
     assert "BertLMHeadModel is not causal" in err

@@ -42,7 +42,7 @@ def evaluate_tasks(name: str, options: EvaluateOptions) -> None:
     facts |= {"text": str(options.text or "held-out Python code of this machine")}
     controls = _controls(model, run, seed, options.cache_dir)
     with products_for(options.dtype, model.device):
-        records = evaluate_items(model, tokenizer, items, controls, **cut, bos=options.bos, progress=True)
+        records = evaluate_items(model, tokenizer, items, controls, **cut, bos=options.bos)
     records = {task: facts | record for task, record in records.items()}
     label = run.place if run else Path(name).name if Path(name).exists() else name
     print(to_markdown(without_empty_columns(tasks_table({label: [records]}))))
@@ -71,7 +71,7 @@ def _controls(model: Any, run: Run | None, seed: int, cache: Path | None) -> dic
     try:
         if run is None:
             raise ValueError("only a run has training tokens on record")
-        return controls | {"unigram": unigram(token_counts(corpus_of_run(run, cache)))}
+        controls["unigram"] = unigram(token_counts(corpus_of_run(run, cache)))
     except ValueError as error:
         print(f"without a unigram: {str(error).removesuffix('give text=FILE').rstrip(' ;:')}")
-        return controls
+    return controls

@@ -32,8 +32,8 @@ class Heads(Measure):
             patterns = False
         self.probe = EntropyProbe(model, method, patterns=patterns)
 
-    def attach(self) -> EntropyProbe:
-        return self.probe
+    def attach(self) -> list[EntropyProbe]:
+        return [self.probe]
 
     def totals(self) -> dict[str, Total]:
         entropy = self.probe.statistics()

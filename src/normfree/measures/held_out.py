@@ -59,17 +59,13 @@ def measure_batches(
         bar = {"total": total, "desc": progress, "disable": None if progress else True, "leave": False}
         for batch in tqdm(itertools.chain([first], batches), **bar):
             inputs = {name: value.to(device) for name, value in batch.items()}
-            labels_BT = inputs.pop("labels", None)
-            masks = [inputs.get(name) for name in ("attention_mask", "decoder_attention_mask")]
             for measure in measures:
-                measure.labels_BT = labels_BT
-                measure.mask_BT, measure.decoder_mask_BT = (
-                    mask if mask is not None and mask.dim() == 2 else None for mask in masks
-                )
-            call(**inputs)
+                measure.inputs = inputs
+            arguments = {name: value for name, value in inputs.items() if name != "labels"}
+            call(**arguments)
         contexts.close()
         for _ in range(passes_to_add):
-            call(**inputs)
+            call(**arguments)
     if isinstance(model, FSDPModule):
         model.reshard()  # a forward pass leaves the weights outside the blocks whole
 

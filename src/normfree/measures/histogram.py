@@ -44,20 +44,16 @@ def float_counts(values: Tensor) -> Tensor:
     return counts_of(halves.int() & 0xFFFF, BINS)
 
 
-def quantiles(counts_LB: Tensor, shares: Sequence[float]) -> list[Tensor]:
-    """For each share (L,) float64: the smallest of a row's values that at least this share of them does not exceed.
+def quantiles(counts_B: Tensor, shares: Sequence[float]) -> Tensor:
+    """For each share, in float64, the smallest of the values that at least this share of them does not exceed.
 
-    It is the middle of a bin, which is within 2^-8 (0.4 %) of every value in it. NaN for a row with a NaN, or without
-    any value.
+    It is the middle of a bin, which is within 2^-8 (0.4 %) of every value in it. NaN if a value is, or without any.
     """
     order = np.r_[BINS - 1 : BINS // 2 - 1 : -1, 0 : BINS // 2]  # from the most negative on
     values = ((order << 16) | 0x8000).astype(np.uint32).view(np.float32)
     values[order == INFINITE], values[order == NEGATIVE_INFINITE] = np.inf, -np.inf
-    rows = []
-    for counts in counts_LB.cpu().numpy():
-        in_order = np.concatenate([counts[BINS // 2 :][::-1], counts[: BINS // 2]])
-        below = in_order.cumsum()
-        is_known = below[-1] > 0 and not in_order[np.isnan(values)].any()
-        places = np.searchsorted(below, [max(1, math.ceil(share * below[-1])) for share in shares])
-        rows.append(values[places] if is_known else [math.nan] * len(shares))
-    return list(torch.tensor(np.array(rows), dtype=torch.float64).unbind(1))
+    counts = counts_B.cpu().numpy()[order]
+    below = counts.cumsum()
+    places = np.searchsorted(below, [max(1, math.ceil(share * below[-1])) for share in shares])
+    is_known = below[-1] > 0 and not counts[np.isnan(values)].any()
+    return torch.tensor(values[places] if is_known else [math.nan] * len(shares), dtype=torch.float64)

@@ -12,8 +12,6 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor
 
-from normfree.entropy.statistics import over_processes
-from normfree.measures.measure import Total
 from normfree.measures.perplexity import IGNORED, NextToken
 
 _QUANTILES = {"loss_median": 0.5, "loss_99_percent": 0.99, "loss_99_9_percent": 0.999, "loss_worst": 1.0}
@@ -37,9 +35,6 @@ class Losses(NextToken):
             losses_T = F.cross_entropy(logits_TV.float(), labels_T, ignore_index=IGNORED, reduction="none")
             self._losses.append(losses_T[labels_T != IGNORED].cpu())
 
-    def totals(self) -> dict[str, Total]:
-        return {}
-
     def pooled(self, device: torch.device | str | None) -> dict[str, Tensor]:
         losses_N = of_all_processes(torch.cat([torch.zeros(0), *self._losses]), device).numpy()
         if not len(losses_N):
@@ -49,14 +44,9 @@ class Losses(NextToken):
 
 
 def of_all_processes(values_N: Tensor, device: torch.device | str | None) -> Tensor:
-    """The values of all processes one after another, by a sum that each adds its own part to."""
+    """The values of all processes one after another; `device` as in `over_processes`."""
     if device is None or not torch.distributed.is_initialized():
         return values_N
-    rank = torch.distributed.get_rank()
-    lengths = torch.zeros(torch.distributed.get_world_size(), dtype=torch.int64)
-    lengths[rank] = len(values_N)
-    lengths = over_processes(lengths, device)
-    start = int(lengths[:rank].sum())
-    values = torch.zeros(int(lengths.sum()))
-    values[start : start + len(values_N)] = values_N
-    return over_processes(values, device)
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, values_N)
+    return torch.cat(parts)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from normfree.entropy.statistics import over_processes
 from normfree.measures.places import Label
@@ -33,51 +36,108 @@ class Measure:
     """True if the measure takes an option `tokenizer`."""
     needs_training: ClassVar[bool] = False
     """True if only `normfree train` can measure it."""
-    labels_BT: Tensor | None = None
-    """Labels of the current pass, set by the held-out loop; None: the tokens are the labels."""
-    mask_BT: Tensor | None = None
-    """Padding mask of the current pass (0 is padding), set by the held-out loop."""
-    decoder_mask_BT: Tensor | None = None
-    """The same of a decoder's tokens, where an encoder has tokens of its own."""
+    inputs: Mapping[str, Tensor] = MappingProxyType({})
+    """Of the current pass, set by the held-out loop; `labels`, where these are not the tokens, and masks among them."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
 
     def __enter__(self) -> Self:
-        self._attached = self.attach()
-        self._attached.__enter__()
+        with ExitStack() as contexts:
+            for context in self.attach():
+                contexts.enter_context(context)
+            self._attached = contexts.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._attached.__exit__(*error)
 
-    def attach(self) -> AbstractContextManager[Any]:
-        """A context manager inside which this measure reads the model, and that leaves the model as it was."""
-        return nullcontext()
+    def attach(self) -> Iterable[AbstractContextManager[Any]]:
+        """Context managers, such as hooks, inside which this measure reads the model; they leave it as it was."""
+        return ()
 
     def check(self, inputs: Mapping[str, Tensor]) -> None:
         """Raise ValueError if these first inputs cannot be measured, before anything runs."""
 
     def totals(self) -> dict[str, Total]:
         """Sums over all passes so far, by quantity, but for pooled ones. What this model does not have is left out."""
-        raise NotImplementedError
+        return {}
 
     def pooled(self, device: torch.device | str | None) -> dict[str, Tensor]:
         """Values that no merging of values gives, computed from sums over all processes (`over_processes`)."""
         return {}
 
     def mask_of(self, label: Label) -> Tensor | None:
-        """Padding mask of the tokens in a block: the decoder's own, none for patches and frames, else `mask_BT`."""
+        """Padding mask (0 is padding) of the tokens in a block: the decoder's own; None for patches and frames."""
         stack = label.split()[0] if isinstance(label, str) else ""
         if stack in ("vision", "audio"):
             return None
         has_encoder: bool = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
-        return self.decoder_mask_BT if stack == "decoder" and has_encoder else self.mask_BT
+        mask = self.inputs.get("decoder_attention_mask" if stack == "decoder" and has_encoder else "attention_mask")
+        return mask if mask is not None and mask.dim() == 2 else None
 
     @property
     def layers(self) -> Sequence[Label] | None:
         """The measured layers, unless these are 0, 1, 2, ..."""
         return None
+
+
+class LayerMeasure(Measure):
+    """Base of measures that keep sums and maxima of each layer, of which `values` makes the layer's quantities."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__(model)
+        self.sums: defaultdict[Any, dict[str, Tensor]] = defaultdict(dict)
+        self.maxima: defaultdict[Any, dict[str, Tensor]] = defaultdict(dict)
+
+    def add(self, layer: Hashable, **parts: Tensor | int) -> None:
+        """Add to the sums of a layer, on the CPU."""
+        sums = self.sums[layer]
+        for name, part in parts.items():
+            part = torch.as_tensor(part).cpu()
+            sums[name] = sums[name] + part if name in sums else part
+
+    def raise_to(self, layer: Hashable, **values: Tensor) -> None:
+        """Raise the maxima of a layer to these values, in float64 on the CPU; a NaN stays."""
+        maxima = self.maxima[layer]
+        for name, value in values.items():
+            value = value.double().cpu()
+            maxima[name] = torch.maximum(maxima[name], value) if name in maxima else value
+
+    def values(self, *_: Any, **kept: Any) -> dict[str, Tensor]:
+        """The quantities of a layer, () or (H,) each, from its sums and maxima over all passes and processes.
+
+        A subclass names these as arguments.
+        """
+        raise NotImplementedError
+
+    def keys(self) -> Iterable[Hashable]:
+        """What `add` and `raise_to` call the layers, in their order."""
+        return range(len(self.layers or ()))
+
+    def layer_values(self, layer: Any, device: torch.device | str | None) -> dict[str, Tensor]:
+        """The quantities of a layer over all processes; none if no pass reached it."""
+        kept = {name: over_processes(part, device) for name, part in self.sums.get(layer, {}).items()}
+        maxima = self.maxima.get(layer, {})
+        kept |= {name: merged("maximum", value, device) for name, value in maxima.items()}
+        return self.values(**kept) if kept else {}
+
+    def pooled(self, device: torch.device | str | None) -> dict[str, Tensor]:
+        if not self.sums and not self.maxima:
+            raise ValueError(f"no forward pass reached {type(self).__name__}; run one inside the `with` block")
+        values = stacked([self.layer_values(layer, device) for layer in self.keys()])
+        return {name: values[name] for name in self.gives if name in values}
+
+
+def stacked(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """(L,) or (L, H) float64 values from those of each layer, NaN where a layer, or its last heads, have none."""
+    nothing = torch.tensor([torch.nan], dtype=torch.float64)
+    values = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        of_layers = [row[name].double() if name in row else nothing for row in rows]
+        padded_LH = pad_sequence([torch.atleast_1d(value) for value in of_layers], True, torch.nan)
+        values[name] = padded_LH if any(name in row and row[name].dim() for row in rows) else padded_LH[:, 0]
+    return values
 
 
 def values_of(measures: Sequence[Measure], device: torch.device | str | None = None) -> dict[str, Tensor]:

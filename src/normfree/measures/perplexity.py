@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from normfree.entropy.statistics import over_processes
@@ -67,18 +67,25 @@ class Evaluation:
         return {name: getattr(self, name) for name in ("loss_nats", "perplexity", "bits_per_byte", "tokens", "bytes")}
 
 
-def next_token_nats(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[float, int]:
-    """Sum of next-token cross-entropies in nats and their number; labels of -100 do not count.
+def cross_entropies(logits_TV: Tensor, targets_T: Tensor, reduction: str) -> list[Tensor]:
+    """Cross-entropies in nats of a block of rows each, or their sums; targets of -100 have 0.
 
     Softmax and sums are in float64, a few rows at a time: in float32 a vocabulary of 262,144 shifts the mean by 1e-5.
     """
-    logits_BTV, targets_BT = logits_BTV[:, :-1], labels_BT[:, 1:]
-    rows = max(1, _LARGEST_BLOCK // logits_BTV.shape[-1])
+    rows = max(1, _LARGEST_BLOCK // logits_TV.shape[-1])
+    return [
+        F.cross_entropy(logits_tV.double(), targets_t, ignore_index=IGNORED, reduction=reduction)
+        for logits_tV, targets_t in zip(logits_TV.split(rows), targets_T.split(rows), strict=True)
+    ]
+
+
+def next_token_nats(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[float, int]:
+    """Sum of next-token cross-entropies in nats and their number; labels of -100 do not count."""
     total = torch.zeros((), dtype=torch.float64, device=logits_BTV.device)
-    for logits_TV, targets_T in zip(logits_BTV, targets_BT, strict=True):
-        for logits_tV, targets_t in zip(logits_TV.split(rows), targets_T.split(rows), strict=True):
-            total += F.cross_entropy(logits_tV.double(), targets_t, ignore_index=IGNORED, reduction="sum")
-    return total.item(), int((targets_BT != IGNORED).sum())
+    for logits_TV, targets_T in zip(logits_BTV[:, :-1], labels_BT[:, 1:], strict=True):
+        for nats in cross_entropies(logits_TV, targets_T, "sum"):
+            total += nats
+    return total.item(), int((labels_BT[:, 1:] != IGNORED).sum())
 
 
 @torch.no_grad()
@@ -114,8 +121,8 @@ class NextToken(Measure):
 
     needs_logits = True
 
-    def attach(self) -> AbstractContextManager[Any]:
-        return self.model.register_forward_hook(self._read, with_kwargs=True)
+    def attach(self) -> list[RemovableHandle]:
+        return [self.model.register_forward_hook(self._read, with_kwargs=True)]
 
     def check(self, inputs: Mapping[str, Tensor]) -> None:
         is_seq2seq = "decoder_input_ids" in inputs
@@ -130,9 +137,9 @@ class NextToken(Measure):
             )
 
     def _read(self, _model: torch.nn.Module, positional: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        labels_BT = named["input_ids"] if self.labels_BT is None else self.labels_BT
-        if self.mask_BT is not None:  # padding is not predicted, nor is anything predicted from it
-            known_BT = self.mask_BT != 0
+        labels_BT = self.inputs.get("labels", named["input_ids"])
+        if (mask_BT := self.mask_of(0)) is not None:  # padding is not predicted, nor is anything predicted from it
+            known_BT = mask_BT != 0
             known_BT = torch.cat([known_BT[:, :1], known_BT[:, 1:] & known_BT[:, :-1]], dim=1)
             labels_BT = labels_BT.masked_fill(~known_BT, IGNORED)
         self.add(output.logits, labels_BT)

@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 from collections import deque
-from contextlib import ExitStack
+from collections.abc import Hashable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -14,36 +15,15 @@ from torch import Tensor, nn
 
 from normfree.entropy.layers import HeadLayer, labels
 from normfree.entropy.routing import AttentionCall
-from normfree.entropy.statistics import over_processes
 from normfree.entropy.tap import AttentionTap
-from normfree.measures.features import FeatureMeasure, real_tokens
-from normfree.measures.histogram import BINS, float_counts, quantiles
-from normfree.measures.measure import Total, merged
+from normfree.measures.histogram import float_counts, quantiles
+from normfree.measures.measure import stacked
 from normfree.measures.places import Label, Place
+from normfree.measures.reading import FeatureMeasure, real_tokens
 from normfree.measures.scores import scores_of
 
-LAYER_SITES = ("softmax_input", "activation_input", "attention_norm_input", "feed_forward_norm_input")
-SITES = (*LAYER_SITES, "final_norm_input")
+SITES = ("softmax_input", "activation_input", "attention_norm_input", "feed_forward_norm_input", "final_norm_input")
 QUANTILES = {"low": 1e-4, "high": 1 - 1e-4}
-
-
-class Range:
-    """Smallest, largest and a histogram of values, over all passes."""
-
-    def __init__(self) -> None:
-        self.lowest, self.highest = torch.tensor(torch.inf), torch.tensor(-torch.inf)
-        self.counts = torch.zeros(BINS, dtype=torch.int64)
-
-    def add(self, lowest: Tensor, highest: Tensor, counts: Tensor) -> None:
-        """Add values by their extremes, NaN if one of them is, and their `float_counts`."""
-        self.lowest = torch.minimum(self.lowest, lowest.cpu())
-        self.highest = torch.maximum(self.highest, highest.cpu())
-        self.counts += counts.cpu()
-
-    def add_values(self, values: Tensor) -> None:
-        """Add all of these."""
-        if values.numel():
-            self.add(*values.float().aminmax(), float_counts(values))
 
 
 class Ranges(FeatureMeasure):
@@ -65,85 +45,82 @@ class Ranges(FeatureMeasure):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self._tap = AttentionTap(model, self._read_scores)
-        self._scores: dict[HeadLayer, Range] = {}
-        self._sites: dict[str, dict[Label, Range]] = {site: {} for site in LAYER_SITES[1:]}
         self._norms = [module for name, module in model.named_modules() if is_norm(name, module)]
         inside = {module for place in self.places for module in place.block.modules()}
         one_stack = all(isinstance(place.label, int) for place in self.places)
         # Candidates for the final norm: a norm that a map of a block reads leaves them.
-        self._outside = {norm: Range() for norm in self._norms if one_stack and norm not in inside}
+        self._outside = [norm for norm in self._norms if one_stack and norm not in inside]
         # The newest outputs of norms: the norm, its output, its input, and the sites that were counted.
         self._outputs: deque[tuple[nn.Module, Tensor, Tensor, set[str]]] = deque(maxlen=4)
 
-    def attach(self) -> ExitStack:
-        hooks = super().attach()
-        hooks.enter_context(self._tap)
-        hooks.callback(self._outputs.clear)
+    def attach(self) -> Iterator[AbstractContextManager[Any]]:
+        yield from super().attach()
+        yield self._tap
         for norm in self._norms:
-            hooks.callback(norm.register_forward_hook(self._read_norm).remove)
+            yield norm.register_forward_hook(self._read_norm)
         for place in self.places:
             for module, site in _readers(place).items():
-                hook = partial(self._read_consumer, site, place.label)
-                hooks.callback(module.register_forward_pre_hook(hook).remove)
-        return hooks
+                yield module.register_forward_pre_hook(partial(self._read_consumer, site, place.label))
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._outputs.clear()
 
     def _read_scores(self, layer: HeadLayer, call: AttentionCall) -> None:
         scores = call.once(scores_of)
-        self._scores.setdefault(layer, Range()).add(scores.lowest_H.amin(), scores.highest_H.amax(), scores.counts)
+        self._add(layer, "softmax_input", scores.lowest_H.amin(), scores.highest_H.amax(), scores.counts)
 
     def read_before(self, layer: int, features_NF: Tensor) -> None:
-        self._sites["activation_input"].setdefault(self.places[layer].label, Range()).add_values(features_NF)
+        self._add_values(self.places[layer].label, "activation_input", features_NF)
 
     def _read_norm(self, norm: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if not (inputs and isinstance(output, Tensor)):
             return
         self._outputs.append((norm, output, inputs[0], set()))
         if norm in self._outside:
-            self._outside[norm].add_values(real_tokens(inputs[0], self.mask_BT))
+            self._add_values(norm, "final_norm_input", real_tokens(inputs[0], self.mask_of(0)))
 
     def _read_consumer(self, site: str, label: Label, _linear: nn.Module, inputs: tuple[Any, ...]) -> None:
         for norm, output, features, counted in self._outputs:
             if inputs and inputs[0].data_ptr() == output.data_ptr() and inputs[0].numel() == output.numel():
-                self._outside.pop(norm, None)
+                if norm in self._outside:
+                    self._outside.remove(norm)
                 if site not in counted:  # queries, keys and values read one norm
                     counted.add(site)
-                    features_NF = real_tokens(features, self.mask_of(label))
-                    self._sites[site].setdefault(label, Range()).add_values(features_NF)
+                    self._add_values(label, site, real_tokens(features, self.mask_of(label)))
 
-    def totals(self) -> dict[str, Total]:
-        values: dict[str, Total] = {}
-        for site, ranges in self._ranges().items():
-            lowest, highest = (torch.stack([getattr(each, name) for each in ranges]) for name in ("lowest", "highest"))
-            nothing = lowest > highest
-            for name, value in (("min", lowest), ("max", highest)):
-                value = value.double().masked_fill(nothing, torch.nan)
-                values[f"{site}_{name}"] = value if site in LAYER_SITES else value[0]
-        return values
+    def _add_values(self, key: Hashable, site: str, values: Tensor) -> None:
+        if values.numel():
+            self._add(key, site, *values.float().aminmax(), float_counts(values))
+
+    def _add(self, key: Hashable, site: str, lowest: Tensor, highest: Tensor, counts: Tensor) -> None:
+        """Add values by their extremes, NaN if one of them is, and their `float_counts`."""
+        self.raise_to((site, key), below=-lowest, highest=highest)
+        self.add((site, key), counts=counts)
+
+    def values(self, below: Tensor, highest: Tensor, counts: Tensor) -> dict[str, Tensor]:
+        low, high = quantiles(counts, [*QUANTILES.values()]).clamp(-below, highest)
+        return {"min": -below, "max": highest, "low": low, "high": high}
 
     def pooled(self, device: torch.device | str | None) -> dict[str, Tensor]:
-        values, extremes = {}, self.totals()
-        for site, ranges in self._ranges().items():
-            counts_LB = over_processes(torch.stack([each.counts for each in ranges]), device)
-            lowest, highest = (merged(f"{name}imum", extremes[f"{site}_{name}"], device) for name in ("min", "max"))
-            for name, value in zip(QUANTILES, quantiles(counts_LB, [*QUANTILES.values()]), strict=True):
-                value = value if site in LAYER_SITES else value[0]
-                values[f"{site}_{name}"] = torch.minimum(torch.maximum(value, lowest), highest)
+        heads = dict(zip(labels(self._heads), sorted(self._heads), strict=True))
+        keys: dict[str, list[Any]] = dict.fromkeys(SITES, self.layers)
+        keys["softmax_input"] = [heads.get(label) for label in self.layers]
+        final = [norm for norm in self._outside if ("final_norm_input", norm) in self.sums]
+        keys["final_norm_input"] = final if len(final) == 1 else []
+        values = {}
+        for site, of_layers in keys.items():
+            for name, value in stacked([self.layer_values((site, key), device) for key in of_layers]).items():
+                values[f"{site}_{name}"] = value[0] if site == "final_norm_input" else value
         return values
 
-    def _ranges(self) -> dict[str, list[Range]]:
-        """The ranges of every site that the model has, a layer each; that of the final norm is alone."""
-        in_order = [self._scores[layer] for layer in sorted(self._scores)]
-        scores = dict(zip(labels(self._scores), in_order, strict=True))
-        sites = {"softmax_input": scores} | self._sites
-        order = self.layers
-        layers = {site: [ranges.get(label, Range()) for label in order] for site, ranges in sites.items() if ranges}
-        final = [each for each in self._outside.values() if each.counts.any()]
-        return layers | ({"final_norm_input": final} if len(final) == 1 else {})
+    @property
+    def _heads(self) -> list[HeadLayer]:
+        return [layer for site, layer in self.sums if site == "softmax_input"]
 
     @property
     def layers(self) -> list[Label]:
-        places = super().layers
-        return [*places, *(label for label in labels(self._scores) if label not in places)]
+        return list(dict.fromkeys([*super().layers, *labels(self._heads)]))
 
 
 def _readers(place: Place) -> dict[nn.Module, str]:

@@ -4,15 +4,15 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from normfree.entropy.statistics import over_processes
-from normfree.measures.features import FeatureMeasure, complete, real_tokens
 from normfree.measures.histogram import counts_of
+from normfree.measures.reading import FeatureMeasure, real_tokens
 from normfree.measures.token_classes import token_classes
 
 BINS = 256
@@ -51,17 +51,13 @@ class Selectivity(FeatureMeasure):
         self._classes_V, self._number = classes.long(), int(classes.max()) + 1
         self._shuffling = torch.Generator().manual_seed(0)
         self._labels: list[Tensor] = []  # of the current pass: real and shuffled, each (N,)
-        # By layer; the first axis is real and shuffled labels.
-        self._sums: list[Tensor | None] = [None] * len(self.places)  # (2, C, F) float64, of magnitudes
-        self._counts: list[Tensor | None] = [None] * len(self.places)  # (2, C, F, B) int64, of magnitudes in the bins
 
-    def attach(self) -> ExitStack:
-        hooks = super().attach()
-        hooks.callback(self._embedding.register_forward_pre_hook(self._read_ids).remove)
-        return hooks
+    def attach(self) -> Iterator[AbstractContextManager[Any]]:
+        yield from super().attach()
+        yield self._embedding.register_forward_pre_hook(self._read_ids)
 
     def _read_ids(self, _embedding: nn.Module, inputs: tuple[Any, ...]) -> None:
-        ids_N = real_tokens(inputs[0][..., None], self.mask_BT).flatten().cpu()
+        ids_N = real_tokens(inputs[0][..., None], self.mask_of(0)).flatten().cpu()
         labels_N = self._classes_V[ids_N]
         self._labels = [labels_N, labels_N[torch.randperm(len(labels_N), generator=self._shuffling)]]
 
@@ -73,28 +69,24 @@ class Selectivity(FeatureMeasure):
             )
         magnitude_NF = features_NF.float().abs()
         width = magnitude_NF.shape[1]
-        sums_2CF, counts_2CFB = self._sums[layer], self._counts[layer]
-        if sums_2CF is None or counts_2CFB is None:
-            sums_2CF = self._sums[layer] = torch.zeros(2, self._number, width, dtype=torch.float64)
-            counts_2CFB = self._counts[layer] = torch.zeros(2, self._number, width, BINS, dtype=torch.int64)
+        sums = self.sums[layer]
+        if not sums:  # the first axis is real and shuffled labels; counts of magnitudes are by bin
+            sums["magnitudes"] = torch.zeros(2, self._number, width, dtype=torch.float64)
+            sums["counts"] = torch.zeros(2, self._number, width, BINS, dtype=torch.int64)
         codes_NF = (magnitude_NF.contiguous().view(torch.int32) >> 20).sub_(LOWEST).clamp_(0, BINS - 1)
         codes_NF += torch.arange(0, width * BINS, BINS, dtype=torch.int32, device=codes_NF.device)
         for labelling, labels_N in enumerate(self._labels):
             for label in labels_N.unique().tolist():
                 rows = (labels_N == label).nonzero().flatten().to(codes_NF.device)
-                sums_2CF[labelling, label] += magnitude_NF[rows].sum(0, dtype=torch.float64).cpu()
+                sums["magnitudes"][labelling, label] += magnitude_NF[rows].sum(0, dtype=torch.float64).cpu()
                 counts_FB = counts_of(codes_NF[rows], width * BINS).view(width, BINS)
-                counts_2CFB[labelling, label] += counts_FB.cpu()
+                sums["counts"][labelling, label] += counts_FB.cpu()
         if layer == len(self.places) - 1:
             self._labels = []  # the next pass has its own
 
-    def pooled(self, device: torch.device | str | None) -> dict[str, Tensor]:
-        values = []
-        for layer in zip(complete(self._sums), complete(self._counts), strict=True):
-            sums_2CF, counts_2CFB = (over_processes(part, device) for part in layer)
-            values += [_selectivity(sums_2CF[labelling], counts_2CFB[labelling]) for labelling in range(2)]
-        values_L22 = torch.stack(values).view(len(self.places), 2, 2)
-        return dict(zip(self.gives, values_L22.transpose(1, 2).flatten(1).unbind(1), strict=True))
+    def values(self, magnitudes: Tensor, counts: Tensor) -> dict[str, Tensor]:
+        values_22 = torch.stack([_selectivity(*of_labels) for of_labels in zip(magnitudes, counts, strict=True)])
+        return dict(zip(self.gives, values_22.T.flatten(), strict=True))
 
 
 def _selectivity(sums_CF: Tensor, counts_CFB: Tensor) -> Tensor:

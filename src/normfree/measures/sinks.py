@@ -6,19 +6,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from normfree.entropy.layers import HeadLayer, Layer, labels
+from normfree.entropy.layers import HeadLayer
 from normfree.entropy.probe import measured_rows
 from normfree.entropy.routing import AttentionCall
-from normfree.entropy.tap import AttentionTap
-from normfree.measures.measure import Measure, Total
+from normfree.measures.reading import CallMeasure
 
 THRESHOLD = 0.3
 """Mass that makes a sink (Gu et al., arXiv 2410.10781)."""
 
 
-class Sinks(Measure):
+class Sinks(CallMeasure):
     """Two sink rates of every head from the mass that each row puts on the first real token.
 
     `sink_text_rate` is the metric of Gu et al. (arXiv 2410.10781): the share of texts whose mean over rows is above
@@ -37,13 +35,8 @@ class Sinks(Measure):
         if first_row < 0:
             raise ValueError(f"first_row={first_row} must be at least 0")
         self.first_row = first_row
-        self._sums: dict[HeadLayer, Tensor] = {}
-        self._tap = AttentionTap(model, self._read)
 
-    def attach(self) -> AttentionTap:
-        return self._tap
-
-    def _read(self, layer: HeadLayer, call: AttentionCall) -> None:
+    def read_call(self, layer: HeadLayer, call: AttentionCall) -> None:
         rows = measured_rows(layer, call, patterns=True)
         mass_BHT, real_BHT = rows.first_mass, rows.visible > 0
         assert mass_BHT is not None
@@ -51,26 +44,12 @@ class Sinks(Measure):
         mass_BHT = torch.where(real_BHT, mass_BHT, 0.0).double()
         rows_BH = real_BHT.sum(-1)
         text_BH = _above(mass_BHT.sum(-1) / rows_BH.clamp(min=1))
-        texts_BH = rows_BH > 0
-        sums_4H = torch.stack([text_BH.sum(0), texts_BH.sum(0), _above(mass_BHT).sum((0, 2)), rows_BH.sum(0)]).cpu()
-        self._sums[layer] = self._sums.get(layer, 0) + sums_4H
+        self.add(layer, texts=text_BH.sum(0), counted=(rows_BH > 0).sum(0))
+        self.add(layer, above=_above(mass_BHT).sum((0, 2)), rows=rows_BH.sum(0))
 
-    def totals(self) -> dict[str, Total]:
-        if not self._sums:
-            raise ValueError(
-                "no attention call reached transformers' registry; run a forward pass inside the `with` block"
-            )
-        sums = [self._sums[layer].mT for layer in sorted(self._sums)]
-        texts_LH, counted_LH, above_LH, rows_LH = pad_sequence(sums, batch_first=True).unbind(-1)  # layers may differ
-        return {
-            "sink_text_rate": (texts_LH, counted_LH),
-            "sink_row_rate": (above_LH, rows_LH),
-            "sink_rows": (rows_LH.sum(1), counted_LH.sum(1)),
-        }
-
-    @property
-    def layers(self) -> list[Layer]:
-        return labels(self._sums)
+    def values(self, texts: Tensor, counted: Tensor, above: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        of_text = rows.double().sum() / counted.sum()
+        return {"sink_text_rate": texts / counted, "sink_row_rate": above / rows, "sink_rows": of_text}
 
 
 def _above(mass: Tensor) -> Tensor:

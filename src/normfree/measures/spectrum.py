@@ -9,8 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from normfree.entropy.statistics import over_processes
-from normfree.measures.features import FeatureMeasure, added, complete
+from normfree.measures.reading import FeatureMeasure
 
 BEFORE_AND_AFTER = ("spectral_entropy", "participation_ratio", "early_enrichment")
 
@@ -32,25 +31,16 @@ class Spectrum(FeatureMeasure):
         "tokens_per_feature",
     )
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        self._moments_before: list[Tensor | None] = [None] * len(self.places)  # second moments, see _moment
-        self._moments_after: list[Tensor | None] = [None] * len(self.places)
-
     def read_before(self, layer: int, features_NF: Tensor) -> None:
-        added(self._moments_before, layer, _moment(features_NF))
+        self.add(layer, before=_moment(features_NF))
 
     def read_after(self, layer: int, features_NF: Tensor) -> None:
-        added(self._moments_after, layer, _moment(features_NF))
+        self.add(layer, after=_moment(features_NF))
 
-    def pooled(self, device: torch.device | str | None) -> dict[str, Tensor]:
-        rows = []
-        for moments in zip(complete(self._moments_before), complete(self._moments_after), strict=True):
-            tokens = over_processes(moments[0], device)[-1, -1]
-            before_F, after_F = (_spectrum(over_processes(moment, device)) for moment in moments)
-            shapes = [*_shape_of(before_F), *_shape_of(after_F), _divergence(before_F, after_F)]
-            rows.append(torch.stack([*shapes, tokens / len(after_F)]))
-        return dict(zip(self.gives, torch.stack(rows).unbind(1), strict=True))
+    def values(self, before: Tensor, after: Tensor) -> dict[str, Tensor]:
+        before_F, after_F = _spectrum(before), _spectrum(after)
+        shapes = [*_shape_of(before_F), *_shape_of(after_F), _divergence(before_F, after_F)]
+        return dict(zip(self.gives, [*shapes, before[-1, -1] / len(after_F)], strict=True))
 
 
 def _moment(features_NF: Tensor) -> Tensor:

@@ -22,19 +22,14 @@ def token_windows(
     see `leading_ids`) begins each window and is one of the `context`. Raises ValueError for fewer than two tokens, a
     context that the model does not allow, ids outside its vocabulary, and a BOS token that does not exist.
     """
-    encoded, leading, room = encode(model, tokenizer, text, default_context(model, context), bos)
+    context = checked_context(model, context or min(checked_context(model, None), DEFAULT_CONTEXT))
+    encoded, leading, room = encode(model, tokenizer, text, context, bos)
     ids = encoded["input_ids"]
     room = min(room, len(ids))
     windows_NT = torch.tensor(ids[: len(ids) // room * room]).view(-1, room)
     chosen_NT = spread(windows_NT, sequences)
     leading_NT = torch.tensor(leading, dtype=torch.long).expand(len(chosen_NT), -1)
     return torch.cat([leading_NT, chosen_NT], dim=1)
-
-
-def default_context(model: PreTrainedModel, context: int | None) -> int:
-    """`context`, or the model's limit, at most 1024. Raises ValueError for what the model does not allow."""
-    limit = checked_context(model, context)
-    return limit if context else min(limit, DEFAULT_CONTEXT)
 
 
 def target_windows(model: PreTrainedModel, tokenizer: Any, text: str, **cut: Any) -> Tensor:

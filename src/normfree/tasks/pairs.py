@@ -51,6 +51,7 @@ def make_pairs(task: str, functions: Sequence[Function], *, seed: int = 0, count
     for function, edits in edits_of(random.sample(functions, len(functions)), random):
         if len(pairs) + 2 > count:
             break
+        edits = random.sample(edits, len(edits))
         for span, wrong in edits:
             pair = _replaced(function, span, wrong)
             mirrors = waiting[wrong, pair.right]
@@ -132,13 +133,7 @@ EditsOfAll = Callable[[Sequence[Function], Random], Iterator[tuple[Function, lis
 
 def _each(edits: Callable[[Function, Random], Iterator[Edit]]) -> EditsOfAll:
     """Edits that a function alone decides."""
-
-    def of_all(functions: Sequence[Function], random: Random) -> Iterator[tuple[Function, list[Edit]]]:
-        for function in functions:
-            of_function = list(edits(function, random))
-            yield function, random.sample(of_function, len(of_function))
-
-    return of_all
+    return lambda functions, random: ((function, list(edits(function, random))) for function in functions)
 
 
 def _swaps(spans: Callable[[Function], Iterator[Span]]) -> EditsOfAll:
@@ -149,15 +144,17 @@ def _swaps(spans: Callable[[Function], Iterator[Span]]) -> EditsOfAll:
         for function in functions:
             of_file[function.file] |= {function.text[slice(*span)] for span in spans(function)}
         for function in functions:
-            pairs = ((span, other) for span in spans(function) for other in sorted(of_file[function.file]))
-            edits = [
-                (span, other)
-                for span, other in pairs
-                if other.strip() not in function.words
-                and other.startswith(" ") == function.text[span[0]].isspace()
-                and other != function.text[slice(*span)]
-            ]
-            yield function, random.sample(edits, len(edits))
+            yield (
+                function,
+                [
+                    (span, other)
+                    for span in spans(function)
+                    for other in sorted(of_file[function.file])
+                    if other.strip() not in function.words
+                    and other.startswith(" ") == function.text[span[0]].isspace()
+                    and other != function.text[slice(*span)]
+                ],
+            )
 
     return of_all
 

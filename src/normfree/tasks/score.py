@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm.auto import tqdm
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from normfree.measures.held_out import LARGEST_LOGITS, in_evaluation_mode
+from normfree.measures.held_out import LARGEST_LOGITS, measure_batches
+from normfree.measures.perplexity import IGNORED, NextToken, cross_entropies
 from normfree.tasks.pairs import Pair
 
 Rows = Sequence[Sequence[int]]
@@ -25,36 +25,35 @@ Scorer = Callable[[Rows], list[NDArray[np.float64]]]
 """Log-probabilities in nats of tokens 2 to the last of every row, each given the tokens before it."""
 Encode = Callable[[str], tuple[list[int], Any]]
 """Token ids of a text, and the place in it where each token ends (None if the tokenizer does not say)."""
-_LARGEST_BLOCK = 2**22  # elements of the logits in float64 at once: 32 MiB
 
 
-@torch.no_grad()
-def log_likelihoods(model: PreTrainedModel, rows: Rows, *, progress: str | None = None) -> list[NDArray[np.float64]]:
+class TokenNats(NextToken):
+    """Log-probabilities in nats of the predicted tokens of every row, in float64; padding is behind them."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        self.rows: list[NDArray[np.float64]] = []
+
+    def add(self, logits_BTV: Tensor, labels_BT: Tensor) -> None:
+        for logits_TV, targets_T in zip(logits_BTV[:, :-1], labels_BT[:, 1:], strict=True):
+            known = int((targets_T != IGNORED).sum())
+            self.rows.append(-torch.cat(cross_entropies(logits_TV[:known], targets_T[:known], "none")).cpu().numpy())
+
+
+def log_likelihoods(model: PreTrainedModel, rows: Rows) -> list[NDArray[np.float64]]:
     """A `Scorer` of a causal model. Shorter rows are padded behind their end, which no token of theirs sees."""
-    most_tokens = max(1, LARGEST_LOGITS // model.config.get_text_config().vocab_size)
+    most_tokens = LARGEST_LOGITS // model.config.get_text_config().vocab_size
     order = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
-    results: dict[int, NDArray[np.float64]] = {}
-    bar = tqdm(total=len(rows), desc=progress, disable=None if progress else True, leave=False)
-    with bar, in_evaluation_mode(model):
-        while order:
-            longest = len(rows[order[0]])
-            size = max(1, most_tokens // longest)
-            batch, order = order[:size], order[size:]
-            ids_BT = torch.tensor([[*rows[number], *[0] * (longest - len(rows[number]))] for number in batch])
-            logits_BTV = model(input_ids=ids_BT.to(model.device), use_cache=False).logits
-            for number, logits_TV in zip(batch, logits_BTV, strict=True):
-                results[number] = _of_row(logits_TV, rows[number])
-            bar.update(len(batch))
-    return [results[number] for number in range(len(rows))]
-
-
-def _of_row(logits_TV: Tensor, row: Sequence[int]) -> NDArray[np.float64]:
-    """In float64, a block of logits at a time."""
-    targets_T = torch.tensor(row[1:], device=logits_TV.device)
-    block = max(1, _LARGEST_BLOCK // logits_TV.shape[-1])
-    blocks = zip(logits_TV[: len(targets_T)].split(block), targets_T.split(block), strict=True)
-    nats = [F.cross_entropy(logits_tV.double(), targets_t, reduction="none") for logits_tV, targets_t in blocks]
-    return -torch.cat(nats).cpu().numpy()
+    batches, start = [], 0
+    while start < len(order):
+        end = start + max(1, most_tokens // len(rows[order[start]]))
+        texts = [torch.tensor(rows[number]) for number in order[start:end]]
+        labels_BT = pad_sequence(texts, batch_first=True, padding_value=IGNORED)
+        batches.append({"input_ids": pad_sequence(texts, batch_first=True), "labels": labels_BT})
+        start = end
+    nats = TokenNats(model)
+    measure_batches(model, batches, [nats], progress="evaluating")
+    return [nats.rows[place] for place in np.argsort(order)]
 
 
 def unigram(counts_V: NDArray[np.int64]) -> Scorer:
