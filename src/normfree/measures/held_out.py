@@ -52,7 +52,7 @@ def measure_batches(
     for measure in measures:
         measure.check(first)
     passes_to_add = _passes_of_others(total, device) if isinstance(model, FSDPModule) else 0
-    inputs: dict[str, Tensor] = {}
+    arguments: dict[str, Tensor] = {}
     with in_evaluation_mode(model), ExitStack() as contexts:
         for measure in measures:
             contexts.enter_context(measure)
