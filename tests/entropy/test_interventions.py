@@ -16,7 +16,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from normfree.entropy import EntropyProbe, UnsupportedModel
 from normfree.entropy.interventions import How, intervene
-from normfree.entropy.routing import eager_function, routed_attention
+from normfree.entropy.layers import attention_layers
+from normfree.entropy.routing import eager_function
 from tests.entropy.families import tiny_model
 from tests.entropy.test_support import AGREE
 from tests.small_model import CHOICES, small_model
@@ -102,7 +103,7 @@ def test_heads_change_as_matrices_edited_by_hand(name, implementation):
 @pytest.mark.parametrize("family", AGREE.split())
 def test_families_change_as_matrices_edited_by_hand(family):
     model = tiny_model(family)
-    modules: list[Any] = [*routed_attention(model)]
+    modules: list[Any] = [*attention_layers(model)]
     heads = [(module.layer_idx, 1) for module in modules]
     for how in HOWS:
         truth = logits(model, edited_by_hand(model, how, heads))
@@ -231,7 +232,7 @@ def test_compiled_models_break_their_graph_or_refuse():
 def test_half_precision_averages_in_float32():
     model = tiny_model("llama").bfloat16()
     calls = []
-    layer = routed_attention(model)[0]
+    layer = next(iter(attention_layers(model)))
     handle = layer.v_proj.register_forward_hook(lambda *call: calls.append(call[-1]))
     handle_2 = layer.o_proj.register_forward_pre_hook(lambda _, inputs: calls.append(inputs[0]))
     logits(model, intervene(model, [(0, 1)]), padding=None)
