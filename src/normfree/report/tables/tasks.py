@@ -113,7 +113,7 @@ def _difference(records: Records, score: Score, control: str, digits: int) -> st
 
 def _ratios(records: Records, score: Score, name: str, less: str | None = None) -> list[tuple[float, float]]:
     """Score and standard error of each seed; none if one of them has no such values."""
-    if any(record["values"].keys().isdisjoint([less or name]) for record in records):
+    if any((less or name) not in record["values"] for record in records):
         return []
     ratios = []
     for record in records:
