@@ -78,7 +78,11 @@ class Ranges(FeatureMeasure):
             return
         self._outputs.append((norm, output, inputs[0], set()))
         if norm in self._outside:
-            self._add_values(norm, "final_norm_input", real_tokens(inputs[0], self.mask_of(0)))
+            mask_BT = self.mask_of(0)
+            if mask_BT is not None and mask_BT.numel() != inputs[0].shape[:-1].numel():
+                self._outside.remove(norm)  # in a head that reads some tokens only
+            else:
+                self._add_values(norm, "final_norm_input", real_tokens(inputs[0], mask_BT))
 
     def _read_consumer(self, site: str, label: Label, _linear: nn.Module, inputs: tuple[Any, ...]) -> None:
         for norm, output, features, counted in self._outputs:

@@ -60,6 +60,7 @@ def load_pretrained(
     (transformers would fill these with random numbers), or transformers leaves out a part of it: weights without a
     place, an adapter without peft, keys of a .gguf file.
     """
+    usable_device(device)  # before anything is looked up
     options: dict[str, Any] = _source(os.fspath(name)) | {"trust_remote_code": trust_remote_code}
     if find_adapter_config_file(options["pretrained_model_name_or_path"]) and not is_peft_available():
         error = ImportError("adapter_config.json: a model with an adapter needs pip install 'peft>=0.17'")
