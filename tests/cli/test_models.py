@@ -52,7 +52,7 @@ def test_evaluate_prints_what_changing_heads_does(trained: Path, cache: Path, ru
     for how, description in (("average", "averaged"), ("zero", "silenced"), ("0.5", "times 0.5")):
         status, out, err = run(*words, f"how={how}")
         assert status == 0, err
-        assert f"\nheads          0.1, 1.0 {description}\n" in out
+        assert f"\nheads          layer 0 head 1, layer 1 head 0 {description}\n" in out
         before, after = map(float, re.findall(r"cross-entropy  ([\d.]+) nats", out))
         match = re.search(
             r"difference     ([+-][\d.]+) nats per token \(standard error ([\d.]+) over (\d+) passes\)", out
