@@ -55,6 +55,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "model.num_hidden_layers=2",
         "model.num_attention_heads=2",
         "model.initializer_range=0.3",
+        "probe.measures=[heads,slopes]",  # all defaults would double the time; test_readme.py takes them
         "train.steps=6",
         "train.precision=fp32",
         "train.peak_learning_rate=1e-3",

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoModelForCausalLM
 
 from normfree.spec.compose import compose_run
+from normfree.spec.run import ProbeSpec
 from normfree.store.checkpoints import check_sharding, checkpoints_in, newest_sound
 from normfree.store.runs import Run, read_run
 from normfree.training import arguments, sharding, train
@@ -53,6 +54,7 @@ SIZES = [
     *(
         "train.evaluate_every=10",
         "probe.every_steps=10",
+        f"probe.measures=[{','.join(ProbeSpec().measures)}]",
         "probe.sequences=5",
         "probe.final_sequences=5",
     ),
