@@ -77,6 +77,9 @@ def _chosen_modules(
         raise ValueError(f"heads={heads!r}; give one or more pairs (layer, head), e.g. [(0, 3), (1, 2)]")
     layers = attention_layers(model)
     modules = dict(zip(labels(layers.values()), sorted(layers, key=layers.__getitem__), strict=True))
+    own = {layer.group for layer in layers.values() if not layer.is_cross}
+    if len(own) == 1:  # a decoder alone: its results call the layers 0, 1, 2
+        modules |= {layer.number: module for module, layer in layers.items() if not layer.is_cross}
     for layer, chosen in heads_of_layer.items():
         if layer not in modules:
             raise ValueError(f"layer {layer} has no attention here; allowed: {', '.join(map(str, modules))}")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .configuration import NormFreeConfig
 from .modeling import NormFreeForCausalLM
 from .norms import FakeLayerNorm, TaperedNorm
 
@@ -47,9 +48,8 @@ def fold_norms(model: NormFreeForCausalLM) -> NormFreeForCausalLM:
         raise ValueError(
             f"norm={config.norm!r}: there is nothing to fold; norm='fake' and norm='taper' end in a fixed scale"
         )
-    for name, allowed in {"placement": "pre", "linear": "plain", "attention_gate": "none"}.items():
-        if (value := getattr(config, name)) != allowed:
-            raise ValueError(f"{name}={value!r}: norms fold with {name}={allowed!r} only")
+    if obstacle := obstacle_to_folding(config):
+        raise ValueError(obstacle)
     folds_final = config.final_norm == "fake"
     changes = {"norm": "none", "bias": "all", "fake_start_step": 0, "fake_gap_steps": 0}
     changes |= {"taper_start_step": 0, "taper_end_step": 0}
@@ -75,6 +75,14 @@ def fold_norms(model: NormFreeForCausalLM) -> NormFreeForCausalLM:
             state.setdefault(f"{name}.bias", torch.zeros_like(module.bias))
     result.load_state_dict(state)
     return result.to(model.device).eval()
+
+
+def obstacle_to_folding(config: NormFreeConfig) -> str:
+    """Which part of a model reads a norm and is no plain matrix; empty if there is none."""
+    for name, allowed in {"placement": "pre", "linear": "plain", "attention_gate": "none"}.items():
+        if (value := getattr(config, name)) != allowed:
+            return f"{name}={value!r}: norms fold with {name}={allowed!r} only"
+    return ""
 
 
 _READERS = {"attention_norm": "attention.qkv", "feed_forward_norm": "feed_forward.input"}

@@ -26,7 +26,7 @@ from normfree.measures import open_measures, periods_of
 from normfree.measures.perplexity import evaluate_blocks
 from normfree.measures.text_perplexity import spread
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
-from normfree.model.folding import FOLDABLE, fold_norms
+from normfree.model.folding import FOLDABLE, fold_norms, obstacle_to_folding
 from normfree.spec.run import RunSpec
 from normfree.store import checkpoints
 from normfree.store.runs import read_run
@@ -215,6 +215,9 @@ def _without_fixed_norms(
 ) -> tuple[NormFreeForCausalLM, dict[str, dict[str, Any]]]:
     """The model to save, with norms folded that training left fixed, and what to record about that."""
     if model.config.norm not in FOLDABLE:
+        return model, {}
+    if obstacle := obstacle_to_folding(model.config):
+        logger.warning("%s: its fixed norms stay in the saved model; %s", record.spec.name, obstacle)
         return model, {}
     with torch.random.fork_rng(devices=[]):
         in_fp32 = NormFreeForCausalLM(model.config)  # Trainer wrapped the model's own forward in autocast
