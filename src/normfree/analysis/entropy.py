@@ -90,7 +90,7 @@ def group_and_number(layer: int | str) -> tuple[str, int]:
 
 
 def ceiling_words(runs: Iterable[Run]) -> str:
-    """What the ceiling of these runs is called: causal, unless a measured model has rows that see later tokens."""
+    """The name of the ceiling of these runs: causal, unless a measured model has rows that see later tokens."""
     return "causal ceiling" if all(map(_is_causal, runs)) else "ceiling"
 
 

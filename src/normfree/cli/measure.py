@@ -99,8 +99,8 @@ def _read_inputs(
     from normfree.pretrained.load import held_out_blocks
 
     (model, tokenizer, processor), kinds = loaded, kinds_read(loaded[0])
-    given = {kind for kind in ("text", "images", "target") if getattr(options, kind) is not None}
-    check_kinds(model, given | ({"text"} & kinds))  # a text has a default
+    chosen = {kind for kind in ("text", "images", "target") if getattr(options, kind) is not None}
+    check_kinds(model, chosen | ({"text"} & kinds))  # a text has a default
     cut = {"context": options.context, "sequences": options.sequences, "bos": options.bos}
     if unused := [key for key in ("context", "bos") if cut[key] is not None and not kinds & {"text", "target"}]:
         raise ValueError(f"{unused[0]}= cuts a text, and {type(model).__name__} reads none: leave it out")

@@ -105,7 +105,7 @@ def sizes_of(spec: RunSpec, device: Literal["cpu", "gpu"] = "gpu") -> Sizes:
     positions = width * model["max_position_embeddings"] * (model["position"] == "learned")
     embeddings = width * model["vocab_size"] * (1 if model["tie_word_embeddings"] else 2)
     final_norm = _norm_parameters(model["final_norm"], width)
-    kept = [_layer_keeps(spec, model, name, sites, device) for name in activations]
+    layer_bytes = [_layer_keeps(spec, model, name, sites, device) for name in activations]
     return Sizes(
         block=projections + bias + sites * _norm_parameters(model["norm"], width),
         projections=projections,
@@ -113,7 +113,7 @@ def sizes_of(spec: RunSpec, device: Literal["cpu", "gpu"] = "gpu") -> Sizes:
         layers=layers,
         width=width,
         vocab_size=model["vocab_size"],
-        layer_keeps=sum(kept) / layers,
+        layer_keeps=sum(layer_bytes) / layers,
         final_norm_keeps=NORM_KEEPS.get(model["final_norm"], 0),
         feed_forward=feed_forward,
     )

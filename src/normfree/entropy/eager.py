@@ -104,8 +104,8 @@ class EagerHooks:
             )
         config = self._model.config
         is_local = getattr(config, "attention_layers", [])[layer.number :][:1] == ["local"]  # gpt_neo
-        told = self._routed or layer.is_cross
-        visible = None if told else _causally_visible(p_BHTS, padding, config.window_size if is_local else None)
+        is_known = self._routed or layer.is_cross
+        visible = None if is_known else _causally_visible(p_BHTS, padding, config.window_size if is_local else None)
         entropies = entropy_of_probabilities(p_BHTS, padding, visible)
         # Some routed families report weights without their sinks; method='auto' serves those better.
         if not self._routed:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from normfree.store.runs import divergence_text
-from normfree.training.sharding import gather_no_more, own_part
+from normfree.training.sharding import free_gathered_weights, own_part
 
 KINDS = ("weight", "activation", "loss", "gradient")
 """In the order in which a step computes them."""
@@ -65,7 +65,7 @@ def locate(model: nn.Module, batches: list[dict[str, Tensor]], *, step: int) -> 
             divergences.append(_divergence(step, modules[0], "activation"))
         elif not torch.isfinite(loss):
             divergences.append(_divergence(step, "loss", "loss"))
-    gather_no_more(model)
+    free_gathered_weights(model)
     return [*divergences, _divergence(step, broken[-1] if broken else "gradient norm", "gradient")][0]
 
 

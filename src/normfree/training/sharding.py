@@ -60,7 +60,7 @@ def shard(model: NormFreePreTrainedModel, precision: str, device: torch.device) 
     fully_shard(model, mesh=mesh)
 
 
-def gather_no_more(model: nn.Module) -> None:
+def free_gathered_weights(model: nn.Module) -> None:
     """Free the weights outside the blocks, which FSDP2 keeps whole after a forward pass without a backward pass."""
     if isinstance(model, FSDPModule):
         model.reshard()
