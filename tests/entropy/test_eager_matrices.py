@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import tiny_model
-from test_probe import IDS, LEFT_PADDED, MASK, by_eager_matrices, measure
 
 from normfree.entropy import EntropyProbe, UnsupportedModel
+from tests.entropy.families import tiny_model
+from tests.entropy.test_probe import IDS, LEFT_PADDED, MASK, by_eager_matrices, measure
 
 HYBRID = {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "num_hidden_layers": 4}
 ZAMBA = {"num_key_value_heads": 4, "n_mamba_heads": 4}

@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from truths import causal, check, random_heads, truth
 
 from normfree.entropy import attention_entropy, functional, fused
 from normfree.entropy.layers import HeadLayer
 from normfree.entropy.request import Request
 from normfree.entropy.sums import HeadSums, sums_of
 from normfree.entropy.visibility import Visibility
+from tests.entropy.truths import causal, check, random_heads, truth
 
 heads = random_heads
 Q = heads()[0]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from truths import causal, check, truth
 
 from normfree.entropy import attention_entropy
 from normfree.entropy.fused import has_kernel, kernel
+from tests.entropy.truths import causal, check, truth
 
 
 def test_private_kernel_exists_and_agrees_with_the_definition():

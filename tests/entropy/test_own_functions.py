@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import tiny_model
-from test_probe import IDS, LEFT_PADDED, MASK, measure
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from normfree.entropy import EntropyProbe, UnsupportedModel
+from tests.entropy.families import tiny_model
+from tests.entropy.test_probe import IDS, LEFT_PADDED, MASK, measure
 
 MASKS = AttentionMaskInterface._global_mapping  # what AttentionMaskInterface.register writes to
 EVERY_KEY_IS_SEEN = torch.ones(2, 1, 20, 20, dtype=torch.bool)

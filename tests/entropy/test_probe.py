@@ -10,7 +10,6 @@ from typing import Any, cast
 import pytest
 import torch
 import torch._dynamo.testing
-from families import tiny_model
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     MambaConfig,
@@ -21,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from normfree.entropy import EntropyProbe, HeadEntropy, UnsupportedModel
 from normfree.entropy.eager import entropy_of_probabilities
 from normfree.entropy.tap import AttentionTap
+from tests.entropy.families import tiny_model
 
 IDS = torch.arange(3, 43).view(2, 20)
 MASK = torch.ones(2, 20, dtype=torch.long)

@@ -7,14 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from families import tiny_model
-from test_probe import IDS, LEFT_PADDED, MASK, by_eager_matrices, measure
 from transformers import DynamicCache, StaticCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from normfree.entropy import EntropyProbe, UnsupportedModel
 from normfree.measures.measurement import measure as measure_windows
+from tests.entropy.families import tiny_model
+from tests.entropy.test_probe import IDS, LEFT_PADDED, MASK, by_eager_matrices, measure
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from families import tiny_model
-from test_probe import LEFT_PADDED, by_eager_matrices, measure
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from normfree.entropy import EntropyProbe, UnsupportedModel
 from normfree.entropy.support import EAGER_ONLY, NO_SOFTMAX, NOT_MEASURED, ROUTED
+from tests.entropy.families import tiny_model
+from tests.entropy.test_probe import LEFT_PADDED, by_eager_matrices, measure
 
 # Types without attention code of their own, and whose attention they use.
 BORROWED = {
