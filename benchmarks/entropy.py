@@ -128,17 +128,10 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
 def contender(name: str, job: dict[str, Any]) -> Callable[[], object]:
     """A function that runs one forward pass the contender's way."""
     import torch
-    from transformers import CONFIG_MAPPING, AutoModel, logging
 
     from normfree.entropy import EntropyProbe
 
-    logging.set_verbosity_error()
-    settings: dict[str, Any] = SHAPES[job["model"]] | {"vocab_size": 1024, "bos_token_id": 0, "eos_token_id": 0}
-    family = settings.pop("type")
-    settings["n_positions" if family == "gpt2" else "max_position_embeddings"] = job["context"]
-    config = CONFIG_MAPPING[family](**settings)
-    torch.manual_seed(0)
-    model = AutoModel.from_config(config, attn_implementation="eager" if name == "eager" else "sdpa").eval()
+    model = random_model(job["model"], job["context"], attention="eager" if name == "eager" else "sdpa")
     model = model.to(torch.bfloat16) if job["dtype"] == "bf16" else model
     ids = torch.randint(0, 1024, (job["batch"], job["context"]))
 
@@ -159,6 +152,19 @@ def contender(name: str, job: dict[str, Any]) -> Callable[[], object]:
     return {"plain": plain, "probe": probe, "eager": eager}[name]
 
 
+def random_model(shape: str, context: int, attention: str = "sdpa") -> Any:
+    """A model of one of `SHAPES` without output layer, with random weights from seed 0."""
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModel, logging
+
+    logging.set_verbosity_error()
+    settings: dict[str, Any] = SHAPES[shape] | {"vocab_size": 1024, "bos_token_id": 0, "eos_token_id": 0}
+    family = settings.pop("type")
+    settings["n_positions" if family == "gpt2" else "max_position_embeddings"] = context
+    torch.manual_seed(0)
+    return AutoModel.from_config(CONFIG_MAPPING[family](**settings), attn_implementation=attention).eval()
+
+
 def attention_calls(job: dict[str, Any]) -> dict[str, Callable[[], object]]:
     """The attention call alone: entropy from the explicit matrix, and ours."""
     import torch
@@ -175,15 +181,17 @@ def attention_calls(job: dict[str, Any]) -> dict[str, Callable[[], object]]:
     return {"call_explicit": explicit, "call_ours": lambda: attention_entropy(q, k, causal=True)}
 
 
-def take_turns(runs: dict[str, Callable[[], object]], turns: int) -> dict[str, list[float]]:
+def take_turns(
+    runs: dict[str, Callable[[], object]], turns: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of every run in every turn, after one turn to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(turns + 1):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = clock()
             run()
             if turn:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -76,6 +77,8 @@ def test_the_command_writes_a_run_folder_and_its_page(saved, tmp_path, capsys) -
     assert f": {run.facts['measurement']['sequences']} windows of 32 tokens" in page
     assert "://" not in page
     assert "SM is softmax attention" not in page  # names of variants
+    assert "<title>normfree: model</title>" in page
+    assert re.search(r"<dt>Recorded, not drawn</dt><dd>.*Attention rows.* \(numbers/\*\.csv\)</dd>", page)
     for name in ("figures/entropy_nats-heads.png", "tables/layers.csv", "tables/ranges.md", "numbers/heads.csv"):
         assert (tmp_path / "measured" / "report" / name).stat().st_size > 0
 
@@ -157,6 +160,17 @@ def test_an_unrouted_family_says_how_to_measure_it(tmp_path: Path, capsys: pytes
     assert measure(folder) == 1
     assert "method='eager'" in capsys.readouterr().err
     assert measure(folder, "method=eager") == 0, capsys.readouterr().err
+
+
+def test_measures_that_do_not_fit_are_left_out(tmp_path: Path, capsys, caplog) -> None:
+    folder = save(BloomForCausalLM(BloomConfig(vocab_size=256, hidden_size=32, n_layer=2, n_head=2)), tmp_path / "m")
+    assert measure(folder, "measures=heads,residual,perplexity") == 0, capsys.readouterr().err
+    run = read_run(tmp_path / "measured")
+    assert run.last("final", "loss") > 0
+    assert len(run.last("final", "residual_rms")) == 2
+    assert run.last("final", "entropy_nats") is None
+    assert "left out: measure heads: " in caplog.text
+    assert "What does each layer do?" in (tmp_path / "measured" / "report" / "index.html").read_text()
 
 
 def test_heads_that_see_later_tokens_are_called_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -301,6 +315,8 @@ def test_evaluate_refuses_what_predicts_no_next_token(family, tmp_path, capsys) 
 
 
 def test_any_inputs_of_a_model_are_measured_in_python() -> None:
+    with pytest.raises(ValueError, match="ViTForImageClassification reads pixel_values, no text"):
+        normfree.measure(tiny("vit").eval(), torch.arange(8))
     patches = normfree.measure(tiny("vit").eval(), {"pixel_values": torch.rand(2, 3, 16, 16)})
     assert patches["rows"].tolist() == [[10, 10]] * 2
     ids_BT = torch.arange(3, 23).view(2, 10)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from normfree import held_out_blocks, intervene, load_pretrained
+from normfree.pretrained.load import corpus_of_run
 from normfree.store.runs import read_run
 
 
@@ -73,6 +74,18 @@ def per_token_nats(model, blocks) -> np.ndarray:
     with torch.no_grad():
         logits = model(input_ids=blocks).logits[:, :-1].double()
     return -logits.log_softmax(-1).gather(-1, blocks[:, 1:, None])[..., 0].numpy()
+
+
+def test_a_part_of_the_blocks_is_evaluated_on_request(trained: Path, cache: Path, run) -> None:
+    model, _ = load_pretrained(str(trained))
+    blocks = held_out_blocks(str(trained), cache=cache)
+    ends = per_token_nats(model, blocks[[0, len(blocks) - 1]])
+    status, out, err = run("evaluate", str(trained), f"cache_dir={cache}", "sequences=2")
+    assert status == 0, err
+    assert float(re.findall(r"cross-entropy  ([\d.]+) nats", out)[0]) == pytest.approx(ends.mean(), abs=1e-4)
+    text = "".join(corpus_of_run(read_run(trained), cache).tokenizer().decode(ids[1:]) for ids in blocks[[0, -1]])
+    assert f"(over {len(text.encode())} bytes" in out
+    assert "sequences=0 must be at least 1" in run("evaluate", str(trained), f"cache_dir={cache}", "sequences=0")[2]
 
 
 @pytest.mark.parametrize(

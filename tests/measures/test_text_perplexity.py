@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import string
 from types import SimpleNamespace
 
 import pytest
@@ -60,6 +61,14 @@ def test_each_token_is_predicted_once_from_its_window(model, name, context, stri
     assert result.tokens == len(text) or not leading
     assert result.nats == pytest.approx(sum(expected), rel=1e-5)
     assert result.perplexity == pytest.approx(math.exp(sum(expected) / len(expected)), rel=1e-5)
+
+
+def test_a_sample_has_the_first_the_middle_and_the_last_window(model, tokenizer):
+    text = string.ascii_letters + string.digits + string.punctuation[:18]  # 80 tokens, five windows
+    whole = [perplexity(model, tokenizer, text[at : at + 16], context=16).loss_nats for at in (0, 32, 64)]
+    sample = perplexity(model, tokenizer, text, context=16, sequences=3)
+    assert sample.loss_nats == pytest.approx(sum(whole) / 3, rel=1e-6)
+    assert (sample.tokens, sample.bytes) == (3 * 15, 3 * 15)
 
 
 def test_bos_follows_the_tokenizer_by_default(model, bos_tokenizer):

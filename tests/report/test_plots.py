@@ -53,6 +53,7 @@ def test_heatmap_writes_numbers_where_they_fit(shape: tuple[int, int], written: 
 def test_a_broken_head_is_hatched_and_named() -> None:
     ax = heatmap([[1.0, math.nan], [math.inf, 2.0]])
     assert texts(ax) == ["1.00", "NaN", "NaN", "2.00"]
+    assert texts(heatmap([[99.99, -123.4, 27400.0, 1e6]])) == ["99.99", "-123", "27400", "1e+06"]
     assert [patch.get_hatch() for patch in ax.patches] == ["////", "////"]
     assert (ax.images[0].get_clim(), heatmap([[0.5]], ceiling=3.9).images[0].get_clim()) == ((0, 2.0), (0, 3.9))
     with pytest.raises(ValueError, match=r"shape \(3,\)"):

@@ -20,6 +20,8 @@ class EvaluateOptions(ModelOptions):
 
     stride: int | None = None
     """Tokens by which windows advance; smaller gives each token more context and costs more."""
+    sequences: int | None = None
+    """At most this many windows or blocks, spread evenly over the text; unless given, all."""
     tasks: str = ""
     """Score instead: keyword, indentation, bracket, name, docstring, function_name, humaneval (docs/tasks.md)."""
     items: int = 500
@@ -67,6 +69,8 @@ def evaluate(name: str, options: EvaluateOptions) -> None:
     from normfree.training.processes import prepare_process
 
     own = uses_own_text(name, options)
+    if options.sequences is not None and options.sequences < 1:
+        raise ValueError(f"sequences={options.sequences} must be at least 1")
     if "how" in options.model_fields_set and not options.heads:
         raise ValueError("how= needs the heads to change, e.g. heads=[[0,3],[1,2]]")
     text = "" if own else read_text(options.text)
@@ -100,23 +104,26 @@ def _evaluate(
     import torch
 
     from normfree.measures.perplexity import evaluate_blocks
-    from normfree.measures.text_perplexity import leading_ids, perplexity
+    from normfree.measures.text_perplexity import leading_ids, perplexity, spread_places
     from normfree.pretrained.load import corpus_of_run
     from normfree.store.runs import read_run
 
     if not text:  # the blocks behind the numbers in run.json
         run = read_run(name)
         corpus = corpus_of_run(run, options.cache_dir)
+        blocks_NT = torch.from_numpy(corpus.held_out_ids())
+        chosen = spread_places(len(blocks_NT), options.sequences or len(blocks_NT))
         result = evaluate_blocks(
             model,
-            torch.from_numpy(corpus.held_out_ids()),
-            predicted_bytes=corpus.predicted_bytes(),
+            blocks_NT[chosen],
+            predicted_bytes=int(corpus.predicted_bytes()[chosen].sum()),
             batch_sequences=max(1, 1024 // run.spec["data"]["context"]),
             progress=True,
         )
         note = f"; run.json, in {run.spec['train']['precision']}, has {run.perplexity:.4f}"
         return result, "the run's own held-out blocks (text=FILE takes another)", note
     cut = {"context": options.context, "stride": options.stride, "bos": options.bos}
+    cut["sequences"] = options.sequences
     result = perplexity(model, tokenizer, text, **cut, progress=True)
     leading = tokenizer.convert_ids_to_tokens(leading_ids(model, tokenizer, options.bos))
     note = f", every window begins with {''.join(leading)}" if leading else ""

@@ -70,7 +70,8 @@ def measure(name: str, options: MeasureOptions) -> None:
             {key: value[start : start + options.batch] for key, value in inputs.items()}
             for start in range(0, facts["sequences"], options.batch)
         ]
-        measured = measure_model(model, batches, measures, tokenizer=loaded[1], progress=True, **method)
+        watching: dict[str, Any] = {"progress": True, "skip_refused": True}
+        measured = measure_model(model, batches, measures, tokenizer=loaded[1], **watching, **method)
     run = write_measurement(
         output,
         facts | {"peak_memory_mib": measured.peak_memory_mib},

@@ -88,9 +88,9 @@ class Corpus:
         """(N, T) int64 token ids of the held-out blocks, read into memory."""
         return _read_blocks(self.validation)
 
-    def predicted_bytes(self) -> int:
-        """UTF-8 bytes of all tokens that the held-out blocks ask a model to predict."""
-        return int(np.sum(self.validation["predicted_bytes"]))
+    def predicted_bytes(self) -> np.ndarray:
+        """(N,) UTF-8 bytes of the tokens that each held-out block asks a model to predict."""
+        return np.array(self.validation["predicted_bytes"])
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer behind the blocks."""

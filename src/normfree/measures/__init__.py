@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ from normfree.measures.spectrum import Spectrum
 from normfree.measures.units import Units
 from normfree.spec.keys import nearest
 from normfree.store.quantities import QUANTITIES
+
+logger = logging.getLogger("normfree")
 
 MEASURES: dict[str, type[Measure]] = {
     "heads": Heads,
@@ -70,15 +73,22 @@ def periods_of(entries: Sequence[str], default: int) -> dict[str, int]:
 
 
 def open_measures(
-    names: Sequence[str], model: nn.Module, tokenizer: Callable[[], Any] | None = None, **options: Mapping[str, Any]
+    names: Sequence[str],
+    model: nn.Module,
+    tokenizer: Callable[[], Any] | None = None,
+    *,
+    skip_refused: bool = False,
+    **options: Mapping[str, Any],
 ) -> list[Measure]:
     """Build measures for a model. `options` are keyword arguments by the measure's name.
 
-    `tokenizer` loads the model's tokenizer, for measures that need one.
+    `tokenizer` loads the model's tokenizer, for measures that need one. With `skip_refused`, measures that cannot serve
+    the model are left out with a warning, unless none can.
 
     Raises ValueError, with the measure's name, for a model that it cannot serve.
     """
-    measures = []
+    measures: list[Measure] = []
+    refused: list[ValueError] = []
     for name in sorted(names, key=lambda name: name != "heads"):  # the first to enter the registry, the last to leave
         own = options.get(name) or {}
         try:
@@ -86,5 +96,9 @@ def open_measures(
                 own = {"tokenizer": tokenizer()}
             measures.append(MEASURES[name](model, **own))
         except ValueError as error:
-            raise type(error)(f"measure {name}: {error}") from error
+            refused.append(type(error)(f"measure {name}: {error}"))
+    if refused and not (skip_refused and measures):
+        raise refused[0]
+    for error in refused:
+        logger.warning("left out: %s", error)
     return measures

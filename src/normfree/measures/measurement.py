@@ -84,15 +84,18 @@ def measure(
     batch: int = 1,
     tokenizer: Any = None,
     progress: bool = False,
+    skip_refused: bool = False,
     **options: Mapping[str, Any],
 ) -> Measurement:
     """Measure a model on a text, token ids or model inputs, in evaluation mode.
 
     `batch` is the number of sequences of token ids in a forward pass. A text is one sequence, tokenized by `tokenizer`
     (default: the one saved beside the model), which `selectivity` needs too. `options` are keyword arguments of single
-    measures, e.g. `heads={"method": "eager"}`.
+    measures, e.g. `heads={"method": "eager"}`. With `skip_refused`, measures that cannot serve the model are left out
+    with a warning, unless none can.
 
-    Raises ValueError for an unknown measure, one that the model cannot serve, or a batch below 1.
+    Raises ValueError for an unknown measure, one that the model cannot serve, a batch below 1, or a text or token ids
+    for a model that reads something else.
     """
     if batch < 1:
         raise ValueError(f"batch={batch} must be at least 1")
@@ -102,8 +105,9 @@ def measure(
     if of_training := [name for name in names if MEASURES[name].needs_training]:
         raise ValueError(f"measure {of_training[0]}: only a training run has it; give it in probe.measures")
     began = time.perf_counter()
-    opened = open_measures(names, model, partial(_tokenizer, model, tokenizer), **options)
     batches = _batches(model, inputs, batch, tokenizer)
+    tokenizing = partial(_tokenizer, model, tokenizer)
+    opened = open_measures(names, model, tokenizing, skip_refused=skip_refused, **options)
     measure_batches(model, batches, opened, progress="measuring" if progress else None)
     values = {name: value.numpy() for name, value in values_of(opened).items()}
     numbers = {name: each.layers for each in opened for name in each.gives}
@@ -148,6 +152,9 @@ class MeasureCallback(TrainerCallback):
 
 
 def _batches(model: PreTrainedModel, inputs: Inputs, batch: int, tokenizer: Any) -> Iterable[Batch]:
+    if isinstance(inputs, str | Tensor) and model.main_input_name != "input_ids":
+        reads = model.main_input_name
+        raise ValueError(f"{type(model).__name__} reads {reads}, no text: give {{'{reads}': ...}}")
     if isinstance(inputs, str):
         inputs = cast(Tensor, _tokenizer(model, tokenizer)(inputs, return_tensors="pt")["input_ids"])
     if isinstance(inputs, Tensor):

@@ -27,6 +27,7 @@ def perplexity(
     context: int | None = None,
     stride: int | None = None,
     bos: bool | None = None,
+    sequences: int | None = None,
     progress: bool = False,
 ) -> Evaluation:
     """The `Evaluation` of one text, with perplexity and bits per byte, in windows of `context` tokens.
@@ -35,6 +36,7 @@ def perplexity(
     from the tokens before it in its window. Without a BOS token the first token of the text, and of each window if
     windows do not overlap, is not predicted. A smaller stride gives each token more context and costs context / stride
     times as much. `bos`: see `leading_ids`; the BOS token is one of the `context` tokens and is not counted.
+    `sequences`: at most so many windows, spread evenly over the text.
     bits_per_byte counts the UTF-8 bytes of predicted tokens only: a character that a window begins inside counts whole
     or not at all, and no byte counts with a tokenizer that gives no offsets (written in Python).
 
@@ -46,7 +48,7 @@ def perplexity(
     stride = room if stride is None else stride
     if not 1 <= stride <= room:
         raise ValueError(f"stride={stride} must be between 1 and the tokens of text in a window, {room}")
-    windows, size, end = [], 0, 0
+    windows, sizes, end = [], [], 0
     for start in range(0, max(0, len(ids) - room) + stride, stride):
         # Nothing predicts the first token of the text, or of a window without overlap, but a leading token.
         first, end = max(end, start if leading else start + 1), min(start + room, len(ids))
@@ -56,11 +58,13 @@ def perplexity(
         labels_BT = ids_BT.clone()
         labels_BT[:, : len(leading) + first - start] = IGNORED
         windows.append({"input_ids": ids_BT, "labels": labels_BT})
-        if spans:  # counted from the end of the token before: some offsets leave out the blank before a word
-            size += len(text[spans[first - 1][1] if first else 0 : spans[end - 1][1]].encode())
+        # Counted from the end of the token before: some offsets leave out the blank before a word.
+        sizes.append(len(text[spans[first - 1][1] if first else 0 : spans[end - 1][1]].encode()) if spans else 0)
+    chosen = range(len(windows)) if sequences is None else spread_places(len(windows), sequences)
     measure = Perplexity(model)
-    measure_batches(model, windows, [measure], progress="evaluating" if progress else None)
-    return measure.evaluation(predicted_bytes=size)
+    batches = [windows[place] for place in chosen]
+    measure_batches(model, batches, [measure], progress="evaluating" if progress else None)
+    return measure.evaluation(predicted_bytes=sum(sizes[place] for place in chosen))
 
 
 def encode(
@@ -125,5 +129,9 @@ def checked_context(model: nn.Module, context: int | None) -> int:
 
 def spread(blocks_NT: Tensor, count: int) -> Tensor:
     """At most `count` blocks, evenly spread over all, so that a small sample has parts of every document group."""
-    chosen = np.linspace(0, len(blocks_NT) - 1, min(count, len(blocks_NT))).round().astype(int)
-    return blocks_NT[torch.from_numpy(chosen)]
+    return blocks_NT[spread_places(len(blocks_NT), count)]
+
+
+def spread_places(length: int, count: int) -> list[int]:
+    """At most `count` of 0 .. length - 1, evenly spread."""
+    return np.linspace(0, length - 1, min(count, length)).round().astype(int).tolist()

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from tqdm import tqdm
 
 from normfree import __version__
-from normfree.analysis.entropy import ceiling_words, shares_of_ceiling, trained_heads
+from normfree.analysis.entropy import ceiling_words, recorded_quantities, shares_of_ceiling, trained_heads
 from normfree.analysis.groups import Part, all_runs, parts_of
 from normfree.files import write_atomically
 from normfree.report.figures import PageFigure
@@ -154,7 +154,7 @@ def render_page(parts: Sequence[Part], sections: Sequence[Sequence[dict[str, Any
     return _PAGES.get_template("index.html.j2").render(
         version=__version__,
         is_causal=ceiling_words(runs) == "causal ceiling",
-        title=f"normfree: {', '.join(_distinct(runs, lambda run: run.spec['study']))}",
+        title=f"normfree: {', '.join(_distinct(runs, _title))}",
         parts=[
             {
                 "title": part.title,
@@ -175,6 +175,10 @@ def render_page(parts: Sequence[Part], sections: Sequence[Sequence[dict[str, Any
     )
 
 
+def _title(run: Run) -> str:
+    return run.spec["study"] if run.kind == "run" else run.label
+
+
 def section_values(section: Section, figures: Sequence[PageFigure], tables: Sequence[Table]) -> dict[str, Any]:
     """The values of a section for the template, with its figures as SVG and its tables as HTML."""
     drawn = []
@@ -193,6 +197,8 @@ def _facts(parts: Sequence[Part]) -> dict[str, list[str]]:
     runs = [run for part in parts for run in all_runs(part.groups)]
     trained = [run for run in runs if run.kind == "run"]
     across = dict.fromkeys(key for run in trained for key in own_values(run.spec))
+    groups = [group for part in parts for group in part.groups]
+    undrawn = [quantity.title for quantity in recorded_quantities(groups, drawn="no")]
     seconds = sum(run.facts.get("wall_seconds") or 0.0 for run in trained)
     facts = {
         "Command": _distinct(runs, lambda run: run.facts.get("command") or "not recorded"),
@@ -205,6 +211,7 @@ def _facts(parts: Sequence[Part]) -> dict[str, list[str]]:
         "Order of the data": [", ".join(map(str, sorted({run.spec["data_seed"] for run in trained})))],
         "Tokens per run": [f"{tokens:,}" for tokens in sorted({run.facts.get("tokens_seen", 0) for run in trained})],
         "Precision": _distinct(runs, lambda run: run.spec["train"]["precision"]),
+        "Recorded, not drawn": ["; ".join(dict.fromkeys(undrawn)) + " (numbers/*.csv)"] if undrawn else [],
         "Recipes": [f"{part.title}: {part.recipe}" for part in parts if part.recipe]
         + [f"{key.split('.')[1].replace('_', ' ')}s differ by variant" for key in across],
         "Model": _distinct(

@@ -112,12 +112,14 @@ def _published(groups: Groups) -> PageFigure | None:
 
 def _overload(groups: Groups) -> PageFigure | None:
     ceiling = ceiling_words(all_runs(groups))
+    from_random = all(run.spec.get("start_name", "random") == "random" for run in all_runs(groups))
+    begin = "Untrained heads are nearly uniform, so lines begin at the top; what counts is where they end. "
     return seed_figure(
         groups,
         curves.overload_series,
         draws=[partial(curves.seed_curves, series=curves.overload_series, label="heads in the top quarter (%)")],
-        caption=f"Heads at or above 3/4 of the {ceiling}, in percent of all heads. Untrained heads are nearly "
-        "uniform, so lines begin at the top; what counts is where they end. The verdict of overload counts only the "
+        caption=f"Heads at or above 3/4 of the {ceiling}, in percent of all heads. "
+        f"{begin if from_random else ''}The verdict of overload counts only the "
         "first third of the layers, which the table below shows separately.",
     )
 

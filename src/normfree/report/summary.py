@@ -21,7 +21,8 @@ _LISTED = 8
 def question(groups: Sequence[Group]) -> str:
     """The question that the first sentence answers."""
     if not any(group.is_trained for group in groups):
-        return "Which heads attend evenly, and which to single tokens?"
+        has_heads = any(trained_heads(run) for run in all_runs(groups))
+        return "Which heads attend evenly, and which to single tokens?" if has_heads else "What does each layer do?"
     if any(group.is_baseline for group in groups):
         return f"How does each variant compare with {baseline_label(groups)}?"
     pairs = _compared(groups)

@@ -193,7 +193,7 @@ def _finish(record: Record, model: NormFreeForCausalLM, trainer: NormFreeTrainer
         blocks_NT = spread(record.held_out_NT, sequences)
         values = measurements(model, blocks_NT, measures, batch_sequences=size, tokenizer=corpus.tokenizer)
         record.log(record.steps, "final", values)
-    bytes_of_text = corpus.predicted_bytes()
+    bytes_of_text = int(corpus.predicted_bytes().sum())
     result = evaluate_blocks(model, record.held_out_NT, predicted_bytes=bytes_of_text, batch_sequences=size)
     whole_model = gather(model) if spec.train.sharding == "fsdp" else model
     if PartialState().is_main_process and whole_model is not None:

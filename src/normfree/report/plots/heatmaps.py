@@ -120,10 +120,16 @@ def _write_values(drawing: Heatmap, image: AxesImage) -> None:
         value = drawing.values_LH[layer, head]
         if value is np.ma.masked:
             continue
-        text = image.axes.text(head, layer, f"{value:z.2f}", color="k" if is_light else "w", **style)
+        text = image.axes.text(head, layer, _number(value), color="k" if is_light else "w", **style)
         if not np.isfinite(value):
-            text.set_text("NaN")
             text.set_bbox({"facecolor": drawing.colour_map.get_bad(), "edgecolor": "none", "pad": 0.6})
+
+
+def _number(value: float) -> str:
+    """A value in at most five characters, six if it is negative."""
+    if not np.isfinite(value):
+        return "NaN"
+    return f"{value:z.2f}" if abs(value) < 99.995 else f"{value:.0f}" if abs(value) < 99999.5 else f"{value:.0e}"
 
 
 def heatmap_svg(drawing: Heatmap) -> Markup:
@@ -135,12 +141,12 @@ def heatmap_svg(drawing: Heatmap) -> Markup:
     for layer, head in zip(*np.nonzero(~np.ma.getmaskarray(drawing.values_LH)), strict=True):
         value = drawing.values_LH[layer, head]
         x, y = left + head * width, layer * _HEIGHT
-        text = f"{value:z.2f}" if np.isfinite(value) else "NaN"
+        text = f"{value:z.2f}" if np.isfinite(value) else "NaN"  # on hover; a cell has room for five characters
         parts.append(f'<rect x="{x}" y="{y}" fill="{to_hex(tuple(fills_LH3[layer, head]))}">')
         parts.append(f"<title>layer {escape(drawing.layers[layer])} head {head}: {text}</title></rect>")
         if width == 30:
             shade = "" if is_light_LH[layer, head] else ' fill="#fff"'
-            parts.append(f'<text x="{x + 15}" y="{y + 14}"{shade}>{text}</text>')
+            parts.append(f'<text x="{x + 15}" y="{y + 14}"{shade}>{_number(value)}</text>')
     middle, every = left // 2 + 1, 1 + layers // 24
     rows = [(middle, layer * _HEIGHT + 14, drawing.layers[layer]) for layer in range(0, layers, every)]
     columns = [(left + (head + 0.5) * width, layers * _HEIGHT + 14, head) for head in range(0, heads, 1 + heads // 17)]
