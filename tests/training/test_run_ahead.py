@@ -143,6 +143,14 @@ def test_a_kill_before_the_report_does_not_lose_it(train_tiny, sound, watch, run
     assert (run.status, run.facts["divergence"]["step"], run.facts["resumed"]) == ("diverged", 3, 1)
 
 
+def test_the_host_reads_after_so_many_steps(train_tiny, sound, watch, run_ahead, monkeypatch) -> None:
+    run_ahead()
+    monkeypatch.setattr(trainer_module, "UNREAD_STEPS", 3)
+    watched = watch(Watched(sound[1][3], "activation"))
+    assert train_tiny(*RARELY).facts["divergence"]["step"] == 3
+    assert list(watched.states) == [1, 2, 3, 4]  # the first is read in its own step
+
+
 def test_a_signal_reports_before_it_saves(train_tiny, sound, watch, run_ahead, tiny_folder: Path, monkeypatch) -> None:
     run_ahead()
     watch(Watched(sound[1][3], "activation"))

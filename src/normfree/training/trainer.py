@@ -183,7 +183,7 @@ class NormFreeTrainer(Trainer):
         steps_after, batches = bad
         self.network.zero_grad(set_to_none=True)
         for inputs in batches:  # on the weights of that step, for its gradients
-            super().training_step(self.model_wrapped, inputs)
+            super().training_step(cast(nn.Module, self.model_wrapped), inputs)
         self._skip_or_stop(step - steps_after, batches)
 
     def _is_finite(self, loss: Tensor) -> Tensor:
