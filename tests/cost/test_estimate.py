@@ -48,9 +48,10 @@ def model_of(spec: RunSpec, **fields: Any) -> NormFreeForCausalLM:
 
 
 def test_constants_are_those_of_the_package() -> None:
-    assert (LOSS_ROWS, LOSS_LOGITS) == (loss.LARGEST_BLOCK, loss.LARGEST_LOGITS)
+    assert (LOSS_ROWS, LOSS_LOGITS["cpu"]) == (loss.LARGEST_BLOCK, loss.LARGEST_LOGITS)
+    assert LOSS_LOGITS["gpu"] == loss.LARGEST_LOGITS_ON_GPU
     assert LONGEST_WRITTEN_OUT == attention.LONGEST_WRITTEN_OUT
-    assert EVALUATION_LOGITS == held_out.LARGEST_LOGITS
+    assert EVALUATION_LOGITS == {"cpu": held_out.LARGEST_LOGITS, "gpu": held_out.LARGEST_LOGITS_ON_GPU}
     assert {name: getattr(NormFreeConfig(), name) for name in MORE_DEFAULTS} == MORE_DEFAULTS
     assert NORM_KEEPS.keys() == NORM_PARAMETERS.keys() == NORMS.keys()
 

@@ -138,6 +138,23 @@ def test_a_nan_weight_diverges_at_its_step_and_layer(
     assert (divergence["step"], divergence["layer"], divergence["kind"]) == (4, 1, "weight")
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_steps_between_lines_never_wait_for_the_gpu(
+    precision: str, run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch raises where something does."""
+
+    def watching(trainer: NormFreeTrainer, step: int) -> None:
+        torch.cuda.set_sync_debug_mode("default" if step % 5 == 0 or step == 1 else "error")
+
+    injecting(monkeypatch, watching)
+    try:
+        measured = run(f"train.precision={precision}", "train.log_every=5")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert measured.status == "finished", measured.facts.get("error")
+
+
 def test_steps_skipped_by_the_fp16_scaler_are_no_divergence(
     run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ import torch
 from tokenizers import processors
 from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedConfig, PreTrainedTokenizerFast
 
+from normfree.measures import held_out
 from normfree.measures.perplexity import Evaluation, evaluate_blocks, next_token_nats, sees_later_tokens
 from normfree.measures.text_perplexity import checked_context, perplexity
 from tests.entropy.families import tiny_model
@@ -141,6 +142,11 @@ def test_batches_are_smaller_where_their_logits_would_not_fit(model, monkeypatch
     model.register_forward_hook(lambda *call: sizes.append(len(call[-1].logits)))
     assert evaluate_blocks(model, blocks, batch_sequences=10).nats == pytest.approx(whole.nats, rel=1e-6)
     assert sizes == [1, 1, 3, 3, 3, 1]  # the first two prove that the model is causal
+
+
+@pytest.mark.parametrize(("free", "logits"), [(None, 2**26), (0, 2**26), (12 * 2**30, 2**27), (2**40, 2**28)])
+def test_evaluation_batches_grow_with_free_memory_of_a_gpu(free, logits):
+    assert held_out.largest_logits(free) == logits
 
 
 def test_evaluation_leaves_the_training_mode_as_found(model):

@@ -23,15 +23,18 @@ from tests.small_model import small_model
 from tests.training.runs import DAMAGES, check_equal_runs, damage, weights
 from tests.training.test_processes import losses, started
 
-# A command of which a process acts at a step: dies, gets a signal, or has a loss of NaN.
+# A command of which a process acts at a step: dies, gets a signal, or has a loss of NaN; or from then on, run ahead.
 ACTING = """
 import os, signal, sys
 from torch.distributed.tensor import DTensor
 from normfree.cli.main import main
+from normfree.training import trainer as trainer_module
 from normfree.training.trainer import NormFreeTrainer
 
 action, at_step, *words = sys.argv[1:]
 original = NormFreeTrainer.compute_loss
+if action == "ahead":
+    trainer_module.RUNS_AHEAD = ("cpu",)
 
 def compute_loss(trainer, *rest, **named):
     assert all(isinstance(parameter, DTensor) for parameter in trainer.network.parameters())
@@ -43,6 +46,8 @@ def compute_loss(trainer, *rest, **named):
             os.kill(os.getpid(), signal.SIGTERM)
         if action == "nan" and os.environ["RANK"] == "1":
             loss = loss * float("nan")
+    if action == "ahead" and trainer.state.global_step >= int(at_step) and os.environ["RANK"] == "1":
+        loss = loss * float("nan")
     return loss
 
 NormFreeTrainer.compute_loss = compute_loss
@@ -166,6 +171,15 @@ def test_bf16_with_checkpointing_skips_a_step_of_nan(sharded: Command, words, ca
     alone = read_run(train(compose_run([*words, *more]).spec, runs_dir=tmp_path / "one", cache=cache, progress=False))
     assert losses(run)[:5] == pytest.approx(losses(alone)[:5], rel=5e-3)
     assert all(torch.isfinite(value).all() for value in weights(run.folder).values())
+
+
+@pytest.mark.slow
+def test_sharded_steps_report_a_nan_late(sharded: Command, tmp_path: Path) -> None:
+    status, output = sharded(tmp_path, "train.log_every=8", action="ahead", at_step=4)
+    run = read_run(tmp_path / "single" / NAME)
+    divergence = run.facts["divergence"]
+    assert (status, run.status, divergence["step"], divergence["kind"]) == (0, "diverged", 5, "gradient"), output
+    assert divergence["module"] != "gradient norm"
 
 
 @pytest.mark.slow

@@ -24,8 +24,8 @@ RING = 2
 """Blocks that FSDP2 holds gathered at once: the one that computes and the one that is fetched ahead."""
 
 # The package's constants, repeated here because importing them loads torch; a test compares them.
-LOSS_ROWS, LOSS_LOGITS = 1024, 2**24
-EVALUATION_LOGITS = 2**26
+LOSS_ROWS, LOSS_LOGITS = 1024, {"cpu": 2**24, "gpu": 2**26}
+EVALUATION_LOGITS = {"cpu": 2**26, "gpu": 2**28}
 LONGEST_WRITTEN_OUT = 512
 
 NORM_PARAMETERS = {
@@ -187,14 +187,14 @@ def peak_memory(
     passing = {"gradients passing through a layer": stream * (8 + 4 * size.feed_forward / size.width)}
     moments = {
         "while the loss is computed": {
-            **{"activations": activations + ends, "loss": _loss_bytes(size, pass_tokens, compute)},
+            **{"activations": activations + ends, "loss": _loss_bytes(size, pass_tokens, compute, device)},
             **kept_before,
             **({"weights cast by autocast": copies} if train.gradient_checkpointing else {}),
         },
         "as the backward pass begins": {"activations": activations, "loss": 8 * head} | kept_before | again | passing,
         "in the backward pass of the first layer": {"activations": layer} | gradients | passing,
         "as the backward pass ends": {"gradient of the embedding": 4 * head} | gradients,
-        "in an evaluation": {"logits": _evaluation_bytes(spec, size, compute)},
+        "in an evaluation": {"logits": _evaluation_bytes(spec, size, compute, device)},
     }
     if not kept_before and not sharded:  # the first layer's own gradients come last
         moments["in the backward pass of the first layer"]["gradients"] -= 4 * size.block
@@ -209,9 +209,10 @@ def _state_bytes(spec: RunSpec, size: Sizes) -> int:
     return 8 * size.parameters - 4 * muon
 
 
-def _loss_bytes(size: Sizes, pass_tokens: int, compute: int) -> float:
+def _loss_bytes(size: Sizes, pass_tokens: int, compute: int, device: Literal["cpu", "gpu"]) -> float:
     """The gradient of the output matrix, a copy of that, and the logits of a block of rows, or of two in turn."""
-    rows = min(LOSS_ROWS, max(1, LOSS_LOGITS // size.vocab_size), pass_tokens)
+    rows = min(max(1, LOSS_LOGITS[device] // size.vocab_size), pass_tokens)
+    rows = min(LOSS_ROWS, rows) if device == "cpu" else rows
     of_block = rows * size.vocab_size
     two_blocks = of_block * min(2, math.ceil(pass_tokens / rows))
     head = size.vocab_size * size.width
@@ -220,9 +221,9 @@ def _loss_bytes(size: Sizes, pass_tokens: int, compute: int) -> float:
     return 6 * head + 6 * max(two_blocks, head + of_block)
 
 
-def _evaluation_bytes(spec: RunSpec, size: Sizes, compute: int) -> float:
+def _evaluation_bytes(spec: RunSpec, size: Sizes, compute: int, device: Literal["cpu", "gpu"]) -> float:
     tokens = spec.data.context
-    fitting = max(1, EVALUATION_LOGITS // (tokens * size.vocab_size))
+    fitting = max(1, EVALUATION_LOGITS[device] // (tokens * size.vocab_size))
     elements = min(spec.train.micro_batch_sequences, fitting) * tokens * size.vocab_size
     return elements * (4 if compute == 4 else 6)
 

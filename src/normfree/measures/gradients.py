@@ -29,5 +29,6 @@ def block_gradient_norms(model: nn.Module) -> Tensor:
     norms = []
     for block in blocks_of(model).values():
         gradients = [parameter.grad for parameter in block.parameters() if parameter.grad is not None]
-        norms.append(nn.utils.get_total_norm(gradients).double() if gradients else torch.tensor(torch.nan).double())
-    return torch.stack([norm.cpu() for norm in norms])
+        missing = next(block.parameters()).new_tensor(torch.nan)
+        norms.append(nn.utils.get_total_norm(gradients) if gradients else missing)
+    return torch.stack(norms).double().cpu()

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from normfree.measures.measure import Measure
 
 LARGEST_LOGITS = 2**26  # elements of a batch's logits: 256 MiB in float32
+LARGEST_LOGITS_ON_GPU = 2**28
 Batch = Mapping[str, Tensor]  # keyword arguments of the model, but for `labels`, which go to the measures
 
 
@@ -90,15 +92,28 @@ def blocks_of(
 ) -> list[Batch]:
     """Batches of the blocks of this process, which share all blocks evenly.
 
-    If a measure needs logits, batches are smaller than `batch_sequences` where their logits would not fit
-    `LARGEST_LOGITS`.
+    If a measure needs logits, batches are smaller than `batch_sequences` where these would not fit `largest_logits`.
     """
     if torch.distributed.is_initialized():
         blocks_NT = blocks_NT[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
     if any(measure.needs_logits for measure in measures):
-        fitting = LARGEST_LOGITS // (blocks_NT.shape[1] * model.config.get_text_config().vocab_size)
+        fitting = largest_logits(_free_bytes(next(model.parameters()).device))
+        fitting //= blocks_NT.shape[1] * model.config.get_text_config().vocab_size
         batch_sequences = max(1, min(batch_sequences, fitting))
     return [{"input_ids": ids_BT} for ids_BT in blocks_NT.split(batch_sequences)]
+
+
+def largest_logits(free_bytes: int | None) -> int:
+    """Most elements of a batch's logits. On a GPU they may take a sixteenth of the `free_bytes`, None elsewhere."""
+    if free_bytes is None:
+        return LARGEST_LOGITS
+    return min(max(LARGEST_LOGITS, free_bytes // (16 * 6)), LARGEST_LOGITS_ON_GPU)  # 6 bytes each in bf16
+
+
+@functools.cache
+def _free_bytes(device: torch.device) -> int | None:
+    """A GPU's free memory when first asked: all evaluations of a process have the same batches."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 @contextmanager

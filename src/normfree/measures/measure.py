@@ -19,6 +19,8 @@ from normfree.store.quantities import QUANTITIES
 
 Total = Tensor | tuple[Tensor, Tensor]
 """A running sum or maximum, or the sum and the count of a mean."""
+LARGEST_ON_DEVICE = 2**20
+"""Elements of a layer's sums (8 MiB) that may stay on a GPU; the second moments of wide layers would fill it."""
 
 
 class Measure:
@@ -91,17 +93,18 @@ class LayerMeasure(Measure):
         self.maxima: defaultdict[Any, dict[str, Tensor]] = defaultdict(dict)
 
     def add(self, layer: Hashable, **parts: Tensor | int) -> None:
-        """Add to the sums of a layer, on the CPU."""
+        """Add to the sums of a layer, on its device, which need not be waited for; large ones, on the CPU."""
         sums = self.sums[layer]
         for name, part in parts.items():
-            part = torch.as_tensor(part).cpu()
+            part = torch.as_tensor(part)
+            part = part.cpu() if part.numel() > LARGEST_ON_DEVICE else part
             sums[name] = sums[name] + part if name in sums else part
 
     def raise_to(self, layer: Hashable, **values: Tensor) -> None:
-        """Raise the maxima of a layer to these values, in float64 on the CPU; a NaN stays."""
+        """Raise the maxima of a layer to these values, in float64 on its device; a NaN stays."""
         maxima = self.maxima[layer]
         for name, value in values.items():
-            value = value.double().cpu()
+            value = value.double()
             maxima[name] = torch.maximum(maxima[name], value) if name in maxima else value
 
     def values(self, *_: Any, **kept: Any) -> dict[str, Tensor]:

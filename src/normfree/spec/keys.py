@@ -46,7 +46,7 @@ def describe_keys(kind: type) -> dict[str, tuple[Any, str]]:
         choices = about.get("enum") or about.get("items", {}).get("enum")
         rows[key] = (
             about.get("default"),
-            about.get("description", "") + (f" [{' | '.join(choices)}]" if choices else ""),
+            about.get("description", "") + (f" [{' | '.join(map(str, choices))}]" if choices else ""),
         )
     return rows
 

@@ -183,8 +183,8 @@ class TrainSpec:
     """Compute activations again in the backward pass instead of keeping them: less memory, slower."""
     sharding: Literal["none", "ddp", "fsdp"] = "none"
     """none: every process holds the whole model (ddp: and one alone is refused); fsdp: each holds a part (FSDP2)."""
-    compile: bool = False
-    """torch.compile the model."""
+    compile: Literal[False, True, "cuda_graph"] = False
+    """torch.compile the model; cuda_graph also replays its kernels as CUDA graphs (one pass a step, not measured)."""
     sigma_weight: NotNegative = 0.0
     """Weight in the loss of the variance, over a sequence's tokens, of what the final norm divides by."""
     frozen: tuple[str, ...] = ()

@@ -58,6 +58,13 @@ def check_machine(spec: RunSpec, device: torch.device) -> None:
         raise ValueError("train.precision=fp16 needs a GPU; fp32 and bf16 work on the CPU")
     if train.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
         raise ValueError("train.precision=bf16 needs a GPU from Ampere on; this one would emulate it: give fp16")
+    if train.compile == "cuda_graph" and device.type != "cuda":
+        raise ValueError("train.compile=cuda_graph needs an NVIDIA GPU; train.compile=true compiles on this device too")
+    if train.compile == "cuda_graph" and batch != micro:  # pytorch issues 169545 and 96693
+        raise ValueError(
+            "train.compile=cuda_graph needs a step in one pass of one process, because torch loses gradients that add "
+            f"up over passes: give train.micro_batch_sequences={batch}, or train.compile=true"
+        )
     if train.compile and needs_fp32_units(train.precision, device):
         raise ValueError(
             "train.precision=bf16 with train.compile=true needs a processor with bf16 units; leave one of them out"
@@ -108,7 +115,8 @@ def training_arguments(spec: RunSpec, *, steps: int, output: Path) -> TrainingAr
         per_device_train_batch_size=train.micro_batch_sequences,
         gradient_accumulation_steps=train.batch_sequences // per_pass,
         activation_checkpointing=train.gradient_checkpointing,
-        torch_compile=train.compile,
+        torch_compile=bool(train.compile),
+        torch_compile_mode="reduce-overhead" if train.compile == "cuda_graph" else None,
         learning_rate=train.peak_learning_rate,
         lr_scheduler_type="polynomial" if falls else "constant_with_warmup",
         lr_scheduler_kwargs={"power": 1.0, "lr_end": train.final_learning_rate} if falls else {},
@@ -123,6 +131,7 @@ def training_arguments(spec: RunSpec, *, steps: int, output: Path) -> TrainingAr
         ddp_find_unused_parameters=False,  # there are none, and each step would search for them
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
+        accelerator_config={"non_blocking": not on_cpu},  # else each batch waits for the steps before it
         seed=spec.seed,
         data_seed=spec.data_seed,
         ignore_data_skip=True,

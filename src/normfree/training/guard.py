@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from normfree.store.runs import divergence_text
@@ -44,6 +46,41 @@ class NonFiniteError(ArithmeticError):
     def __init__(self, divergence: Divergence) -> None:
         super().__init__(str(divergence))
         self.divergence = divergence
+
+
+class UnreadSteps:
+    """Steps of which only the device knows yet whether their loss and gradients were finite.
+
+    It tells the optimiser through `found_inf`, which torch's fused optimisers read: from the first non-finite step on
+    weights and moments stay what they were before it, so that the step can be repeated when the host learns of it.
+    """
+
+    def __init__(self, optimizer: Optimizer, device: torch.device) -> None:
+        self._optimizer: Any = optimizer
+        self._optimizer.found_inf = torch.zeros((), device=device)
+        self._finite_steps = torch.zeros((), device=device)
+        self._batches: list[list[dict[str, Tensor]]] = []
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def add(self, is_finite: Tensor, batches: Sequence[dict[str, Tensor]]) -> None:
+        """Add a step that the optimiser is about to take, without waiting for the device."""
+        found_inf = torch.maximum(self._optimizer.found_inf, (~is_finite).float())
+        self._optimizer.found_inf = found_inf
+        self._finite_steps = self._finite_steps + (1 - found_inf)
+        self._batches.append([*batches])
+
+    def read(self) -> tuple[int, list[dict[str, Tensor]]] | None:
+        """Wait for the device and forget the steps; how many came after the first non-finite one, and its batches."""
+        finite, batches = int(self._finite_steps), self._batches
+        self._finite_steps, self._batches = torch.zeros_like(self._finite_steps), []
+        return (len(batches) - 1 - finite, batches[finite]) if finite < len(batches) else None
+
+
+def takes_found_inf(optimizer: Optimizer) -> bool:
+    """True if the optimiser leaves out a step whose `found_inf` is 1: torch's fused ones, by GradScaler's own test."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 def locate(model: nn.Module, batches: list[dict[str, Tensor]], *, step: int) -> Divergence:

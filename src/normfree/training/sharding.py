@@ -33,7 +33,7 @@ def check_can_shard(spec: RunSpec) -> None:
         "train.optimizer=muon": train.optimizer == "muon",
         "train.objective=entropy_band": train.objective == "entropy_band",
         "train.precision=fp16": train.precision == "fp16",
-        "train.compile=true": train.compile,
+        f"train.compile={train.compile}".lower(): bool(train.compile),
         f"probe.measures={','.join(others)}": bool(others),
         f"model.linear={spec.model.get('linear')}": spec.model.get("linear", "plain") != "plain",
     }

@@ -22,7 +22,7 @@ from normfree.measures import periods_of
 from normfree.measures.gradients import block_gradient_norms
 from normfree.model.modeling import NormFreePreTrainedModel
 from normfree.store.checkpoints import CheckpointError
-from normfree.training.guard import Divergence, NonFiniteError, earliest, locate
+from normfree.training.guard import Divergence, NonFiniteError, UnreadSteps, earliest, locate, takes_found_inf
 from normfree.training.optimizers import OPTIMIZERS, parameter_groups
 from normfree.training.precision import use_fp32_products
 from normfree.training.record import Record
@@ -30,13 +30,18 @@ from normfree.training.sharding import load_states, load_weights, save_shards, s
 
 MINIMUM_SCALE = 1e-4
 """Lowest scale of fp16's gradient scaler, which starts at 65,536 and halves with each overflow."""
+RUNS_AHEAD = ("cuda",)
+"""Devices that would idle if the host waited for them in every step."""
+UNREAD_STEPS = 16
+"""Steps after which the host waits at the latest: until then their batches stay in memory."""
 
 
 class NormFreeTrainer(Trainer):
     """Trainer for one run.
 
     A step with a non-finite loss or gradient, or with gradients that overflow fp16 at any scale, never reaches the
-    optimiser. It is skipped if `train.on_nonfinite` allows it; otherwise NonFiniteError is raised.
+    optimiser. It is skipped if `train.on_nonfinite` allows it; otherwise NonFiniteError is raised: at once, or on a GPU
+    before the next log line, measurement or checkpoint.
     """
 
     def __init__(self, *, record: Record, model: NormFreePreTrainedModel, args: TrainingArguments, **rest: Any) -> None:
@@ -54,7 +59,11 @@ class NormFreeTrainer(Trainer):
         self._batches_of_step: list[dict[str, Tensor]] = []
         self._loss_before_step = torch.zeros(())
         self._gradient_norm: Tensor | None = None
-        self._gradients_every = periods_of(self.spec.probe.measures, self.spec.probe.every_steps).get("gradients")
+        self._unread: UnreadSteps | None = None
+        measured_every = periods_of(self.spec.probe.measures, self.spec.probe.every_steps)
+        self._gradients_every = measured_every.get("gradients")
+        train = self.spec.train
+        self._periods = {train.log_every, train.evaluate_every, train.checkpoint_every, *measured_every.values()}
         self.sharded = self.spec.train.sharding == "fsdp"
         if self.sharded:
             shard(model, self.spec.train.precision, args.device)
@@ -83,7 +92,15 @@ class NormFreeTrainer(Trainer):
         if self.optimizer is None:
             groups = parameter_groups(self.network, self.spec.train, self.objective)
             self.optimizer = OPTIMIZERS[self.spec.train.optimizer](self.network, groups, self.spec.train)
+            if self.args.device.type in RUNS_AHEAD and takes_found_inf(self.optimizer) and not self._needs_host():
+                self._unread = UnreadSteps(self.optimizer, self.args.device)
         return self.optimizer
+
+    def _needs_host(self) -> bool:
+        """True if the host must know of each step whether it was finite: to skip it, or to advance other states."""
+        return bool(
+            self.spec.train.skips_allowed or self.accelerator.scaler or self._has_state or self.objective.layers
+        )
 
     def compute_loss(
         self,
@@ -145,22 +162,38 @@ class NormFreeTrainer(Trainer):
             for parameter in self.objective.parameters():  # they are not in the model that averages its gradients
                 if parameter.grad is not None:
                     parameter.grad = cast(Tensor, self.accelerator.reduce(parameter.grad, "mean"))
+            step, is_finite = self.state.global_step + 1, self._is_finite(loss)
             scaler = self.accelerator.scaler
             overflows_at_any_scale = scaler is not None and scaler.get_scale() < MINIMUM_SCALE
-            if not self._is_finite(loss) or overflows_at_any_scale:
-                self._skip_or_stop()
+            if self._unread is not None:
+                self._unread.add(is_finite, self._batches_of_step)
+                is_due = step in (1, self.state.max_steps) or any(step % every == 0 for every in self._periods)
+                if is_due or len(self._unread) >= UNREAD_STEPS:
+                    self._check_unread(step)
+            elif overflows_at_any_scale or not is_finite:
+                self._skip_or_stop(step, self._batches_of_step)
                 loss = torch.zeros_like(loss)
             self._batches_of_step.clear()
         return loss
 
-    def _is_finite(self, loss: Tensor) -> bool:
+    def _check_unread(self, step: int) -> None:
+        """Raise NonFiniteError if one of the unread steps, of which `step` is the last, was not finite."""
+        if self._unread is None or (bad := self._unread.read()) is None:
+            return
+        steps_after, batches = bad
+        self.network.zero_grad(set_to_none=True)
+        for inputs in batches:  # on the weights of that step, for its gradients
+            super().training_step(cast(nn.Module, self.model_wrapped), inputs)
+        self._skip_or_stop(step - steps_after, batches)
+
+    def _is_finite(self, loss: Tensor) -> Tensor:
         total = self._tr_loss + loss  # with the earlier micro-batches
         if self.accelerator.scaler is None:  # fp16's scaler expects infinite gradients and skips them itself
             gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
             self._gradient_norm = whole(nn.utils.get_total_norm(gradients))
             total = total + self._gradient_norm
         total = cast(Tensor, self.accelerator.reduce(total))  # every process must take the same branch
-        return bool(torch.isfinite(total))
+        return torch.isfinite(total)
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip, and leave norms of the blocks' gradients to the measure `gradients` in the steps where it is due."""
@@ -179,10 +212,9 @@ class NormFreeTrainer(Trainer):
         nn.utils.clip_grads_with_norm_(self.network.parameters(), self.args.max_grad_norm, self._gradient_norm)
         return self._gradient_norm
 
-    def _skip_or_stop(self) -> None:
-        """Keep this step out of weights, Adam and the logged mean loss, or raise NonFiniteError."""
-        batches = [self._prepare_inputs(batch) for batch in self._batches_of_step]
-        here = locate(self.network, batches, step=self.state.global_step + 1)
+    def _skip_or_stop(self, step: int, batches: list[dict[str, Tensor]]) -> None:
+        """Keep a step out of weights, Adam and the logged mean loss, or raise NonFiniteError."""
+        here = locate(self.network, [self._prepare_inputs(batch) for batch in batches], step=step)
         divergence = earliest(gather_object([here]))  # each process has another part of the batch
         if len(self.skipped) >= self.spec.train.skips_allowed:
             raise NonFiniteError(divergence)
@@ -247,6 +279,7 @@ class NormFreeTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         step = self.state.global_step
+        self._check_unread(step)  # a signal saves at any step
         try:
             super()._save_checkpoint(model, trial)
             mean = cast(Tensor, self.accelerator.reduce(self._tr_loss, "mean"))
