@@ -25,8 +25,8 @@ def evaluate_tasks(name: str, options: EvaluateOptions) -> None:
     from normfree.training.precision import products_for
     from normfree.training.processes import prepare_process
 
-    if options.stride is not None:
-        raise ValueError("stride= advances windows of a text, and tasks have none: leave it out")
+    if unused := [key for key in ("stride", "sequences") if getattr(options, key) is not None]:
+        raise ValueError(f"{unused[0]}= is of windows of a text, and tasks have none: leave it out")
     names = [word.strip() for word in options.tasks.strip("[]").split(",")]
     items = make_items(names, partial(_documents, options.text), seed=options.item_seed, count=options.items)
     prepare_process()
