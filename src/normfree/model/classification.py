@@ -19,7 +19,6 @@ class NormFreeForTokenClassification(NormFreePreTrainedModel):
 
     def __init__(self, config: NormFreeConfig) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels
         self.model = NormFreeModel(config)
         self.dropout = nn.Identity()
         self.score = nn.Linear(config.hidden_size, config.num_labels)
