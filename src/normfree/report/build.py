@@ -206,7 +206,7 @@ def _facts(parts: Sequence[Part]) -> dict[str, list[str]]:
         "Tokens per run": [f"{tokens:,}" for tokens in sorted({run.facts.get("tokens_seen", 0) for run in trained})],
         "Precision": _distinct(runs, lambda run: run.spec["train"]["precision"]),
         "Recipes": [f"{part.title}: {part.recipe}" for part in parts if part.recipe]
-        + [f"{key.split('.')[1].replace('_', ' ')}s differ by variant" for key in across],
+        + [f"{key.split('.')[-1].replace('_', ' ')}s differ by variant" for key in across],
         "Model": _distinct(
             [run for run in runs if run.facts.get("model")],
             lambda run: (_MODEL if run.facts["model"]["layers"] else _PARTS).format(
