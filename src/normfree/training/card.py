@@ -16,10 +16,12 @@ def model_card(run: Run, final: dict[str, Any]) -> str:
     """Write the card, with the metadata that the hub reads. `final` is the evaluation after training."""
     task, pipeline = CLASSIFICATIONS.get(run.spec["train"].get("objective", ""), ("CausalLM", "text-generation"))
     source = run.spec["data"].get("dataset") or run.facts["corpus"]["source"]
+    start = run.spec.get("start_name", "random")
     return (Path(__file__).with_name("card.md").read_text(encoding="utf-8")).format(
         run=run,
         task=task,
         pipeline=pipeline,
+        weights="random weights" if start == "random" else f"the weights of {start}",
         final=final,
         model={"norm": "layernorm", "activation": "gelu"} | run.spec["model"] | run.facts["model"],
         source=source,
