@@ -64,7 +64,7 @@ def test_each_token_is_predicted_once_from_its_window(model, name, context, stri
     assert result.perplexity == pytest.approx(math.exp(sum(expected) / len(expected)), rel=1e-5)
 
 
-def test_a_sample_has_the_first_the_middle_and_the_last_window(model, tokenizer):
+def test_a_sample_spreads_its_windows_over_the_text(model, tokenizer):
     text = string.ascii_letters + string.digits + string.punctuation[:18]  # 80 tokens, five windows
     whole = [perplexity(model, tokenizer, text[at : at + 16], context=16).loss_nats for at in (0, 32, 64)]
     sample = perplexity(model, tokenizer, text, context=16, sequences=3)
