@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -125,8 +126,8 @@ def _write_values(drawing: Heatmap, image: AxesImage) -> None:
             text.set_bbox({"facecolor": drawing.colour_map.get_bad(), "edgecolor": "none", "pad": 0.6})
 
 
-def _number(value: float) -> str:
-    """A value in at most five characters, six if it is negative."""
+def _number(value: Any) -> str:
+    """A number in at most five characters, six if it is negative."""
     if not np.isfinite(value):
         return "NaN"
     return f"{value:z.2f}" if abs(value) < 99.995 else f"{value:.0f}" if abs(value) < 99999.5 else f"{value:.0e}"
