@@ -91,7 +91,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text = f"{type(error).__name__}: {text} (--debug shows where)"
         print(f"normfree: {text}", file=sys.stderr)
         return 128 + signal_number if signal_number else 2 if isinstance(error, UsageError) else 1
+    finally:
+        _leave_processes()
     return 0
+
+
+def _leave_processes() -> None:
+    """Leave torchrun's group of processes: gloo's threads abort an interpreter that ends inside it."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _reader_closed_pipe() -> bool:
