@@ -1,4 +1,4 @@
-"""What training costs on one GPU: tokens per second, share of the matmul peak and memory, ours beside peers.
+"""Training on one GPU: tokens per second, share of the matmul peak and memory, ours beside peers.
 
     python -m benchmarks.gpu output=results/benchmarks/gpu.json                  # at most six minutes
     python -m benchmarks.gpu study=20 output=results/benchmarks/gpu-study.json   # 20 runs at once; at most five
@@ -77,7 +77,7 @@ class Size(NamedTuple):
         return self.context * self.batch
 
     def job(self, contender: str) -> Job:
-        """What builds a contender."""
+        """The job of a contender at this size."""
         return Job(contender=contender, **self._asdict(), threads=1, keep_memory=False)
 
 

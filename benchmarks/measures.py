@@ -1,6 +1,6 @@
-"""What measures cost: in a training run, and beside a plain forward pass of a long text.
+"""Costs of measures: in a training run, and beside a plain forward pass of a long text.
 
-    python benchmarks/measures.py                     # both tables, about ten minutes on one core
+    python benchmarks/measures.py                     # both tables; T = 8192 takes most of the time
     python benchmarks/measures.py contexts= turns=9   # the first alone
     python benchmarks/measures.py output=results/benchmarks/measures.json
 

@@ -13,7 +13,7 @@ class EstimateOptions(Options):
     gpus: int = 1
     """GPUs that share every batch, one process each."""
     gpu: str = "h100"
-    """Which GPU."""
+    """Name of the GPU, as NVIDIA's data sheets have it."""
     utilisation: float = 0.4
     """Share of the GPU's peak that is assumed for the time."""
     tokens: float | None = None

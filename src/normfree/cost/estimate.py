@@ -1,4 +1,4 @@
-"""What a training run needs on each device: parameters, bytes of memory and time, from its spec. No torch needed.
+"""Parameters, bytes of memory on each device and time of a training run, from its spec. No torch needed.
 
 The bytes follow one training step in this package: fp32 weights, autocast, the loss in blocks of rows. Tests compare
 them with what torch's allocator hands out on the CPU; on a GPU they are not measured.
