@@ -70,19 +70,19 @@ def kept_bytes(fields: dict[str, Any], form: str) -> float:
         if form == "weights":
             model = model.to(torch.bfloat16)
         own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        kept: dict[int, int] = {}
+        saved: dict[int, int] = {}
 
-        def keep(tensor: torch.Tensor, own: set[int] = own, kept: dict[int, int] = kept) -> torch.Tensor:
+        def keep(tensor: torch.Tensor, own: set[int] = own, saved: dict[int, int] = saved) -> torch.Tensor:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in own and tensor.numel() >= tokens * width:
-                kept[storage.data_ptr()] = storage.nbytes()
+                saved[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         ids = torch.randint(0, 512, (1, tokens))
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=form == "autocast")
         with autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             output = model.model(ids)  # alive: freed storages would be counted under another's address
-            totals.append(sum(kept.values()))
+            totals.append(sum(saved.values()))
         del output
     return round((totals[1] - totals[0]) / (tokens * width), 1)
 

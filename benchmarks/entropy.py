@@ -18,6 +18,7 @@ Other keys: models=gpt2,pythia-70m,llama-gqa contexts=128,512,2048 dtype=fp32|bf
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -96,10 +97,10 @@ def measure_row(model: str, context: int, options: dict[str, str]) -> dict[str, 
     return row
 
 
-def in_a_process(job: dict[str, Any]) -> dict[str, Any]:
-    """Run one job in a fresh interpreter, so that no contender sees another's memory."""
-    command = [sys.executable, __file__, f"job={json.dumps(job)}"]
-    answer = subprocess.run(command, check=True, capture_output=True, text=True)
+def in_a_process(job: dict[str, Any], script: str = __file__, **variables: str) -> dict[str, Any]:
+    """Run one job of a script in a fresh interpreter, so that no contender sees another's memory."""
+    command = [sys.executable, script, f"job={json.dumps(job)}"]
+    answer = subprocess.run(command, env=os.environ | variables, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(answer.stdout.splitlines()[-1])
 
 

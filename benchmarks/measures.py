@@ -19,9 +19,7 @@ Other keys: contexts=512,2048,4096,8192 model=gpt2 precision=bf16|fp32 threads=1
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 import warnings
@@ -29,7 +27,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from entropy import SHAPES, peak_memory, random_model, ratio, start_memory_watch, take_turns
+from entropy import SHAPES, in_a_process, peak_memory, random_model, ratio, start_memory_watch, take_turns
 from records import read_options, refuse_unknown, write_record
 
 DEFAULTS = {
@@ -42,9 +40,6 @@ DEFAULTS = {
     "output": "",
     "job": "",
 }
-STEPS, SEQUENCES = 250, 64
-"""Of the preset cpu: steps between measurements, and sequences of one."""
-
 WITHOUT_FRAGMENTS = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 """glibc gives freed blocks of 1 MiB and more back at once; else holes in its heap count as memory."""
 
@@ -59,7 +54,7 @@ def main(arguments: list[str]) -> None:
         return
     job = {name: options[name] for name in ("model", "precision")} | {"names": options["measures"].split(",")}
     job |= {name: int(options[name]) for name in ("threads", "turns")}
-    training = in_a_process(job | {"task": "training"})
+    training = in_a_process(job | {"task": "training"}, __file__)
     print_training(training)
     contexts = [int(context) for context in options["contexts"].split(",") if context]
     rows = [measure_context(context, job) for context in contexts]
@@ -68,20 +63,13 @@ def main(arguments: list[str]) -> None:
 
 def measure_context(context: int, job: dict[str, Any]) -> dict[str, Any]:
     """One line of the second table, from three processes."""
-    row = {"context": context} | in_a_process(job | {"task": "times", "context": context})
+    row = {"context": context} | in_a_process(job | {"task": "times", "context": context}, __file__)
     for name in ("plain", "measured"):
-        memory = in_a_process(job | {"task": "memory", "context": context, "contender": name})
-        row[f"{name}_bytes"] = memory["bytes"]
+        memory = job | {"task": "memory", "context": context, "contender": name}
+        row[f"{name}_bytes"] = in_a_process(memory, __file__, **WITHOUT_FRAGMENTS)["bytes"]
     sizes = " and ".join(f"{row[f'{name}_bytes'] / 1e6:,.0f}" for name in ("plain", "measured"))
     print(f"T = {context}: {row['over_plain']:.2f} x the plain pass; {sizes} MB", flush=True)
     return row
-
-
-def in_a_process(job: dict[str, Any]) -> dict[str, Any]:
-    """Run one job in a fresh interpreter, so that none sees another's memory."""
-    command = [sys.executable, __file__, f"job={json.dumps(job)}"]
-    answer = subprocess.run(command, env=os.environ | WITHOUT_FRAGMENTS, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(answer.stdout.splitlines()[-1])
 
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
@@ -126,14 +114,15 @@ def time_training(precision: str, turns: int) -> dict[str, Any]:
     from normfree.measures import MEASURES, open_measures, periods_of
     from normfree.measures.held_out import blocks_of, measure_batches
     from normfree.measures.measure import values_of
-    from normfree.spec.run import ProbeSpec
+    from normfree.spec.compose import compose_run
     from normfree.training.processes import keep_freed_memory
 
+    probe = compose_run(["preset=cpu"]).spec.probe
     keep_freed_memory()  # as `normfree train` does
     torch.manual_seed(0)
     model, loss_of = ours(Job("ours", 12, 128, 4096, 128, 8, 1, keep_memory=True), bias="qk")
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
-    ids_BT, blocks_NT = torch.randint(0, 4096, (8, 128)), torch.randint(0, 4096, (SEQUENCES, 128))
+    ids_BT, blocks_NT = torch.randint(0, 4096, (8, 128)), torch.randint(0, 4096, (probe.sequences, 128))
     classes_V = torch.randint(0, 8, (4096,))
     in_precision = partial(torch.autocast, "cpu", torch.bfloat16, enabled=precision == "bf16")
 
@@ -154,8 +143,8 @@ def time_training(precision: str, turns: int) -> dict[str, Any]:
         measure_batches(model, blocks_of(model, blocks_NT, 8, measures), measures)
         values_of(measures)
 
-    periods = periods_of(ProbeSpec().measures, STEPS)
-    often = [name for name, every in periods.items() if every == STEPS]
+    periods = periods_of(probe.measures, probe.every_steps)
+    often = [name for name, every in periods.items() if every == probe.every_steps]
     rare = [name for name in periods if name not in often]
     runs: dict[str, Callable[[], object]] = {"step": step, "plain": plain}
     runs |= {name: partial(measured, name) for name, kind in MEASURES.items() if not kind.needs_training}
@@ -163,9 +152,9 @@ def time_training(precision: str, turns: int) -> dict[str, Any]:
     with in_precision():
         seconds = take_turns(runs, turns, time.process_time)
     median = {name: statistics.median(times) for name, times in seconds.items()}
-    period = STEPS * median["step"]
+    period = probe.every_steps * median["step"]
     above = {name: median[name] - median["plain"] for name in MEASURES if name in runs}
-    every = periods[rare[0]] // STEPS
+    every = periods[rare[0]] // probe.every_steps
     return {
         "seconds": {name: median[name] for name in ("step", "plain", "often", "rare")} | above,
         "percent": {name: 100 * value / period for name, value in above.items()}
@@ -177,7 +166,7 @@ def time_training(precision: str, turns: int) -> dict[str, Any]:
 def print_training(training: dict[str, Any]) -> None:
     """The first table."""
     seconds, percent = training["seconds"], training["percent"]
-    print(f"a step {1000 * seconds['step']:.0f} ms; {STEPS} steps {STEPS * seconds['step']:.1f} s")
+    print(f"a step {1000 * seconds['step']:.0f} ms")
     for name, share in percent.items():
         print(f"{name:12} {seconds[name]:7.3f} s {share:6.2f} %")
     print(f"{'defaults':12} {seconds['often']:7.3f} s {training['defaults_percent']:6.2f} %", flush=True)

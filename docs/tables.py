@@ -92,8 +92,10 @@ EFFECTS = {
 
 
 def effect_table(groups: Sequence[Group]) -> Table:
-    """Effects of norm and activation on the margins of tasks, paired by item and seed. Raises ValueError unless all runs
-    have the same items."""
+    """Effects of norm and activation on the margins of tasks, paired by item and seed.
+
+    Raises ValueError unless all runs have the same items.
+    """
     records = {group.label: {run.seed: read_tasks(run.folder) for run in group.runs} for group in groups}
     of_runs = [tasks for of_seed in records.values() for tasks in of_seed.values()]
     rows = []

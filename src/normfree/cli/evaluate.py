@@ -120,10 +120,11 @@ def _evaluate(
             batch_sequences=max(1, 1024 // run.spec["data"]["context"]),
             progress=True,
         )
-        note = f"; run.json, in {run.spec['train']['precision']}, has {run.perplexity:.4f}"
-        return result, "the run's own held-out blocks (text=FILE takes another)", note
-    cut = {"context": options.context, "stride": options.stride, "bos": options.bos}
-    cut["sequences"] = options.sequences
+        whole = len(chosen) == len(blocks_NT)
+        note = f"; run.json, in {run.spec['train']['precision']}, has {run.perplexity:.4f}" if whole else ""
+        source = "the run's own held-out blocks (text=FILE takes another)"
+        return result, source if whole else f"{len(chosen)} of {len(blocks_NT)} of {source}", note
+    cut = {"context": options.context, "stride": options.stride, "bos": options.bos, "sequences": options.sequences}
     result = perplexity(model, tokenizer, text, **cut, progress=True)
     leading = tokenizer.convert_ids_to_tokens(leading_ids(model, tokenizer, options.bos))
     note = f", every window begins with {''.join(leading)}" if leading else ""
