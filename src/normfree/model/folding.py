@@ -78,7 +78,7 @@ def fold_norms(model: NormFreeForCausalLM) -> NormFreeForCausalLM:
 
 
 def obstacle_to_folding(config: NormFreeConfig) -> str:
-    """Which part of a model reads a norm and is no plain matrix; empty if there is none."""
+    """The part of a model that reads a norm and is no plain matrix, in words; empty if there is none."""
     for name, allowed in {"placement": "pre", "linear": "plain", "attention_gate": "none"}.items():
         if (value := getattr(config, name)) != allowed:
             return f"{name}={value!r}: norms fold with {name}={allowed!r} only"
