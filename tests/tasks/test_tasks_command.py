@@ -164,7 +164,7 @@ def test_mistakes_are_one_line(copied: Path, cache: Path, text: Path, tmp_path: 
     for word, message in mistakes.items():
         status, _, err = run(*words, word)
         assert (status, err) == (1, f"normfree: {message}\n")
-    assert "stride= is of windows" in run(*words, "tasks=name", "stride=4")[2]
+    assert "stride= is for the windows" in run(*words, "tasks=name", "stride=4")[2]
     assert "tasks need at least 4" in run(*words, "tasks=name", "context=3")[2]
     encoder = saved_model(tmp_path / "encoder", "bert", is_decoder=False)
     status, _, err = run("evaluate", str(encoder), f"text={text}", "tasks=name", "items=4")

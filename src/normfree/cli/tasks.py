@@ -26,7 +26,7 @@ def evaluate_tasks(name: str, options: EvaluateOptions) -> None:
     from normfree.training.processes import prepare_process
 
     if unused := [key for key in ("stride", "sequences") if getattr(options, key) is not None]:
-        raise ValueError(f"{unused[0]}= is of windows of a text, and tasks have none: leave it out")
+        raise ValueError(f"{unused[0]}= is for the windows of a text, and tasks have none: leave it out")
     names = [word.strip() for word in options.tasks.strip("[]").split(",")]
     items = make_items(names, partial(_documents, options.text), seed=options.item_seed, count=options.items)
     prepare_process()
