@@ -10,24 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from normfree.model import NormFreeForCausalLM
+from tests.elsewhere import WITHOUT_NORMFREE
 from tests.small_model import CHOICES
 
-ELSEWHERE = """
-import json, sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "normfree":
-            raise ModuleNotFoundError("normfree is not installed here")
-
-sys.meta_path.insert(0, Blocker())
-try:
-    import normfree
-except ModuleNotFoundError:
-    pass
-else:
-    raise SystemExit("normfree was importable: this test proves nothing")
-
+ELSEWHERE = f"""{WITHOUT_NORMFREE}
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -36,8 +22,8 @@ ids = torch.tensor(json.loads(sys.argv[2]))
 generated = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
 model.save_pretrained(sys.argv[3])
 assert not any(name.partition(".")[0] == "normfree" for name in sys.modules)
-print(json.dumps({"generated": generated.tolist(), "logits": model(ids).logits.tolist(),
-                  "module": type(model).__module__}))
+print(json.dumps({{"generated": generated.tolist(), "logits": model(ids).logits.tolist(),
+                  "module": type(model).__module__}}))
 """
 
 

@@ -64,6 +64,16 @@ def act_in(method: str, action: Callable[[NormFreeTrainer], Any], monkeypatch: p
     monkeypatch.setattr(NormFreeTrainer, method, acting)
 
 
+def break_in_step(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raise ConnectionError before the training step after `step`, as a lost machine would end the run."""
+
+    def fail(trainer: NormFreeTrainer) -> None:
+        if trainer.state.global_step == step:
+            raise ConnectionError("killed")
+
+    act_in("training_step", fail, monkeypatch)
+
+
 def send_in_step(step: int, monkeypatch: pytest.MonkeyPatch, *numbers: signal.Signals) -> None:
     """Send signals, SIGTERM by default, to this process within the training step after `step`."""
 

@@ -27,29 +27,22 @@ from normfree.store.tasks import read_tasks
 from normfree.tasks.functions import functions_of
 from normfree.tasks.labels import CLASSES
 from normfree.training.classify import LabelledCorpus
-from tests.training.runs import act_in, check_equal_runs, weights
+from tests.elsewhere import WITHOUT_NORMFREE
+from tests.training.runs import break_in_step, check_equal_runs, weights
 
-ELSEWHERE = """
-import json, sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "normfree":
-            raise ModuleNotFoundError("normfree is not installed here")
-
-sys.meta_path.insert(0, Blocker())
+ELSEWHERE = f"""{WITHOUT_NORMFREE}
 import torch, transformers
 
 results = []
 for folder, auto, texts in json.load(sys.stdin):
     model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True)
     padded, short = torch.tensor([[5, 6, 7], [5, 6, model.config.pad_token_id]]), torch.tensor([[5, 6]])
-    results.append({
+    results.append({{
         "classes": [model(torch.tensor([ids])).logits[0].argmax(-1).tolist() for ids in texts],
         "labels": list(model.config.id2label.values()),
         "padded": model(padded).logits[1].tolist(),
         "short": model(short).logits[0].tolist(),
-    })
+    }})
 print(json.dumps(results))
 """
 EPOCHS = ("train.steps=null", "train.epochs=1.5")
@@ -119,12 +112,8 @@ def test_a_frozen_body_is_a_linear_probe(tune: Callable[..., Run]) -> None:
 def test_a_kill_in_fine_tuning_resumes_to_the_bit(tune: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tune()
 
-    def stop(trainer: object) -> None:
-        if trainer.state.global_step == 5:  # type: ignore[attr-defined]
-            raise ConnectionError("killed")
-
     with monkeypatch.context() as patch:
-        act_in("training_step", stop, patch)
+        break_in_step(5, patch)
         with pytest.raises(ConnectionError):
             tune(runs="killed")
     killed = tune(runs="killed")

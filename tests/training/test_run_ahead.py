@@ -18,7 +18,7 @@ from normfree.store.runs import Run, read_run
 from normfree.training import trainer as trainer_module
 from normfree.training.signals import InterruptedRunError
 from normfree.training.trainer import NormFreeTrainer
-from tests.training.runs import act_in, same_weights, send_in_step, weights
+from tests.training.runs import act_in, break_in_step, same_weights, send_in_step, weights
 
 RARELY = [
     *("train.steps=8", "train.log_every=6", "train.checkpoint_every=100", "train.evaluate_every=100"),
@@ -130,13 +130,9 @@ def test_a_kill_before_the_report_does_not_lose_it(train_tiny, sound, watch, run
     words = [*RARELY, "train.checkpoint_every=2"]
     watched = watch(Watched(sound[1][3], "activation"))
 
-    def die(trainer: NormFreeTrainer) -> None:
-        if trainer.state.global_step == 3:
-            raise RuntimeError("killed")
-
     with monkeypatch.context() as patch:
-        act_in("training_step", die, patch)
-        with pytest.raises(RuntimeError, match="killed"):
+        break_in_step(3, patch)
+        with pytest.raises(ConnectionError, match="killed"):
             train_tiny(*words)
     assert list(watched.states) == [1, 2, 3]
     run = train_tiny(*words)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from normfree.cli.main import main
 from normfree.store.runs import Run, read_run
-from tests.training.runs import act_in, check_equal_runs
+from tests.training.runs import break_in_step, check_equal_runs
 
 REMOVE = ("variant=sm-fake-g", "model.fake_start_step=20", "model.fake_gap_steps=10", "train.steps=100", "tag=cut")
 CONTROL = ("train.steps=100", "tag=cut")
@@ -52,12 +52,8 @@ def test_a_kill_within_the_removal_resumes_to_the_bit(
     words = (f"start=run:{trained.folder}", *REMOVE, "train.checkpoint_every=10")
     whole = train_tiny(*words)
 
-    def stop(trainer: object) -> None:
-        if trainer.state.global_step == 37:  # type: ignore[attr-defined]
-            raise ConnectionError("killed")
-
     with monkeypatch.context() as patch:
-        act_in("training_step", stop, patch)
+        break_in_step(37, patch)
         with pytest.raises(ConnectionError):
             train_tiny(*words, runs="killed")
     check_equal_runs(train_tiny(*words, runs="killed").folder, whole.folder)
