@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "measures": {"entropy", "report", "spec", "store"},  # a measurement draws itself
     "pretrained": {"data", "entropy", "model", "spec", "store"},
     "tasks": {"data", "files", "measures", "spec"},
-    "training": {"analysis", "cost", "data", "files", "measures", "model", "report", "spec", "store"},
+    "training": {"analysis", "cost", "data", "files", "measures", "model", "report", "spec", "store", "tasks"},
     "cli": {
         "analysis",
         "cost",

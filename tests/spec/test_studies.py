@@ -13,7 +13,7 @@ from normfree.spec.run import own_values
 from normfree.spec.study import load_study
 
 
-@pytest.mark.parametrize("name", members("studies"))
+@pytest.mark.parametrize("name", sorted({*members("studies")} - {"fine-tune"}))  # it needs runs to begin with
 def test_runs_of_a_shipped_study_all_differ(name: str) -> None:
     specs = [job.spec for job in load_study(name).jobs()]
     assert {spec.study for spec in specs} == {name}

@@ -78,6 +78,14 @@ def test_bits_per_byte_are_sums_over_sums() -> None:
     assert row["Margin (nats)"] == "-"
 
 
+def test_right_labels_are_shares_of_all_labels() -> None:
+    labels = {"model": [3, 8], "majority": [2, 4], "unigram": [4, 4]}
+    row = only_row({"unit": "right", "items_sha256": "a", "values": labels, "sizes": [4, 10]})
+    assert (row["Measured"], row["Items"], row["Margin (nats)"]) == ("accuracy (%)", "14", "-")
+    shares = [row[name].split(" ")[0] for name in ("Score", "Majority", "Unigram", "Less majority")]
+    assert shares == ["78.6", "42.9", "57.1", "+35.7"]
+
+
 def test_the_report_shows_recorded_tasks(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / "runs", label, seed=seed) for label in ("SM+R", "SM+G") for seed in (0, 1)]
     assert not task_table(group_runs(runs)).rows
@@ -92,8 +100,8 @@ def test_the_report_shows_recorded_tasks(tmp_path: Path) -> None:
     assert any("Not the same items in all rows: name." in note for note in table.notes)
     (section,) = (section for section in sections_of(group_runs(runs)) if section.name == "tasks")
     assert [shown.rows for shown in section.contents(group_runs(runs))[1]] == [
-        [row[:5] + row[6:7] + row[8:] for row in table.rows]  # no unigram on record, so no columns of dashes
+        [row[:5] + row[7:8] + row[10:] for row in table.rows]  # no other controls on record, so no columns of dashes
     ]
-    (runs[0].folder / "tasks.json").write_text("{")
-    with pytest.raises(ValueError, match=r"tasks.json is not readable as JSON: remove it and evaluate again"):
+    (runs[0].folder / "tasks.json.gz").write_text("{")
+    with pytest.raises(ValueError, match=r"tasks.json.gz is not readable as JSON: remove it and evaluate again"):
         task_table(group_runs(runs))

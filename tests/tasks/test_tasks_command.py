@@ -64,7 +64,7 @@ def test_a_run_gets_a_record_and_a_table(copied: Path, cache: Path, text: Path, 
     status, out, err = run(*words, "tasks=[keyword,name]")
     assert status == 0, err
     assert "| single/sm-r-seed0 | keyword |" in out
-    assert f"recorded in {copied / 'tasks.json'}" in out
+    assert f"recorded in {copied / 'tasks.json.gz'}" in out
     record = read_tasks(copied)["keyword"]
     assert record["values"].keys() == {"model", "untrained", "unigram"}
     assert {len(values) for values in record["values"].values()} == {20 - record["left_out"]}

@@ -13,6 +13,7 @@ from normfree.analysis import published
 from normfree.analysis.seeds import Summary, compact, summarise
 from normfree.spec.keys import describe_keys
 from normfree.spec.run import (
+    CLASSIFICATIONS,
     NOT_DECIDING,
     NOT_RECIPE_FIELDS,
     PLACES_OF_TEXT,
@@ -57,6 +58,11 @@ class Group:
     def is_trained(self) -> bool:
         """False for a model that was only measured."""
         return self.members[0].kind == "run"
+
+    @property
+    def has_perplexity(self) -> bool:
+        """False for a model that was only measured, and for one that was trained to classify."""
+        return self.is_trained and self.members[0].spec["train"].get("objective") not in CLASSIFICATIONS
 
     @cached_property
     def comparison_key(self) -> Hashable:

@@ -5,16 +5,17 @@ transformers (with its huggingface_hub) and each other: `save_pretrained` copies
 loads with `trust_remote_code=True` even if normfree is not installed.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+import transformers
 
+from .classification import NormFreeForSequenceClassification, NormFreeForTokenClassification
 from .configuration import NormFreeConfig
 from .modeling import NormFreeForCausalLM, NormFreeModel
 
 __all__ = ["NormFreeConfig", "NormFreeForCausalLM", "NormFreeModel"]
 
-AutoConfig.register(NormFreeConfig.model_type, NormFreeConfig, exist_ok=True)
-AutoModel.register(NormFreeConfig, NormFreeModel, exist_ok=True)
-AutoModelForCausalLM.register(NormFreeConfig, NormFreeForCausalLM, exist_ok=True)
+transformers.AutoConfig.register(NormFreeConfig.model_type, NormFreeConfig, exist_ok=True)
 NormFreeConfig.register_for_auto_class()
-NormFreeModel.register_for_auto_class("AutoModel")
-NormFreeForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+for _model in (NormFreeModel, NormFreeForCausalLM, NormFreeForSequenceClassification, NormFreeForTokenClassification):
+    _auto = _model.__name__.replace("NormFreeModel", "AutoModel").replace("NormFreeFor", "AutoModelFor")
+    getattr(transformers, _auto).register(NormFreeConfig, _model, exist_ok=True)
+    _model.register_for_auto_class(_auto)

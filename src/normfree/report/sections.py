@@ -43,12 +43,14 @@ class Section:
     """By the name of their files."""
     measurements: bool = False
     """Whether it includes models that were only measured, besides those trained here."""
+    perplexity: bool = False
+    """Whether it compares perplexities, which classifiers are not trained for."""
     folded: bool = True
 
     def contents(self, groups: Groups, prefix: str = "") -> tuple[list[PageFigure], list[Table]]:
         """Its figures, and its tables that have rows, without columns of dashes; names begin with the prefix."""
         if not self.measurements:
-            groups = [group for group in groups if group.is_trained]
+            groups = [group for group in groups if (group.has_perplexity if self.perplexity else group.is_trained)]
         figures = filter(None, (draw(groups) for draw in self.figures))
         tables = (without_empty_columns(make(groups)) for make in self.tables.values())
         return (
@@ -158,10 +160,11 @@ def _private_inference(groups: Groups) -> PageFigure | None:
 
 
 SECTIONS: tuple[Section, ...] = (
-    Section(name="perplexity", title="Final perplexity", menu="Perplexity", figures=[_perplexity], folded=False),
+    Section(name="perplexity", title="Final perplexity", menu="Perplexity", figures=[_perplexity],
+            perplexity=True, folded=False),
     Section(name="claims", title="The paper's claims", menu="Claims", tables={"claims": results.claim_table},
-            folded=False),
-    Section(name="tables", title="Perplexity and differences in numbers", menu="Numbers",
+            perplexity=True, folded=False),
+    Section(name="tables", title="Perplexity and differences in numbers", menu="Numbers", perplexity=True,
             tables={"perplexity": results.perplexity_table, "differences": results.difference_table,
                     "gap": results.gap_table}),
     Section(name="published", title="The paper's heads beside ours", menu="Beside the paper", figures=[_published]),
@@ -174,7 +177,7 @@ SECTIONS: tuple[Section, ...] = (
     Section(name="losses", title="Loss", figures=[_losses]),
     Section(name="nonfinite", title="Non-finite attention rows", menu="Non-finite", figures=[_nonfinite]),
     Section(name="private-inference", title="Perplexity against communication in private inference",
-            menu="Private inference", figures=[_private_inference],
+            menu="Private inference", figures=[_private_inference], perplexity=True,
             tables={"perplexity-communication": cost.trade_off_table}),
     Section(name="slopes", title="Slopes below zero", menu="Slopes", figures=[_slopes],
             tables={"slopes": runs.slope_table}),

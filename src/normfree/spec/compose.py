@@ -101,7 +101,7 @@ def compose(values: Mapping[str, Any], *, command: str | None = None) -> Job:
     Raises ValueError, with the nearest valid names, for an unknown key, preset, variant or value.
     """
     _check_keys(values)
-    start = read_start(str(values.get("start", "random")))
+    start = read_start(_start_of(values))
     merged = _merge(values, start)
     runs_dir, cache_dir = merged.pop("runs_dir", "runs"), merged.pop("cache_dir", None)
     if not runs_dir:
@@ -110,12 +110,20 @@ def compose(values: Mapping[str, Any], *, command: str | None = None) -> Job:
     if start is not None:
         check_start(start, merged["model"])
     spec = RunSpec.from_dict(merged)
-    settings = sorted(key for key in allowed_keys() if "." in key)
+    settings = ["start_name", *sorted(key for key in allowed_keys() if "." in key)]
     if unknown := [key for key in spec.compare_across if key not in settings]:
         raise ValueError(f"compare_across={unknown[0]} is no setting of a run; {nearest(unknown[0], settings)}")
     check_fields_are_read(spec)
     check_label(spec, {name: declared_by(name) for name in (spec.variant, *variants()) if name != "custom"})
     return Job(spec, Path(runs_dir), Path(cache_dir) if cache_dir else None, command)
+
+
+def _start_of(values: Mapping[str, Any]) -> str:
+    """`start`; a study may have one for all runs: run:runs/quick/${variant}-seed${seed}."""
+    text = str(values.get("start", "random"))
+    for key in ("variant", "seed"):
+        text = text.replace(f"${{{key}}}", str(values.get(key, DEFAULTS[key])))
+    return text
 
 
 def control_of(values: Mapping[str, Any], job: Job) -> Job | None:
@@ -139,7 +147,7 @@ def read_preset(preset: str, variant: str) -> RunSpec:
 def compose_unchecked(values: Mapping[str, Any]) -> RunSpec:
     """Compose a run as `compose` does, with the model's fields unchecked: their check loads torch."""
     _check_keys(values)
-    merged = _merge(values, read_start(str(values.get("start", "random"))))
+    merged = _merge(values, read_start(_start_of(values)))
     for place in ("runs_dir", "cache_dir"):
         merged.pop(place, None)
     model = merged["model"]

@@ -44,6 +44,11 @@ VARIANT_FIELDS = (
 )
 # Names, and the seeds: other weights and another order of the data are replicates of one recipe.
 NOT_RECIPE_FIELDS = ("study", "variant", "label", "tag", "seed", "data_seed", "start", "start_sha256")
+CLASSIFICATIONS = {
+    "syntax_error": ("SequenceClassification", "text-classification"),
+    "token_type": ("TokenClassification", "token-classification"),
+}
+"""Objectives that train a classification head; the end of its Auto class, and the hub's name of that."""
 # Where the text lies: what it is, the fingerprint of its corpus says.
 PLACES_OF_TEXT = ("data.paths", "data.validation_paths")
 # How a run is watched, placed and cut into passes: its numbers depend on these by rounding and dropout masks only.
@@ -150,8 +155,9 @@ class TrainSpec:
     """Share of the steps in which the learning rate rises linearly; then it falls linearly."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the matrices of the blocks, AdamW for all other parameters."""
-    objective: Literal["next_token", "entropy_target", "entropy_band"] = "next_token"
-    """What is minimised: the loss alone, or with a term that moves head entropies (docs/architecture.md)."""
+    objective: Literal["next_token", "entropy_target", "entropy_band", "syntax_error", "token_type"] = "next_token"
+    """What is minimised: the loss alone, with a term that moves head entropies (docs/architecture.md), or instead that
+    of a classification head on the body (docs/tasks.md)."""
     entropy_weight: NotNegative | None = None
     """objective=entropy_target, entropy_band: weight of the term; 0 only records entropies against their targets."""
     entropy_layers: tuple[int, ...] | None = None
@@ -232,7 +238,7 @@ class TrainSpec:
                     f"train.{name}={value} is not read with train.objective={self.objective}: give "
                     f"train.objective={' or '.join(objectives)}"
                 )
-        if self.objective != "next_token" and self.entropy_weight is None:
+        if self.objective.startswith("entropy") and self.entropy_weight is None:
             raise ValueError(f"train.objective={self.objective} needs train.entropy_weight, e.g. 0.03")
         chosen = [f"train.{name}" for name in targets if getattr(self, name)]
         if self.objective == "entropy_target" and len(chosen) != 1:
@@ -287,7 +293,8 @@ class RunSpec:
     start_sha256: str = ""
     """sha256 of its weights."""
     compare_across: tuple[str, ...] = ()
-    """Keys in which variants of one table may differ, e.g. train.peak_learning_rate: each variant has its own value."""
+    """Keys in which variants of one table may differ, e.g. train.peak_learning_rate, or start_name, the run that each
+    began with: each variant has its own value."""
     model: dict[str, Any] = field(default_factory=dict)
     """Fields of NormFreeConfig."""
     data: DataSpec = field(default_factory=DataSpec)
@@ -298,6 +305,9 @@ class RunSpec:
         for name in ("study", "variant", "tag"):
             if re.search(r"[/\\\0]|^\.{1,2}$", value := getattr(self, name)):
                 raise ValueError(f"{name}={value!r} becomes part of a folder name: no slash, no dots alone")
+        chosen, objective = (f"norm={self.model.get('norm')}", f"sharding={self.train.sharding}"), self.train.objective
+        if objective in CLASSIFICATIONS and (bad := {"norm=fake", "norm=taper", "sharding=fsdp"}.intersection(chosen)):
+            raise ValueError(f"train.objective={objective} does not work with {bad.pop()}: run the two after another")
 
     @property
     def name(self) -> str:
@@ -333,8 +343,8 @@ def recipe_of(spec: Mapping[str, Any]) -> str:
 
 def own_values(spec: Mapping[str, Any]) -> dict[str, Any]:
     """A spec's values of the keys that it compares across, by key; older records compare across none."""
-    keys = (key.partition(".") for key in spec.get("compare_across", ()))
-    return {f"{part}.{name}": spec[part].get(name) for part, _, name in keys}
+    parts = {key: key.partition(".") for key in spec.get("compare_across", ())}
+    return {key: spec[part].get(name) if name else spec.get(part) for key, (part, _, name) in parts.items()}
 
 
 def check_own_values(specs: Mapping[str, Mapping[str, Any]]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from normfree.files import describe_files, fingerprint
+from normfree.spec.run import CLASSIFICATIONS
 
 MAY_CHANGE = ("embedding_dropout", "attention_dropout", "residual_dropout", "use_cache", "max_position_embeddings")
 MAY_CHANGE += (
@@ -76,6 +77,8 @@ def _run(start: str, folder: Path) -> Start:
             f"start={start}: no folder model/ there, and the run is {facts['status']}; give a finished run"
         )
     spec = facts["spec"]
+    if spec["train"].get("objective") in CLASSIFICATIONS:
+        raise ValueError(f"start={start}: a classifier has no head for tokens; give the run that it began with")
     folded = facts.get("folded") or {}
     settings = {part: spec[part] for part in ("preset", "variant", "label", "data", "train", "probe")}
     settings["model"] = {**spec["model"], **folded.get("model", {})}

@@ -1,7 +1,8 @@
-"""tasks.json: how a model did on each task, item by item, beside the run.json of the model."""
+"""tasks.json.gz: how a model did on each task, item by item, beside the run.json of the model."""
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,22 +11,24 @@ from typing import Any
 from normfree.files import write_atomically
 from normfree.store.runs import decode, encode
 
-TASKS_FILE = "tasks.json"
+TASKS_FILE = "tasks.json.gz"
 
 
 def read_tasks(folder: Path) -> dict[str, dict[str, Any]]:
-    """Records by task; none if nothing was evaluated. Raises ValueError for a file that is no JSON."""
+    """Records by task; none if nothing was evaluated. Raises ValueError for a file that is no gzipped JSON."""
     path = folder / TASKS_FILE
     try:
-        return decode(json.loads(path.read_text(encoding="utf-8")))
+        return decode(json.loads(gzip.decompress(path.read_bytes())))
     except FileNotFoundError:
         return {}
-    except ValueError:
+    except (ValueError, EOFError, gzip.BadGzipFile):
         raise ValueError(f"{path} is not readable as JSON: remove it and evaluate again") from None
 
 
 def write_tasks(folder: Path, records: Mapping[str, Mapping[str, Any]]) -> Path:
-    """Write records; those of other tasks stay. Non-finite numbers become the strings of metrics.jsonl."""
+    """Write records, with values to 0.001; those of other tasks stay. Non-finite numbers become strings."""
     path = folder / TASKS_FILE
-    write_atomically(path, json.dumps(encode({**read_tasks(folder), **records}), allow_nan=False) + "\n")
+    text = json.dumps(encode({**read_tasks(folder), **records}), allow_nan=False)
+    rounded = json.loads(text, parse_float=lambda number: round(float(number), 3))
+    write_atomically(path, gzip.compress(json.dumps(rounded, separators=(",", ":")).encode(), mtime=0))
     return path

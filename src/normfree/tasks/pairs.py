@@ -78,7 +78,7 @@ def _replaced(function: Function, span: Span, wrong: str) -> Pair:
 
 
 def _keywords(function: Function, random: Random) -> Iterator[Edit]:
-    for token, span in _tokens(function):
+    for token, span in tokens_of(function):
         if token.string in _KEYWORDS and span[0]:
             start, end = _with_blank(function, span)
             others = random.sample(_KEYWORDS, 8)
@@ -87,7 +87,7 @@ def _keywords(function: Function, random: Random) -> Iterator[Edit]:
 
 def _brackets(function: Function, random: Random) -> Iterator[Edit]:
     runs = [match.span() for match in _PUNCTUATION.finditer(function.text)]
-    for token, (place, _) in _tokens(function):
+    for token, (place, _) in tokens_of(function):
         if token.type == tokenize.OP and token.string in _BRACKETS:
             start, end = next(run for run in runs if run[0] <= place < run[1])
             before, after = function.text[start:place], function.text[place + 1 : end]
@@ -170,7 +170,8 @@ PAIR_TASKS: dict[str, tuple[EditsOfAll, type]] = {
 """Edits of a task, and what `parse` says of the bad text: an error, or a module."""
 
 
-def _tokens(function: Function) -> Iterator[tuple[tokenize.TokenInfo, Span]]:
+def tokens_of(function: Function) -> Iterator[tuple[tokenize.TokenInfo, Span]]:
+    """Python's tokens, and where each lies in the text."""
     for token in tokenize.generate_tokens(io.StringIO(function.text).readline):
         start = function.place(*token.start)
         yield token, (start, start + len(token.string))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from normfree.analysis.entropy import final_heads, top_quarter_share
+from normfree.spec.run import CLASSIFICATIONS
 from normfree.store.runs import Run
 
 _TEXT = {"installed": "Python code of the packages on one machine", "files": "text files of the user"}
@@ -13,9 +14,12 @@ _TEXT = {"installed": "Python code of the packages on one machine", "files": "te
 
 def model_card(run: Run, final: dict[str, Any]) -> str:
     """Write the card, with the metadata that the hub reads. `final` is the evaluation after training."""
+    task, pipeline = CLASSIFICATIONS.get(run.spec["train"].get("objective", ""), ("CausalLM", "text-generation"))
     source = run.spec["data"].get("dataset") or run.facts["corpus"]["source"]
     return (Path(__file__).with_name("card.md").read_text(encoding="utf-8")).format(
         run=run,
+        task=task,
+        pipeline=pipeline,
         final=final,
         model={"norm": "layernorm", "activation": "gelu"} | run.spec["model"] | run.facts["model"],
         source=source,

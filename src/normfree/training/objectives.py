@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.model import NormFreeConfig
-from normfree.spec.run import RunSpec
+from normfree.spec.run import CLASSIFICATIONS, RunSpec
 from normfree.store.runs import DamagedRunError, Run, find_runs
 
 BAND = 0.2
@@ -158,7 +158,7 @@ def build_objective(spec: RunSpec, config: NormFreeConfig, steps: int) -> Object
     or of another shape.
     """
     train, tokens = spec.train, spec.data.context
-    if train.objective == "next_token":
+    if train.objective in ("next_token", *CLASSIFICATIONS):
         return Objective()
     layers = tuple(range(config.num_hidden_layers)) if train.entropy_layers is None else train.entropy_layers
     last = config.num_hidden_layers - 1

@@ -11,9 +11,11 @@ from transformers import AutoModelForCausalLM
 from normfree.data import Corpus
 from normfree.data.tokenizer import load_tokenizer, tokenizer_hash
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
+from normfree.model.classification import Classifier
 from normfree.model.conversion import convert
-from normfree.spec.run import RunSpec
+from normfree.spec.run import CLASSIFICATIONS, RunSpec
 from normfree.spec.start import read_start
+from normfree.tasks.labels import CLASSES
 
 logger = logging.getLogger("normfree")
 
@@ -24,7 +26,11 @@ def initial_model(spec: RunSpec, config: NormFreeConfig, corpus: Corpus) -> Norm
     Raises ValueError for weights that changed since the spec was composed, another tokenizer than the start's, more
     positions than it has, and patterns of `train.frozen` that name no parameter.
     """
-    model = NormFreeForCausalLM(config)
+    task = spec.train.objective
+    if classifies := task in CLASSIFICATIONS:
+        config.id2label = dict(enumerate(CLASSES[task]))
+        config.label2id = {name: number for number, name in config.id2label.items()}
+    model = (Classifier if classifies else NormFreeForCausalLM)(config)
     if spec.start != "random":
         _load_start(model, spec, corpus)
     names = [name for name, _ in model.named_parameters()]
@@ -32,7 +38,8 @@ def initial_model(spec: RunSpec, config: NormFreeConfig, corpus: Corpus) -> Norm
         if not any(fnmatch(name, pattern) for name in names):
             raise ValueError(f"train.frozen: {pattern!r} names no parameter; there are {', '.join(names[:4])}, ...")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not any(fnmatch(name, pattern) for pattern in spec.train.frozen))
+        unused = classifies and name.startswith("lm_head.")
+        parameter.requires_grad_(not unused and not any(fnmatch(name, pattern) for pattern in spec.train.frozen))
     return model
 
 
@@ -55,8 +62,8 @@ def _load_start(model: NormFreeForCausalLM, spec: RunSpec, corpus: Corpus) -> No
     if model.config.norm == "taper":  # an RMSNorm calls its gain weight
         weights = {_as_gain(name): weight for name, weight in weights.items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
-    buffers = {name for name, _ in model.named_buffers()}
-    if wrong := sorted((set(missing) - buffers) | set(unexpected)):
+    new = {name for name, _ in model.named_buffers()} | {"score.weight", "score.bias"}
+    if wrong := sorted((set(missing) - new) | set(unexpected)):
         raise ValueError(f"start={spec.start} does not fit this model: {', '.join(wrong[:3])}")
     logger.info("%s: weights of %s", spec.name, start.name)
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import set_seed
 from transformers.integrations.integration_utils import TensorBoardCallback
@@ -23,16 +24,20 @@ from transformers.trainer_callback import PrinterCallback
 from normfree.data import Corpus, prepare
 from normfree.files import folder_lock, write_manifest
 from normfree.measures import open_measures, periods_of
-from normfree.measures.perplexity import evaluate_blocks
+from normfree.measures.perplexity import IGNORED, evaluate_blocks
 from normfree.measures.text_perplexity import spread
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
+from normfree.model.classification import Classifier
 from normfree.model.folding import FOLDABLE, fold_norms, obstacle_to_folding
-from normfree.spec.run import RunSpec
+from normfree.model.modeling import NormFreePreTrainedModel
+from normfree.spec.run import CLASSIFICATIONS, RunSpec
 from normfree.store import checkpoints
 from normfree.store.runs import read_run
+from normfree.store.tasks import write_tasks
 from normfree.training import arguments
 from normfree.training.callbacks import RecordMetrics, ShowProgress, measurements
 from normfree.training.card import model_card
+from normfree.training.classify import LabelledCorpus
 from normfree.training.guard import NonFiniteError
 from normfree.training.machine import command_line, device_name, usable_cores
 from normfree.training.objectives import build_objective
@@ -86,6 +91,8 @@ def train(
     with folder_lock(folder) if state.is_main_process else nullcontext():  # from here on `status` shows it
         with state.main_process_first():
             corpus = prepare(spec.data, cache=Path(cache) if cache else None, progress=progress)
+            if spec.train.objective in CLASSIFICATIONS:
+                corpus = LabelledCorpus(corpus.folder, corpus.manifest, spec)
         if state.is_main_process and any(corpus.facts()["dropped"].values()):
             left_out = corpus.left_out("train"), corpus.left_out("validation")
             logger.info("corpus %s; left out: %s; of held-out text: %s", corpus.fingerprint[:12], *left_out)
@@ -196,12 +203,18 @@ def _finish(record: Record, model: NormFreeForCausalLM, trainer: NormFreeTrainer
     bytes_of_text = int(corpus.predicted_bytes().sum())
     result = evaluate_blocks(model, record.held_out_NT, predicted_bytes=bytes_of_text, batch_sequences=size)
     whole_model = gather(model) if spec.train.sharding == "fsdp" else model
+    final = result.to_dict()
     if PartialState().is_main_process and whole_model is not None:
         saved, folded = _without_fixed_norms(whole_model, record)
-        card = model_card(read_run(record.folder), result.to_dict())
+        if isinstance(corpus, LabelledCorpus) and isinstance(whole_model, Classifier):
+            right = corpus.accuracy(whole_model)
+            write_tasks(record.folder, {spec.train.objective: right})
+            final["accuracy"] = sum(right["values"]["model"]) / sum(right["sizes"])
+            saved = corpus.saved(whole_model)
+        card = model_card(read_run(record.folder), final)
         _save_model(saved, corpus, card, record.folder / "model")
         record.update(**folded)
-    record.update(status="finished", final=result.to_dict(), **record.progress_at(record.steps))
+    record.update(status="finished", final=final, **record.progress_at(record.steps))
     try:
         trainer.log({"eval_final_loss": result.loss_nats, "eval_final_perplexity": result.perplexity})
     except Exception as error:  # a tracker's failure must not cost the run
@@ -212,7 +225,7 @@ def _finish(record: Record, model: NormFreeForCausalLM, trainer: NormFreeTrainer
 @torch.no_grad()
 def _without_fixed_norms(
     model: NormFreeForCausalLM, record: Record
-) -> tuple[NormFreeForCausalLM, dict[str, dict[str, Any]]]:
+) -> tuple[NormFreePreTrainedModel, dict[str, dict[str, Any]]]:
     """The model to save, with norms folded that training left fixed, and what to record about that."""
     if model.config.norm not in FOLDABLE:
         return model, {}
@@ -232,7 +245,7 @@ def _without_fixed_norms(
     return folded, {"folded": {"model": changed, "largest_logit_difference": difference}}
 
 
-def _save_model(model: NormFreeForCausalLM, corpus: Corpus, card: str, folder: Path) -> None:
+def _save_model(model: NormFreePreTrainedModel, corpus: Corpus, card: str, folder: Path) -> None:
     """Save weights, code, tokenizer and model card with a manifest, atomically."""
     staged = folder.with_name(".model.tmp")
     for old in (staged, folder):
@@ -247,5 +260,9 @@ def _save_model(model: NormFreeForCausalLM, corpus: Corpus, card: str, folder: P
 
 
 def _collate(rows: list[dict[str, Tensor]]) -> dict[str, Any]:
+    if "labels" in rows[0]:  # padded behind their ends
+        columns = {name: [row[name].long() for row in rows] for name in rows[0]}
+        padded = {name: pad_sequence(column, True, IGNORED * (name == "labels")) for name, column in columns.items()}
+        return {**padded, "classes": True}
     ids_BT = torch.stack([row["input_ids"] for row in rows]).long()
     return {"input_ids": ids_BT, "labels": ids_BT, "return_logits": False}

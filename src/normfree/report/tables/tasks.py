@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ Records = Sequence[Mapping[str, Any]]
 """Records of one task, one a seed."""
 Score = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 """(I,) scores of items from recorded values. Two mirrored pairs are one item, as they are not independent."""
+CONTROLS = ("untrained", "unigram", "majority")
 
 
 def _percent(margins: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -60,13 +62,14 @@ def tasks_table(tasks_of_seeds: Mapping[str, Sequence[Mapping[str, Mapping[str, 
             records = [tasks[task] for tasks in of_seeds if task in tasks]
             rows.append((name, task, *_cells(records)))
             items.setdefault(task, set()).update(record["items_sha256"] for record in records)
-    titles = ("Variant", "Task", "Measured", "Score", "Untrained", "Unigram", "Less untrained", "Less unigram")
+    titles = ("Variant", "Task", "Measured", "Score", *map(str.capitalize, CONTROLS), *map("Less {}".format, CONTROLS))
     titles += ("Margin (nats)", "Margin less untrained", "Both ways (%)", "Items", "Seeds")
     notes = [
         "Accuracy: pairs whose good text is likelier than the bad one. A mirror of each pair swaps the same pieces the "
         "other way round: 50 % is chance, and what a unigram gets. Margin: log-likelihood of the good text less that "
         "of the bad one; 0 for a unigram. Both ways: mirrored twos whose margins sum to more than 0, so that a "
-        "preference for one piece does not count. Bits per byte: lower is better.",
+        "preference for one piece does not count. Bits per byte: lower is better. After fine-tuning, accuracy is the "
+        "share of right labels; majority: the most frequent label of the training, unigram: that of each token.",
         "+-: standard error over items for one seed, else the sample standard deviation over seeds. In brackets: 95 % "
         "interval of the difference paired by item, over items for one seed (normal), else over seeds (Student-t).",
     ]
@@ -76,13 +79,18 @@ def tasks_table(tasks_of_seeds: Mapping[str, Sequence[Mapping[str, Mapping[str, 
 
 
 def _cells(records: Records) -> tuple[str, ...]:
-    is_pairs = records[0]["unit"] == "nats"
-    measured, score, digits = ("accuracy (%)", _percent, 1) if is_pairs else ("bits per byte", np.array, 3)
-    counts = sorted({len(record["values"]["model"]) for record in records})
-    cells = [_level(records, score, name, digits) for name in ("model", "untrained", "unigram")]
-    cells += [_difference(records, score, name, digits) for name in ("untrained", "unigram")]
+    measured, score, digits = (
+        "accuracy (%)",
+        _percent if (unit := records[0]["unit"]) == "nats" else partial(np.multiply, 100),
+        1,
+    )
+    if unit == "bits":
+        measured, score, digits = "bits per byte", np.array, 3
+    counts = sorted({sum(record.get("sizes", [len(record["values"]["model"])])) for record in records})
+    cells = [_level(records, score, name, digits) for name in ("model", *CONTROLS)]
+    cells += [_difference(records, score, name, digits) for name in CONTROLS]
     more = ["-"] * 3
-    if is_pairs:
+    if unit == "nats":
         more = [_level(records, _nats, "model", 3), _difference(records, _nats, "untrained", 3)]
         more += [_level(records, _both_ways, "model", 1)]
     return (measured, *cells, *more, " or ".join(map(str, counts)), str(len(records)))
@@ -119,5 +127,6 @@ def _ratios(records: Records, score: Score, name: str, less: str | None = None) 
     for record in records:
         scores = {key: score(np.array(values, dtype=np.float64)) for key, values in record["values"].items()}
         numbers_I = scores[name] - scores[less] if less else scores[name]
-        ratios.append(ratio(numbers_I, np.array(record.get("bytes", np.ones(len(numbers_I))), dtype=np.float64)))
+        sizes = record.get("bytes", record.get("sizes", np.ones(len(numbers_I))))
+        ratios.append(ratio(numbers_I, np.array(sizes, dtype=np.float64)))
     return ratios

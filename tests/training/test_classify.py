@@ -1,0 +1,167 @@
+"""Runs that fine-tune a head for classes on the body of another run."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from normfree.data import prepare
+from normfree.files import write_atomically
+from normfree.spec.compose import compose_run
+from normfree.spec.run import RunSpec
+from normfree.spec.study import load_study
+from normfree.spec.variants import MAIN
+from normfree.store.runs import Run, read_run
+from normfree.store.tasks import read_tasks
+from normfree.tasks.functions import functions_of
+from normfree.tasks.labels import CLASSES
+from normfree.training.classify import LabelledCorpus
+from tests.training.runs import act_in, check_equal_runs, weights
+
+ELSEWHERE = """
+import json, sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "normfree":
+            raise ModuleNotFoundError("normfree is not installed here")
+
+sys.meta_path.insert(0, Blocker())
+import torch, transformers
+
+results = []
+for folder, auto, texts in json.load(sys.stdin):
+    model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True)
+    padded, short = torch.tensor([[5, 6, 7], [5, 6, model.config.pad_token_id]]), torch.tensor([[5, 6]])
+    results.append({
+        "classes": [model(torch.tensor([ids])).logits[0].argmax(-1).tolist() for ids in texts],
+        "labels": list(model.config.id2label.values()),
+        "padded": model(padded).logits[1].tolist(),
+        "short": model(short).logits[0].tolist(),
+    })
+print(json.dumps(results))
+"""
+EPOCHS = ("train.steps=null", "train.epochs=1.5")
+LONG = ("data.context=128", "data.vocab_size=600", "train.evaluation_sequences=8")
+AUTO = {"syntax_error": "AutoModelForSequenceClassification", "token_type": "AutoModelForTokenClassification"}
+
+
+@pytest.fixture
+def code(tmp_path: Path) -> str:
+    """Three held-out files of short functions."""
+    folder = tmp_path / "code"
+    folder.mkdir()
+    functions = functions_of(inspect.getsource(module) for module in (inspect, shutil, subprocess))
+    short = [function.text for function in functions if len(function.text) < 250]
+    for number in range(3):
+        (folder / f"{number}.py").write_text("\n\n".join(short[number:120:3]))
+    return f"data.validation_paths=['{folder}']"
+
+
+@pytest.fixture
+def tune(train_tiny: Callable[..., Run], code: str) -> Callable[..., Run]:
+    """`tune(*overrides)`: fine-tune a run of these held-out files, which is trained first."""
+    start = train_tiny(code, *LONG, "train.steps=2")
+
+    def run(*words: str, **more: Any) -> Run:
+        task = () if any(word.startswith("train.objective") for word in words) else ("train.objective=token_type",)
+        return train_tiny(f"start=run:{start.folder}", code, *LONG, "tag=tuned", *EPOCHS, *task, *words, **more)
+
+    return run
+
+
+def test_saved_models_have_the_recorded_accuracy(tune: Callable[..., Run], cache: Path) -> None:
+    runs = {task: tune(f"train.objective={task}", f"tag={task}") for task in AUTO}
+    tests = {}
+    for task, run in runs.items():
+        spec = RunSpec.from_dict(run.spec)
+        corpus = prepare(spec.data, cache=cache)
+        tests[task] = LabelledCorpus(corpus.folder, corpus.manifest, spec).texts[1]
+    jobs = [(f"{runs[task].folder}/model", AUTO[task], [text.input_ids for text in tests[task]]) for task in AUTO]
+    command = [sys.executable, "-c", ELSEWHERE]
+    done = subprocess.run(command, input=json.dumps(jobs), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for task, loaded in zip(AUTO, json.loads(done.stdout), strict=True):
+        by_text = task == "syntax_error"
+        right = [
+            [classes == text.labels[-1]] if by_text else np.equal(classes, text.labels)[1:]
+            for classes, text in zip(loaded["classes"], tests[task], strict=True)
+        ]
+        record, accuracy = read_tasks(runs[task].folder)[task], runs[task].facts["final"]["accuracy"]
+        assert np.concatenate(right).mean() == pytest.approx(accuracy, abs=1e-9)
+        assert sum(record["values"]["model"]) / sum(record["sizes"]) == accuracy
+        assert loaded["labels"] == list(CLASSES[task])
+        padded = loaded["padded"] if by_text else loaded["padded"][:2]
+        np.testing.assert_allclose(padded, loaded["short"], atol=1e-5)
+
+
+def test_a_frozen_body_is_a_linear_probe(tune: Callable[..., Run]) -> None:
+    run = tune("train.frozen=['model.*']", "train.epochs=15", "train.peak_learning_rate=2e-2")
+    start = AutoModelForCausalLM.from_pretrained(run.spec["start"].removeprefix("run:") + "/model").state_dict()
+    saved = weights(run.folder)
+    assert all(torch.equal(saved[name], start[name]) for name in saved if name.startswith("model."))
+    assert run.perplexity == pytest.approx(read_run(run.spec["start"].removeprefix("run:")).perplexity, rel=1e-6)
+    losses = [loss for _, loss in run.series("train", "loss")]
+    assert np.mean(losses[-5:]) < 0.9 * losses[0]
+
+
+def test_a_kill_in_fine_tuning_resumes_to_the_bit(tune: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = tune()
+
+    def stop(trainer: object) -> None:
+        if trainer.state.global_step == 5:  # type: ignore[attr-defined]
+            raise ConnectionError("killed")
+
+    with monkeypatch.context() as patch:
+        act_in("training_step", stop, patch)
+        with pytest.raises(ConnectionError):
+            tune(runs="killed")
+    killed = tune(runs="killed")
+    assert killed.facts["resumed"] == 1
+    check_equal_runs(killed.folder, whole.folder)
+    assert read_tasks(killed.folder) == read_tasks(whole.folder)
+
+
+def test_micro_batches_do_not_change_the_loss(tune: Callable[..., Run]) -> None:
+    losses = [
+        [loss for _, loss in tune(f"train.micro_batch_sequences={size}", f"tag=m{size}").series("train", "loss")]
+        for size in (8, 2)
+    ]
+    np.testing.assert_allclose(*losses, rtol=2e-4)
+
+
+def test_classifiers_that_cannot_be_are_refused(tune: Callable[..., Run]) -> None:
+    run = tune("train.epochs=0.2")
+    with pytest.raises(ValueError, match="a classifier has no head for tokens; give the run that it began with"):
+        compose_run([f"start=run:{run.folder}"])
+    fake = ["variant=sm-fake-r", "model.fake_start_step=1", "model.fake_gap_steps=1"]
+    for words, message in ((["train.sharding=fsdp"], "with sharding=fsdp"), (fake, "with norm=fake")):
+        with pytest.raises(ValueError, match=f"train.objective=token_type does not work {message}"):
+            compose_run(["preset=cpu-quick", "train.objective=token_type", *words])
+
+
+def test_the_shipped_study_starts_each_variant_from_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for variant in MAIN[:4]:
+        facts = {"status": "finished", "spec": compose_run(["preset=cpu-quick", f"variant={variant}"]).spec.to_dict()}
+        folder = tmp_path / "runs" / "quick" / f"{variant}-seed0"
+        facts["spec"]["study"] = "quick"
+        write_atomically(folder / "run.json", json.dumps(facts))
+        write_atomically(folder / "model" / "config.json", "{}")
+        write_atomically(folder / "model" / "model.safetensors", variant)
+    specs = [job.spec for job in load_study("fine-tune").jobs()]
+    assert len({spec.name for spec in specs}) == len(specs) == 16
+    assert all(spec.start_name == f"quick/{spec.variant}" for spec in specs)
+    assert len({spec.start_sha256 for spec in specs}) == 4
+    assert all(len({s.recipe() for s in specs if s.tag == tag}) == 1 for tag in ("syntax", "types-probe"))
