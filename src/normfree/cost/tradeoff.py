@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from normfree.analysis.groups import Group, perplexities_on_common_seeds
+from normfree.analysis.groups import Group, scores_on_common_seeds
 from normfree.cost.families import NoPriceError
 from normfree.cost.totals import of_run
 
@@ -34,13 +34,13 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
 
 
 def trade_off(groups: Iterable[Group]) -> tuple[list[Point], list[str]]:
-    """One point per group that has a result and a price, cheapest first, and the names of groups without a price.
+    """One point per group of decoders with a result and a price, cheapest first, and names of groups without a price.
 
     Each corpus has its own Pareto front, because perplexities on different text cannot be compared.
     """
     priced, unpriced = [], []
     for group in groups:
-        if not group.runs:
+        if not group.runs or not group.runs[0].family.causal:
             continue
         try:
             priced.append((group, of_run(group.runs[0])))
@@ -49,7 +49,7 @@ def trade_off(groups: Iterable[Group]) -> tuple[list[Point], list[str]]:
     points = []
     for corpus in dict.fromkeys(group.runs[0].corpus for group, _ in priced):
         rivals = [(group, cost) for group, cost in priced if group.runs[0].corpus == corpus]
-        cells = perplexities_on_common_seeds([group for group, _ in rivals])
+        cells = scores_on_common_seeds([group for group, _ in rivals])
         front = pareto_front([(cells[group.name].mean, cost.bytes) for group, cost in rivals])
         points += [
             Point(group.name, corpus, cells[group.name].mean, cells[group.name].n, cost.bytes, cost.rounds, on_front)
