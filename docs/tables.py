@@ -5,7 +5,7 @@ A page holds a marker, and all between it and `<!-- end -->` is made from runs:
     <!-- table: perplexity of results/quick -->
     <!-- end -->
 
-Tables: rates, seeds, unfinished, and every table of the report. Several folders may be given, with the shell's
+Tables: rates, seeds, unfinished, effects, and every table of the report. Several folders may be given, with the shell's
 wildcards. `mixed` before `-->` shows runs of different recipes side by side, which is refused otherwise. A test fails
 when a page differs from what the records give.
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from normfree.analysis.entropy import probed_heads, top_quarter_share, trained_heads
 from normfree.analysis.groups import Group, all_runs, group_runs
@@ -34,6 +35,7 @@ from normfree.report.tables.results import percent_with_interval, rate_table
 from normfree.report.tables.table import Table, to_markdown, without_empty_columns
 from normfree.store.quantities import QUANTITIES
 from normfree.store.runs import find_runs
+from normfree.store.tasks import read_tasks
 
 ROOT = Path(__file__).parents[1]
 END = "<!-- end -->"
@@ -81,10 +83,38 @@ def unfinished_table(groups: Sequence[Group]) -> Table:
     return Table("unfinished", caption, titles, rows)
 
 
+EFFECTS = {
+    "ReLU for GELU, with LayerNorm": ("SM+LN+R", "SM+LN+G"),
+    "ReLU for GELU, without": ("SM+R", "SM+G"),
+    "LayerNorm left out, GELU": ("SM+G", "SM+LN+G"),
+    "LayerNorm left out, ReLU": ("SM+R", "SM+LN+R"),
+}
+
+
+def effect_table(groups: Sequence[Group]) -> Table:
+    """What norm and activation do to the margins of tasks, paired by item and seed. Raises ValueError unless all runs
+    have the same items."""
+    records = {group.label: {run.seed: read_tasks(run.folder) for run in group.runs} for group in groups}
+    of_runs = [tasks for of_seed in records.values() for tasks in of_seed.values()]
+    rows = []
+    for task in of_runs[0]:
+        if len({tasks[task]["items_sha256"] for tasks in of_runs}) > 1:
+            raise ValueError(f"the runs have other items of {task}")
+        margins = {
+            label: {seed: fmean(tasks[task]["values"]["model"]) for seed, tasks in of_seed.items()}
+            for label, of_seed in records.items()
+        }
+        effects = [paired_difference(margins[ours], margins[theirs]) for ours, theirs in EFFECTS.values()]
+        rows.append((task, *(f"{e.mean:+.2f} ({e.low:+.2f} to {e.high:+.2f})" for e in effects)))
+    caption = "Differences of margins in nats, with 95 % intervals over seeds"
+    return Table("effects", caption, ("Task", *EFFECTS), rows, words=("Task",))
+
+
 TABLES: dict[str, Callable[[Sequence[Group]], Table]] = {
     "rates": rate_table,
     "seeds": seed_table,
     "unfinished": unfinished_table,
+    "effects": effect_table,
     **{name: make for section in SECTIONS for name, make in section.tables.items()},
 }
 

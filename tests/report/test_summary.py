@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from normfree.analysis.groups import group_runs
+from normfree.report.sections import sections_of
 from normfree.report.summary import sentences
 from normfree.report.tables.results import claim_table, perplexity_table
 from tests.synthetic import write_run
@@ -114,3 +115,13 @@ def test_a_model_has_learned_if_it_beats_the_2_gram(tmp_path: Path) -> None:
         run = write_run(tmp_path, "SM+G", perplexity=perplexity, facts={"corpus": corpus})
         ends = f"the weakest, SM+G, ends at perplexity {perplexity}, the 2-gram has 96.3."
         assert f"{verdict}: {ends}" in sentences(group_runs([run]))
+
+
+def test_perplexities_of_classifiers_are_not_compared(tmp_path: Path) -> None:
+    labels = ("SM+LN+G", "SM+LN+R", "SM+G", "SM+R")
+    of_classifiers = group_runs([write_run(tmp_path, label, train={"objective": "token_type"}) for label in labels])
+    assert len(of_classifiers) == 4
+    assert not any("perplexity" in sentence for sentence in sentences(of_classifiers))
+    shown = [section.name for section in sections_of(of_classifiers) if any(section.contents(of_classifiers))]
+    assert not {"perplexity", "claims", "tables", "private-inference"}.intersection(shown)
+    assert {"losses", "runs"} < set(shown)

@@ -161,7 +161,7 @@ def test_the_shipped_study_starts_each_variant_from_its_own(tmp_path: Path, monk
         write_atomically(folder / "model" / "config.json", "{}")
         write_atomically(folder / "model" / "model.safetensors", variant)
     specs = [job.spec for job in load_study("fine-tune").jobs()]
-    assert len({spec.name for spec in specs}) == len(specs) == 16
+    assert len({spec.name for spec in specs}) == len(specs) == 12
     assert all(spec.start_name == f"quick/{spec.variant}" for spec in specs)
     assert len({spec.start_sha256 for spec in specs}) == 4
     assert all(len({s.recipe() for s in specs if s.tag == tag}) == 1 for tag in ("syntax", "types-probe"))

@@ -19,10 +19,9 @@ class NormFreeForTokenClassification(NormFreePreTrainedModel):
 
     def __init__(self, config: NormFreeConfig) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels
         self.model = NormFreeModel(config)
         self.dropout = nn.Identity()
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)  # pyright: ignore[reportArgumentType]
         self.post_init()
 
     forward = GenericForTokenClassification.forward
@@ -41,10 +40,12 @@ class Classifier(NormFreeForCausalLM):
 
     def __init__(self, config: NormFreeConfig) -> None:
         super().__init__(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)  # pyright: ignore[reportArgumentType]
         self.post_init()
 
-    def forward(self, input_ids: Tensor | None = None, *, classes: bool = False, **kwargs: Any) -> Any:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input_ids: Tensor | None = None, *, classes: bool = False, **kwargs: Any
+    ) -> Any:
         """With `classes`: logits (B, T, C) and their loss in nats on `labels` (B, T), -100 where there is none."""
         if not classes:
             return super().forward(input_ids, **kwargs)

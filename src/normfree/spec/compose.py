@@ -122,10 +122,8 @@ def compose(values: Mapping[str, Any], *, command: str | None = None) -> Job:
 
 def _start_of(values: Mapping[str, Any]) -> str:
     """`start`; a study may have one for all runs: run:runs/quick/${variant}-seed${seed}."""
-    text = str(values.get("start", "random"))
-    for key in ("variant", "seed"):
-        text = text.replace(f"${{{key}}}", str(values.get(key, DEFAULTS[key])))
-    return text
+    start, known = str(values.get("start", "random")), {**DEFAULTS, **values}
+    return re.sub(r"\$\{(variant|seed)\}", lambda name: str(known[name[1]]), start)
 
 
 def control_of(values: Mapping[str, Any], job: Job) -> Job | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keyword
 import tokenize
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -57,7 +57,8 @@ def _token_types(functions: Sequence[Function], tokenizer: Any) -> Iterator[Labe
         types = ["space"] * len(function.text)
         for token, (start, end) in tokens_of(function):
             if token.string.strip():
-                kind = "keyword" if keyword.iskeyword(token.string) else _TYPES.get(token.type, "string")
+                is_keyword = token.type == tokenize.NAME and keyword.iskeyword(token.string)
+                kind = "keyword" if is_keyword else _TYPES.get(token.type, "string")
                 types[start:end] = [kind] * (end - start)
         encoding = tokenizer(function.text, add_special_tokens=False, return_offsets_mapping=True)
         labels = []
@@ -69,11 +70,9 @@ def _token_types(functions: Sequence[Function], tokenizer: Any) -> Iterator[Labe
 
 def usual_labels(texts: Sequence[Labelled]) -> tuple[int, dict[int, int]]:
     """The most frequent label, and that of each token."""
-    of_token: defaultdict[int, Counter[int]] = defaultdict(Counter)
-    for token, label in ((token, label) for text in texts for token, label in zip(*text[:2], strict=True)):
-        of_token[token][label] += label != IGNORED
-    most = {token: labels.most_common(1)[0][0] for token, labels in of_token.items() if labels.total()}
-    return sum(of_token.values(), Counter[int]()).most_common(1)[0][0], most
+    pairs = [pair for text in texts for pair in zip(*text[:2], strict=True) if pair[1] != IGNORED]
+    [(most, _)] = Counter(label for _, label in pairs).most_common(1)
+    return most, dict(pair for pair, _ in reversed(Counter(pairs).most_common()))  # the last of a token counts
 
 
 def right_labels(texts: Sequence[Labelled], predicted: Sequence[Sequence[int]]) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -59,7 +59,7 @@ class LabelledCorpus(Corpus):
 
     def saved(self, model: classification.Classifier) -> NormFreePreTrainedModel:
         """The model to save: without its head for tokens, so that an Auto class loads it."""
-        model.config.pad_token_id = model.config.eos_token_id
+        model.config.pad_token_id = cast(Any, self.tokenizer().eos_token_id)
         kind = getattr(classification, f"NormFreeFor{CLASSIFICATIONS[self.spec.train.objective][0]}")
         saved = kind(model.config)
         saved.load_state_dict({name: v for name, v in model.state_dict().items() if not name.startswith("lm_head.")})

@@ -79,11 +79,8 @@ def tasks_table(tasks_of_seeds: Mapping[str, Sequence[Mapping[str, Mapping[str, 
 
 
 def _cells(records: Records) -> tuple[str, ...]:
-    measured, score, digits = (
-        "accuracy (%)",
-        _percent if (unit := records[0]["unit"]) == "nats" else partial(np.multiply, 100),
-        1,
-    )
+    unit = records[0]["unit"]
+    measured, score, digits = "accuracy (%)", _percent if unit == "nats" else partial(np.multiply, 100), 1
     if unit == "bits":
         measured, score, digits = "bits per byte", np.array, 3
     counts = sorted({sum(record.get("sizes", [len(record["values"]["model"])])) for record in records})
