@@ -60,16 +60,6 @@ class NormFreeConfig(PreTrainedConfig):
     model_type = "normfree"
     keys_to_ignore_at_inference = ["past_key_values"]
 
-    family: Literal["decoder", "vision"] = "decoder"
-    """decoder: a causal language model; vision: a classifier of images, whose patches all see each other."""
-    image_size: int = 28
-    """family=vision: pixels on each side of an image."""
-    patch_size: int = 4
-    """family=vision: pixels on each side of a patch; one patch is one token."""
-    num_channels: int = 1
-    """family=vision: colours of an image, 1 or 3."""
-    pooling: Literal["class_token", "mean"] = "class_token"
-    """family=vision: the class is read from a learned token before the patches, or from the mean over patches."""
     vocab_size: int = 50257
     """Tokens in the vocabulary; a run takes the default from its tokenizer."""
     hidden_size: int = 768
@@ -82,6 +72,16 @@ class NormFreeConfig(PreTrainedConfig):
     """Width of the feed-forward part; None means 4 * hidden_size."""
     max_position_embeddings: int = 128
     """Longest sequence in tokens; a run takes the default from data.context."""
+    family: Literal["decoder", "vision"] = "decoder"
+    """decoder: a causal language model; vision: a classifier of images, whose patches all see each other."""
+    image_size: int = 28
+    """family=vision: pixels on each side of an image."""
+    patch_size: int = 4
+    """family=vision: pixels on each side of a patch; one patch is one token."""
+    num_channels: int = 1
+    """family=vision: colours of an image, 1 or 3."""
+    pooling: Literal["class_token", "mean"] = "class_token"
+    """family=vision: the class is read from a learned token before the patches, or from the mean over patches."""
     position: Literal["learned", "rotary"] = "learned"
     """A learned vector for each position, or rotated queries and keys."""
     rotary_share: float = 0.25
