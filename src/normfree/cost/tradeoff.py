@@ -34,13 +34,13 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
 
 
 def trade_off(groups: Iterable[Group]) -> tuple[list[Point], list[str]]:
-    """One point per group of decoders with a result and a price, cheapest first, and names of groups without a price.
+    """One point per group that has a result and a price, cheapest first, and the names of groups without a price.
 
     Each corpus has its own Pareto front, because perplexities on different text cannot be compared.
     """
     priced, unpriced = [], []
     for group in groups:
-        if not group.runs or not group.runs[0].family.causal:
+        if not group.runs:
             continue
         try:
             priced.append((group, of_run(group.runs[0])))

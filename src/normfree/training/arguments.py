@@ -20,6 +20,7 @@ from normfree.cost.estimate import GIB, GPUS, check_memory, describe_estimate, f
 from normfree.data import Corpus, ImageCorpus
 from normfree.model import HEADS, NormFreeConfig
 from normfree.model.norms import check_removal
+from normfree.spec.families import family_of
 from normfree.spec.run import RunSpec
 from normfree.store.runs import OVER, RUN_FILE, DamagedRunError, read_run
 from normfree.training.precision import check_fp32_variables, needs_fp32_units
@@ -90,8 +91,8 @@ def _check_gpus(processes: int) -> None:
 
 
 def announce_needs(spec: RunSpec, corpus: Corpus, device: torch.device) -> None:
-    """Log what the run needs of a GPU, in process 0. Raise ValueError if its memory is too small; silent on a CPU."""
-    if device.type != "cuda":
+    """Log what a decoder needs of a GPU, in process 0. Raise ValueError if its memory is too small; silent on a CPU."""
+    if device.type != "cuda" or not family_of(spec.to_dict()).causal:
         return
     state, facts = PartialState(), torch.cuda.get_device_properties(device)
     spec = replace(spec, model={"vocab_size": corpus.vocab_size, **spec.model})
