@@ -46,6 +46,35 @@ def test_a_nan_loss_makes_every_quantile_nan(model: GPT2LMHeadModel) -> None:
     assert np.isnan([measure(model, torch.arange(64), "losses")[name] for name in NAMES]).all()
 
 
+def test_accuracy_is_the_share_of_right_predictions(model: GPT2LMHeadModel) -> None:
+    with torch.no_grad():
+        guesses = model.eval()(IDS).logits[:, :-1].argmax(-1)
+    labels = IDS.clone()
+    labels[:, 1:] = torch.where(torch.arange(39) % 3 == 0, guesses, IDS[:, 1:])
+    labels[:, -9:] = -100
+    counted = labels[:, 1:] != -100
+    share = (guesses == labels[:, 1:])[counted].double().mean().item()
+    assert 0.3 < share < 0.6
+    assert measure(model, {"input_ids": IDS, "labels": labels}, "accuracy")["accuracy"] == pytest.approx(share)
+
+
+def test_images_have_losses_if_their_classes_are_given() -> None:
+    model, classes = tiny_model("vit").eval(), torch.tensor([0, 1, 1])
+    inputs = {"pixel_values": torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)), "labels": classes}
+    with torch.no_grad():
+        logits = model(inputs["pixel_values"]).logits.double()
+    nats = -F.log_softmax(logits, -1)[torch.arange(3), classes]
+    measured = measure(model, inputs, ["perplexity", "accuracy", "losses"])
+    assert measured["loss"] == pytest.approx(nats.mean().item(), rel=1e-6)
+    assert measured["accuracy"] == pytest.approx((logits.argmax(-1) == classes).double().mean().item())
+    assert measured["loss_worst"] == pytest.approx(nats.max().item(), rel=1e-6)
+    with torch.no_grad():
+        next(model.parameters()).fill_(torch.nan)
+    assert np.isnan(measure(model, inputs, "accuracy")["accuracy"])
+    with pytest.raises(ValueError, match="losses of images need their classes as `labels`"):
+        measure(model, {"pixel_values": inputs["pixel_values"]}, "accuracy")
+
+
 def test_a_model_that_sees_later_tokens_has_no_losses() -> None:
     with pytest.raises(ValueError, match="is not causal"):
         measure(tiny_model("bert", is_decoder=False), IDS[:, :12] % 90, "losses")

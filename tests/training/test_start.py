@@ -8,11 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from normfree.cli.main import main
+from normfree.model.conversion import convert
 from normfree.store.runs import Run, read_run
-from tests.training.runs import act_in, check_equal_runs
+from tests.training.runs import act_in, check_equal_runs, weights
 
 REMOVE = ("variant=sm-fake-g", "model.fake_start_step=20", "model.fake_gap_steps=10", "train.steps=100", "tag=cut")
 CONTROL = ("train.steps=100", "tag=cut")
@@ -29,6 +37,25 @@ def test_a_start_without_steps_keeps_the_numbers(train_tiny: Callable[..., Run],
     first, last = run.series("probe", "entropy_nats")[0][1], trained.last("probe", "entropy_nats")
     np.testing.assert_allclose(first, last, atol=1e-6)
     assert (run.spec["start_name"], run.spec["preset"]) == ("single/sm-ln-g", trained.spec["preset"])
+
+
+@pytest.mark.parametrize("family", ["vision"], indirect=True)
+def test_a_run_begins_with_a_vit_of_transformers(train_tiny: Callable[..., Run], tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    names = {number: str(number) for number in range(4)}
+    config = ViTConfig(**sizes, image_size=8, patch_size=2, num_channels=1, id2label=names)
+    theirs = ViTForImageClassification(config)
+    theirs.save_pretrained(tmp_path / "vit")
+    start = f"start=model:{tmp_path / 'vit'}"
+    words = (start, "variant=custom", "train.frozen=['model.*']", "train.steps=1")
+    run, converted = train_tiny(*words), convert(theirs).state_dict()
+    for name, value in weights(run.folder).items():  # one step moves the head by the learning rate at most
+        torch.testing.assert_close(value, converted[name], atol=1.1e-3 * ("classifier" in name), rtol=0)
+    theirs.config.id2label = {**names, 3: "another"}
+    theirs.save_pretrained(tmp_path / "vit")
+    new = weights(train_tiny(*words, "tag=new").folder)
+    assert (new["classifier.weight"] - converted["classifier.weight"]).abs().max() > 0.1
+    assert torch.equal(new["model.final_norm.weight"], converted["model.final_norm.weight"])
 
 
 def test_norms_leave_a_trained_model(train_tiny: Callable[..., Run], trained: Run) -> None:
