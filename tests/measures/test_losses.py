@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, ViTConfig, ViTForImageClassification
 
 from normfree import measure
 from tests.entropy.families import tiny_model
@@ -59,7 +59,9 @@ def test_accuracy_is_the_share_of_right_predictions(model: GPT2LMHeadModel) -> N
 
 
 def test_images_have_losses_if_their_classes_are_given() -> None:
-    model, classes = tiny_model("vit").eval(), torch.tensor([0, 1, 1])
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8, initializer_range=0.5)).eval()
+    classes = torch.tensor([0, 1, 1])
     inputs = {"pixel_values": torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)), "labels": classes}
     with torch.no_grad():
         logits = model(inputs["pixel_values"]).logits.double()
