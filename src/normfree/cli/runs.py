@@ -44,10 +44,12 @@ def data(source: str, words: Sequence[str]) -> None:
     """Prepare a corpus and describe it."""
     from normfree.data import prepare
     from normfree.spec.compose import compose_run
+    from normfree.spec.families import FAMILIES
     from normfree.training.processes import prepare_process
 
     prepare_process()
-    job = compose_run([f"data={source}", *words])
+    preset = ["preset=fashion-vit"] if source in FAMILIES["vision"].sources else []  # any of its family
+    job = compose_run([*preset, f"data={source}", *words])
     print(prepare(job.spec.data, cache=job.cache_dir).describe())
 
 

@@ -238,6 +238,8 @@ def corpus_key(spec: DataSpec, source: Source | FashionMnist | ImageFolders) -> 
     del fields["expected_fingerprint"]
     if spec.source in ("files", *IMAGE_SOURCES):  # `versions` describes the content of the files, wherever they lie
         fields |= {"paths": (), "validation_paths": bool(spec.validation_paths)}
+    if spec.source in IMAGE_SOURCES:
+        fields["context"] = None  # it belongs to the model
     place = Path(spec.tokenizer) if spec.tokenizer else None
     tokenizer = describe_files(place) if place and place.is_dir() else spec.tokenizer
     counted = ["added words have bytes"] if spec.tokenizer else []  # they had none in older corpora

@@ -180,7 +180,7 @@ def _read_image(path: Path) -> np.ndarray:
 
 def write_images(spec: DataSpec, source: FashionMnist | ImageFolders, folder: Path) -> dict[str, Any]:
     """Write train.arrow, validation.arrow and the image processor; returns the facts of the corpus."""
-    facts: dict[str, Any] = {"source": spec.source, "context": spec.context, "versions": source.versions, "dropped": {}}
+    facts: dict[str, Any] = {"source": spec.source, "versions": source.versions, "dropped": {}}
     most: Mapping[Split, int | None] = {"train": spec.train_documents, "validation": spec.validation_documents}
     counts_K, hashes = {}, {}
     channels, size = 0, 0
@@ -197,7 +197,7 @@ def write_images(spec: DataSpec, source: FashionMnist | ImageFolders, folder: Pa
             np.bincount(labels_N, minlength=len(source.classes)),
         )
         facts[f"{split}_blocks"] = facts[f"{split}_documents"] = len(rows_NB)
-        facts[f"{split}_tokens"], facts[f"{split}_bytes"] = len(rows_NB) * spec.context, rows_NB.size
+        facts[f"{split}_bytes"] = rows_NB.size
         facts["dropped"][split] = dict(+dropped)
     _image_processor(channels, size).save_pretrained(folder)
     shape = {"image_size": size, "num_channels": channels, "classes": list(source.classes)}

@@ -175,7 +175,7 @@ SECTIONS: tuple[Section, ...] = (
     Section(name="claims", title="The paper's claims", menu="Claims", tables={"claims": results.claim_table},
             scores=True, folded=False),
     Section(name="tables", title="{Score} and differences in numbers", menu="Numbers", scores=True,
-            tables={"scores": results.score_table, "differences": results.difference_table,
+            tables={"perplexity": results.score_table, "differences": results.difference_table,
                     "gap": results.gap_table}),
     Section(name="published", title="The paper's heads beside ours", menu="Beside the paper", figures=[_published]),
     Section(name="overload", title="Heads near uniform", menu="Near uniform", figures=[_overload],
