@@ -42,6 +42,7 @@ from normfree.files import (
     read_manifest,
     write_manifest,
 )
+from normfree.spec.families import FAMILIES
 from normfree.spec.run import DataSpec
 
 FORMAT = 1
@@ -150,17 +151,9 @@ class ImageCorpus(Corpus):
     def describe(self) -> str:
         """The corpus in readable lines."""
         facts = self.facts()
-        lines = [
-            f"corpus       {self.folder}",
-            f"fingerprint  {facts['fingerprint']}",
-            f"source       {facts['source']}, {facts['image_size']} x {facts['image_size']} pixels, "
-            f"{facts['num_channels']} channel(s)",
-            f"classes      {', '.join(facts['classes'])}",
-            *(f"{split:<12} {facts[f'{split}_blocks']:,} images; left out: {self.left_out(split)}" for split in SPLITS),
-        ]
-        return "\n".join(
-            [*lines, f"to beat      accuracy {100 * facts['majority_accuracy']:.1f} % (one class for all)"]
-        )
+        left_out = "; of held-out images: ".join(map(self.left_out, SPLITS))
+        lines = [f"corpus       {self.folder}", FAMILIES["vision"].corpus.format(**facts), f"left out: {left_out}"]
+        return "\n".join([*lines, f"to beat      accuracy {facts['majority_accuracy']:.3f}, of one class for all"])
 
 
 def _opened(folder: Path, manifest: dict[str, Any]) -> Corpus:

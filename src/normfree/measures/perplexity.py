@@ -144,9 +144,8 @@ class NextToken(Measure):
 
     def _read(self, _model: torch.nn.Module, positional: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         if "pixel_values" in named:  # the images are one row, in which each class follows its logits
-            self.add(
-                F.pad(output.logits, (0, 0, 0, 1))[None], F.pad(self.inputs["labels"], (1, 0), value=IGNORED)[None]
-            )
+            labels_B = F.pad(self.inputs["labels"], (1, 0), value=IGNORED)
+            self.add(F.pad(output.logits, (0, 0, 0, 1))[None], labels_B[None])
             return
         labels_BT = self.inputs.get("labels", named["input_ids"])
         if (mask_BT := self.mask_of(0)) is not None:  # padding is not predicted, nor is anything predicted from it
@@ -203,10 +202,8 @@ class Accuracy(NextToken):
         logits_BTV, labels_BT = logits_BTV[:, :-1], labels_BT[:, 1:]
         right_BT = (logits_BTV.argmax(-1) == labels_BT).double().where(~logits_BTV.isnan().any(-1), torch.nan)
         counts_BT = labels_BT != IGNORED
-        self.right, self.predictions = (
-            self.right + right_BT[counts_BT].sum().cpu(),
-            self.predictions + counts_BT.sum().cpu(),
-        )
+        self.right = self.right + right_BT[counts_BT].sum().cpu()
+        self.predictions = self.predictions + counts_BT.sum().cpu()
 
     def totals(self) -> dict[str, Total]:
         return {"accuracy": (self.right, self.predictions)}

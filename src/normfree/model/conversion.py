@@ -119,20 +119,10 @@ def _vit(config: Mapping[str, Any]) -> dict[str, Any]:
     vit: Any = ViTConfig(**config)
     if not vit.qkv_bias:
         raise ValueError("a ViT without biases of queries, keys and values")
-    return {
-        "family": "vision",
-        "image_size": vit.image_size,
-        "patch_size": vit.patch_size,
-        "num_channels": vit.num_channels,
-        "hidden_size": vit.hidden_size,
-        "num_hidden_layers": vit.num_hidden_layers,
-        "num_attention_heads": vit.num_attention_heads,
-        "intermediate_size": vit.intermediate_size,
-        "activation": _activation(vit.hidden_act),
-        "norm": "layernorm",
-        "norm_epsilon": vit.layer_norm_eps,
-        "bias": "all",
-    }
+    same = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    same += ("image_size", "patch_size", "num_channels")
+    own = {"family": "vision", "activation": _activation(vit.hidden_act), "norm": "layernorm", "bias": "all"}
+    return own | {"norm_epsilon": vit.layer_norm_eps} | {name: getattr(vit, name) for name in same}
 
 
 def _activation(name: str) -> str:

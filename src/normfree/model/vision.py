@@ -41,26 +41,15 @@ class NormFreeVisionModel(NormFreeModel):
 
     @capture_outputs
     def forward(
-        self,
-        pixel_values: Tensor,
-        entropy_layers: Collection[int] = (),
-        sigma_variance: bool = False,
-        **kwargs: Any,
+        self, pixel_values: Tensor, entropy_layers: Collection[int] = (), sigma_variance: bool = False, **kwargs: Any
     ) -> NormFreeModelOutput:
         """Final hidden states (B, T, E) of images (B, C, P, P)."""
         if entropy_layers:
             self._check_entropy_layers(entropy_layers, whole_blocks=True)
         tokens_BTE = self.embed_tokens(pixel_values.to(self.embed_tokens.projection.weight.dtype))
         positions_BT = torch.arange(tokens_BTE.shape[1], device=tokens_BTE.device)[None]
-        return self._outputs(
-            tokens_BTE,
-            positions_BT,
-            sigma_variance=sigma_variance,
-            attention_mask=None,
-            past_key_values=None,
-            entropy_layers=entropy_layers,
-            **kwargs,
-        )
+        context = {"attention_mask": None, "past_key_values": None, "entropy_layers": entropy_layers, **kwargs}
+        return self._outputs(tokens_BTE, positions_BT, sigma_variance=sigma_variance, **context)
 
 
 class NormFreeForImageClassification(NormFreePreTrainedModel):
@@ -86,11 +75,7 @@ class NormFreeForImageClassification(NormFreePreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self,
-        pixel_values: Tensor,
-        labels: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
+        self, pixel_values: Tensor, labels: Tensor | None = None, num_items_in_batch: Any = None, **kwargs: Any
     ) -> NormFreeImageClassifierOutput:
         """Logits (B, K) of images (B, C, P, P), and with `labels` (B,) their mean cross-entropy in nats.
 
@@ -103,12 +88,6 @@ class NormFreeForImageClassification(NormFreePreTrainedModel):
         if labels is not None:
             items = len(labels) if num_items_in_batch is None else num_items_in_batch
             loss = F.cross_entropy(logits_BK.float(), labels, reduction="sum") / items
-        return NormFreeImageClassifierOutput(
-            loss=loss,
-            logits=logits_BK,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            head_entropies=outputs.head_entropies,
-            norm_sums=outputs.norm_sums,
-            sigma_variance=outputs.sigma_variance,
-        )
+        passed_on = ("hidden_states", "attentions", "head_entropies", "norm_sums", "sigma_variance")
+        passed = {name: getattr(outputs, name) for name in passed_on}
+        return NormFreeImageClassifierOutput(loss=loss, logits=logits_BK, **passed)

@@ -69,16 +69,9 @@ def sections_of(groups: Groups) -> list[Section]:
             open_ones.append(Section(name=name, title=title, figures=draws[:-1], measurements=True, folded=False))
             draws, name, title = draws[-1:], f"{name}-training", f"{title} over training"
         folded.append(Section(name=name, title=title, figures=draws, measurements=True))
-    name = score_of(groups).name
-    sections = [
-        replace(
-            section,
-            name=section.name.format(score=name),
-            title=section.title.format(score=name, Score=name.capitalize()),
-            menu=section.menu.format(Score=name.capitalize()),
-        )
-        for section in SECTIONS
-    ]
+    words = {"score": (name := score_of(groups).name), "Score": name.capitalize()}
+    named = ("name", "title", "menu")
+    sections = [replace(s, **{part: getattr(s, part).format(**words) for part in named}) for s in SECTIONS]
     return [*sections[:1], *open_ones, *sections[1:-2], *folded, *sections[-2:]]
 
 

@@ -128,7 +128,8 @@ def _learned(groups: Sequence[Group]) -> str:
     _, name, run = (min if score.higher_is_better else max)(shares, key=lambda entry: entry[0])
     yardstick, bar = bar_to_learn(run)
     weakest = f"the weakest, {name}, ends at {score.name} {run.score:.1f}, the {yardstick} has {bar:.1f}"
-    failed = list(dict.fromkeys(name for share, name, _ in shares if not score.beats(share, 1)))
+    fails = (1.0).__ge__ if score.higher_is_better else (1.0).__le__
+    failed = list(dict.fromkeys(name for share, name, _ in shares if fails(share)))
     if not failed:
         return f"Every finished run {LEARNED_WORDS[True]}: {weakest}."
     if len(failed) == len({name for _, name, _ in shares}):

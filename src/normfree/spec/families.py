@@ -19,34 +19,23 @@ class Score:
     """Its key in the evaluation, and its quantity."""
     axis: str
     """Its name on the axis of a figure."""
-    higher_is_better: bool
-    scale: float = 1.0
+    better: str
+    """`higher` or `lower`."""
+    scale: float
     """What it is multiplied by where it is shown: 100 shows a share in percent."""
-    relative: bool
-    """True if runs differ by a share of the score, in percent; False if by percentage points."""
+    unit: str
+    """Of a difference: `%`, as a share of the score, or percentage `points`."""
     beside: tuple[str, str]
     """Another number of the evaluation for its table, and that number's title."""
 
     @property
-    def title(self) -> str:
-        return self.name.capitalize()
+    def higher_is_better(self) -> bool:
+        return self.better == "higher"
 
     @property
-    def unit(self) -> str:
-        """Unit of a difference."""
-        return "%" if self.relative else "points"
-
-    @property
-    def best(self) -> str:
-        return "highest" if self.higher_is_better else "lowest"
-
-    @property
-    def better(self) -> str:
-        return "higher" if self.higher_is_better else "lower"
-
-    def beats(self, value: float, bar: float) -> bool:
-        """True if a value is better than another."""
-        return value > bar if self.higher_is_better else value < bar
+    def relative(self) -> bool:
+        """True if differences are shares of the score."""
+        return self.unit == "%"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +61,9 @@ FAMILIES = {
         score=Score(
             name="perplexity",
             axis="validation perplexity",
-            higher_is_better=False,
-            relative=True,
+            better="lower",
+            scale=1.0,
+            unit="%",
             beside=("bits_per_byte", "Bits per byte"),
         ),
         measures=("perplexity",),
@@ -88,9 +78,9 @@ FAMILIES = {
         score=Score(
             name="accuracy",
             axis="accuracy on held-out images (%)",
-            higher_is_better=True,
+            better="higher",
             scale=100.0,
-            relative=False,
+            unit="points",
             beside=("loss_nats", "Loss (nats)"),
         ),
         measures=("perplexity", "accuracy"),

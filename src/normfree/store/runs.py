@@ -80,9 +80,8 @@ class Run:
         return str(self.folder)
 
     def __repr__(self) -> str:
-        result = (
-            f"{self.family.score.name} {self.score:.2f}" if self.status == "finished" else f"step {self.steps_done}"
-        )
+        score = f"{self.family.score.name} {self.score:.2f}"
+        result = score if self.status == "finished" else f"step {self.steps_done}"
         return f"Run {self.folder}: {self.label}, seed {self.seed}, {self.status}, {result}"
 
     @property
@@ -263,14 +262,8 @@ def load_runs(*folders: RunFolder, all_columns: bool = False) -> pd.DataFrame:
         return frame
     texts = frame.drop(columns=["variant", "tag", "recipe", "corpus"]).astype(str)
     differing = texts.loc[:, texts.nunique() > 1]
-    shown = {
-        "folder",
-        "label",
-        "seed",
-        "status",
-        "perplexity",
-        "accuracy",
-        *differing.columns[~differing.T.duplicated()],
+    shown = {"folder", "label", "seed", "status", "perplexity", "accuracy"} | {
+        *differing.columns[~differing.T.duplicated()]
     }
     return frame.loc[:, [name for name in frame if name in shown]]
 

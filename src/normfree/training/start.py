@@ -67,12 +67,8 @@ def _load_start(model: NormFreePreTrainedModel, spec: RunSpec, corpus: Corpus) -
     if model.config.norm == "taper":  # an RMSNorm calls its gain weight
         weights = {_as_gain(name): weight for name, weight in weights.items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
-    new = {name for name, _ in model.named_buffers()} | {
-        "score.weight",
-        "score.bias",
-        "classifier.weight",
-        "classifier.bias",
-    }
+    new = {name for name, _ in model.named_buffers()}
+    new |= {f"{head}.{name}" for head in ("score", "classifier") for name in ("weight", "bias")}
     if wrong := sorted((set(missing) - new) | set(unexpected)):
         raise ValueError(f"start={spec.start} does not fit this model: {', '.join(wrong[:3])}")
     logger.info("%s: weights of %s", spec.name, start.name)

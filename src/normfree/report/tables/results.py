@@ -31,7 +31,7 @@ def score_table(groups: Sequence[Group]) -> Table:
     a variant more than once, as in a sweep.
     """
     with_runs, baseline, score = [group for group in groups if group.runs], baseline_label(groups), score_of(groups)
-    titles, paper = ("Variant", score.title, "Seeds", f"Against {baseline}", score.beside[1]), {}
+    titles, paper = ("Variant", score.name.capitalize(), "Seeds", f"Against {baseline}", score.beside[1]), {}
     if paper := _changes_in_paper(with_runs, baseline):
         titles += (f"Paper, against {baseline}", "Paper's model")
     rows = []
@@ -125,10 +125,11 @@ def range_table(groups: Sequence[Group]) -> Table:
 def rate_table(groups: Sequence[Group]) -> Table:
     """Final score at each peak learning rate of variants that have several, and the rate with the best."""
     grids, rows, score = rate_grids(groups), [], score_of(groups)
-    best_title = f"{score.best.capitalize()} at"
+    best_word = "highest" if score.higher_is_better else "lowest"
+    best_title = f"{best_word.capitalize()} at"
     notes = [
         "Mean over the seeds that a variant has at all of its rates. NaN (k/n): k of n seeds diverged.",
-        f"{best_title}: {score.best} mean log {score.name}, if no seed diverged. "
+        f"{best_title}: {best_word} mean log {score.name}, if no seed diverged. "
         "Edge of the grid: a rate beyond may be better.",
     ]
     rates = sorted({rate for grid in grids.values() for rate in grid})
@@ -201,9 +202,8 @@ def _score_notes(groups: Sequence[Group], baseline: str, *, has_paper: bool) -> 
     if several := [group.name for group in groups if group.runs and len(counterparts(group, baseline, groups)) > 1]:
         notes.append(f"No change is shown for {', '.join(several)}: more than one {baseline} has the same recipe.")
     if not all(math.isfinite(run.score) for run in runs):
-        notes.append(
-            f"NaN (k/n): k of n seeds diverged or have no finite {score_of(groups).name}. The others are not averaged."
-        )
+        what = f"NaN (k/n): k of n seeds diverged or have no finite {score_of(groups).name}."
+        notes.append(f"{what} The others are not averaged.")
     if has_paper:
         notes.append(f"Paper: {published.SOURCE}; another corpus and size, so only changes can be compared.")
     expected = {

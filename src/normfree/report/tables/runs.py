@@ -76,8 +76,8 @@ def run_table(groups: Sequence[Group]) -> Table:
         parameters = f"{run.facts['model']['parameters']:,}" if run.facts.get("model") else "-"
         counts = (f"{run.steps_done:,}", f"{run.tokens_seen:,}", time, speed)
         rows.append((run.place, run.label, status, score, *counts, run.spec["train"]["precision"], parameters))
-    titles = ("Run", "Variant", "Status", score_of(groups).title, "Steps", "Tokens", "Time", "Tokens per second")
-    titles += ("Precision", "Parameters")
+    titles = ("Run", "Variant", "Status", score_of(groups).name.capitalize(), "Steps", "Tokens", "Time")
+    titles += ("Tokens per second", "Precision", "Parameters")
     return Table("runs", "Runs", titles, rows, words=("Variant", "Status", "Precision"))
 
 
@@ -88,8 +88,8 @@ def slope_table(groups: Sequence[Group]) -> Table:
     """
     is_shown = any(_has_leaky_relu(run) for run in all_runs(groups))
     rows = sorted(_slope_row(group) for group in groups if is_shown and group.runs and _has_slope(group.runs[0]))
-    titles = ("Variant", "Slope at the start", "Slope at the end", "Gone to zero", score_of(groups).title, "Seeds")
-    titles += ("First non-finite step", "Non-finite rows")
+    titles = ("Variant", "Slope at the start", "Slope at the end", "Gone to zero", score_of(groups).name.capitalize())
+    titles += ("Seeds", "First non-finite step", "Non-finite rows")
     notes = [
         "Slope 0 is ReLU and slope 1 the identity. Non-finite rows: attention rows with NaN or infinity, "
         "summed over layers, heads and probes of all seeds.",
