@@ -43,22 +43,18 @@ def test_the_code_of_the_card_loads_the_model(trained: Path, monkeypatch: pytest
 @pytest.mark.parametrize("family", ["vision"], indirect=True)
 def test_a_classifier_of_images_can_be_used_and_measured(trained: Path, tmp_path: Path, cache: Path, run) -> None:
     record, card = read_run(trained), ModelCard.load(trained / "model" / "README.md")
-    assert card.data.pipeline_tag == "image-classification"
-    assert {r.metric_type: r.metric_value for r in card.data.eval_results}["accuracy"] == record.score / 100
     (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     names: dict[str, Any] = {}
     exec(code.replace('"."', repr(str(trained / "model"))), names)
-    images = read_images(Path(record.spec["data"]["validation_paths"][0]), names["processor"], 40, channels=1)
-    labels = [path.parent.name for path in sorted(Path(record.spec["data"]["validation_paths"][0]).rglob("*.png"))]
-    guesses = names["model"](**images).logits.argmax(-1).tolist()
-    right = [names["model"].config.id2label[guess] == label for guess, label in zip(guesses, labels, strict=True)]
+    folder = Path(record.spec["data"]["validation_paths"][0])
+    images = read_images(folder, names["processor"], 40, channels=1)
+    guesses = [names["model"].config.id2label[guess] for guess in names["model"](**images).logits.argmax(-1).tolist()]
+    right = [path.parent.name == guess for path, guess in zip(sorted(folder.rglob("*.png")), guesses, strict=True)]
     assert record.score == pytest.approx(100 * sum(right) / 40)
-    status, _, _ = run("measure", str(trained), f"cache_dir={cache}", f"output={tmp_path / 'own'}")
-    assert status == 0
-    measured = read_run(tmp_path / "own")
-    assert measured.facts["measurement"]["text"] == "the run's own held-out images"
-    np.testing.assert_allclose(measured.last("final", "entropy_nats"), record.last("final", "entropy_nats"), atol=1e-5)
-    assert run("measure", str(trained), f"images={Path(__file__).parent}", f"output={tmp_path / 'no'}")[0] == 1
+    assert card.data.eval_results[0].metric_value == record.score / 100
+    assert run("measure", str(trained), f"cache_dir={cache}", f"output={tmp_path / 'own'}")[0] == 0
+    entropies = (read_run(place).last("final", "entropy_nats") for place in (tmp_path / "own", trained))
+    np.testing.assert_allclose(*entropies, atol=1e-5)
     assert "predicts no next token" in run("evaluate", str(trained))[2]
 
 
