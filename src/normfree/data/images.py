@@ -157,7 +157,8 @@ def write_images(spec: DataSpec, source: FashionMnist | ImageFolders, folder: Pa
 
     facts: dict[str, Any] = {"source": spec.source, "versions": source.versions, "dropped": {}}
     counts_K, hashes, channels, size = {}, {}, 0, 0
-    for split, most in (("train", spec.train_documents), ("validation", spec.validation_documents)):
+    limits: dict[Split, int | None] = {"train": spec.train_documents, "validation": spec.validation_documents}
+    for split, most in limits.items():
         dropped: Counter[str] = Counter()
         pixels_NCPP, labels_N = (part[:most] for part in source.read(split, dropped))
         _, channels, size, width = pixels_NCPP.shape

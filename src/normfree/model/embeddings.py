@@ -28,6 +28,7 @@ class PatchEmbedding(nn.Module):
         if pixels_BCPP.shape[1:] != self.shape:
             given, needed = (" x ".join(map(str, shape)) for shape in (pixels_BCPP.shape[1:], self.shape))
             raise ValueError(f"images of {given} (channels, height, width), but the model reads {needed}")
+        pixels_BCPP = pixels_BCPP.to(self.projection.weight.dtype)
         rows = pixels_BCPP.unflatten(3, (-1, self.patch_size)).unflatten(2, (-1, self.patch_size))
         tokens_BTE = self.projection(rows.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))
         if self.class_token is None:

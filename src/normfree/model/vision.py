@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,19 +34,18 @@ class NormFreeImageClassifierOutput(ImageClassifierOutput):
 class NormFreeVisionModel(NormFreeModel):
     """Patches, blocks and the final norm."""
 
-    config: NormFreeVisionConfig
     config_class = NormFreeVisionConfig
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = "image"
 
     @capture_outputs
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, pixel_values: Tensor, entropy_layers: Collection[int] = (), sigma_variance: bool = False, **kwargs: Any
     ) -> NormFreeModelOutput:
         """Final hidden states (B, T, E) of images (B, C, P, P)."""
         if entropy_layers:
             self._check_entropy_layers(entropy_layers, whole_blocks=True)
-        tokens_BTE = self.embed_tokens(pixel_values.to(self.embed_tokens.projection.weight.dtype))
+        tokens_BTE = self.embed_tokens(pixel_values)
         positions_BT = torch.arange(tokens_BTE.shape[1], device=tokens_BTE.device)[None]
         context = {"attention_mask": None, "past_key_values": None, "entropy_layers": entropy_layers, **kwargs}
         return self._outputs(tokens_BTE, positions_BT, sigma_variance=sigma_variance, **context)
@@ -55,20 +54,19 @@ class NormFreeVisionModel(NormFreeModel):
 class NormFreeForImageClassification(NormFreePreTrainedModel):
     """A classifier of images: the class token or the mean over patches to logits."""
 
-    config: NormFreeVisionConfig
     config_class = NormFreeVisionConfig
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = "image"
 
     def __init__(self, config: NormFreeVisionConfig) -> None:
         super().__init__(config)
         self.model = NormFreeVisionModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, cast(int, config.num_labels))
         self.post_init()
 
     def batch_of(self, rows_BT: Tensor) -> dict[str, Tensor]:
         """Images and labels of rows of bytes: the pixels (C, P, P), then the class in two bytes, the high one first."""
-        shape = self.model.embed_tokens.shape
+        shape = (self.config.num_channels, self.config.image_size, self.config.image_size)
         pixels_BCPP = rows_BT[:, :-2].unflatten(1, shape).float() / 255
         labels_B = rows_BT[:, -2].long() * 256 + rows_BT[:, -1].long()
         return {"pixel_values": (pixels_BCPP - PIXEL_MEAN) / PIXEL_STD, "labels": labels_B}
