@@ -44,7 +44,7 @@ def measure_batches(
     if not any(measure.needs_logits for measure in measures):
         if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
             words = {"logits_to_keep": 1}
-        else:
+        elif model.main_input_name == "input_ids":  # an image has few logits
             reads = model.base_model
     call = partial(reads, **words, **_without_cache(reads))
     batches = iter(batches)
