@@ -19,6 +19,7 @@ Other keys: contexts=512,2048,4096,8192 model=gpt2 precision=bf16|fp32 threads=1
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -43,6 +44,9 @@ DEFAULTS = {
 }
 STEPS, SEQUENCES = 250, 64
 """Of the preset cpu: steps between measurements, and sequences of one."""
+
+WITHOUT_FRAGMENTS = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+"""glibc gives freed blocks of 1 MiB and more back at once; else holes in its heap count as memory."""
 
 
 def main(arguments: list[str]) -> None:
@@ -75,9 +79,8 @@ def measure_context(context: int, job: dict[str, Any]) -> dict[str, Any]:
 
 def in_a_process(job: dict[str, Any]) -> dict[str, Any]:
     """Run one job in a fresh interpreter, so that none sees another's memory."""
-    answer = subprocess.run(
-        [sys.executable, __file__, f"job={json.dumps(job)}"], check=True, stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, __file__, f"job={json.dumps(job)}"]
+    answer = subprocess.run(command, env=os.environ | WITHOUT_FRAGMENTS, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(answer.stdout.splitlines()[-1])
 
 

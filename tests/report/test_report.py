@@ -270,6 +270,16 @@ def test_variants_with_rates_of_their_own_share_a_page(tmp_path: Path) -> None:
     assert rows["Against SM+LN+G"].tolist()[:2] == ["baseline", "+10.2 %"]
 
 
+def test_variants_with_starts_of_their_own_share_a_page(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path, label, compare_across=["start_name"], start_name=f"quick/{label[-1]}")
+        for label in ("SM+G", "SM+R")
+    ]
+    page = build_report(runs, tmp_path / "out").read_text()
+    assert "Without LayerNorm (quick/R), ReLU ends 4.2 % below GELU (quick/G) in perplexity" in page
+    assert "<dd>start names differ by variant</dd>" in page
+
+
 def test_all_variants_are_compared_with_the_baseline(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / "runs", label) for label in ("SM+G", "SM+R", "SM+S")]
     page = build_report(runs, tmp_path / "out", baseline="SM+R").read_text()

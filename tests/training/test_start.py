@@ -37,6 +37,8 @@ def test_a_start_without_steps_keeps_the_numbers(train_tiny: Callable[..., Run],
     first, last = run.series("probe", "entropy_nats")[0][1], trained.last("probe", "entropy_nats")
     np.testing.assert_allclose(first, last, atol=1e-6)
     assert (run.spec["start_name"], run.spec["preset"]) == ("single/sm-ln-g", trained.spec["preset"])
+    card = (run.folder / "model" / "README.md").read_text()
+    assert "trained it from the weights of single/sm-ln-g," in card
 
 
 @pytest.mark.parametrize("family", ["vision"], indirect=True)

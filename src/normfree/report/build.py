@@ -209,7 +209,7 @@ def _facts(parts: Sequence[Part]) -> dict[str, list[str]]:
         "Precision": _distinct(runs, lambda run: run.spec["train"]["precision"]),
         "Recorded, not drawn": ["; ".join(dict.fromkeys(undrawn)) + " (numbers/*.csv)"] if undrawn else [],
         "Recipes": [f"{part.title}: {part.recipe}" for part in parts if part.recipe]
-        + [f"{key.split('.')[1].replace('_', ' ')}s differ by variant" for key in across],
+        + [f"{key.split('.')[-1].replace('_', ' ')}s differ by variant" for key in across],
         "Model": _distinct(
             [run for run in runs if run.facts.get("model")],
             lambda run: (_MODEL if run.facts["model"]["layers"] else _PARTS).format(

@@ -33,6 +33,7 @@ def model_card(run: Run, final: dict[str, Any]) -> str:
     task, pipeline = CLASSIFICATIONS.get(run.spec["train"].get("objective", ""), own)
     source = run.spec["data"].get("dataset") or corpus["source"]
     origin = _SOURCES.get(source, f"`{source}` of the Hugging Face hub")
+    start = run.spec.get("start_name", "random")
     metrics = {name: final[name] for name in ("perplexity", "bits_per_byte")}
     results = {"Perplexity": final["perplexity"], "Perplexity of token frequencies alone": corpus["unigram_perplexity"]}
     results["Bits per byte"] = final["bits_per_byte"]
@@ -41,6 +42,7 @@ def model_card(run: Run, final: dict[str, Any]) -> str:
         results = {"Accuracy": final["accuracy"], "Accuracy of the most frequent class": corpus["majority_accuracy"]}
     return (Path(__file__).with_name("card.md").read_text(encoding="utf-8")).format(
         run=run,
+        weights="random weights" if start == "random" else f"the weights of {start}",
         model={"norm": "layernorm", "activation": "gelu"} | run.spec["model"] | run.facts["model"],
         source=source,
         tokens=run.facts["steps"] * run.spec["train"]["batch_sequences"] * run.spec["data"]["context"],
