@@ -216,11 +216,11 @@ def _finish(record: Record, model: NormFreePreTrainedModel, trainer: NormFreeTra
         _save_model(saved, corpus, card, record.folder / "model")
         record.update(**folded)
     record.update(status="finished", final=final, **record.progress_at(record.steps))
+    scores = {name: final[name] for name in ("perplexity", "accuracy") if name in final}
     try:
-        scores = {name: final[name] for name in ("perplexity", "accuracy") if name in final}
         trainer.log({f"eval_final_{name}": value for name, value in ({"loss": result.loss_nats} | scores).items()})
     except Exception as error:  # a tracker's failure must not cost the run
-        logger.warning("the trackers did not get the final scores: %s", error)
+        logger.warning("the trackers did not get the final %s: %s", " and ".join(scores), error)
     PartialState().wait_for_everyone()  # every process returns after the record is complete
 
 
