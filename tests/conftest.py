@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, settings
 from normfree.cli.main import main
 from normfree.spec.compose import compose_run
 from normfree.spec.run import RunSpec
+from tests.images import write_digits
 
 settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared machine")
@@ -32,12 +33,22 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides for a run of seconds on real Python code: 2 layers x 32, T = 16.
+def family(request: pytest.FixtureRequest) -> str:
+    """The family of `tiny`: decoder, unless a test chooses with `parametrize("family", FAMILIES, indirect=True)`."""
+    return getattr(request, "param", "decoder")
+
+
+@pytest.fixture(scope="session")
+def tiny(family: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides for a run of seconds, 2 layers x 32: on real Python code, T = 16, or on drawn digits, 17 tokens.
 
     Its initial weights are large: with 0.02 every head attends evenly, within 5e-8 nats of the ceiling.
     """
-    folder = tmp_path_factory.mktemp("text")
+    folder = tmp_path_factory.mktemp(family)
+    return [*{"decoder": words_of_text, "vision": words_of_images}[family](folder), *TINY]
+
+
+def words_of_text(folder: Path) -> list[str]:
     for number, module in enumerate((json.decoder, json.encoder, textwrap, inspect)):
         (folder / f"{number}.py").write_text(inspect.getsource(module))
     (folder / "held_out").mkdir()
@@ -51,24 +62,40 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "data.context=16",
         "data.max_bytes=null",
         "data.max_bytes_per_package=null",
-        "model.hidden_size=32",
-        "model.num_hidden_layers=2",
-        "model.num_attention_heads=2",
-        "model.initializer_range=0.3",
-        "probe.measures=[heads,slopes]",  # all defaults would double the time; test_readme.py takes them
-        "train.steps=6",
-        "train.precision=fp32",
-        "train.peak_learning_rate=1e-3",
-        "train.batch_sequences=8",
-        "train.micro_batch_sequences=8",
-        "train.log_every=1",
-        "train.evaluate_every=3",
-        "train.checkpoint_every=2",
-        "train.threads=1",
-        "probe.every_steps=2",
-        "probe.sequences=8",
-        "probe.final_sequences=16",
     ]
+
+
+def words_of_images(folder: Path) -> list[str]:
+    return [
+        "preset=fashion-vit",
+        "data=images",
+        f"data.paths=['{write_digits(folder / 'train', 160)}']",
+        f"data.validation_paths=['{write_digits(folder / 'held_out', 40, seed=1)}']",
+        "model.image_size=8",
+        "model.patch_size=2",
+        "train.epochs=null",
+    ]
+
+
+TINY = (
+    "model.hidden_size=32",
+    "model.num_hidden_layers=2",
+    "model.num_attention_heads=2",
+    "model.initializer_range=0.3",
+    "probe.measures=[heads,slopes]",  # all defaults would double the time; test_readme.py takes them
+    "train.steps=6",
+    "train.precision=fp32",
+    "train.peak_learning_rate=1e-3",
+    "train.batch_sequences=8",
+    "train.micro_batch_sequences=8",
+    "train.log_every=1",
+    "train.evaluate_every=3",
+    "train.checkpoint_every=2",
+    "train.threads=1",
+    "probe.every_steps=2",
+    "probe.sequences=8",
+    "probe.final_sequences=16",
+)
 
 
 @pytest.fixture

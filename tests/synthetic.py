@@ -45,6 +45,7 @@ def write_run(
     shape: tuple[int, int] = (4, 4),
     steps: int = 200,
     perplexity: float | None = None,
+    accuracy: float | None = None,
     broken_probe: bool = False,
     facts: dict[str, Any] | None = None,
     **spec: Any,
@@ -64,6 +65,9 @@ def write_run(
         value = perplexity or PERPLEXITY.get(label, 36.8) * (1 + 0.01 * seed)
         loss = math.log(value)
         final = {"loss_nats": loss, "perplexity": value, "bits_per_byte": loss / 2.1, "tokens": 9000, "bytes": 27000}
+        if accuracy is not None:
+            final["accuracy"] = accuracy
+            writer.log(steps, "validation", [("accuracy", accuracy)])
         entropy_LH = _entropy(label, shape, 1.0, seed)
         if broken_probe:
             entropy_LH[1:] = math.nan

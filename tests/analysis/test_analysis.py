@@ -273,7 +273,7 @@ def test_a_group_has_one_run_per_seed_and_data_order(tmp_path: Path) -> None:
     runs += [write_run(tmp_path, "SM+G", study="order", seed=10, data_seed=1)]
     runs += [write_run(tmp_path, "SM+G", study="repeated", seed=10)]
     (group,) = group_runs(runs)
-    assert list(group.perplexities) == [(2, 0), (10, 0), (10, 1)]
+    assert list(group.scores) == [(2, 0), (10, 0), (10, 1)]
     assert [run.seed for run in group.unfinished] == [3, 4]
     assert [run.spec["study"] for run in group.repeated] == ["repeated"]
     with pytest.raises(ValueError, match="no runs given"):
@@ -287,7 +287,7 @@ def test_a_seed_is_initial_weights_and_data_order(tmp_path: Path) -> None:
     runs += [write_run(tmp_path, "SM+R", seed=seed, data_seed=seed, perplexity=21.0) for seed in (100, 101, 102)]
     (pair,) = pairs_of(group_runs(runs), [("SM+R", "SM+G")])
     assert pair.seeds == [(100, 100), (101, 101)]
-    assert (pair.perplexity().n, pair.perplexity().mean) == (2, pytest.approx(0.05))
+    assert (pair.score().n, pair.score().mean) == (2, pytest.approx(0.05))
 
 
 def with_own_rate(root: Path, label: str, rate: float, **more: Any) -> Run:

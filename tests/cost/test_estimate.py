@@ -56,7 +56,7 @@ def test_constants_are_those_of_the_package() -> None:
     assert NORM_KEEPS.keys() == NORM_PARAMETERS.keys() == NORMS.keys()
 
 
-@pytest.mark.parametrize("preset", members("preset"))
+@pytest.mark.parametrize("preset", sorted({*members("preset")} - {"fashion-vit"}))
 def test_parameters_are_those_of_the_preset(preset: str) -> None:
     spec = compose_run([f"preset={preset}", "data.tokenizer=null"]).spec
     with torch.device("meta"):

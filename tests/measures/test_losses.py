@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, ViTConfig, ViTForImageClassification
 
 from normfree import measure
 from tests.entropy.families import tiny_model
@@ -44,6 +44,33 @@ def test_a_nan_loss_makes_every_quantile_nan(model: GPT2LMHeadModel) -> None:
     with torch.no_grad():
         model.transformer.wpe.weight[-1] = torch.nan
     assert np.isnan([measure(model, torch.arange(64), "losses")[name] for name in NAMES]).all()
+
+
+def test_accuracy_is_the_share_of_right_predictions(model: GPT2LMHeadModel) -> None:
+    with torch.no_grad():
+        guesses = model.eval()(IDS).logits[:, :-1].argmax(-1)
+    labels = IDS.clone()
+    labels[:, 1:14], labels[:, 30:] = guesses[:, :13], -100
+    share = (guesses == labels[:, 1:])[:, :29].double().mean().item()
+    assert measure(model, {"input_ids": IDS, "labels": labels}, "accuracy")["accuracy"] == pytest.approx(share)
+    assert 0.4 < share < 0.6
+
+
+def test_images_have_losses_if_their_classes_are_given() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8, initializer_range=0.5)).eval()
+    images, classes = {"pixel_values": torch.rand(3, 3, 16, 16)}, torch.tensor([0, 1, 1])
+    with torch.no_grad():
+        logits = model(**images).logits.double()
+    measured = measure(model, {**images, "labels": classes}, ["perplexity", "accuracy", "losses"])
+    assert measured["loss"] == pytest.approx(F.cross_entropy(logits, classes).item(), rel=1e-6)
+    assert measured["accuracy"] == pytest.approx((logits.argmax(-1) == classes).double().mean().item())
+    assert measured["loss_worst"] == pytest.approx(F.cross_entropy(logits, classes, reduction="none").max().item())
+    with torch.no_grad():
+        next(model.parameters()).fill_(torch.nan)
+    assert np.isnan(measure(model, {**images, "labels": classes}, "accuracy")["accuracy"])
+    with pytest.raises(ValueError, match="losses of images need their classes as `labels`"):
+        measure(model, images, "accuracy")
 
 
 def test_a_model_that_sees_later_tokens_has_no_losses() -> None:

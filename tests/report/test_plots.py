@@ -22,7 +22,7 @@ from normfree.cost.tradeoff import Point
 from normfree.report.figures import heatmap_figure, layers_over_training
 from normfree.report.plots.curves import layer_curves, loss_curves, overload_series, seed_curves
 from normfree.report.plots.heatmaps import heatmap
-from normfree.report.plots.points import order_of_names, perplexity_points, trade_off_points
+from normfree.report.plots.points import order_of_names, score_points, trade_off_points
 from normfree.report.plots.style import variant_styles
 from normfree.store.quantities import QUANTITIES
 from normfree.store.runs import Run
@@ -146,7 +146,7 @@ def test_an_open_circle_ends_an_unfinished_run(tmp_path: Path, draw: Callable[..
 def test_every_seed_is_a_dot_above_their_mean(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, label, seed=seed) for label in ("SM+G", "SM") for seed in (0, 1)]
     runs += [write_run(tmp_path, "SM", seed=2, status="diverged"), write_run(tmp_path, "SM+R")]
-    ax = curves(perplexity_points, runs)
+    ax = curves(score_points, runs)
     dots = {line.get_ydata()[0]: sorted(line.get_xdata()) for line in ax.lines if line.get_marker() == "o"}
     assert dots == {0: [37.7, pytest.approx(38.077)], 1: [36.1], 2: [52.0, pytest.approx(52.52)]}
     (mean,) = ax.containers
@@ -158,7 +158,7 @@ def test_every_seed_is_a_dot_above_their_mean(tmp_path: Path) -> None:
 def test_an_axis_with_a_seed_far_above_is_logarithmic(tmp_path: Path) -> None:
     values = zip("abcde", (30, 31, 32, 33, 90), strict=True)
     runs = [write_run(tmp_path, label, perplexity=value) for label, value in values]
-    assert [curves(perplexity_points, some).get_xscale() for some in (runs[:-1], runs)] == ["linear", "log"]
+    assert [curves(score_points, some).get_xscale() for some in (runs[:-1], runs)] == ["linear", "log"]
     assert [trade_off(ppl, [1, 2, 3]).get_yscale() for ppl in ([30, 31, 32], [30, 31, 90])] == ["linear", "log"]
 
 

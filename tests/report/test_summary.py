@@ -10,7 +10,7 @@ import pytest
 from normfree.analysis.groups import group_runs
 from normfree.report.sections import sections_of
 from normfree.report.summary import sentences
-from normfree.report.tables.results import claim_table, perplexity_table
+from normfree.report.tables.results import claim_table, score_table
 from tests.synthetic import write_run
 
 
@@ -80,14 +80,14 @@ def test_runs_of_one_tag_are_compared_with_each_other(tmp_path: Path) -> None:
         for label, value in of_tag.items()
     ]
     groups = group_runs(runs)
-    against = {row[0]: row[3] for row in perplexity_table(groups).rows}
+    against = {row[0]: row[3] for row in score_table(groups).rows}
     assert (against["SM+R (a)"], against["SM+R (b)"], against["SM+LN+G (b)"]) == ("+5.9 %", "+3.6 %", "baseline")
     first, second = sentences(groups)[:2]
     assert first.startswith("Without LayerNorm (a), ReLU ends 10.0 % below GELU in perplexity (36.0 against 40.0")
     assert second.startswith("Without LayerNorm (b), ReLU ends 3.3 % below GELU in perplexity (29.0 against 30.0")
     assert len([row for row in claim_table(groups).rows if row[0].startswith("(b)")]) == 2
     lonely = group_runs([*runs, write_run(tmp_path, "SM+R", tag="c", perplexity=35.0)])
-    table = perplexity_table(lonely)
+    table = score_table(lonely)
     assert {row[0]: row[3] for row in table.rows}["SM+R (c)"] == "-"
     assert "No change is shown for SM+R (c): more than one SM+LN+G has the same recipe." in table.notes
     assert any("Without LayerNorm (c), ReLU ends 16.7 % above GELU (b)" in text for text in sentences(lonely))

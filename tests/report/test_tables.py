@@ -21,9 +21,9 @@ from normfree.report.tables.results import (
     difference_table,
     gap_table,
     overload_table,
-    perplexity_table,
     range_table,
     rate_table,
+    score_table,
 )
 from normfree.report.tables.runs import run_table, slope_table, verdict_table
 from normfree.report.tables.table import Table, to_csv, to_html, to_latex, to_markdown
@@ -53,7 +53,7 @@ NASTY_TABLE = Table("nasty", NASTY, ("Variant", NASTY), ((NASTY, "=1+1"), ("-", 
 
 
 def test_perplexity_has_spread_change_floor_and_paper(tmp_path: Path) -> None:
-    table = perplexity_table(group_runs(study(tmp_path)))
+    table = score_table(group_runs(study(tmp_path)))
     rows = rows_of(table)
     assert rows["SM+LN+R"]["Seeds"] == "1"
     assert "quick/sm-ln-r-seed1 is left out: interrupted at step 100." in table.notes
@@ -65,25 +65,25 @@ def test_perplexity_has_spread_change_floor_and_paper(tmp_path: Path) -> None:
     assert rows["SM"]["Perplexity"] == "NaN (1/2)"
     assert rows["Unigram"]["Perplexity"] == "402.50"
     corpus = {**write_run(tmp_path, "SM+G").facts["corpus"], "ngram_perplexity": {"2": 96.3, "5": 60.32}}
-    rows = rows_by_name(perplexity_table, [write_run(tmp_path, "SM+G", facts={"corpus": corpus})])
+    rows = rows_by_name(score_table, [write_run(tmp_path, "SM+G", facts={"corpus": corpus})])
     assert (rows["2-gram"]["Perplexity"], rows["5-gram"]["Perplexity"]) == ("96.30", "60.32")
 
 
 def test_a_sweep_has_no_column_of_the_paper(tmp_path: Path) -> None:
     sweep = [write_run(tmp_path, "SM+G", tag=tag) for tag in ("lr1", "lr2")]
-    table = perplexity_table(group_runs([*sweep, write_run(tmp_path, "SM+R", tag="lr1")]))
+    table = score_table(group_runs([*sweep, write_run(tmp_path, "SM+R", tag="lr1")]))
     assert table.titles[-1] == "Bits per byte"
     assert {len(row) for row in table.rows} == {len(table.titles)}
     assert not [note for note in table.notes if note.startswith("Paper")]
-    alone = perplexity_table(group_runs(sweep[:1]))
+    alone = score_table(group_runs(sweep[:1]))
     assert rows_of(alone)["SM+G (lr1)"]["Paper's model"] == "GPT-2 125M, T=128"
 
 
 def test_another_corpus_than_expected_is_said(tmp_path: Path) -> None:
     same = write_run(tmp_path, "SM+G", data={"expected_fingerprint": "c0ffee" * 10})
     other = write_run(tmp_path, "SM+R", data={"expected_fingerprint": "deadbeef" * 8})
-    assert not [n for n in perplexity_table(group_runs([same])).notes if n.startswith("Corpus")]
-    (note,) = (n for n in perplexity_table(group_runs([same, other])).notes if n.startswith("Corpus"))
+    assert not [n for n in score_table(group_runs([same])).notes if n.startswith("Corpus")]
+    (note,) = (n for n in score_table(group_runs([same, other])).notes if n.startswith("Corpus"))
     assert "c0ffeec0ffee" in note
     assert "deadbeefdead" in note
 
@@ -229,7 +229,7 @@ def test_a_killed_run_is_as_far_as_its_metrics(tmp_path: Path) -> None:
     batch = runs[1].spec["train"]["batch_sequences"]
     row = rows["quick/sm-r-seed0"]
     assert (row["Steps"], row["Tokens"]) == ("100", f"{100 * batch * 32:,}")
-    assert "quick/sm-r-seed0 is left out: stopped at step 100." in perplexity_table(group_runs(runs)).notes
+    assert "quick/sm-r-seed0 is left out: stopped at step 100." in score_table(group_runs(runs)).notes
 
 
 def test_verdicts_name_layers_heads_and_steps(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from normfree.store.runs import read_run
 from normfree.training.trainer import NormFreeTrainer
 
 DAMAGES = ("flip", "cut", "remove")
+of_every_family = pytest.mark.parametrize("family", ["decoder", "vision"], indirect=True)
+"""A test of `tiny` runs for each family."""
 
 
 def damage(path: Path, how: str) -> None:

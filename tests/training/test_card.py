@@ -6,12 +6,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoModelForCausalLM
 
 from normfree.files import read_manifest
+from normfree.pretrained.inputs import read_images
 from normfree.store.runs import read_run
 from normfree.training.card import model_card
 from tests.synthetic import write_run
@@ -36,6 +38,24 @@ def test_the_code_of_the_card_loads_the_model(trained: Path, monkeypatch: pytest
     exec(code, names)
     assert names["model"].num_parameters() == read_run(trained).facts["model"]["parameters"]
     assert names["tokenizer"]("import json")["input_ids"]
+
+
+@pytest.mark.parametrize("family", ["vision"], indirect=True)
+def test_a_classifier_of_images_can_be_used_and_measured(trained: Path, tmp_path: Path, cache: Path, run) -> None:
+    record, card = read_run(trained), ModelCard.load(trained / "model" / "README.md")
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code.replace('"."', repr(str(trained / "model"))), names)
+    folder = Path(record.spec["data"]["validation_paths"][0])
+    images = read_images(folder, names["processor"], 40, channels=1)
+    guesses = [names["model"].config.id2label[guess] for guess in names["model"](**images).logits.argmax(-1).tolist()]
+    right = [path.parent.name == guess for path, guess in zip(sorted(folder.rglob("*.png")), guesses, strict=True)]
+    assert record.score == pytest.approx(100 * sum(right) / 40)
+    assert card.data.eval_results[0].metric_value == record.score / 100
+    assert run("measure", str(trained), f"cache_dir={cache}", f"output={tmp_path / 'own'}")[0] == 0
+    entropies = (read_run(place).last("final", "entropy_nats") for place in (tmp_path / "own", trained))
+    np.testing.assert_allclose(*entropies, atol=1e-5)
+    assert "predicts no next token" in run("evaluate", str(trained))[2]
 
 
 def test_a_run_without_finite_perplexity_has_a_card(tmp_path: Path) -> None:

@@ -17,15 +17,17 @@ from normfree.data import prepare
 from normfree.files import damages, read_manifest, sha256_file, write_manifest
 from normfree.store.checkpoints import compare_surroundings, newest_sound
 from normfree.store.runs import RunWriter, read_run
-from tests.training.runs import DAMAGES, check_equal_runs, damage
+from tests.training.runs import DAMAGES, check_equal_runs, damage, of_every_family
 
 CHECKPOINT_FILES = (
-    *("activations.py", "attention.py", "blocks.py", "branches.py", "config.json", "configuration.py", "gates.py"),
+    *("activations.py", "attention.py", "blocks.py", "branches.py", "config.json", "configuration.py"),
+    *("embeddings.py", "gates.py"),
     *("generation_config.json", "head_entropy.py", "linears.py", "loss.py", "manifest.json", "model.safetensors"),
     *("modeling.py", "norms.py", "optimizer.pt", "placements.py", "positions.py", "rng_state.pth", "scheduler.pt"),
     *("sinks.py", "temperatures.py", "tokenizer.json", "tokenizer_config.json", "trainer_state.json"),
 )
 CORPUS_FILES = ("manifest.json", "tokenizer.json", "tokenizer_config.json", "train.arrow", "validation.arrow")
+OF_TEXT, OF_IMAGES = {"generation_config.json", "tokenizer.json", "tokenizer_config.json"}, {"preprocessor_config.json"}
 
 
 @pytest.fixture
@@ -48,10 +50,12 @@ def resume(train_tiny: Callable, broken: Path, trained: Path) -> Callable[[], No
     return check
 
 
-def test_a_checkpoint_and_a_corpus_have_these_files(trained: Path, cache: Path, tiny_spec) -> None:
-    assert sorted(path.name for path in (trained / "checkpoints" / "checkpoint-6").iterdir()) == list(CHECKPOINT_FILES)
-    corpus = prepare(tiny_spec().data, cache=cache, progress=False).folder
-    assert sorted(path.name for path in corpus.iterdir()) == list(CORPUS_FILES)
+@of_every_family
+def test_a_checkpoint_and_a_corpus_have_these_files(family: str, trained: Path, cache: Path, tiny_spec) -> None:
+    folders = trained / "checkpoints" / "checkpoint-6", prepare(tiny_spec().data, cache=cache, progress=False).folder
+    for folder, files in zip(folders, (CHECKPOINT_FILES, CORPUS_FILES), strict=True):
+        of_images = {*files} - OF_TEXT | OF_IMAGES | ({"vision.py"} if "loss.py" in files else set())
+        assert {path.name for path in folder.iterdir()} == ({*files} if family == "decoder" else of_images)
 
 
 @pytest.mark.parametrize("how", DAMAGES)
@@ -92,11 +96,17 @@ def test_flipped_bytes_of_a_manifest_are_noticed(broken: Path) -> None:
 
 
 CORPUS_DAMAGES = [
-    pytest.param(name, how, marks=pytest.mark.slow if how == "cut" else ()) for name in CORPUS_FILES for how in DAMAGES
+    pytest.param("decoder", name, how, marks=pytest.mark.slow if how == "cut" else ())
+    for name in CORPUS_FILES
+    for how in DAMAGES
 ]
 
 
-@pytest.mark.parametrize(("name", "how"), CORPUS_DAMAGES)
+@pytest.mark.parametrize(
+    ("family", "name", "how"),
+    [*CORPUS_DAMAGES, *(("vision", name, "flip") for name in ("preprocessor_config.json", "validation.arrow"))],
+    indirect=["family"],
+)
 def test_a_damaged_corpus_is_named_and_prepared_again(tmp_path, cache, tiny_spec, name, how, caplog) -> None:
     spec = tiny_spec().data
     sound = prepare(spec, cache=cache, progress=False)
@@ -133,6 +143,7 @@ def test_a_run_resumes_whatever_happened_to_run_json(broken: Path, resume, how: 
     assert (broken / "run.json.damaged").is_file() == ("run.json" in caplog.text) == (how != "remove")
 
 
+@of_every_family
 @pytest.mark.parametrize("how", DAMAGES)
 def test_a_run_resumes_whatever_happened_to_its_metrics(broken, trained, train_tiny, how: str, caplog) -> None:
     path = broken / "metrics.jsonl"
@@ -142,7 +153,7 @@ def test_a_run_resumes_whatever_happened_to_its_metrics(broken, trained, train_t
         damage(path, how)
     with caplog.at_level(logging.WARNING, "normfree"):
         run = train_tiny()
-    assert run.perplexity == read_run(trained).perplexity
+    assert run.score == read_run(trained).score
     assert [step for step, _ in run.series("final", "entropy_nats")] == [6]
     assert ("metrics.jsonl" in caplog.text) == (how != "cut")
     if how == "flip":
@@ -159,6 +170,7 @@ def test_training_time_survives_the_loss_of_run_json(broken: Path, train_tiny) -
     assert 5000 < train_tiny().facts["wall_seconds"] < 6000
 
 
+@of_every_family
 def test_half_written_files_of_a_kill_are_removed(broken: Path, resume) -> None:
     shutil.rmtree(broken / "checkpoints" / "checkpoint-6")
     for name in ("checkpoints/.staging/checkpoint-6", "checkpoints/.staging/checkpoint-5", ".model.tmp"):
@@ -169,6 +181,7 @@ def test_half_written_files_of_a_kill_are_removed(broken: Path, resume) -> None:
     assert not list(broken.rglob(".staging")) + list(broken.glob(".*.tmp"))
 
 
+@of_every_family
 def test_a_run_without_a_sound_checkpoint_starts_again(broken: Path, resume) -> None:
     for step in (4, 6):
         damage(broken / "checkpoints" / f"checkpoint-{step}" / "optimizer.pt", "cut")

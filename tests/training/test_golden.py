@@ -16,6 +16,7 @@ from normfree.spec.compose import compose_run, members, read_preset
 from normfree.spec.run import RunSpec
 from normfree.store.runs import read_run
 from normfree.training import train
+from tests.images import write_digits
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LOSSES = GOLDEN / "losses.json"
@@ -25,6 +26,7 @@ VARIANTS = {
     "cpu": "sm-g",
     "cpu-pythia": "sm-r",
     "cpu-quick": "sm-ln-g",
+    "fashion-vit": "sm-g",
     "gpt2-1.3b": "sm-ln-r",
     "gpt2-t128": "leaky-per-layer",
     "llama-1b-shape": "sm-rms-g",
@@ -34,12 +36,8 @@ VARIANTS = {
 }
 
 
-def shrunk(preset: str, variant: str) -> RunSpec:
-    """A preset at width 32 on the fixed text, in fp32, a small batch, at most 12 layers and T = 256; else unchanged."""
-    whole = read_preset(preset, variant)
-    overrides = [
-        f"preset={preset}",
-        f"variant={variant}",
+def on_text(context: int) -> list[str]:
+    return [
         "data=files",
         f"data.paths=['{GOLDEN / 'text' / 'train.txt'}']",
         f"data.validation_paths=['{GOLDEN / 'text' / 'held_out'}']",
@@ -48,14 +46,27 @@ def shrunk(preset: str, variant: str) -> RunSpec:
         "data.max_bytes_per_package=null",
         "data.train_documents=null",
         "data.validation_documents=null",
-        f"data.context={min(whole.data.context, 256)}",
+        f"data.context={min(context, 256)}",
+    ]
+
+
+def shrunk(preset: str, variant: str, digits: Path) -> RunSpec:
+    """A preset at width 32 on the fixed text or digits, in fp32, a small batch, at most 12 layers and T = 256."""
+    whole = read_preset(preset, variant)
+    images = ["data=images", f"data.paths=['{digits}']", "model.image_size=8", "model.patch_size=2"]
+    is_vision = whole.model.get("family") == "vision"
+    batch = 16 if is_vision else 2  # the losses of two images are too noisy to fall in twenty steps
+    overrides = [
+        f"preset={preset}",
+        f"variant={variant}",
+        *(images if is_vision else on_text(whole.data.context)),
         f"model.num_hidden_layers={min(whole.model['num_hidden_layers'], 12)}",
         "model.hidden_size=32",
         "model.num_attention_heads=2",
         f"train.steps={STEPS}",
         "train.epochs=null",
-        "train.batch_sequences=2",
-        "train.micro_batch_sequences=2",
+        f"train.batch_sequences={batch}",
+        f"train.micro_batch_sequences={batch}",
         "train.precision=fp32",
         "train.log_every=1",
         "train.evaluate_every=1000",
@@ -69,7 +80,8 @@ def shrunk(preset: str, variant: str) -> RunSpec:
 
 
 def losses(preset: str, variant: str, runs: Path, cache: Path) -> list[float]:
-    folder = train(shrunk(preset, variant), runs_dir=runs / preset, cache=cache, progress=False)
+    digits = write_digits(runs / "digits", 400)
+    folder = train(shrunk(preset, variant, digits), runs_dir=runs / preset, cache=cache, progress=False)
     return [loss for _, loss in read_run(folder).series("train", "loss")]
 
 

@@ -16,12 +16,12 @@ import torch
 from transformers import set_seed
 
 from normfree.files import damages
-from normfree.model import NormFreeConfig, NormFreeForCausalLM
+from normfree.model import HEADS
 from normfree.spec.compose import compose_run
 from normfree.store.checkpoints import checkpoints_in
 from normfree.store.runs import read_run
 from tests.training.fork_server import PLACES, ForkServer
-from tests.training.runs import check_equal_runs, weights
+from tests.training.runs import check_equal_runs, of_every_family, weights
 
 pytestmark = pytest.mark.slow
 KILLS = 30
@@ -91,6 +91,7 @@ def check_resume(run: Command, whole: Path) -> None:
     check_equal_runs(run.folder, whole)
 
 
+@of_every_family
 @pytest.mark.parametrize("place", PLACES)
 def test_a_kill_inside_a_save_costs_that_checkpoint_only(place: str, command, whole: Path) -> None:
     run = command("killed")
@@ -101,10 +102,12 @@ def test_a_kill_inside_a_save_costs_that_checkpoint_only(place: str, command, wh
     assert read_run(run.folder).facts["sessions"][-1]["from_step"] == 6
 
 
-def test_thirty_kills_lose_nothing(command, words: list[str], whole: Path) -> None:
+@of_every_family
+def test_thirty_kills_lose_nothing(family: str, command, words: list[str], whole: Path) -> None:
     """Wherever they hit; those inside a save are the test above."""
     set_seed(compose_run(words[1:]).spec.seed)
-    initial = NormFreeForCausalLM(NormFreeConfig.from_pretrained(whole / "model")).state_dict()
+    kind = HEADS[family]
+    initial = kind(kind.config_class.from_pretrained(whole / "model")).state_dict()
     assert not any(torch.equal(value, initial[name]) for name, value in weights(whole).items())
     began = time.monotonic()
     command("timed").finish()  # the server has imported everything, and the corpus exists

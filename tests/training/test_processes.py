@@ -91,9 +91,16 @@ BAND = ["train.objective=entropy_band", "train.entropy_weight=0.5"]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("variant", "words"),
-    [("sm-r", []), ("sm-taper-sn-r", [*TAPER, *TARGET]), ("sm-r", BAND), ("sm-r", ["train.optimizer=muon"])],
-    ids=["plain", "state", "band", "muon"],
+    ("family", "variant", "words"),
+    [
+        ("decoder", "sm-r", []),
+        ("decoder", "sm-taper-sn-r", [*TAPER, *TARGET]),
+        ("decoder", "sm-r", BAND),
+        ("decoder", "sm-r", ["train.optimizer=muon"]),
+        ("vision", "sm-r", TARGET),
+    ],
+    ids=["plain", "state", "band", "muon", "vision"],
+    indirect=["family"],
 )
 def test_two_processes_train_the_model_of_one(tiny: list[str], cache: Path, tmp_path: Path, variant, words) -> None:
     """Only the first writes, and both resume from its checkpoint."""

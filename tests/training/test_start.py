@@ -8,11 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from normfree.cli.main import main
+from normfree.model.conversion import convert
 from normfree.store.runs import Run, read_run
-from tests.training.runs import break_in_step, check_equal_runs
+from tests.training.runs import break_in_step, check_equal_runs, weights
 
 REMOVE = ("variant=sm-fake-g", "model.fake_start_step=20", "model.fake_gap_steps=10", "train.steps=100", "tag=cut")
 CONTROL = ("train.steps=100", "tag=cut")
@@ -31,6 +39,22 @@ def test_a_start_without_steps_keeps_the_numbers(train_tiny: Callable[..., Run],
     assert (run.spec["start_name"], run.spec["preset"]) == ("single/sm-ln-g", trained.spec["preset"])
     card = (run.folder / "model" / "README.md").read_text()
     assert "trained it from the weights of single/sm-ln-g," in card
+
+
+@pytest.mark.parametrize("family", ["vision"], indirect=True)
+def test_a_run_begins_with_a_vit_of_transformers(train_tiny: Callable[..., Run], tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    vit = ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=2, num_channels=1))  # two other classes
+    vit.save_pretrained(tmp_path / "vit")
+    words = "variant=custom", "train.frozen=['model.*']", "train.steps=1"
+    first = train_tiny(f"start=model:{tmp_path / 'vit'}", *words)
+    again = train_tiny(f"start=run:{first.folder}", *words, "tag=again")
+    converted = convert(vit).state_dict()
+    for run in (first, again):
+        ours = weights(run.folder)
+        assert ours["classifier.weight"].shape == (4, 32)
+        assert all(torch.equal(ours[name], value) for name, value in converted.items() if name.startswith("model."))
+    assert again.series("validation", "loss")[0][1] == pytest.approx(first.last("validation", "loss"), abs=1e-6)
 
 
 def test_norms_leave_a_trained_model(train_tiny: Callable[..., Run], trained: Run) -> None:

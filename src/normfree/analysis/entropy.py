@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from normfree.analysis.groups import Group
+from normfree.spec.families import FAMILIES
 from normfree.store.quantities import Quantity
 from normfree.store.runs import Run
 
@@ -95,14 +96,14 @@ def ceiling_words(runs: Iterable[Run]) -> str:
 
 
 def _is_causal(run: Run) -> bool:
-    return run.facts.get("measurement", {}).get("causal", True) is True
+    return run.facts.get("measurement", {}).get("causal", run.family.causal) is True
 
 
 def causal_ceiling(context: int) -> float:
     """Entropy of a uniform causal head: the mean of ln i for i = 1..T, which is ln(T!)/T."""
     if context < 1:
         raise ValueError(f"context={context} must be 1 or more")
-    return math.lgamma(context + 1) / context
+    return FAMILIES["decoder"].ceiling(context)
 
 
 def layer_means(values: ArrayLike) -> Floats:
@@ -156,7 +157,7 @@ def probed_heads(run: Run, split: str = "probe") -> list[Heads]:
     heads = []
     for step, value in run.series(split, "entropy_nats"):
         ceiling_L = np.array(ceilings[step], dtype=float)
-        ceiling_L[np.isnan(ceiling_L)] = causal_ceiling(run.spec["data"]["context"])  # no finite row in this layer
+        ceiling_L[np.isnan(ceiling_L)] = run.family.ceiling(run.spec["data"]["context"])  # no finite row in this layer
         layers = run.layer_numbers("entropy_nats", len(value))
         exists_LH = None if step not in rows else np.array(rows[step]) + np.array(nonfinite[step]) > 0
         heads.append(Heads(np.array(value, dtype=float), ceiling_L, step, layers, exists_LH))

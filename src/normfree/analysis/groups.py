@@ -11,6 +11,7 @@ from typing import Any
 
 from normfree.analysis import published
 from normfree.analysis.seeds import Summary, compact, summarise
+from normfree.spec.families import FAMILIES, Score
 from normfree.spec.keys import describe_keys
 from normfree.spec.run import (
     CLASSIFICATIONS,
@@ -60,9 +61,14 @@ class Group:
         return self.members[0].kind == "run"
 
     @property
-    def has_perplexity(self) -> bool:
-        """False for a model that was only measured, and for one that was trained to classify."""
+    def is_scored(self) -> bool:
+        """False for a model that was only measured, and for one that was fine-tuned to classify text."""
         return self.is_trained and self.members[0].spec["train"].get("objective") not in CLASSIFICATIONS
+
+    @property
+    def score(self) -> Score:
+        """The headline of its family."""
+        return self.members[0].family.score
 
     @cached_property
     def comparison_key(self) -> Hashable:
@@ -80,9 +86,9 @@ class Group:
         return next((run for run in self.runs if run.status == "finished"), next(iter(self.curve_runs), None))
 
     @property
-    def perplexities(self) -> dict[Hashable, float]:
-        """Final perplexity by seed and data order; NaN for a diverged run."""
-        return {_seed(run): run.perplexity for run in self.runs}
+    def scores(self) -> dict[Hashable, float]:
+        """Final score by seed and data order; NaN for a diverged run."""
+        return {_seed(run): run.score for run in self.runs}
 
 
 @dataclass(frozen=True)
@@ -166,6 +172,11 @@ def parts_of(runs: Sequence[Run], *, mix: bool = False, baseline: str = "") -> l
     return parts
 
 
+def score_of(groups: Sequence[Group]) -> Score:
+    """The headline of the groups; that of decoders if there is no group."""
+    return next((group.score for group in groups if group.is_scored), FAMILIES["decoder"].score)
+
+
 def all_runs(groups: Sequence[Group]) -> list[Run]:
     """The members of every group."""
     return [run for group in groups for run in group.members]
@@ -177,17 +188,17 @@ def counterparts(group: Group, label: str, groups: Sequence[Group]) -> list[Grou
         other
         for other in groups
         if (other.label, other.comparison_key) == (label, group.comparison_key)
-        and other.perplexities.keys() & group.perplexities.keys()
+        and other.scores.keys() & group.scores.keys()
     ]
     return [other for other in comparable if _tag(other.members[0]) == _tag(group.members[0])] or comparable
 
 
-def perplexities_on_common_seeds(groups: Sequence[Group]) -> dict[str, Summary]:
-    """Final perplexity of each group with a result, over the seeds that all of them have, else over its own.
+def scores_on_common_seeds(groups: Sequence[Group]) -> dict[str, Summary]:
+    """Final score of each group with a result, over the seeds that all of them have, else over its own.
 
     This way no group is ahead because of the seeds it happens to have. NaN if any seed of a group is.
     """
-    of_group = {group.name: group.perplexities for group in groups if group.runs}
+    of_group = {group.name: group.scores for group in groups if group.runs}
     common = set.intersection(*map(set, of_group.values())) if of_group else set()
     return {
         name: summarise([value for seed, value in values.items() if seed in common or not common or math.isnan(value)])

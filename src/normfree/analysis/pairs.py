@@ -34,7 +34,7 @@ class Pair:
     @property
     def seeds(self) -> list[Hashable]:
         """Seeds and orders of the data that both have."""
-        return [seed for seed in self.ours.perplexities if seed in self.theirs.perplexities]
+        return [seed for seed in self.ours.scores if seed in self.theirs.scores]
 
     @property
     def is_the_papers(self) -> bool:
@@ -43,17 +43,21 @@ class Pair:
 
     @property
     def published(self) -> float | None:
-        """The paper's relative difference of perplexity."""
+        """The paper's relative difference of perplexity; None for other families."""
+        if not self.ours.runs[0].family.causal:
+            return None
         return published.relative_difference(published.counterpart(self.ours.runs[0].spec), *self.labels)
 
-    def perplexity(self) -> Difference:
-        """Paired relative difference of final perplexity, as a share of `theirs`."""
-        return paired_difference(self.ours.perplexities, self.theirs.perplexities, relative=True)
+    def score(self) -> Difference:
+        """Paired difference of the final score, as a share of `theirs` or, of shares, as it is."""
+        score = self.ours.score
+        ours, theirs = ({s: v / score.scale for s, v in group.scores.items()} for group in (self.ours, self.theirs))
+        return paired_difference(ours, theirs, relative=score.relative)
 
     def top_quarter(self) -> Difference:
         """Paired difference of the share of heads at or above 3/4 of the causal ceiling."""
         ours, theirs = (
-            {seed: top_quarter_share(trained_heads(run)) for seed, run in zip(g.perplexities, g.runs, strict=True)}
+            {seed: top_quarter_share(trained_heads(run)) for seed, run in zip(g.scores, g.runs, strict=True)}
             for g in (self.ours, self.theirs)
         )
         return paired_difference(ours, theirs)
@@ -61,11 +65,11 @@ class Pair:
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement of the paper: the difference of two variants lies above or below 0."""
+    """A statement of the paper: the difference of two variants lies above or below 0, of scores the higher is worse."""
 
     text: str
     labels: tuple[str, str]
-    measure: Callable[[Pair], Difference] = Pair.perplexity
+    measure: Callable[[Pair], Difference] = Pair.score
     above: bool = False
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from normfree.spec.families import family_of
+
 BASELINE = "SM+LN+G"
 ORDER = (BASELINE, "SM+LN+R", "SM+G", "SM+R", "SM+LN", "SM")
 """The paper's variants, in the order of its tables."""
@@ -47,7 +49,7 @@ RANGE_PERCENT: dict[str, tuple[int, int, int, int]] = {
 
 def is_gpt2(spec: Mapping[str, Any]) -> bool:
     """True if a run is compared with GPT-2 125M, the only model with published heatmaps and ranges."""
-    return counterpart(spec).startswith("GPT-2")
+    return family_of(spec).causal and counterpart(spec).startswith("GPT-2")
 
 
 def counterpart(spec: Mapping[str, Any]) -> str:

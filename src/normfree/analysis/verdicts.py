@@ -86,15 +86,18 @@ def claim_holds(difference: Difference, *, above: bool) -> bool | None:
 
 
 def yardsticks(corpus: Mapping[str, Any]) -> dict[str, float]:
-    """Perplexities of what only counts tokens, from the facts of a corpus; older records have the unigram alone."""
+    """Scores of what only counts tokens or classes, from facts of a corpus; older records have the unigram alone."""
+    if "majority_accuracy" in corpus:
+        return {"Majority": 100 * corpus["majority_accuracy"]}
     ngrams = {f"{order}-gram": value for order, value in corpus.get("ngram_perplexity", {}).items()}
     return {"Unigram": corpus["unigram_perplexity"], **ngrams}
 
 
 def bar_to_learn(run: Run) -> tuple[str, float]:
-    """The yardstick that a run must beat to have learned: the 2-gram, or the unigram where it was not measured."""
+    """The yardstick that a run must beat to have learned: the 2-gram, or the only one that was measured."""
     known = yardsticks(run.facts["corpus"])
-    return ("2-gram", known["2-gram"]) if "2-gram" in known else ("unigram", known["Unigram"])
+    name = "2-gram" if "2-gram" in known else next(iter(known))
+    return name.lower(), known[name]
 
 
 def slopes(run: Run) -> Slopes | None:

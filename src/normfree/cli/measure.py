@@ -101,13 +101,14 @@ def _read_inputs(
 
     (model, tokenizer, processor), kinds = loaded, kinds_read(loaded[0])
     chosen = {kind for kind in ("text", "images", "target") if getattr(options, kind) is not None}
-    check_kinds(model, chosen | ({"text"} & kinds))  # a text has a default
+    check_kinds(model, chosen | (kinds if own else {"text"} & kinds))  # a text has a default
     cut = {"context": options.context, "sequences": options.sequences, "bos": options.bos}
     if unused := [key for key in ("context", "bos") if cut[key] is not None and not kinds & {"text", "target"}]:
         raise ValueError(f"{unused[0]}= cuts a text, and {type(model).__name__} reads none: leave it out")
     if own:
-        windows_NT = spread(held_out_blocks(name, cache=options.cache_dir), options.sequences)
-        return {"input_ids": windows_NT}, {"text": "the run's own held-out blocks", "leading_tokens": []}
+        inputs = model.batch_of(spread(held_out_blocks(name, cache=options.cache_dir), options.sequences))
+        text = f"the run's own held-out {'blocks' if kinds == {'text'} else 'images'}"
+        return inputs, {"text": text, "leading_tokens": []}
     inputs: dict[str, Tensor] = {}
     sources, leading = [], []
     if "text" in kinds:
@@ -115,7 +116,8 @@ def _read_inputs(
         sources.append(str(options.text or "held-out Python code of this machine"))
         leading = tokenizer.convert_ids_to_tokens(leading_ids(model, tokenizer, options.bos))
     if options.images:
-        inputs |= read_images(options.images, processor, options.sequences)
+        channels = getattr(model.config, "num_channels", 3)
+        inputs |= read_images(options.images, processor, options.sequences, channels)
         sources.append(str(options.images))
     if options.target:
         inputs["decoder_input_ids"] = target_windows(model, tokenizer, read_text(options.target, "target"), **cut)

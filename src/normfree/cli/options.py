@@ -38,7 +38,7 @@ class ModelOptions(Options):
 
 def uses_own_text(name: str, options: ModelOptions) -> bool:
     """True if MODEL is a run and no text is given. Raises ValueError for keys that have no effect then."""
-    own = options.text is None and (Path(name) / RUN_FILE).is_file()
+    own = options.text is None and getattr(options, "images", None) is None and (Path(name) / RUN_FILE).is_file()
     if not own and options.cache_dir is not None:
         raise ValueError("cache_dir= is read for the text of a run only: leave it out")
     if ignored := [key for key in ("context", "stride", "bos") if own and getattr(options, key, None) is not None]:

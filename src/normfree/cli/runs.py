@@ -44,10 +44,12 @@ def data(source: str, words: Sequence[str]) -> None:
     """Prepare a corpus and describe it."""
     from normfree.data import prepare
     from normfree.spec.compose import compose_run
+    from normfree.spec.families import FAMILIES
     from normfree.training.processes import prepare_process
 
     prepare_process()
-    job = compose_run([f"data={source}", *words])
+    preset = ["preset=fashion-vit"] if source in FAMILIES["vision"].sources else []  # any of its family
+    job = compose_run([*preset, f"data={source}", *words])
     print(prepare(job.spec.data, cache=job.cache_dir).describe())
 
 
@@ -89,6 +91,7 @@ def train(words: Sequence[str], *, many: bool = False, show: bool = False) -> No
 def study(name: str, words: Sequence[str], *, show: bool = False) -> None:
     """Train all runs of a study, then report."""
     from normfree.spec.compose import read_words
+    from normfree.spec.families import FAMILIES
     from normfree.spec.study import load_study
     from normfree.training.jobs import read_launch
     from normfree.training.processes import prepare_process
@@ -100,7 +103,8 @@ def study(name: str, words: Sequence[str], *, show: bool = False) -> None:
         return
     prepare_process()
     page = run_study(name, of_runs, launch)
-    print((page.parent / "tables" / "perplexity.md").read_text(encoding="utf-8"))
+    tables = (page.parent / "tables" / f"{family.score.name}.md" for family in FAMILIES.values())
+    print("\n".join(table.read_text(encoding="utf-8") for table in tables if table.is_file()))
     print(f"The page: {page}")
 
 

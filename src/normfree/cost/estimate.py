@@ -91,6 +91,8 @@ class Sizes:
 def sizes_of(spec: RunSpec, device: Literal["cpu", "gpu"] = "gpu") -> Sizes:
     """The sizes of a run's model. Raises ValueError for a size or choice that no model has."""
     model = config_of(spec)
+    if model.get("family", "decoder") != "decoder":
+        raise ValueError(f"model.family={model['family']}: memory and time are reckoned of decoders only")
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
         if (value := model[name]) is not None and not (isinstance(value, int) and value > 0):
             raise ValueError(f"model.{name}={value!r} must be a whole number above 0")

@@ -83,6 +83,7 @@ NORMFREE_NORMS: dict[str, tuple[str, ...]] = {
 }
 # Choices that cost nothing, because they fold into matrices or move a norm; any other value is refused by name.
 NORMFREE_FREE = {
+    "family": ("decoder",),
     "placement": ("pre", "post", "mix", "peri"),
     "branch": ("plain", "fixed", "layerscale", "rezero"),
     "linear": ("plain", "weight_norm", "spectral_norm"),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from normfree.analysis.groups import Group, perplexities_on_common_seeds
+from normfree.analysis.groups import Group, scores_on_common_seeds
 from normfree.cost.families import NoPriceError
 from normfree.cost.totals import of_run
 
@@ -49,7 +49,7 @@ def trade_off(groups: Iterable[Group]) -> tuple[list[Point], list[str]]:
     points = []
     for corpus in dict.fromkeys(group.runs[0].corpus for group, _ in priced):
         rivals = [(group, cost) for group, cost in priced if group.runs[0].corpus == corpus]
-        cells = perplexities_on_common_seeds([group for group, _ in rivals])
+        cells = scores_on_common_seeds([group for group, _ in rivals])
         front = pareto_front([(cells[group.name].mean, cost.bytes) for group, cost in rivals])
         points += [
             Point(group.name, corpus, cells[group.name].mean, cells[group.name].n, cost.bytes, cost.rounds, on_front)

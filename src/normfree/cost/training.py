@@ -28,6 +28,8 @@ def config_of(spec: RunSpec) -> dict[str, Any]:
     The vocabulary is GPT-2's in place of one that is known once it is downloaded, as `normfree cost` takes it.
     """
     vocab_size = NORMFREE_DEFAULTS["vocab_size"] if spec.data.tokenizer else spec.data.vocab_size
+    if spec.model.get("family") == "vision":  # a patch in place of a vocabulary: as many products at each token
+        vocab_size = spec.model.get("num_channels", 1) * spec.model.get("patch_size", 4) ** 2
     from_corpus = {"vocab_size": vocab_size, "max_position_embeddings": spec.data.context}
     return {"model_type": "normfree", **NORMFREE_DEFAULTS, **MORE_DEFAULTS, **from_corpus, **spec.model}
 

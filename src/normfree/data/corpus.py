@@ -1,4 +1,4 @@
-"""Prepare a corpus once: text becomes a folder of packed blocks with a manifest, reused while it is undamaged.
+"""Prepare a corpus once: text or images become a folder of rows with a manifest, reused while it is undamaged.
 
 A corpus folder lies at `cache/corpora/<key>` and holds tokenizer files, train.arrow, validation.arrow and
 manifest.json. The key is made of the spec and the versions of the sources; the fingerprint is made of the content
@@ -24,8 +24,9 @@ from typing import Any, cast
 import numpy as np
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoImageProcessor, PreTrainedTokenizerFast
 
+from normfree.data.images import IMAGE_SOURCES, FashionMnist, ImageFolders, write_images
 from normfree.data.installed import InstalledSource
 from normfree.data.ngram import ORDERS, kneser_ney_perplexity
 from normfree.data.packing import BlockWriter, concatenated, in_groups, unigram_perplexity, windows
@@ -41,10 +42,12 @@ from normfree.files import (
     read_manifest,
     write_manifest,
 )
+from normfree.spec.families import FAMILIES
 from normfree.spec.run import DataSpec
 
 FORMAT = 1
 SOURCES = {"installed": InstalledSource, "codeparrot": HubSource, "hub": HubSource, "files": FilesSource}
+SOURCES |= IMAGE_SOURCES
 SPLITS: tuple[Split, ...] = ("train", "validation")
 CHUNK_CHARACTERS = 4_000_000  # encoded together: large enough for all cores, small enough for any memory
 _LIMITS: dict[Split, tuple[str, ...]] = {
@@ -96,6 +99,10 @@ class Corpus:
         """The tokenizer behind the blocks."""
         return PreTrainedTokenizerFast.from_pretrained(self.folder)
 
+    def processor(self) -> Any:
+        """What a saved model needs beside it: the tokenizer."""
+        return self.tokenizer()
+
     def facts(self) -> dict[str, Any]:
         """What run.json records of the corpus: plain JSON values."""
         return dict(self.manifest["corpus"])
@@ -122,6 +129,37 @@ class Corpus:
         return "\n".join(lines) + "".join(f", {order}-gram {value:.1f}" for order, value in ngrams)
 
 
+class ImageCorpus(Corpus):
+    """A prepared corpus of images with classes: the column `input_ids` holds rows of bytes (data/images.py)."""
+
+    def held_out_ids(self) -> np.ndarray:
+        """(N, B) bytes of the held-out images and their classes."""
+        return np.stack(self.validation.with_format("numpy")["input_ids"][:]).astype(np.uint8)
+
+    def predicted_bytes(self) -> np.ndarray:
+        """(N,) zeros: classes have no bytes."""
+        return np.zeros(len(self.validation), dtype=np.int64)
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """Raises ValueError: images have none."""
+        raise ValueError("images have no tokenizer: leave this measure out")
+
+    def processor(self) -> Any:
+        """The image processor, which makes of a file what a model is trained on."""
+        return AutoImageProcessor.from_pretrained(self.folder)
+
+    def describe(self) -> str:
+        """The corpus in readable lines."""
+        facts = self.facts()
+        left_out = "; of held-out images: ".join(map(self.left_out, SPLITS))
+        lines = [f"corpus       {self.folder}", FAMILIES["vision"].corpus.format(**facts), f"left out: {left_out}"]
+        return "\n".join([*lines, f"to beat      accuracy {facts['majority_accuracy']:.3f}, of one class for all"])
+
+
+def _opened(folder: Path, manifest: dict[str, Any]) -> Corpus:
+    return (ImageCorpus if manifest["corpus"]["source"] in IMAGE_SOURCES else Corpus)(folder, manifest)
+
+
 def prepare(spec: DataSpec, *, cache: Path | None = None, progress: bool = True) -> Corpus:
     """Load the corpus of `spec` from the cache, or prepare it.
 
@@ -131,7 +169,7 @@ def prepare(spec: DataSpec, *, cache: Path | None = None, progress: bool = True)
     Raises ValueError for a source that cannot be read or gives too little text; OSError for a disk that is full or has
     no locks.
     """
-    source: Source = SOURCES[spec.source](spec)
+    source: Source | FashionMnist | ImageFolders = SOURCES[spec.source](spec)
     cache = cache or default_cache()
     folder = cache / "corpora" / corpus_key(spec, source)
     message = "waiting for %s, which prepares the same corpus, %s"
@@ -143,21 +181,24 @@ def prepare(spec: DataSpec, *, cache: Path | None = None, progress: bool = True)
         if folder.exists():
             log.warning("corpus %s is damaged and prepared again: %s", folder, "; ".join(damages(folder)))
         _make(spec, source, folder, progress)
-    return Corpus(folder, read_manifest(folder))
+    return _opened(folder, read_manifest(folder))
 
 
 def _undamaged(folder: Path) -> Corpus | None:
-    return Corpus(folder, read_manifest(folder)) if folder.exists() and not damages(folder) else None
+    return _opened(folder, read_manifest(folder)) if folder.exists() and not damages(folder) else None
 
 
-def _make(spec: DataSpec, source: Source, folder: Path, progress: bool) -> None:
+def _make(spec: DataSpec, source: Source | FashionMnist | ImageFolders, folder: Path, progress: bool) -> None:
     """Prepare a corpus in a scratch folder and move it to its place."""
     # Some clusters show locks on their own node only, so each machine has a scratch folder of its own.
     scratch = folder.with_name(f".preparing-{folder.name}-{socket.gethostname()}")
     shutil.rmtree(scratch, ignore_errors=True)  # left by a killed process
     scratch.mkdir(parents=True)
     try:
-        facts = _Preparation(spec, source, scratch, quiet=not progress).run()
+        if isinstance(source, FashionMnist | ImageFolders):
+            facts = write_images(spec, source, scratch)
+        else:
+            facts = _Preparation(spec, source, scratch, quiet=not progress).run()
         write_manifest(scratch, {"format": FORMAT, "corpus": facts})
         if folder.exists() and damages(folder):
             shutil.rmtree(folder)
@@ -178,18 +219,20 @@ def prepared(recorded: Mapping[str, Any], *, cache: Path | None = None) -> Corpu
     for folder in sorted(((cache or default_cache()) / "corpora").glob("[!.]*")):
         with suppress(ValueError, KeyError):
             manifest = read_manifest(folder)
-            same = all(manifest["corpus"][key] == recorded[key] for key in ("fingerprint", "bytes_per_token"))
+            same = all(manifest["corpus"].get(key) == recorded.get(key) for key in ("fingerprint", "bytes_per_token"))
             if same and not damages(folder):
-                return Corpus(folder, manifest)
+                return _opened(folder, manifest)
     return None
 
 
-def corpus_key(spec: DataSpec, source: Source) -> str:
+def corpus_key(spec: DataSpec, source: Source | FashionMnist | ImageFolders) -> str:
     """Name of a corpus's folder: one for each spec and each version of its inputs."""
     fields = asdict(spec)
     del fields["expected_fingerprint"]
-    if spec.source == "files":  # `versions` describes the content of the files, wherever they lie
+    if spec.source in ("files", *IMAGE_SOURCES):  # `versions` describes the content of the files, wherever they lie
         fields |= {"paths": (), "validation_paths": bool(spec.validation_paths)}
+    if spec.source in IMAGE_SOURCES:
+        fields["context"] = None  # it belongs to the model
     place = Path(spec.tokenizer) if spec.tokenizer else None
     tokenizer = describe_files(place) if place and place.is_dir() else spec.tokenizer
     counted = ["added words have bytes"] if spec.tokenizer else []  # they had none in older corpora

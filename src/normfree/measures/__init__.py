@@ -13,7 +13,7 @@ from normfree.measures.heads import Heads
 from normfree.measures.logits import Logits
 from normfree.measures.losses import Losses
 from normfree.measures.measure import Measure
-from normfree.measures.perplexity import Perplexity
+from normfree.measures.perplexity import Accuracy, Perplexity
 from normfree.measures.propagation import Propagation
 from normfree.measures.ranges import Ranges
 from normfree.measures.residual import Residual
@@ -31,6 +31,7 @@ MEASURES: dict[str, type[Measure]] = {
     "heads": Heads,
     "slopes": Slopes,
     "perplexity": Perplexity,
+    "accuracy": Accuracy,
     "logits": Logits,
     "residual": Residual,
     "propagation": Propagation,

@@ -44,7 +44,7 @@ def measure_batches(
     if not any(measure.needs_logits for measure in measures):
         if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
             words = {"logits_to_keep": 1}
-        else:
+        elif model.main_input_name == "input_ids":  # an image has few logits
             reads = model.base_model
     call = partial(reads, **words, **_without_cache(reads))
     batches = iter(batches)
@@ -90,17 +90,19 @@ def _without_cache(model: nn.Module) -> dict[str, bool]:
 def blocks_of(
     model: PreTrainedModel, blocks_NT: Tensor, batch_sequences: int, measures: Sequence[Measure] = ()
 ) -> list[Batch]:
-    """Batches of the blocks of this process, which share all blocks evenly.
+    """Batches of the blocks of this process, which share all blocks evenly; our models make inputs of their rows.
 
-    If a measure needs logits, batches are smaller than `batch_sequences` where these would not fit `largest_logits`.
+    If a measure needs logits of tokens, batches are smaller where these would not fit `largest_logits`.
     """
     if torch.distributed.is_initialized():
         blocks_NT = blocks_NT[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
-    if any(measure.needs_logits for measure in measures):
+    reads_tokens = model.main_input_name == "input_ids"
+    if reads_tokens and any(measure.needs_logits for measure in measures):
         fitting = largest_logits(_free_bytes(next(model.parameters()).device))
         fitting //= blocks_NT.shape[1] * model.config.get_text_config().vocab_size
         batch_sequences = max(1, min(batch_sequences, fitting))
-    return [{"input_ids": ids_BT} for ids_BT in blocks_NT.split(batch_sequences)]
+    batch_of = getattr(model, "batch_of", lambda ids_BT: {"input_ids": ids_BT})
+    return [batch_of(ids_BT) for ids_BT in blocks_NT.split(batch_sequences)]
 
 
 def largest_logits(free_bytes: int | None) -> int:

@@ -1,4 +1,4 @@
-"""Loss and perplexity of the next token."""
+"""Loss, perplexity and accuracy of the next token, or of the class of an image."""
 
 # B batch, T tokens, V vocabulary; t tokens of one block of logits; P forward passes
 
@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from normfree.entropy.statistics import over_processes
 from normfree.measures.held_out import blocks_of, in_evaluation_mode, measure_batches
-from normfree.measures.measure import Measure, Total, exponential
+from normfree.measures.measure import Measure, Total, exponential, values_of
 
 IGNORED = -100
 _LARGEST_BLOCK = 2**22  # elements of the logits in float64 at once: 32 MiB, of which cross-entropy holds two
@@ -32,6 +32,7 @@ class Evaluation:
     tokens: int  # predicted tokens: the first of a text predicts, but is not predicted
     bytes: int = 0  # UTF-8 bytes of the predicted tokens
     passes: tuple[tuple[float, int], ...] = field(default=(), repr=False)  # nats and tokens of each forward pass
+    accuracy: float | None = None  # share of right predictions, if it was measured
 
     @property
     def loss_nats(self) -> float:
@@ -64,7 +65,8 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, float | int]:
         """The fields of run.json."""
-        return {name: getattr(self, name) for name in ("loss_nats", "perplexity", "bits_per_byte", "tokens", "bytes")}
+        fields = {name: getattr(self, name) for name in ("loss_nats", "perplexity", "bits_per_byte", "tokens", "bytes")}
+        return fields if self.accuracy is None else fields | {"accuracy": self.accuracy}
 
 
 def cross_entropies(logits_TV: Tensor, targets_T: Tensor, reduction: str) -> list[Tensor]:
@@ -114,7 +116,7 @@ def sees_later_tokens(model: PreTrainedModel, ids_BT: Tensor) -> bool:
 
 
 class NextToken(Measure):
-    """Base of measures of next-token predictions, each from the tokens before it in its row.
+    """Base of measures of next-token predictions, each from the tokens before it in its row, or of classes of images.
 
     Raises ValueError, before the first pass, for a model that sees later tokens.
     """
@@ -125,6 +127,10 @@ class NextToken(Measure):
         return [self.model.register_forward_hook(self._read, with_kwargs=True)]
 
     def check(self, inputs: Mapping[str, Tensor]) -> None:
+        if cast(PreTrainedModel, self.model).main_input_name == "pixel_values":
+            if "labels" not in inputs:
+                raise ValueError("losses of images need their classes as `labels`: leave this measure out")
+            return
         is_seq2seq = "decoder_input_ids" in inputs
         if "input_ids" not in inputs or is_seq2seq or cast(PreTrainedModel, self.model).get_output_embeddings() is None:
             raise ValueError(
@@ -137,6 +143,10 @@ class NextToken(Measure):
             )
 
     def _read(self, _model: torch.nn.Module, positional: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        if "pixel_values" in named:  # the images are one row, in which each class follows its logits
+            labels_B = F.pad(self.inputs["labels"], (1, 0), value=IGNORED)
+            self.add(F.pad(output.logits, (0, 0, 0, 1))[None], labels_B[None])
+            return
         labels_BT = self.inputs.get("labels", named["input_ids"])
         if (mask_BT := self.mask_of(0)) is not None:  # padding is not predicted, nor is anything predicted from it
             known_BT = mask_BT != 0
@@ -179,6 +189,26 @@ class Perplexity(NextToken):
         return Evaluation(nats.item(), int(tokens), predicted_bytes, tuple(self.passes))
 
 
+class Accuracy(NextToken):
+    """Share of predictions whose most likely token, or class, is right; NaN as soon as a logit of one is NaN."""
+
+    gives = ("accuracy",)
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__(model)
+        self.right, self.predictions = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
+
+    def add(self, logits_BTV: Tensor, labels_BT: Tensor) -> None:
+        logits_BTV, labels_BT = logits_BTV[:, :-1], labels_BT[:, 1:]
+        right_BT = (logits_BTV.argmax(-1) == labels_BT).double().where(~logits_BTV.isnan().any(-1), torch.nan)
+        counts_BT = labels_BT != IGNORED
+        self.right = self.right + right_BT[counts_BT].sum().cpu()
+        self.predictions = self.predictions + counts_BT.sum().cpu()
+
+    def totals(self) -> dict[str, Total]:
+        return {"accuracy": (self.right, self.predictions)}
+
+
 def evaluate_blocks(
     model: PreTrainedModel,
     blocks_NT: Tensor,
@@ -187,11 +217,14 @@ def evaluate_blocks(
     batch_sequences: int = 32,
     progress: bool = False,
 ) -> Evaluation:
-    """Evaluate full blocks of token ids, each predicted from its own start; processes share the blocks.
+    """Evaluate full blocks of token ids, each predicted from its own start, or images; processes share the blocks.
 
     `predicted_bytes` is the sum over all blocks. Raises ValueError for a model that sees later tokens.
     """
-    measure = Perplexity(model)
-    batches = blocks_of(model, blocks_NT, batch_sequences, [measure])
-    measure_batches(model, batches, [measure], progress="evaluating" if progress else None)
-    return measure.evaluation(predicted_bytes=predicted_bytes, device=next(model.parameters()).device)
+    measure, accuracy = Perplexity(model), Accuracy(model)
+    measures = [measure, accuracy] if model.main_input_name == "pixel_values" else [measure]
+    batches = blocks_of(model, blocks_NT, batch_sequences, measures)
+    measure_batches(model, batches, measures, progress="evaluating" if progress else None)
+    device = next(model.parameters()).device
+    result = measure.evaluation(predicted_bytes=predicted_bytes, device=device)
+    return replace(result, accuracy=values_of([accuracy], device)["accuracy"].item()) if len(measures) > 1 else result

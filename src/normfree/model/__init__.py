@@ -8,14 +8,20 @@ loads with `trust_remote_code=True` even if normfree is not installed.
 import transformers
 
 from .classification import NormFreeForSequenceClassification, NormFreeForTokenClassification
-from .configuration import NormFreeConfig
+from .configuration import NormFreeConfig, NormFreeVisionConfig
 from .modeling import NormFreeForCausalLM, NormFreeModel
+from .vision import NormFreeForImageClassification, NormFreeVisionModel
 
-__all__ = ["NormFreeConfig", "NormFreeForCausalLM", "NormFreeModel"]
+__all__ = ["HEADS", "NormFreeConfig", "NormFreeForCausalLM", "NormFreeForImageClassification", "NormFreeModel"]
 
-transformers.AutoConfig.register(NormFreeConfig.model_type, NormFreeConfig, exist_ok=True)
-NormFreeConfig.register_for_auto_class()
-for _model in (NormFreeModel, NormFreeForCausalLM, NormFreeForSequenceClassification, NormFreeForTokenClassification):
-    _auto = _model.__name__.replace("NormFreeModel", "AutoModel").replace("NormFreeFor", "AutoModelFor")
-    getattr(transformers, _auto).register(NormFreeConfig, _model, exist_ok=True)
+HEADS = {"decoder": NormFreeForCausalLM, "vision": NormFreeForImageClassification}
+"""The model that a run of each family trains; its `config_class` is that of the family."""
+
+for _config in (NormFreeConfig, NormFreeVisionConfig):
+    transformers.AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    _config.register_for_auto_class()
+_BODIES = (NormFreeModel, NormFreeVisionModel)
+for _model in (*_BODIES, *HEADS.values(), NormFreeForSequenceClassification, NormFreeForTokenClassification):
+    _auto = "AutoModel" if _model in _BODIES else _model.__name__.replace("NormFreeFor", "AutoModelFor")
+    getattr(transformers, _auto).register(_model.config_class, _model, exist_ok=True)
     _model.register_for_auto_class(_auto)

@@ -1,4 +1,4 @@
-"""Causal attention: the module, and functions for transformers' AttentionInterface."""
+"""Attention: the module, and functions for transformers' AttentionInterface."""
 
 # B batch, H heads, T query (new tokens), S key (cached and new), D head dim, E hidden size, N batch times heads
 
@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration import NormFreeConfig
 from .gates import GATES
-from .head_entropy import causal_head_entropies, entropies_of_weights
+from .head_entropy import entropies_of_weights, head_entropies
 from .linears import ResidualProjection, projection, query_key_value_projection
 from .norms import QUERY_KEY_NORMS, NormSite
 from .positions import Rotation, rotate
@@ -51,7 +51,7 @@ LONGEST_WRITTEN_OUT = 512
 """Up to so many tokens, training in bf16 on the CPU is faster with explicit attention (docs/performance.md)."""
 
 
-def written_out_causal_attention(
+def written_out_attention(
     module: nn.Module,
     query_BHTD: Tensor,
     key_BHTD: Tensor,
@@ -62,14 +62,14 @@ def written_out_causal_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Explicit causal attention of full blocks, (B, T, H, D), in the inputs' dtype, and its weights (N, T, T).
+    """Explicit attention of full blocks, (B, T, H, D), in the inputs' dtype, and its weights (N, T, T).
 
     The softmax sums in float32.
 
     For training in bf16 on the CPU, where the backward pass of fused attention is slow.
     """
     batch, heads, tokens, _ = query_BHTD.shape
-    future_TT = torch.full((tokens, tokens), -torch.inf, dtype=query_BHTD.dtype).triu(1)
+    future_TT = torch.full((tokens, tokens), -torch.inf, dtype=query_BHTD.dtype).triu(1 if module.is_causal else tokens)
     with torch.autocast("cpu", enabled=False):
         scores_NTT = torch.baddbmm(future_TT, query_BHTD.flatten(0, 1), key_BHTD.flatten(0, 1).mT, alpha=scaling)
         weights_NTT = F.softmax(scores_NTT, dim=-1)
@@ -79,7 +79,7 @@ def written_out_causal_attention(
 
 
 def trains_faster_written_out(query_BHTD: Tensor, attention_mask: Tensor | None) -> bool:
-    """True for short, full causal blocks in bf16 on the CPU that need gradients."""
+    """True for short, full blocks in bf16 on the CPU that need gradients."""
     return (
         attention_mask is None
         and query_BHTD.requires_grad
@@ -103,13 +103,13 @@ def nan_where_all_scores_are(query_BHTD: Tensor, key_BHSD: Tensor, attention_mas
 
 
 class Attention(nn.Module):
-    """Causal softmax attention through transformers' AttentionInterface."""
+    """Softmax attention through transformers' AttentionInterface, causal in decoders."""
 
     def __init__(self, config: NormFreeConfig, layer_idx: int) -> None:
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.is_causal = True
+        self.is_causal = config.is_causal
         self.head_dim = config.head_dim
         self.scaling = config.head_dim**-0.5
         self.qkv = query_key_value_projection(config)
@@ -147,7 +147,7 @@ class Attention(nn.Module):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         probed = attend is not sdpa_attention_forward  # a probe puts its own function there
         if not probed and past_key_values is None and trains_faster_written_out(query_BHTD, attention_mask):
-            fused, attend = False, written_out_causal_attention
+            fused, attend = False, written_out_attention
         inputs = AttentionInput(query_BHTD, key_BHSD, value_BHSD, attention_mask)
         if self.sink is not None:
             kwargs["before_sink"] = (*inputs, self.sink.logits(query_BHTD))  # what a probe measures
@@ -160,12 +160,12 @@ class Attention(nn.Module):
             **kwargs,
         )
         entropies_H = None
-        if attend is written_out_causal_attention:
+        if attend is written_out_attention:
             if self.layer_idx in entropy_layers:
                 entropies_H = entropies_of_weights(weights_BHTS, batch)
             weights_BHTS = None
         elif self.layer_idx in entropy_layers:
-            entropies_H = causal_head_entropies(query_BHTD, key_BHSD, self.scaling)
+            entropies_H = head_entropies(query_BHTD, key_BHSD, self.scaling, causal=self.is_causal)
         if self.sink is not None:
             mixed_BTHD, weights_BHTS = self.sink.remove(mixed_BTHD, weights_BHTS, like=query_BHTD)
         mixed_BTHD = self.gate(mixed_BTHD, hidden_BTE)

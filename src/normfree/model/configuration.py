@@ -51,7 +51,7 @@ TABLES = {
 
 
 class NormFreeConfig(PreTrainedConfig):
-    """Architecture of a decoder-only language model with or without normalization.
+    """Architecture of a transformer with or without normalization: a decoder, or as NormFreeVisionConfig a ViT.
 
     Raises ValueError for an unknown key, a value of the wrong type or out of range, and fields that contradict each
     other.
@@ -72,6 +72,16 @@ class NormFreeConfig(PreTrainedConfig):
     """Width of the feed-forward part; None means 4 * hidden_size."""
     max_position_embeddings: int = 128
     """Longest sequence in tokens; a run takes the default from data.context."""
+    family: Literal["decoder", "vision"] = "decoder"
+    """decoder: a causal language model; vision: a classifier of images, whose patches all see each other."""
+    image_size: int = 28
+    """family=vision: pixels on each side of an image."""
+    patch_size: int = 4
+    """family=vision: pixels on each side of a patch; one patch is one token."""
+    num_channels: int = 1
+    """family=vision: colours of an image, 1 or 3."""
+    pooling: Literal["class_token", "mean"] = "class_token"
+    """family=vision: the class is read from a learned token before the patches, or from the mean over patches."""
     position: Literal["learned", "rotary"] = "learned"
     """A learned vector for each position, or rotated queries and keys."""
     rotary_share: float = 0.25
@@ -160,6 +170,9 @@ class NormFreeConfig(PreTrainedConfig):
         self._check_parts()
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
+        if self.family == "vision":
+            self._check_vision()
+            self.max_position_embeddings = self.image_tokens
         super().__post_init__(**others)
 
     @property
@@ -171,6 +184,16 @@ class NormFreeConfig(PreTrainedConfig):
     def rotary_dim(self) -> int:
         """Dimensions of one head that rotate (position=rotary)."""
         return round(self.head_dim * self.rotary_share)
+
+    @property
+    def is_causal(self) -> bool:
+        """True if a token sees those before it only."""
+        return self.family == "decoder"
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of an image (family=vision): its patches and the class token."""
+        return (self.image_size // self.patch_size) ** 2 + (self.pooling == "class_token")
 
     @property
     def layer_activations(self) -> list[str]:
@@ -267,6 +290,25 @@ class NormFreeConfig(PreTrainedConfig):
                 f"norm='taper' needs taper_start_step={self.taper_start_step} below "
                 f"taper_end_step={self.taper_end_step}, e.g. model.taper_end_step=5000"
             )
+
+    def _check_vision(self) -> None:
+        for name in ("image_size", "patch_size", "num_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size={self.image_size} must be a multiple of patch_size={self.patch_size}")
+        causal_only = {"position": ("rotary",), "attention_temperature": ("position",), "norm": ("fake", "taper")}
+        for name, values in causal_only.items():
+            if (value := getattr(self, name)) in values:
+                raise ValueError(f"{name}={value!r} is for family='decoder', and this is 'vision': give another")
+
+
+class NormFreeVisionConfig(NormFreeConfig):
+    """A NormFreeConfig with family=vision; transformers' Auto classes tell families apart by the class."""
+
+    model_type = "normfree_vision"
+    keys_to_ignore_at_inference = []
+    family: Literal["decoder", "vision"] = "vision"
 
 
 def _nearest(word: str, allowed: list[str]) -> str:

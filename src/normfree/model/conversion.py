@@ -1,4 +1,4 @@
-"""GPT-2 and GPT-NeoX of transformers as our architecture: fields of the config, and names and layout of the weights."""
+"""GPT-2, GPT-NeoX and ViT of transformers as our architecture: fields of the config, names and layout of weights."""
 
 # H heads, D head dim
 
@@ -6,33 +6,39 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from .configuration import NormFreeConfig
+from .configuration import NormFreeConfig, NormFreeVisionConfig
 from .folding import fold_norms
-from .modeling import NormFreeForCausalLM
+from .modeling import NormFreeForCausalLM, NormFreePreTrainedModel
 from .norms import FakeLayerNorm
+from .vision import NormFreeForImageClassification
+
+Head = TypeVar("Head", bound=NormFreePreTrainedModel)
 
 NORM_FREE_EPSILON = 1e6
 """From this epsilon on a LayerNorm divides by sqrt(epsilon) whatever its input is: "LayerNorm-free" models."""
 
 _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 _ACTIVATIONS |= {"leaky_relu": "leaky_relu", "linear": "identity"}
-_NAMES = {  # parts of names of modules, in both families
-    r"^(transformer|gpt_neox)\.": "model.",
+_NAMES = {  # parts of names of modules, in all families
+    r"^(transformer|gpt_neox|vit)\.": "model.",
+    r"embeddings\.cls_token": "embed_tokens.class_token",
+    r"embeddings\.position_embeddings": "positions.vectors.weight",
+    r"embeddings\.patch_embeddings": "embed_tokens",
     r"\.h\.": ".layers.",
     r"wte|embed_in": "embed_tokens",
     r"wpe": "positions.vectors",
-    r"ln_1|input_layernorm": "attention_norm",
-    r"ln_2|post_attention_layernorm": "feed_forward_norm",
-    r"ln_f|final_layer_norm": "final_norm",
+    r"ln_1|input_layernorm|layernorm_before": "attention_norm",
+    r"ln_2|post_attention_layernorm|layernorm_after": "feed_forward_norm",
+    r"ln_f|final_layer_norm|(?<=^model\.)layernorm": "final_norm",
     r"attn\.c_attn|attention\.query_key_value": "attention.qkv",
-    r"attn\.c_proj|attention\.dense": "attention.output",
-    r"mlp\.(c_fc|dense_h_to_4h)": "feed_forward.input",
-    r"mlp\.(c_proj|dense_4h_to_h)": "feed_forward.output",
+    r"attn\.c_proj|attention\.dense|attention\.o_proj": "attention.output",
+    r"mlp\.(c_fc|dense_h_to_4h|fc1)": "feed_forward.input",
+    r"mlp\.(c_proj|dense_4h_to_h|fc2)": "feed_forward.output",
     r"^embed_out": "lm_head",
 }
 _NOT_WEIGHTS = re.compile(r"\.(attn|attention)\.(masked_)?bias$|inv_freq$")
@@ -42,11 +48,12 @@ _NOT_WEIGHTS = re.compile(r"\.(attn|attention)\.(masked_)?bias$|inv_freq$")
 def fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of NormFreeConfig for the content of a config.json.
 
-    Raises ValueError for a model that is not ours, GPT-2 or GPT-NeoX, and what these families have and we have not.
+    Raises ValueError for a model that is not ours, GPT-2, GPT-NeoX or ViT, and what these have and we have not.
     """
-    reader = {"normfree": _normfree, "gpt2": _gpt2, "gpt_neox": _gpt_neox}.get(str(config.get("model_type")))
+    readers = {"normfree": _normfree, "normfree_vision": _normfree, "gpt2": _gpt2, "gpt_neox": _gpt_neox, "vit": _vit}
+    reader = readers.get(str(config.get("model_type")))
     if reader is None:
-        raise ValueError(f"a model of type {config.get('model_type')!r}; allowed: normfree, gpt2, gpt_neox")
+        raise ValueError(f"a model of type {config.get('model_type')!r}; allowed: {', '.join(readers)}")
     fields = reader(config)
     if fields.get("norm_epsilon", 0.0) >= NORM_FREE_EPSILON:
         del fields["norm_epsilon"]
@@ -106,23 +113,39 @@ def _gpt_neox(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _vit(config: Mapping[str, Any]) -> dict[str, Any]:
+    from transformers import ViTConfig
+
+    vit: Any = ViTConfig(**config)
+    if not vit.qkv_bias:
+        raise ValueError("a ViT without biases of queries, keys and values")
+    same = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    same += ("image_size", "patch_size", "num_channels")
+    own = {"family": "vision", "activation": _activation(vit.hidden_act), "norm": "layernorm", "bias": "all"}
+    return own | {"norm_epsilon": vit.layer_norm_eps} | {name: getattr(vit, name) for name in same}
+
+
 def _activation(name: str) -> str:
     if name not in _ACTIVATIONS:
         raise ValueError(f"activation {name!r}; allowed: {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
 
 
-def convert(theirs: Any) -> NormFreeForCausalLM:
-    """Our model with the weights of a GPT-2 or GPT-NeoX of transformers, in evaluation mode: the same logits.
+def convert(theirs: Any) -> NormFreePreTrainedModel:
+    """Our model with the weights of a GPT-2, a GPT-NeoX or a ViT classifier, in evaluation mode: the same logits.
 
     LayerNorms with an epsilon of `NORM_FREE_EPSILON` or more divide by sqrt(epsilon) whatever their input is; they are
     folded, so that the model has no norm. Raises ValueError as `fields_of` does.
     """
     config: dict[str, Any] = theirs.config.to_dict()
-    fields = fields_of(config) | {"max_position_embeddings": theirs.config.max_position_embeddings}
+    fields = fields_of(config)
+    if fields.get("family") == "vision":
+        vision = NormFreeVisionConfig(**fields, id2label=theirs.config.id2label, label2id=theirs.config.label2id)
+        return _loaded(NormFreeForImageClassification, vision, _converted_vit_weights(theirs.state_dict()))
+    fields |= {"max_position_embeddings": theirs.config.max_position_embeddings}
     weights = _converted_weights(theirs.state_dict(), theirs.config.num_attention_heads)
     if not fields.get("output_bias"):
-        return _loaded(NormFreeConfig(**fields), weights)
+        return _loaded(NormFreeForCausalLM, NormFreeConfig(**fields), weights)
     epsilon = float(config["layer_norm_epsilon" if "layer_norm_epsilon" in config else "layer_norm_eps"])
     tied = theirs.config.tie_word_embeddings
     fields |= {
@@ -132,7 +155,7 @@ def convert(theirs: Any) -> NormFreeForCausalLM:
         "tie_word_embeddings": tied,
         "output_bias": False,
     }
-    model = _loaded(NormFreeConfig(**fields), weights)
+    model = _loaded(NormFreeForCausalLM, NormFreeConfig(**fields), weights)
     for norm in model.modules():
         if isinstance(norm, FakeLayerNorm):
             norm.is_fixed.fill_(1.0)
@@ -141,15 +164,28 @@ def convert(theirs: Any) -> NormFreeForCausalLM:
     return fold_norms(model)
 
 
-def _loaded(config: NormFreeConfig, weights: Mapping[str, Tensor]) -> NormFreeForCausalLM:
+def _loaded(kind: type[Head], config: NormFreeConfig, weights: Mapping[str, Tensor]) -> Head:
     with torch.random.fork_rng(devices=[]):
-        model = NormFreeForCausalLM._from_config(config)
+        model = kind._from_config(config)
     buffers = {name for name, _ in model.named_buffers()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     if wrong := sorted((set(missing) - buffers - tied) | set(unexpected)):
         raise ValueError(f"weights that do not fit our architecture: {', '.join(wrong[:3])}")
     return model.eval()
+
+
+def _converted_vit_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    joined = dict(weights)
+    for name in [name for name in weights if ".q_proj." in name]:
+        joined[name.replace("q_proj", "qkv")] = torch.cat(
+            [joined.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
+        )
+    converted = _converted_weights(joined, heads=1)
+    for name, shape in (("class_token", (-1,)), ("projection.weight", (len(joined["classifier.weight"].T), -1))):
+        converted[f"model.embed_tokens.{name}"] = converted[f"model.embed_tokens.{name}"].reshape(shape)
+    converted["model.positions.vectors.weight"] = converted["model.positions.vectors.weight"][0]
+    return converted
 
 
 def _converted_weights(weights: Mapping[str, Tensor], heads: int) -> dict[str, Tensor]:

@@ -17,12 +17,12 @@ ROWS = 256
 """Rows of the T x T matrix that exist at a time."""
 
 
-def causal_head_entropies(query_BHTD: Tensor, key_BHTD: Tensor, scaling: float) -> Tensor:
-    """(H,) mean entropy in nats of causal attention over rows and sequences; gradients reach queries and keys.
+def head_entropies(query_BHTD: Tensor, key_BHTD: Tensor, scaling: float, *, causal: bool) -> Tensor:
+    """(H,) mean entropy in nats of full attention over rows and sequences; gradients reach queries and keys.
 
     Where a row is exactly uniform the gradient is 0: entropy is at its maximum there.
     """
-    entropies_NT = _row_entropies(query_BHTD.flatten(0, 1), key_BHTD.flatten(0, 1), scaling)
+    entropies_NT = _row_entropies(query_BHTD.flatten(0, 1), key_BHTD.flatten(0, 1), scaling, causal)
     return entropies_NT.unflatten(0, query_BHTD.shape[:2]).mean((0, 2))
 
 
@@ -43,19 +43,19 @@ class _RowEntropies(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query_NTD: Tensor, key_NTD: Tensor, scaling: float) -> Tensor:
+    def forward(ctx: Any, query_NTD: Tensor, key_NTD: Tensor, scaling: float, causal: bool) -> Tensor:
         entropies, kept = [], ()
-        for _, logs_NRC in _blocks(query_NTD, key_NTD, scaling):
+        for _, logs_NRC in _blocks(query_NTD, key_NTD, scaling, causal):
             weights_NRC = logs_NRC.exp()
             entropies.append(-(weights_NRC * logs_NRC).sum(-1))
             kept = (logs_NRC, weights_NRC)
         entropies_NT = torch.cat(entropies[::-1], dim=1)
         ctx.save_for_backward(query_NTD, key_NTD, entropies_NT, *(kept if len(entropies) == 1 else ()))
-        ctx.scaling = scaling
+        ctx.scaling, ctx.causal = scaling, causal
         return entropies_NT
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         if torch.is_grad_enabled():  # create_graph=True
             raise RuntimeError("head entropies have first derivatives only")
         query_NTD, key_NTD, entropies_NT, *kept = ctx.saved_tensors
@@ -64,7 +64,8 @@ class _RowEntropies(torch.autograd.Function):
         factors_NT1 = (-ctx.scaling * gradient_NT)[..., None]
         query_gradient_NTD = torch.empty_like(query_NTD)
         key_gradient_NTD = torch.zeros_like(key_NTD, dtype=wide)
-        blocks = _blocks(query_NTD, key_NTD, ctx.scaling) if not kept else [(slice(query_NTD.shape[1]), kept[0])]
+        whole = [(slice(query_NTD.shape[1]), kept[0])] if kept else None
+        blocks = whole or _blocks(query_NTD, key_NTD, ctx.scaling, ctx.causal)
         with torch.autocast(query_NTD.device.type, enabled=False):
             for rows, logs_NRC in blocks:
                 keys = slice(logs_NRC.shape[-1])
@@ -75,13 +76,13 @@ class _RowEntropies(torch.autograd.Function):
                 query_gradient_NTD[:, rows] = by_key_NRD.to(query_NTD.dtype)
                 scaled_query_NRD = query_NTD[:, rows].to(wide) * factors_NT1[:, rows]
                 key_gradient_NTD[:, keys] += score_gradients_NRC.mT @ scaled_query_NRD
-        return query_gradient_NTD, key_gradient_NTD.to(key_NTD.dtype), None
+        return query_gradient_NTD, key_gradient_NTD.to(key_NTD.dtype), None, None
 
 
 _row_entropies: Any = torch.compiler.disable(_RowEntropies.apply)
 
 
-def _blocks(query_NTD: Tensor, key_NTD: Tensor, scaling: float) -> Iterator[tuple[slice, Tensor]]:
+def _blocks(query_NTD: Tensor, key_NTD: Tensor, scaling: float, causal: bool) -> Iterator[tuple[slice, Tensor]]:
     """Rows, and the logarithms of their probabilities (N, R, C): hugely negative, but finite, for hidden keys."""
     tokens = query_NTD.shape[1]
     wide = torch.promote_types(query_NTD.dtype, torch.float32)
@@ -89,7 +90,9 @@ def _blocks(query_NTD: Tensor, key_NTD: Tensor, scaling: float) -> Iterator[tupl
         # The longest rows first: shorter ones then fit into the memory that those before them freed.
         for start in reversed(range(0, tokens, ROWS)):
             rows = slice(start, min(start + ROWS, tokens))
-            hidden_RC = query_NTD.new_full((rows.stop - start, rows.stop), torch.finfo(wide).min / 2, dtype=wide)
-            query_NRD, key_NCD = query_NTD[:, rows].to(wide), key_NTD[:, : rows.stop].to(wide)
-            scores_NRC = torch.baddbmm(hidden_RC.triu_(start + 1), query_NRD, key_NCD.mT, alpha=scaling)
+            keys = rows.stop if causal else tokens
+            hidden_RC = query_NTD.new_full((rows.stop - start, keys), torch.finfo(wide).min / 2, dtype=wide)
+            query_NRD, key_NCD = query_NTD[:, rows].to(wide), key_NTD[:, :keys].to(wide)
+            hidden_RC = hidden_RC.triu_(start + 1 if causal else tokens)
+            scores_NRC = torch.baddbmm(hidden_RC, query_NRD, key_NCD.mT, alpha=scaling)
             yield rows, scores_NRC.log_softmax(-1)

@@ -25,6 +25,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention import Attention
 from .blocks import BLOCKS, Block, NormSums
 from .configuration import NormFreeConfig
+from .embeddings import EMBEDDINGS, PatchEmbedding
 from .linears import Projection, ResidualProjection
 from .loss import next_token_loss
 from .norms import NORMS, NormSite
@@ -83,9 +84,15 @@ class NormFreePreTrainedModel(PreTrainedModel):
         initial_values: dict[str, float] = getattr(module, "initial_values", {})
         for name, value in initial_values.items():
             init.constant_(getattr(module, name), value)
+        if isinstance(module, PatchEmbedding) and module.class_token is not None:
+            init.normal_(module.class_token, std=self.config.initializer_range)
         if isinstance(module, Projection):
             for tensor, initial in module.initial_map_values():
                 init.copy_(tensor, initial)
+
+    def batch_of(self, rows_BT: Tensor) -> dict[str, Tensor]:
+        """Arguments of forward, and `labels` unless these are the tokens, for rows of a corpus."""
+        return {"input_ids": rows_BT}
 
     @property
     def has_state(self) -> bool:
@@ -137,7 +144,7 @@ class NormFreeModel(NormFreePreTrainedModel):
 
     def __init__(self, config: NormFreeConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = EMBEDDINGS[config.family](config)
         learned_scale = config.embedding_scale == "learned"
         self.embedding_scale = nn.Parameter(torch.empty(1)) if learned_scale else None
         self.initial_values = {"embedding_scale": config.hidden_size**0.5} if learned_scale else {}
@@ -168,7 +175,7 @@ class NormFreeModel(NormFreePreTrainedModel):
     ) -> NormFreeModelOutput:
         """Final hidden states (B, T, E). `position_ids` (B, T) default to 0, 1, ... after the cache.
 
-        `entropy_layers`: layers whose mean head entropies are returned too, with gradients, for full causal blocks.
+        `entropy_layers`: layers whose mean head entropies are returned too, with gradients, for full blocks.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -176,8 +183,6 @@ class NormFreeModel(NormFreePreTrainedModel):
             whole = attention_mask is None and position_ids is None and past_key_values is None
             self._check_entropy_layers(entropy_layers, whole_blocks=whole)
         tokens_BTE = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if self.embedding_scale is not None:
-            tokens_BTE = tokens_BTE * self.embedding_scale
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         mask = create_causal_mask(  # before the cache exists: with one, this does not separate texts in one row
@@ -190,23 +195,33 @@ class NormFreeModel(NormFreePreTrainedModel):
         if use_cache and past_key_values is None and not (self.gradient_checkpointing and self.training):
             past_key_values = DynamicCache(config=self.config)
         positions_BT = _positions_after(past_key_values, tokens_BTE) if position_ids is None else position_ids
-        placed_BTE, rotation = self.positions(tokens_BTE, positions_BT)
-        hidden_BTE, entropies, sums = self._through_blocks(
-            self.dropout(placed_BTE),
+        return self._outputs(
+            tokens_BTE,
+            positions_BT,
+            sigma_variance=sigma_variance,
             attention_mask=mask,
-            rotation=rotation,
-            token_positions=positions_BT,
             past_key_values=past_key_values,
             position_ids=position_ids,
             entropy_layers=entropy_layers,
             **kwargs,
+        )
+
+    def _outputs(
+        self, tokens_BTE: Tensor, positions_BT: Tensor, *, sigma_variance: bool, **context: Any
+    ) -> NormFreeModelOutput:
+        """What tokens become, from their positions to the final norm."""
+        if self.embedding_scale is not None:
+            tokens_BTE = tokens_BTE * self.embedding_scale
+        placed_BTE, rotation = self.positions(tokens_BTE, positions_BT)
+        hidden_BTE, entropies, sums = self._through_blocks(
+            self.dropout(placed_BTE), rotation=rotation, token_positions=positions_BT, **context
         )
         final_sums = NormSums()
         last_BTE = final_sums.apply(self.final_norm, hidden_BTE)
         sums += [torch.stack(final_sums)] if final_sums else []
         return NormFreeModelOutput(
             last_hidden_state=last_BTE,
-            past_key_values=past_key_values,
+            past_key_values=context["past_key_values"],
             head_entropies=torch.stack(entropies) if entropies else None,
             norm_sums=torch.cat(sums) if sums else None,
             sigma_variance=hidden_BTE.float().std(-1, correction=0).var(1, correction=0).mean()
@@ -226,7 +241,7 @@ class NormFreeModel(NormFreePreTrainedModel):
 
     def _check_entropy_layers(self, entropy_layers: Collection[int], *, whole_blocks: bool) -> None:
         if not whole_blocks:
-            raise ValueError("entropy_layers needs full causal blocks: no attention_mask, position_ids or cache")
+            raise ValueError("entropy_layers needs full blocks: no attention_mask, position_ids or cache")
         if self.config.attention_sink != "none":
             raise ValueError("entropy_layers needs attention_sink='none', so that attention rows sum to 1")
         if not set(entropy_layers) <= set(range(len(self.layers))):

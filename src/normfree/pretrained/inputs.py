@@ -48,10 +48,10 @@ def check_kinds(model: PreTrainedModel, given: set[str]) -> None:
             raise ValueError(f"{type(model).__name__} reads {_READS[kind]}: give {needs}")
 
 
-def read_images(folder: Path, processor: Any, count: int) -> dict[str, Tensor]:
+def read_images(folder: Path, processor: Any, count: int, channels: int = 3) -> dict[str, Tensor]:
     """What an image processor makes of the first `count` images of a folder and the folders in it, sorted by path.
 
-    Raises ValueError for a folder without images, and a file that is none.
+    Raises ValueError for a folder without images, and a file that is none. Of one of the `channels` it is grey.
     """
     from PIL.Image import open as decode_image
     from PIL.Image import registered_extensions
@@ -64,7 +64,7 @@ def read_images(folder: Path, processor: Any, count: int) -> dict[str, Tensor]:
     for path in paths:
         try:
             with decode_image(path) as image:
-                images.append(image.convert("RGB"))
+                images.append(image.convert("L" if channels == 1 else "RGB"))
         except OSError as error:
             raise ValueError(f"{path} cannot be read as an image ({error})") from None
     return dict(processor(images=images, return_tensors="pt"))

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 from transformers.utils.import_utils import is_peft_available, is_vision_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
-import normfree.model  # noqa: F401 - registers our architecture with the Auto classes
+import normfree.model  # registers our architecture with the Auto classes
 from normfree.pretrained.gguf import correct_or_refuse
 from normfree.pretrained.inputs import kinds_read
 from normfree.spec.keys import nearest
@@ -89,7 +89,7 @@ def load_measurable(name: RunFolder, **options: Any) -> tuple[Any, Any, Any]:
         except NoCausalHead:
             pass
     saved_by = next(iter(getattr(config, "architectures", None) or ()), "")
-    loader = getattr(transformers, saved_by, AutoModel)
+    loader = getattr(normfree.model, saved_by, None) or getattr(transformers, saved_by, AutoModel)
     chosen = (options.get("dtype", "fp32"), options.get("device"), options.get("attention"))
     model = _load(os.fspath(name), loader, source, *chosen)
     kinds = kinds_read(model)
@@ -146,7 +146,10 @@ def _checked_tokenizer(name: str, tokenizer: Any) -> Any:
 
 
 def held_out_blocks(run: RunFolder, *, cache: Path | None = None) -> Tensor:
-    """(N, T) token ids of the held-out text of a run. `cache` is the folder of corpora. See `corpus_of_run`."""
+    """(N, T) token ids of the held-out text of a run, or (N, B) bytes of its images and their classes.
+
+    `cache` is the folder of corpora. See `corpus_of_run`.
+    """
     return torch.from_numpy(corpus_of_run(read_run(run), cache).held_out_ids())
 
 

@@ -47,10 +47,6 @@ _SOFTWARE = {name: name + " {}" for name in ("normfree", "python", "torch", "tra
 _SOFTWARE |= {"git_commit": "commit {:.12}"}
 _MODEL = "{type}: {layers} layers of {heads} heads, width {hidden_size}, {parameters:,} parameters"
 _PARTS = "{type}: {parameters:,} parameters"  # a model of several stacks
-_CORPUS = (
-    "source {source}, blocks of {context} tokens, vocabulary {vocab_size:,}, {train_tokens:,} tokens to train on, "
-    "{validation_tokens:,} held-out tokens, unigram perplexity {unigram_perplexity:.1f}, fingerprint {fingerprint:.12}"
-)
 
 
 def build_report(
@@ -220,7 +216,7 @@ def _facts(parts: Sequence[Part]) -> dict[str, list[str]]:
                 **{"type": "normfree"} | run.facts["model"]
             ),
         ),
-        "Corpus": _distinct(trained, lambda run: _CORPUS.format(**run.facts["corpus"])),
+        "Corpus": _distinct(trained, lambda run: run.family.corpus.format(**run.facts["corpus"])),
         "Hardware": _distinct(runs, lambda run: _environment(run, _HARDWARE)),
         "Software": _distinct(runs, lambda run: _environment(run, _SOFTWARE)),
     }

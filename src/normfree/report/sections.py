@@ -14,7 +14,7 @@ from normfree.analysis.entropy import (
     shares_of_ceiling,
     trained_heads,
 )
-from normfree.analysis.groups import Group, all_runs
+from normfree.analysis.groups import Group, all_runs, score_of
 from normfree.analysis.pairs import main_pairs
 from normfree.cost.tradeoff import trade_off
 from normfree.report import figures
@@ -43,14 +43,14 @@ class Section:
     """By the name of their files."""
     measurements: bool = False
     """Whether it includes models that were only measured, besides those trained here."""
-    perplexity: bool = False
-    """Whether it compares perplexities, which classifiers are not trained for."""
+    scores: bool = False
+    """Whether it compares the headline of the runs, which its title names as {score}; fine-tuned ones have none."""
     folded: bool = True
 
     def contents(self, groups: Groups, prefix: str = "") -> tuple[list[PageFigure], list[Table]]:
         """Its figures, and its tables that have rows, without columns of dashes; names begin with the prefix."""
         if not self.measurements:
-            groups = [group for group in groups if (group.has_perplexity if self.perplexity else group.is_trained)]
+            groups = [group for group in groups if (group.is_scored if self.scores else group.is_trained)]
         figures = filter(None, (draw(groups) for draw in self.figures))
         tables = (without_empty_columns(make(groups)) for make in self.tables.values())
         return (
@@ -69,7 +69,10 @@ def sections_of(groups: Groups) -> list[Section]:
             open_ones.append(Section(name=name, title=title, figures=draws[:-1], measurements=True, folded=False))
             draws, name, title = draws[-1:], f"{name}-training", f"{title} over training"
         folded.append(Section(name=name, title=title, figures=draws, measurements=True))
-    return [*SECTIONS[:1], *open_ones, *SECTIONS[1:-2], *folded, *SECTIONS[-2:]]
+    words = {"score": (name := score_of(groups).name), "Score": name.capitalize()}
+    named = ("name", "title", "menu")
+    sections = [replace(s, **{part: getattr(s, part).format(**words) for part in named}) for s in SECTIONS]
+    return [*sections[:1], *open_ones, *sections[1:-2], *folded, *sections[-2:]]
 
 
 def figures_of(groups: Groups) -> list[PageFigure]:
@@ -77,16 +80,17 @@ def figures_of(groups: Groups) -> list[PageFigure]:
     return [figure for section in sections_of(groups) for figure in section.contents(groups)[0]]
 
 
-def _perplexity(groups: Groups) -> PageFigure | None:
+def _scores(groups: Groups) -> PageFigure | None:
     with_runs = [group for group in groups if group.runs]
     if not with_runs:
         return None
     pairs, names = main_pairs(with_runs), [group.name for group in groups]
-    panels = [partial(points.perplexity_points, with_runs, styles=variant_styles(names))]
+    panels = [partial(points.score_points, with_runs, styles=variant_styles(names))]
     panels += [partial(points.difference_points, pairs)] if pairs else []
+    direction = "Higher (further right)" if score_of(with_runs).higher_is_better else "Lower (further left)"
     rows = max(sum(2 + wrapped(name).count("\n") for name in axis) for axis in (names, [pair.name for pair in pairs]))
     return PageFigure(
-        caption="Lower (further left) is better. A dot is a seed; the bar below is the mean with the sample standard "
+        caption=f"{direction} is better. A dot is a seed; the bar below is the mean with the sample standard "
         "deviation. Differences: a dot is a pair of runs of one seed; the bar is the 95 % interval of their mean.",
         panels=panels,
         panel_inches=(4.2, 0.8 + 0.14 * rows),
@@ -160,12 +164,11 @@ def _private_inference(groups: Groups) -> PageFigure | None:
 
 
 SECTIONS: tuple[Section, ...] = (
-    Section(name="perplexity", title="Final perplexity", menu="Perplexity", figures=[_perplexity],
-            perplexity=True, folded=False),
+    Section(name="{score}", title="Final {score}", menu="{Score}", figures=[_scores], scores=True, folded=False),
     Section(name="claims", title="The paper's claims", menu="Claims", tables={"claims": results.claim_table},
-            perplexity=True, folded=False),
-    Section(name="tables", title="Perplexity and differences in numbers", menu="Numbers", perplexity=True,
-            tables={"perplexity": results.perplexity_table, "differences": results.difference_table,
+            scores=True, folded=False),
+    Section(name="tables", title="{Score} and differences in numbers", menu="Numbers", scores=True,
+            tables={"perplexity": results.score_table, "differences": results.difference_table,
                     "gap": results.gap_table}),
     Section(name="published", title="The paper's heads beside ours", menu="Beside the paper", figures=[_published]),
     Section(name="overload", title="Heads near uniform", menu="Near uniform", figures=[_overload],
@@ -177,7 +180,7 @@ SECTIONS: tuple[Section, ...] = (
     Section(name="losses", title="Loss", figures=[_losses]),
     Section(name="nonfinite", title="Non-finite attention rows", menu="Non-finite", figures=[_nonfinite]),
     Section(name="private-inference", title="Perplexity against communication in private inference",
-            menu="Private inference", figures=[_private_inference], perplexity=True,
+            menu="Private inference", figures=[_private_inference], scores=True,
             tables={"perplexity-communication": cost.trade_off_table}),
     Section(name="slopes", title="Slopes below zero", menu="Slopes", figures=[_slopes],
             tables={"slopes": runs.slope_table}),

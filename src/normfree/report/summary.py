@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from normfree.analysis import published
 from normfree.analysis.entropy import Heads, ceiling_words, top_quarter_share, trained_heads
-from normfree.analysis.groups import Group, all_runs
+from normfree.analysis.groups import Group, all_runs, score_of
 from normfree.analysis.pairs import Pair, all_pairs, baseline_label
 from normfree.analysis.seeds import summarise
 from normfree.analysis.verdicts import LEARNED_WORDS, WORDS, bar_to_learn, overload
@@ -20,15 +20,15 @@ _LISTED = 8
 
 def question(groups: Sequence[Group]) -> str:
     """The question that the first sentence answers."""
-    if not any(group.has_perplexity for group in groups):
+    if not any(group.is_scored for group in groups):
         has_heads = any(trained_heads(run) for run in all_runs(groups))
         return "Which heads attend evenly, and which to single tokens?" if has_heads else "What does each layer do?"
     if any(group.is_baseline for group in groups):
         return f"How does each variant compare with {baseline_label(groups)}?"
-    pairs = _compared(groups)
+    pairs, better = _compared(groups), f"{score_of(groups).better} {score_of(groups).name}"
     if pairs and _is_relu_against_gelu(pairs[0]):
-        return f"{published.SETTING[pairs[0].ours.label]}, does ReLU or GELU end with the lower perplexity?"
-    return "Which variant ends with the lower perplexity?" if pairs else "What did these runs learn?"
+        return f"{published.SETTING[pairs[0].ours.label]}, does ReLU or GELU end with the {better}?"
+    return f"Which variant ends with the {better}?" if pairs else "What did these runs learn?"
 
 
 def sentences(groups: Sequence[Group]) -> list[str]:
@@ -38,7 +38,7 @@ def sentences(groups: Sequence[Group]) -> list[str]:
     if any(measured for of_group in heads.values() for measured in of_group):
         findings += [_near_uniform(heads, ceiling_words(all_runs(groups))), _overloaded(heads)]
     if trained := [group for group in groups if group.is_trained]:
-        learned = _learned([group for group in trained if group.has_perplexity])
+        learned = _learned([group for group in trained if group.is_scored])
         findings.insert(0 if LEARNED_WORDS[None] in learned else len(findings), learned)
         findings += [*map(_diverged, trained), _one_seed(trained), *_unfinished(trained)]
     return [sentence for sentence in findings if sentence]
@@ -46,7 +46,7 @@ def sentences(groups: Sequence[Group]) -> list[str]:
 
 def _compared(groups: Sequence[Group]) -> list[Pair]:
     """Pairs with a sentence: ReLU against GELU, or each variant against the baseline, or the first other pairs."""
-    trained = [group for group in groups if group.has_perplexity]
+    trained = [group for group in groups if group.is_scored]
     pairs = sorted(all_pairs(trained), key=lambda pair: -len(pair.seeds))
     gelu = [pair for pair in pairs if _is_relu_against_gelu(pair)]
     if gelu and not any(group.is_baseline for group in trained):
@@ -59,7 +59,7 @@ def _is_relu_against_gelu(pair: Pair) -> bool:
 
 
 def _comparison(pair: Pair) -> str:
-    difference, subject, other = pair.perplexity(), pair.ours.name, pair.theirs.name
+    difference, subject, other, score = pair.score(), pair.ours.name, pair.theirs.name, pair.ours.score
     if _is_relu_against_gelu(pair):
         # A tag or recipe that distinguishes them is named once if both have it.
         ours_more, theirs_more = (group.name.removeprefix(group.label) for group in (pair.ours, pair.theirs))
@@ -68,20 +68,20 @@ def _comparison(pair: Pair) -> str:
     if difference.nonfinite:
         pairs = f"{difference.nonfinite} of {difference.n} pairs"
         return f"{subject} and {other} cannot be compared: {pairs} of runs diverged on one side or both."
-    a, b = (summarise([group.perplexities[seed] for seed in pair.seeds]).mean for group in (pair.ours, pair.theirs))
-    beside = "" if pair.published is None else f"; the paper: {_above_or_below(pair.published)}"
+    a, b = (summarise([group.scores[seed] for seed in pair.seeds]).mean for group in (pair.ours, pair.theirs))
+    beside = "" if pair.published is None else f"; the paper: {_above_or_below(pair.published, '%')}"
     numbers = f"{a:.1f} against {b:.1f}, {difference.n} seed{'s' if difference.n > 1 else ''}{beside}"
-    text = f"{subject} ends {_above_or_below(difference.mean)} {other} in perplexity ({numbers})"
+    text = f"{subject} ends {_above_or_below(difference.mean, score.unit)} {other} in {score.name} ({numbers})"
     if difference.n < 2:
         return f"{text}."
-    interval = f"{100 * difference.low:+z.1f} % to {100 * difference.high:+z.1f} %"
+    interval = f"{100 * difference.low:+z.1f} {score.unit} to {100 * difference.high:+z.1f} {score.unit}"
     if difference.low < 0 < difference.high:
         return f"{text}; the 95 % interval, {interval}, includes 0."
     return f"{text}; 95 % interval {interval}."
 
 
-def _above_or_below(share: float) -> str:
-    return f"{100 * abs(share):.1f} % {'below' if share < 0 else 'above'}"
+def _above_or_below(share: float, unit: str) -> str:
+    return f"{100 * abs(share):.1f} {unit} {'below' if share < 0 else 'above'}"
 
 
 def _near_uniform(heads: Mapping[str, Sequence[Heads | None]], ceiling: str) -> str:
@@ -117,17 +117,19 @@ def _diverged(group: Group) -> str:
 
 
 def _learned(groups: Sequence[Group]) -> str:
-    """Whether the finished runs learned more than counting tokens gives."""
+    """Whether the finished runs learned more than counting tokens or classes gives."""
     ended = [(run, group.name) for group in groups for run in group.runs if run.status == "finished"]
     if not ended:
         return "No run finished." if groups else ""
-    if broken := [f"{name}, seed {run.seed}" for run, name in ended if not math.isfinite(run.perplexity)]:
-        return f"Finished without a finite perplexity: {'; '.join(broken)}."
-    shares = [(run.perplexity / bar_to_learn(run)[1], name, run) for run, name in ended]
-    _, name, run = max(shares, key=lambda entry: entry[0])
+    if broken := [f"{name}, seed {run.seed}" for run, name in ended if not math.isfinite(run.score)]:
+        return f"Finished without a finite {score_of(groups).name}: {'; '.join(broken)}."
+    score = score_of(groups)
+    shares = [(run.score / bar_to_learn(run)[1], name, run) for run, name in ended]
+    _, name, run = (min if score.higher_is_better else max)(shares, key=lambda entry: entry[0])
     yardstick, bar = bar_to_learn(run)
-    weakest = f"the weakest, {name}, ends at perplexity {run.perplexity:.1f}, the {yardstick} has {bar:.1f}"
-    failed = list(dict.fromkeys(name for share, name, _ in shares if share >= 1))
+    weakest = f"the weakest, {name}, ends at {score.name} {run.score:.1f}, the {yardstick} has {bar:.1f}"
+    fails = (1.0).__ge__ if score.higher_is_better else (1.0).__le__
+    failed = list(dict.fromkeys(name for share, name, _ in shares if fails(share)))
     if not failed:
         return f"Every finished run {LEARNED_WORDS[True]}: {weakest}."
     if len(failed) == len({name for _, name, _ in shares}):

@@ -16,6 +16,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from normfree.spec.families import image_tokens
 from normfree.spec.keys import describe_keys, nearest
 from normfree.spec.run import NOT_SET_ALONE, RunSpec
 from normfree.spec.start import REMOVALS, Start, check_start, read_start
@@ -107,6 +108,7 @@ def compose(values: Mapping[str, Any], *, command: str | None = None) -> Job:
     if not runs_dir:
         raise ValueError(f"runs_dir={runs_dir}: name a folder, e.g. runs_dir=runs")
     merged["model"] = model_fields(merged["model"], declared_by(merged["variant"]))
+    _set_image_tokens(merged)
     if start is not None:
         check_start(start, merged["model"])
     spec = RunSpec.from_dict(merged)
@@ -150,7 +152,16 @@ def compose_unchecked(values: Mapping[str, Any]) -> RunSpec:
         merged.pop(place, None)
     model = merged["model"]
     model["activation"] = spread_over_layers(model["activation"], model["num_hidden_layers"])
+    _set_image_tokens(merged)
     return RunSpec.from_dict(merged)
+
+
+def _set_image_tokens(merged: dict[str, Any]) -> None:
+    """Set data.context to the tokens of an image. Raises ValueError if it is set to another number."""
+    if merged["model"].get("family") == "vision":
+        tokens = image_tokens(merged["model"])
+        if (context := merged["data"].setdefault("context", tokens)) != tokens:
+            raise ValueError(f"data.context={context}, but an image of this model has {tokens} tokens: give these")
 
 
 def check_folders_differ(jobs: Iterable[Job], *, advice: str) -> None:

@@ -15,7 +15,8 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import to_jsonable_python
 
 from normfree.files import fingerprint
-from normfree.spec.keys import build
+from normfree.spec.families import FAMILIES
+from normfree.spec.keys import build, nearest
 
 Count = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -71,24 +72,27 @@ _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, coerce_numbe
 NOT_SET_ALONE = ("model", "preset", "variant", "label", "data.source", "start_name", "start_sha256")
 
 _SOURCES_THAT_READ = {
-    **dict.fromkeys(("paths", "validation_paths"), ("files",)),
+    "paths": ("files", "images", "fashion_mnist"),
+    "validation_paths": ("files", "images"),
+    **dict.fromkeys(("tokenizer", "max_bytes", "max_bytes_per_package"), FAMILIES["decoder"].sources),
     **dict.fromkeys(("dataset", "dataset_config", "validation_dataset"), ("hub", "codeparrot")),
 }
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class DataSpec:
-    """Which text, cut into which tokens: what decides the corpus fingerprint, and which one is expected.
+    """Which text, cut into which tokens, or which images: what decides the corpus fingerprint, and the expected one.
 
     `paths` and `validation_paths` decide by what their files hold, wherever these lie.
     """
 
-    source: Literal["installed", "codeparrot", "hub", "files"] = "installed"
-    """Python code on this machine, the paper's data sets, any Hugging Face data set, or local files."""
+    source: Literal["installed", "codeparrot", "hub", "files", "fashion_mnist", "images"] = "installed"
+    """Python code on this machine, the paper's data sets, any Hugging Face data set, or local files; images."""
     paths: tuple[str, ...] = ()
-    """data=files: training folders or globs of .py, .txt, .jsonl, .parquet."""
+    """data=files: training folders or globs of .py, .txt, .jsonl, .parquet; data=images: folders with a subfolder of
+    images for each class; data=fashion_mnist: the folder of its four files, unless Debian's package is installed."""
     validation_paths: tuple[str, ...] = ()
-    """data=files: validation folders or globs; empty holds out a twentieth of `paths` (docs/data.md)."""
+    """data=files, images: the same for validation; empty holds out a twentieth of `paths` (docs/data.md)."""
     dataset: str | None = None
     """data=hub: name on the hub, or a local folder."""
     dataset_config: str | None = None
@@ -106,7 +110,7 @@ class DataSpec:
     vocab_size: int = 2048
     """Pieces of the tokenizer that is trained here."""
     context: Annotated[int, Field(ge=2)] = 128
-    """Tokens in a block, T."""
+    """Tokens in a block, T; for images it follows from the model's sizes."""
     packing: Literal["windows", "concatenate"] = "windows"
     """windows: per document, tail dropped, no end token (the paper's); concatenate: end token between documents."""
     max_bytes: Count | None = None
@@ -114,9 +118,9 @@ class DataSpec:
     max_bytes_per_package: Count | None = None
     """data=installed: no package gives more than this, so that none dominates."""
     train_documents: Count | None = None
-    """At most this many training documents after the shuffle."""
+    """At most this many training documents after the shuffle, or images."""
     validation_documents: Count | None = None
-    """At most this many validation documents after the shuffle."""
+    """At most this many validation documents after the shuffle, or images."""
     shuffle_seed: int = 0
     """Order in which documents are taken (not the order of training; that is data_seed)."""
     expected_fingerprint: str | None = None
@@ -125,6 +129,8 @@ class DataSpec:
     def __post_init__(self) -> None:
         if self.source == "files" and not self.paths:
             raise ValueError("data=files needs data.paths, e.g. 'data.paths=[corpus/*.py]'")
+        if self.source == "images" and not self.paths:
+            raise ValueError("data=images needs data.paths, e.g. data.paths=[FOLDER] with a subfolder for each class")
         if self.source == "hub" and not self.dataset:
             raise ValueError("data=hub needs data.dataset, e.g. data.dataset=roneneldan/TinyStories")
         for name, sources in _SOURCES_THAT_READ.items():
@@ -305,6 +311,13 @@ class RunSpec:
         for name in ("study", "variant", "tag"):
             if re.search(r"[/\\\0]|^\.{1,2}$", value := getattr(self, name)):
                 raise ValueError(f"{name}={value!r} becomes part of a folder name: no slash, no dots alone")
+        if (family := FAMILIES.get(name := self.model.get("family", "decoder"))) is None:
+            raise ValueError(f"model.family={name!r}; {nearest(str(name), list(FAMILIES))}")
+        if self.data.source not in family.sources:
+            allowed = " or ".join(f"data={source}" for source in family.sources)
+            raise ValueError(f"data={self.data.source} is not read with model.family={name}: give {allowed}")
+        if not family.causal and self.train.objective in CLASSIFICATIONS:
+            raise ValueError(f"train.objective={self.train.objective} reads text, and model.family={name} images")
         chosen, objective = (f"norm={self.model.get('norm')}", f"sharding={self.train.sharding}"), self.train.objective
         if objective in CLASSIFICATIONS and (bad := {"norm=fake", "norm=taper", "sharding=fsdp"}.intersection(chosen)):
             raise ValueError(f"train.objective={objective} does not work with {bad.pop()}: run the two after another")

@@ -44,7 +44,9 @@ class Start:
 
     def layers(self, groups: Mapping[str, Any], variant: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         """What lies over a corpus and a preset: its settings, but for what `groups` choose, then another variant."""
-        data = {"tokenizer": str(self.folder)} if "data" in groups else self.settings["data"]
+        reads_text = self.settings["model"].get("family", "decoder") == "decoder"
+        tokenizer = {"tokenizer": str(self.folder)} if reads_text else {}
+        data = tokenizer if "data" in groups else self.settings["data"]
         own: dict[str, Any] = {"model": self.settings["model"], "data": data}
         if "preset" not in groups:
             own |= {part: self.settings[part] for part in ("train", "probe") if part in self.settings}
@@ -57,7 +59,7 @@ class Start:
 def read_start(start: str) -> Start | None:
     """The start of that name, None for `random`.
 
-    Raises ValueError for another form, for a run without a saved model and a model that is not ours, GPT-2 or GPT-NeoX.
+    Raises ValueError for another form, a run without a saved model, a model that is not ours, GPT-2, GPT-NeoX or ViT.
     """
     if start == "random":
         return None
@@ -97,7 +99,8 @@ def _model(start: str, place: str) -> Start:
         fields = fields_of(config)
     except ValueError as error:
         raise ValueError(f"start={start}: {error}") from None
-    settings = {"variant": "custom", "label": Path(place).name, "model": fields, "data": {"tokenizer": str(folder)}}
+    data = {} if fields.get("family") == "vision" else {"tokenizer": str(folder)}
+    settings = {"variant": "custom", "label": Path(place).name, "model": fields, "data": data}
     return Start(folder, place, _hash(start, folder), settings)
 
 

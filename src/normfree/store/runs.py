@@ -19,6 +19,7 @@ from typing import Any
 import pandas as pd
 
 from normfree.files import describe_files, is_locked, sync, write_atomically
+from normfree.spec.families import Family, family_of
 from normfree.spec.run import recipe_of
 from normfree.store.quantities import QUANTITIES, Quantity, read_description
 
@@ -79,7 +80,8 @@ class Run:
         return str(self.folder)
 
     def __repr__(self) -> str:
-        result = f"perplexity {self.perplexity:.2f}" if self.status == "finished" else f"step {self.steps_done}"
+        score = f"{self.family.score.name} {self.score:.2f}"
+        result = score if self.status == "finished" else f"step {self.steps_done}"
         return f"Run {self.folder}: {self.label}, seed {self.seed}, {self.status}, {result}"
 
     @property
@@ -145,6 +147,17 @@ class Run:
         """Final validation perplexity; NaN unless the run finished."""
         final = self.facts.get("final")
         return final["perplexity"] if self.status == "finished" and final else math.nan
+
+    @property
+    def family(self) -> Family:
+        """Its family of models."""
+        return family_of(self.spec)
+
+    @property
+    def score(self) -> float:
+        """Final headline of its family: perplexity, or accuracy in percent; NaN unless the run finished."""
+        final, score = self.facts.get("final"), self.family.score
+        return score.scale * final[score.name] if self.status == "finished" and final else math.nan
 
     @cached_property
     def quantities(self) -> dict[str, Quantity]:
@@ -249,7 +262,9 @@ def load_runs(*folders: RunFolder, all_columns: bool = False) -> pd.DataFrame:
         return frame
     texts = frame.drop(columns=["variant", "tag", "recipe", "corpus"]).astype(str)
     differing = texts.loc[:, texts.nunique() > 1]
-    shown = {"folder", "label", "seed", "status", "perplexity", *differing.columns[~differing.T.duplicated()]}
+    shown = {"folder", "label", "seed", "status", "perplexity", "accuracy"} | {
+        *differing.columns[~differing.T.duplicated()]
+    }
     return frame.loc[:, [name for name in frame if name in shown]]
 
 
@@ -257,7 +272,7 @@ def run_frame(runs: Iterable[Run]) -> pd.DataFrame:
     """Build a table with one row per run: its outcome, then every setting under its key, e.g. `train.steps`."""
     rows = []
     for run in runs:
-        spec, facts = run.spec, run.facts
+        spec, facts, final = run.spec, run.facts, run.facts.get("final") or {}
         row = {
             "folder": str(run.folder),
             "study": spec["study"],
@@ -273,7 +288,7 @@ def run_frame(runs: Iterable[Run]) -> pd.DataFrame:
             "status": run.status,
             "diverged_at": (facts.get("divergence") or {}).get("step"),
             "perplexity": run.perplexity,
-            "bits_per_byte": (facts.get("final") or {}).get("bits_per_byte", math.nan),
+            "bits_per_byte": final.get("bits_per_byte", math.nan),
             "tokens_seen": run.tokens_seen,
             "wall_seconds": facts.get("wall_seconds", math.nan),
             "precision": spec["train"]["precision"],
@@ -281,6 +296,7 @@ def run_frame(runs: Iterable[Run]) -> pd.DataFrame:
             "corpus": run.corpus,
             "parameters": (facts.get("model") or {}).get("parameters"),
         }
+        row |= {"accuracy": final["accuracy"]} if "accuracy" in final else {}
         parts = {part: spec.get(part, {}) for part in ("model", "data", "train", "probe")}
         rows.append(row | {f"{part}.{key}": value for part in parts for key, value in parts[part].items()})
     return pd.DataFrame(rows)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -15,9 +17,10 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 
 from normfree.cost.estimate import GIB, GPUS, check_memory, describe_estimate, find_gpu
-from normfree.data import Corpus
-from normfree.model import NormFreeConfig
+from normfree.data import Corpus, ImageCorpus
+from normfree.model import HEADS, NormFreeConfig
 from normfree.model.norms import check_removal
+from normfree.spec.families import family_of
 from normfree.spec.run import RunSpec
 from normfree.store.runs import OVER, RUN_FILE, DamagedRunError, read_run
 from normfree.training.precision import check_fp32_variables, needs_fp32_units
@@ -88,8 +91,8 @@ def _check_gpus(processes: int) -> None:
 
 
 def announce_needs(spec: RunSpec, corpus: Corpus, device: torch.device) -> None:
-    """Log what the run needs of a GPU, in process 0. Raise ValueError if its memory is too small; silent on a CPU."""
-    if device.type != "cuda":
+    """Log what a decoder needs of a GPU, in process 0. Raise ValueError if its memory is too small; silent on a CPU."""
+    if device.type != "cuda" or not family_of(spec.to_dict()).causal:
         return
     state, facts = PartialState(), torch.cuda.get_device_properties(device)
     spec = replace(spec, model={"vocab_size": corpus.vocab_size, **spec.model})
@@ -213,6 +216,8 @@ def total_steps(spec: RunSpec, corpus: Corpus) -> int:
 
 def model_config(spec: RunSpec, corpus: Corpus) -> NormFreeConfig:
     """Build the configuration of the run's model. Raises ValueError if it does not fit the corpus."""
+    if isinstance(corpus, ImageCorpus):
+        return _vision_config(spec, corpus.facts())
     tokenizer = corpus.tokenizer()
     fields = {
         "vocab_size": corpus.vocab_size,
@@ -228,4 +233,14 @@ def model_config(spec: RunSpec, corpus: Corpus) -> NormFreeConfig:
         raise ValueError(f"data.context={spec.data.context} is longer than model.max_position_embeddings={positions}")
     config = NormFreeConfig(**fields)
     check_removal(config, total_steps(spec, corpus))
+    return config
+
+
+def _vision_config(spec: RunSpec, facts: Mapping[str, Any]) -> NormFreeConfig:
+    names = dict(enumerate(facts["classes"]))
+    config = HEADS["vision"].config_class(**spec.model, id2label=names, label2id={v: k for k, v in names.items()})
+    for name in ("image_size", "num_channels"):
+        if getattr(config, name) != facts[name]:
+            sizes = f"{facts['image_size']} x {facts['image_size']} pixels and {facts['num_channels']} channel(s)"
+            raise ValueError(f"the images have {sizes}: give model.{name}={facts[name]}, not {getattr(config, name)}")
     return config

@@ -19,6 +19,7 @@ from normfree.measures.held_out import blocks_of, measure_batches
 from normfree.measures.measure import values_of
 from normfree.measures.text_perplexity import spread
 from normfree.model.modeling import NormFreePreTrainedModel
+from normfree.spec.families import family_of
 from normfree.store.progress import duration
 from normfree.training.record import Record
 
@@ -51,7 +52,8 @@ class RecordMetrics(TrainerCallback):
         probe_NT = spread(held_out_NT, spec.probe.sequences)
         self.schedules = [Schedule("probe", every, names, probe_NT) for every, names in names_by_period.items()]
         validation_NT = spread(held_out_NT, spec.train.evaluation_sequences or len(held_out_NT))
-        self.schedules.append(Schedule("validation", spec.train.evaluate_every, ["perplexity"], validation_NT))
+        scores = [*family_of(spec.to_dict()).measures]
+        self.schedules.append(Schedule("validation", spec.train.evaluate_every, scores, validation_NT))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any
@@ -125,7 +127,9 @@ class ShowProgress(TrainerCallback):
             if "loss" in logs:
                 self.bar.set_postfix_str(f"loss {logs['loss']:.3f} nats")
             return
-        if done and "eval_perplexity" in logs:
+        if done and "eval_accuracy" in logs:
+            measured = f"validation accuracy {100 * logs['eval_accuracy']:.1f} %"
+        elif done and "eval_perplexity" in logs:
             measured = f"validation perplexity {logs['eval_perplexity']:.2f}"
         elif done and "loss" in logs and now - self._last_line >= LINE_SECONDS:
             measured = f"loss {logs['loss']:.3f} nats"

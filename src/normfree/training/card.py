@@ -9,23 +9,46 @@ from normfree.analysis.entropy import final_heads, top_quarter_share
 from normfree.spec.run import CLASSIFICATIONS
 from normfree.store.runs import Run
 
-_TEXT = {"installed": "Python code of the packages on one machine", "files": "text files of the user"}
+_SOURCES = {"installed": "Python code of the packages on one machine", "files": "text files of the user"}
+_SOURCES |= {"fashion_mnist": "Fashion-MNIST", "images": "images of the user"}
+WORDS = {
+    "decoder": {
+        **{"kind": "decoder", "reads": "text", "auto": "AutoTokenizer", "beside": "tokenizer"},
+        **{"task": "CausalLM", "hub_task": "text-generation"},
+        "data": "{origin}, tokenized into {vocab_size:,} pieces",
+    },
+    "vision": {
+        **{"kind": "vision transformer", "reads": "images", "auto": "AutoImageProcessor", "beside": "processor"},
+        **{"task": "ImageClassification", "hub_task": "image-classification"},
+        "data": "{origin}: {image_size} x {image_size} pixels, {num_channels} channel(s), {vocab_size:,} classes",
+    },
+}
+"""What a card says of each family, and the classes of transformers that load its models."""
 
 
 def model_card(run: Run, final: dict[str, Any]) -> str:
     """Write the card, with the metadata that the hub reads. `final` is the evaluation after training."""
-    task, pipeline = CLASSIFICATIONS.get(run.spec["train"].get("objective", ""), ("CausalLM", "text-generation"))
-    source = run.spec["data"].get("dataset") or run.facts["corpus"]["source"]
+    words, corpus = WORDS[run.spec["model"].get("family", "decoder")], run.facts["corpus"]
+    own = words["task"], words["hub_task"]
+    task, pipeline = CLASSIFICATIONS.get(run.spec["train"].get("objective", ""), own)
+    source = run.spec["data"].get("dataset") or corpus["source"]
+    origin = _SOURCES.get(source, f"`{source}` of the Hugging Face hub")
     start = run.spec.get("start_name", "random")
+    metrics = {name: final[name] for name in ("perplexity", "bits_per_byte")}
+    results = {"Perplexity": final["perplexity"], "Perplexity of token frequencies alone": corpus["unigram_perplexity"]}
+    results["Bits per byte"] = final["bits_per_byte"]
+    if not run.family.causal:
+        metrics = {"accuracy": final["accuracy"], "loss": final["loss_nats"]}
+        results = {"Accuracy": final["accuracy"], "Accuracy of the most frequent class": corpus["majority_accuracy"]}
     return (Path(__file__).with_name("card.md").read_text(encoding="utf-8")).format(
         run=run,
-        task=task,
-        pipeline=pipeline,
         weights="random weights" if start == "random" else f"the weights of {start}",
-        final=final,
         model={"norm": "layernorm", "activation": "gelu"} | run.spec["model"] | run.facts["model"],
         source=source,
-        text_of_source=_TEXT.get(source, f"`{source}` of the Hugging Face hub"),
         tokens=run.facts["steps"] * run.spec["train"]["batch_sequences"] * run.spec["data"]["context"],
         near_uniform=top_quarter_share(final_heads(run)),
+        metrics="\n".join(f"    - {{type: {name}, value: {value}}}" for name, value in metrics.items()),
+        results="\n".join(f"| {name} | {value:.3f} |" for name, value in results.items()),
+        Reads=words["reads"].capitalize(),
+        **words | {"task": task, "pipeline": pipeline, "data": words["data"].format(origin=origin, **corpus)},
     )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from normfree.model import NormFreeConfig
+from normfree.spec.families import FAMILIES
 from normfree.spec.run import CLASSIFICATIONS, RunSpec
 from normfree.store.runs import DamagedRunError, Run, find_runs
 
@@ -171,7 +172,7 @@ def build_objective(spec: RunSpec, config: NormFreeConfig, steps: int) -> Object
             f"train.objective={train.objective} with model.attention_sink={config.attention_sink}: entropies of rows "
             "that do not sum to 1 have no target; leave one of them out"
         )
-    weight, ceiling = train.entropy_weight, math.lgamma(tokens + 1) / tokens
+    weight, ceiling = train.entropy_weight, FAMILIES[config.family].ceiling(tokens)
     assert weight is not None, "RunSpec asks for it"
     if train.objective == "entropy_band":
         return EntropyBand(weight, layers, config, ceiling)

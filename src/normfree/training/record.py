@@ -19,7 +19,8 @@ from torch import Tensor
 from normfree.data import Corpus
 from normfree.files import fingerprint, read_manifest
 from normfree.measures import MEASURES, periods_of
-from normfree.model import NormFreeForCausalLM
+from normfree.model.modeling import NormFreePreTrainedModel
+from normfree.spec.families import FAMILIES
 from normfree.spec.run import RunSpec
 from normfree.store import checkpoints
 from normfree.store.quantities import describe
@@ -102,7 +103,7 @@ class Record:
 
 
 def open_record(
-    folder: Path, spec: RunSpec, corpus: Corpus, model: NormFreeForCausalLM, objective: Objective, **facts: Any
+    folder: Path, spec: RunSpec, corpus: Corpus, model: NormFreePreTrainedModel, objective: Objective, **facts: Any
 ) -> Record:
     """Choose the checkpoint to resume from and, in the main process, start or continue the record.
 
@@ -139,7 +140,7 @@ def open_record(
 
 
 def _first_facts(
-    folder: Path, spec: RunSpec, corpus: Corpus, model: NormFreeForCausalLM, checkpoint: Path | None, **more: Any
+    folder: Path, spec: RunSpec, corpus: Corpus, model: NormFreePreTrainedModel, checkpoint: Path | None, **more: Any
 ) -> dict[str, Any]:
     """The content of run.json when training begins or goes on."""
     earlier, manifest, step = _read_earlier_facts(folder), {}, 0
@@ -155,7 +156,7 @@ def _first_facts(
         "command": more["command"],
         "environment": describe_environment(training_device()),
     }
-    measures = dict.fromkeys(["perplexity", *periods_of(spec.probe.measures, 1)])
+    measures = dict.fromkeys([*FAMILIES[model.config.family].measures, *periods_of(spec.probe.measures, 1)])
     quantities = describe([*TRAINING_LOG, *(name for measure in measures for name in MEASURES[measure].gives)])
     if "negative_slope" in quantities and model.slope_layers():
         quantities["negative_slope"]["layers"] = model.slope_layers()
@@ -192,7 +193,7 @@ def _read_earlier_facts(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _model_facts(model: NormFreeForCausalLM) -> dict[str, Any]:
+def _model_facts(model: NormFreePreTrainedModel) -> dict[str, Any]:
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "layers": model.config.num_hidden_layers,

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from normfree.measures import MEASURES, periods_of
-from normfree.model import NormFreeForCausalLM
+from normfree.model import HEADS
 from normfree.model.blocks import Block
 from normfree.model.modeling import NormFreePreTrainedModel
 from normfree.spec.run import RunSpec
@@ -115,7 +115,7 @@ def _states(model: NormFreePreTrainedModel, optimizer: Optimizer) -> dict[str, T
     return states
 
 
-def gather(model: NormFreeForCausalLM) -> NormFreeForCausalLM | None:
+def gather(model: NormFreePreTrainedModel) -> NormFreePreTrainedModel | None:
     """A whole copy on the CPU, free of FSDP's classes, in process 0, and None elsewhere; all processes must call it."""
     first = torch.distributed.get_rank() == 0
     weights = {}
@@ -125,6 +125,6 @@ def gather(model: NormFreeForCausalLM) -> NormFreeForCausalLM | None:
             weights[name] = complete.cpu()
     if not first:
         return None
-    copy = NormFreeForCausalLM(model.config)
+    copy = HEADS[model.config.family](model.config)
     copy.load_state_dict(cast(dict[str, Tensor], weights))
     return copy

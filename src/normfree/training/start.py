@@ -6,13 +6,14 @@ import logging
 from fnmatch import fnmatch
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
 from normfree.data import Corpus
 from normfree.data.tokenizer import load_tokenizer, tokenizer_hash
-from normfree.model import NormFreeConfig, NormFreeForCausalLM
+from normfree.model import HEADS, NormFreeConfig
 from normfree.model.classification import Classifier
 from normfree.model.conversion import convert
+from normfree.model.modeling import NormFreePreTrainedModel
 from normfree.spec.run import CLASSIFICATIONS, RunSpec
 from normfree.spec.start import read_start
 from normfree.tasks.labels import CLASSES
@@ -20,7 +21,7 @@ from normfree.tasks.labels import CLASSES
 logger = logging.getLogger("normfree")
 
 
-def initial_model(spec: RunSpec, config: NormFreeConfig, corpus: Corpus) -> NormFreeForCausalLM:
+def initial_model(spec: RunSpec, config: NormFreeConfig, corpus: Corpus) -> NormFreePreTrainedModel:
     """Build the run's model, with the weights of its start and with frozen parameters.
 
     Raises ValueError for weights that changed since the spec was composed, another tokenizer than the start's, more
@@ -30,7 +31,7 @@ def initial_model(spec: RunSpec, config: NormFreeConfig, corpus: Corpus) -> Norm
     if classifies := task in CLASSIFICATIONS:
         config.id2label = dict(enumerate(CLASSES[task]))
         config.label2id = {name: number for number, name in config.id2label.items()}
-    model = (Classifier if classifies else NormFreeForCausalLM)(config)
+    model: NormFreePreTrainedModel = (Classifier if classifies else HEADS[config.family])(config)
     if spec.start != "random":
         _load_start(model, spec, corpus)
     names = [name for name, _ in model.named_parameters()]
@@ -43,16 +44,20 @@ def initial_model(spec: RunSpec, config: NormFreeConfig, corpus: Corpus) -> Norm
     return model
 
 
-def _load_start(model: NormFreeForCausalLM, spec: RunSpec, corpus: Corpus) -> None:
+def _load_start(model: NormFreePreTrainedModel, spec: RunSpec, corpus: Corpus) -> None:
     start = read_start(spec.start)
     if start is None or start.sha256 != spec.start_sha256:
         raise ValueError(f"start={spec.start} has other weights than when this run began; give tag=NAME for a new run")
-    if tokenizer_hash(load_tokenizer(str(start.folder))) != tokenizer_hash(corpus.tokenizer()):
+    reads_text = model.main_input_name == "input_ids"
+    if reads_text and tokenizer_hash(load_tokenizer(str(start.folder))) != tokenizer_hash(corpus.tokenizer()):
         raise ValueError(
             f"start={spec.start} has another tokenizer than this corpus: give data.tokenizer={start.folder}"
         )
-    theirs = AutoModelForCausalLM.from_pretrained(start.folder, dtype=torch.float32)
-    weights = (theirs if theirs.config.model_type == "normfree" else convert(theirs)).state_dict()
+    auto = AutoModelForCausalLM if reads_text else AutoModelForImageClassification
+    theirs = auto.from_pretrained(start.folder, dtype=torch.float32)
+    weights = (theirs if isinstance(theirs, NormFreePreTrainedModel) else convert(theirs)).state_dict()
+    if not reads_text and theirs.config.id2label != model.config.id2label:  # other classes have a new head
+        weights = {name: weight for name, weight in weights.items() if not name.startswith("classifier.")}
     positions = "model.positions.vectors.weight"
     if positions in weights:
         wanted, known = model.config.max_position_embeddings, len(weights[positions])
@@ -62,7 +67,8 @@ def _load_start(model: NormFreeForCausalLM, spec: RunSpec, corpus: Corpus) -> No
     if model.config.norm == "taper":  # an RMSNorm calls its gain weight
         weights = {_as_gain(name): weight for name, weight in weights.items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
-    new = {name for name, _ in model.named_buffers()} | {"score.weight", "score.bias"}
+    new = {name for name, _ in model.named_buffers()}
+    new |= {f"{head}.{name}" for head in ("score", "classifier") for name in ("weight", "bias")}
     if wrong := sorted((set(missing) - new) | set(unexpected)):
         raise ValueError(f"start={spec.start} does not fit this model: {', '.join(wrong[:3])}")
     logger.info("%s: weights of %s", spec.name, start.name)

@@ -8,6 +8,7 @@ import shutil
 import signal
 from contextlib import nullcontext, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def train(
     return folder
 
 
-def _train_to_an_end(record: Record, model: NormFreeForCausalLM, *, progress: bool) -> None:
+def _train_to_an_end(record: Record, model: NormFreePreTrainedModel, *, progress: bool) -> None:
     """Train until the run is finished, has diverged or a signal stops it, and record which of them."""
     device, stop, signals = training_device(), StopOnSignal(), (*stopping_signals(), *warning_signals())
     resumes = "the same command resumes from its newest checkpoint"
@@ -153,15 +154,15 @@ def _train_to_an_end(record: Record, model: NormFreeForCausalLM, *, progress: bo
         raise InterruptedRunError(record.folder, stop.received, outcome.format(stop.received))
 
 
-def _make_trainer(record: Record, model: NormFreeForCausalLM) -> NormFreeTrainer:
+def _make_trainer(record: Record, model: NormFreePreTrainedModel) -> NormFreeTrainer:
     staging = record.checkpoints / checkpoints.STAGING
     trainer = NormFreeTrainer(
         record=record,
         model=model,
         args=arguments.training_arguments(record.spec, steps=record.steps, output=staging),
         train_dataset=record.corpus.train.with_format("torch"),
-        data_collator=_collate,
-        processing_class=record.corpus.tokenizer(),
+        data_collator=partial(_collate, model),
+        processing_class=record.corpus.processor(),
     )
     trainer.remove_callback(PrinterCallback)
     for callback in trainer.callback_handler.callbacks:
@@ -193,7 +194,7 @@ def _final_measures(spec: RunSpec) -> list[tuple[list[str], int]]:
     return [(names, sequences) for names, sequences in parts if names]
 
 
-def _finish(record: Record, model: NormFreeForCausalLM, trainer: NormFreeTrainer) -> None:
+def _finish(record: Record, model: NormFreePreTrainedModel, trainer: NormFreeTrainer) -> None:
     """Measure and save the trained model."""
     spec, corpus, size = record.spec, record.corpus, record.spec.train.micro_batch_sequences
     for measures, sequences in _final_measures(spec):
@@ -215,16 +216,17 @@ def _finish(record: Record, model: NormFreeForCausalLM, trainer: NormFreeTrainer
         _save_model(saved, corpus, card, record.folder / "model")
         record.update(**folded)
     record.update(status="finished", final=final, **record.progress_at(record.steps))
+    scores = {name: final[name] for name in ("perplexity", "accuracy") if name in final}
     try:
-        trainer.log({"eval_final_loss": result.loss_nats, "eval_final_perplexity": result.perplexity})
+        trainer.log({f"eval_final_{name}": value for name, value in ({"loss": result.loss_nats} | scores).items()})
     except Exception as error:  # a tracker's failure must not cost the run
-        logger.warning("the trackers did not get the final perplexity: %s", error)
+        logger.warning("the trackers did not get the final %s: %s", " and ".join(scores), error)
     PartialState().wait_for_everyone()  # every process returns after the record is complete
 
 
 @torch.no_grad()
 def _without_fixed_norms(
-    model: NormFreeForCausalLM, record: Record
+    model: NormFreePreTrainedModel, record: Record
 ) -> tuple[NormFreePreTrainedModel, dict[str, dict[str, Any]]]:
     """The model to save, with norms folded that training left fixed, and what to record about that."""
     if model.config.norm not in FOLDABLE:
@@ -246,12 +248,12 @@ def _without_fixed_norms(
 
 
 def _save_model(model: NormFreePreTrainedModel, corpus: Corpus, card: str, folder: Path) -> None:
-    """Save weights, code, tokenizer and model card with a manifest, atomically."""
+    """Save weights, code, tokenizer or image processor, and model card with a manifest, atomically."""
     staged = folder.with_name(".model.tmp")
     for old in (staged, folder):
         shutil.rmtree(old, ignore_errors=True)
     model.save_pretrained(staged)
-    corpus.tokenizer().save_pretrained(staged)
+    corpus.processor().save_pretrained(staged)
     (staged / "README.md").write_text(card, encoding="utf-8")
     for file in staged.glob("*.safetensors"):
         shutil.copymode(staged / "config.json", file)  # safetensors makes files that only their owner may read
@@ -259,10 +261,11 @@ def _save_model(model: NormFreePreTrainedModel, corpus: Corpus, card: str, folde
     staged.rename(folder)
 
 
-def _collate(rows: list[dict[str, Tensor]]) -> dict[str, Any]:
+def _collate(model: NormFreePreTrainedModel, rows: list[dict[str, Tensor]]) -> dict[str, Any]:
     if "labels" in rows[0]:  # padded behind their ends
         columns = {name: [row[name].long() for row in rows] for name in rows[0]}
         padded = {name: pad_sequence(column, True, IGNORED * (name == "labels")) for name, column in columns.items()}
         return {**padded, "classes": True}
     ids_BT = torch.stack([row["input_ids"] for row in rows]).long()
-    return {"input_ids": ids_BT, "labels": ids_BT, "return_logits": False}
+    batch = model.batch_of(ids_BT)
+    return batch if "labels" in batch else {**batch, "labels": ids_BT, "return_logits": False}

@@ -121,7 +121,7 @@ class NormFreeTrainer(Trainer):
             self._norm_sums = sums.detach() if self._norm_sums is None else self._norm_sums + sums.detach()
         if self.objective.layers or sigma_weight:
             self._next_token_loss = loss.detach()
-            share = len(inputs["input_ids"]) / self.spec.train.batch_sequences
+            share = len(inputs["labels"]) / self.spec.train.batch_sequences
             term = self.objective.term(outputs["head_entropies"], share) if self.objective.layers else 0.0
             if sigma_weight:
                 term = term + sigma_weight * share * outputs["sigma_variance"]

@@ -115,7 +115,8 @@ def loss_curves(groups: Sequence[Group], *, ax: Axes, split: str, styles: Styles
             loss_N = _running_mean(loss_N, max(1, len(loss_N) // _TRAIN_WINDOWS))
         return steps, loss_N
 
-    seed_curves(groups, smoothed, ax=ax, label="loss (nats per token)", styles=styles)
+    of_tokens = all(group.members[0].family.causal for group in groups)
+    seed_curves(groups, smoothed, ax=ax, label=f"loss (nats{' per token' * of_tokens})", styles=styles)
     if not ax.lines:
         return empty(ax, f"no {split} loss recorded")
     late = [np.array([])]

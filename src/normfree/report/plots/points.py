@@ -1,4 +1,4 @@
-"""Points: perplexity of every seed, its differences, and perplexity against communication."""
+"""Points: the score of every seed, its differences, and perplexity against communication."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from normfree.analysis.groups import Group
+from normfree.analysis.groups import Group, score_of
 from normfree.analysis.pairs import Pair
 from normfree.analysis.seeds import decimals, summarise
 from normfree.cost.tradeoff import Point
@@ -23,35 +23,39 @@ _PRICE_OF_A_PLACE = 0.02
 """What moving a name by one place may at most cost, where 1 is a line through a marker."""
 
 
-def perplexity_points(groups: Sequence[Group], *, ax: Axes, styles: Styles) -> Axes:
-    """Final validation perplexity: one row per variant, a dot per seed, and the mean with the sample deviation below.
+def score_points(groups: Sequence[Group], *, ax: Axes, styles: Styles) -> Axes:
+    """Final score, e.g. perplexity: one row per variant, a dot per seed, and the mean with the sample deviation below.
 
     A row without a mean says `NaN (1/3)` if 1 of 3 seeds diverged. With a seed far above the others the axis is
     logarithmic.
     """
     rows = [group for group in groups if group.runs]
     for row, group in enumerate(rows):
-        values, colour = list(group.perplexities.values()), styles[group.name]["color"]
-        cell, seeds = summarise(values), ", ".join(f"seed {run.seed} {decimals(run.perplexity)}" for run in group.runs)
+        values, colour = list(group.scores.values()), styles[group.name]["color"]
+        cell, seeds = summarise(values), ", ".join(f"seed {run.seed} {decimals(run.score)}" for run in group.runs)
         _dots_above_mean(ax, row, values, cell.mean, cell.standard_deviation, colour, f"{group.name}: {seeds}")
         text, ink = (cell.text(), RED) if cell.nonfinite else (f"n = {cell.n}", MUTED)
         ax.text(1.02, row, text, color=ink, transform=ax.get_yaxis_transform(), va="center", fontsize=7.5)
-    if _is_wide([value for group in rows for value in group.perplexities.values()]):
+    if _is_wide([value for group in rows for value in group.scores.values()]):
         ax.set_xscale("log")
         plain_ticks(ax.xaxis)
-    return _name_rows(ax, [group.name for group in rows], "validation perplexity")
+    return _name_rows(ax, [group.name for group in rows], score_of(rows).axis)
 
 
 def difference_points(pairs: Sequence[Pair], *, ax: Axes) -> Axes:
-    """Paired differences of perplexity in percent: a dot per seed, and the mean with its 95 % interval below."""
+    """Paired differences of the score in percent or points: a dot per seed, and the mean with its 95 % interval."""
     for row, pair in enumerate(pairs):
-        ours, theirs, difference = pair.ours.perplexities, pair.theirs.perplexities, pair.perplexity()
-        percents = [100 * (ours[seed] / theirs[seed] - 1) for seed in pair.seeds]
-        hover = f"{pair.name}: {', '.join(f'{percent:+.1f} %' for percent in percents)}"
+        ours, theirs, difference, score = pair.ours.scores, pair.theirs.scores, pair.score(), pair.ours.score
+        percents = [
+            100 * (ours[seed] / theirs[seed] - 1) if score.relative else ours[seed] - theirs[seed]
+            for seed in pair.seeds
+        ]
+        hover = f"{pair.name}: {', '.join(f'{percent:+.1f} {score.unit}' for percent in percents)}"
         reach = 100 * (difference.high - difference.mean)
         _dots_above_mean(ax, row, percents, 100 * difference.mean, reach, MUTED, hover)
     ax.axvline(0, color=INK, linewidth=1, zorder=1)
-    return _name_rows(ax, [pair.name for pair in pairs], "difference in perplexity (%)")
+    score = score_of([pair.ours for pair in pairs])
+    return _name_rows(ax, [pair.name for pair in pairs], f"difference in {score.name} ({score.unit})")
 
 
 def _dots_above_mean(

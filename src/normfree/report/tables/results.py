@@ -1,4 +1,4 @@
-"""Tables of results: perplexity, differences, claims, ranges of entropy; also over training."""
+"""Tables of results: scores, differences, claims, ranges of entropy; also over training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from normfree.analysis import entropy, published
 from normfree.analysis.entropy import Heads, probed_heads, top_quarter_share, trained_heads
-from normfree.analysis.groups import Group, counterparts, rate_grids
+from normfree.analysis.groups import Group, counterparts, rate_grids, score_of
 from normfree.analysis.pairs import CLAIMS, Pair, all_pairs, baseline_label, main_pairs, pairs_of
 from normfree.analysis.seeds import Difference, compact, paired_difference, summarise
 from normfree.analysis.verdicts import CLAIM_WORDS, claim_holds, yardsticks
@@ -24,70 +24,77 @@ _DEPTHS = ("Early third", "Middle third", "Late third")
 _SHARE_TITLES = tuple(f"At {100 * share:.0f} %" for share in SHARES_OF_TRAINING)
 
 
-def perplexity_table(groups: Sequence[Group]) -> Table:
-    """Final validation perplexity of each variant, its change against the baseline, and what n-grams reach.
+def score_table(groups: Sequence[Group]) -> Table:
+    """Final score of each variant, its change against the baseline, and what counting tokens or classes reaches.
 
     The baseline is the one chosen for the groups, else the paper's. The paper's changes are added, unless the runs have
     a variant more than once, as in a sweep.
     """
-    with_runs, baseline = [group for group in groups if group.runs], baseline_label(groups)
-    titles, paper = ("Variant", "Perplexity", "Seeds", f"Against {baseline}", "Bits per byte"), {}
+    with_runs, baseline, score = [group for group in groups if group.runs], baseline_label(groups), score_of(groups)
+    titles, paper = ("Variant", score.name.capitalize(), "Seeds", f"Against {baseline}", score.beside[1]), {}
     if paper := _changes_in_paper(with_runs, baseline):
         titles += (f"Paper, against {baseline}", "Paper's model")
     rows = []
     for group in with_runs:
-        summary = summarise(list(group.perplexities.values()))
-        bits = summarise([(run.facts.get("final") or {}).get("bits_per_byte", math.nan) for run in group.runs])
+        summary = summarise(list(group.scores.values()))
+        beside = summarise([(run.facts.get("final") or {}).get(score.beside[0], math.nan) for run in group.runs])
         change = _against_baseline(group, baseline, groups)
-        rows.append((group.name, summary.text(), str(summary.n), change, bits.text(3), *paper.get(group.name, "--")))
+        rows.append((group.name, summary.text(), str(summary.n), change, beside.text(3), *paper.get(group.name, "--")))
     corpora = {run.corpus: run.facts["corpus"] for group in with_runs for run in group.runs}
     for fingerprint, corpus in sorted(corpora.items()):
         more = "" if len(corpora) == 1 else f" (corpus {fingerprint[:12]})"
         rows += [(f"{name}{more}", f"{value:.2f}", *"-----") for name, value in yardsticks(corpus).items()]
-    caption = "Validation perplexity after training: mean and sample standard deviation over seeds, lower is better"
-    notes = _perplexity_notes(groups, baseline, has_paper=bool(paper))
+    what = score.axis[0].upper() + score.axis[1:]
+    caption = f"{what} after training: mean and sample standard deviation over seeds, {score.better} is better"
+    notes = _score_notes(groups, baseline, has_paper=bool(paper))
     rows = [row[: len(titles)] for row in rows]
-    return Table("perplexity", caption, titles, rows, notes, words=("Paper's model",))
+    return Table(score.name, caption, titles, rows, notes, words=("Paper's model",))
 
 
 def difference_table(groups: Sequence[Group]) -> Table:
-    """Relative differences of perplexity for all pairs, paired by seed, with a 95 % Student-t interval."""
-    rows = []
+    """Differences of the score for all pairs, paired by seed, with a 95 % Student-t interval."""
+    rows, score = [], score_of(groups)
     for pair in all_pairs(groups):
-        difference = pair.perplexity()
+        difference = pair.score()
         interval = "-"
         if math.isfinite(difference.low):
-            interval = f"{percent(difference.low)} to {percent(difference.high)}"
-        numbers = (mean_text(difference), interval, str(difference.n), percent(pair.published))
+            interval = f"{percent(difference.low, score.unit)} to {percent(difference.high, score.unit)}"
+        numbers = (mean_text(difference, score.unit), interval, str(difference.n), percent(pair.published))
         rows.append((pair.name, "the paper's" if pair.is_the_papers else "exploratory", *numbers))
-    titles = ("Comparison", "Kind", "Difference in perplexity", "95 % interval", "Pairs", "Paper")
+    titles = ("Comparison", "Kind", f"Difference in {score.name}", "95 % interval", "Pairs", "Paper")
     notes = [
         "Seeds are paired: the same seed and order of the data on both sides. One pair has no interval.",
         "Exploratory: the paper makes no claim about this pair.",
     ]
-    return Table("differences", "Paired relative differences of perplexity", titles, rows, notes, words=("Kind",))
+    kind = "relative differences" if score.relative else "differences"
+    return Table("differences", f"Paired {kind} of {score.name}", titles, rows, notes, words=("Kind",))
 
 
 def claim_table(groups: Sequence[Group]) -> Table:
     """The paper's claims that these runs can test, each with a verdict that the 95 % interval decides."""
-    rows = []
+    rows, score = [], score_of(groups)
     for claim in CLAIMS:
-        measured, unit = ("perplexity", "%") if claim.measure is Pair.perplexity else ("share of heads", "points")
+        of_score = claim.measure is Pair.score
+        measured, unit = (score.name, score.unit) if of_score else ("share of heads", "points")
+        above = claim.above != (of_score and score.higher_is_better)
         for pair in pairs_of(groups, [claim.labels]):
             difference = claim.measure(pair)
             interval = "-"
             if math.isfinite(difference.low):
                 interval = f"{100 * difference.low:+z.1f} to {percent(difference.high, unit)}"
-            verdict = CLAIM_WORDS[claim_holds(difference, above=claim.above)]
+            verdict = CLAIM_WORDS[claim_holds(difference, above=above)]
             numbers = (mean_text(difference, unit), interval, str(difference.n))
             rows.append((claim.text, verdict, pair.name, measured, *numbers))
+    ceiling = entropy.ceiling_words(run for group in groups for run in group.runs)
     titles = ("Claim", "Verdict", "Compared", "Measured", "Difference", "95 % interval", "Pairs")
     notes = [
         "Holds or does not hold: the 95 % Student-t interval over paired seeds lies entirely on one side of 0. "
         "Undecided: it contains 0, or there is only one pair, or a run diverged. The interval is valid only if the "
         "number of seeds was fixed in advance, and for its own claim: one in twenty misses a true 0.",
-        "Share of heads: those at or above 3/4 of the causal ceiling; the difference is in percentage points.",
+        f"Share of heads: those at or above 3/4 of the {ceiling}; the difference is in percentage points.",
     ]
+    if ceiling == "ceiling":
+        notes.append("The paper's claims are about perplexities of decoders; here they are put to another family.")
     return Table("claims", "The paper's claims at this scale", titles, rows, notes, words=titles[:4])
 
 
@@ -116,34 +123,39 @@ def range_table(groups: Sequence[Group]) -> Table:
 
 
 def rate_table(groups: Sequence[Group]) -> Table:
-    """Final perplexity at each peak learning rate of variants that have several, and the rate with the lowest."""
-    grids, rows = rate_grids(groups), []
+    """Final score at each peak learning rate of variants that have several, and the rate with the best."""
+    grids, rows, score = rate_grids(groups), [], score_of(groups)
+    best_word = "highest" if score.higher_is_better else "lowest"
+    best_title = f"{best_word.capitalize()} at"
     notes = [
         "Mean over the seeds that a variant has at all of its rates. NaN (k/n): k of n seeds diverged.",
-        "Lowest at: lowest mean log perplexity, if no seed diverged. Edge of the grid: a rate beyond may be better.",
+        f"{best_title}: {best_word} mean log {score.name}, if no seed diverged. "
+        "Edge of the grid: a rate beyond may be better.",
     ]
     rates = sorted({rate for grid in grids.values() for rate in grid})
     for name, grid in grids.items():
         common = set.intersection(*map(set, grid.values()))
         values: dict[float, list[float]] = {}
         for rate, of_seed in grid.items():
-            ends = {seed: runs[0].perplexity for seed, runs in of_seed.items()}
+            ends = {seed: runs[0].score for seed, runs in of_seed.items()}
             values[rate] = [end for seed, end in ends.items() if seed in common or not math.isfinite(end)]
             repeated = [run.place for runs in of_seed.values() for run in runs[1:]]
             notes += [f"{place} is left out: it repeats a seed of {name} at {compact(rate)}." for place in repeated]
         means = {rate: math.prod(ends) ** (1 / len(ends)) for rate, ends in values.items() if ends}
-        best = min((rate for rate in means if math.isfinite(means[rate])), key=means.__getitem__, default=math.nan)
+        finite = [rate for rate in means if math.isfinite(means[rate])]
+        best = (max if score.higher_is_better else min)(finite, key=means.__getitem__, default=math.nan)
         lowest = f"{compact(best)}{', edge of the grid' * (best in (min(grid), max(grid)))}" if best in grid else "-"
         rows.append((name, *(summarise(values.get(rate, [])).text() for rate in rates), str(len(common)), lowest))
-    titles = ("Variant", *map(compact, rates), "Seeds", "Lowest at")
-    return Table("rates", "Validation perplexity at each peak learning rate", titles, rows, notes, titles[-1:])
+    titles = ("Variant", *map(compact, rates), "Seeds", best_title)
+    what = score.axis[0].upper() + score.axis[1:]
+    return Table("rates", f"{what} at each peak learning rate", titles, rows, notes, titles[-1:])
 
 
-def percent_with_interval(difference: Difference) -> str:
+def percent_with_interval(difference: Difference, unit: str = "%") -> str:
     """`-5.1 % (-8.6 to -1.6)`: a relative difference, and its 95 % interval if it has one."""
     low, high = difference.low, difference.high
     interval = f" ({100 * low:+z.1f} to {100 * high:+z.1f})" if math.isfinite(low) else ""
-    return mean_text(difference) + interval
+    return mean_text(difference, unit) + interval
 
 
 def mean_text(difference: Difference, unit: str = "%") -> str:
@@ -161,7 +173,7 @@ def percent(share: float | None, unit: str = "%") -> str:
 def _changes_in_paper(groups: Sequence[Group], baseline: str) -> dict[str, tuple[str, str]]:
     """The paper's change and its model by group; empty if the paper has none of them, or one of them twice."""
     models = {group.name: published.counterpart(group.members[0].spec) for group in groups}
-    in_paper = [group for group in groups if group.label in published.PERPLEXITY[models[group.name]]]
+    in_paper = [g for g in groups if g.label in published.PERPLEXITY[models[g.name]] and g.runs[0].family.causal]
     if len({(models[group.name], group.label) for group in in_paper}) < len(in_paper):
         return {}
     changes = {g.name: published.relative_difference(models[g.name], g.label, baseline) for g in in_paper}
@@ -173,22 +185,25 @@ def _against_baseline(group: Group, baseline: str, groups: Sequence[Group]) -> s
     bases = counterparts(group, baseline, groups)
     if group.label == baseline or len(bases) != 1:
         return "baseline" if group.label == baseline else "-"
-    difference = Pair(group, bases[0]).perplexity()
-    some = not difference.nonfinite and 0 < difference.n < len(group.perplexities)
-    return mean_text(difference) + (f" (n = {difference.n})" if some else "")
+    difference = Pair(group, bases[0]).score()
+    some = not difference.nonfinite and 0 < difference.n < len(group.scores)
+    return mean_text(difference, group.score.unit) + (f" (n = {difference.n})" if some else "")
 
 
-def _perplexity_notes(groups: Sequence[Group], baseline: str, *, has_paper: bool) -> list[str]:
+def _score_notes(groups: Sequence[Group], baseline: str, *, has_paper: bool) -> list[str]:
     runs = [run for group in groups for run in group.runs]
     notes = ["Unigram and n-grams: counted on the training text; a model has learned if it beats the 2-gram."]
     if not any("2-gram" in yardsticks(run.facts["corpus"]) for run in runs):
         notes = ["Unigram: the perplexity of token frequencies alone, which any model has to beat."]
+    if score_of(groups).higher_is_better:
+        notes = ["Majority: the share of the most frequent class of the training, which any model has to beat."]
     if any(group.label == baseline and group.runs for group in groups):
         notes.append(f"Against {baseline}: the mean over seeds that both variants have; n is shown if these are fewer.")
     if several := [group.name for group in groups if group.runs and len(counterparts(group, baseline, groups)) > 1]:
         notes.append(f"No change is shown for {', '.join(several)}: more than one {baseline} has the same recipe.")
-    if not all(math.isfinite(run.perplexity) for run in runs):
-        notes.append("NaN (k/n): k of n seeds diverged or have no finite perplexity. The others are not averaged.")
+    if not all(math.isfinite(run.score) for run in runs):
+        what = f"NaN (k/n): k of n seeds diverged or have no finite {score_of(groups).name}."
+        notes.append(f"{what} The others are not averaged.")
     if has_paper:
         notes.append(f"Paper: {published.SOURCE}; another corpus and size, so only changes can be compared.")
     expected = {
@@ -209,16 +224,16 @@ def _perplexity_notes(groups: Sequence[Group], baseline: str, *, has_paper: bool
 
 
 def gap_table(groups: Sequence[Group]) -> Table:
-    """Paired relative difference of validation perplexity at shares of the training."""
-    pairs = main_pairs(groups)
+    """Paired difference of the validation score at shares of the training."""
+    pairs, score = main_pairs(groups), score_of(groups)
     rows = [(pair.name, *(_gap(pair, share) for share in SHARES_OF_TRAINING), str(len(pair.seeds))) for pair in pairs]
     notes = [
-        "Validation during training, on part of the held-out text if train.evaluation_sequences is set. In brackets: "
-        "95 % Student-t interval over paired seeds, in percent.",
+        "Validation during training, on part of the held-out data if train.evaluation_sequences is set. In brackets: "
+        f"95 % Student-t interval over paired seeds, in {'percent' if score.relative else 'points'}.",
         "Each column takes the nearest evaluation within a twentieth of the training. A pair is NaN if one of its runs "
         "has none there, for example because it diverged before.",
     ]
-    caption = "Difference in validation perplexity over training (share of the steps)"
+    caption = f"Difference in validation {score.name} over training (share of the steps)"
     return Table("gap", caption, ("Comparison", *_SHARE_TITLES, "Pairs"), rows, notes)
 
 
@@ -255,10 +270,11 @@ def overload_table(groups: Sequence[Group]) -> Table:
 
 def _gap(pair: Pair, share: float) -> str:
     runs, count = (*pair.ours.runs, *pair.theirs.runs), len(pair.ours.runs)
-    values = _at_share(runs, [dict(run.series("validation", "perplexity")) for run in runs], share)
-    ours = dict(zip(pair.ours.perplexities, values[:count], strict=False))
-    theirs = dict(zip(pair.theirs.perplexities, values[count:], strict=False))
-    return percent_with_interval(paired_difference(ours, theirs, relative=True))
+    score = pair.ours.score
+    values = _at_share(runs, [dict(run.series("validation", score.name)) for run in runs], share)
+    ours = dict(zip(pair.ours.scores, values[:count], strict=False))
+    theirs = dict(zip(pair.theirs.scores, values[count:], strict=False))
+    return percent_with_interval(paired_difference(ours, theirs, relative=score.relative), score.unit)
 
 
 def _at_share(runs: Sequence[Run], curves: Sequence[Mapping[int, float]], share: float) -> list[float]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from normfree.analysis import entropy, verdicts
-from normfree.analysis.groups import Group, all_runs
+from normfree.analysis.groups import Group, all_runs, score_of
 from normfree.analysis.seeds import decimals, summarise
 from normfree.report.tables.table import Table
 from normfree.store.progress import duration
@@ -61,7 +61,7 @@ def _verdict_counts(runs: Sequence[Run]) -> list[str]:
 
 
 def run_table(groups: Sequence[Group]) -> Table:
-    """Status, perplexity, steps, tokens, time and speed of every run."""
+    """Status, score, steps, tokens, time and speed of every run."""
     rows = []
     for run in all_runs(groups):
         speeds = [v for _, v in run.series("train", "tokens_per_second") if math.isfinite(v)]
@@ -70,33 +70,33 @@ def run_table(groups: Sequence[Group]) -> Table:
             status += f": {divergence_text(divergence)}"
         if skipped := run.facts.get("skipped_steps"):
             status += f", {len(skipped)} non-finite steps skipped (first: {skipped[0]['step']})"
-        perplexity = decimals(run.perplexity) if run.status == "finished" else "-"
+        score = decimals(run.score) if run.status == "finished" else "-"
         time = duration(run.facts.get("wall_seconds") or math.nan)
         speed = f"{statistics.median(speeds):,.0f}" if speeds else "-"
         parameters = f"{run.facts['model']['parameters']:,}" if run.facts.get("model") else "-"
         counts = (f"{run.steps_done:,}", f"{run.tokens_seen:,}", time, speed)
-        rows.append((run.place, run.label, status, perplexity, *counts, run.spec["train"]["precision"], parameters))
-    titles = ("Run", "Variant", "Status", "Perplexity", "Steps", "Tokens", "Time", "Tokens per second")
-    titles += ("Precision", "Parameters")
+        rows.append((run.place, run.label, status, score, *counts, run.spec["train"]["precision"], parameters))
+    titles = ("Run", "Variant", "Status", score_of(groups).name.capitalize(), "Steps", "Tokens", "Time")
+    titles += ("Tokens per second", "Precision", "Parameters")
     return Table("runs", "Runs", titles, rows, words=("Variant", "Status", "Precision"))
 
 
 def slope_table(groups: Sequence[Group]) -> Table:
-    """Slope below 0 against perplexity and non-finite values, for fixed and learnable slopes.
+    """Slope below 0 against the score and non-finite values, for fixed and learnable slopes.
 
     Empty unless a run has a leaky ReLU or learns a slope; then also of ReLU (slope 0) and the identity (slope 1).
     """
     is_shown = any(_has_leaky_relu(run) for run in all_runs(groups))
     rows = sorted(_slope_row(group) for group in groups if is_shown and group.runs and _has_slope(group.runs[0]))
-    titles = ("Variant", "Slope at the start", "Slope at the end", "Gone to zero", "Perplexity", "Seeds")
-    titles += ("First non-finite step", "Non-finite rows")
+    titles = ("Variant", "Slope at the start", "Slope at the end", "Gone to zero", score_of(groups).name.capitalize())
+    titles += ("Seeds", "First non-finite step", "Non-finite rows")
     notes = [
         "Slope 0 is ReLU and slope 1 the identity. Non-finite rows: attention rows with NaN or infinity, "
         "summed over layers, heads and probes of all seeds.",
         f"Gone to zero: every learnable slope ends within {verdicts.SLOPE_NEAR_ZERO} of 0 or, if it began that close, "
         "closer to 0 than it began.",
     ]
-    caption = "Slope below zero, perplexity and non-finite values"
+    caption = f"Slope below zero, {score_of(groups).name} and non-finite values"
     cells = [row for _, row in rows]
     return Table("slopes", caption, titles, cells, notes, words=("Slope at the end", "Gone to zero"))
 
@@ -113,9 +113,9 @@ def _slope_row(group: Group) -> tuple[float, tuple[str, ...]]:
         gone_to_zero = ", ".join(answers)
     nonfinite_steps = [step for run in group.runs if (step := _first_nonfinite_step(run)) is not None]
     counts = [np.sum(rows_LH) for run in group.runs for _, rows_LH in run.series("probe", "nonfinite_rows")]
-    perplexity = summarise(list(group.perplexities.values()))
+    score = summarise(list(group.scores.values()))
     start = ", ".join(f"{value:g}" for value in sorted(starts))
-    cells = (start, ends, gone_to_zero, perplexity.text(), str(perplexity.n), str(min(nonfinite_steps, default="-")))
+    cells = (start, ends, gone_to_zero, score.text(), str(score.n), str(min(nonfinite_steps, default="-")))
     return math.inf if fixed is None else fixed, (group.name, *cells, f"{int(sum(counts)):,}")
 
 

@@ -1,0 +1,187 @@
+"""Images with a class each, from Fashion-MNIST or from folders, as rows of bytes in a corpus folder.
+
+Shapes: N images, C channels, P pixels on each side, B = C P P + 2 bytes of a row: the pixels, by channel and line, then
+the number of the class, its high byte first.
+"""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections import Counter
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+
+from normfree.data.packing import BLOCKS_AT_ONCE, unigram_perplexity
+from normfree.data.sources import HOLD_OUT_EVERY, Split
+from normfree.files import fingerprint, sha256_bytes, sha256_file
+from normfree.spec.run import DataSpec
+
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+"""Where Debian's package dataset-fashion-mnist has it."""
+_FILES: dict[Split, str] = {"train": "train", "validation": "t10k"}
+_CHANNELS = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB"}
+"""Modes of Pillow that are read, and what they become."""
+
+
+class FashionMnist:
+    """Fashion-MNIST (arXiv 1708.07747): four gzipped IDX files, 60,000 images to train on and 10,000 held out.
+
+    Raises ValueError, with the package that has them, if the files are not there.
+    """
+
+    classes = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot"]
+
+    def __init__(self, spec: DataSpec) -> None:
+        folder = Path(spec.paths[0]).expanduser() if spec.paths else FASHION_MNIST
+        kinds = ("images-idx3", "labels-idx1")
+        self._files = {split: [folder / f"{name}-{kind}-ubyte.gz" for kind in kinds] for split, name in _FILES.items()}
+        if missing := [file for files in self._files.values() for file in files if not file.is_file()]:
+            raise ValueError(
+                f"data=fashion_mnist: {missing[0]} is not there; `apt install dataset-fashion-mnist` has it, or give "
+                "data.paths=[FOLDER] with the four files"
+            )
+
+    @cached_property
+    def versions(self) -> dict[str, Any]:
+        """Hashes of the files of each split."""
+        return {split: fingerprint([*map(sha256_file, files)]) for split, files in self._files.items()}
+
+    def read(self, split: Split, dropped: Counter[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(N, C, P, P) images and (N,) classes in their published order. Raises ValueError for a damaged file."""
+        images, labels = self._files[split]
+        pixels_NPP, labels_N = _read_idx(images, 3), _read_idx(labels, 1)
+        if len(pixels_NPP) != len(labels_N) or labels_N.max(initial=0) >= len(self.classes):
+            raise ValueError(f"{labels} does not fit {images}: install them again")
+        return pixels_NPP[:, None], labels_N
+
+
+def _read_idx(path: Path, axes: int) -> np.ndarray:
+    """The bytes of an IDX file: 0, 0, 8 for bytes, the number of axes, then each length in four bytes."""
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read ({error}): install it again") from None
+    start = 4 + 4 * axes
+    lengths = np.frombuffer(content[4:start], ">u4").tolist()
+    if content[:4] != bytes([0, 0, 8, axes]) or len(content) - start != np.prod(lengths, dtype=np.int64):
+        raise ValueError(f"{path} is no IDX file of {axes} axes of bytes: install it again")
+    return np.frombuffer(content, np.uint8, offset=start).reshape(lengths)
+
+
+class ImageFolders:
+    """Folders with a subfolder of images for each class, whose name is the class.
+
+    Images are ordered by content hash and seed, and each counts once. Without validation paths every twentieth is held
+    out. Raises ValueError for folders without classes, and images of several sizes or with several numbers of channels.
+    """
+
+    def __init__(self, spec: DataSpec) -> None:
+        self._spec, self._found = spec, 0
+        train = self._labelled("data.paths", spec.paths)
+        self.classes = sorted({name for name, _ in train.values()})
+        if len(self.classes) < 2:
+            raise ValueError(f"data.paths has only the class {self.classes[0]!r}: give a subfolder for each class")
+        validation = self._labelled("data.validation_paths", spec.validation_paths) if spec.validation_paths else {}
+        if unknown := {name for name, _ in validation.values()} - {*self.classes}:
+            raise ValueError(f"data.validation_paths has the class {min(unknown)!r}, which data.paths has not")
+        hashes = sorted(train, key=lambda sha256: sha256_bytes(f"{spec.shuffle_seed}:{sha256}".encode()))
+        validation = validation or {sha256: train[sha256] for sha256 in hashes[HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY]}
+        chosen = [train[sha256] for sha256 in hashes if sha256 not in validation]
+        held_out = [validation[sha256] for sha256 in sorted(validation)]
+        self._of_split: dict[Split, list[tuple[str, Path]]] = {"train": chosen, "validation": held_out}
+        if not all(self._of_split.values()):
+            raise ValueError(f"data=images: {len(train)} images are too few: give more, or data.validation_paths")
+
+    def _labelled(self, key: str, places: tuple[str, ...]) -> dict[str, tuple[str, Path]]:
+        """The class and file of each image, by the sha256 of the file."""
+        from PIL.Image import registered_extensions
+
+        endings, labelled = registered_extensions(), {}
+        for folder in (Path(place).expanduser() for place in places):
+            paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings)
+            if not paths:
+                raise ValueError(f"{key}: {folder} holds no image; give one with a subfolder of images for each class")
+            if unlabelled := [path for path in paths if path.parent == folder]:
+                raise ValueError(f"{key}: {unlabelled[0]} has no class; put it into a subfolder of its class's name")
+            self._found += len(paths)
+            labelled |= {sha256_file(path): (path.relative_to(folder).parts[0], path) for path in paths}
+        return labelled
+
+    @cached_property
+    def versions(self) -> dict[str, Any]:
+        """Hashes of classes and files of each split, in their order."""
+        return {
+            split: fingerprint([[name, sha256_file(path)] for name, path in files])
+            for split, files in self._of_split.items()
+        }
+
+    def read(self, split: Split, dropped: Counter[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(N, C, P, P) images and (N,) classes. Raises ValueError for what is no image, or of another shape."""
+        if split == "train":
+            dropped["duplicate"] = self._found - sum(map(len, self._of_split.values()))
+        first = self._of_split["train"][0][1]
+        shape = _read_image(first).shape
+        most = {"train": self._spec.train_documents, "validation": self._spec.validation_documents}[split]
+        pixels, labels = [], []
+        for name, path in islice(self._of_split[split], most):
+            pixels.append(_read_image(path))
+            labels.append(self.classes.index(name))
+            if pixels[-1].shape != shape:
+                ours, theirs = (f"{c} channel(s) of {h} x {w}" for c, h, w in (pixels[-1].shape, shape))
+                raise ValueError(f"{path} has {ours} pixels, but {first} {theirs}: give images of one size and kind")
+        return np.stack(pixels), np.array(labels)
+
+
+def _read_image(path: Path) -> np.ndarray:
+    """(C, height, width) bytes."""
+    from PIL.Image import open as decode_image
+
+    try:
+        with decode_image(path) as image:
+            if image.mode not in _CHANNELS:
+                raise ValueError(f"{path} is an image of mode {image.mode}; allowed: {', '.join(_CHANNELS)}")
+            return np.moveaxis(np.atleast_3d(np.asarray(image.convert(_CHANNELS[image.mode]))), 2, 0)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as an image ({error})") from None
+
+
+def write_images(spec: DataSpec, source: FashionMnist | ImageFolders, folder: Path) -> dict[str, Any]:
+    """Write train.arrow, validation.arrow and the image processor; returns the facts of the corpus."""
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    facts: dict[str, Any] = {"source": spec.source, "versions": source.versions, "dropped": {}}
+    counts_K, hashes, channels, size = {}, {}, 0, 0
+    limits: dict[Split, int | None] = {"train": spec.train_documents, "validation": spec.validation_documents}
+    for split, most in limits.items():
+        dropped: Counter[str] = Counter()
+        pixels_NCPP, labels_N = (part[:most] for part in source.read(split, dropped))
+        _, channels, size, width = pixels_NCPP.shape
+        if size != width:
+            raise ValueError(f"data={spec.source} has images of {size} x {width} pixels; only squares are read")
+        class_N2 = labels_N.astype(">u2")[:, None].view(np.uint8)
+        rows_NB = np.concatenate([pixels_NCPP.reshape(len(labels_N), -1), class_N2], axis=1)
+        table = pyarrow.table({"input_ids": pyarrow.FixedSizeListArray.from_arrays(rows_NB.ravel(), rows_NB.shape[1])})
+        path = str(folder / f"{split}.arrow")
+        with pyarrow.OSFile(path, "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table, max_chunksize=BLOCKS_AT_ONCE)
+        hashes[split], facts["dropped"][split] = sha256_bytes(rows_NB.tobytes()), dict(+dropped)
+        counts_K[split] = np.bincount(labels_N, minlength=len(source.classes))
+        facts[f"{split}_blocks"] = facts[f"{split}_documents"] = len(rows_NB)
+    normal = {"image_mean": [0.5] * channels, "image_std": [0.5] * channels}
+    ViTImageProcessorPil(size={"height": size, "width": size}, **normal).save_pretrained(folder)
+    facts |= {"image_size": size, "num_channels": channels, "classes": list(source.classes)}
+    return facts | {
+        "fingerprint": fingerprint([1, size, channels, facts["classes"], hashes]),
+        "vocab_size": len(source.classes),
+        "unigram_perplexity": unigram_perplexity(counts_K["train"], counts_K["validation"]),
+        "majority_accuracy": float(counts_K["validation"][counts_K["train"].argmax()] / facts["validation_blocks"]),
+    }
+
+
+IMAGE_SOURCES = {"fashion_mnist": FashionMnist, "images": ImageFolders}

@@ -1,0 +1,104 @@
+"""FAMILIES: what each family of models reads, the headline of its runs, and the highest entropy of its heads.
+
+The same names choose the model in `normfree.model.HEADS` and its first layer in `normfree.model.embeddings`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """The headline of a run: a number of its evaluation after training."""
+
+    name: str
+    """Its key in the evaluation, and its quantity."""
+    axis: str
+    """Its name on the axis of a figure."""
+    better: str
+    """`higher` or `lower`."""
+    scale: float
+    """What it is multiplied by where it is shown: 100 shows a share in percent."""
+    unit: str
+    """Of a difference: `%`, as a share of the score, or percentage `points`."""
+    beside: tuple[str, str]
+    """Another number of the evaluation for its table, and that number's title."""
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.better == "higher"
+
+    @property
+    def relative(self) -> bool:
+        """True if differences are shares of the score."""
+        return self.unit == "%"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What tells the runs of a family from those of others. No torch needed."""
+
+    sources: tuple[str, ...]
+    """Names of `data` that it reads."""
+    score: Score
+    measures: tuple[str, ...]
+    """Measured on the held-out data while training; the score is among their quantities."""
+    causal: bool
+    """True if a token sees those before it only."""
+    ceiling: Callable[[int], float]
+    """Entropy in nats of a head that attends evenly to all that it sees, by the number of tokens."""
+    corpus: str
+    """The corpus in words, of its facts."""
+
+
+FAMILIES = {
+    "decoder": Family(
+        sources=("installed", "codeparrot", "hub", "files"),
+        score=Score(
+            name="perplexity",
+            axis="validation perplexity",
+            better="lower",
+            scale=1.0,
+            unit="%",
+            beside=("bits_per_byte", "Bits per byte"),
+        ),
+        measures=("perplexity",),
+        causal=True,
+        ceiling=lambda tokens: math.lgamma(tokens + 1) / tokens,
+        corpus="source {source}, blocks of {context} tokens, vocabulary {vocab_size:,}, {train_tokens:,} tokens to "
+        "train on, {validation_tokens:,} held-out tokens, unigram perplexity {unigram_perplexity:.1f}, fingerprint "
+        "{fingerprint:.12}",
+    ),
+    "vision": Family(
+        sources=("fashion_mnist", "images"),
+        score=Score(
+            name="accuracy",
+            axis="accuracy on held-out images (%)",
+            better="higher",
+            scale=100.0,
+            unit="points",
+            beside=("loss_nats", "Loss (nats)"),
+        ),
+        measures=("perplexity", "accuracy"),
+        causal=False,
+        ceiling=math.log,
+        corpus="source {source}, images of {image_size} x {image_size} pixels with {num_channels} channel(s), "
+        "{vocab_size:,} classes, {train_blocks:,} images to train on, {validation_blocks:,} held-out images, "
+        "fingerprint {fingerprint:.12}",
+    ),
+}
+
+
+def family_of(spec: Mapping[str, Any]) -> Family:
+    """The family of a run by its spec, as run.json has it; older records are decoders."""
+    return FAMILIES[spec["model"].get("family", "decoder")]
+
+
+def image_tokens(model: Mapping[str, Any]) -> int:
+    """Tokens of an image by the fields of a vision model: its patches, and the class token."""
+    patches = (model.get("image_size", 28) // model.get("patch_size", 4)) ** 2
+    return patches + (model.get("pooling", "class_token") == "class_token")

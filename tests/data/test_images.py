@@ -1,0 +1,116 @@
+"""Images as corpora: what a model reads of them, what is held out, and what is refused."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from normfree.data import Corpus, ImageCorpus, prepare, prepared
+from normfree.model import HEADS
+from normfree.pretrained.inputs import read_images
+from normfree.spec.compose import compose_run
+from normfree.spec.run import DataSpec
+from tests.images import SIZE, draw_digits, write_digits
+
+
+def prepare_folder(folder: Path, cache: Path, **fields: Any) -> Corpus:
+    return prepare(DataSpec(source="images", paths=(str(folder),), **fields), cache=cache, progress=False)
+
+
+def held_out(corpus: Corpus) -> dict[str, torch.Tensor]:
+    kind = HEADS["vision"]
+    config = kind.config_class(image_size=SIZE, hidden_size=16, num_attention_heads=2, num_hidden_layers=1)
+    return kind(config).batch_of(torch.from_numpy(corpus.held_out_ids()))
+
+
+def test_a_model_reads_what_its_processor_makes_of_files(tmp_path: Path) -> None:
+    corpus = prepare_folder(write_digits(tmp_path / "digits", 60), tmp_path / "cache")
+    files = read_images(tmp_path / "digits", corpus.processor(), 60, channels=1)["pixel_values"]
+    labels = [int(path.parent.name) for path in sorted((tmp_path / "digits").rglob("*.png"))]
+    for image, label in zip(*held_out(corpus).values(), strict=True):
+        distances = (files - image).abs().amax((1, 2, 3))
+        assert distances.min() < 1e-6
+        assert labels[distances.argmin()] == label
+
+
+def test_every_twentieth_image_is_held_out_wherever_it_lies(tmp_path: Path) -> None:
+    corpus = prepare_folder(write_digits(tmp_path / "digits", 60), tmp_path / "cache")
+    assert (len(corpus.train), len(corpus.validation)) == (57, 3)
+    shutil.copytree(tmp_path / "digits", tmp_path / "moved")
+    shutil.copy(tmp_path / "moved" / "1" / "1.png", tmp_path / "moved" / "1" / "again.png")
+    moved = prepare_folder(tmp_path / "moved", tmp_path / "other")
+    assert moved.fingerprint == corpus.fingerprint
+    assert moved.left_out("train") == "1 duplicate"
+    assert isinstance(prepared(corpus.facts(), cache=tmp_path / "cache"), ImageCorpus)
+    assert "4 classes, 57 images to train on, 3 held-out images" in corpus.describe()
+
+
+def test_fashion_mnist_is_read_from_its_four_files(tmp_path: Path) -> None:
+    splits = {"train": draw_digits(20), "t10k": draw_digits(8, seed=1)}
+    for name, (pixels, labels) in splits.items():
+        for kind, array in (("images-idx3", pixels), ("labels-idx1", labels.astype(np.uint8))):
+            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+            (tmp_path / f"{name}-{kind}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
+    spec = DataSpec(source="fashion_mnist", paths=(str(tmp_path),), train_documents=12)
+    corpus = prepare(spec, cache=tmp_path, progress=False)
+    batch = held_out(corpus)
+    assert len(corpus.train) == 12
+    np.testing.assert_allclose((batch["pixel_values"][:, 0].numpy() + 1) * 127.5, splits["t10k"][0], atol=1e-4)
+    assert batch["labels"].tolist() == splits["t10k"][1].tolist()
+    broken = tmp_path / "t10k-labels-idx1-ubyte.gz"
+    broken.write_bytes(broken.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"t10k-labels-idx1-ubyte\.gz cannot be read"):
+        prepare(spec, cache=tmp_path / "other", progress=False)
+    broken.unlink()
+    with pytest.raises(ValueError, match="is not there; `apt install dataset-fashion-mnist` has it"):
+        prepare(spec, cache=tmp_path, progress=False)
+
+
+def draw(name: str, mode: str, height: int = SIZE) -> Callable[[Path], None]:
+    return lambda folder: Image.new(mode, (SIZE, height)).save(folder / name)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (draw("0/colour.png", "RGB"), "has [13] channel.* pixels, but .* [13] channel.*: give images of one size and"),
+        (draw("0/tall.png", "L", SIZE + 1), "channel.* pixels, but .*: give images of one size and kind"),
+        (draw("0.png", "L"), "0.png has no class; put it into a subfolder of its class's name"),
+        (draw("0/glass.png", "RGBA"), "glass.png is an image of mode RGBA; allowed: 1, L, P, RGB"),
+        (lambda folder: (folder / "0" / "0.png").write_text("no"), "0.png cannot be read as an image"),
+        (lambda folder: [shutil.rmtree(folder / name) for name in "123"], "has only the class '0'"),
+        (shutil.rmtree, "holds no image; give one with a subfolder of images for each class"),
+    ],
+)
+def test_images_that_make_no_corpus_are_refused(tmp_path: Path, damage: Any, message: str) -> None:
+    damage(write_digits(tmp_path / "digits", 40))
+    with pytest.raises(ValueError, match=message) as error:
+        prepare_folder(tmp_path / "digits", tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("data=files data.paths=[x]", "data=files is not read with model.family=vision: give data=fashion_mnist or"),
+        ("data=images", "data=images needs data.paths"),
+        ("data.tokenizer=gpt2", "data.tokenizer is not read with data=fashion_mnist"),
+        ("data.context=49", "data.context=49, but an image of this model has 50 tokens"),
+        ("train.objective=token_type", "train.objective=token_type reads text, and model.family=vision images"),
+        ("model.family=decoder", "data=fashion_mnist is not read with model.family=decoder"),
+        ("preset=cpu model.patch_size=7", "model.patch_size=7 is read with model.family=vision only"),
+        ("model.position=rotary", "position='rotary' is for family='decoder'"),
+    ],
+)
+def test_a_run_of_another_family_is_refused(words: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compose_run(["preset=fashion-vit", *words.split()])
+    assert compose_run(["preset=fashion-vit", "model.patch_size=7", "model.pooling=mean"]).spec.data.context == 16

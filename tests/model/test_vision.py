@@ -1,0 +1,113 @@
+"""The family vision: ViT's logits, patches that all see each other, and saving."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+
+from normfree import measure
+from normfree.model import HEADS
+from normfree.model.conversion import convert
+from tests.small_model import CHOICES
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 12, "num_channels": 3}
+PIXELS = torch.linspace(-1, 1, 2 * 3 * 12 * 12).view(2, 3, 12, 12)
+ELSEWHERE = """
+import sys
+sys.modules["normfree"] = None  # any import of it fails
+import torch, transformers
+model = transformers.AutoModelForImageClassification.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules.")
+torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[2])
+"""
+
+
+def with_noise(model: Any) -> Any:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return model.eval()
+
+
+def build(**fields: Any) -> Any:
+    torch.manual_seed(0)
+    kind = HEADS["vision"]
+    return with_noise(kind._from_config(kind.config_class(**SIZES | fields, num_labels=5)))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_a_vit_of_transformers_has_equal_logits(activation: str, tmp_path) -> None:
+    config = ViTConfig(**SIZES, intermediate_size=48, patch_size=4, hidden_act=activation, id2label={0: "a", 1: "b"})
+    theirs = with_noise(ViTForImageClassification(config))
+    ours = convert(theirs)
+    torch.testing.assert_close(ours(PIXELS).logits, theirs(PIXELS).logits, atol=1e-5, rtol=0)
+    assert ours.config.id2label == config.id2label
+    ours.save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(loaded(PIXELS).logits, ours(PIXELS).logits)
+
+
+@pytest.mark.parametrize("pooling", ["class_token", "mean"])
+def test_classes_are_read_from_a_token_or_the_mean(pooling: str) -> None:
+    model = build(pooling=pooling)
+    hidden_BTE = model.model(PIXELS).last_hidden_state
+    assert hidden_BTE.shape[1] == model.config.max_position_embeddings == 9 + (pooling == "class_token")
+    pooled_BE = hidden_BTE[:, 0] if pooling == "class_token" else hidden_BTE.mean(1)
+    assert torch.equal(model(PIXELS).logits, model.classifier(pooled_BE))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_entropies_are_those_of_weights_on_all_patches(attention: str) -> None:
+    model = build()
+    model.set_attn_implementation("eager")
+    weights_LBHTT = torch.stack(model(PIXELS, output_attentions=True).attentions).double()
+    assert (weights_LBHTT > 0).all()
+    truth_LH = -(weights_LBHTT * weights_LBHTT.log()).sum(-1).mean((1, 3))
+    model.set_attn_implementation(attention)
+    measured = measure(model, {"pixel_values": PIXELS}, "heads")
+    assert measured["ceiling_nats"] == pytest.approx(torch.tensor(10.0).log().item())
+    trained_LH = model.train()(PIXELS, entropy_layers=(0, 1, 2)).head_entropies
+    for entropies_LH in (torch.from_numpy(measured["entropy_nats"]), trained_LH.double()):
+        torch.testing.assert_close(entropies_LH, truth_LH, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("form", CHOICES)
+def test_every_parameter_of_every_choice_has_a_gradient(form: dict[str, Any], tmp_path) -> None:
+    decoders = ("rotary", "position", "taper", 8)  # what is refused below
+    model = build(**{name: value for name, value in form.items() if value not in decoders})
+    model(PIXELS, labels=torch.tensor([0, 4])).loss.backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(loaded(PIXELS).logits, model(PIXELS).logits)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"position": "rotary"}, "position='rotary' is for family='decoder', and this is 'vision'"),
+        ({"attention_temperature": "position"}, "attention_temperature='position' is for family='decoder'"),
+        ({"norm": "fake", "fake_start_step": 1}, "norm='fake' is for family='decoder'"),
+        ({"image_size": 13}, "image_size=13 must be a multiple of patch_size=4"),
+        ({"image_size": 8}, r"images of 3 x 12 x 12 .*, but the model reads 3 x 8 x 8"),
+    ],
+)
+def test_what_does_not_fit_images_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(**fields)(PIXELS)
+
+
+def test_a_saved_classifier_loads_where_normfree_is_missing(tmp_path) -> None:
+    model = build(norm="none")
+    model.save_pretrained(tmp_path / "saved")
+    torch.save(PIXELS, tmp_path / "tensor.pt")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-W", "error", "-c", ELSEWHERE, str(tmp_path / "saved"), str(tmp_path / "tensor.pt")]
+    subprocess.run(command, env=environment, cwd=tmp_path, check=True)
+    torch.testing.assert_close(torch.load(tmp_path / "tensor.pt"), model(PIXELS).logits)
