@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from normfree.analysis.groups import group_runs
-from normfree.report.sections import sections_of
 from normfree.report.summary import sentences
 from normfree.report.tables.results import claim_table, score_table
+from normfree.store.runs import read_run
 from tests.synthetic import write_run
 
 
@@ -117,11 +117,14 @@ def test_a_model_has_learned_if_it_beats_the_2_gram(tmp_path: Path) -> None:
         assert f"{verdict}: {ends}" in sentences(group_runs([run]))
 
 
-def test_perplexities_of_classifiers_are_not_compared(tmp_path: Path) -> None:
-    labels = ("SM+LN+G", "SM+LN+R", "SM+G", "SM+R")
-    of_classifiers = group_runs([write_run(tmp_path, label, train={"objective": "token_type"}) for label in labels])
-    assert len(of_classifiers) == 4
-    assert not any("perplexity" in sentence for sentence in sentences(of_classifiers))
-    shown = [section.name for section in sections_of(of_classifiers) if any(section.contents(of_classifiers))]
-    assert not {"perplexity", "claims", "tables", "private-inference"}.intersection(shown)
-    assert {"losses", "runs"} < set(shown)
+def test_classifiers_are_compared_by_accuracy() -> None:
+    folder = Path(__file__).parents[2] / "results/fine-tune"
+    groups = group_runs([read_run(run) for run in sorted(folder.glob("*-types-seed0"))])
+    said = sentences(groups)
+    relu, gelu = (100 * read_run(folder / f"sm-{name}-types-seed0").facts["final"]["accuracy"] for name in "rg")
+    direction = "above" if relu > gelu else "below"
+    assert f"ends {abs(relu - gelu):.1f} points {direction} GELU" in said[0]
+    assert f"in accuracy ({relu:.1f} against {gelu:.1f}, 1 seed)" in said[0]
+    yardsticks = {row[0]: row[1] for row in score_table(groups).rows[4:]}
+    assert yardsticks.keys() == {"Class of each token", "Majority"}
+    assert f"the class of each token has {float(yardsticks['Class of each token']):.1f}." in " ".join(said)

@@ -14,7 +14,6 @@ from normfree.analysis.seeds import Summary, compact, summarise
 from normfree.spec.families import FAMILIES, Score
 from normfree.spec.keys import describe_keys
 from normfree.spec.run import (
-    CLASSIFICATIONS,
     NOT_DECIDING,
     NOT_RECIPE_FIELDS,
     PLACES_OF_TEXT,
@@ -61,14 +60,9 @@ class Group:
         return self.members[0].kind == "run"
 
     @property
-    def is_scored(self) -> bool:
-        """False for a model that was only measured, and for one that was fine-tuned to classify text."""
-        return self.is_trained and self.members[0].spec["train"].get("objective") not in CLASSIFICATIONS
-
-    @property
     def score(self) -> Score:
-        """The headline of its family."""
-        return self.members[0].family.score
+        """The headline of its runs."""
+        return self.members[0].headline
 
     @cached_property
     def comparison_key(self) -> Hashable:
@@ -174,7 +168,7 @@ def parts_of(runs: Sequence[Run], *, mix: bool = False, baseline: str = "") -> l
 
 def score_of(groups: Sequence[Group]) -> Score:
     """The headline of the groups; that of decoders if there is no group."""
-    return next((group.score for group in groups if group.is_scored), FAMILIES["decoder"].score)
+    return next((group.score for group in groups if group.is_trained), FAMILIES["decoder"].score)
 
 
 def all_runs(groups: Sequence[Group]) -> list[Run]:

@@ -43,8 +43,8 @@ class Pair:
 
     @property
     def published(self) -> float | None:
-        """The paper's relative difference of perplexity; None for other families."""
-        if not self.ours.runs[0].family.causal:
+        """The paper's relative difference of perplexity; None for other scores."""
+        if not self.ours.score.relative:
             return None
         return published.relative_difference(published.counterpart(self.ours.runs[0].spec), *self.labels)
 

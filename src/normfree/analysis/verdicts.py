@@ -6,10 +6,9 @@ L layers, H heads, S slopes (one per layer that learns one, or a single shared o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
 
 import numpy as np
 
@@ -85,17 +84,22 @@ def claim_holds(difference: Difference, *, above: bool) -> bool | None:
     return True if low > 0 else False if high < 0 else None
 
 
-def yardsticks(corpus: Mapping[str, Any]) -> dict[str, float]:
-    """Scores of what only counts tokens or classes, from facts of a corpus; older records have the unigram alone."""
-    if "majority_accuracy" in corpus:
-        return {"Majority": 100 * corpus["majority_accuracy"]}
+_COUNTED = {"token_accuracy": "Class of each token", "majority_accuracy": "Majority"}
+
+
+def yardsticks(run: Run) -> dict[str, float]:
+    """Scores of what only counts tokens or classes, by title; older records have the unigram alone."""
+    corpus = run.facts["corpus"]
+    if run.headline.higher_is_better:
+        counted = {**corpus, **(run.facts.get("final") or {})}
+        return {title: 100 * counted[name] for name, title in _COUNTED.items() if name in counted}
     ngrams = {f"{order}-gram": value for order, value in corpus.get("ngram_perplexity", {}).items()}
     return {"Unigram": corpus["unigram_perplexity"], **ngrams}
 
 
 def bar_to_learn(run: Run) -> tuple[str, float]:
-    """The yardstick that a run must beat to have learned: the 2-gram, or the only one that was measured."""
-    known = yardsticks(run.facts["corpus"])
+    """The yardstick that a run must beat to have learned: the 2-gram, or the first."""
+    known = yardsticks(run)
     name = "2-gram" if "2-gram" in known else next(iter(known))
     return name.lower(), known[name]
 

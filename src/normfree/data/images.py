@@ -173,8 +173,8 @@ def write_images(spec: DataSpec, source: FashionMnist | ImageFolders, folder: Pa
         hashes[split], facts["dropped"][split] = sha256_bytes(rows_NB.tobytes()), dict(+dropped)
         counts_K[split] = np.bincount(labels_N, minlength=len(source.classes))
         facts[f"{split}_blocks"] = facts[f"{split}_documents"] = len(rows_NB)
-    normal = {"image_mean": [0.5] * channels, "image_std": [0.5] * channels}
-    ViTImageProcessorPil(size={"height": size, "width": size}, **normal).save_pretrained(folder)
+    mean, size_PP = [0.5] * channels, {"height": size, "width": size}
+    ViTImageProcessorPil(size=size_PP, image_mean=mean, image_std=mean).save_pretrained(folder)
     facts |= {"image_size": size, "num_channels": channels, "classes": list(source.classes)}
     return facts | {
         "fingerprint": fingerprint([1, size, channels, facts["classes"], hashes]),

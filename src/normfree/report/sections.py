@@ -43,14 +43,12 @@ class Section:
     """By the name of their files."""
     measurements: bool = False
     """Whether it includes models that were only measured, besides those trained here."""
-    scores: bool = False
-    """Whether it compares the headline of the runs, which its title names as {score}; fine-tuned ones have none."""
     folded: bool = True
 
     def contents(self, groups: Groups, prefix: str = "") -> tuple[list[PageFigure], list[Table]]:
         """Its figures, and its tables that have rows, without columns of dashes; names begin with the prefix."""
         if not self.measurements:
-            groups = [group for group in groups if (group.is_scored if self.scores else group.is_trained)]
+            groups = [group for group in groups if group.is_trained]
         figures = filter(None, (draw(groups) for draw in self.figures))
         tables = (without_empty_columns(make(groups)) for make in self.tables.values())
         return (
@@ -164,10 +162,10 @@ def _private_inference(groups: Groups) -> PageFigure | None:
 
 
 SECTIONS: tuple[Section, ...] = (
-    Section(name="{score}", title="Final {score}", menu="{Score}", figures=[_scores], scores=True, folded=False),
-    Section(name="claims", title="The paper's claims", menu="Claims", tables={"claims": results.claim_table},
-            scores=True, folded=False),
-    Section(name="tables", title="{Score} and differences in numbers", menu="Numbers", scores=True,
+    Section(name="{score}", title="Final {score}", menu="{Score}", figures=[_scores], folded=False),
+    Section(name="claims", title="The paper's claims", menu="Claims",
+            tables={"claims": results.claim_table}, folded=False),
+    Section(name="tables", title="{Score} and differences in numbers", menu="Numbers",
             tables={"perplexity": results.score_table, "differences": results.difference_table,
                     "gap": results.gap_table}),
     Section(name="published", title="The paper's heads beside ours", menu="Beside the paper", figures=[_published]),
@@ -180,7 +178,7 @@ SECTIONS: tuple[Section, ...] = (
     Section(name="losses", title="Loss", figures=[_losses]),
     Section(name="nonfinite", title="Non-finite attention rows", menu="Non-finite", figures=[_nonfinite]),
     Section(name="private-inference", title="Perplexity against communication in private inference",
-            menu="Private inference", figures=[_private_inference], scores=True,
+            menu="Private inference", figures=[_private_inference],
             tables={"perplexity-communication": cost.trade_off_table}),
     Section(name="slopes", title="Slopes below zero", menu="Slopes", figures=[_slopes],
             tables={"slopes": runs.slope_table}),

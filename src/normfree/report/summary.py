@@ -20,7 +20,7 @@ _LISTED = 8
 
 def question(groups: Sequence[Group]) -> str:
     """The question that the first sentence answers."""
-    if not any(group.is_scored for group in groups):
+    if not any(group.is_trained for group in groups):
         has_heads = any(trained_heads(run) for run in all_runs(groups))
         return "Which heads attend evenly, and which to single tokens?" if has_heads else "What does each layer do?"
     if any(group.is_baseline for group in groups):
@@ -38,7 +38,7 @@ def sentences(groups: Sequence[Group]) -> list[str]:
     if any(measured for of_group in heads.values() for measured in of_group):
         findings += [_near_uniform(heads, ceiling_words(all_runs(groups))), _overloaded(heads)]
     if trained := [group for group in groups if group.is_trained]:
-        learned = _learned([group for group in trained if group.is_scored])
+        learned = _learned(trained)
         findings.insert(0 if LEARNED_WORDS[None] in learned else len(findings), learned)
         findings += [*map(_diverged, trained), _one_seed(trained), *_unfinished(trained)]
     return [sentence for sentence in findings if sentence]
@@ -46,7 +46,7 @@ def sentences(groups: Sequence[Group]) -> list[str]:
 
 def _compared(groups: Sequence[Group]) -> list[Pair]:
     """Pairs with a sentence: ReLU against GELU, or each variant against the baseline, or the first other pairs."""
-    trained = [group for group in groups if group.is_scored]
+    trained = [group for group in groups if group.is_trained]
     pairs = sorted(all_pairs(trained), key=lambda pair: -len(pair.seeds))
     gelu = [pair for pair in pairs if _is_relu_against_gelu(pair)]
     if gelu and not any(group.is_baseline for group in trained):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -55,6 +55,20 @@ class Family:
     """The corpus in words, of its facts."""
 
 
+_ACCURACY = Score(
+    name="accuracy",
+    axis="accuracy on held-out images (%)",
+    better="higher",
+    scale=100.0,
+    unit="points",
+    beside=("loss_nats", "Loss (nats)"),
+)
+CLASSIFICATIONS = {
+    "syntax_error": ("SequenceClassification", "text-classification"),
+    "token_type": ("TokenClassification", "token-classification"),
+}
+"""Objectives that train a classification head; the end of its Auto class, and the hub's name of that."""
+
 FAMILIES = {
     "decoder": Family(
         sources=("installed", "codeparrot", "hub", "files"),
@@ -75,14 +89,7 @@ FAMILIES = {
     ),
     "vision": Family(
         sources=("fashion_mnist", "images"),
-        score=Score(
-            name="accuracy",
-            axis="accuracy on held-out images (%)",
-            better="higher",
-            scale=100.0,
-            unit="points",
-            beside=("loss_nats", "Loss (nats)"),
-        ),
+        score=_ACCURACY,
         measures=("perplexity", "accuracy"),
         causal=False,
         ceiling=math.log,
@@ -96,6 +103,13 @@ FAMILIES = {
 def family_of(spec: Mapping[str, Any]) -> Family:
     """The family of a run by its spec, as run.json has it; older records are decoders."""
     return FAMILIES[spec["model"].get("family", "decoder")]
+
+
+def score_of(spec: Mapping[str, Any]) -> Score:
+    """The headline of a run by its spec: that of its family, or the accuracy of a run that classifies text."""
+    if spec["train"].get("objective") in CLASSIFICATIONS:
+        return replace(_ACCURACY, axis="accuracy on held-out texts (%)", beside=("bits_per_byte", "Bits per byte"))
+    return family_of(spec).score
 
 
 def image_tokens(model: Mapping[str, Any]) -> int:

@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import to_jsonable_python
 
 from normfree.files import fingerprint
-from normfree.spec.families import FAMILIES
+from normfree.spec.families import CLASSIFICATIONS, FAMILIES
 from normfree.spec.keys import build, nearest
 
 Count = Annotated[int, Field(gt=0)]
@@ -45,11 +45,6 @@ VARIANT_FIELDS = (
 )
 # Names, and the seeds: other weights and another order of the data are replicates of one recipe.
 NOT_RECIPE_FIELDS = ("study", "variant", "label", "tag", "seed", "data_seed", "start", "start_sha256")
-CLASSIFICATIONS = {
-    "syntax_error": ("SequenceClassification", "text-classification"),
-    "token_type": ("TokenClassification", "token-classification"),
-}
-"""Objectives that train a classification head; the end of its Auto class, and the hub's name of that."""
 # Where the text lies: what it is, the fingerprint of its corpus says.
 PLACES_OF_TEXT = ("data.paths", "data.validation_paths")
 # How a run is watched, placed and cut into passes: its numbers depend on these by rounding and dropout masks only.

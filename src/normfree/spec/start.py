@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from normfree.files import describe_files, fingerprint
-from normfree.spec.run import CLASSIFICATIONS
+from normfree.spec.families import CLASSIFICATIONS
 
 MAY_CHANGE = ("embedding_dropout", "attention_dropout", "residual_dropout", "use_cache", "max_position_embeddings")
 MAY_CHANGE += (

@@ -21,7 +21,7 @@ def progress_line(run: Run, *, width: int = 0) -> str:
     state, step, steps = run.state, run.steps_done, run.facts["steps"]
     parts = [f"{run.place:<{width}}  {state:<11}  step {step:>6} of {steps}"]
     if state == "finished":
-        return f"{parts[0]}  {run.family.score.name} {run.score:.2f}"
+        return f"{parts[0]}  {run.headline.name} {run.score:.2f}"
     if (loss := run.last("train", "loss")) is not None:
         parts.append(f"loss {loss:.3f} nats")
     if state == "running":

@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 
 from normfree.files import describe_files, is_locked, sync, write_atomically
-from normfree.spec.families import Family, family_of
+from normfree.spec.families import Family, Score, family_of, score_of
 from normfree.spec.run import recipe_of
 from normfree.store.quantities import QUANTITIES, Quantity, read_description
 
@@ -80,7 +80,7 @@ class Run:
         return str(self.folder)
 
     def __repr__(self) -> str:
-        score = f"{self.family.score.name} {self.score:.2f}"
+        score = f"{self.headline.name} {self.score:.2f}"
         result = score if self.status == "finished" else f"step {self.steps_done}"
         return f"Run {self.folder}: {self.label}, seed {self.seed}, {self.status}, {result}"
 
@@ -154,9 +154,14 @@ class Run:
         return family_of(self.spec)
 
     @property
+    def headline(self) -> Score:
+        """What its final evaluation is about."""
+        return score_of(self.spec)
+
+    @property
     def score(self) -> float:
-        """Final headline of its family: perplexity, or accuracy in percent; NaN unless the run finished."""
-        final, score = self.facts.get("final"), self.family.score
+        """Final headline: perplexity, or accuracy in percent; NaN unless the run finished."""
+        final, score = self.facts.get("final"), self.headline
         return score.scale * final[score.name] if self.status == "finished" and final else math.nan
 
     @cached_property

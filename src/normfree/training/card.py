@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from normfree.analysis.entropy import final_heads, top_quarter_share
-from normfree.spec.run import CLASSIFICATIONS
+from normfree.spec.families import CLASSIFICATIONS
 from normfree.store.runs import Run
 
 _SOURCES = {"installed": "Python code of the packages on one machine", "files": "text files of the user"}

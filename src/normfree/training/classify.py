@@ -16,7 +16,8 @@ from normfree.files import fingerprint
 from normfree.measures.held_out import in_evaluation_mode
 from normfree.model import classification
 from normfree.model.modeling import NormFreePreTrainedModel
-from normfree.spec.run import CLASSIFICATIONS, RunSpec
+from normfree.spec.families import CLASSIFICATIONS
+from normfree.spec.run import RunSpec
 from normfree.tasks.functions import functions_of
 from normfree.tasks.labels import Labelled, labelled_texts, right_labels, usual_labels
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from normfree.model import NormFreeConfig
-from normfree.spec.families import FAMILIES
-from normfree.spec.run import CLASSIFICATIONS, RunSpec
+from normfree.spec.families import CLASSIFICATIONS, FAMILIES
+from normfree.spec.run import RunSpec
 from normfree.store.runs import DamagedRunError, Run, find_runs
 
 BAND = 0.2

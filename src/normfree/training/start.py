@@ -14,7 +14,8 @@ from normfree.model import HEADS, NormFreeConfig
 from normfree.model.classification import Classifier
 from normfree.model.conversion import convert
 from normfree.model.modeling import NormFreePreTrainedModel
-from normfree.spec.run import CLASSIFICATIONS, RunSpec
+from normfree.spec.families import CLASSIFICATIONS
+from normfree.spec.run import RunSpec
 from normfree.spec.start import read_start
 from normfree.tasks.labels import CLASSES
 

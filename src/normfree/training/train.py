@@ -31,7 +31,8 @@ from normfree.model import NormFreeConfig, NormFreeForCausalLM
 from normfree.model.classification import Classifier
 from normfree.model.folding import FOLDABLE, fold_norms, obstacle_to_folding
 from normfree.model.modeling import NormFreePreTrainedModel
-from normfree.spec.run import CLASSIFICATIONS, RunSpec
+from normfree.spec.families import CLASSIFICATIONS
+from normfree.spec.run import RunSpec
 from normfree.store import checkpoints
 from normfree.store.runs import read_run
 from normfree.store.tasks import write_tasks
@@ -210,7 +211,8 @@ def _finish(record: Record, model: NormFreePreTrainedModel, trainer: NormFreeTra
         if isinstance(corpus, LabelledCorpus) and isinstance(whole_model, Classifier):
             right = corpus.accuracy(whole_model)
             write_tasks(record.folder, {spec.train.objective: right})
-            final["accuracy"] = sum(right["values"]["model"]) / sum(right["sizes"])
+            for who, name in (("model", "accuracy"), ("majority", "majority_accuracy"), ("unigram", "token_accuracy")):
+                final[name] = sum(right["values"][who]) / sum(right["sizes"])
             saved = corpus.saved(whole_model)
         card = model_card(read_run(record.folder), final)
         _save_model(saved, corpus, card, record.folder / "model")

@@ -40,10 +40,10 @@ def score_table(groups: Sequence[Group]) -> Table:
         beside = summarise([(run.facts.get("final") or {}).get(score.beside[0], math.nan) for run in group.runs])
         change = _against_baseline(group, baseline, groups)
         rows.append((group.name, summary.text(), str(summary.n), change, beside.text(3), *paper.get(group.name, "--")))
-    corpora = {run.corpus: run.facts["corpus"] for group in with_runs for run in group.runs}
-    for fingerprint, corpus in sorted(corpora.items()):
+    corpora = {run.corpus: run for group in with_runs for run in group.runs}
+    for fingerprint, run in sorted(corpora.items()):
         more = "" if len(corpora) == 1 else f" (corpus {fingerprint[:12]})"
-        rows += [(f"{name}{more}", f"{value:.2f}", *"-----") for name, value in yardsticks(corpus).items()]
+        rows += [(f"{name}{more}", f"{value:.2f}", *"-----") for name, value in yardsticks(run).items()]
     what = score.axis[0].upper() + score.axis[1:]
     caption = f"{what} after training: mean and sample standard deviation over seeds, {score.better} is better"
     notes = _score_notes(groups, baseline, has_paper=bool(paper))
@@ -93,8 +93,8 @@ def claim_table(groups: Sequence[Group]) -> Table:
         "number of seeds was fixed in advance, and for its own claim: one in twenty misses a true 0.",
         f"Share of heads: those at or above 3/4 of the {ceiling}; the difference is in percentage points.",
     ]
-    if ceiling == "ceiling":
-        notes.append("The paper's claims are about perplexities of decoders; here they are put to another family.")
+    if not score.relative:
+        notes.append("The paper's claims are about perplexities of decoders; here they are put to accuracies.")
     return Table("claims", "The paper's claims at this scale", titles, rows, notes, words=titles[:4])
 
 
@@ -173,7 +173,7 @@ def percent(share: float | None, unit: str = "%") -> str:
 def _changes_in_paper(groups: Sequence[Group], baseline: str) -> dict[str, tuple[str, str]]:
     """The paper's change and its model by group; empty if the paper has none of them, or one of them twice."""
     models = {group.name: published.counterpart(group.members[0].spec) for group in groups}
-    in_paper = [g for g in groups if g.label in published.PERPLEXITY[models[g.name]] and g.runs[0].family.causal]
+    in_paper = [g for g in groups if g.label in published.PERPLEXITY[models[g.name]] and g.score.relative]
     if len({(models[group.name], group.label) for group in in_paper}) < len(in_paper):
         return {}
     changes = {g.name: published.relative_difference(models[g.name], g.label, baseline) for g in in_paper}
@@ -193,10 +193,12 @@ def _against_baseline(group: Group, baseline: str, groups: Sequence[Group]) -> s
 def _score_notes(groups: Sequence[Group], baseline: str, *, has_paper: bool) -> list[str]:
     runs = [run for group in groups for run in group.runs]
     notes = ["Unigram and n-grams: counted on the training text; a model has learned if it beats the 2-gram."]
-    if not any("2-gram" in yardsticks(run.facts["corpus"]) for run in runs):
+    if not any("2-gram" in yardsticks(run) for run in runs):
         notes = ["Unigram: the perplexity of token frequencies alone, which any model has to beat."]
     if score_of(groups).higher_is_better:
-        notes = ["Majority: the share of the most frequent class of the training, which any model has to beat."]
+        notes = ["Majority: the most frequent class of the training for all, which any model has to beat."]
+        if any("token_accuracy" in (run.facts.get("final") or {}) for run in runs):
+            notes[0] += " Class of each token: the most frequent one of this token in the training."
     if any(group.label == baseline and group.runs for group in groups):
         notes.append(f"Against {baseline}: the mean over seeds that both variants have; n is shown if these are fewer.")
     if several := [group.name for group in groups if group.runs and len(counterparts(group, baseline, groups)) > 1]:
