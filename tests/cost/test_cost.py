@@ -177,7 +177,7 @@ def test_every_activation_and_norm_of_the_model_has_a_price() -> None:
     assert {*NORMFREE_ACTIVATIONS, "leaky_relu"} == {*ACTIVATIONS, "silu"}
     assert {*NORMFREE_NORMS, "taper", "fake"} == set(NORMS)  # whether it has tapered off, a config does not say
     for name, free in NORMFREE_FREE.items():
-        assert set(free) <= set(TABLES.get(name, ("none", "learned")))
+        assert set(free) <= set(TABLES.get(name, ("none", "learned", "decoder")))
     for protocol, name in ((p, n) for p in load_constants()["protocols"] for n in ACTIVATIONS):
         assert of_config(small(activation=name), context=16, protocol=protocol).rounds > 0
 

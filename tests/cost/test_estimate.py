@@ -20,18 +20,17 @@ from normfree.cost.estimate import (
     LONGEST_WRITTEN_OUT,
     LOSS_LOGITS,
     LOSS_ROWS,
-    NORM_KEEPS,
-    NORM_PARAMETERS,
+    NORMS,
     check_memory,
     find_gpu,
     peak_memory,
     sizes_of,
 )
-from normfree.cost.training import MORE_DEFAULTS, training_flops
+from normfree.cost.training import training_flops
 from normfree.measures import held_out
 from normfree.model import NormFreeConfig, NormFreeForCausalLM, attention, loss
 from normfree.model.activations import IN_THIS_FILE as ACTIVATIONS
-from normfree.model.norms import IN_THIS_FILE as NORMS
+from normfree.model.norms import IN_THIS_FILE as MODEL_NORMS
 from normfree.spec.compose import compose_run, members
 from normfree.spec.run import RunSpec
 from normfree.training import arguments, train
@@ -52,8 +51,7 @@ def test_constants_are_those_of_the_package() -> None:
     assert LOSS_LOGITS["gpu"] == loss.LARGEST_LOGITS_ON_GPU
     assert LONGEST_WRITTEN_OUT == attention.LONGEST_WRITTEN_OUT
     assert EVALUATION_LOGITS == {"cpu": held_out.LARGEST_LOGITS, "gpu": held_out.LARGEST_LOGITS_ON_GPU}
-    assert {name: getattr(NormFreeConfig(), name) for name in MORE_DEFAULTS} == MORE_DEFAULTS
-    assert NORM_KEEPS.keys() == NORM_PARAMETERS.keys() == NORMS.keys()
+    assert NORMS.keys() == MODEL_NORMS.keys()
 
 
 @pytest.mark.parametrize("preset", sorted({*members("preset")} - {"fashion-vit"}))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from normfree.entropy import attention_entropy, functional, fused
 from normfree.entropy.layers import HeadLayer
 from normfree.entropy.request import Request
-from normfree.entropy.sums import HeadSums, sums_of
+from normfree.entropy.statistics import HeadSums, sums_of
 from normfree.entropy.visibility import Visibility
 from tests.entropy.truths import causal, check, random_heads, truth
 
