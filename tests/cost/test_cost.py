@@ -12,17 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    Gemma2Config,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MistralConfig,
-    OPTConfig,
-    Qwen2Config,
-)
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
 
 from normfree.cost.constants import find_protocol, load_constants
 from normfree.cost.counts import Matmul, count
@@ -96,7 +87,7 @@ def test_llama_has_gates_rms_norms_and_fewer_keys() -> None:
     ]
 
 
-@pytest.mark.parametrize("kind", [MistralConfig, Qwen2Config])
+@pytest.mark.parametrize("kind", [transformers.MistralConfig, transformers.Qwen2Config])
 def test_mistral_and_qwen2_cost_what_llama_costs(kind: Any) -> None:
     sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 100}
@@ -107,7 +98,7 @@ def test_mistral_and_qwen2_cost_what_llama_costs(kind: Any) -> None:
 def test_gemma2_has_four_norms_a_layer_and_capped_scores() -> None:
     sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 96, "vocab_size": 100}
-    config = Gemma2Config(**sizes)
+    config = transformers.Gemma2Config(**sizes)
     capped = elements(config, 10)
     assert capped["rmsnorm"] == (3 * 4 + 1) * 10 * 64
     assert capped["gelu_tanh"] == capped["product"] == 3 * 10 * 96
@@ -247,7 +238,7 @@ def test_a_run_costs_what_its_config_costs(tmp_path: Path) -> None:
         (small(branch="scaled_ffn"), {}, "branch='scaled_ffn' has no known cost"),
         (small(activation="leaky_relu", learnable_slope="each"), {}, "learnable_slope='each'"),
         (GPT2Config(activation_function="tanh"), {}, "activation='tanh' has no known cost"),
-        (OPTConfig(), {}, "no cost for models of type 'opt'"),
+        (transformers.OPTConfig(), {}, "no cost for models of type 'opt'"),
         ({"model_type": "llama", "hidden_size": 8}, {}, "has no field 'num_hidden_layers'"),
         ({"model_type": "normfree", "activation": ["relu", "gelu"]}, {}, "lists 2 names, but num_hidden_layers is 12"),
         ({"model_type": "normfree", "hidden_size": 100}, {}, "hidden_size=100 must be a multiple"),

@@ -9,17 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    BertModel,
-    T5Config,
-    T5EncoderModel,
-    T5ForConditionalGeneration,
-    ViTConfig,
-    ViTModel,
-)
+from transformers import BertForMaskedLM, BertModel, T5EncoderModel, T5ForConditionalGeneration, ViTModel
 
 from normfree.pretrained.load import load_config, load_measurable, load_pretrained
 from tests.measures.byte_model import byte_gpt2, byte_tokenizer
@@ -64,9 +56,9 @@ def test_incomplete_files_are_refused_in_one_line(saved, harm, message):
 
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-BERT = BertConfig(vocab_size=256, **SIZES)
-T5 = T5Config(vocab_size=256, d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=2)
-VIT = ViTConfig(image_size=32, patch_size=16, **SIZES)
+BERT = transformers.BertConfig(vocab_size=256, **SIZES)
+T5 = transformers.T5Config(vocab_size=256, d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=2)
+VIT = transformers.ViTConfig(image_size=32, patch_size=16, **SIZES)
 
 
 @pytest.mark.parametrize(("kind", "config"), [(BertModel, BERT), (T5EncoderModel, T5), (ViTModel, VIT)])
