@@ -46,19 +46,12 @@ def test_a_sign_that_the_terminal_lacks_ends_no_command(monkeypatch: pytest.Monk
     assert output.buffer.getvalue() == b"25.6 \\xb1 0.6\n"
 
 
-def test_help_lists_every_field_and_loads_no_torch() -> None:
+def test_help_loads_no_torch() -> None:
     code = (
         "import sys; from normfree.cli.main import main; main(['train', '--help']); assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    described = {key for key in allowed_keys() if key.startswith("model.")}
-    assert described == set(re.findall(r"^  (model\.\w+)=", done.stdout, flags=re.MULTILINE))
-    (activations,) = re.findall(r"^  model\.activation=.*", done.stdout, flags=re.MULTILINE)
-    assert all(name in activations for name in ACTIVATIONS)
-    assert "[none | per_layer | shared]" in done.stdout
-    assert "[wandb | tensorboard | trackio]" in done.stdout
-    assert all(name in done.stdout for name in NORMS)
 
 
 def test_help_shows_defaults_and_explains_every_key(run) -> None:
@@ -67,6 +60,10 @@ def test_help_shows_defaults_and_explains_every_key(run) -> None:
     rows = {match[1]: match.groups()[1:] for match in matches if match}
     assert rows.keys() == {key for key in allowed_keys() if "." in key}
     assert [key for key, (_, meaning) in rows.items() if not meaning] == []
+    assert all(name in rows["model.activation"][1] for name in ACTIVATIONS)
+    assert all(name in rows["model.norm"][1] for name in NORMS)
+    assert "[none | per_layer | shared]" in rows["model.learnable_slope"][1]
+    assert "[wandb | tensorboard | trackio]" in rows["train.trackers"][1]
     spec = compose_run([]).spec.to_dict()
     parts = ("data", "train", "probe", "model")
     composed = {f"{part}.{key}": value for part in parts for key, value in spec[part].items() if key != "source"}

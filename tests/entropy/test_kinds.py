@@ -70,13 +70,6 @@ def test_each_group_has_the_ceiling_of_what_it_sees(side):
     torch.testing.assert_close(heads.ceiling_nats(), expected, atol=1e-6, rtol=0)
 
 
-def test_patches_and_a_class_token_all_see_each_other():
-    heads = measure(tiny_kind("vit"), {"pixel_values": torch.randn(3, 3, 16, 16)}, patterns=True)
-    assert heads.layers == [0, 1]
-    assert heads.ceiling_nats().tolist() == pytest.approx([torch.tensor(17.0).log().item()] * 2)
-    assert heads.rows.unique().tolist() == [3 * 17]
-
-
 def test_cross_attention_has_a_first_token_but_no_distance():
     model = tiny_kind("t5")
     inputs = inputs_of(model)

@@ -33,6 +33,12 @@ def full_float32_products() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def device() -> str:
+    """For the tests of tests/entropy that run here too."""
+    return "cuda"
+
+
+@pytest.fixture(scope="session")
 def tiny(tiny: list[str]) -> list[str]:
     """With narrow first weights: the tolerances here were measured with those."""
     return [*tiny, "model.initializer_range=0.02"]

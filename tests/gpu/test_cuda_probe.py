@@ -13,6 +13,11 @@ from torch import Tensor
 
 from normfree.entropy import EntropyProbe, HeadEntropy
 from tests.entropy.families import tiny_model
+from tests.entropy.test_probe import (  # noqa: F401 - collected here too, with the device of this folder
+    test_a_nan_head_is_counted_apart_and_never_as_zero,
+    test_agrees_with_eager_matrices_on_a_padded_batch,
+    test_gradient_checkpointing_counts_once,
+)
 
 DEVICE = "cuda"
 IDS = torch.arange(3, 59).view(2, 28)
@@ -77,8 +82,6 @@ def test_a_probe_agrees_with_eager_matrices_in_the_same_precision(name, mask, dt
     model = family(name).to(DEVICE)
     twin = copy.deepcopy(model)
     twin.set_attn_implementation("eager")
-    if dtype is None:
-        assert difference(measure(model, mask), measure(twin, mask, method="eager")) < tolerance
     ids, mask_BT = IDS.to(DEVICE), mask.to(DEVICE)
     with torch.no_grad(), torch.autocast(DEVICE, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
         output = twin(input_ids=ids, attention_mask=mask_BT, output_attentions=True, use_cache=False)
@@ -102,18 +105,6 @@ def test_outputs_inside_a_probe_are_bit_equal(name, dtype, family):
         after = model(input_ids=ids).logits
     assert torch.equal(plain, inside)
     assert torch.equal(plain, after)
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_counts_once(reentrant, family):
-    """CUDA's backward pass runs in a thread of its own."""
-    model = family("llama").to(DEVICE).train()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    ids = IDS.to(DEVICE)
-    with EntropyProbe(model) as probe:
-        model(inputs_embeds=model.get_input_embeddings()(ids)).logits.square().mean().backward()
-    assert probe.statistics().rows.unique().tolist() == [56]
-    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_a_probe_adds_little_memory_to_a_long_context(build):

@@ -9,17 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    BertModel,
-    T5Config,
-    T5EncoderModel,
-    T5ForConditionalGeneration,
-    ViTConfig,
-    ViTModel,
-)
+from transformers import BertForMaskedLM, BertModel, T5EncoderModel, T5ForConditionalGeneration, ViTModel
 
 from normfree.pretrained.load import load_config, load_measurable, load_pretrained
 from tests.measures.byte_model import byte_gpt2, byte_tokenizer
@@ -64,19 +56,14 @@ def test_incomplete_files_are_refused_in_one_line(saved, harm, message):
 
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+BERT = transformers.BertConfig(vocab_size=256, **SIZES)
+T5 = transformers.T5Config(vocab_size=256, d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=2)
+VIT = transformers.ViTConfig(image_size=32, patch_size=16, **SIZES)
 
 
-@pytest.mark.parametrize(
-    "encoder",
-    [
-        lambda: BertModel(BertConfig(vocab_size=256, **SIZES)),
-        lambda: T5EncoderModel(T5Config(vocab_size=256, d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=2)),
-        lambda: ViTModel(ViTConfig(image_size=32, patch_size=16, **SIZES)),
-    ],
-    ids=["bert", "t5", "vit"],
-)
-def test_an_encoder_is_said_to_lack_a_head(encoder, tmp_path, monkeypatch, caplog):
-    encoder().save_pretrained(tmp_path)
+@pytest.mark.parametrize(("kind", "config"), [(BertModel, BERT), (T5EncoderModel, T5), (ViTModel, VIT)])
+def test_an_encoder_is_said_to_lack_a_head(kind, config, tmp_path, monkeypatch, caplog):
+    kind(config).save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     with pytest.raises(ValueError, match=r"has no causal language-model head.*; `normfree measure` measures its heads"):
@@ -84,23 +71,16 @@ def test_an_encoder_is_said_to_lack_a_head(encoder, tmp_path, monkeypatch, caplo
     assert "LOAD REPORT" not in caplog.text
 
 
-def tiny_t5() -> T5Config:
-    return T5Config(vocab_size=256, d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=2)
-
-
 @pytest.mark.parametrize(
-    "model",
+    ("kind", "config"),
     [
-        lambda: byte_gpt2(),
-        lambda: BertModel(BertConfig(vocab_size=256, **SIZES)),
-        lambda: BertForMaskedLM(BertConfig(vocab_size=256, **SIZES)),
-        lambda: T5EncoderModel(tiny_t5()),
-        lambda: T5ForConditionalGeneration(tiny_t5()),
+        (lambda _: byte_gpt2(), None),
+        *((BertModel, BERT), (BertForMaskedLM, BERT), (T5EncoderModel, T5), (T5ForConditionalGeneration, T5)),
     ],
     ids=["gpt2", "bert", "masked", "t5-encoder", "t5"],
 )
-def test_any_model_of_texts_is_loaded_whole(model, tmp_path):
-    saved = model()
+def test_any_model_of_texts_is_loaded_whole(kind, config, tmp_path):
+    saved = kind(config)
     saved.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     loaded, tokenizer, processor = load_measurable(tmp_path, device="cpu")
@@ -112,7 +92,7 @@ def test_any_model_of_texts_is_loaded_whole(model, tmp_path):
 
 
 def test_an_encoder_with_missing_layers_is_refused(tmp_path):
-    T5ForConditionalGeneration(tiny_t5()).save_pretrained(tmp_path)
+    T5ForConditionalGeneration(T5).save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     rest = {name: value for name, value in weights.items() if "decoder.block.1." not in name}
@@ -123,7 +103,7 @@ def test_an_encoder_with_missing_layers_is_refused(tmp_path):
 
 def test_a_model_of_images_needs_its_processor_beside_it(tmp_path):
     pytest.importorskip("PIL", reason="images need Pillow")
-    ViTModel(ViTConfig(image_size=32, patch_size=16, **SIZES)).save_pretrained(tmp_path)
+    ViTModel(VIT).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"no image processor.*; save the model's beside it"):
         load_measurable(tmp_path)
 

@@ -136,10 +136,7 @@ def test_the_page_says_first_what_was_found(report: Path) -> None:
     for fact in ("normfree study quick", "torch 2.13.0", "2 cores", "fp32", "vocabulary 2,048", "demonstration"):
         assert fact in text
     assert published.SOURCE.replace("&", "&amp;") in text
-
-
-def test_the_page_says_above_its_answer_what_names_mean(report: Path) -> None:
-    above = (report / "index.html").read_text().partition('class="answer"')[0]
+    above = text.partition('class="answer"')[0]
     assert "SM is softmax attention, LN is LayerNorm inside the blocks, G is GELU and R is ReLU" in above
     assert "The unigram predicts every token by how often it occurs in the training text" in above
 
@@ -256,7 +253,7 @@ def test_each_recipe_has_its_own_part_and_answer(tmp_path: Path) -> None:
     assert rates.loc["SM+R"].tolist() == [36.1, 36.1, 36.1, 1, "1e-3, edge of the grid"]
 
 
-def test_variants_with_rates_of_their_own_share_a_page(tmp_path: Path) -> None:
+def test_variants_with_rates_or_starts_of_their_own_share_a_page(tmp_path: Path) -> None:
     rates = {"SM+G": 1.4e-3, "SM+R": 2e-3, "SM+LN+G": 2.8e-3}
     runs = [
         write_run(tmp_path, label, compare_across=["train.peak_learning_rate"], train={"peak_learning_rate": rate})
@@ -268,13 +265,8 @@ def test_variants_with_rates_of_their_own_share_a_page(tmp_path: Path) -> None:
     rows = pd.read_csv(tmp_path / "out" / "tables" / "perplexity.csv")
     assert rows.Variant.tolist() == ["SM+LN+G (2.8e-3)", "SM+G (1.4e-3)", "SM+R (2e-3)", "Unigram"]
     assert rows["Against SM+LN+G"].tolist()[:2] == ["baseline", "+10.2 %"]
-
-
-def test_variants_with_starts_of_their_own_share_a_page(tmp_path: Path) -> None:
-    runs = [
-        write_run(tmp_path, label, compare_across=["start_name"], start_name=f"quick/{label[-1]}")
-        for label in ("SM+G", "SM+R")
-    ]
+    own: dict[str, Any] = {"root": tmp_path / "2", "compare_across": ["start_name"]}
+    runs = [write_run(label=label, start_name=f"quick/{label[-1]}", **own) for label in ("SM+G", "SM+R")]
     page = build_report(runs, tmp_path / "out").read_text()
     assert "Without LayerNorm (quick/R), ReLU ends 4.2 % below GELU (quick/G) in perplexity" in page
     assert "<dd>start names differ by variant</dd>" in page

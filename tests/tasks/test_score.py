@@ -29,6 +29,8 @@ LETTERS = "abcdefgh\n "
 class Bigram(torch.nn.Module):
     """P(next | last) is a row of a known matrix; it has seen no more context than one token."""
 
+    main_input_name = "input_ids"
+
     def __init__(self) -> None:
         super().__init__()
         probabilities = np.random.default_rng(0).dirichlet(np.ones(len(LETTERS)), size=len(LETTERS))
@@ -51,32 +53,12 @@ def letters(text: str) -> tuple[list[int], list[int]]:
     return [LETTERS.index(letter) for letter in text], list(range(1, len(text) + 1))
 
 
-def test_scores_are_log_softmax_by_hand_whatever_the_padding() -> None:
-    model = small_model()
-    rows = [[5, 9, 2], list(range(30)), [7, 7], list(range(40, 52))]
-    for row, scores in zip(rows, log_likelihoods(model, rows), strict=True):
-        with torch.no_grad():
-            logits_TV = model(input_ids=torch.tensor([row])).logits[0].double().numpy()
-        by_hand = logits_TV - np.log(np.exp(logits_TV).sum(axis=1, keepdims=True))
-        assert np.allclose(scores, by_hand[np.arange(len(row) - 1), row[1:]], atol=1e-5)
-
-
 def test_a_long_row_is_scored_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = log_likelihoods(small_model(), [list(range(30)), [3, 1, 2]])
     monkeypatch.setattr("normfree.measures.perplexity._LARGEST_BLOCK", 61 * 4)
     monkeypatch.setattr("normfree.tasks.score.LARGEST_LOGITS", 61)
     blocks = log_likelihoods(small_model(), [list(range(30)), [3, 1, 2]])
     assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(whole, blocks, strict=True))
-
-
-def test_margins_of_known_probabilities() -> None:
-    model = Bigram()
-    texts = [("abcd", "abed"), ("hg\nfe", "hg\nce"), ("aab", "aaab"), ("hhh", "hha")]
-    pairs = [Pair(good, bad, "", "") for good, bad in texts]
-    record = score_pairs(pairs, letters, {"model": lambda rows: log_likelihoods(model, rows)}, 100)
-    expected = [model.log_probability(good) - model.log_probability(bad) for good, bad in texts]
-    assert np.allclose(record["values"]["model"], expected, atol=1e-12)
-    assert record["left_out"] == 0
 
 
 def test_windows_lose_the_same_tokens_at_both_ends() -> None:

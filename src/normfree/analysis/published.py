@@ -29,8 +29,6 @@ COMPARISONS = (*GELU_OF.items(), ("SM+G", BASELINE), ("SM+R", BASELINE))
 SOURCE = "Jha and Reagen, arXiv 2410.09637 (SM+LN: arXiv 2501.03489); one seed each"
 HEATMAP_CONTEXT = 128
 """Block length of the published heatmaps; their causal ceiling is ln(128!)/128 = 3.878 nats."""
-OBSERVED_MAX_NATS = 3.87
-"""The highest head entropy in the published heatmaps; the paper's ranges are quarters of it."""
 
 PERPLEXITY: dict[str, dict[str, float]] = {
     "GPT-2 125M, T=128": {"SM+LN+G": 2.688, "SM+LN+R": 2.757, "SM+G": 3.197, "SM+R": 2.936, "SM+LN": 3.38},

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import field_validator
 
 from normfree.cli.options import ModelOptions, read_text, uses_own_text
+from normfree.store.runs import RUN_FILE, Run, read_run
 
 if TYPE_CHECKING:
     from normfree.measures.perplexity import Evaluation
@@ -57,16 +60,12 @@ class EvaluateOptions(ModelOptions):
 def evaluate(name: str, options: EvaluateOptions) -> None:
     """Print token-weighted perplexity and bits per byte, of changed heads too, or with tasks= what the model can do."""
     if options.tasks:
-        from normfree.cli.tasks import evaluate_tasks
-
-        evaluate_tasks(name, options)
+        _evaluate_tasks(name, options)
         return
     if options.export:
         raise ValueError("export= writes the items of tasks: give tasks= too")
     from normfree.entropy import intervene
-    from normfree.pretrained.load import load_pretrained
     from normfree.training.precision import products_for
-    from normfree.training.processes import prepare_process
 
     own = uses_own_text(name, options)
     if options.sequences is not None and options.sequences < 1:
@@ -74,9 +73,7 @@ def evaluate(name: str, options: EvaluateOptions) -> None:
     if "how" in options.model_fields_set and not options.heads:
         raise ValueError("how= needs the heads to change, e.g. heads=[[0,3],[1,2]]")
     text = "" if own else read_text(options.text)
-    prepare_process()
-    loading = {"dtype": options.dtype, "device": options.device, "trust_remote_code": options.trust_remote_code}
-    model, tokenizer = load_pretrained(name, **loading)
+    model, tokenizer = _load(name, options)
     changed = None
     with products_for(options.dtype, model.device):
         if options.heads:  # first, so that a wrong head is named at once
@@ -97,6 +94,15 @@ def evaluate(name: str, options: EvaluateOptions) -> None:
         print(f"difference     {difference:+.6f} nats per token ({spread})")
 
 
+def _load(name: str, options: EvaluateOptions) -> tuple[Any, Any]:
+    from normfree.pretrained.load import load_pretrained
+    from normfree.training.processes import prepare_process
+
+    prepare_process()
+    loading = {"dtype": options.dtype, "device": options.device, "trust_remote_code": options.trust_remote_code}
+    return load_pretrained(name, **loading)
+
+
 def _evaluate(
     name: str, options: EvaluateOptions, model: Any, tokenizer: Any, text: str
 ) -> tuple[Evaluation, str, str]:
@@ -106,7 +112,6 @@ def _evaluate(
     from normfree.measures.perplexity import evaluate_blocks
     from normfree.measures.text_perplexity import leading_ids, perplexity, spread_places
     from normfree.pretrained.load import corpus_of_run
-    from normfree.store.runs import read_run
 
     if not text:  # the blocks behind the numbers in run.json
         run = read_run(name)
@@ -138,3 +143,61 @@ def _print_evaluation(result: Evaluation, tokens: str) -> None:
         print(f"bits per byte  {result.bits_per_byte:.4f} (over {result.bytes} bytes of predicted tokens)")
     else:
         print("bits per byte  not known: this tokenizer does not say which bytes a token stands for")
+
+
+def _evaluate_tasks(name: str, options: EvaluateOptions) -> None:
+    """Score a model and its controls on tasks, write tasks.json.gz beside its run.json, and print the table."""
+    from normfree.report.tables.table import to_markdown, without_empty_columns
+    from normfree.report.tables.tasks import tasks_table
+    from normfree.store.tasks import write_tasks
+    from normfree.tasks.evaluate import evaluate_items, export_pairs, make_items
+    from normfree.training.precision import products_for
+
+    if unused := [key for key in ("stride", "sequences") if getattr(options, key) is not None]:
+        raise ValueError(f"{unused[0]}= is for the windows of a text, and tasks have none: leave it out")
+    names = [word.strip() for word in options.tasks.strip("[]").split(",")]
+    items = make_items(names, partial(_documents, options.text), seed=options.item_seed, count=options.items)
+    model, tokenizer = _load(name, options)
+    cut = {"context": options.context}
+    if options.export:
+        for file, count in export_pairs(options.export, items, model, tokenizer, **cut).items():
+            print(f"{count} pairs in {file}")
+    run = read_run(name) if (Path(name) / RUN_FILE).is_file() else None
+    seed = run.seed if run else options.item_seed
+    facts = {"item_seed": options.item_seed, "untrained_seed": seed, "precision": options.dtype}
+    facts |= {"text": str(options.text or "held-out Python code of this machine")}
+    controls = _controls(model, run, seed, options.cache_dir)
+    with products_for(options.dtype, model.device):
+        records = evaluate_items(model, tokenizer, items, controls, **cut, bos=options.bos)
+    records = {task: facts | record for task, record in records.items()}
+    label = run.place if run else Path(name).name if Path(name).exists() else name
+    print(to_markdown(without_empty_columns(tasks_table({label: [records]}))))
+    folder = run.folder if run else Path("measured") / label.replace("/", "--")
+    if (folder / RUN_FILE).is_file():
+        print(f"recorded in {write_tasks(folder, records)}; `normfree report` shows it")
+    else:
+        print(f"not recorded, as {folder} has no {RUN_FILE}: `normfree measure {name}` makes it")
+
+
+def _documents(text: Path | None) -> list[str]:
+    """text=, or the held-out Python files of this machine."""
+    from normfree.data.installed import InstalledSource
+    from normfree.spec.run import DataSpec
+
+    return [read_text(text)] if text else list(InstalledSource(DataSpec()).documents("validation", Counter()))
+
+
+def _controls(model: Any, run: Run | None, seed: int, cache: Path | None) -> dict[str, Any]:
+    """Scorers of an untrained copy and, where a run's training tokens are on this machine, of a unigram."""
+    from normfree.pretrained.load import corpus_of_run
+    from normfree.tasks.evaluate import token_counts
+    from normfree.tasks.score import log_likelihoods, unigram, untrained_copy
+
+    controls: dict[str, Any] = {"untrained": partial(log_likelihoods, untrained_copy(model, seed))}
+    try:
+        if run is None:
+            raise ValueError("only a run has training tokens on record")
+        controls["unigram"] = unigram(token_counts(corpus_of_run(run, cache)))
+    except ValueError as error:
+        print(f"without a unigram: {str(error).removesuffix('give text=FILE').rstrip(' ;:')}")
+    return controls

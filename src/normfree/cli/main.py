@@ -15,8 +15,7 @@ from typing import Any, get_type_hints
 
 from normfree import __version__
 from normfree.cli import runs
-from normfree.cli.cost import cost
-from normfree.cli.estimate import estimate
+from normfree.cli.cost import cost, estimate
 from normfree.cli.evaluate import evaluate
 from normfree.cli.measure import measure
 from normfree.spec.keys import build, describe_keys, nearest

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from normfree.cost.families import NORMFREE_DEFAULTS
 from normfree.cost.training import UTILISATION, config_of, training_flops
 from normfree.spec.run import RunSpec
 from normfree.spec.variants import spread_over_layers
@@ -28,21 +29,18 @@ LOSS_ROWS, LOSS_LOGITS = 1024, {"cpu": 2**24, "gpu": 2**26}
 EVALUATION_LOGITS = {"cpu": 2**26, "gpu": 2**28}
 LONGEST_WRITTEN_OUT = 512
 
-NORM_PARAMETERS = {
-    **{"layernorm": (2, 0), "lns": (2, 0), "rmsnorm": (1, 0), "taper": (1, 0), "fake": (2, 0), "none": (0, 0)},
-    **{"dyt": (2, 1), "derf": (2, 2), "bhyt": (1, 1)},
+NORMS = {
+    **{"none": (0, 0, 0), "layernorm": (2, 0, 4), "lns": (2, 0, 4), "rmsnorm": (1, 0, 8), "taper": (1, 0, 8)},
+    **{"fake": (2, 0, 8), "dyt": (2, 1, 8), "bhyt": (1, 1, 8), "derf": (2, 2, 12)},
 }
-"""Parameters of one norm: per channel, and besides."""
-NORM_KEEPS = {"none": 0, "layernorm": 4, "lns": 4, "rmsnorm": 8, "taper": 8, "fake": 8, "dyt": 8, "bhyt": 8, "derf": 12}
-"""Bytes that a norm keeps for the backward pass, per token and channel, beside its output, over an fp32 stream."""
+"""Of one norm: parameters per channel, parameters besides, and the bytes that it keeps for the backward pass, per token
+and channel, beside its output, over an fp32 stream."""
+_UNKNOWN_NORM = (0, 0, 0)
 ACTIVATION_KEEPS = {"relu": 1, "identity": 1, "gelu": 2, "gelu_tanh": 2, "leaky_relu": 2}
 """Tensors of the feed-forward width that an activation and the projection after it keep."""
-NOT_COUNTED = {
-    **{"query_key_norm": "none", "branch": "plain", "linear": "plain", "attention_temperature": "fixed"},
-    **{"attention_sink": "none", "attention_gate": "none", "embedding_scale": "none"},
-    **{"embedding_dropout": 0.0, "attention_dropout": 0.0, "residual_dropout": 0.0},
-}
-"""Fields whose other values keep more than is reckoned here, with the value that is."""
+NOT_COUNTED = ("query_key_norm", "branch", "linear", "attention_temperature", "attention_sink", "attention_gate")
+NOT_COUNTED += ("embedding_scale", "embedding_dropout", "attention_dropout", "residual_dropout")
+"""Fields that are reckoned at their default; other values keep more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +89,7 @@ class Sizes:
 def sizes_of(spec: RunSpec, device: Literal["cpu", "gpu"] = "gpu") -> Sizes:
     """The sizes of a run's model. Raises ValueError for a size or choice that no model has."""
     model = config_of(spec)
-    if model.get("family", "decoder") != "decoder":
+    if model["family"] != "decoder":
         raise ValueError(f"model.family={model['family']}: memory and time are reckoned of decoders only")
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
         if (value := model[name]) is not None and not (isinstance(value, int) and value > 0):
@@ -116,7 +114,7 @@ def sizes_of(spec: RunSpec, device: Literal["cpu", "gpu"] = "gpu") -> Sizes:
         width=width,
         vocab_size=model["vocab_size"],
         layer_keeps=sum(layer_bytes) / layers,
-        final_norm_keeps=NORM_KEEPS.get(model["final_norm"], 0),
+        final_norm_keeps=NORMS.get(model["final_norm"], _UNKNOWN_NORM)[2],
         feed_forward=feed_forward,
     )
 
@@ -128,7 +126,7 @@ def _chosen(model: dict[str, Any], field: str, numbers: dict[str, int]) -> int:
 
 
 def _norm_parameters(name: str, width: int) -> int:
-    per_channel, besides = NORM_PARAMETERS.get(name, (0, 0))
+    per_channel, besides, _ = NORMS.get(name, _UNKNOWN_NORM)
     return per_channel * width + besides
 
 
@@ -148,7 +146,7 @@ def _layer_keeps(
     attention += row_bytes * model["num_attention_heads"] / width
     ratio = (model["intermediate_size"] or 4 * width) / width
     fed = compute * ratio * ACTIVATION_KEEPS.get(activation, 2)
-    return inputs + attention + fed + sites * NORM_KEEPS.get(model["norm"], 0)
+    return inputs + attention + fed + sites * NORMS.get(model["norm"], _UNKNOWN_NORM)[2]
 
 
 def _compute_bytes(spec: RunSpec) -> int:
@@ -282,11 +280,10 @@ def _time_line(spec: RunSpec, gpu: Gpu, flops: float, processes: int, utilisatio
 def not_counted(spec: RunSpec) -> list[str]:
     """Settings of a run that need memory or parameters beyond the estimate, as key=value."""
     model = config_of(spec)
-    fields = [f"model.{name}={model[name]}" for name, usual in NOT_COUNTED.items() if model[name] != usual]
+    fields = [f"model.{name}={model[name]}" for name in NOT_COUNTED if model[name] != NORMFREE_DEFAULTS[name]]
     activations = spread_over_layers(model["activation"], model["num_hidden_layers"])
-    tables = [("norm", [model["norm"]], NORM_KEEPS), ("final_norm", [model["final_norm"]], NORM_KEEPS)]
-    for name, values, known in [*tables, ("activation", activations, ACTIVATION_KEEPS)]:
-        fields += [f"model.{name}={value}" for value in dict.fromkeys(values) if value not in known]
+    fields += [f"model.{name}={model[name]}" for name in ("norm", "final_norm") if model[name] not in NORMS]
+    fields += [f"model.activation={name}" for name in dict.fromkeys(activations) if name not in ACTIVATION_KEEPS]
     if spec.train.objective != "next_token":
         fields.append(f"train.objective={spec.train.objective}")
     return fields

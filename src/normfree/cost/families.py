@@ -5,6 +5,7 @@ A reader prices nothing: `constants.py` refuses an operation without a price by 
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -95,23 +96,14 @@ NORMFREE_FREE = {
 
 NORM_FREE_EPSILON = 1e6  # as in normfree.model.conversion (a test compares them)
 
-# Defaults of NormFreeConfig (a test compares them), because importing it would load torch.
+_CONFIGURATION = ast.parse((Path(__file__).parents[1] / "model" / "configuration.py").read_text(encoding="utf-8"))
+[_FIELDS] = (each.body for each in _CONFIGURATION.body if getattr(each, "name", "") == "NormFreeConfig")
 NORMFREE_DEFAULTS: dict[str, Any] = {
-    "vocab_size": 50257,
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": None,
-    "max_position_embeddings": 128,
-    "position": "learned",
-    "rotary_share": 0.25,
-    "norm": "layernorm",
-    "final_norm": "layernorm",
-    "query_key_norm": "none",
-    "activation": "gelu",
-    "learnable_slope": "none",
-    **{name: values[0] for name, values in NORMFREE_FREE.items()},
+    ast.unparse(field.target): ast.literal_eval(field.value)
+    for field in _FIELDS
+    if isinstance(field, ast.AnnAssign) and field.value
 }
+"""Defaults of NormFreeConfig, from its text: importing it loads torch."""
 
 
 def read_architecture(config: Any) -> Architecture:

@@ -26,11 +26,10 @@ class Point:
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
     """Whether no other point is at least as low in both values and lower in one. NaN is never on the front."""
-
-    def beats(other: tuple[float, float], point: tuple[float, float]) -> bool:
-        return other != point and other[0] <= point[0] and other[1] <= point[1]
-
-    return [not any(map(math.isnan, p)) and not any(beats(other, p) for other in points) for p in points]
+    return [
+        not any(map(math.isnan, p)) and not any(o != p and o[0] <= p[0] and o[1] <= p[1] for o in points)
+        for p in points
+    ]
 
 
 def trade_off(groups: Iterable[Group]) -> tuple[list[Point], list[str]]:

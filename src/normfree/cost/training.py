@@ -15,11 +15,6 @@ from normfree.store.runs import read_run
 
 H100_FLOPS, UTILISATION = 989e12, 0.4  # a second in bf16 without sparsity, and the share that we reckon with
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-# Defaults of NormFreeConfig that `NORMFREE_DEFAULTS` lacks, because they change no price of private inference.
-MORE_DEFAULTS: dict[str, Any] = {
-    **{"residual": "sequential", "tie_word_embeddings": True, "bias": "qk"},
-    **{"embedding_dropout": 0.0, "attention_dropout": 0.0, "residual_dropout": 0.0},
-}
 
 
 def config_of(spec: RunSpec) -> dict[str, Any]:
@@ -31,7 +26,7 @@ def config_of(spec: RunSpec) -> dict[str, Any]:
     if spec.model.get("family") == "vision":  # a patch in place of a vocabulary: as many products at each token
         vocab_size = spec.model.get("num_channels", 1) * spec.model.get("patch_size", 4) ** 2
     from_corpus = {"vocab_size": vocab_size, "max_position_embeddings": spec.data.context}
-    return {"model_type": "normfree", **NORMFREE_DEFAULTS, **MORE_DEFAULTS, **from_corpus, **spec.model}
+    return {"model_type": "normfree", **NORMFREE_DEFAULTS, **from_corpus, **spec.model}
 
 
 def training_flops(spec: RunSpec, tokens: float) -> float:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from normfree.entropy.layers import HeadLayer, attention_layers
 from normfree.entropy.request import AttentionEntropy
-from normfree.entropy.sums import HeadSums, sums_of
+from normfree.entropy.statistics import HeadSums, sums_of
 from normfree.entropy.support import UnsupportedModel
 from normfree.entropy.tap import is_recomputation
 from normfree.entropy.visibility import Visibility

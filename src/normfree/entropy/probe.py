@@ -20,8 +20,7 @@ from normfree.entropy.functional import measure
 from normfree.entropy.layers import HeadLayer
 from normfree.entropy.request import AttentionEntropy
 from normfree.entropy.routing import AttentionCall
-from normfree.entropy.statistics import HeadEntropy
-from normfree.entropy.sums import HeadSums, sums_of
+from normfree.entropy.statistics import HeadEntropy, HeadSums, sums_of
 from normfree.entropy.support import UnsupportedModel, without_rows
 from normfree.entropy.tap import AttentionTap
 

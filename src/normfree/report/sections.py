@@ -142,10 +142,6 @@ def _nonfinite(groups: Groups) -> PageFigure | None:
     return None if runs.rows_are_finite(groups) else figures.curves(groups, QUANTITIES["nonfinite_rows"])
 
 
-def _slopes(groups: Groups) -> PageFigure | None:
-    return figures.layers_over_training(groups, QUANTITIES["negative_slope"])
-
-
 def _private_inference(groups: Groups) -> PageFigure | None:
     priced, _ = trade_off(groups)
     if not priced:
@@ -180,7 +176,8 @@ SECTIONS: tuple[Section, ...] = (
     Section(name="private-inference", title="Perplexity against communication in private inference",
             menu="Private inference", figures=[_private_inference],
             tables={"perplexity-communication": cost.trade_off_table}),
-    Section(name="slopes", title="Slopes below zero", menu="Slopes", figures=[_slopes],
+    Section(name="slopes", title="Slopes below zero", menu="Slopes",
+            figures=[partial(figures.layers_over_training, quantity=QUANTITIES["negative_slope"])],
             tables={"slopes": runs.slope_table}),
     Section(name="layers", title="Layers and extreme heads", menu="Layers",
             measurements=True,

@@ -1,4 +1,4 @@
-"""TASKS: make the items of a task, and evaluate a model on them."""
+"""TASKS: make the items of a task, evaluate a model on them, and write them for other tools."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from normfree.data import Corpus
-from normfree.files import fingerprint
+from normfree.files import fingerprint, write_atomically
 from normfree.measures.text_perplexity import checked_context, encode, leading_ids
 from normfree.spec.keys import nearest
 from normfree.tasks.functions import functions_of
@@ -100,3 +100,25 @@ def evaluate_items(
         hashed = fingerprint([list(item) for item in of_task])
         records[task] = {"items_sha256": hashed, "context": context, **record}
     return records
+
+
+def export_pairs(
+    folder: Path, items: Mapping[str, Sequence[Any]], model: PreTrainedModel, tokenizer: Any, context: int | None = None
+) -> dict[Path, int]:
+    """Write each task of pairs as TASK.jsonl (`{"choices": [good, bad], "pieces": [right, wrong]}`), and as TASK.yaml
+    for lm-eval (0.4), which scores whole texts.
+
+    Only mirrored twos whose texts all fit the model, as lm-eval fails at longer ones. Returns the pairs in each file.
+    """
+    template = Path(__file__).with_name("lm_eval.yaml").read_text(encoding="utf-8")
+    most, counts = checked_context(model, context), {}
+    for task in [task for task in items if task in PAIR_TASKS]:
+        lines = []
+        for two in zip(items[task][::2], items[task][1::2], strict=True):
+            texts = [text for pair in two for text in (pair.good, pair.bad)]
+            if max(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])) <= most:
+                lines += [json.dumps({"choices": pair[:2], "pieces": pair[2:]}) + "\n" for pair in two]
+        counts[folder / f"{task}.jsonl"] = len(lines)
+        write_atomically(folder / f"{task}.jsonl", "".join(lines))
+        write_atomically(folder / f"{task}.yaml", template.format(task=task))
+    return counts

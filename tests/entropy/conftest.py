@@ -1,0 +1,9 @@
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where tests measure; those that tests/gpu imports run on CUDA there."""
+    return "cpu"
