@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from normfree.analysis.groups import Group
-from normfree.analysis.seeds import Difference, paired_difference, student_t_95
+from normfree.analysis.seeds import Difference, paired_difference, student_t
 
 ARMS = {
     "G": ("SM+G", ""),
@@ -97,7 +97,7 @@ def fieller(above_P: np.ndarray, below_P: np.ndarray) -> Ratio:
     It holds every ratio f for which mean(above - f below) is not significantly different from 0 (E. C. Fieller, J. R.
     Stat. Soc. B 16, 175, 1954).
     """
-    squared_t = student_t_95(len(above_P) - 1) ** 2 / len(above_P)
+    squared_t = student_t(len(above_P) - 1) ** 2 / len(above_P)
     (variance_above, covariance), (_, variance_below) = np.cov(above_P, below_P)
     above, below = above_P.mean(), below_P.mean()
     a = below**2 - squared_t * variance_below
