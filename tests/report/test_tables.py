@@ -208,6 +208,10 @@ def test_overload_is_told_by_depth_and_over_training(tmp_path: Path) -> None:
     assert (row["Middle third"], row["Late third"]) == ("0.0 +- 0.0", "0.0 +- 0.0")
     assert row["At 10 %"] == "100.0 +- 0.0"
     assert row["Seeds"] == "3"
+    with_norm = [np.array(run.series("final", "entropy_nats")[-1][1]) for run in runs if run.label == "SM+LN+G"]
+    of_norm = [100 * (entropy_LH[:2] >= 0.75 * causal_ceiling(32)).mean() for entropy_LH in with_norm]
+    common = min(len(early), len(of_norm))
+    assert row["Early, less SM+LN+G"] == f"{np.mean(early[:common]) - np.mean(of_norm[:common]):+.1f} points"
     assert rows["SM"]["Early third"] == "NaN (1/2)"
     paper = rows["SM+G, paper"]
     assert (paper["All layers"], paper["At 10 %"]) == ("57.6", "-")
@@ -221,6 +225,16 @@ def test_ranges_pool_seeds_and_count_broken_heads(tmp_path: Path) -> None:
     assert (values["Seeds"], values["Heads"], values["NaN heads"]) == ("2", "32", "12")
     shares = [float(values[title].rstrip(" %")) for title in ("[0, 1/4)", "[1/4, 1/2)", "[1/2, 3/4)", "[3/4, 1]")]
     assert abs(sum(shares) - 100 * 20 / 32) < 0.2
+
+
+def test_shares_of_training_are_told_in_tokens_too(tmp_path: Path) -> None:
+    train = {"batch_sequences": 512, "micro_batch_sequences": 512}  # of 32 tokens
+    runs = [write_run(tmp_path, label, train=train) for label in ("SM+G", "SM+R")]
+    assert "At 40 % (1.3 M)" in gap_table(group_runs(runs)).titles
+    assert (
+        "At 40 %"
+        in gap_table(group_runs([*runs, write_run(tmp_path, "SM+R", seed=1, steps=100, tag="x")], mix=True)).titles
+    )
 
 
 def test_a_killed_run_is_as_far_as_its_metrics(tmp_path: Path) -> None:
@@ -259,6 +273,9 @@ def test_runs_say_where_they_diverged_and_their_speed(tmp_path: Path) -> None:
     assert (rows["quick/sm-seed1"]["Perplexity"], rows["quick/sm-g-seed0"]["Perplexity"]) == ("-", "37.70")
     assert rows["quick/sm-g-seed0"]["Time"] == "1 min 35 s"
     assert rows["quick/sm-g-seed0"]["Tokens per second"] == "21,105"
+    here = {"device": "cpu", "processor": "AMD EPYC", "instruction_set": "AVX2"}
+    run = write_run(tmp_path / "named", "SM+G", facts={"environment": here})
+    assert rows_by_name(run_table, [run])["quick/sm-g-seed0"]["Machine"] == "AMD EPYC AVX2"
 
 
 def test_slopes_run_from_relu_to_identity(tmp_path: Path) -> None:

@@ -140,7 +140,12 @@ class Run:
     @property
     def tokens_seen(self) -> int:
         """Tokens trained on in `steps_done` steps."""
-        return self.steps_done * self.spec["train"]["batch_sequences"] * self.spec["data"]["context"]
+        return self.steps_done * self.tokens_per_step
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimiser step, over all processes."""
+        return self.spec["train"]["batch_sequences"] * self.spec["data"]["context"]
 
     @property
     def perplexity(self) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 
 from normfree.analysis import entropy, published
 from normfree.analysis.entropy import Heads, probed_heads, shares_by_depth, top_quarter_share, trained_heads
-from normfree.analysis.groups import Group, counterparts, rate_grids, score_of
+from normfree.analysis.groups import Group, all_runs, counterparts, rate_grids, score_of
 from normfree.analysis.pairs import CLAIMS, Pair, all_pairs, baseline_label, main_pairs, pairs_of
 from normfree.analysis.seeds import Difference, compact, paired_difference, summarise
 from normfree.analysis.verdicts import CLAIM_WORDS, claim_holds, yardsticks
@@ -20,7 +20,6 @@ SHARES_OF_TRAINING = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 _REACH = 0.05
 """A measurement at most this share of training away counts."""
 _DEPTHS = ("Early third", "Middle third", "Late third")
-_SHARE_TITLES = tuple(f"At {100 * share:.0f} %" for share in SHARES_OF_TRAINING)
 
 
 def score_table(groups: Sequence[Group]) -> Table:
@@ -231,42 +230,69 @@ def gap_table(groups: Sequence[Group]) -> Table:
     notes = [
         "Validation during training, on part of the held-out data if train.evaluation_sequences is set. In brackets: "
         f"95 % Student-t interval over paired seeds, in {'percent' if score.relative else 'points'}.",
-        "Each column takes the nearest evaluation within a twentieth of the training. A pair is NaN if one of its runs "
-        "has none there, for example because it diverged before.",
+        "Each column takes the nearest evaluation within a twentieth of the training (in brackets: tokens). A pair is "
+        "NaN if one of its runs has none there, for example because it diverged before.",
     ]
     caption = f"Difference in validation {score.name} over training (share of the steps)"
-    return Table("gap", caption, ("Comparison", *_SHARE_TITLES, "Pairs"), rows, notes)
+    return Table("gap", caption, ("Comparison", *_share_titles(groups), "Pairs"), rows, notes)
 
 
 def overload_table(groups: Sequence[Group]) -> Table:
     """Heads at or above 3/4 of the causal ceiling: by depth after training, and over training."""
-    rows, labels = [], []
+    rows, labels, baseline = [], [], baseline_label(groups)
     for group in groups:
         if not any(probed_heads(run) or trained_heads(run) for run in group.runs):
             continue
-        by_depth = zip(*(shares_by_depth(trained_heads(run)) for run in group.runs), strict=True)
+        *by_depth, everywhere = zip(*(shares_by_depth(trained_heads(run)) for run in group.runs), strict=True)
         curves = [{heads.step: top_quarter_share(heads) for heads in probed_heads(run)} for run in group.runs]
         over_training = (_at_share(group.runs, curves, share) for share in SHARES_OF_TRAINING)
-        rows.append((group.name, *map(_percent_text, (*by_depth, *over_training)), str(len(group.runs))))
+        excess = _early_excess(group, baseline, groups)
+        cells = map(_percent_text, (everywhere, *over_training))
+        rows.append((group.name, *map(_percent_text, by_depth), excess, *cells, str(len(group.runs))))
         if published.is_gpt2(group.runs[0].spec) and group.label in published.heatmaps():
             labels.append(group.label)
     for label in dict.fromkeys(labels):
         entropy_LH = published.heatmaps()[label]
         ceiling_L = np.full(len(entropy_LH), entropy.causal_ceiling(published.HEATMAP_CONTEXT))
         paper = shares_by_depth(Heads(entropy_LH, ceiling_L, step=0, layers=range(len(entropy_LH))))
-        blanks = ["-"] * len(SHARES_OF_TRAINING)
-        rows.append((f"{label}, paper", *(_percent_text([share]) for share in paper), *blanks, "1"))
+        *by_depth, everywhere = (_percent_text([share]) for share in paper)
+        rows.append((f"{label}, paper", *by_depth, "-", everywhere, *["-"] * len(SHARES_OF_TRAINING), "1"))
     notes = [
         "Percent of heads, mean and sample standard deviation over seeds. Thirds and all layers: the large sample "
-        "after training. Shares of training: the nearest probe within a twentieth of the training.",
+        "after training. Shares of training (in brackets: tokens): the nearest probe within a twentieth of it.",
+        f"Early, less {baseline}: what a variant has above it in the early third, in points over the seeds of both; "
+        "untrained heads are near uniform too, so the share alone says little.",
         "NaN (1/3): 1 of 3 seeds diverged before, was not measured, or has a head that is not finite.",
     ]
     if labels:
         notes.append(f"Paper: {published.SOURCE}; its published heatmaps of 12 x 12 heads.")
     ceiling = entropy.ceiling_words(run for group in groups for run in group.runs)
     caption = f"Heads in the top quarter of the {ceiling}, by depth and over training (%)"
-    titles = ("Variant", *_DEPTHS, "All layers", *_SHARE_TITLES, "Seeds")
+    titles = ("Variant", *_DEPTHS, f"Early, less {baseline}", "All layers", *_share_titles(groups), "Seeds")
     return Table("overload", caption, titles, rows, notes)
+
+
+def _share_titles(groups: Sequence[Group]) -> list[str]:
+    """`At 40 % (4.1 M)` tokens; the share alone if the runs have several lengths, or read less than a million."""
+    planned = {run.facts["steps"] * run.tokens_per_step for run in all_runs(groups)}
+    titles = [f"At {100 * share:.0f} %" for share in SHARES_OF_TRAINING]
+    tokens = max(planned, default=0)
+    if len(planned) != 1 or tokens < 1e6:
+        return titles
+    return [f"{t} ({share * tokens / 1e6:.1f} M)" for t, share in zip(titles, SHARES_OF_TRAINING, strict=True)]
+
+
+def _early_excess(group: Group, baseline: str, groups: Sequence[Group]) -> str:
+    bases = counterparts(group, baseline, groups)
+    if group.label == baseline or len(bases) != 1:
+        return "-"
+    early, of_base = (
+        {seed: shares_by_depth(trained_heads(run))[0] for seed, run in zip(g.scores, g.runs, strict=True)}
+        for g in (group, bases[0])
+    )
+    if None in (*early.values(), *of_base.values()):  # several groups of heads have no common depth
+        return "-"
+    return mean_text(paired_difference(early, of_base), "points")
 
 
 def _gap(pair: Pair, share: float) -> str:

@@ -75,10 +75,13 @@ def run_table(groups: Sequence[Group]) -> Table:
         speed = f"{statistics.median(speeds):,.0f}" if speeds else "-"
         parameters = f"{run.facts['model']['parameters']:,}" if run.facts.get("model") else "-"
         counts = (f"{run.steps_done:,}", f"{run.tokens_seen:,}", time, speed)
-        rows.append((run.place, run.label, status, score, *counts, run.spec["train"]["precision"], parameters))
+        device = run.facts.get("environment", {})
+        cpu = " ".join(filter(None, (device.get("processor"), device.get("instruction_set"))))
+        machine = cpu if device.get("device") == "cpu" else device.get("device", "-")
+        rows.append((run.place, run.label, status, score, *counts, run.spec["train"]["precision"], machine, parameters))
     titles = ("Run", "Variant", "Status", score_of(groups).name.capitalize(), "Steps", "Tokens", "Time")
-    titles += ("Tokens per second", "Precision", "Parameters")
-    return Table("runs", "Runs", titles, rows, words=("Variant", "Status", "Precision"))
+    titles += ("Tokens per second", "Precision", "Machine", "Parameters")
+    return Table("runs", "Runs", titles, rows, words=("Variant", "Status", "Precision", "Machine"))
 
 
 def slope_table(groups: Sequence[Group]) -> Table:
