@@ -18,7 +18,7 @@ from normfree.store.runs import read_run
 from normfree.training.trainer import NormFreeTrainer
 
 DAMAGES = ("flip", "cut", "remove")
-of_every_family = pytest.mark.parametrize("family", ["decoder", "vision"], indirect=True)
+of_every_family = pytest.mark.parametrize("family", ["decoder", "vision", "encoder_decoder"], indirect=True)
 """A test of `tiny` runs for each family."""
 
 

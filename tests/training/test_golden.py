@@ -26,6 +26,7 @@ VARIANTS = {
     "cpu": "sm-g",
     "cpu-pythia": "sm-r",
     "cpu-quick": "sm-ln-g",
+    "denoise": "sm-g",
     "fashion-vit": "sm-g",
     "gpt2-1.3b": "sm-ln-r",
     "gpt2-t128": "leaky-per-layer",

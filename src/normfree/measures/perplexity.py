@@ -118,6 +118,8 @@ def sees_later_tokens(model: PreTrainedModel, ids_BT: Tensor) -> bool:
 class NextToken(Measure):
     """Base of measures of next-token predictions, each from the tokens before it in its row, or of classes of images.
 
+    Of an encoder-decoder the tokens are those of the target, given as `labels` beside `decoder_input_ids`.
+
     Raises ValueError, before the first pass, for a model that sees later tokens.
     """
 
@@ -132,6 +134,8 @@ class NextToken(Measure):
                 raise ValueError("losses of images need their classes as `labels`: leave this measure out")
             return
         is_seq2seq = "decoder_input_ids" in inputs
+        if is_seq2seq and "labels" in inputs and cast(PreTrainedModel, self.model).get_output_embeddings() is not None:
+            return
         if "input_ids" not in inputs or is_seq2seq or cast(PreTrainedModel, self.model).get_output_embeddings() is None:
             raise ValueError(
                 "losses of next tokens need input_ids alone and a causal language-model head: leave this measure out"
@@ -146,6 +150,9 @@ class NextToken(Measure):
         if "pixel_values" in named:  # the images are one row, in which each class follows its logits
             labels_B = F.pad(self.inputs["labels"], (1, 0), value=IGNORED)
             self.add(F.pad(output.logits, (0, 0, 0, 1))[None], labels_B[None])
+            return
+        if "decoder_input_ids" in named:  # the labels do not begin with the token that starts the target
+            self.add(F.pad(output.logits, (0, 0, 0, 1)), F.pad(self.inputs["labels"], (1, 0), value=IGNORED))
             return
         labels_BT = self.inputs.get("labels", named["input_ids"])
         if (mask_BT := self.mask_of(0)) is not None:  # padding is not predicted, nor is anything predicted from it

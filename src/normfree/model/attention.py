@@ -1,10 +1,11 @@
 """Attention: the module, and functions for transformers' AttentionInterface."""
 
-# B batch, H heads, T query (new tokens), S key (cached and new), D head dim, E hidden size, N batch times heads
+# B batch, H heads, T query (new tokens), S key (cached and new, or the encoder's), D head dim, E hidden size,
+# N batch times heads
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -54,34 +55,37 @@ LONGEST_WRITTEN_OUT = 512
 def written_out_attention(
     module: nn.Module,
     query_BHTD: Tensor,
-    key_BHTD: Tensor,
-    value_BHTD: Tensor,
+    key_BHSD: Tensor,
+    value_BHSD: Tensor,
     attention_mask: Tensor | None,
     *,
     scaling: float,
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Explicit attention of full blocks, (B, T, H, D), in the inputs' dtype, and its weights (N, T, T).
+    """Explicit attention of full blocks, (B, T, H, D), in the inputs' dtype, and its weights (N, T, S).
 
-    The softmax sums in float32.
+    The softmax sums in float32. A mask is added to the scores.
 
     For training in bf16 on the CPU, where the backward pass of fused attention is slow.
     """
-    batch, heads, tokens, _ = query_BHTD.shape
-    future_TT = torch.full((tokens, tokens), -torch.inf, dtype=query_BHTD.dtype).triu(1 if module.is_causal else tokens)
+    (batch, heads, tokens, _), keys = query_BHTD.shape, key_BHSD.shape[2]
+    if attention_mask is None:
+        added = torch.full((tokens, keys), -torch.inf, dtype=query_BHTD.dtype).triu(1 if module.is_causal else keys)
+    else:
+        added = attention_mask.to(query_BHTD.dtype).expand(batch, heads, -1, -1).flatten(0, 1)
     with torch.autocast("cpu", enabled=False):
-        scores_NTT = torch.baddbmm(future_TT, query_BHTD.flatten(0, 1), key_BHTD.flatten(0, 1).mT, alpha=scaling)
-        weights_NTT = F.softmax(scores_NTT, dim=-1)
-        dropped_NTT = F.dropout(weights_NTT, p=dropout, training=module.training)
-        mixed_BHTD = (dropped_NTT @ value_BHTD.flatten(0, 1)).unflatten(0, (batch, heads))
-        return mixed_BHTD.transpose(1, 2), weights_NTT
+        scores_NTS = torch.baddbmm(added, query_BHTD.flatten(0, 1), key_BHSD.flatten(0, 1).mT, alpha=scaling)
+        weights_NTS = F.softmax(scores_NTS, dim=-1)
+        dropped_NTS = F.dropout(weights_NTS, p=dropout, training=module.training)
+        mixed_BHTD = (dropped_NTS @ value_BHSD.flatten(0, 1)).unflatten(0, (batch, heads))
+        return mixed_BHTD.transpose(1, 2), weights_NTS
 
 
 def trains_faster_written_out(query_BHTD: Tensor, attention_mask: Tensor | None) -> bool:
-    """True for short, full blocks in bf16 on the CPU that need gradients."""
+    """True for short blocks without padding, in bf16 on the CPU, that need gradients."""
     return (
-        attention_mask is None
+        (attention_mask is None or attention_mask.is_floating_point())  # a bias; sdpa's masks of padding are boolean
         and query_BHTD.requires_grad
         and query_BHTD.device.type == "cpu"
         and query_BHTD.dtype == torch.bfloat16
@@ -103,13 +107,13 @@ def nan_where_all_scores_are(query_BHTD: Tensor, key_BHSD: Tensor, attention_mas
 
 
 class Attention(nn.Module):
-    """Softmax attention through transformers' AttentionInterface, causal in decoders."""
+    """Softmax attention through transformers' AttentionInterface."""
 
-    def __init__(self, config: NormFreeConfig, layer_idx: int) -> None:
+    def __init__(self, config: NormFreeConfig, layer_idx: int, *, is_causal: bool) -> None:
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.is_causal = config.is_causal
+        self.is_causal = is_causal
         self.head_dim = config.head_dim
         self.scaling = config.head_dim**-0.5
         self.qkv = query_key_value_projection(config)
@@ -129,13 +133,13 @@ class Attention(nn.Module):
         rotation: Rotation | None,
         token_positions: Tensor,
         past_key_values: Cache | None,
+        encoded_BSE: Tensor | None = None,
         entropy_layers: Collection[int] = (),
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The output (B, T, E), attention weights or None, and the heads' mean entropy (H,) or None."""
         batch, tokens, _ = hidden_BTE.shape
-        qkv_3BHTD = self.qkv(hidden_BTE).view(batch, tokens, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
-        query_BHTD, key_BHSD, value_BHSD = qkv_3BHTD.unbind(0)
+        query_BHTD, key_BHSD, value_BHSD = self.queries_keys_values(hidden_BTE, encoded_BSE)
         query_BHTD, key_BHSD = self.query_norm(query_BHTD), self.key_norm(key_BHSD)
         if rotation is not None:
             query_BHTD, key_BHSD = rotate(query_BHTD, rotation), rotate(key_BHSD, rotation)
@@ -173,3 +177,20 @@ class Attention(nn.Module):
         if fused and query_BHTD.device.type == "cpu":
             written_BTE = written_BTE + nan_where_all_scores_are(query_BHTD, key_BHSD, attention_mask)
         return self.dropout(written_BTE), weights_BHTS, entropies_H
+
+    def queries_keys_values(self, hidden_BTE: Tensor, encoded_BSE: Tensor | None) -> Sequence[Tensor]:
+        """Queries (B, H, T, D), and keys and values (B, H, S, D)."""
+        return self._heads(self.qkv(hidden_BTE), 3)
+
+    def _heads(self, projected: Tensor, parts: int) -> Sequence[Tensor]:
+        return projected.unflatten(-1, (parts, -1, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class CrossAttention(Attention):
+    """Queries of the hidden states attend to keys and values of an encoder's states."""
+
+    def queries_keys_values(self, hidden_BTE: Tensor, encoded_BSE: Tensor | None) -> Sequence[Tensor]:
+        assert encoded_BSE is not None
+        width = self.config.hidden_size
+        query_BTE, key_value_BSG = self.qkv(hidden_BTE, slice(width)), self.qkv(encoded_BSE, slice(width, None))
+        return [*self._heads(query_BTE, 1), *self._heads(key_value_BSG, 2)]

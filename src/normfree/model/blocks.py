@@ -3,11 +3,12 @@
 The constructors choose modules from tables; no forward asks which variant it is.
 """
 
-# B batch, T tokens, E hidden size, F feed-forward width, H heads
+# B batch, T tokens, S tokens of the encoder, E hidden size, F feed-forward width, H heads
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .activations import ACTIVATIONS
-from .attention import Attention
+from .attention import Attention, CrossAttention
 from .branches import BRANCHES, Part
 from .configuration import NormFreeConfig
 from .linears import ResidualProjection, projection
@@ -40,6 +41,21 @@ class FeedForward(nn.Module):
         return self.dropout(self.output(features_BTF))
 
 
+class GatedFeedForward(FeedForward):
+    """The activated features times a second linear map of the input (arXiv 2002.05202)."""
+
+    def __init__(self, config: NormFreeConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.gate = projection(config, "ffn", config.hidden_size, self.input.out_features)
+
+    def forward(self, hidden_BTE: Tensor, shared_slope: Tensor | None) -> Tensor:
+        features_BTF = self.activation(self.input(hidden_BTE), shared_slope) * self.gate(hidden_BTE)
+        return self.dropout(self.output(features_BTF))
+
+
+FEED_FORWARDS = {"plain": FeedForward, "gated": GatedFeedForward}
+
+
 class NormSums(list[Tensor]):
     """In training, the sums of those norms that were called and whose state `advance` changes."""
 
@@ -51,34 +67,45 @@ class NormSums(list[Tensor]):
         return norm(features)
 
 
+def norms_at(config: NormFreeConfig, layer_idx: int, part: Part) -> list[nn.Module]:
+    """The norms of a part's input and output, and of the stream behind it."""
+    places, site = PLACEMENTS[config.placement](config, layer_idx), NormSite(part, layer_idx, config.hidden_size)
+    chosen = [config.norm if place in places else "none" for place in ("input", "output", "stream")]
+    return [NORMS[name](config, site) for name in chosen]
+
+
 class Block(GradientCheckpointingLayer):
-    """Base class of both residual forms.
+    """Base class of all residual forms.
 
     Tensors that need gradients are positional: reentrant checkpointing loses gradients of keywords.
     """
 
-    def __init__(self, config: NormFreeConfig, layer_idx: int) -> None:
+    def __init__(self, config: NormFreeConfig, layer_idx: int, *, is_causal: bool) -> None:
         super().__init__()
-        places = PLACEMENTS[config.placement](config, layer_idx)
-
-        def norms_of(part: Part) -> list[nn.Module]:
-            site = NormSite(part, layer_idx, config.hidden_size)
-            chosen = [config.norm if place in places else "none" for place in ("input", "output", "stream")]
-            return [NORMS[name](config, site) for name in chosen]
-
+        norms_of = partial(norms_at, config, layer_idx)
         self.attention_norm, self.attention_output_norm, self.attention_stream_norm = norms_of("attention")
-        self.attention = Attention(config, layer_idx)
+        self.attention = Attention(config, layer_idx, is_causal=is_causal)
         self.attention_join = BRANCHES[config.branch](config, "attention")
         self.feed_forward_norm, self.feed_forward_output_norm, self.feed_forward_stream_norm = norms_of("feed_forward")
-        self.feed_forward = FeedForward(config, layer_idx)
+        self.feed_forward = FEED_FORWARDS[config.feed_forward](config, layer_idx)
         self.feed_forward_join = BRANCHES[config.branch](config, "feed_forward")
 
-    def forward(self, hidden_BTE: Tensor, shared_slope: Tensor | None, **context: Any) -> Tensor | tuple[Any, ...]:
+    def forward(
+        self,
+        hidden_BTE: Tensor,
+        shared_slope: Tensor | None,
+        attention_mask: Tensor | None = None,
+        encoded_BSE: Tensor | None = None,
+        encoder_mask: Tensor | None = None,
+        **context: Any,
+    ) -> Tensor | tuple[Any, ...]:
         """The next hidden states; with `entropy_layers`, or norms that have sums, also (H,) and (norms, n), or None."""
         sums = NormSums()
-        attended_BTE, _, entropies_H = self.attention(sums.apply(self.attention_norm, hidden_BTE), **context)
+        normed_BTE = sums.apply(self.attention_norm, hidden_BTE)
+        attended_BTE, _, entropies_H = self.attention(normed_BTE, attention_mask=attention_mask, **context)
         joined_BTE = self.attention_join(hidden_BTE, sums.apply(self.attention_output_norm, attended_BTE))
         joined_BTE = sums.apply(self.attention_stream_norm, joined_BTE)
+        joined_BTE = self.read_encoder(joined_BTE, encoded_BSE, attention_mask=encoder_mask, **context)
         source_BTE = self.feed_forward_input(hidden_BTE, joined_BTE)
         fed_BTE = self.feed_forward(sums.apply(self.feed_forward_norm, source_BTE), shared_slope)
         joined_BTE = self.feed_forward_join(joined_BTE, sums.apply(self.feed_forward_output_norm, fed_BTE))
@@ -86,6 +113,10 @@ class Block(GradientCheckpointingLayer):
         if entropies_H is None and not sums:
             return joined_BTE
         return joined_BTE, entropies_H, torch.stack(sums) if sums else None
+
+    def read_encoder(self, joined_BTE: Tensor, encoded_BSE: Tensor | None, **context: Any) -> Tensor:
+        """The stream after attention to an encoder's states; unchanged in a block that has none."""
+        return joined_BTE
 
     def feed_forward_input(self, hidden_BTE: Tensor, joined_BTE: Tensor) -> Tensor:
         """What the feed-forward part reads: the block's input, or that with attention's output."""
@@ -97,6 +128,21 @@ class SequentialBlock(Block):
 
     def feed_forward_input(self, hidden_BTE: Tensor, joined_BTE: Tensor) -> Tensor:
         return joined_BTE
+
+
+class CrossBlock(SequentialBlock):
+    """Between attention and the feed-forward part, attention to the states of an encoder (T5)."""
+
+    def __init__(self, config: NormFreeConfig, layer_idx: int, *, is_causal: bool) -> None:
+        super().__init__(config, layer_idx, is_causal=is_causal)
+        self.cross_norm, self.cross_output_norm, self.cross_stream_norm = norms_at(config, layer_idx, "attention")
+        self.cross_attention = CrossAttention(config, layer_idx, is_causal=False)
+        self.cross_join = BRANCHES[config.branch](config, "attention")
+
+    def read_encoder(self, joined_BTE: Tensor, encoded_BSE: Tensor | None, **context: Any) -> Tensor:
+        context |= {"encoded_BSE": encoded_BSE, "rotation": None}
+        attended_BTE, _, _ = self.cross_attention(self.cross_norm(joined_BTE), **context)
+        return self.cross_stream_norm(self.cross_join(joined_BTE, self.cross_output_norm(attended_BTE)))
 
 
 class ParallelBlock(Block):

@@ -49,9 +49,24 @@ TABLES = {
 }
 """Fields that name one entry of a table; `activation` names several."""
 
+NOT_IN: dict[str, dict[str, tuple[str, ...]]] = {
+    "decoder": {"position": ("relative",)},
+    "vision": {
+        "position": ("rotary", "relative"),
+        "attention_temperature": ("position",),
+        "norm": ("fake", "taper"),
+    },
+    "encoder_decoder": {
+        "residual": ("parallel",),
+        "attention_temperature": ("position",),
+        "norm": ("fake", "taper"),
+    },
+}
+"""Values of fields that a family does not have."""
+
 
 class NormFreeConfig(PreTrainedConfig):
-    """Architecture of a transformer with or without normalization: a decoder, or as NormFreeVisionConfig a ViT.
+    """Architecture of a transformer with or without normalization: a decoder, or by the subclasses another family.
 
     Raises ValueError for an unknown key, a value of the wrong type or out of range, and fields that contradict each
     other.
@@ -65,15 +80,15 @@ class NormFreeConfig(PreTrainedConfig):
     hidden_size: int = 768
     """Width of the residual stream."""
     num_hidden_layers: int = 12
-    """Blocks of attention and feed-forward."""
+    """Blocks of attention and feed-forward; family=encoder_decoder: so many in each of its two stacks."""
     num_attention_heads: int = 12
     """Heads of a block, each hidden_size / num_attention_heads wide."""
     intermediate_size: int | None = None
     """Width of the feed-forward part; None means 4 * hidden_size."""
     max_position_embeddings: int = 128
     """Longest sequence in tokens; a run takes the default from data.context."""
-    family: Literal["decoder", "vision"] = "decoder"
-    """decoder: a causal language model; vision: a classifier of images, whose patches all see each other."""
+    family: Literal["decoder", "vision", "encoder_decoder"] = "decoder"
+    """decoder: a language model; vision: a classifier of images; encoder_decoder: fills in masked spans (T5)."""
     image_size: int = 28
     """family=vision: pixels on each side of an image."""
     patch_size: int = 4
@@ -82,12 +97,24 @@ class NormFreeConfig(PreTrainedConfig):
     """family=vision: colours of an image, 1 or 3."""
     pooling: Literal["class_token", "mean"] = "class_token"
     """family=vision: the class is read from a learned token before the patches, or from the mean over patches."""
-    position: Literal["learned", "rotary"] = "learned"
-    """A learned vector for each position, or rotated queries and keys."""
+    noise_share: float = 0.15
+    """family=encoder_decoder: share of the tokens of a block that are masked and make the target."""
+    span_tokens: float = 3.0
+    """family=encoder_decoder: mean length of a masked span in tokens."""
+    span_seed: int = 0
+    """family=encoder_decoder: with the tokens of a block it decides which are masked, always the same."""
+    decoder_start_token_id: int | None = None
+    """family=encoder_decoder: the token before a target; unless given, the last of the vocabulary."""
+    position: Literal["learned", "rotary", "relative"] = "learned"
+    """A learned vector for each position, rotated queries and keys, or a learned bias of scores by distance (T5)."""
     rotary_share: float = 0.25
     """position=rotary: share of each head's dimensions that rotate, above 0 and at most 1."""
     rotary_base: float = 10000.0
     """position=rotary: pair i of R rotating dimensions turns once in 2 pi * rotary_base^(2i/R) tokens, i from 0."""
+    relative_buckets: int = 32
+    """position=relative: distances that are told apart, half of them one by one, the others in growing steps."""
+    relative_distance: int = 128
+    """position=relative: the distance in tokens from which on all are alike."""
     residual: Literal["sequential", "parallel"] = "sequential"
     """parallel: attention and feed-forward read the same input (GPT-NeoX)."""
     tie_word_embeddings: bool = True
@@ -130,6 +157,8 @@ class NormFreeConfig(PreTrainedConfig):
     """Extra logit in each softmax, for no token: none, softmax_1 (always 0), learned (per head)."""
     attention_gate: str = "none"
     """Sigmoid gate on the output of attention: none, one for each head, or one for each channel."""
+    feed_forward: Literal["plain", "gated"] = "plain"
+    """gated: the activated features are multiplied by a second linear map of the input (T5 v1.1, Llama)."""
     activation: str | list[str] = "gelu"
     """For all layers, or one per layer: gelu, gelu_tanh, relu, leaky_relu, identity (activations.py)."""
     negative_slope: float = 0.01
@@ -170,8 +199,8 @@ class NormFreeConfig(PreTrainedConfig):
         self._check_parts()
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
+        self._check_family()
         if self.family == "vision":
-            self._check_vision()
             self.max_position_embeddings = self.image_tokens
         super().__post_init__(**others)
 
@@ -184,11 +213,6 @@ class NormFreeConfig(PreTrainedConfig):
     def rotary_dim(self) -> int:
         """Dimensions of one head that rotate (position=rotary)."""
         return round(self.head_dim * self.rotary_share)
-
-    @property
-    def is_causal(self) -> bool:
-        """True if a token sees those before it only."""
-        return self.family == "decoder"
 
     @property
     def image_tokens(self) -> int:
@@ -233,6 +257,7 @@ class NormFreeConfig(PreTrainedConfig):
 
     def _check_numbers(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+        sizes += ("image_size", "patch_size", "num_channels", "relative_buckets", "relative_distance", "noise_share")
         floats = ("norm_epsilon", "initializer_range", "rotary_base")
         for name in (*sizes, *floats, "intermediate_size"):
             if (value := getattr(self, name)) is not None and not value > 0:
@@ -291,16 +316,20 @@ class NormFreeConfig(PreTrainedConfig):
                 f"taper_end_step={self.taper_end_step}, e.g. model.taper_end_step=5000"
             )
 
-    def _check_vision(self) -> None:
-        for name in ("image_size", "patch_size", "num_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
-        if self.image_size % self.patch_size:
+    def _check_family(self) -> None:
+        if self.family == "vision" and self.image_size % self.patch_size:
             raise ValueError(f"image_size={self.image_size} must be a multiple of patch_size={self.patch_size}")
-        causal_only = {"position": ("rotary",), "attention_temperature": ("position",), "norm": ("fake", "taper")}
-        for name, values in causal_only.items():
+        if not (self.noise_share < 1 and self.span_tokens >= 1):
+            raise ValueError(f"noise_share={self.noise_share}, span_tokens={self.span_tokens}: below 1, and at least 1")
+        if self.relative_buckets % 4 or self.relative_distance <= self.relative_buckets // 2:
+            raise ValueError(
+                f"relative_buckets={self.relative_buckets} must be a multiple of 4, and its half below "
+                f"relative_distance={self.relative_distance}"
+            )
+        for name, values in NOT_IN[self.family].items():
             if (value := getattr(self, name)) in values:
-                raise ValueError(f"{name}={value!r} is for family='decoder', and this is 'vision': give another")
+                others = " or ".join(repr(family) for family in NOT_IN if value not in NOT_IN[family].get(name, ()))
+                raise ValueError(f"{name}={value!r} is for family={others}, and this is {self.family!r}: give another")
 
 
 class NormFreeVisionConfig(NormFreeConfig):
@@ -308,7 +337,21 @@ class NormFreeVisionConfig(NormFreeConfig):
 
     model_type = "normfree_vision"
     keys_to_ignore_at_inference = []
-    family: Literal["decoder", "vision"] = "vision"
+    family: Literal["decoder", "vision", "encoder_decoder"] = "vision"
+
+
+class NormFreeSeq2SeqConfig(NormFreeConfig):
+    """A NormFreeConfig with family=encoder_decoder."""
+
+    model_type = "normfree_seq2seq"
+    family: Literal["decoder", "vision", "encoder_decoder"] = "encoder_decoder"
+    is_encoder_decoder: bool = True
+
+    def __post_init__(self, **others: Any) -> None:
+        super().__post_init__(**others)
+        self.use_cache = False  # a target is computed again for each of its tokens
+        if self.decoder_start_token_id is None:
+            self.decoder_start_token_id = self.vocab_size - 1
 
 
 def _nearest(word: str, allowed: list[str]) -> str:

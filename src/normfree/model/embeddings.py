@@ -40,4 +40,5 @@ class PatchEmbedding(nn.Module):
 EMBEDDINGS: dict[str, Callable[[NormFreeConfig], nn.Module]] = {
     "decoder": lambda config: nn.Embedding(config.vocab_size, config.hidden_size),
     "vision": PatchEmbedding,
+    "encoder_decoder": lambda config: nn.Embedding(config.vocab_size, config.hidden_size),
 }

@@ -79,7 +79,12 @@ def fold_norms(model: NormFreeForCausalLM) -> NormFreeForCausalLM:
 
 def obstacle_to_folding(config: NormFreeConfig) -> str:
     """The part of a model that reads a norm and is no plain matrix, in words; empty if there is none."""
-    for name, allowed in {"placement": "pre", "linear": "plain", "attention_gate": "none"}.items():
+    for name, allowed in {
+        "placement": "pre",
+        "linear": "plain",
+        "attention_gate": "none",
+        "feed_forward": "plain",
+    }.items():
         if (value := getattr(config, name)) != allowed:
             return f"{name}={value!r}: norms fold with {name}={allowed!r} only"
     return ""

@@ -96,8 +96,16 @@ class Projection(nn.Linear):
             return self.weight
         return torch.cat([map_(part) for map_, part in self._parts()])
 
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.used_weight(), self.bias)
+    def forward(self, input: Tensor, rows: slice | None = None) -> Tensor:
+        """(..., rows): the outputs of all rows, or of these."""
+        weight_RC, bias_R = self.used_weight(), self.used_bias()
+        if rows is not None:
+            weight_RC, bias_R = weight_RC[rows], None if bias_R is None else bias_R[rows]
+        return F.linear(input, weight_RC, bias_R)
+
+    def used_bias(self) -> Tensor | None:
+        """The bias of all rows."""
+        return self.bias
 
     def initial_map_values(self) -> list[tuple[Tensor, Tensor]]:
         """(tensor, its initial value) of all maps, given the initial weight."""
@@ -128,8 +136,8 @@ class QueryKeyBiasProjection(Projection):
         super().__init__(columns, matrices, bias=False)
         self.bias = nn.Parameter(torch.empty(2 * columns))
 
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.used_weight(), F.pad(self.bias, (0, self.in_features)))
+    def used_bias(self) -> Tensor:
+        return F.pad(self.bias, (0, self.in_features))
 
 
 class ResidualProjection(Projection):

@@ -1,4 +1,4 @@
-"""Next-token cross-entropy without the logits of all tokens in memory at once.
+"""Cross-entropy of tokens without the logits of all of them in memory at once.
 
 Shape legend: N tokens, E hidden size, V vocabulary; n tokens of one block.
 """
@@ -45,7 +45,13 @@ def next_token_loss(
     the loss is NaN if that is 0. Matmuls run in autocast's dtype; softmax and sums are float32, also the sum of the
     weight's gradient over blocks. The result equals that of all logits at once, up to rounding.
     """
-    hidden_NE, labels_N = hidden_BTE[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten()
+    return token_loss(hidden_BTE[:, :-1].flatten(0, 1), weight_VE, labels_BT[:, 1:].flatten(), num_items_in_batch)
+
+
+def token_loss(
+    hidden_NE: Tensor, weight_VE: Tensor, labels_N: Tensor, num_items_in_batch: Tensor | int | None = None
+) -> Tensor:
+    """The same of each label given the hidden state of its own row."""
     device = hidden_NE.device.type
     if torch.is_autocast_enabled(device):
         hidden_NE = hidden_NE.to(torch.get_autocast_dtype(device))

@@ -8,6 +8,7 @@ The constructors choose modules from tables; no forward asks which variant it is
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -128,10 +129,10 @@ class NormFreePreTrainedModel(PreTrainedModel):
             if name.endswith("slope") and parameter.numel() == 1
         }
 
-    def slope_layers(self) -> list[int]:
-        """The layer of each of `negative_slopes`, without the shared slope."""
-        places = [name.split(".") for name in self.negative_slopes()]
-        return [int(place[place.index("layers") + 1]) for place in places if "layers" in place]
+    def slope_layers(self) -> list[int | str]:
+        """The layer of each of `negative_slopes`, without shared slopes; `encoder 0` where there are two stacks."""
+        places = [re.search(r"((?:en|de)coder)?\.?layers\.(\d+)", name) for name in self.negative_slopes()]
+        return [f"{place[1]} {place[2]}" if place[1] else int(place[2]) for place in places if place]
 
 
 def _whole(parameter: Any) -> Tensor:
@@ -144,7 +145,7 @@ class NormFreeModel(NormFreePreTrainedModel):
 
     def __init__(self, config: NormFreeConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = EMBEDDINGS[config.family](config)
+        self.embed_tokens = self._embedding(config)
         learned_scale = config.embedding_scale == "learned"
         self.embedding_scale = nn.Parameter(torch.empty(1)) if learned_scale else None
         self.initial_values = {"embedding_scale": config.hidden_size**0.5} if learned_scale else {}
@@ -153,12 +154,18 @@ class NormFreeModel(NormFreePreTrainedModel):
         # The shared slope is registered here and passed to the blocks: see activations.py.
         shared = config.learnable_slope == "shared"
         self.shared_negative_slope = nn.Parameter(torch.empty(1)) if shared else None
-        self.layers = nn.ModuleList(BLOCKS[config.residual](config, index) for index in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(self._block(config, index) for index in range(config.num_hidden_layers))
         self.final_norm = NORMS[config.final_norm](
             config, NormSite("final", config.num_hidden_layers, config.hidden_size)
         )
         self.gradient_checkpointing = False
         self.post_init()
+
+    def _embedding(self, config: NormFreeConfig) -> nn.Module | None:
+        return EMBEDDINGS[config.family](config)
+
+    def _block(self, config: NormFreeConfig, index: int) -> Block:
+        return BLOCKS[config.residual](config, index, is_causal=True)
 
     @capture_outputs
     def forward(
@@ -182,6 +189,7 @@ class NormFreeModel(NormFreePreTrainedModel):
         if entropy_layers:
             whole = attention_mask is None and position_ids is None and past_key_values is None
             self._check_entropy_layers(entropy_layers, whole_blocks=whole)
+        assert self.embed_tokens is not None
         tokens_BTE = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -232,8 +240,10 @@ class NormFreeModel(NormFreePreTrainedModel):
     def _through_blocks(self, hidden_BTE: Tensor, **context: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """The stream after the last block, the entropies that were asked for, and the sums of norms that have some."""
         entropies, sums = [], []
+        # Positional, as they may need gradients.
+        tensors = [context.pop(name, None) for name in ("attention_mask", "encoded_BSE", "encoder_mask")]
         for block in self.layers:
-            outputs = block(hidden_BTE, self.shared_negative_slope, **context)
+            outputs = block(hidden_BTE, self.shared_negative_slope, *tensors, **context)
             hidden_BTE, entropies_H, norm_sums = outputs if isinstance(outputs, tuple) else (outputs, None, None)
             entropies += [] if entropies_H is None else [entropies_H]
             sums += [] if norm_sums is None else [norm_sums]
@@ -298,7 +308,7 @@ class NormFreeForCausalLM(NormFreePreTrainedModel, GenerationMixin):
         )
         logits_BTV, loss = None, None
         other_loss = not {"shift_labels", "ignore_index"}.isdisjoint(kwargs)
-        if labels is None or return_logits or other_loss or not _is_plain(self.lm_head):
+        if labels is None or return_logits or other_loss or not is_plain(self.lm_head):
             positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits_BTV = self.lm_head(outputs.last_hidden_state[:, positions])
             if labels is not None:
@@ -319,7 +329,7 @@ class NormFreeForCausalLM(NormFreePreTrainedModel, GenerationMixin):
         )
 
 
-def _is_plain(head: nn.Module) -> bool:
+def is_plain(head: nn.Module) -> bool:
     """True if the weight determines the output: no bias, adapter or hook, and no offloaded weight."""
     return (
         type(head) is nn.Linear

@@ -1,8 +1,10 @@
-"""Positions of tokens: a learned vector for each, or angles by which queries and keys rotate."""
+"""Positions of tokens: a learned vector for each, angles by which queries and keys rotate, or a bias of scores."""
 
-# B batch, H heads, T tokens, E hidden size, D head dim, R rotating dims of a head
+# B batch, H heads, T tokens, S keys, E hidden size, D head dim, R rotating dims of a head
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +54,39 @@ class RotaryPositions(nn.Module):
         return tokens_BTE, (angles_B1TR.cos(), angles_B1TR.sin())
 
 
-POSITIONS = {"learned": LearnedPositions, "rotary": RotaryPositions}
+class RelativePositions(nn.Module):
+    """A learned number for each head and bucket of distances, added to the scores (T5, arXiv 1910.10683)."""
+
+    def __init__(self, config: NormFreeConfig) -> None:
+        super().__init__()
+        self.buckets, self.distance = config.relative_buckets, config.relative_distance
+        self.values = nn.Embedding(config.relative_buckets, config.num_attention_heads)
+
+    def forward(self, tokens_BTE: Tensor, positions_BT: Tensor) -> tuple[Tensor, None]:
+        return tokens_BTE, None
+
+    def add_to(self, mask: Tensor | None, tokens: int, *, is_causal: bool) -> Tensor:
+        """(1 or B, H, T, T): the bias of scores, hugely negative where the mask, or causality without one, hides."""
+        places_T = torch.arange(tokens, device=self.values.weight.device)
+        later_TT = places_T - places_T[:, None]
+        bias_1HTT = self.values(self.bucket(later_TT, is_causal=is_causal)).permute(2, 0, 1)[None]
+        if mask is None:
+            mask = later_TT <= 0 if is_causal else torch.ones_like(later_TT, dtype=torch.bool)
+        if mask.dtype != torch.bool:
+            return bias_1HTT + mask
+        return bias_1HTT.masked_fill(~mask, torch.finfo(bias_1HTT.dtype).min)
+
+    def bucket(self, later: Tensor, *, is_causal: bool) -> Tensor:
+        """The bucket of keys so many tokens later than the query; all later ones are in the first if causal."""
+        buckets = self.buckets if is_causal else self.buckets // 2
+        distance = -later.clamp(max=0) if is_causal else later.abs()
+        exact = buckets // 2
+        growth = torch.log(distance.clamp(min=1).float() / exact) / math.log(self.distance / exact)
+        far = (exact + (growth * (buckets - exact)).long()).clamp(max=buckets - 1)
+        return torch.where(distance < exact, distance, far) + (0 if is_causal else buckets * (later > 0))
+
+
+POSITIONS = {"learned": LearnedPositions, "rotary": RotaryPositions, "relative": RelativePositions}
 
 
 def rotate(states_BHTD: Tensor, rotation: Rotation) -> Tensor:

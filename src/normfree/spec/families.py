@@ -69,17 +69,19 @@ CLASSIFICATIONS = {
 }
 """Objectives that train a classification head; the end of its Auto class, and the hub's name of that."""
 
+_PERPLEXITY = Score(
+    name="perplexity",
+    axis="validation perplexity",
+    better="lower",
+    scale=1.0,
+    unit="%",
+    beside=("bits_per_byte", "Bits per byte"),
+)
+_OF_TEXT = ("installed", "codeparrot", "hub", "files")
 FAMILIES = {
     "decoder": Family(
-        sources=("installed", "codeparrot", "hub", "files"),
-        score=Score(
-            name="perplexity",
-            axis="validation perplexity",
-            better="lower",
-            scale=1.0,
-            unit="%",
-            beside=("bits_per_byte", "Bits per byte"),
-        ),
+        sources=_OF_TEXT,
+        score=_PERPLEXITY,
         measures=("perplexity",),
         causal=True,
         ceiling=lambda tokens: math.lgamma(tokens + 1) / tokens,
@@ -96,6 +98,16 @@ FAMILIES = {
         corpus="source {source}, images of {image_size} x {image_size} pixels with {num_channels} channel(s), "
         "{vocab_size:,} classes, {train_blocks:,} images to train on, {validation_blocks:,} held-out images, "
         "fingerprint {fingerprint:.12}",
+    ),
+    "encoder_decoder": Family(
+        sources=_OF_TEXT,
+        score=replace(_PERPLEXITY, axis="validation perplexity of targets", beside=("loss_nats", "Loss (nats)")),
+        measures=("perplexity",),
+        causal=False,
+        ceiling=math.log,
+        corpus="source {source}, blocks of {context} tokens, of which {masked_tokens} in {spans} spans are masked and "
+        "make the target, vocabulary {vocab_size:,}, {train_blocks:,} blocks to train on, {validation_blocks:,} "
+        "held-out blocks, unigram perplexity of targets {unigram_perplexity:.1f}, fingerprint {fingerprint:.12}",
     ),
 }
 

@@ -316,8 +316,10 @@ class RunSpec:
         if self.data.source not in family.sources:
             allowed = " or ".join(f"data={source}" for source in family.sources)
             raise ValueError(f"data={self.data.source} is not read with model.family={name}: give {allowed}")
-        if not family.causal and self.train.objective in CLASSIFICATIONS:
-            raise ValueError(f"train.objective={self.train.objective} reads text, and model.family={name} images")
+        classifies, moves = self.train.objective in CLASSIFICATIONS, self.train.objective.startswith("entropy")
+        if (name == "vision" and classifies) or (name == "encoder_decoder" and (classifies or moves)):
+            allowed = "decoder" if classifies else "decoder or vision"
+            raise ValueError(f"train.objective={self.train.objective} is for model.family={allowed}, not {name}")
         chosen, objective = (f"norm={self.model.get('norm')}", f"sharding={self.train.sharding}"), self.train.objective
         if objective in CLASSIFICATIONS and (bad := {"norm=fake", "norm=taper", "sharding=fsdp"}.intersection(chosen)):
             raise ValueError(f"train.objective={objective} does not work with {bad.pop()}: run the two after another")

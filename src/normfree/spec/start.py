@@ -44,7 +44,7 @@ class Start:
 
     def layers(self, groups: Mapping[str, Any], variant: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         """What lies over a corpus and a preset: its settings, but for what `groups` choose, then another variant."""
-        reads_text = self.settings["model"].get("family", "decoder") == "decoder"
+        reads_text = self.settings["model"].get("family") != "vision"
         tokenizer = {"tokenizer": str(self.folder)} if reads_text else {}
         data = tokenizer if "data" in groups else self.settings["data"]
         own: dict[str, Any] = {"model": self.settings["model"], "data": data}

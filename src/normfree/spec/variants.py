@@ -106,14 +106,20 @@ def check_fields_are_read(spec: RunSpec) -> None:
     own_activation = bool(names - activations.IN_THIS_FILE.keys())
     own_norm = bool(used_norms - norms.IN_THIS_FILE.keys())
     rotary = config.position == "rotary", "model.position=rotary"
-    vision, decoder = ((config.family == name, f"model.family={name}") for name in ("vision", "decoder"))
+    vision, decoder, pairs = (
+        (config.family == name, f"model.family={name}") for name in ("vision", "decoder", "encoder_decoder")
+    )
+    relative = config.position == "relative", "model.position=relative"
     learned = own_activation or config.learnable_slope != "none", "model.learnable_slope=per_layer or shared"
     tapers = own_norm or config.norm == "taper", "model.norm=taper"
     removes = own_norm or config.norm == "fake", "model.norm=fake"
     squashing, dividing = {"dyt", "derf"}, {"layernorm", "rmsnorm", "lns", "bhyt", "taper", "fake"}
     needs = {
         **dict.fromkeys(("image_size", "patch_size", "num_channels", "pooling"), vision),
-        **dict.fromkeys(("tie_word_embeddings", "output_bias"), decoder),
+        **dict.fromkeys(("noise_share", "span_tokens", "span_seed", "decoder_start_token_id"), pairs),
+        **dict.fromkeys(("relative_buckets", "relative_distance"), relative),
+        "tie_word_embeddings": (not vision[0], "a family of text"),
+        "output_bias": decoder,
         "rotary_share": rotary,
         "rotary_base": rotary,
         "norm_epsilon": (not used_norms <= {"none", *squashing}, "a norm that divides"),

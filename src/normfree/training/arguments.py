@@ -20,6 +20,7 @@ from normfree.cost.estimate import GIB, GPUS, check_memory, describe_estimate, f
 from normfree.data import Corpus, ImageCorpus
 from normfree.model import HEADS, NormFreeConfig
 from normfree.model.norms import check_removal
+from normfree.model.spans import sentinels
 from normfree.spec.families import family_of
 from normfree.spec.run import RunSpec
 from normfree.store.runs import OVER, RUN_FILE, DamagedRunError, read_run
@@ -218,20 +219,23 @@ def model_config(spec: RunSpec, corpus: Corpus) -> NormFreeConfig:
     """Build the configuration of the run's model. Raises ValueError if it does not fit the corpus."""
     if isinstance(corpus, ImageCorpus):
         return _vision_config(spec, corpus.facts())
-    tokenizer = corpus.tokenizer()
+    tokenizer, kind = corpus.tokenizer(), HEADS[spec.model.get("family", "decoder")].config_class
+    needed = corpus.vocab_size + sentinels(spec.data.context, kind(**spec.model))
     fields = {
-        "vocab_size": corpus.vocab_size,
+        "vocab_size": needed,
         "max_position_embeddings": spec.data.context,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         **spec.model,
     }
     vocabulary, positions = fields["vocab_size"], fields["max_position_embeddings"]
-    if vocabulary < corpus.vocab_size:
-        raise ValueError(f"model.vocab_size={vocabulary} is below the tokenizer's {corpus.vocab_size}; leave it out")
+    if vocabulary < needed:
+        raise ValueError(f"model.vocab_size={vocabulary} is below the {needed} that the tokens need; leave it out")
     if positions < spec.data.context:
         raise ValueError(f"data.context={spec.data.context} is longer than model.max_position_embeddings={positions}")
-    config = NormFreeConfig(**fields)
+    if needed > corpus.vocab_size and "eos_token_id" not in spec.model:
+        fields["eos_token_id"] = vocabulary - 1
+    config = kind(**fields)
     check_removal(config, total_steps(spec, corpus))
     return config
 

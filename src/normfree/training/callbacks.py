@@ -80,9 +80,9 @@ class RecordMetrics(TrainerCallback):
         self, state: TrainerState, control: TrainerControl, due: list[Schedule], model: NormFreePreTrainedModel
     ) -> None:
         size, tokenizer = self.record.spec.train.micro_batch_sequences, self.record.corpus.tokenizer
+        how = {"batch_sequences": size, "tokenizer": tokenizer, "record": self.record}
         for schedule in due:
-            names = schedule.measures
-            values = measurements(model, schedule.blocks_NT, names, batch_sequences=size, tokenizer=tokenizer)
+            values = measurements(model, schedule.blocks_NT, schedule.measures, **how)
             self.record.log(state.global_step, schedule.split, values)
             if scalars := {f"eval_{name}": value for name, value in values if isinstance(value, float)}:
                 training_loss_due = control.should_log
@@ -148,9 +148,12 @@ def measurements(
     *,
     batch_sequences: int,
     tokenizer: Callable[[], Any] | None = None,
+    record: Record | None = None,
 ) -> list[tuple[str, Any]]:
-    """Measure full blocks in evaluation mode and the run's precision, over all processes."""
+    """Measure full blocks in evaluation mode and the run's precision, over all processes; `record` names the layers."""
     measures = open_measures(names, model, tokenizer)
     measure_batches(model, blocks_of(model, blocks_NT, batch_sequences, measures), measures)
+    if record is not None:
+        record.name_layers(measures)
     values = values_of(measures, next(model.parameters()).device)
     return [(name, value if value.dim() else value.item()) for name, value in values.items()]

@@ -22,6 +22,11 @@ WORDS = {
         **{"task": "ImageClassification", "hub_task": "image-classification"},
         "data": "{origin}: {image_size} x {image_size} pixels, {num_channels} channel(s), {vocab_size:,} classes",
     },
+    "encoder_decoder": {
+        **{"kind": "encoder-decoder", "reads": "text", "auto": "AutoTokenizer", "beside": "tokenizer"},
+        **{"task": "Seq2SeqLM", "hub_task": "text2text-generation"},
+        "data": "{origin}, tokenized into {vocab_size:,} pieces; targets are {spans} masked spans of each block",
+    },
 }
 """What a card says of each family, and the classes of transformers that load its models."""
 
@@ -34,10 +39,10 @@ def model_card(run: Run, final: dict[str, Any]) -> str:
     source = run.spec["data"].get("dataset") or corpus["source"]
     origin = _SOURCES.get(source, f"`{source}` of the Hugging Face hub")
     start = run.spec.get("start_name", "random")
-    metrics = {name: final[name] for name in ("perplexity", "bits_per_byte")}
+    metrics = {name: final[name] for name in ("perplexity", run.headline.beside[0])}
     results = {"Perplexity": final["perplexity"], "Perplexity of token frequencies alone": corpus["unigram_perplexity"]}
-    results["Bits per byte"] = final["bits_per_byte"]
-    if not run.family.causal:
+    results[run.headline.beside[1]] = final[run.headline.beside[0]]
+    if "majority_accuracy" in corpus:
         metrics = {"accuracy": final["accuracy"], "loss": final["loss_nats"]}
         results = {"Accuracy": final["accuracy"], "Accuracy of the most frequent class": corpus["majority_accuracy"]}
     return (Path(__file__).with_name("card.md").read_text(encoding="utf-8")).format(

@@ -19,6 +19,7 @@ from torch import Tensor
 from normfree.data import Corpus
 from normfree.files import fingerprint, read_manifest
 from normfree.measures import MEASURES, periods_of
+from normfree.measures.measure import Measure
 from normfree.model.modeling import NormFreePreTrainedModel
 from normfree.spec.families import FAMILIES
 from normfree.spec.run import RunSpec
@@ -65,6 +66,18 @@ class Record:
         """Change facts of run.json."""
         if self.writer is not None:
             self.writer.update(wall_seconds=self._wall_seconds(), **facts)
+
+    def name_layers(self, measures: Iterable[Measure]) -> None:
+        """Record the layers of what was measured, where they are not 0, 1, 2, ..., e.g. `encoder 0`."""
+        layers = {name: list(measure.layers or ()) for measure in measures for name in measure.gives}
+        known = self.writer.facts["quantities"] if self.writer else {}
+        named = {
+            name: {**known[name], "layers": labels}
+            for name, labels in layers.items()
+            if name in known and known[name]["axes"] and labels != list(range(len(labels)))
+        }
+        if named and {**known, **named} != known:
+            self.update(quantities={**known, **named})
 
     def progress_at(self, step: int) -> dict[str, int]:
         """The facts of run.json after this many steps."""

@@ -6,7 +6,7 @@ import logging
 from fnmatch import fnmatch
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageClassification
+import transformers
 
 from normfree.data import Corpus
 from normfree.data.tokenizer import load_tokenizer, tokenizer_hash
@@ -54,13 +54,12 @@ def _load_start(model: NormFreePreTrainedModel, spec: RunSpec, corpus: Corpus) -
         raise ValueError(
             f"start={spec.start} has another tokenizer than this corpus: give data.tokenizer={start.folder}"
         )
-    auto = AutoModelForCausalLM if reads_text else AutoModelForImageClassification
+    auto = getattr(transformers, HEADS[model.config.family].__name__.replace("NormFreeFor", "AutoModelFor"))
     theirs = auto.from_pretrained(start.folder, dtype=torch.float32)
     weights = (theirs if isinstance(theirs, NormFreePreTrainedModel) else convert(theirs)).state_dict()
     if not reads_text and theirs.config.id2label != model.config.id2label:  # other classes have a new head
         weights = {name: weight for name, weight in weights.items() if not name.startswith("classifier.")}
-    positions = "model.positions.vectors.weight"
-    if positions in weights:
+    for positions in [name for name in weights if name.endswith("positions.vectors.weight")]:
         wanted, known = model.config.max_position_embeddings, len(weights[positions])
         if wanted > known:
             raise ValueError(f"data.context={wanted} is beyond the {known} learned positions of start={spec.start}")

@@ -55,6 +55,7 @@ from normfree.training.signals import (
     warning_signals,
 )
 from normfree.training.start import initial_model
+from normfree.training.targets import TargetCorpus
 from normfree.training.trainer import NormFreeTrainer
 
 logger = logging.getLogger("normfree")
@@ -99,6 +100,8 @@ def train(
             left_out = corpus.left_out("train"), corpus.left_out("validation")
             logger.info("corpus %s; left out: %s; of held-out text: %s", corpus.fingerprint[:12], *left_out)
         steps, config = arguments.total_steps(spec, corpus), arguments.model_config(spec, corpus)
+        if config.family == "encoder_decoder":
+            corpus = TargetCorpus(corpus.folder, corpus.manifest, config)
         if broadcast_from_rank_zero(arguments.is_done(folder, spec, corpus)):  # by another command, or with its text
             return folder
         arguments.announce_needs(spec, corpus, training_device())
@@ -199,9 +202,8 @@ def _finish(record: Record, model: NormFreePreTrainedModel, trainer: NormFreeTra
     """Measure and save the trained model."""
     spec, corpus, size = record.spec, record.corpus, record.spec.train.micro_batch_sequences
     for measures, sequences in _final_measures(spec):
-        blocks_NT = spread(record.held_out_NT, sequences)
-        values = measurements(model, blocks_NT, measures, batch_sequences=size, tokenizer=corpus.tokenizer)
-        record.log(record.steps, "final", values)
+        how = {"batch_sequences": size, "tokenizer": corpus.tokenizer, "record": record}
+        record.log(record.steps, "final", measurements(model, spread(record.held_out_NT, sequences), measures, **how))
     bytes_of_text = int(corpus.predicted_bytes().sum())
     result = evaluate_blocks(model, record.held_out_NT, predicted_bytes=bytes_of_text, batch_sequences=size)
     whole_model = gather(model) if spec.train.sharding == "fsdp" else model
@@ -269,5 +271,5 @@ def _collate(model: NormFreePreTrainedModel, rows: list[dict[str, Tensor]]) -> d
         padded = {name: pad_sequence(column, True, IGNORED * (name == "labels")) for name, column in columns.items()}
         return {**padded, "classes": True}
     ids_BT = torch.stack([row["input_ids"] for row in rows]).long()
-    batch = model.batch_of(ids_BT)
-    return batch if "labels" in batch else {**batch, "labels": ids_BT, "return_logits": False}
+    batch = {"labels": ids_BT, **model.batch_of(ids_BT)}
+    return {**batch, "return_logits": False} if model.main_input_name == "input_ids" else batch

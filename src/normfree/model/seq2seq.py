@@ -1,0 +1,223 @@
+"""The encoder-decoder: one stack sees all of the source, the other makes the target and attends to the first."""
+
+# B batch, S tokens of the source, T tokens of the target, E hidden size, V vocabulary
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_outputs import Seq2SeqLMOutput, Seq2SeqModelOutput
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .attention import Attention, CrossAttention
+from .blocks import BLOCKS, Block, CrossBlock
+from .configuration import NormFreeConfig, NormFreeSeq2SeqConfig
+from .loss import IGNORED, token_loss
+from .modeling import NormFreeModel, NormFreeModelOutput, NormFreePreTrainedModel, is_plain
+from .positions import RelativePositions
+from .spans import corrupt
+
+
+@dataclass
+class NormFreeSeq2SeqModelOutput(Seq2SeqModelOutput):
+    """Hidden states of both stacks, and the decoder's `sigma_variance` of `NormFreeModelOutput`."""
+
+    sigma_variance: Tensor | None = None
+
+
+@dataclass
+class NormFreeSeq2SeqLMOutput(Seq2SeqLMOutput):
+    """A language model's output, with the decoder's `sigma_variance` of `NormFreeModelOutput`."""
+
+    sigma_variance: Tensor | None = None
+
+
+class Stack(NormFreeModel):
+    """Base of the two stacks of blocks."""
+
+    config_class = NormFreeSeq2SeqConfig
+    _supports_flash_attn = _supports_flex_attn = False  # they take no bias of scores
+    _no_split_modules = [CrossBlock.__name__]
+
+    def _from_embeddings(
+        self, tokens_BTE: Tensor, mask: Tensor | None, *, is_causal: bool, **context: Any
+    ) -> NormFreeModelOutput:
+        tokens, longest = tokens_BTE.shape[1], self.config.max_position_embeddings
+        if tokens > longest:
+            what = "target" if is_causal else "source"
+            raise ValueError(f"a {what} of {tokens} tokens, but max_position_embeddings={longest}: shorten it")
+        if isinstance(self.positions, RelativePositions):
+            mask = self.positions.add_to(mask, tokens, is_causal=is_causal)
+        positions_BT = torch.arange(tokens, device=tokens_BTE.device)[None]
+        context = {"past_key_values": None, "sigma_variance": False, **context}
+        return self._outputs(tokens_BTE, positions_BT, attention_mask=mask, **context)
+
+
+class NormFreeEncoder(Stack):
+    """Embeddings, which the decoder shares, blocks and a final norm."""
+
+    def _block(self, config: NormFreeConfig, index: int) -> Block:
+        return BLOCKS[config.residual](config, index, is_causal=False)
+
+    @capture_outputs
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> NormFreeModelOutput:
+        """Final hidden states (B, S, E); `attention_mask` (B, S) is 0 at padding."""
+        tokens_BSE = cast(nn.Module, self.embed_tokens)(input_ids)
+        mask = create_bidirectional_mask(config=self.config, inputs_embeds=tokens_BSE, attention_mask=attention_mask)
+        return self._from_embeddings(tokens_BSE, cast(Tensor | None, mask), is_causal=False, **kwargs)
+
+
+class NormFreeDecoder(Stack):
+    """Blocks with attention to the encoder's states, and a final norm."""
+
+    _can_record_outputs = {
+        "hidden_states": Block,
+        "attentions": OutputRecorder(Attention, index=1, layer_name="attention"),
+        "cross_attentions": CrossAttention,
+    }
+
+    def _embedding(self, config: NormFreeConfig) -> None:
+        return None
+
+    def _block(self, config: NormFreeConfig, index: int) -> Block:
+        return CrossBlock(config, index, is_causal=True)
+
+    @capture_outputs
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        inputs_embeds: Tensor,
+        encoded_BSE: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> NormFreeModelOutput:
+        """Final hidden states (B, T, E); the masks, (B, T) and (B, S), are 0 at padding."""
+        own = {"config": self.config, "inputs_embeds": inputs_embeds}
+        mask = create_causal_mask(**own, attention_mask=attention_mask, past_key_values=None)
+        encoder_mask = create_bidirectional_mask(
+            **own, attention_mask=encoder_attention_mask, encoder_hidden_states=encoded_BSE
+        )
+        context = {"encoded_BSE": encoded_BSE, "encoder_mask": encoder_mask, **kwargs}
+        return self._from_embeddings(inputs_embeds, cast(Tensor | None, mask), is_causal=True, **context)
+
+
+class NormFreeSeq2SeqModel(NormFreePreTrainedModel):
+    """Encoder and decoder, with one matrix of embeddings."""
+
+    config_class = NormFreeSeq2SeqConfig
+    _supports_flash_attn = _supports_flex_attn = False
+    _no_split_modules = [CrossBlock.__name__]
+
+    def __init__(self, config: NormFreeSeq2SeqConfig) -> None:
+        super().__init__(config)
+        self.encoder = NormFreeEncoder(config)
+        self.decoder = NormFreeDecoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return cast(nn.Module, self.encoder.embed_tokens)
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.encoder.embed_tokens = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: Any = None,
+        sigma_variance: bool = False,
+        use_cache: bool = False,
+        **kwargs: Any,
+    ) -> NormFreeSeq2SeqModelOutput:
+        """Final hidden states (B, T, E) of the decoder. There is no cache: `use_cache` is ignored."""
+        if decoder_input_ids is None:
+            raise ValueError("give decoder_input_ids, or labels to a model with a head")
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(input_ids, attention_mask=attention_mask, **kwargs)
+        decoded = self.decoder(
+            self.get_input_embeddings()(decoder_input_ids),
+            encoder_outputs[0],
+            attention_mask=decoder_attention_mask,
+            encoder_attention_mask=attention_mask,
+            sigma_variance=sigma_variance,
+            **kwargs,
+        )
+        return NormFreeSeq2SeqModelOutput(
+            last_hidden_state=decoded.last_hidden_state,
+            decoder_hidden_states=decoded.hidden_states,
+            decoder_attentions=decoded.attentions,
+            cross_attentions=decoded.get("cross_attentions"),
+            encoder_last_hidden_state=encoder_outputs[0],
+            encoder_hidden_states=encoder_outputs.get("hidden_states"),
+            encoder_attentions=encoder_outputs.get("attentions"),
+            sigma_variance=decoded.sigma_variance,
+        )
+
+
+class NormFreeForSeq2SeqLM(NormFreePreTrainedModel, GenerationMixin):
+    """A language model of targets, given their sources."""
+
+    config_class = NormFreeSeq2SeqConfig
+    _tied_weights_keys = {"lm_head.weight": "model.encoder.embed_tokens.weight"}
+    _supports_flash_attn = _supports_flex_attn = False
+    _no_split_modules = [CrossBlock.__name__]
+
+    def __init__(self, config: NormFreeSeq2SeqConfig) -> None:
+        super().__init__(config)
+        self.model = NormFreeSeq2SeqModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def batch_of(self, rows_BT: Tensor) -> dict[str, Tensor]:
+        """Sources and targets of blocks of a text, whose masked spans make the target."""
+        source_BS, target_BT = corrupt(rows_BT, self.config)
+        before_BT = self.prepare_decoder_input_ids_from_labels(target_BT)
+        return {"input_ids": source_BS, "decoder_input_ids": before_BT, "labels": target_BT}
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        """The token before each of the labels (B, T); -100, which is not read, becomes the start token."""
+        start = cast(int, self.config.decoder_start_token_id)
+        return F.pad(labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, start), (1, 0), value=start)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int = 0,
+        return_logits: bool = True,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> NormFreeSeq2SeqLMOutput:
+        """Logits (B, T, V), and with `labels` (B, T) their mean cross-entropy in nats; -100 is ignored.
+
+        `decoder_input_ids` default to the labels, moved right behind the start token. `return_logits=False` and
+        `logits_to_keep` are as in `NormFreeForCausalLM`.
+        """
+        if decoder_input_ids is None and labels is not None:
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        outputs = self.model(input_ids, attention_mask, decoder_input_ids, **kwargs)
+        hidden_BTE, logits_BTV, loss = outputs.last_hidden_state, None, None
+        if return_logits or labels is None or not is_plain(self.lm_head):
+            logits_BTV = self.lm_head(hidden_BTE[:, -logits_to_keep:])
+        if labels is not None and logits_BTV is None:
+            loss = token_loss(hidden_BTE.flatten(0, 1), self.lm_head.weight, labels.flatten(), num_items_in_batch)
+        elif labels is not None and logits_BTV is not None:
+            items = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+            loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), labels.flatten(), reduction="sum") / items
+        passed = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return NormFreeSeq2SeqLMOutput(loss=loss, logits=logits_BTV, **passed)
