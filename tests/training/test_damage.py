@@ -28,6 +28,7 @@ CHECKPOINT_FILES = (
 )
 CORPUS_FILES = ("manifest.json", "tokenizer.json", "tokenizer_config.json", "train.arrow", "validation.arrow")
 OF_TEXT, OF_IMAGES = {"generation_config.json", "tokenizer.json", "tokenizer_config.json"}, {"preprocessor_config.json"}
+OF_FAMILIES = {"decoder": set(), "vision": {"vision.py"}, "encoder_decoder": {"seq2seq.py", "spans.py"}}
 
 
 @pytest.fixture
@@ -54,8 +55,9 @@ def resume(train_tiny: Callable, broken: Path, trained: Path) -> Callable[[], No
 def test_a_checkpoint_and_a_corpus_have_these_files(family: str, trained: Path, cache: Path, tiny_spec) -> None:
     folders = trained / "checkpoints" / "checkpoint-6", prepare(tiny_spec().data, cache=cache, progress=False).folder
     for folder, files in zip(folders, (CHECKPOINT_FILES, CORPUS_FILES), strict=True):
-        of_images = {*files} - OF_TEXT | OF_IMAGES | ({"vision.py"} if "loss.py" in files else set())
-        assert {path.name for path in folder.iterdir()} == ({*files} if family == "decoder" else of_images)
+        expected = {*files} - OF_TEXT | OF_IMAGES if family == "vision" else {*files}
+        expected |= OF_FAMILIES[family] if "loss.py" in files else set()
+        assert {path.name for path in folder.iterdir()} == expected
 
 
 @pytest.mark.parametrize("how", DAMAGES)

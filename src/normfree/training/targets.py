@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
 
 from normfree.data import Corpus
 from normfree.data.packing import unigram_perplexity
@@ -27,6 +28,14 @@ class TargetCorpus(Corpus):
     """A corpus whose yardstick is the unigram of targets."""
 
     config: NormFreeConfig
+
+    def processor(self) -> PreTrainedTokenizerFast:
+        """The tokenizer, with the sentinels `<span_0>`, `<span_1>`, ...; the last of them ends a target."""
+        tokenizer = self.tokenizer()
+        sentinels = [f"<span_{number}>" for number in range(self.config.vocab_size - self.vocab_size)]
+        tokenizer.add_tokens(sentinels, special_tokens=True)
+        tokenizer.eos_token = sentinels[-1]
+        return tokenizer
 
     def predicted_bytes(self) -> np.ndarray:
         """(N,) zeros: sentinels have no bytes."""
