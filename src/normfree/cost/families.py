@@ -86,6 +86,7 @@ NORMFREE_NORMS: dict[str, tuple[str, ...]] = {
 NORMFREE_FREE = {
     "family": ("decoder",),
     "placement": ("pre", "post", "mix", "peri"),
+    "feed_forward": ("plain",),
     "branch": ("plain", "fixed", "layerscale", "rezero"),
     "linear": ("plain", "weight_norm", "spectral_norm"),
     "embedding_scale": ("none", "learned"),
@@ -123,13 +124,13 @@ def read_architecture(config: Any) -> Architecture:
 
 def _normfree(values: Mapping[str, Any]) -> Architecture:
     values = {**NORMFREE_DEFAULTS, **values}
-    if values["position"] not in ("learned", "rotary"):
-        raise ValueError(f"position={values['position']!r}: allowed are learned and rotary")
     known = dict(NORMFREE_ACTIVATIONS)
     known["leaky_relu"] = _operations(LEAKY_RELU, "learnable_slope", values["learnable_slope"])
     for name, free in NORMFREE_FREE.items():
         if values[name] not in free:
             raise NoPriceError(f"{name}={values[name]!r} has no known cost; only {name}={' or '.join(free)} is priced")
+    if values["position"] not in ("learned", "rotary"):
+        raise ValueError(f"position={values['position']!r}: allowed are learned and rotary")
     names = ("norm", "final_norm", "query_key_norm")
     norms: dict[str, Any] = {name: _operations(NORMFREE_NORMS, name, values[name]) for name in names}
     if values["placement"] == "peri":

@@ -194,9 +194,11 @@ def layers_over_training(groups: Sequence[Group], quantity: Quantity) -> PageFig
     for group, run, _, layers in measured:
         if len(history := values_over_training(run, quantity.name)) > 1:
             top = _ceiling(run, quantity)
-            scale = {"deepest": deepest, "ceiling": None if top is None else highest_finite(top)}
-            title = {"title": group.name, "label": quantity.label}
-            panels.append(partial(layer_curves, history, numbers=layers, **title, **scale))
+            for heads, (places, numbers) in _by_group(layers).items():
+                ceiling = None if top is None else highest_finite(top[places] if top.ndim else top)
+                words = {"title": f"{group.name}{heads and f', {heads}'}", "label": quantity.label, "ceiling": ceiling}
+                part = [(step, values[places]) for step, values in history]
+                panels.append(partial(layer_curves, part, numbers=numbers, deepest=deepest, **words))
     figure = PageFigure(
         name=f"{quantity.name}-layers",
         title=f"{quantity.title} of the layers over training",
@@ -212,11 +214,8 @@ def profile(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
     """The newest values of one run of each group over the layers."""
     profiles: dict[str, tuple[list[int], Floats]] = {}
     for group, _, values, layers in _measured(groups, quantity):
-        of_layer = list(map(group_and_number, layers))
-        for heads in dict.fromkeys(name for name, _ in of_layer):  # a line for each group of heads
-            chosen = [name == heads for name, _ in of_layer]
-            numbers = [number for name, number in of_layer if name == heads]
-            profiles[f"{group.name}{heads and f', {heads}'}"] = (numbers, layer_means(values)[chosen])
+        for heads, (places, numbers) in _by_group(layers).items():
+            profiles[f"{group.name}{heads and f', {heads}'}"] = (numbers, layer_means(values)[places])
     styles = variant_styles(list(profiles) if len(profiles) > len(groups) else [group.name for group in groups])
     figure = PageFigure(
         panels=[partial(depth_profile, profiles, label=quantity.label, styles=styles)],
@@ -246,6 +245,15 @@ FIGURES: dict[tuple[str, ...], tuple[Callable[..., PageFigure | None], ...]] = {
     (): (curves,),
 }
 """The figures of a quantity, by its axes."""
+
+
+def _by_group(layers: Sequence[int | str]) -> dict[str, tuple[list[int] | slice, list[int]]]:
+    """Places and numbers of the layers of each group of heads; of unnumbered layers all places."""
+    of_layer = [group_and_number(layer) for layer in layers]
+    places = {heads: [place for place, (name, _) in enumerate(of_layer) if name == heads] for heads, _ in of_layer}
+    return {heads: (part, [of_layer[place][1] for place in part]) for heads, part in places.items()} or {
+        "": (slice(None), [])
+    }
 
 
 def _measured(groups: Sequence[Group], quantity: Quantity) -> list[tuple[Group, Run, Floats, list[int | str]]]:
