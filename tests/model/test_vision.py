@@ -91,7 +91,10 @@ def test_every_parameter_of_every_choice_has_a_gradient(form: dict[str, Any], tm
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"position": "rotary"}, "position='rotary' is for family='decoder', and this is 'vision'"),
+        (
+            {"position": "rotary"},
+            "position='rotary' is for family='decoder' or 'encoder_decoder', and this is 'vision'",
+        ),
         ({"attention_temperature": "position"}, "attention_temperature='position' is for family='decoder'"),
         ({"norm": "fake", "fake_start_step": 1}, "norm='fake' is for family='decoder'"),
         ({"image_size": 13}, "image_size=13 must be a multiple of patch_size=4"),

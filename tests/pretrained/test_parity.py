@@ -96,7 +96,7 @@ def test_layernorms_with_a_huge_epsilon_are_folded(tied: bool) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "llama"}, "allowed: normfree, gpt2, gpt_neox"),
+        ({"model_type": "llama"}, "gpt2, gpt_neox, vit, t5"),
         ({"model_type": "gpt2", "activation_function": "silu"}, "activation 'silu'"),
         ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "scales its attention"),
         ({"model_type": "gpt_neox", "attention_bias": False}, "attention without bias"),

@@ -47,11 +47,13 @@ RANGE_PERCENT: dict[str, tuple[int, int, int, int]] = {
 
 def is_gpt2(spec: Mapping[str, Any]) -> bool:
     """True if a run is compared with GPT-2 125M, the only model with published heatmaps and ranges."""
-    return family_of(spec).causal and counterpart(spec).startswith("GPT-2")
+    return counterpart(spec).startswith("GPT-2")
 
 
 def counterpart(spec: Mapping[str, Any]) -> str:
-    """The published model closest to a run in shape: Pythia for rotary positions, else GPT-2."""
+    """The published model closest to a decoder in shape: Pythia for rotary positions, else GPT-2; empty for others."""
+    if not family_of(spec).causal:
+        return ""
     if spec["model"].get("position") != "rotary":
         return "GPT-2 125M, T=128"
     return "Pythia-70M, T=256" if spec["data"]["context"] >= 256 else "Pythia-70M, T=128"
@@ -59,7 +61,7 @@ def counterpart(spec: Mapping[str, Any]) -> str:
 
 def relative_difference(model: str, label: str, other: str) -> float | None:
     """Published perplexity of `label` over that of `other`, minus 1; None if one is unpublished."""
-    values = PERPLEXITY[model]
+    values = PERPLEXITY.get(model, {})
     if label not in values or other not in values:
         return None
     return values[label] / values[other] - 1

@@ -1,4 +1,4 @@
-"""GPT-2, GPT-NeoX and ViT of transformers as our architecture: fields of the config, names and layout of weights."""
+"""Models of transformers as our architecture: fields of the config, names and layout of weights."""
 
 # H heads, D head dim
 
@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .configuration import NormFreeConfig, NormFreeVisionConfig
+from .configuration import NormFreeConfig, NormFreeSeq2SeqConfig, NormFreeVisionConfig
 from .folding import fold_norms
 from .modeling import NormFreeForCausalLM, NormFreePreTrainedModel
 from .norms import FakeLayerNorm
+from .seq2seq import NormFreeForSeq2SeqLM
 from .vision import NormFreeForImageClassification
 
 Head = TypeVar("Head", bound=NormFreePreTrainedModel)
@@ -41,6 +42,21 @@ _NAMES = {  # parts of names of modules, in all families
     r"mlp\.(c_proj|dense_4h_to_h|fc2)": "feed_forward.output",
     r"^embed_out": "lm_head",
 }
+_T5_NAMES = {
+    r"^shared": "model.encoder.embed_tokens",
+    r"^(encoder|decoder)\.block": r"model.\1.layers",
+    r"^(encoder|decoder)\.final_layer_norm": r"model.\1.final_norm",
+    r"layers\.0\.layer\.0\.SelfAttention\.relative_attention_bias": "positions.values",
+    r"layer\.0\.SelfAttention": "attention",
+    r"layer\.1\.EncDecAttention": "cross_attention",
+    r"attention\.o\.": "attention.output.",
+    r"layer\.0\.layer_norm": "attention_norm",
+    r"(?<=^model\.decoder\.layers\.)(\d+)\.layer\.1\.layer_norm": r"\1.cross_norm",
+    r"layer\.[12]\.layer_norm": "feed_forward_norm",
+    r"layer\.[12]\.DenseReluDense\.wi(_0)?\.": "feed_forward.input.",
+    r"layer\.[12]\.DenseReluDense\.wi_1": "feed_forward.gate",
+    r"layer\.[12]\.DenseReluDense\.wo": "feed_forward.output",
+}
 _NOT_WEIGHTS = re.compile(r"\.(attn|attention)\.(masked_)?bias$|inv_freq$")
 """Buffers that older versions saved."""
 
@@ -48,9 +64,10 @@ _NOT_WEIGHTS = re.compile(r"\.(attn|attention)\.(masked_)?bias$|inv_freq$")
 def fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of NormFreeConfig for the content of a config.json.
 
-    Raises ValueError for a model that is not ours, GPT-2, GPT-NeoX or ViT, and what these have and we have not.
+    Raises ValueError for a model that is not ours, GPT-2, GPT-NeoX, ViT or T5, and what these have and we have not.
     """
-    readers = {"normfree": _normfree, "normfree_vision": _normfree, "gpt2": _gpt2, "gpt_neox": _gpt_neox, "vit": _vit}
+    readers = dict.fromkeys(("normfree", "normfree_vision", "normfree_seq2seq"), _normfree)
+    readers |= {"gpt2": _gpt2, "gpt_neox": _gpt_neox, "vit": _vit, "t5": _t5}
     reader = readers.get(str(config.get("model_type")))
     if reader is None:
         raise ValueError(f"a model of type {config.get('model_type')!r}; allowed: {', '.join(readers)}")
@@ -125,6 +142,30 @@ def _vit(config: Mapping[str, Any]) -> dict[str, Any]:
     return own | {"norm_epsilon": vit.layer_norm_eps} | {name: getattr(vit, name) for name in same}
 
 
+def _t5(config: Mapping[str, Any]) -> dict[str, Any]:
+    from transformers import T5Config
+
+    t5: Any = T5Config(**config)
+    if t5.num_decoder_layers != t5.num_layers or t5.d_kv * t5.num_heads != t5.d_model:
+        raise ValueError("a T5 whose stacks differ in depth, or whose heads together are not as wide as the model")
+    same = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    return {
+        **{"family": "encoder_decoder", "position": "relative", "norm": "rmsnorm", "final_norm": "rmsnorm"},
+        **{name: getattr(t5, name) for name in same},
+        "intermediate_size": t5.d_ff,
+        "max_position_embeddings": getattr(t5, "n_positions", 512),
+        "relative_buckets": t5.relative_attention_num_buckets,
+        "relative_distance": t5.relative_attention_max_distance,
+        "norm_epsilon": t5.layer_norm_epsilon,
+        "activation": _activation(t5.dense_act_fn),
+        "feed_forward": "gated" if t5.is_gated_act else "plain",
+        "bias": "none",
+        "tie_word_embeddings": t5.scale_decoder_outputs,  # false in T5 v1.1
+        "decoder_start_token_id": getattr(t5, "decoder_start_token_id", None) or t5.pad_token_id,
+        "eos_token_id": t5.eos_token_id,
+    }
+
+
 def _activation(name: str) -> str:
     if name not in _ACTIVATIONS:
         raise ValueError(f"activation {name!r}; allowed: {', '.join(_ACTIVATIONS)}")
@@ -132,7 +173,7 @@ def _activation(name: str) -> str:
 
 
 def convert(theirs: Any) -> NormFreePreTrainedModel:
-    """Our model with the weights of a GPT-2, a GPT-NeoX or a ViT classifier, in evaluation mode: the same logits.
+    """Our model with the weights of a GPT-2, GPT-NeoX, T5 or a ViT classifier, in evaluation mode: the same logits.
 
     LayerNorms with an epsilon of `NORM_FREE_EPSILON` or more divide by sqrt(epsilon) whatever their input is; they are
     folded, so that the model has no norm. Raises ValueError as `fields_of` does.
@@ -142,6 +183,9 @@ def convert(theirs: Any) -> NormFreePreTrainedModel:
     if fields.get("family") == "vision":
         vision = NormFreeVisionConfig(**fields, id2label=theirs.config.id2label, label2id=theirs.config.label2id)
         return _loaded(NormFreeForImageClassification, vision, _converted_vit_weights(theirs.state_dict()))
+    if fields.get("family") == "encoder_decoder":
+        seq2seq = NormFreeSeq2SeqConfig(**fields)
+        return _loaded(NormFreeForSeq2SeqLM, seq2seq, _converted_t5_weights(theirs.state_dict(), seq2seq))
     fields |= {"max_position_embeddings": theirs.config.max_position_embeddings}
     weights = _converted_weights(theirs.state_dict(), theirs.config.num_attention_heads)
     if not fields.get("output_bias"):
@@ -176,16 +220,36 @@ def _loaded(kind: type[Head], config: NormFreeConfig, weights: Mapping[str, Tens
 
 
 def _converted_vit_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    joined = dict(weights)
-    for name in [name for name in weights if ".q_proj." in name]:
-        joined[name.replace("q_proj", "qkv")] = torch.cat(
-            [joined.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
-        )
-    converted = _converted_weights(joined, heads=1)
-    for name, shape in (("class_token", (-1,)), ("projection.weight", (len(joined["classifier.weight"].T), -1))):
+    converted = _converted_weights(_with_joined_qkv(weights, "_proj"), heads=1)
+    for name, shape in (("class_token", (-1,)), ("projection.weight", (len(weights["classifier.weight"].T), -1))):
         converted[f"model.embed_tokens.{name}"] = converted[f"model.embed_tokens.{name}"].reshape(shape)
     converted["model.positions.vectors.weight"] = converted["model.positions.vectors.weight"][0]
     return converted
+
+
+def _converted_t5_weights(weights: Mapping[str, Tensor], config: NormFreeSeq2SeqConfig) -> dict[str, Tensor]:
+    """T5 scales the logits of tied embeddings in place of its scores: a final norm and the queries take that over."""
+    scaled = {name: value for name, value in weights.items() if "coder.embed_tokens" not in name}
+    for name in [name for name in scaled if name.endswith("Attention.q.weight")]:
+        scaled[name] = scaled[name] * config.head_dim**0.5
+    if config.tie_word_embeddings:
+        scaled["decoder.final_layer_norm.weight"] = (
+            weights["decoder.final_layer_norm.weight"] * config.hidden_size**-0.5
+        )
+    converted = {}
+    for name, weight in _with_joined_qkv(scaled, "").items():
+        for theirs, ours in _T5_NAMES.items():
+            name = re.sub(theirs, ours, name)
+        converted[name] = weight
+    return converted
+
+
+def _with_joined_qkv(weights: Mapping[str, Tensor], ending: str) -> dict[str, Tensor]:
+    joined = dict(weights)
+    for name in [name for name in weights if f".q{ending}." in name]:
+        parts = [joined.pop(name.replace(f".q{ending}.", f".{part}{ending}.")) for part in "qkv"]
+        joined[name.replace(f".q{ending}.", ".qkv.")] = torch.cat(parts)
+    return joined
 
 
 def _converted_weights(weights: Mapping[str, Tensor], heads: int) -> dict[str, Tensor]:

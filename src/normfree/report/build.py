@@ -150,6 +150,7 @@ def render_page(parts: Sequence[Part], sections: Sequence[Sequence[dict[str, Any
     return _PAGES.get_template("index.html.j2").render(
         version=__version__,
         is_causal=ceiling_words(runs) == "causal ceiling",
+        headlines={run.headline.name for run in runs},
         title=f"normfree: {', '.join(_distinct(runs, _title))}",
         parts=[
             {

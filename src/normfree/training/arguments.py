@@ -233,7 +233,7 @@ def model_config(spec: RunSpec, corpus: Corpus) -> NormFreeConfig:
         raise ValueError(f"model.vocab_size={vocabulary} is below the {needed} that the tokens need; leave it out")
     if positions < spec.data.context:
         raise ValueError(f"data.context={spec.data.context} is longer than model.max_position_embeddings={positions}")
-    if needed > corpus.vocab_size and "eos_token_id" not in spec.model:
+    if needed > corpus.vocab_size:  # the last sentinel ends a target
         fields["eos_token_id"] = vocabulary - 1
     config = kind(**fields)
     check_removal(config, total_steps(spec, corpus))

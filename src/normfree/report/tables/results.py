@@ -171,7 +171,7 @@ def percent(share: float | None, unit: str = "%") -> str:
 def _changes_in_paper(groups: Sequence[Group], baseline: str) -> dict[str, tuple[str, str]]:
     """The paper's change and its model by group; empty if the paper has none of them, or one of them twice."""
     models = {group.name: published.counterpart(group.members[0].spec) for group in groups}
-    in_paper = [g for g in groups if g.label in published.PERPLEXITY[models[g.name]] and g.score.relative]
+    in_paper = [g for g in groups if g.label in published.PERPLEXITY.get(models[g.name], {}) and g.score.relative]
     if len({(models[group.name], group.label) for group in in_paper}) < len(in_paper):
         return {}
     changes = {g.name: published.relative_difference(models[g.name], g.label, baseline) for g in in_paper}

@@ -1,0 +1,183 @@
+"""The family encoder_decoder: T5's logits, what each stack sees, span corruption, and saving."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
+
+from normfree import measure
+from normfree.model import HEADS
+from normfree.model.conversion import convert
+from normfree.model.spans import corrupt, masked_and_spans
+from tests.elsewhere import WITHOUT_NORMFREE
+from tests.small_model import CHOICES
+
+SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+SOURCE = torch.randint(0, 50, (2, 19), generator=torch.Generator().manual_seed(3))
+TARGET = torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(4))
+PAIR = {"input_ids": SOURCE, "decoder_input_ids": TARGET}
+ELSEWHERE = f"""{WITHOUT_NORMFREE}
+import torch, transformers
+model = transformers.AutoModelForSeq2SeqLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules.")
+torch.save(model(**torch.load(sys.argv[2])).logits, sys.argv[2])
+"""
+
+
+def with_noise(model: Any) -> Any:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return model.eval()
+
+
+def build(**fields: Any) -> Any:
+    torch.manual_seed(0)
+    kind = HEADS["encoder_decoder"]
+    return with_noise(kind._from_config(kind.config_class(**SIZES | {"max_position_embeddings": 32} | fields)))
+
+
+@pytest.mark.parametrize(("form", "tied"), [("relu", True), ("gated-gelu", False)], ids=["original", "v1.1"])
+def test_a_t5_of_transformers_has_equal_logits(form: str, tied: bool, tmp_path) -> None:
+    torch.manual_seed(0)
+    sizes = {
+        "num_decoder_layers": 3,
+        "d_kv": 8,
+        "d_ff": 48,
+        "relative_attention_num_buckets": 8,
+        "relative_attention_max_distance": 12,
+    }
+    config = T5Config(
+        **SIZES,
+        **sizes,
+        feed_forward_proj=form,
+        tie_word_embeddings=tied,
+        initializer_factor=0.3,
+        decoder_start_token_id=0,
+    )
+    theirs = with_noise(T5ForConditionalGeneration(config))
+    ours = convert(theirs)
+    mask = torch.ones_like(SOURCE)
+    mask[0, 11:] = 0
+    for inputs in (PAIR, {**PAIR, "attention_mask": mask}):
+        torch.testing.assert_close(ours(**inputs).logits, theirs(**inputs).logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours(SOURCE, labels=TARGET).loss, theirs(SOURCE, labels=TARGET).loss, atol=1e-5, rtol=0)
+    written = [each.generate(SOURCE, max_new_tokens=6, do_sample=False) for each in (ours, theirs)]
+    assert torch.equal(*written)
+    ours.save_pretrained(tmp_path)
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(**PAIR).logits, ours(**PAIR).logits)
+
+
+@pytest.mark.parametrize("position", ["learned", "rotary", "relative"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_each_group_of_heads_has_its_own_ceiling(position: str, attention: str) -> None:
+    model = build(position=position)
+    model.set_attn_implementation("eager")
+    seen = model(**PAIR, output_attentions=True)
+    weights = [*seen.encoder_attentions, *seen.decoder_attentions, *seen.cross_attentions]
+    model.set_attn_implementation(attention)
+    measured = measure(model, PAIR, "heads")
+    groups = ("encoder", "decoder", "cross")
+    assert measured.layers["entropy_nats"] == [f"{group} {layer}" for group in groups for layer in range(3)]
+    causal = sum(map(math.log, range(1, 8))) / 7
+    np.testing.assert_allclose(measured["ceiling_nats"], np.repeat([math.log(19), causal, math.log(19)], 3))
+    for entropies_H, weights_BHTS in zip(measured["entropy_nats"], weights, strict=True):
+        shares_BHTS = (weights_BHTS / weights_BHTS.sum(-1, keepdim=True)).double()
+        truth_H = torch.special.entr(shares_BHTS).sum(-1).mean((0, 2))
+        np.testing.assert_allclose(entropies_H, truth_H.detach(), atol=2e-5)
+
+
+def test_a_target_sees_its_past_and_the_whole_source() -> None:
+    model = build(position="relative")
+    before = model(**PAIR).logits
+    later, source = TARGET.clone(), SOURCE.clone()
+    later[:, 4:], source[:, -1] = 55, 55
+    assert torch.equal(model(SOURCE, decoder_input_ids=later).logits[:, :4], before[:, :4])
+    assert not torch.isclose(model(source, decoder_input_ids=TARGET).logits[:, 0], before[:, 0]).all()
+
+
+@pytest.mark.parametrize("form", [*CHOICES, {"position": "relative", "feed_forward": "gated", "norm": "lns"}])
+def test_every_parameter_of_every_choice_has_a_gradient(form: dict[str, Any], tmp_path) -> None:
+    decoders = ("position", "taper", 8)  # what is refused below
+    fields = {name: value for name, value in form.items() if value not in decoders}
+    model = build(**fields).train()
+    model(SOURCE, labels=TARGET, return_logits=False).loss.backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+    one = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    model(SOURCE, labels=TARGET).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, one[name], atol=1e-5, rtol=1e-4)
+    logits = model.eval()(**PAIR).logits
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(**PAIR).logits, logits)
+    loaded.set_attn_implementation("eager")
+    torch.testing.assert_close(loaded(**PAIR).logits, logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"attention_temperature": "position"}, "attention_temperature='position' is for family='decoder', and this"),
+        ({"norm": "taper", "taper_end_step": 8}, "norm='taper' is for family='decoder', and this"),
+        ({"residual": "parallel"}, "residual='parallel' is for family='decoder' or 'vision', and this"),
+        ({"noise_share": 1.0}, r"noise_share=1.0, span_tokens=3.0: below 1"),
+        ({"max_position_embeddings": 19}, "a target of 20 tokens, but max_position_embeddings=19: shorten it"),
+    ],
+)
+def test_what_does_not_fit_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(position="relative", **fields)(SOURCE, labels=torch.zeros(2, 20, dtype=torch.long))
+
+
+@pytest.mark.parametrize(("tokens", "masked", "spans"), [(32, 5, 2), (128, 19, 6), (2, 1, 1)])
+def test_source_and_target_hold_the_block_once(tokens: int, masked: int, spans: int) -> None:
+    config = HEADS["encoder_decoder"].config_class(vocab_size=61)
+    blocks_BT = torch.randint(0, 50, (64, tokens), generator=torch.Generator().manual_seed(0))
+    sources, targets = corrupt(blocks_BT, config)
+    assert (masked, spans) == masked_and_spans(tokens, config)
+    assert (sources.shape[1], targets.shape[1]) == (tokens - masked + spans, masked + spans + 1)
+    first, end = 61 - spans - 1, 60
+    for block, source, target in zip(blocks_BT.tolist(), sources.tolist(), targets.tolist(), strict=True):
+        assert target[-1] == end
+        filled = []
+        for token in source:
+            start = target.index(token) + 1 if token >= first else None
+            stop = target.index(token + 1) if token >= first else None
+            assert start is None or start < stop
+            filled += [token] if start is None else target[start:stop]
+        assert filled == block
+    again = corrupt(blocks_BT[1:2], config)
+    assert torch.equal(again[0], sources[1:2])
+    other = HEADS["encoder_decoder"].config_class(vocab_size=61, span_seed=1)
+    assert tokens == 2 or not torch.equal(corrupt(blocks_BT, other)[0], sources)
+
+
+def test_spans_are_spread_evenly_over_a_block() -> None:
+    config = HEADS["encoder_decoder"].config_class(vocab_size=2000)
+    blocks_BT = torch.arange(20000)[:, None] * 7 % 1800 + torch.arange(32)
+    masked_BT = ~(blocks_BT[:, :, None] == corrupt(blocks_BT, config)[0][:, None]).any(-1)
+    lengths = masked_BT[:, -5:].flip(1).long().cumprod(1).sum(1)  # of the last span, 1 to 4 of 5 in two spans
+    assert torch.bincount(lengths)[1:5] / 20000 == pytest.approx(torch.full((4,), 0.25), abs=0.015)
+    assert (masked_BT.sum(1) == 5).all()
+
+
+def test_a_saved_model_loads_where_normfree_is_missing(tmp_path) -> None:
+    model = build(norm="none", position="relative")
+    model.save_pretrained(tmp_path / "saved")
+    torch.save(PAIR, tmp_path / "tensors.pt")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-W", "error", "-c", ELSEWHERE, str(tmp_path / "saved"), str(tmp_path / "tensors.pt")]
+    subprocess.run(command, env=environment, cwd=tmp_path, check=True)
+    torch.testing.assert_close(torch.load(tmp_path / "tensors.pt"), model(**PAIR).logits)
