@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -143,9 +143,13 @@ def _whole(parameter: Any) -> Tensor:
 class NormFreeModel(NormFreePreTrainedModel):
     """Embeddings, blocks and the final norm."""
 
+    blocks: ClassVar[dict[str, type[Block]]] = BLOCKS
+    is_causal: ClassVar[bool] = True
+    """True if a token sees those before it only."""
+
     def __init__(self, config: NormFreeConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = self._embedding(config)
+        self.embed_tokens = EMBEDDINGS[config.family](config)
         learned_scale = config.embedding_scale == "learned"
         self.embedding_scale = nn.Parameter(torch.empty(1)) if learned_scale else None
         self.initial_values = {"embedding_scale": config.hidden_size**0.5} if learned_scale else {}
@@ -154,18 +158,15 @@ class NormFreeModel(NormFreePreTrainedModel):
         # The shared slope is registered here and passed to the blocks: see activations.py.
         shared = config.learnable_slope == "shared"
         self.shared_negative_slope = nn.Parameter(torch.empty(1)) if shared else None
-        self.layers = nn.ModuleList(self._block(config, index) for index in range(config.num_hidden_layers))
+        block = self.blocks[config.residual]
+        self.layers = nn.ModuleList(
+            block(config, index, is_causal=self.is_causal) for index in range(config.num_hidden_layers)
+        )
         self.final_norm = NORMS[config.final_norm](
             config, NormSite("final", config.num_hidden_layers, config.hidden_size)
         )
         self.gradient_checkpointing = False
         self.post_init()
-
-    def _embedding(self, config: NormFreeConfig) -> nn.Module | None:
-        return EMBEDDINGS[config.family](config)
-
-    def _block(self, config: NormFreeConfig, index: int) -> Block:
-        return BLOCKS[config.residual](config, index, is_causal=True)
 
     @capture_outputs
     def forward(
@@ -189,7 +190,6 @@ class NormFreeModel(NormFreePreTrainedModel):
         if entropy_layers:
             whole = attention_mask is None and position_ids is None and past_key_values is None
             self._check_entropy_layers(entropy_layers, whole_blocks=whole)
-        assert self.embed_tokens is not None
         tokens_BTE = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -17,54 +16,41 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import Attention, CrossAttention
-from .blocks import BLOCKS, Block, CrossBlock
-from .configuration import NormFreeConfig, NormFreeSeq2SeqConfig
+from .blocks import Block, CrossBlock
+from .configuration import NormFreeSeq2SeqConfig
 from .loss import IGNORED, token_loss
 from .modeling import NormFreeModel, NormFreeModelOutput, NormFreePreTrainedModel, is_plain
 from .positions import RelativePositions
 from .spans import corrupt
 
 
-@dataclass
-class NormFreeSeq2SeqModelOutput(Seq2SeqModelOutput):
-    """Hidden states of both stacks, and the decoder's `sigma_variance` of `NormFreeModelOutput`."""
-
-    sigma_variance: Tensor | None = None
-
-
-@dataclass
-class NormFreeSeq2SeqLMOutput(Seq2SeqLMOutput):
-    """A language model's output, with the decoder's `sigma_variance` of `NormFreeModelOutput`."""
-
-    sigma_variance: Tensor | None = None
-
-
-class Stack(NormFreeModel):
-    """Base of the two stacks of blocks."""
+class Seq2SeqPreTrainedModel(NormFreePreTrainedModel):
+    """What all parts of an encoder-decoder share."""
 
     config_class = NormFreeSeq2SeqConfig
     _supports_flash_attn = _supports_flex_attn = False  # they take no bias of scores
     _no_split_modules = [CrossBlock.__name__]
 
-    def _from_embeddings(
-        self, tokens_BTE: Tensor, mask: Tensor | None, *, is_causal: bool, **context: Any
-    ) -> NormFreeModelOutput:
+
+class Stack(Seq2SeqPreTrainedModel, NormFreeModel):
+    """Base of the two stacks of blocks."""
+
+    def _from_embeddings(self, tokens_BTE: Tensor, mask: Tensor | None, **context: Any) -> NormFreeModelOutput:
         tokens, longest = tokens_BTE.shape[1], self.config.max_position_embeddings
         if tokens > longest:
-            what = "target" if is_causal else "source"
+            what = "target" if self.is_causal else "source"
             raise ValueError(f"a {what} of {tokens} tokens, but max_position_embeddings={longest}: shorten it")
         if isinstance(self.positions, RelativePositions):
-            mask = self.positions.add_to(mask, tokens, is_causal=is_causal)
+            mask = self.positions.add_to(mask, tokens, is_causal=self.is_causal)
         positions_BT = torch.arange(tokens, device=tokens_BTE.device)[None]
-        context = {"past_key_values": None, "sigma_variance": False, **context}
-        return self._outputs(tokens_BTE, positions_BT, attention_mask=mask, **context)
+        context |= {"attention_mask": mask, "past_key_values": None, "sigma_variance": False}
+        return self._outputs(tokens_BTE, positions_BT, **context)
 
 
 class NormFreeEncoder(Stack):
     """Embeddings, which the decoder shares, blocks and a final norm."""
 
-    def _block(self, config: NormFreeConfig, index: int) -> Block:
-        return BLOCKS[config.residual](config, index, is_causal=False)
+    is_causal = False
 
     @capture_outputs
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -73,7 +59,7 @@ class NormFreeEncoder(Stack):
         """Final hidden states (B, S, E); `attention_mask` (B, S) is 0 at padding."""
         tokens_BSE = cast(nn.Module, self.embed_tokens)(input_ids)
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=tokens_BSE, attention_mask=attention_mask)
-        return self._from_embeddings(tokens_BSE, cast(Tensor | None, mask), is_causal=False, **kwargs)
+        return self._from_embeddings(tokens_BSE, cast(Tensor | None, mask), **kwargs)
 
 
 class NormFreeDecoder(Stack):
@@ -85,11 +71,11 @@ class NormFreeDecoder(Stack):
         "cross_attentions": CrossAttention,
     }
 
-    def _embedding(self, config: NormFreeConfig) -> None:
-        return None
+    blocks = {"sequential": CrossBlock}
 
-    def _block(self, config: NormFreeConfig, index: int) -> Block:
-        return CrossBlock(config, index, is_causal=True)
+    def __init__(self, config: NormFreeSeq2SeqConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = None
 
     @capture_outputs
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -107,15 +93,11 @@ class NormFreeDecoder(Stack):
             **own, attention_mask=encoder_attention_mask, encoder_hidden_states=encoded_BSE
         )
         context = {"encoded_BSE": encoded_BSE, "encoder_mask": encoder_mask, **kwargs}
-        return self._from_embeddings(inputs_embeds, cast(Tensor | None, mask), is_causal=True, **context)
+        return self._from_embeddings(inputs_embeds, cast(Tensor | None, mask), **context)
 
 
-class NormFreeSeq2SeqModel(NormFreePreTrainedModel):
+class NormFreeSeq2SeqModel(Seq2SeqPreTrainedModel):
     """Encoder and decoder, with one matrix of embeddings."""
-
-    config_class = NormFreeSeq2SeqConfig
-    _supports_flash_attn = _supports_flex_attn = False
-    _no_split_modules = [CrossBlock.__name__]
 
     def __init__(self, config: NormFreeSeq2SeqConfig) -> None:
         super().__init__(config)
@@ -137,10 +119,9 @@ class NormFreeSeq2SeqModel(NormFreePreTrainedModel):
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
         encoder_outputs: Any = None,
-        sigma_variance: bool = False,
         use_cache: bool = False,
         **kwargs: Any,
-    ) -> NormFreeSeq2SeqModelOutput:
+    ) -> Seq2SeqModelOutput:
         """Final hidden states (B, T, E) of the decoder. There is no cache: `use_cache` is ignored."""
         if decoder_input_ids is None:
             raise ValueError("give decoder_input_ids, or labels to a model with a head")
@@ -151,10 +132,9 @@ class NormFreeSeq2SeqModel(NormFreePreTrainedModel):
             encoder_outputs[0],
             attention_mask=decoder_attention_mask,
             encoder_attention_mask=attention_mask,
-            sigma_variance=sigma_variance,
             **kwargs,
         )
-        return NormFreeSeq2SeqModelOutput(
+        return Seq2SeqModelOutput(
             last_hidden_state=decoded.last_hidden_state,
             decoder_hidden_states=decoded.hidden_states,
             decoder_attentions=decoded.attentions,
@@ -162,17 +142,13 @@ class NormFreeSeq2SeqModel(NormFreePreTrainedModel):
             encoder_last_hidden_state=encoder_outputs[0],
             encoder_hidden_states=encoder_outputs.get("hidden_states"),
             encoder_attentions=encoder_outputs.get("attentions"),
-            sigma_variance=decoded.sigma_variance,
         )
 
 
-class NormFreeForSeq2SeqLM(NormFreePreTrainedModel, GenerationMixin):
+class NormFreeForSeq2SeqLM(Seq2SeqPreTrainedModel, GenerationMixin):
     """A language model of targets, given their sources."""
 
-    config_class = NormFreeSeq2SeqConfig
     _tied_weights_keys = {"lm_head.weight": "model.encoder.embed_tokens.weight"}
-    _supports_flash_attn = _supports_flex_attn = False
-    _no_split_modules = [CrossBlock.__name__]
 
     def __init__(self, config: NormFreeSeq2SeqConfig) -> None:
         super().__init__(config)
@@ -202,7 +178,7 @@ class NormFreeForSeq2SeqLM(NormFreePreTrainedModel, GenerationMixin):
         return_logits: bool = True,
         num_items_in_batch: Any = None,
         **kwargs: Any,
-    ) -> NormFreeSeq2SeqLMOutput:
+    ) -> Seq2SeqLMOutput:
         """Logits (B, T, V), and with `labels` (B, T) their mean cross-entropy in nats; -100 is ignored.
 
         `decoder_input_ids` default to the labels, moved right behind the start token. `return_logits=False` and
@@ -217,7 +193,7 @@ class NormFreeForSeq2SeqLM(NormFreePreTrainedModel, GenerationMixin):
         if labels is not None and logits_BTV is None:
             loss = token_loss(hidden_BTE.flatten(0, 1), self.lm_head.weight, labels.flatten(), num_items_in_batch)
         elif labels is not None and logits_BTV is not None:
-            items = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-            loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), labels.flatten(), reduction="sum") / items
+            total = F.cross_entropy(logits_BTV.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+            loss = total / ((labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
         passed = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
-        return NormFreeSeq2SeqLMOutput(loss=loss, logits=logits_BTV, **passed)
+        return Seq2SeqLMOutput(loss=loss, logits=logits_BTV, **passed)

@@ -15,8 +15,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .blocks import BLOCKS, Block
-from .configuration import NormFreeConfig, NormFreeVisionConfig
+from .configuration import NormFreeVisionConfig
 from .modeling import NormFreeModel, NormFreeModelOutput, NormFreePreTrainedModel
 
 PIXEL_MEAN = PIXEL_STD = 0.5
@@ -38,9 +37,7 @@ class NormFreeVisionModel(NormFreeModel):
     config_class = NormFreeVisionConfig
     main_input_name = "pixel_values"
     input_modalities = "image"
-
-    def _block(self, config: NormFreeConfig, index: int) -> Block:
-        return BLOCKS[config.residual](config, index, is_causal=False)
+    is_causal = False
 
     @capture_outputs
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]

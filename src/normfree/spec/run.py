@@ -320,6 +320,8 @@ class RunSpec:
         if (name == "vision" and classifies) or (name == "encoder_decoder" and (classifies or moves)):
             allowed = "decoder" if classifies else "decoder or vision"
             raise ValueError(f"train.objective={self.train.objective} is for model.family={allowed}, not {name}")
+        if name == "encoder_decoder" and self.train.sigma_weight:
+            raise ValueError(f"train.sigma_weight={self.train.sigma_weight} needs one final norm, and {name} has two")
         chosen, objective = (f"norm={self.model.get('norm')}", f"sharding={self.train.sharding}"), self.train.objective
         if objective in CLASSIFICATIONS and (bad := {"norm=fake", "norm=taper", "sharding=fsdp"}.intersection(chosen)):
             raise ValueError(f"train.objective={objective} does not work with {bad.pop()}: run the two after another")

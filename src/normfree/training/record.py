@@ -69,15 +69,12 @@ class Record:
 
     def name_layers(self, measures: Iterable[Measure]) -> None:
         """Record the layers of what was measured, where they are not 0, 1, 2, ..., e.g. `encoder 0`."""
-        layers = {name: list(measure.layers or ()) for measure in measures for name in measure.gives}
         known = self.writer.facts["quantities"] if self.writer else {}
-        named = {
-            name: {**known[name], "layers": labels}
-            for name, labels in layers.items()
-            if name in known and known[name]["axes"] and labels != list(range(len(labels)))
-        }
-        if named and {**known, **named} != known:
-            self.update(quantities={**known, **named})
+        named = {name: [*(measure.layers or ())] for measure in measures for name in measure.gives if name in known}
+        named = {name: layers for name, layers in named.items() if layers != [*range(len(layers))]}
+        described = {name: {**known[name], "layers": layers} for name, layers in named.items() if known[name]["axes"]}
+        if {**known, **described} != known:
+            self.update(quantities={**known, **described})
 
     def progress_at(self, step: int) -> dict[str, int]:
         """The facts of run.json after this many steps."""
