@@ -104,7 +104,7 @@ def test_images_that_make_no_corpus_are_refused(tmp_path: Path, damage: Any, mes
         ("data=images", "data=images needs data.paths"),
         ("data.tokenizer=gpt2", "data.tokenizer is not read with data=fashion_mnist"),
         ("data.context=49", "data.context=49, but an image of this model has 50 tokens"),
-        ("train.objective=token_type", "train.objective=token_type reads text, and model.family=vision images"),
+        ("train.objective=token_type", "train.objective=token_type is for model.family=decoder, not vision"),
         ("model.family=decoder", "data=fashion_mnist is not read with model.family=decoder"),
         ("preset=cpu model.patch_size=7", "model.patch_size=7 is read with model.family=vision only"),
         ("model.position=rotary", "position='rotary' is for family='decoder'"),

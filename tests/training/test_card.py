@@ -31,6 +31,7 @@ def test_the_card_holds_the_results_of_the_run(trained: Path) -> None:
     assert "README.md" in read_manifest(trained / "model")["files"]
 
 
+@pytest.mark.parametrize("family", ["decoder", "encoder_decoder"], indirect=True)
 def test_the_code_of_the_card_loads_the_model(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(trained / "model")
     (code,) = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)

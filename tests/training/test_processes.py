@@ -98,8 +98,9 @@ BAND = ["train.objective=entropy_band", "train.entropy_weight=0.5"]
         ("decoder", "sm-r", BAND),
         ("decoder", "sm-r", ["train.optimizer=muon"]),
         ("vision", "sm-r", TARGET),
+        ("encoder_decoder", "sm-r", []),
     ],
-    ids=["plain", "state", "band", "muon", "vision"],
+    ids=["plain", "state", "band", "muon", "vision", "encoder_decoder"],
     indirect=["family"],
 )
 def test_two_processes_train_the_model_of_one(tiny: list[str], cache: Path, tmp_path: Path, variant, words) -> None:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .configuration import NormFreeConfig
 
+FIRST_SENTINEL = "<span_0>"
+"""Its name in the tokenizer that is saved with a model."""
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 

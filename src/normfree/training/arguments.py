@@ -20,7 +20,7 @@ from normfree.cost.estimate import GIB, GPUS, check_memory, describe_estimate, f
 from normfree.data import Corpus, ImageCorpus
 from normfree.model import HEADS, NormFreeConfig
 from normfree.model.norms import check_removal
-from normfree.model.spans import sentinels
+from normfree.model.spans import FIRST_SENTINEL, sentinels
 from normfree.spec.families import family_of
 from normfree.spec.run import RunSpec
 from normfree.store.runs import OVER, RUN_FILE, DamagedRunError, read_run
@@ -220,7 +220,9 @@ def model_config(spec: RunSpec, corpus: Corpus) -> NormFreeConfig:
     if isinstance(corpus, ImageCorpus):
         return _vision_config(spec, corpus.facts())
     tokenizer, kind = corpus.tokenizer(), HEADS[spec.model.get("family", "decoder")].config_class
-    needed = corpus.vocab_size + sentinels(spec.data.context, kind(**spec.model))
+    needed = corpus.vocab_size
+    if FIRST_SENTINEL not in tokenizer.get_vocab():  # those of an encoder-decoder that this run starts with
+        needed += sentinels(spec.data.context, kind(**spec.model))
     fields = {
         "vocab_size": needed,
         "max_position_embeddings": spec.data.context,
@@ -230,11 +232,11 @@ def model_config(spec: RunSpec, corpus: Corpus) -> NormFreeConfig:
     }
     vocabulary, positions = fields["vocab_size"], fields["max_position_embeddings"]
     if vocabulary < needed:
-        raise ValueError(f"model.vocab_size={vocabulary} is below the {needed} that the tokens need; leave it out")
+        raise ValueError(f"model.vocab_size={vocabulary} is below the tokenizer's {needed}; leave it out")
     if positions < spec.data.context:
         raise ValueError(f"data.context={spec.data.context} is longer than model.max_position_embeddings={positions}")
-    if needed > corpus.vocab_size:  # the last sentinel ends a target
-        fields["eos_token_id"] = vocabulary - 1
+    if kind.model_type == "normfree_seq2seq":
+        fields["eos_token_id"] = vocabulary - 1  # the last sentinel ends a target
     config = kind(**fields)
     check_removal(config, total_steps(spec, corpus))
     return config

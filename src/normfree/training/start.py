@@ -50,7 +50,8 @@ def _load_start(model: NormFreePreTrainedModel, spec: RunSpec, corpus: Corpus) -
     if start is None or start.sha256 != spec.start_sha256:
         raise ValueError(f"start={spec.start} has other weights than when this run began; give tag=NAME for a new run")
     reads_text = model.main_input_name == "input_ids"
-    if reads_text and tokenizer_hash(load_tokenizer(str(start.folder))) != tokenizer_hash(corpus.processor()):
+    known = [tokenizer_hash(each()) for each in (corpus.tokenizer, corpus.processor)] if reads_text else []
+    if reads_text and tokenizer_hash(load_tokenizer(str(start.folder))) not in known:
         raise ValueError(
             f"start={spec.start} has another tokenizer than this corpus: give data.tokenizer={start.folder}"
         )

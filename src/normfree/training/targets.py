@@ -17,9 +17,9 @@ from normfree.data import Corpus
 from normfree.data.packing import unigram_perplexity
 from normfree.measures.text_perplexity import spread_places
 from normfree.model import NormFreeConfig
-from normfree.model.spans import corrupt, masked_and_spans
+from normfree.model.spans import FIRST_SENTINEL, corrupt, masked_and_spans
 
-MOST_BLOCKS = 65536
+MOST_BLOCKS = 16384
 """Blocks of a split whose targets are counted, spread evenly."""
 
 
@@ -31,10 +31,9 @@ class TargetCorpus(Corpus):
 
     def processor(self) -> PreTrainedTokenizerFast:
         """The tokenizer, with the sentinels `<span_0>`, `<span_1>`, ...; the last of them ends a target."""
-        tokenizer = self.tokenizer()
-        sentinels = [f"<span_{number}>" for number in range(self.config.vocab_size - self.vocab_size)]
-        tokenizer.add_tokens(sentinels, special_tokens=True)
-        tokenizer.eos_token = sentinels[-1]
+        tokenizer, behind = self.tokenizer(), range(self.config.vocab_size - self.vocab_size)
+        tokenizer.add_tokens([FIRST_SENTINEL.replace("0", str(number)) for number in behind], special_tokens=True)
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(self.config.vocab_size - 1)
         return tokenizer
 
     def predicted_bytes(self) -> np.ndarray:
