@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -167,7 +167,7 @@ def test_every_activation_and_norm_of_the_model_has_a_price() -> None:
     assert {*NORMFREE_ACTIVATIONS, "leaky_relu"} == {*ACTIVATIONS, "silu"}
     assert {*NORMFREE_NORMS, "taper", "fake"} == set(NORMS)  # whether it has tapered off, a config does not say
     for name, free in NORMFREE_FREE.items():
-        assert set(free) <= set(TABLES.get(name, ("none", "learned", "decoder")))
+        assert set(free) <= set(TABLES.get(name) or get_args(NormFreeConfig.__annotations__[name]))
     for protocol, name in ((p, n) for p in load_constants()["protocols"] for n in ACTIVATIONS):
         assert of_config(small(activation=name), context=16, protocol=protocol).rounds > 0
 

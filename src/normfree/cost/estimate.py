@@ -39,7 +39,7 @@ _UNKNOWN_NORM = (0, 0, 0)
 ACTIVATION_KEEPS = {"relu": 1, "identity": 1, "gelu": 2, "gelu_tanh": 2, "leaky_relu": 2}
 """Tensors of the feed-forward width that an activation and the projection after it keep."""
 NOT_COUNTED = ("query_key_norm", "branch", "linear", "attention_temperature", "attention_sink", "attention_gate")
-NOT_COUNTED += ("embedding_scale", "embedding_dropout", "attention_dropout", "residual_dropout")
+NOT_COUNTED += ("feed_forward", "embedding_scale", "embedding_dropout", "attention_dropout", "residual_dropout")
 """Fields that are reckoned at their default; other values keep more."""
 
 

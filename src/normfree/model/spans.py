@@ -8,15 +8,16 @@ are the last tokens of the vocabulary. All blocks of one length have as many mas
 
 from __future__ import annotations
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .configuration import NormFreeConfig
 
 FIRST_SENTINEL = "<span_0>"
 """Its name in the tokenizer that is saved with a model."""
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_GOLDEN, _FIRST, _SECOND = (number - 2**64 for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+"""Of splitmix64, as the int64 that wrap around like its uint64."""
 
 
 def masked_and_spans(tokens: int, config: NormFreeConfig) -> tuple[int, int]:
@@ -42,43 +43,35 @@ def corrupt(blocks_BT: Tensor, config: NormFreeConfig) -> tuple[Tensor, Tensor]:
     Lengths of spans, and of the text before each, are uniform among those with the same sum. Raises ValueError as
     `masked_and_spans` does.
     """
-    tokens_BT = blocks_BT.cpu().numpy().astype(np.int64)
-    batch, tokens = tokens_BT.shape
+    batch, tokens = blocks_BT.shape
     masked, spans = masked_and_spans(tokens, config)
-    keys_BT = _keys(tokens_BT, config.span_seed)
-    lengths_BN2 = np.stack(
-        [
-            _partition(keys_BT[:, masked - 1 : tokens - 2], tokens - masked, spans),
-            _partition(keys_BT[:, : masked - 1], masked, spans),
-        ],
-        axis=2,
-    )
-    ends_BK = lengths_BN2.reshape(batch, -1).cumsum(1)  # of text, span, text, span, ...
-    piece_BT = (np.arange(tokens) >= ends_BK[:, :, None]).sum(1)
+    keys_BT = _keys(blocks_BT.long(), config.span_seed)
+    texts_BN = _partition(keys_BT[:, masked - 1 : tokens - 2], tokens - masked, spans)
+    spans_BN = _partition(keys_BT[:, : masked - 1], masked, spans)
+    ends_BK = torch.stack([texts_BN, spans_BN], 2).flatten(1).cumsum(1)  # of text, span, text, span, ...
+    places_BT = torch.arange(tokens, device=blocks_BT.device).expand(batch, -1).contiguous()
+    piece_BT = torch.searchsorted(ends_BK, places_BT, right=True)
     is_masked_BT = piece_BT % 2 == 1
-    is_first_BT = is_masked_BT & (np.diff(piece_BT, prepend=0, axis=1) > 0)
+    is_first_BT = is_masked_BT & (piece_BT.diff(dim=1, prepend=piece_BT[:, :1]) > 0)
     sentinels_BT = config.vocab_size - 1 - spans + piece_BT // 2
-    source_BS = np.where(is_first_BT, sentinels_BT, tokens_BT)[~is_masked_BT | is_first_BT].reshape(batch, -1)
-    pairs_BT2, kept_BT2 = np.stack([sentinels_BT, tokens_BT], 2), np.stack([is_first_BT, is_masked_BT], 2)
-    target_BR = pairs_BT2[kept_BT2].reshape(batch, -1)
-    target_BR = np.pad(target_BR, ((0, 0), (0, 1)), constant_values=config.vocab_size - 1)
-    return torch.from_numpy(source_BS), torch.from_numpy(target_BR)
+    source_BS = torch.where(is_first_BT, sentinels_BT, blocks_BT)[~is_masked_BT | is_first_BT].view(batch, -1)
+    pairs_BT2, kept_BT2 = torch.stack([sentinels_BT, blocks_BT.long()], 2), torch.stack([is_first_BT, is_masked_BT], 2)
+    return source_BS, F.pad(pairs_BT2[kept_BT2].view(batch, -1), (0, 1), value=config.vocab_size - 1)
 
 
-def _keys(tokens_BT: np.ndarray, seed: int) -> np.ndarray:
-    """(B, T) random uint64 from all tokens of a block: splitmix64 of a hash of them."""
-    places_T = np.arange(1, tokens_BT.shape[1] + 1, dtype=np.uint64)
-    hash_B = _mix(tokens_BT.astype(np.uint64) + places_T * _GOLDEN).sum(1, dtype=np.uint64) + np.uint64(seed)
-    return _mix(_mix(hash_B)[:, None] + places_T * _GOLDEN)
+def _keys(tokens_BT: Tensor, seed: int) -> Tensor:
+    """(B, T) random numbers from all tokens of a block: splitmix64 of a hash of them."""
+    steps_T = torch.arange(1, tokens_BT.shape[1] + 1, device=tokens_BT.device) * _GOLDEN
+    return _mix(_mix(_mix(tokens_BT + steps_T).sum(1) + seed)[:, None] + steps_T)
 
 
-def _mix(numbers: np.ndarray) -> np.ndarray:
-    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return numbers ^ (numbers >> np.uint64(31))
+def _mix(numbers: Tensor) -> Tensor:
+    for shift, factor in ((30, _FIRST), (27, _SECOND), (31, 1)):
+        numbers = (numbers ^ (numbers >> shift & 2 ** (64 - shift) - 1)) * factor
+    return numbers
 
 
-def _partition(keys_BI: np.ndarray, total: int, parts: int) -> np.ndarray:
+def _partition(keys_BI: Tensor, total: int, parts: int) -> Tensor:
     """(B, parts) lengths of at least 1 that sum to `total`; the order of I = total - 1 keys chooses the cuts."""
-    cuts_BN = np.sort(np.argsort(keys_BI, axis=1, kind="stable")[:, : parts - 1] + 1, axis=1)
-    return np.diff(cuts_BN, prepend=0, append=total, axis=1)
+    cuts_BN = keys_BI.argsort(dim=1, stable=True)[:, : parts - 1].sort(dim=1).values + 1
+    return F.pad(F.pad(cuts_BN, (1, 0)), (0, 1), value=total).diff(dim=1)
