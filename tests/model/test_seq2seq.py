@@ -96,6 +96,19 @@ def test_each_group_of_heads_has_its_own_ceiling(position: str, attention: str) 
         np.testing.assert_allclose(entropies_H, truth_H.detach(), atol=2e-5)
 
 
+@pytest.mark.parametrize("position", ["rotary", "relative"])
+def test_training_in_bf16_is_that_in_fp32(position: str) -> None:
+    model = build(position=position, final_norm="rmsnorm").train()
+    exact = model(SOURCE, labels=TARGET).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(SOURCE, labels=TARGET).loss
+    gradients = [
+        torch.autograd.grad(loss, model.model.encoder.layers[0].attention.qkv.weight)[0] for loss in (exact, rounded)
+    ]
+    assert rounded.item() == pytest.approx(exact.item(), rel=0.02)
+    assert torch.nn.functional.cosine_similarity(*(each.flatten() for each in gradients), dim=0) > 0.99
+
+
 def test_a_target_sees_its_past_and_the_whole_source() -> None:
     model = build(position="relative")
     before = model(**PAIR).logits

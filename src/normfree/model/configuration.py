@@ -321,11 +321,8 @@ class NormFreeConfig(PreTrainedConfig):
             raise ValueError(f"image_size={self.image_size} must be a multiple of patch_size={self.patch_size}")
         if not (self.noise_share < 1 and self.span_tokens >= 1):
             raise ValueError(f"noise_share={self.noise_share}, span_tokens={self.span_tokens}: below 1, and at least 1")
-        if self.relative_buckets % 4 or self.relative_distance <= self.relative_buckets // 2:
-            raise ValueError(
-                f"relative_buckets={self.relative_buckets} must be a multiple of 4, and its half below "
-                f"relative_distance={self.relative_distance}"
-            )
+        if not 4 <= (buckets := self.relative_buckets) < (distance := self.relative_distance):
+            raise ValueError(f"relative_buckets={buckets} must be at least 4 and below relative_distance={distance}")
         for name, values in NOT_IN[self.family].items():
             if (value := getattr(self, name)) in values:
                 others = " or ".join(repr(family) for family in NOT_IN if value not in NOT_IN[family].get(name, ()))

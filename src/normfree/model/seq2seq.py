@@ -135,13 +135,11 @@ class NormFreeSeq2SeqModel(Seq2SeqPreTrainedModel):
             **kwargs,
         )
         return Seq2SeqModelOutput(
-            last_hidden_state=decoded.last_hidden_state,
-            decoder_hidden_states=decoded.hidden_states,
-            decoder_attentions=decoded.attentions,
-            cross_attentions=decoded.get("cross_attentions"),
+            last_hidden_state=decoded[0],
             encoder_last_hidden_state=encoder_outputs[0],
-            encoder_hidden_states=encoder_outputs.get("hidden_states"),
-            encoder_attentions=encoder_outputs.get("attentions"),
+            cross_attentions=decoded.get("cross_attentions"),
+            **{f"encoder_{name}": encoder_outputs.get(name) for name in ("hidden_states", "attentions")},
+            **{f"decoder_{name}": decoded.get(name) for name in ("hidden_states", "attentions")},
         )
 
 

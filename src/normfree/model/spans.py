@@ -32,11 +32,6 @@ def masked_and_spans(tokens: int, config: NormFreeConfig) -> tuple[int, int]:
     return masked, spans
 
 
-def sentinels(tokens: int, config: NormFreeConfig) -> int:
-    """Tokens that blocks of so many tokens need behind the vocabulary: one for each span and one for the end."""
-    return 1 + masked_and_spans(tokens, config)[1] if config.family == "encoder_decoder" else 0
-
-
 def corrupt(blocks_BT: Tensor, config: NormFreeConfig) -> tuple[Tensor, Tensor]:
     """Sources (B, T - M + N) and targets (B, M + N + 1): by a block's tokens and `config.span_seed`, always the same.
 

@@ -19,8 +19,9 @@ from transformers import TrainingArguments
 from normfree.cost.estimate import GIB, GPUS, check_memory, describe_estimate, find_gpu
 from normfree.data import Corpus, ImageCorpus
 from normfree.model import HEADS, NormFreeConfig
+from normfree.model.configuration import NormFreeSeq2SeqConfig
 from normfree.model.norms import check_removal
-from normfree.model.spans import FIRST_SENTINEL, sentinels
+from normfree.model.spans import FIRST_SENTINEL, masked_and_spans
 from normfree.spec.families import family_of
 from normfree.spec.run import RunSpec
 from normfree.store.runs import OVER, RUN_FILE, DamagedRunError, read_run
@@ -220,9 +221,9 @@ def model_config(spec: RunSpec, corpus: Corpus) -> NormFreeConfig:
     if isinstance(corpus, ImageCorpus):
         return _vision_config(spec, corpus.facts())
     tokenizer, kind = corpus.tokenizer(), HEADS[spec.model.get("family", "decoder")].config_class
-    needed = corpus.vocab_size
-    if FIRST_SENTINEL not in tokenizer.get_vocab():  # those of an encoder-decoder that this run starts with
-        needed += sentinels(spec.data.context, kind(**spec.model))
+    needed, has_sentinels = corpus.vocab_size, kind is NormFreeSeq2SeqConfig
+    if has_sentinels and FIRST_SENTINEL not in tokenizer.get_vocab():  # else it is that of a run to start with
+        needed += 1 + masked_and_spans(spec.data.context, kind(**spec.model))[1]
     fields = {
         "vocab_size": needed,
         "max_position_embeddings": spec.data.context,
@@ -235,7 +236,7 @@ def model_config(spec: RunSpec, corpus: Corpus) -> NormFreeConfig:
         raise ValueError(f"model.vocab_size={vocabulary} is below the tokenizer's {needed}; leave it out")
     if positions < spec.data.context:
         raise ValueError(f"data.context={spec.data.context} is longer than model.max_position_embeddings={positions}")
-    if kind.model_type == "normfree_seq2seq":
+    if has_sentinels:
         fields["eos_token_id"] = vocabulary - 1  # the last sentinel ends a target
     config = kind(**fields)
     check_removal(config, total_steps(spec, corpus))
