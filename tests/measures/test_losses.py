@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import GPT2LMHeadModel, ViTConfig, ViTForImageClassification
+from transformers import GPT2LMHeadModel, T5Config, T5ForConditionalGeneration, ViTConfig, ViTForImageClassification
 
 from normfree import measure
 from tests.entropy.families import tiny_model
@@ -54,6 +54,23 @@ def test_accuracy_is_the_share_of_right_predictions(model: GPT2LMHeadModel) -> N
     share = (guesses == labels[:, 1:])[:, :29].double().mean().item()
     assert measure(model, {"input_ids": IDS, "labels": labels}, "accuracy")["accuracy"] == pytest.approx(share)
     assert 0.4 < share < 0.6
+
+
+def test_targets_have_losses_if_they_are_given() -> None:
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 61}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+    labels = torch.randint(1, 61, (3, 9))
+    labels[0, 5:] = -100
+    source = torch.randint(0, 61, (3, 12))
+    pair = {"input_ids": source, "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels)}
+    measured = measure(model, {**pair, "labels": labels}, ["perplexity", "losses"])
+    with torch.no_grad():
+        loss = model(source, labels=labels).loss.item()
+    assert measured["loss"] == pytest.approx(loss, rel=1e-5)
+    assert measured["loss_worst"] > loss
+    with pytest.raises(ValueError, match="losses of next tokens need input_ids alone"):
+        measure(model, pair, "perplexity")
 
 
 def test_images_have_losses_if_their_classes_are_given() -> None:
