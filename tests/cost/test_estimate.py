@@ -57,7 +57,11 @@ def test_constants_are_those_of_the_package() -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        *([f"preset={name}", "data.tokenizer=null"] for name in members("preset") if name not in ("fashion-vit", "denoise")),
+        *(
+            [f"preset={name}", "data.tokenizer=null"]
+            for name in members("preset")
+            if name not in ("fashion-vit", "denoise")
+        ),
         *(
             [f"variant=sm-{name}"]
             for name in ("r", "ln-rg", "rms-g", "lns-g", "dyt-g", "derf-g", "bhyt-g", "ln-peri-g")

@@ -16,7 +16,15 @@ Rotation = tuple[Tensor, Tensor]
 """Cosines and sines of the angles, each (B or 1, 1, T, R)."""
 
 
-class LearnedPositions(nn.Module):
+class Positions(nn.Module):
+    """Base of what is called with tokens and positions; returns the placed tokens, and angles or None."""
+
+    def add_to(self, mask: Tensor | None, tokens: int, *, is_causal: bool) -> Tensor | None:
+        """The mask of attention of an encoder-decoder's stack, with what positions add to the scores."""
+        return mask
+
+
+class LearnedPositions(Positions):
     """A learned vector for each position, added to the embedding of the token."""
 
     def __init__(self, config: NormFreeConfig) -> None:
@@ -34,7 +42,7 @@ class LearnedPositions(nn.Module):
         return tokens_BTE + self.vectors(positions_BT), None
 
 
-class RotaryPositions(nn.Module):
+class RotaryPositions(Positions):
     """Angles by which queries and keys rotate (Su et al. 2021, arXiv 2104.09864).
 
     Each call computes the frequencies: a buffer would have garbage in it after `from_pretrained`, and
@@ -54,7 +62,7 @@ class RotaryPositions(nn.Module):
         return tokens_BTE, (angles_B1TR.cos(), angles_B1TR.sin())
 
 
-class RelativePositions(nn.Module):
+class RelativePositions(Positions):
     """A learned number for each head and bucket of distances, added to the scores (T5, arXiv 1910.10683)."""
 
     def __init__(self, config: NormFreeConfig) -> None:

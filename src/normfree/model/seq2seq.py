@@ -20,7 +20,6 @@ from .blocks import Block, CrossBlock
 from .configuration import NormFreeSeq2SeqConfig
 from .loss import IGNORED, token_loss
 from .modeling import NormFreeModel, NormFreeModelOutput, NormFreePreTrainedModel, is_plain
-from .positions import RelativePositions
 from .spans import corrupt
 
 
@@ -40,11 +39,9 @@ class Stack(Seq2SeqPreTrainedModel, NormFreeModel):
         if tokens > longest:
             what = "target" if self.is_causal else "source"
             raise ValueError(f"a {what} of {tokens} tokens, but max_position_embeddings={longest}: shorten it")
-        if isinstance(self.positions, RelativePositions):
-            mask = self.positions.add_to(mask, tokens, is_causal=self.is_causal)
         positions_BT = torch.arange(tokens, device=tokens_BTE.device)[None]
-        context |= {"attention_mask": mask, "past_key_values": None, "sigma_variance": False}
-        return self._outputs(tokens_BTE, positions_BT, **context)
+        context["attention_mask"] = self.positions.add_to(mask, tokens, is_causal=self.is_causal)
+        return self._outputs(tokens_BTE, positions_BT, past_key_values=None, sigma_variance=False, **context)
 
 
 class NormFreeEncoder(Stack):
