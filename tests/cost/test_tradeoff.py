@@ -5,16 +5,11 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from hypothesis import given
-from hypothesis import strategies as st
-
 from normfree.analysis.groups import group_runs
 from normfree.cost.tradeoff import Point, pareto_front, trade_off
 from normfree.report.tables.cost import trade_off_table
 from normfree.store.runs import Run
 from tests.synthetic import study, write_run
-
-POINTS = st.lists(st.tuples(st.integers(0, 5).map(float), st.integers(0, 5).map(float)), max_size=12)
 
 
 def points_of(runs: list[Run], *, mix: bool = False) -> list[Point]:
@@ -24,14 +19,6 @@ def points_of(runs: list[Run], *, mix: bool = False) -> list[Point]:
 def test_front_by_hand() -> None:
     points = [(3.0, 9.0), (2.9, 25.0), (3.2, 7.0), (3.2, 7.0), (3.3, 7.0), (3.2, 23.0), (math.nan, 1.0)]
     assert pareto_front(points) == [True, True, True, True, False, False, False]
-
-
-@given(POINTS)
-def test_a_point_off_the_front_is_beaten(points: list[tuple[float, float]]) -> None:
-    front = pareto_front(points)
-    best_points = [point for point, on_front in zip(points, front, strict=True) if on_front]
-    for point, on_front in zip(points, front, strict=True):
-        assert on_front != any(best != point and best[0] <= point[0] and best[1] <= point[1] for best in best_points)
 
 
 def test_a_study_becomes_points_cheapest_first(tmp_path: Path) -> None:

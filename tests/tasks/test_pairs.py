@@ -23,17 +23,10 @@ from normfree.tasks.score import score_pairs, unigram
 EVERY = pytest.mark.parametrize("task", PAIR_TASKS)
 
 
-def alike(first: str, second: str) -> int:
-    """Length of the common beginning."""
-    return next(
-        (n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(map(len, (first, second)))
-    )
-
-
 def differing(pair: Pair) -> tuple[str, str]:
     """What is left of both texts without their common beginning and end."""
-    start = alike(pair.good, pair.bad)
-    end = alike(pair.good[start:][::-1], pair.bad[start:][::-1])
+    start = len(os.path.commonprefix(pair[:2]))  # noqa: RUF071 - of letters
+    end = len(os.path.commonprefix([text[start:][::-1] for text in pair[:2]]))  # noqa: RUF071
     return pair.good[start : len(pair.good) - end], pair.bad[start : len(pair.bad) - end]
 
 
