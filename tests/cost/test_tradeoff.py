@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from normfree.analysis.groups import group_runs
-from normfree.cost.tradeoff import Point, pareto_front, trade_off
+from normfree.cost.totals import Point, pareto_front, trade_off
 from normfree.report.tables.cost import trade_off_table
 from normfree.store.runs import Run
 from tests.synthetic import study, write_run

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from normfree.analysis.entropy import values_over_training
 from normfree.analysis.groups import group_runs
-from normfree.cost.tradeoff import Point
+from normfree.cost.totals import Point
 from normfree.report.figures import heatmap_figure, layers_over_training
 from normfree.report.plots.curves import layer_curves, loss_curves, overload_series, seed_curves
 from normfree.report.plots.heatmaps import heatmap

@@ -53,16 +53,12 @@ class Heads:
         places: dict[str, list[int]] = {}
         for place, layer in enumerate(self.layers):
             places.setdefault(group_and_number(layer)[0], []).append(place)
-        return [
-            replace(
-                self,
-                entropy_LH=self.entropy_LH[part],
-                ceiling_L=self.ceiling_L[part],
-                layers=[self.layers[place] for place in part],
-                exists_LH=self.existing[part],
-            )
-            for part in places.values()
-        ]
+        return [self.part(rows) for rows in places.values()]
+
+    def part(self, rows: Sequence[int]) -> Heads:
+        """The heads of some layers, by their places."""
+        values = {"entropy_LH": self.entropy_LH[rows], "ceiling_L": self.ceiling_L[rows]}
+        return replace(self, **values, layers=[self.layers[row] for row in rows], exists_LH=self.existing[rows])
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from normfree.analysis.entropy import (
 )
 from normfree.analysis.groups import Group, all_runs, score_of
 from normfree.analysis.pairs import main_pairs
-from normfree.cost.tradeoff import trade_off
+from normfree.cost.totals import trade_off
 from normfree.report import figures
 from normfree.report.figures import PageFigure, heatmap_figure, seed_figure
 from normfree.report.plots import curves, points

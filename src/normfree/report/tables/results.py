@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -305,12 +304,8 @@ def _by_depth(heads: Heads | None) -> list[float | None]:
     if heads is None:
         return [math.nan] * (len(_DEPTHS) + 1)
     layers = np.arange(len(heads.entropy_LH))
-    shares = []
-    for part in (*np.array_split(layers if len(heads.groups) == 1 else layers[:0], len(_DEPTHS)), layers):
-        parts = {"entropy_LH": heads.entropy_LH[part], "exists_LH": heads.existing[part]}
-        some = replace(heads, ceiling_L=heads.ceiling_L[part], **parts)
-        shares.append(top_quarter_share(some) if len(part) else None)
-    return shares
+    parts = (*np.array_split(layers if len(heads.groups) == 1 else layers[:0], len(_DEPTHS)), layers)
+    return [top_quarter_share(heads.part(part)) if len(part) else None for part in parts]
 
 
 def _percent_text(shares: Sequence[float | None]) -> str:
