@@ -55,7 +55,7 @@ class Heads:
             places.setdefault(group_and_number(layer)[0], []).append(place)
         return [self.part(rows) for rows in places.values()]
 
-    def part(self, rows: Sequence[int]) -> Heads:
+    def part(self, rows: Sequence[int] | NDArray[np.int_]) -> Heads:
         """The heads of some layers, by their places."""
         values = {"entropy_LH": self.entropy_LH[rows], "ceiling_L": self.ceiling_L[rows]}
         return replace(self, **values, layers=[self.layers[row] for row in rows], exists_LH=self.existing[rows])
