@@ -58,14 +58,14 @@ def measure(name: str, options: MeasureOptions) -> None:
     inputs, facts = _read_inputs(name, loaded, options, own=own)
     facts |= {"name": name, "label": label, "measures": measures} | _facts(model, inputs, options)
     check_output(output, facts)
-    method: dict[str, Any] = {"heads": {"method": options.method}} if "heads" in measures else {}
+    watching: dict[str, Any] = {"heads": {"method": options.method}} if "heads" in measures else {}
     with products_for(options.dtype, model.device):
         batches = [
             {key: value[start : start + options.batch] for key, value in inputs.items()}
             for start in range(0, facts["sequences"], options.batch)
         ]
-        method |= {"progress": True, "skip_refused": True}
-        measured = measure_model(model, batches, measures, tokenizer=loaded[1], **method)
+        watching |= {"progress": True, "skip_refused": True}
+        measured = measure_model(model, batches, measures, tokenizer=loaded[1], **watching)
     run = write_measurement(
         output,
         facts | {"peak_memory_mib": measured.peak_memory_mib},
