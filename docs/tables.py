@@ -5,9 +5,9 @@ A page holds a marker, and all between it and `<!-- end -->` is made from runs:
     <!-- table: perplexity of results/quick -->
     <!-- end -->
 
-Tables: rates, seeds, unfinished, effects, and every table of the report. Several folders may be given, with the shell's
-wildcards. `mixed` before `-->` shows runs of different recipes side by side, which is refused otherwise. A test fails
-when a page differs from what the records give.
+Tables: rates, seeds, unfinished, effects, confirm, and every table of the report. Several folders may be given, with
+the shell's wildcards. `mixed` before `-->` shows runs of different recipes side by side, which is refused otherwise. A
+test fails when a page differs from what the records give.
 
 `<!-- quantities -->` is the table of all that can be measured.
 
@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 
+from normfree.analysis.confirm import primary, secondary
 from normfree.analysis.entropy import probed_heads, top_quarter_share, trained_heads
 from normfree.analysis.groups import Group, all_runs, group_runs
 from normfree.analysis.seeds import paired_difference, summarise
@@ -112,11 +113,27 @@ def effect_table(groups: Sequence[Group]) -> Table:
     return Table("effects", caption, ("Task", *EFFECTS), rows, words=("Task",))
 
 
+def confirm_table(groups: Sequence[Group]) -> Table:
+    """The primary and the secondary comparisons of docs/study.md."""
+    (cost, verdict), rows = primary(groups), []
+    for each in (cost, *secondary(groups)):
+        (low, high), (lowest, highest) = each.interval(), each.interval(0.9)
+        holm = "-" if each is cost else f"{each.holm:.4f}"
+        answer = verdict if each is cost else "differs" if each.holm < 0.05 else "open"
+        numbers = (f"{each.mean:+.3f}", f"{low:+.3f} to {high:+.3f}", f"{lowest:+.3f} to {highest:+.3f}")
+        kind = "paired" if each.paired else "Welch"
+        rows.append((each.name, kind, *numbers, f"{each.p:.4f}", holm, str(each.n), str(each.dropped), answer))
+    titles = ("Comparison", "Test", "Difference", "95 % interval", "90 % interval", "p", "p, Holm", "Seeds", "Diverged")
+    caption = "The primary comparison, then the five secondary ones"
+    return Table("confirm", caption, (*titles, "Verdict"), rows, words=("Comparison", "Test", "Verdict"))
+
+
 TABLES: dict[str, Callable[[Sequence[Group]], Table]] = {
     "rates": rate_table,
     "seeds": seed_table,
     "unfinished": unfinished_table,
     "effects": effect_table,
+    "confirm": confirm_table,
     **{name: make for section in SECTIONS for name, make in section.tables.items()},
 }
 

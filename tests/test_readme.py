@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 import shutil
 import statistics
@@ -76,6 +77,28 @@ def test_every_finished_committed_run_beats_token_frequencies() -> None:
     assert len(finished) > 50
     for run in finished:
         assert run.perplexity < 0.5 * run.facts["corpus"]["unigram_perplexity"], run.name
+
+
+def test_headlines_hold_when_recomputed_without_the_package() -> None:
+    numbers = runpy.run_path(str(ROOT / "results" / "recompute.py"))["headlines"]()
+
+    def interval(name: str, digits: int, sign: int = 1) -> str:
+        low, high = sorted(sign * numbers[name][end] for end in ("low", "high"))
+        return f"{low:.{digits}f} to {high:.{digits}f}"
+
+    relu, shape = numbers["cpu-lr1e-3: SM+R against SM+G"], numbers["cpu-pythia: SM+R against SM+G"]
+    gelu_heads, relu_heads = (numbers[f"cpu-lr1e-3: near uniform, {label}"]["mean"] for label in ("SM+G", "SM+R"))
+    readme, findings = (" ".join(text.split()) for text in (README, (ROOT / "docs" / "findings.md").read_text()))
+    assert f"{-relu['mean']:.1f} % lower ({interval('cpu-lr1e-3: SM+R against SM+G', 1, -1)}" in readme
+    assert f"{gelu_heads:.0f} %, ReLU {relu_heads:.0f} %" in readme
+    assert f"(difference {interval('cpu-lr1e-3: near uniform, SM+G less SM+R', 0)} points)" in readme
+    assert f"{-shape['mean']:.1f} % lower ({interval('cpu-pythia: SM+R against SM+G', 1, -1)}" in readme
+    for study in ("cpu", "cpu-lr1e-3"):
+        for name in ("SM+R against SM+G", "SM+LN+R against SM+LN+G"):
+            low, high = (f"{numbers[f'{study}: {name}'][end]:+.1f}" for end in ("low", "high"))
+            assert f"| {low} to {high} % |" in findings
+        low, high = (numbers[f"{study}: SM+G against SM+LN+G"][end] for end in ("low", "high"))
+        assert f"({low:.1f} to {high:+.1f})" in findings
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from normfree.analysis.entropy import (
 )
 from normfree.analysis.groups import group_runs, parts_of
 from normfree.analysis.pairs import all_pairs, pairs_of
-from normfree.analysis.seeds import paired_difference, student_t_95, summarise
+from normfree.analysis.seeds import paired_difference, student_t, summarise
 from normfree.analysis.verdicts import Slopes, collapse, fixed_slope, overload, slope_layers, slopes
 from normfree.store.runs import Run
 from tests.synthetic import CONTEXT, write_run
@@ -152,7 +152,7 @@ def test_no_mean_of_survivors() -> None:
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 7, 30])
 def test_tabulated_t_values_leave_95_percent_inside(degrees: int) -> None:
-    reach = student_t_95(degrees)
+    reach = student_t(degrees)
     t = np.linspace(-reach, reach, 200_001)
     scale = math.gamma((degrees + 1) / 2) / math.sqrt(degrees * math.pi) / math.gamma(degrees / 2)
     density = scale * (1 + t**2 / degrees) ** (-(degrees + 1) / 2)
@@ -163,7 +163,7 @@ def test_differences_are_paired_by_seed() -> None:
     shares = paired_difference({0: 11.0, 1: 22.0, 2: 5.0}, {0: 10.0, 1: 20.0, 9: 1.0}, relative=True)
     assert (shares.n, shares.mean, shares.low) == (2, pytest.approx(0.1), pytest.approx(0.1))
     absolute = paired_difference({0: 11.0, 1: 22.0}, {0: 10.0, 1: 20.0})
-    assert (absolute.low, absolute.high) == pytest.approx((1.5 - 12.706 * 0.5, 1.5 + 12.706 * 0.5))
+    assert (absolute.low, absolute.high) == pytest.approx((1.5 - 12.706 * 0.5, 1.5 + 12.706 * 0.5), abs=2e-4)
     single = paired_difference({0: 11.0}, {0: 10.0})
     assert (single.mean, math.isnan(single.low), math.isnan(single.high)) == (1.0, True, True)
     broken = paired_difference({0: 11.0, 1: math.nan}, {0: 10.0, 1: 10.0})

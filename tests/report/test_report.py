@@ -247,7 +247,7 @@ def test_each_recipe_has_its_own_part_and_answer(tmp_path: Path) -> None:
     assert rates.loc["SM+R"].tolist() == [36.1, 36.1, 36.1, 1, "1e-3, edge of the grid"]
 
 
-def test_variants_with_settings_of_their_own_share_a_page(tmp_path: Path) -> None:
+def test_variants_with_own_rates_or_starts_share_a_page(tmp_path: Path) -> None:
     rates = {"SM+G": 1.4e-3, "SM+R": 2e-3, "SM+LN+G": 2.8e-3}
     runs = [
         write_run(tmp_path, label, compare_across=["train.peak_learning_rate"], train={"peak_learning_rate": rate})

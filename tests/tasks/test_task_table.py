@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from normfree.analysis.groups import group_runs
-from normfree.analysis.seeds import student_t_95
+from normfree.analysis.seeds import student_t
 from normfree.report.sections import sections_of
 from normfree.report.tables.tasks import ratio, task_table, tasks_table
 from normfree.store.tasks import read_tasks, write_tasks
@@ -58,7 +58,7 @@ def test_seeds_are_paired_and_have_a_student_interval() -> None:
     records = [record([1, 1, 1, -1], [1, -1, 1, -1]), record([1, 1, 1, 1], [1, -1, -1, -1])]
     row = only_row(*records)
     assert row["Score"] == f"87.5 +- {np.std([75, 100], ddof=1):.1f}"
-    reach = student_t_95(1) * np.std([25, 75], ddof=1) / math.sqrt(2)
+    reach = student_t(1) * np.std([25, 75], ddof=1) / math.sqrt(2)
     assert row["Less untrained"] == f"+50.0 ({50 - reach:+.1f} to {50 + reach:+.1f})"
     assert row["Seeds"] == "2"
 

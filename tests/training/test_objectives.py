@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from normfree.spec.compose import compose_run
 from normfree.store.runs import Run
 from normfree.training.objectives import EntropyBand, EntropyTarget, build_objective, read_profile
 from normfree.training.optimizers import MuonWithAdamW, parameter_groups
+from normfree.training.study import run_study
 from tests.small_model import small_model
 
 CEILING = math.lgamma(17) / 16
@@ -117,6 +119,15 @@ def test_a_profile_sorts_averages_and_interpolates(train_tiny, tiny_spec, donor)
     at = {step: np.mean([np.sort(np.array(each[step])[1]) for each in series], axis=0) for step in (2, 4)}
     np.testing.assert_allclose(objective.targets(3)[0], (at[2] + at[4]) / 2)
     np.testing.assert_allclose(objective.targets(4)[0], at[4])
+    reversed_spec = replace(spec, train=replace(spec.train, entropy_layers=(0, 1), entropy_profile_layers=(1, 0)))
+    np.testing.assert_allclose(build_objective(reversed_spec, config, steps=6).targets(4)[0], at[4])
+
+
+def test_a_study_stops_before_its_first_run_without_donors(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"entropy_profile: .*cause-donors/sm-r-seed20 does not exist"):
+        run_study("cause-pilot")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -132,6 +143,8 @@ def test_a_profile_sorts_averages_and_interpolates(train_tiny, tiny_spec, donor)
         (["train.entropy_share=0.5", "train.entropy_layers=[2]"], "give layers of 0 to 1, each once"),
         (["train.entropy_nats=[1,1.5]", "train.entropy_layers=[1,0]"], "give layers of 0 to 1, each once"),
         (["train.entropy_share=0.5", "train.entropy_layers=[-1]"], "give layers of 0 to 1, each once"),
+        (["train.entropy_profile=['{donor}']", "train.entropy_profile_layers=[1]"], "give 2 layers of 0 to 1, one for"),
+        (["train.entropy_share=0.5", "train.entropy_profile_layers=[1,0]"], "is read with train.entropy_profile"),
         (["variant=sm-sink-r", "train.entropy_share=0.5"], "train.objective=entropy_target with model.attention_sink"),
     ],
 )
@@ -143,7 +156,7 @@ def test_targets_that_do_not_fit_are_refused(train_tiny, donor, words, message):
 def test_a_donor_without_probes_is_refused(train_tiny, tiny_spec):
     donor = train_tiny("probe.measures=[slopes]", runs="donors")
     spec = tiny_spec("variant=sm-r", *TARGET)
-    with pytest.raises(ValueError, match="is not finished or has no probes"):
+    with pytest.raises(ValueError, match="has no probes of entropy"):
         read_profile((str(donor.folder),), spec, NormFreeConfig(**spec.model), steps=6)
 
 

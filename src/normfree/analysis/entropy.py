@@ -118,6 +118,18 @@ def top_quarter_share(heads: Heads | None) -> float:
     return float((shares_of_ceiling(heads)[heads.existing] >= OVERLOAD_SHARE).mean())
 
 
+def shares_by_depth(heads: Heads | None) -> list[float | None]:
+    """`top_quarter_share` of the early, middle and late third of the layers, then of all; None for an empty third.
+
+    Several groups of heads have no common depth, so no thirds.
+    """
+    if heads is None:
+        return [math.nan] * 4
+    layers = np.arange(len(heads.entropy_LH))
+    parts = (*np.array_split(layers if len(heads.groups) == 1 else layers[:0], 3), layers)
+    return [top_quarter_share(heads.part(part)) if len(part) else None for part in parts]
+
+
 def values_over_training(run: Run, name: str) -> list[tuple[int, Floats]]:
     """(step, values) of any quantity, oldest first: from probes, else from validation, else from the training log."""
     for split in ("probe", "validation", "train"):

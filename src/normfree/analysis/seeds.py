@@ -9,14 +9,6 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# Two-sided 95 % critical values of Student's t for 1..30 degrees of freedom:
-# NIST/SEMATECH e-Handbook of Statistical Methods, table 1.3.6.7.2, column 0.975.
-_T_95 = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
-
 
 @dataclass(frozen=True)
 class Summary:
@@ -66,9 +58,11 @@ def summarise(values: Sequence[float]) -> Summary:
     return Summary(mean, statistics.stdev(usable) if len(usable) > 1 else math.nan, len(values), nonfinite)
 
 
-def student_t_95(degrees: int) -> float:
-    """Two-sided 95 % critical value; above 30 degrees of freedom that of 30, at most 4 % too wide."""
-    return _T_95[min(degrees, len(_T_95)) - 1]
+def student_t(degrees: float, confidence: float = 0.95) -> float:
+    """Two-sided critical value of Student's t."""
+    from scipy.special import stdtrit  # takes a second to load, and costs of models need none of it
+
+    return float(stdtrit(degrees, (1 + confidence) / 2))
 
 
 def paired_difference(
@@ -79,5 +73,5 @@ def paired_difference(
     summary = summarise([(a - b) / b if relative else a - b for a, b in pairs])
     reach = math.nan
     if summary.n > 1:
-        reach = student_t_95(summary.n - 1) * summary.standard_deviation / math.sqrt(summary.n)
+        reach = student_t(summary.n - 1) * summary.standard_deviation / math.sqrt(summary.n)
     return Difference(**vars(summary), low=summary.mean - reach, high=summary.mean + reach)

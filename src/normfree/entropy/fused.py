@@ -44,14 +44,12 @@ def measure(request: Request) -> AttentionEntropy:
     if request.patterns:
         # q gets zeros where k gets features, so scores stay and E_p[feature] comes out beside E_p[k].
         # The features of a key are its position / S, and 1 for the first token.
-        q_BHTD = torch.nn.functional.pad(q_BHTD, (0, 2))
+        q_BHTD, values_BGSE = (torch.nn.functional.pad(value, (0, 2)) for value in (q_BHTD, k_BGSD))
         position_S = torch.arange(visibility.keys, device=k_BGSD.device)
+        values_BGSE[..., width] = position_S / visibility.keys
         # A mask that differs between heads still has one first token per sequence.
         first_B = visibility.first_key().amin(-1).expand(len(k_BGSD))
-        on_first_BS = position_S == first_B[:, None]
-        features_BS2 = torch.stack([(position_S / visibility.keys).expand_as(on_first_BS), on_first_BS], dim=-1)
-        features_BGS2 = features_BS2.to(k_BGSD.dtype)[:, None].expand(*k_BGSD.shape[:3], 2)
-        values_BGSE = torch.cat([k_BGSD, features_BGS2], dim=-1)
+        values_BGSE[..., width + 1] = (position_S == first_B[:, None])[:, None]
     output_BHTE, lse_BHT = _attend(q_BHTD, values_BGSE, request)
     counts_BHT = visibility.counts().expand(request.q.shape[:3]).contiguous()
     nats_BHT = lse_BHT - request.scale * (request.q * output_BHTE[..., :width]).sum(-1)

@@ -14,6 +14,9 @@ BINS = 2**16
 """Bins of `float_counts`: sign, exponent and 7 bits of the fraction of a float32."""
 INFINITE, NEGATIVE_INFINITE = 0x7F80, 0xFF80
 """The bins of infinity and its negative."""
+_ORDER = np.r_[BINS - 1 : BINS // 2 - 1 : -1, 0 : BINS // 2]  # bins from the most negative on
+_VALUES = ((_ORDER << 16) | 0x8000).astype(np.uint32).view(np.float32)  # their middles
+_VALUES[_ORDER == INFINITE], _VALUES[_ORDER == NEGATIVE_INFINITE] = np.inf, -np.inf
 AT_ONCE = 2**19
 """Codes that are counted at once on a CPU: 4 MiB."""
 
@@ -49,11 +52,8 @@ def quantiles(counts_B: Tensor, shares: Sequence[float]) -> Tensor:
 
     It is the middle of a bin, which is within 2^-8 (0.4 %) of every value in it. NaN if a value is, or without any.
     """
-    order = np.r_[BINS - 1 : BINS // 2 - 1 : -1, 0 : BINS // 2]  # from the most negative on
-    values = ((order << 16) | 0x8000).astype(np.uint32).view(np.float32)
-    values[order == INFINITE], values[order == NEGATIVE_INFINITE] = np.inf, -np.inf
-    counts = counts_B.cpu().numpy()[order]
+    counts = counts_B.cpu().numpy()[_ORDER]
     below = counts.cumsum()
     places = np.searchsorted(below, [max(1, math.ceil(share * below[-1])) for share in shares])
-    is_known = below[-1] > 0 and not counts[np.isnan(values)].any()
-    return torch.tensor(values[places] if is_known else [math.nan] * len(shares), dtype=torch.float64)
+    is_known = below[-1] > 0 and not counts[np.isnan(_VALUES)].any()
+    return torch.tensor(_VALUES[places] if is_known else [math.nan] * len(shares), dtype=torch.float64)

@@ -169,6 +169,9 @@ class TrainSpec:
     """objective=entropy_target: the target of each layer's heads, in nats."""
     entropy_profile: tuple[str, ...] = ()
     """objective=entropy_target: finished runs whose entropies, sorted within each layer and step, are the targets."""
+    entropy_profile_layers: tuple[int, ...] = ()
+    """objective=entropy_target: layers of those runs whose entropies go to entropy_layers, in this order; unless given,
+    the same."""
     weight_decay: NotNegative = 0.1
     """AdamW's, on matrices and embeddings; never on biases and norms."""
     decay_slopes: bool = False
@@ -232,7 +235,7 @@ class TrainSpec:
     def _check_objective(self) -> None:
         targets = ("entropy_share", "entropy_nats", "entropy_profile")
         readers = {"entropy_weight": ("entropy_target", "entropy_band"), **dict.fromkeys(targets, ("entropy_target",))}
-        readers["entropy_layers"] = readers["entropy_weight"]
+        readers["entropy_layers"], readers["entropy_profile_layers"] = readers["entropy_weight"], ("entropy_target",)
         for name, objectives in readers.items():
             if (value := getattr(self, name)) not in (None, ()) and self.objective not in objectives:
                 raise ValueError(
@@ -247,6 +250,8 @@ class TrainSpec:
                 "train.objective=entropy_target needs exactly one of train.entropy_share, train.entropy_nats and "
                 f"train.entropy_profile, got {' and '.join(chosen) or 'none'}"
             )
+        if self.entropy_profile_layers and not self.entropy_profile:
+            raise ValueError("train.entropy_profile_layers is read with train.entropy_profile: give both")
 
     @property
     def skips_allowed(self) -> int:

@@ -179,7 +179,13 @@ def build_objective(spec: RunSpec, config: NormFreeConfig, steps: int) -> Object
     heads = config.num_attention_heads
     if train.entropy_profile:
         profile_steps, profile_PLH = read_profile(train.entropy_profile, spec, config, steps)
-        profile_PLH = profile_PLH[:, layers]
+        sources = train.entropy_profile_layers or layers
+        if len(sources) != len(layers) or not set(sources) <= set(range(last + 1)):
+            raise ValueError(
+                f"train.entropy_profile_layers={list(sources)}; give {len(layers)} layers of 0 to {last}, one for each "
+                "of train.entropy_layers"
+            )
+        profile_PLH = profile_PLH[:, sources]
 
         def targets(step: int) -> np.ndarray:
             later = int(np.clip(np.searchsorted(profile_steps, step), 1, len(profile_steps) - 1))
@@ -205,22 +211,27 @@ def read_profile(
 
     Raises ValueError for donors that are missing, damaged, without probes, or of another shape.
     """
-    try:
-        donors = find_runs(list(places))
-    except (DamagedRunError, FileNotFoundError) as error:
-        raise ValueError(f"train.entropy_profile: {error}") from None
-    if not donors:
-        raise ValueError(f"train.entropy_profile={list(places)} holds no runs; give folders of finished runs")
-    profiles = [_sorted_entropies(donor, spec, config, steps) for donor in donors]
+    profiles = [_sorted_entropies(donor, spec, config, steps) for donor in find_donors(places)]
     if len({tuple(probed) for probed, _ in profiles}) > 1:
         raise ValueError("train.entropy_profile: the donors were probed at different steps (probe.every_steps)")
     return profiles[0][0], np.mean([entropies_PLH for _, entropies_PLH in profiles], axis=0)
 
 
+def find_donors(places: tuple[str, ...]) -> list[Run]:
+    """The runs in these folders. Raises ValueError if one is missing, damaged or not finished."""
+    try:
+        donors = find_runs(places)
+    except (DamagedRunError, ValueError) as error:
+        raise ValueError(f"train.entropy_profile: {error}") from None
+    if unfinished := [donor.place for donor in donors if donor.status != "finished"]:
+        raise ValueError(f"train.entropy_profile: not finished: {', '.join(unfinished)}")
+    return donors
+
+
 def _sorted_entropies(donor: Run, spec: RunSpec, config: NormFreeConfig, steps: int) -> tuple[list[int], np.ndarray]:
     series = donor.series("probe", "entropy_nats")
-    if donor.status != "finished" or len(series) < 2:
-        raise ValueError(f"train.entropy_profile: {donor} is not finished or has no probes of entropy over training")
+    if len(series) < 2:
+        raise ValueError(f"train.entropy_profile: {donor} has no probes of entropy over training")
     entropies_PLH = np.sort(np.array([value for _, value in series], dtype=float), axis=2)
     theirs = {
         "model.num_hidden_layers": entropies_PLH.shape[1],

@@ -14,6 +14,7 @@ from normfree.spec.run import RunSpec
 from normfree.spec.study import Study, load_study
 from normfree.store.runs import RUN_FILE, DamagedRunError, find_runs, read_run
 from normfree.training.jobs import Launch, train_jobs
+from normfree.training.objectives import find_donors
 
 logger = logging.getLogger("normfree")
 
@@ -28,6 +29,8 @@ def run_study(name: str, words: Sequence[str] = (), launch: Launch | None = None
     jobs = study.jobs(read_words(words))
     folder = jobs[0].folder.parent
     _check_earlier_results(study, folder, jobs)
+    for places in dict.fromkeys(job.spec.train.entropy_profile for job in jobs):
+        find_donors(places)
     logger.info("%s: %s", study.name, describe_training_cost(jobs, study.tokens_per_epoch))
     failure = ""
     try:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from normfree.analysis import entropy, published
-from normfree.analysis.entropy import Heads, probed_heads, top_quarter_share, trained_heads
+from normfree.analysis.entropy import Heads, probed_heads, shares_by_depth, top_quarter_share, trained_heads
 from normfree.analysis.groups import Group, counterparts, rate_grids, score_of
 from normfree.analysis.pairs import CLAIMS, Pair, all_pairs, baseline_label, main_pairs, pairs_of
 from normfree.analysis.seeds import Difference, compact, paired_difference, summarise
@@ -244,7 +244,7 @@ def overload_table(groups: Sequence[Group]) -> Table:
     for group in groups:
         if not any(probed_heads(run) or trained_heads(run) for run in group.runs):
             continue
-        by_depth = zip(*(_by_depth(trained_heads(run)) for run in group.runs), strict=True)
+        by_depth = zip(*(shares_by_depth(trained_heads(run)) for run in group.runs), strict=True)
         curves = [{heads.step: top_quarter_share(heads) for heads in probed_heads(run)} for run in group.runs]
         over_training = (_at_share(group.runs, curves, share) for share in SHARES_OF_TRAINING)
         rows.append((group.name, *map(_percent_text, (*by_depth, *over_training)), str(len(group.runs))))
@@ -253,7 +253,7 @@ def overload_table(groups: Sequence[Group]) -> Table:
     for label in dict.fromkeys(labels):
         entropy_LH = published.heatmaps()[label]
         ceiling_L = np.full(len(entropy_LH), entropy.causal_ceiling(published.HEATMAP_CONTEXT))
-        paper = _by_depth(Heads(entropy_LH, ceiling_L, step=0, layers=range(len(entropy_LH))))
+        paper = shares_by_depth(Heads(entropy_LH, ceiling_L, step=0, layers=range(len(entropy_LH))))
         blanks = ["-"] * len(SHARES_OF_TRAINING)
         rows.append((f"{label}, paper", *(_percent_text([share]) for share in paper), *blanks, "1"))
     notes = [
@@ -294,18 +294,6 @@ def _at_share(runs: Sequence[Run], curves: Sequence[Mapping[int, float]], share:
         is_over = run.status == "diverged" and place >= run.facts["divergence"]["step"]
         values.append(math.nan if is_over else curve.get(nearest, math.nan))
     return values
-
-
-def _by_depth(heads: Heads | None) -> list[float | None]:
-    """Top-quarter share of the early, middle and late third of the layers, then of all; None for an empty third.
-
-    Several groups of heads have no common depth, so no thirds.
-    """
-    if heads is None:
-        return [math.nan] * (len(_DEPTHS) + 1)
-    layers = np.arange(len(heads.entropy_LH))
-    parts = (*np.array_split(layers if len(heads.groups) == 1 else layers[:0], len(_DEPTHS)), layers)
-    return [top_quarter_share(heads.part(part)) if len(part) else None for part in parts]
 
 
 def _percent_text(shares: Sequence[float | None]) -> str:

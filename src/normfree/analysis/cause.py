@@ -1,0 +1,113 @@
+"""Does head entropy cause the gap between GELU and ReLU? The rule of the study `cause` (docs/study.md)."""
+
+# P seeds that finished in every arm of a comparison
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from normfree.analysis.groups import Group
+from normfree.analysis.seeds import Difference, paired_difference, student_t
+
+ARMS = {
+    "G": ("SM+G", ""),
+    "R": ("SM+R", ""),
+    "G>R": ("SM+G", "like-r"),
+    "R>G": ("SM+R", "like-g"),
+    "sham G": ("SM+G", "like-g"),
+    "sham R": ("SM+R", "like-r"),
+    "placebo": ("SM+G", "like-r-reversed"),
+}
+"""Label and tag of each arm: `like-r` has the entropies of SM+R as targets, `reversed` those of other layers."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of means over pairs, with Fieller's 95 % interval: infinite if the mean below may be 0."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Cause:
+    """What the rule says; None where more than one seed diverged, which leaves a comparison open."""
+
+    gap: Difference | None
+    """ln perplexity, sham G less sham R."""
+    down: Ratio | None
+    """Share of the gap that goes when SM+G has the entropies of SM+R."""
+    up: Ratio | None
+    """Share of it that comes when SM+R has those of SM+G."""
+    kept: Ratio | None
+    """The gap of the shams as a share of that of the plain variants."""
+    specific: Difference | None
+    """(sham G - placebo) - (sham G - G>R) / 2; below 0 if it matters which layers have the targets."""
+
+    @property
+    def verdict(self) -> str:
+        """`confirmed`, `refuted`, `one-way`, `partial` or `open`."""
+        if self.gap is None or self.down is None or self.up is None or not self.gap.low > 0:
+            return "open"
+        above = [share.low > 0.5 for share in (self.down, self.up)]
+        below = [share.high < 0.5 for share in (self.down, self.up)]
+        if all(above) or all(below):
+            return "confirmed" if all(above) else "refuted"
+        return "one-way" if any(above) and any(below) else "partial"
+
+
+def judge(groups: Sequence[Group]) -> Cause:
+    """Apply the rule to the groups of the study. Raises ValueError if an arm has no run with a result."""
+    found = {(group.label, group.runs[0].spec.get("tag", "")): group for group in groups if group.runs}
+    if missing := [name for name, key in ARMS.items() if key not in found]:
+        raise ValueError(f"no run of {', '.join(missing)}; `normfree study cause` trains what is missing")
+    return judge_scores({name: {s: math.log(v) for s, v in found[key].scores.items()} for name, key in ARMS.items()})
+
+
+def judge_scores(arms: Mapping[str, Mapping[Hashable, float]]) -> Cause:
+    """Apply the rule to ln perplexities by arm of `ARMS` and by seed, NaN for a run that diverged."""
+
+    def together(*names: str) -> list[np.ndarray] | None:
+        """The arms over their common seeds; a diverged run drops its seed from all of them."""
+        common = [seed for seed in arms[names[0]] if all(seed in arms[name] for name in names)]
+        finite = [seed for seed in common if all(math.isfinite(arms[name][seed]) for name in names)]
+        is_open = len(common) - len(finite) > 1 or len(finite) < 2
+        return None if is_open else [np.array([arms[name][seed] for seed in finite]) for name in names]
+
+    shams = ("sham G", "sham R")
+    gap, down, up, kept = (together(*shams, *others) for others in ((), ("G>R",), ("R>G",), ("G", "R")))
+    specific = together("sham G", "placebo", "G>R")
+    return Cause(
+        gap=None if gap is None else _mean(gap[0] - gap[1]),
+        down=None if down is None else fieller(down[0] - down[2], down[0] - down[1]),
+        up=None if up is None else fieller(up[2] - up[1], up[0] - up[1]),
+        kept=None if kept is None else fieller(kept[0] - kept[1], kept[2] - kept[3]),
+        specific=None if specific is None else _mean((specific[0] + specific[2]) / 2 - specific[1]),
+    )
+
+
+def fieller(above_P: np.ndarray, below_P: np.ndarray) -> Ratio:
+    """mean(above) / mean(below) over pairs, with Fieller's 95 % interval.
+
+    It holds every ratio f for which mean(above - f below) is not significantly different from 0 (E. C. Fieller, J. R.
+    Stat. Soc. B 16, 175, 1954).
+    """
+    squared_t = student_t(len(above_P) - 1) ** 2 / len(above_P)
+    (variance_above, covariance), (_, variance_below) = np.cov(above_P, below_P)
+    above, below = above_P.mean(), below_P.mean()
+    a = below**2 - squared_t * variance_below
+    b = above * below - squared_t * covariance
+    c = above**2 - squared_t * variance_above
+    if a <= 0:
+        return Ratio(above / below, -math.inf, math.inf)
+    reach = math.sqrt(max(0.0, b * b - a * c))
+    return Ratio(above / below, (b - reach) / a, (b + reach) / a)
+
+
+def _mean(values_P: np.ndarray) -> Difference:
+    return paired_difference(dict(enumerate(values_P)), dict.fromkeys(range(len(values_P)), 0.0))

@@ -1,0 +1,113 @@
+"""The main variants at rates of their own, on fresh seeds: the comparisons that docs/study.md plans."""
+
+# P seeds
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from normfree.analysis.entropy import shares_by_depth, trained_heads
+from normfree.analysis.groups import Group
+from normfree.analysis.seeds import student_t
+from normfree.store.runs import Run
+
+MARGIN = math.log(1.05)
+"""Below this difference in ln perplexity two variants count as equivalent."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The difference of two variants, ours less theirs; NaN where it is open."""
+
+    name: str
+    paired: bool
+    """By seed; else Welch's."""
+    n: int
+    """Seeds that finished on both sides."""
+    dropped: int
+    """Seeds that diverged on a side; with more than one the comparison is open."""
+    mean: float = math.nan
+    standard_error: float = math.nan
+    degrees: float = math.nan
+    holm: float = math.nan
+    """The p-value with Holm's correction."""
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Student's interval around the mean."""
+        reach = student_t(self.degrees, confidence) * self.standard_error
+        return self.mean - reach, self.mean + reach
+
+    @property
+    def p(self) -> float:
+        """Two-sided p-value of no difference."""
+        from scipy.special import stdtr
+
+        if self.standard_error == 0:
+            return float(self.mean == 0)
+        return float(2 * stdtr(self.degrees, -abs(self.mean) / self.standard_error))
+
+
+def compare(
+    name: str, groups: Sequence[Group], labels: tuple[str, str], value: Callable[[Run], float], *, paired: bool
+) -> Comparison:
+    """Compare a number of the runs of two variants. Raises ValueError if a variant is missing."""
+    ours, theirs = (_by_seed(groups, label, value) for label in labels)
+    common = [seed for seed in ours if seed in theirs]
+    finite = [seed for seed in common if math.isfinite(ours[seed]) and math.isfinite(theirs[seed])]
+    found = Comparison(name, paired, n=len(finite), dropped=len(common) - len(finite))
+    if found.dropped > 1 or found.n < 2:
+        return found
+    ours_P, theirs_P = (np.array([of_seed[seed] for seed in finite]) for of_seed in (ours, theirs))
+    difference_P = ours_P - theirs_P
+    variances = np.array([each.var(ddof=1) / found.n for each in ([difference_P] if paired else [ours_P, theirs_P])])
+    degrees = found.n - 1.0
+    if variances.any():  # Welch and Satterthwaite; for pairs the same number
+        degrees *= variances.sum() ** 2 / np.square(variances).sum()
+    return replace(found, mean=difference_P.mean(), standard_error=math.sqrt(variances.sum()), degrees=degrees)
+
+
+def primary(groups: Sequence[Group]) -> tuple[Comparison, str]:
+    """What LayerNorm is worth to GELU, in ln perplexity, and the verdict."""
+    cost = compare("SM+G less SM+LN+G, ln perplexity", groups, ("SM+G", "SM+LN+G"), _log_score, paired=False)
+    (low, _), (lowest, highest) = cost.interval(), cost.interval(0.9)
+    if low > MARGIN:
+        return cost, "the cost is reproduced"
+    return cost, "equivalent within 5 %" if lowest > -MARGIN and highest < MARGIN else "open"
+
+
+def secondary(groups: Sequence[Group]) -> list[Comparison]:
+    """Five comparisons, with p-values after Holm (1979)."""
+    near_uniform = "SM+G less SM+R, share near uniform, {} third"
+    found = [compare("SM+R less SM+G, ln perplexity", groups, ("SM+R", "SM+G"), _log_score, paired=True)]
+    for third, name in enumerate(("first", "middle", "last")):
+        share = partial(_share_of_third, third)
+        found.append(compare(near_uniform.format(name), groups, ("SM+G", "SM+R"), share, paired=True))
+    labels = ("SM+LN+R", "SM+LN+G")
+    found.append(compare("SM+LN+R less SM+LN+G, ln perplexity", groups, labels, _log_score, paired=False))
+    # An open comparison counts as one with p = 1.
+    p_values, highest = [1.0 if math.isnan(each.p) else each.p for each in found], 0.0
+    for rank, place in enumerate(np.argsort(p_values)):
+        highest = max(highest, min(1.0, (len(found) - rank) * p_values[place]))
+        found[place] = replace(found[place], holm=highest)
+    return found
+
+
+def _by_seed(groups: Sequence[Group], label: str, value: Callable[[Run], float]) -> dict[object, float]:
+    runs = [run for group in groups for run in group.runs if run.label == label]
+    if not runs:
+        raise ValueError(f"no finished run of {label}; `normfree study cpu-confirm` trains what is missing")
+    return {run.seed: value(run) for run in runs}
+
+
+def _log_score(run: Run) -> float:
+    return math.log(run.score)
+
+
+def _share_of_third(third: int, run: Run) -> float:
+    share = shares_by_depth(trained_heads(run))[third]
+    return math.nan if share is None else share

@@ -1,0 +1,72 @@
+"""The primary and secondary comparisons, beside scipy's tests."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from normfree.analysis.confirm import MARGIN, compare, primary, secondary
+from normfree.analysis.groups import Group, group_runs
+from tests.synthetic import write_run
+
+LABELS = ("SM+LN+G", "SM+LN+R", "SM+G", "SM+R")
+SPREAD = {"SM+LN+G": 0.004, "SM+LN+R": 0.005, "SM+G": 0.03, "SM+R": 0.009}
+
+
+def _groups(folder: Path, means: dict[str, float], diverged: tuple[tuple[str, int], ...] = ()) -> list[Group]:
+    random = np.random.default_rng(1)
+    runs = []
+    for label in LABELS:
+        for seed in range(10, 18):
+            status = "diverged" if (label, seed) in diverged else "finished"
+            perplexity = math.exp(3 + means.get(label, 0) + random.normal(0, SPREAD[label]))
+            runs.append(write_run(folder, label, seed=seed, data_seed=seed, status=status, perplexity=perplexity))
+    return group_runs(runs)
+
+
+def _logs(groups: list[Group], label: str) -> np.ndarray:
+    [group] = [group for group in groups if group.label == label]
+    return np.log(list(group.scores.values()))
+
+
+def test_welch_and_paired_tests_are_those_of_scipy(tmp_path: Path) -> None:
+    groups = _groups(tmp_path, {"SM+G": 0.1, "SM+R": 0.05})
+    cost, verdict = primary(groups)
+    welch = stats.ttest_ind(_logs(groups, "SM+G"), _logs(groups, "SM+LN+G"), equal_var=False)
+    np.testing.assert_allclose([cost.p, cost.degrees], [welch.pvalue, welch.df])
+    np.testing.assert_allclose(cost.interval(0.9), welch.confidence_interval(0.9))
+    assert verdict == "the cost is reproduced"
+    paired = stats.ttest_rel(_logs(groups, "SM+R"), _logs(groups, "SM+G"))
+    relu = secondary(groups)[0]
+    np.testing.assert_allclose([relu.p, *relu.interval()], [paired.pvalue, *paired.confidence_interval()])
+
+
+def test_holm_is_the_step_down_of_the_sorted_values(tmp_path: Path) -> None:
+    found = secondary(_groups(tmp_path, {"SM+R": -0.02}))
+    p = [each.p for each in found]
+    order = np.argsort(p)
+    stepped = np.maximum.accumulate(np.minimum(1, (5 - np.arange(5)) * np.array(p)[order]))
+    np.testing.assert_allclose([found[place].holm for place in order], stepped)
+
+
+@pytest.mark.parametrize(
+    ("mean", "verdict"), [(0.0, "equivalent within 5 %"), (MARGIN, "open"), (0.2, "the cost is reproduced")]
+)
+def test_the_primary_verdict_follows_its_margins(tmp_path: Path, mean: float, verdict: str) -> None:
+    assert primary(_groups(tmp_path, {"SM+G": mean}))[1] == verdict
+
+
+def test_one_diverged_seed_is_dropped_and_two_leave_it_open(tmp_path: Path) -> None:
+    one = primary(_groups(tmp_path / "one", {"SM+G": 0.2}, (("SM+G", 11),)))
+    assert (one[0].n, one[0].dropped, one[1]) == (7, 1, "the cost is reproduced")
+    groups = _groups(tmp_path / "two", {"SM+G": 0.2}, (("SM+G", 11), ("SM+LN+G", 12)))
+    cost, verdict = primary(groups)
+    assert math.isnan(cost.mean)
+    assert verdict == "open"
+    assert secondary(groups)[0].n == 7
+    with pytest.raises(ValueError, match=r"no finished run of SM; .*cpu-confirm"):
+        compare("", groups, ("SM", "SM+G"), lambda run: run.score, paired=True)
