@@ -162,7 +162,7 @@ def test_every_activation_and_norm_of_the_model_has_a_price() -> None:
     assert {*families.NORMFREE_ACTIVATIONS, "leaky_relu"} == {*ACTIVATIONS, "silu"}
     assert {*families.NORMFREE_NORMS, "taper", "fake"} == set(
         NORMS
-    )  # whether it has tapered off, a config does not say
+    )  # a config does not say whether it tapered off
     for name, free in families.NORMFREE_FREE.items():
         assert set(free) <= set(TABLES.get(name, ("none", "learned", "decoder")))
     for protocol, name in ((p, n) for p in load_constants()["protocols"] for n in ACTIVATIONS):
