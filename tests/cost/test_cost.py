@@ -160,9 +160,7 @@ def test_defaults_are_those_of_the_config() -> None:
 
 def test_every_activation_and_norm_of_the_model_has_a_price() -> None:
     assert {*families.NORMFREE_ACTIVATIONS, "leaky_relu"} == {*ACTIVATIONS, "silu"}
-    assert {*families.NORMFREE_NORMS, "taper", "fake"} == set(
-        NORMS
-    )  # a config does not say whether it tapered off
+    assert {*families.NORMFREE_NORMS, "taper", "fake"} == set(NORMS)  # a config does not say whether it tapered off
     for name, free in families.NORMFREE_FREE.items():
         assert set(free) <= set(TABLES.get(name, ("none", "learned", "decoder")))
     for protocol, name in ((p, n) for p in load_constants()["protocols"] for n in ACTIVATIONS):
