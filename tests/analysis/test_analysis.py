@@ -1,4 +1,4 @@
-"""Ceilings, ranges, verdicts, seeds and groups."""
+"""Ceilings, ranges, verdicts, seeds and groups, also of the paper's published heatmaps."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
+from normfree.analysis import published
 from normfree.analysis.entropy import (
     Heads,
     causal_ceiling,
     final_heads,
+    layer_means,
     pooled_ranges,
     range_counts,
     trained_heads,
@@ -50,13 +50,8 @@ def test_causal_ceiling_is_the_mean_log_of_visible_tokens(context: int) -> None:
 )
 def test_heads_are_counted_by_quarter(entropy_LH: Any, maximum: Any, finite: tuple[int, ...], nonfinite: int) -> None:
     counts = range_counts(entropy_LH, maximum)
-    assert (counts.finite_R, counts.nonfinite) == (finite, nonfinite)
+    assert (counts.finite_R, counts.nonfinite, counts.heads) == (finite, nonfinite, np.size(entropy_LH))
     assert counts.shares == [count / np.size(entropy_LH) for count in finite]
-
-
-@given(st.lists(st.floats(0, 5) | st.just(math.nan), min_size=1, max_size=40))
-def test_every_head_is_counted_once(entropies: list[float]) -> None:
-    assert range_counts([entropies], 5.0).heads == len(entropies)
 
 
 def test_normalisers_are_observed_maximum_log_t_and_causal_ceiling(tmp_path: Path) -> None:
@@ -318,3 +313,50 @@ def test_seeds_of_one_variant_have_one_rate(tmp_path: Path) -> None:
         group_runs(runs)
     tagged = with_own_rate(tmp_path, "SM+G", 2e-3, seed=1, tag="fast")
     assert [group.name for group in group_runs([runs[0], tagged])] == ["SM+G (1.4e-3)", "SM+G (fast) (2e-3)"]
+
+
+OBSERVED_MAX_NATS = 3.87  # the highest published head; the paper's ranges are quarters of it
+BINS = {"SM+LN+G": (6, 20, 106, 12), "SM+LN+R": (8, 24, 107, 5), "SM+G": (2, 26, 33, 83), "SM+R": (4, 29, 79, 32)}
+
+
+@pytest.mark.parametrize("label", BINS)
+def test_published_heatmaps_bin_as_stated(label: str) -> None:
+    counts = range_counts(published.heatmaps()[label], OBSERVED_MAX_NATS)
+    assert counts.finite_R == BINS[label]
+    assert [100 * share for share in counts.shares] == pytest.approx(published.RANGE_PERCENT[label], abs=2)
+
+
+def test_the_observed_maximum_is_the_highest_published_head() -> None:
+    assert max(values.max() for values in published.heatmaps().values()) == OBSERVED_MAX_NATS
+
+
+def test_layer_means_show_the_published_signature() -> None:
+    expected = [3.16, 3.24, 3.23, 3.34, 3.50, 3.50, 3.32, 2.91, 1.81, 1.88, 1.96, 1.87]
+    assert layer_means(published.heatmaps()["SM+G"]) == pytest.approx(expected, abs=0.006)
+
+
+def test_only_gelu_without_layernorm_is_overloaded_in_the_paper() -> None:
+    ceiling = causal_ceiling(published.HEATMAP_CONTEXT)
+    verdicts = {
+        label: overload(Heads(values, values[:, 0] * 0 + ceiling, 0, range(12))).holds
+        for label, values in published.heatmaps().items()
+    }
+    assert verdicts == {"SM+LN+G": False, "SM+LN+R": False, "SM+G": True, "SM+R": False}
+
+
+def test_the_headline_is_8_2_percent() -> None:
+    difference = published.relative_difference("GPT-2 125M, T=128", "SM+R", "SM+G")
+    assert difference == pytest.approx(-0.082, abs=5e-4)
+    assert published.relative_difference("GPT-2 125M, T=128", "leaky", "SM+G") is None
+
+
+@pytest.mark.parametrize(
+    ("position", "context", "model"),
+    [
+        ("learned", 128, "GPT-2 125M, T=128"),
+        ("rotary", 128, "Pythia-70M, T=128"),
+        ("rotary", 256, "Pythia-70M, T=256"),
+    ],
+)
+def test_a_run_stands_beside_the_published_model_of_its_shape(position: str, context: int, model: str) -> None:
+    assert published.counterpart({"model": {"position": position}, "data": {"context": context}}) == model

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ import yaml
 import normfree
 from normfree.cli import main as cli
 from normfree.cli.main import VERBS, main
+from normfree.files import folder_lock
 from normfree.model.activations import ACTIVATIONS
 from normfree.model.norms import NORMS
 from normfree.spec.compose import allowed_keys, compose_run
@@ -98,7 +100,6 @@ def test_cfg_prints_the_composed_run_and_trains_nothing(run, tmp_path: Path, mon
         (["study"], "normfree study takes STUDY, got nothing; example: normfree study quick"),
         (["study", "quik"], "unknown study 'quik'; did you mean quick"),
         (["study", "mine.yaml"], "mine.yaml does not exist; "),
-        (["train", "variant=sm_r"], "unknown variant 'sm_r'; did you mean sm-r"),
         (["train", "model.nrom=none"], "unknown key 'model.nrom'; did you mean model.norm"),
         (["train", "model.norm=none", "model.activation=relu"], "would have the wrong label: use variant=sm-r"),
         (["train", "model.activation=gelu_tanh"], "would have the wrong label: use variant=custom"),
@@ -124,13 +125,11 @@ def test_cfg_prints_the_composed_run_and_trains_nothing(run, tmp_path: Path, mon
         (["train", "seed=0,1"], "'seed=0,1' has several values: `normfree train -m` trains one run for each"),
         (["data", "files", "data.paths=[nowhere/*.py]"], "nowhere"),
         (["evaluate", "m", "text=nowhere.txt"], "text=nowhere.txt cannot be read ("),
-        (["evaluate", "m", "text=."], "text=. cannot be read ("),
         (["evaluate", "m", "device=gpu", "text=README.md"], "device=gpu cannot be used here"),
         (["train", "data=files", "data.paths=corpus"], "data.paths='corpus' must be a list, e.g. data.paths=[corpus]"),
         (["measure", "m", "text=README.md", "output=README.md"], "README.md is a file; name a folder"),
         (["report", "nowhere"], "nowhere does not exist"),
         (["report", "nowhere", "output=README.md"], "README.md is a file; name a folder"),
-        (["cost", "gpt2-t128", "protocol=cheeta"], "did you mean cheetah"),
         (["cost", "gpt2-t128", "context=0"], "must be 1 to 128"),
     ],
 )
@@ -282,3 +281,86 @@ def test_torchrun_is_for_one_run(words: list[str], run, monkeypatch: pytest.Monk
     status, _, err = run(*words)
     assert status == 2
     assert "torchrun starts one run; start a study" in err
+
+
+def unfinished(folder: Path) -> Path:
+    """A run at step 40 of 200, as a process leaves it that is training or was killed."""
+    place = write_run(folder, "SM+R").folder
+    facts = json.loads((place / "run.json").read_text())
+    changed = {"status": "running", "final": None, "steps_done": 30, "sessions": [{"from_step": 20}]}
+    (place / "run.json").write_text(json.dumps({key: facts[key] for key in facts if key != "metrics_file"} | changed))
+    lines = [("loss", 3.25), ("tokens_per_second", 1000.0)]
+    content = [json.dumps({"step": 40, "split": "train", "name": name, "value": value}) for name, value in lines]
+    (place / "metrics.jsonl").write_text("\n".join(content) + "\n")
+    return place
+
+
+def test_a_finished_run_shows_its_perplexity(tmp_path: Path, run) -> None:
+    written = write_run(tmp_path, "SM+R")
+    status, out, err = run("status", str(tmp_path))
+    assert (status, err) == (0, "")
+    assert out.split() == f"{written.place} finished step 200 of 200 perplexity {written.perplexity:.2f}".split()
+
+
+def test_a_run_under_way_shows_speed_and_time_left(tmp_path: Path, run) -> None:
+    place = unfinished(tmp_path)
+    with folder_lock(place):
+        out = run("status", str(place))[1]
+    assert "running      step     40 of 200  loss 3.250 nats  1,000 tokens/s" in out
+    spec = json.loads((place / "run.json").read_text())["spec"]
+    tokens_left = 160 * spec["train"]["batch_sequences"] * spec["data"]["context"]
+    minutes, seconds = divmod(round(tokens_left / 1000), 60)
+    assert f"{minutes} min {seconds:02d} s left" in out
+    assert "resumed at step 20" in out
+
+
+def test_a_killed_run_is_stopped_at_its_last_step(tmp_path: Path, run) -> None:
+    out = run("status", str(unfinished(tmp_path)))[1]
+    assert "stopped      step     40 of 200" in out
+    assert "left" not in out
+    assert "the same command resumes it" in out
+
+
+def test_a_folder_held_without_a_record_is_preparing_its_text(tmp_path: Path, run) -> None:
+    with folder_lock(tmp_path / "runs" / "quick"):
+        status, out, err = run("status", str(tmp_path / "runs"))
+        assert (status, out, err) == (0, f"{tmp_path / 'runs' / 'quick'}  preparing the text\n", "")
+        place = unfinished(tmp_path / "runs" / "quick")
+        assert run("status", str(tmp_path / "runs"))[1].splitlines()[1].startswith(f"quick/{place.name}  stopped")
+    assert "preparing" not in run("status", str(tmp_path / "runs"))[1]
+
+
+@pytest.mark.parametrize("verb", ["study", "train"])
+def test_status_says_preparing_while_a_text_is_prepared(verb, tiny, cache, tmp_path, run, monkeypatch, capsys) -> None:
+    study = tmp_path / "small.yaml"
+    study.write_text("preset: cpu-quick\ngroups:\n  - {variants: [sm], seeds: [0]}\n")
+    words = ["study", str(study)] if verb == "study" else ["train", "variant=sm", "study=small"]
+    words += [*(word for word in tiny if verb == "train" or not word.startswith("preset=")), f"runs_dir={tmp_path}"]
+    lines = []
+
+    def watch(*_: object, **__: object) -> None:
+        main(["status", str(tmp_path / "small")])
+        lines.extend(capsys.readouterr().out.splitlines())
+        raise ValueError("no text")
+
+    module = import_module(f"normfree.training.{'jobs' if verb == 'study' else 'train'}")
+    monkeypatch.setattr(module, "prepare", watch)
+    assert run(*words, f"cache_dir={cache}")[0] == 1
+    place = tmp_path / "small" if verb == "study" else tmp_path / "small" / "sm-seed0"
+    assert lines == [f"{place}  preparing the text"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere"], "nowhere does not exist"),
+        (["."], "holds no run"),
+        (["a", "watch=yes please"], "watch='yes please'"),
+    ],
+)
+def test_a_folder_without_runs_is_named(words, message, tmp_path, monkeypatch, run) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run("status", *words)
+    assert status != 0
+    assert message in err
+    assert len(err.splitlines()) == 1

@@ -16,7 +16,6 @@ import transformers
 from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
 import normfree
-from normfree.analysis.groups import group_runs
 from normfree.cli.main import main
 from normfree.store.runs import find_runs, load_runs, read_run
 from tests.entropy.families import tiny_model
@@ -91,30 +90,24 @@ def test_an_output_folder_with_something_else_is_refused(saved, tmp_path, capsys
     assert f"output={saved} holds something else" in capsys.readouterr().err
 
 
-def test_two_models_of_one_folder_name_stay_two(saved: Path, tmp_path: Path) -> None:
-    twin = shutil.copytree(saved, tmp_path / "twin" / "model")
-    assert measure(saved) == 0
-    assert measure(twin, f"text={tmp_path / 'text.py'}", f"output={tmp_path / 'second'}") == 0
-    groups = group_runs(find_runs([tmp_path / "measured", tmp_path / "second"]))
-    assert [group.name for group in groups] == ["model (measured)", "model (second)"]
-
-
 @pytest.mark.parametrize(
-    ("second", "names"),
+    ("other", "second", "names"),
     [
-        ("other.py", ["model [text=other.py]", "model [text=text.py]"]),
-        ("more/text.py", ["model [text=text.py] (first)", "model [text=text.py] (second)"]),
+        ("model", "other.py", ["model [text=other.py]", "model [text=text.py]"]),
+        ("model", "more/text.py", ["model [text=text.py] (first)", "model [text=text.py] (second)"]),
+        ("twin/model", "text.py", ["model (first)", "model (second)"]),
     ],
 )
-def test_two_texts_of_one_model_have_two_labels(second, names, saved: Path, tmp_path: Path, capsys) -> None:
+def test_models_and_texts_of_one_name_have_two_labels(other, second, names, saved, tmp_path) -> None:
+    shutil.copytree(saved, tmp_path / "twin" / "model")
     (tmp_path / second).parent.mkdir(exist_ok=True)
-    (tmp_path / second).write_text(TEXT[::-1])
-    for text, output in ((tmp_path / "text.py", "first"), (tmp_path / second, "second")):
-        assert measure(saved, f"text={text}", f"output={tmp_path / output}") == 0
+    if second != "text.py":
+        (tmp_path / second).write_text(TEXT[::-1])
+    for folder, text, output in ((saved, "text.py", "first"), (tmp_path / other, second, "second")):
+        assert measure(folder, f"text={tmp_path / text}", f"output={tmp_path / output}") == 0
     assert main(["report", str(tmp_path / "first"), str(tmp_path / "second"), f"output={tmp_path / 'both'}"]) == 0
     page = (tmp_path / "both" / "index.html").read_text()
     assert all(name in page for name in names)
-    assert [group.name for group in group_runs(find_runs([tmp_path / "first", tmp_path / "second"]))] == names
 
 
 def test_the_page_names_the_bos_token_of_windows(saved, tmp_path, capsys) -> None:

@@ -1,4 +1,4 @@
-"""Counts and prices of models."""
+"""Counts and prices of models, and perplexity against communication."""
 
 from __future__ import annotations
 
@@ -15,24 +15,19 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
 
+from normfree.analysis.groups import group_runs
+from normfree.cost import families
 from normfree.cost.constants import find_protocol, load_constants
 from normfree.cost.counts import Matmul, count
-from normfree.cost.families import (
-    NORM_FREE_EPSILON,
-    NORMFREE_ACTIVATIONS,
-    NORMFREE_DEFAULTS,
-    NORMFREE_FREE,
-    NORMFREE_NORMS,
-    SHAPES,
-    read_architecture,
-)
-from normfree.cost.totals import of_config, of_run
+from normfree.cost.families import SHAPES, read_architecture
+from normfree.cost.totals import Point, of_config, of_run, pareto_front, trade_off
 from normfree.model import conversion
 from normfree.model.activations import ACTIVATIONS
 from normfree.model.configuration import TABLES, NormFreeConfig
 from normfree.model.norms import NORMS
-from normfree.report.tables.cost import cost_markdown, cost_tables
-from tests.synthetic import CONTEXT, write_run
+from normfree.report.tables.cost import cost_markdown, cost_tables, trade_off_table
+from normfree.store.runs import Run
+from tests.synthetic import CONTEXT, study, write_run
 
 
 def elements(config: Any, context: int) -> Counter[str]:
@@ -151,22 +146,22 @@ def test_identity_and_no_norm_are_the_only_free_choices() -> None:
 def test_a_layernorm_with_a_huge_epsilon_is_free(kind: str, name: str) -> None:
     config = {"gpt2": GPT2Config, "gpt_neox": GPTNeoXConfig}[kind]()
     assert "layernorm" in elements(config, 16)
-    setattr(config, name, NORM_FREE_EPSILON)
+    setattr(config, name, families.NORM_FREE_EPSILON)
     assert "layernorm" not in elements(config, 16)
-    assert conversion.NORM_FREE_EPSILON == NORM_FREE_EPSILON
+    assert conversion.NORM_FREE_EPSILON == families.NORM_FREE_EPSILON
 
 
 def test_defaults_are_those_of_the_config() -> None:
     config = NormFreeConfig()
-    for key, value in NORMFREE_DEFAULTS.items():
+    for key, value in families.NORMFREE_DEFAULTS.items():
         assert getattr(config, key) == (4 * config.hidden_size if key == "intermediate_size" else value)
     assert elements({"model_type": "normfree"}, 128) == elements(config, 128)
 
 
 def test_every_activation_and_norm_of_the_model_has_a_price() -> None:
-    assert {*NORMFREE_ACTIVATIONS, "leaky_relu"} == {*ACTIVATIONS, "silu"}
-    assert {*NORMFREE_NORMS, "taper", "fake"} == set(NORMS)  # whether it has tapered off, a config does not say
-    for name, free in NORMFREE_FREE.items():
+    assert {*families.NORMFREE_ACTIVATIONS, "leaky_relu"} == {*ACTIVATIONS, "silu"}
+    assert {*families.NORMFREE_NORMS, "taper", "fake"} == set(NORMS)  # a config does not say whether it tapered off
+    for name, free in families.NORMFREE_FREE.items():
         assert set(free) <= set(TABLES.get(name) or get_args(NormFreeConfig.__annotations__[name]))
     for protocol, name in ((p, n) for p in load_constants()["protocols"] for n in ACTIVATIONS):
         assert of_config(small(activation=name), context=16, protocol=protocol).rounds > 0
@@ -291,3 +286,60 @@ def test_norms_are_counted_where_they_sit(fields, operations):
     assert sum(number for (part, _), number in counts.items() if part == "norm") == sum(
         number for (part, _), number in operations.items() if part == "norm"
     )
+
+
+def points_of(runs: list[Run], *, mix: bool = False) -> list[Point]:
+    return trade_off(group_runs(runs, mix=mix))[0]
+
+
+def test_front_by_hand() -> None:
+    points = [(3.0, 9.0), (2.9, 25.0), (3.2, 7.0), (3.2, 7.0), (3.3, 7.0), (3.2, 23.0), (math.nan, 1.0)]
+    assert pareto_front(points) == [True, True, True, True, False, False, False]
+
+
+def test_a_study_becomes_points_cheapest_first(tmp_path: Path) -> None:
+    points = {point.name: point for point in points_of(study(tmp_path))}
+    assert next(iter(points)) == "SM"
+    assert points["SM+R"].bytes < points["SM+LN+R"].bytes < points["SM+G"].bytes < points["SM+LN+G"].bytes
+    assert points["SM+R"].seeds == 1
+    assert points["SM+R"].on_front
+    assert math.isnan(points["SM"].perplexity)  # one of its seeds diverged
+    assert not points["SM"].on_front
+
+
+def test_variants_are_compared_on_common_seeds(tmp_path: Path) -> None:
+    """Fewer and luckier seeds put no variant onto the front."""
+    runs = [write_run(tmp_path, "SM+R", seed=seed, perplexity=ppl) for seed, ppl in enumerate((34.0, 33.0, 32.0))]
+    runs += [write_run(tmp_path, "SM+G", seed=0, perplexity=33.5)]
+    points = {point.name: point for point in points_of(runs)}
+    values = {name: (point.perplexity, point.seeds) for name, point in points.items()}
+    assert values == {"SM+R": (34.0, 1), "SM+G": (33.5, 1)}
+    assert points["SM+G"].on_front
+
+
+def test_the_order_of_operations_changes_no_bit(tmp_path: Path) -> None:
+    """ReLU in one half and GELU in the other: only the better of the two hybrids is on the front."""
+    layers = {"num_hidden_layers": 12}
+    halves = {"SM+R/G": ["relu"] * 6 + ["gelu"] * 6, "SM+G/R": ["gelu"] * 6 + ["relu"] * 6}
+    runs = [
+        write_run(tmp_path, label, perplexity=ppl, model={**layers, "norm": "none", "activation": halves[label]})
+        for label, ppl in (("SM+R/G", 32.0), ("SM+G/R", 34.0))
+    ]
+    better, worse = sorted(points_of(runs), key=lambda point: point.perplexity)
+    assert better.bytes == worse.bytes
+    assert (better.on_front, worse.on_front) == (True, False)
+
+
+def test_each_corpus_has_a_front_of_its_own(tmp_path: Path) -> None:
+    other = {"corpus": {"fingerprint": "decaf" * 8, "unigram_perplexity": 9.0, "vocab_size": 2048}}
+    runs = [write_run(tmp_path, "SM+R", perplexity=34.0)]
+    runs += [write_run(tmp_path, "SM+R", study="other", perplexity=3.0, facts=other)]
+    assert [point.on_front for point in points_of(runs, mix=True)] == [True, True]
+
+
+def test_a_group_without_a_price_has_no_point(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, label) for label in ("SM+LN+G", "SM+G", "SM+R")]
+    runs.append(write_run(tmp_path, "SM+R2", model={"activation": "squared_relu"}))
+    table = trade_off_table(group_runs(runs))
+    assert {row[0]: row[-1] for row in table.rows} == {"SM+R": "yes", "SM+G": "no", "SM+LN+G": "yes"}
+    assert "SM+R2 is left out: an operation of it has no price." in table.notes

@@ -78,6 +78,48 @@ def draw(name: str, mode: str, height: int = SIZE) -> Callable[[Path], None]:
     return lambda folder: Image.new(mode, (SIZE, height)).save(folder / name)
 
 
+def hub_spec(folder: Path, **fields: Any) -> DataSpec:
+    return DataSpec(source="hub_images", dataset=str(folder), validation_split="test", **fields)
+
+
+def test_a_data_set_of_images_goes_through_load_dataset(tmp_path: Path) -> None:
+    write_digits(tmp_path / "hub" / "train", 40)
+    write_digits(tmp_path / "hub" / "test", 8, seed=1)
+    corpus = prepare(hub_spec(tmp_path / "hub"), cache=tmp_path / "cache", progress=False)
+    assert (corpus.facts()["classes"], len(corpus.train)) == (["0", "1", "2", "3"], 40)
+    images, labels = held_out(corpus).values()
+    drawn, digits = draw_digits(8, seed=1)
+    expected = torch.from_numpy(drawn).float()[:, None] / 127.5 - 1
+    order = torch.cdist(images.flatten(1), expected.flatten(1)).argmin(1)
+    torch.testing.assert_close(images, expected[order])
+    assert sorted(order.tolist()) == list(range(8))
+    assert labels.tolist() == digits[order].tolist()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (draw("train/0/tall.png", "L", SIZE + 1), r"split train has images of shapes \[\(1, 8, 8\), \(1, 9, 8\)\]"),
+        (draw("train/0/glass.png", "RGBA"), r"split train, row \d+ is an image of mode RGBA"),
+        (lambda folder: shutil.rmtree(folder / "test"), "split 'test', cannot be loaded"),
+        (shutil.rmtree, "cannot be loaded"),
+    ],
+)
+def test_a_data_set_that_makes_no_corpus_is_refused(tmp_path: Path, damage: Any, message: str) -> None:
+    for split in ("train", "test"):
+        write_digits(tmp_path / "hub" / split, 8)
+    damage(tmp_path / "hub")
+    with pytest.raises(ValueError, match=message):
+        prepare(hub_spec(tmp_path / "hub"), cache=tmp_path / "cache", progress=False)
+
+
+def test_a_data_set_of_texts_is_no_data_set_of_images(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text('{"content": "a"}\n')
+    with pytest.raises(ValueError, match=r"needs a column of type Image and one of type ClassLabel: content \(Value\)"):
+        prepare(hub_spec(tmp_path), cache=tmp_path / "cache", progress=False)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -102,6 +144,7 @@ def test_images_that_make_no_corpus_are_refused(tmp_path: Path, damage: Any, mes
     [
         ("data=files data.paths=[x]", "data=files is not read with model.family=vision: give data=fashion_mnist or"),
         ("data=images", "data=images needs data.paths"),
+        ("data=hub_images", "data=hub_images needs data.dataset"),
         ("data.tokenizer=gpt2", "data.tokenizer is not read with data=fashion_mnist"),
         ("data.context=49", "data.context=49, but an image of this model has 50 tokens"),
         ("train.objective=token_type", "train.objective=token_type is for model.family=decoder, not vision"),

@@ -44,7 +44,10 @@ def tiny_config(model_type: str, **own: Any) -> PreTrainedConfig:
 def tiny_model(model_type: str, **own: Any) -> PreTrainedModel:
     """A random model in eval mode whose heads are neither uniform nor collapsed."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(model_type, **own)).eval()
+    return with_large_weights(AutoModelForCausalLM.from_config(tiny_config(model_type, **own)).eval())
+
+
+def with_large_weights(model: PreTrainedModel) -> PreTrainedModel:
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2 and "norm" not in name:
             torch.nn.init.normal_(parameter, std=0.2)

@@ -12,30 +12,12 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from tests.entropy.families import TINY
+from tests.entropy.families import TINY, with_large_weights
 
-SHAPES = TINY | {
-    "projection_dim": 16,
-    "max_source_positions": 8,
-    "max_target_positions": 64,
-    "num_mel_bins": 8,
-    "d_kv": 8,
-    "d_ff": 48,
-    "num_decoder_layers": 2,
-    "embedding_size": 32,
-    "dim": 32,
-    "hidden_dim": 48,
-    "n_heads": 4,
-    "n_layers": 2,
-    "image_size": 16,
-    "patch_size": 4,
-    "num_channels": 3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "decoder_start_token_id": 2,
-    "local_attention": 6,
-}
+SHAPES = TINY | {"projection_dim": 16, "max_source_positions": 8, "max_target_positions": 64, "num_mel_bins": 8}
+SHAPES |= {"d_kv": 8, "d_ff": 48, "num_decoder_layers": 2, "embedding_size": 32, "dim": 32, "hidden_dim": 48}
+SHAPES |= {"n_heads": 4, "n_layers": 2, "image_size": 16, "patch_size": 4, "num_channels": 3, "local_attention": 6}
+SHAPES |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
 IDS = torch.arange(3, 43).view(2, 20)
 TARGETS = torch.arange(50, 64).view(2, 7)
 PADDED = torch.ones(2, 20, dtype=torch.long)
@@ -49,11 +31,7 @@ def tiny_kind(model_type: str, **own: Any) -> PreTrainedModel:
     """A random model of any type in evaluation mode, whose heads are neither uniform nor collapsed."""
     torch.manual_seed(0)
     config = CONFIG_MAPPING[model_type](**_sizes(CONFIG_MAPPING[model_type]) | own)
-    model = AutoModel.from_config(config).eval()
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 2 and "norm" not in name:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model
+    return with_large_weights(AutoModel.from_config(config).eval())
 
 
 def _sizes(config_class: type[PreTrainedConfig]) -> dict[str, Any]:

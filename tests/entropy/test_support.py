@@ -11,6 +11,7 @@ import transformers
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from normfree.entropy import EntropyProbe, UnsupportedModel
 from normfree.entropy.support import EAGER_ONLY, NO_SOFTMAX, NOT_MEASURED, ROUTED
 from tests.entropy.families import tiny_model
 from tests.entropy.test_probe import LEFT_PADDED, by_eager_matrices, measure
@@ -69,6 +70,16 @@ def test_family_agrees_with_its_eager_matrices_under_left_padding(family):
     assert (heads.mean_nats() - by_eager_matrices(model, LEFT_PADDED)).abs().max() < 2e-5
     assert heads.nonfinite_rows.sum() == 0
     assert 0.05 < heads.mean_nats().mean() < heads.ceiling_nats().mean()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt_neox_japanese", "trocr"])
+def test_families_outside_the_registry_are_served_by_matrices(family):
+    model = tiny_model(family)
+    with pytest.raises(UnsupportedModel, match="pass method='eager'"):
+        EntropyProbe(model)
+    model.set_attn_implementation("eager")
+    assert measure(model, method="eager").mean_nats().isfinite().all()
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import torch
 
 from normfree.model import NormFreeForCausalLM
 from tests.small_model import small_model
+from tests.training.conftest import train_tiny  # noqa: F401 - a fixture of the tests here too
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from normfree.entropy import EntropyProbe
-from normfree.spec.run import RunSpec
-from normfree.store.runs import read_run
-from normfree.training import train
+from normfree.store.runs import Run
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(
@@ -28,22 +25,13 @@ def fresh_compiler() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_compiled_run_has_plain_losses_and_fp32_products(
-    precision: str, tiny_spec: Callable[..., RunSpec], tmp_path: Path, cache: Path
-) -> None:
+def test_a_compiled_run_has_plain_losses_and_fp32_products(precision: str, train_tiny: Callable[..., Run]) -> None:
     """transformers turns TF32 on for all of the process where a compiled run does not say what it wants."""
+    words = [f"train.precision={precision}", "model.num_hidden_layers=1", "train.evaluate_every=100"]
+    words += ["train.evaluation_sequences=8", "probe.every_steps=100", "probe.final_sequences=8"]
     curves = []
     for compiled in ("false", "true", "cuda_graph"):
-        spec = tiny_spec(
-            f"train.precision={precision}",
-            f"train.compile={compiled}",
-            "model.num_hidden_layers=1",
-            "train.evaluate_every=100",
-            "train.evaluation_sequences=8",
-            "probe.every_steps=100",
-            "probe.final_sequences=8",
-        )
-        run = read_run(train(spec, runs_dir=tmp_path / compiled, cache=cache, progress=False))
+        run = train_tiny(*words, f"train.compile={compiled}", runs=compiled)
         assert run.status == "finished", run.facts.get("error") or run.facts["divergence"]
         assert torch.backends.fp32_precision != "tf32", "TF32 is on for the rest of this process"
         curves.append([*(value for _, value in run.series("train", "loss")), run.facts["final"]["loss_nats"]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import subprocess
@@ -12,17 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from normfree.spec.run import RunSpec
 from normfree.store.runs import Run, read_run
-from normfree.training import train
 from normfree.training.trainer import NormFreeTrainer
+from tests.training.runs import act_in
 
-Build = Callable[..., RunSpec]
 STEPS = 20
 LONGER = [f"train.steps={STEPS}", "train.checkpoint_every=100", "train.evaluate_every=10", "probe.every_steps=10"]
-TRAINING_STEP = NormFreeTrainer.training_step
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,17 +40,10 @@ def on_the_cpu(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Ite
 
 
 @pytest.fixture
-def run(tiny_spec: Build, tmp_path: Path, cache: Path) -> Callable[..., Run]:
+def run(train_tiny: Callable[..., Run]) -> Callable[..., Run]:
     """`run(*overrides)` trains and reads the folder back."""
-    count = 0
-
-    def trained(*overrides: str) -> Run:
-        nonlocal count
-        count += 1
-        spec = tiny_spec(*LONGER, *overrides)
-        return read_run(train(spec, runs_dir=tmp_path / str(count), cache=cache, progress=False))
-
-    return trained
+    numbers = itertools.count()
+    return lambda *overrides: train_tiny(*LONGER, *overrides, runs=str(next(numbers)))
 
 
 def losses(run: Run) -> list[float]:
@@ -112,26 +102,16 @@ def test_a_learning_rate_that_breaks_the_model_diverges(precision: str, run: Cal
     assert math.isnan(measured.perplexity)
 
 
-def injecting(monkeypatch: pytest.MonkeyPatch, act: Callable[[NormFreeTrainer, int], Any]) -> None:
-    """Call `act(trainer, step)` before each step."""
-
-    def training_step(trainer: NormFreeTrainer, model: Any, inputs: Any, items: Any = None) -> Tensor:
-        act(trainer, trainer.state.global_step + 1)
-        return TRAINING_STEP(trainer, model, inputs, items)
-
-    monkeypatch.setattr(NormFreeTrainer, "training_step", training_step)
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_nan_weight_diverges_at_its_step_and_layer(
     precision: str, run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def breaking(trainer: NormFreeTrainer, step: int) -> None:
-        if step == 4:
+    def breaking(trainer: NormFreeTrainer) -> None:
+        if trainer.state.global_step == 3:
             with torch.no_grad():
                 trainer.network.model.layers[1].attention.qkv.weight[0, 0] = math.nan
 
-    injecting(monkeypatch, breaking)
+    act_in("training_step", breaking, monkeypatch)
     measured = run(f"train.precision={precision}")
     assert measured.status == "diverged"
     divergence = measured.facts["divergence"]
@@ -144,10 +124,11 @@ def test_steps_between_lines_never_wait_for_the_gpu(
 ) -> None:
     """torch raises where something does."""
 
-    def watching(trainer: NormFreeTrainer, step: int) -> None:
+    def watching(trainer: NormFreeTrainer) -> None:
+        step = trainer.state.global_step + 1
         torch.cuda.set_sync_debug_mode("default" if step % 5 == 0 or step == 1 else "error")
 
-    injecting(monkeypatch, watching)
+    act_in("training_step", watching, monkeypatch)
     try:
         measured = run(f"train.precision={precision}", "train.log_every=5")
     finally:
@@ -161,15 +142,15 @@ def test_steps_skipped_by_the_fp16_scaler_are_no_divergence(
     """With a first scale of 2^30 gradients overflow until it has been halved often enough."""
     scales: dict[int, float] = {}
 
-    def watching(trainer: NormFreeTrainer, step: int) -> None:
-        scaler = trainer.accelerator.scaler
+    def watching(trainer: NormFreeTrainer) -> None:
+        scaler, step = trainer.accelerator.scaler, trainer.state.global_step + 1
         assert scaler is not None
         if step == 1:
             scaler._init_scale = 2.0**30
         else:
             scales[step] = scaler.get_scale()
 
-    injecting(monkeypatch, watching)
+    act_in("training_step", watching, monkeypatch)
     measured = run("train.precision=fp16", "train.steps=40")
     assert measured.status == "finished", measured.facts["divergence"]
     assert scales[2] == 2.0**29, f"the first step was not skipped: scales {scales}"

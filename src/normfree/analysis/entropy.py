@@ -53,16 +53,12 @@ class Heads:
         places: dict[str, list[int]] = {}
         for place, layer in enumerate(self.layers):
             places.setdefault(group_and_number(layer)[0], []).append(place)
-        return [
-            replace(
-                self,
-                entropy_LH=self.entropy_LH[part],
-                ceiling_L=self.ceiling_L[part],
-                layers=[self.layers[place] for place in part],
-                exists_LH=self.existing[part],
-            )
-            for part in places.values()
-        ]
+        return [self.part(rows) for rows in places.values()]
+
+    def part(self, rows: Sequence[int] | NDArray[np.int_]) -> Heads:
+        """The heads of some layers, by their places."""
+        values = {"entropy_LH": self.entropy_LH[rows], "ceiling_L": self.ceiling_L[rows]}
+        return replace(self, **values, layers=[self.layers[row] for row in rows], exists_LH=self.existing[rows])
 
 
 @dataclass(frozen=True)
@@ -130,12 +126,8 @@ def shares_by_depth(heads: Heads | None) -> list[float | None]:
     if heads is None:
         return [math.nan] * 4
     layers = np.arange(len(heads.entropy_LH))
-    shares = []
-    for part in (*np.array_split(layers if len(heads.groups) == 1 else layers[:0], 3), layers):
-        parts = {"entropy_LH": heads.entropy_LH[part], "exists_LH": heads.existing[part]}
-        some = replace(heads, ceiling_L=heads.ceiling_L[part], **parts)
-        shares.append(top_quarter_share(some) if len(part) else None)
-    return shares
+    parts = (*np.array_split(layers if len(heads.groups) == 1 else layers[:0], 3), layers)
+    return [top_quarter_share(heads.part(part)) if len(part) else None for part in parts]
 
 
 def values_over_training(run: Run, name: str) -> list[tuple[int, Floats]]:

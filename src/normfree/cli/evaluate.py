@@ -99,8 +99,7 @@ def _load(name: str, options: EvaluateOptions) -> tuple[Any, Any]:
     from normfree.training.processes import prepare_process
 
     prepare_process()
-    loading = {"dtype": options.dtype, "device": options.device, "trust_remote_code": options.trust_remote_code}
-    return load_pretrained(name, **loading)
+    return load_pretrained(name, **options.loading)
 
 
 def _evaluate(

@@ -53,25 +53,19 @@ def measure(name: str, options: MeasureOptions) -> None:
     output = options.output or Path("measured") / label.replace("/", "--")
     check_writable(output)  # before the work, not after it
     prepare_process()
-    loaded = load_measurable(
-        name,
-        dtype=options.dtype,
-        device=options.device,
-        trust_remote_code=options.trust_remote_code,
-        attention="eager" if options.method == "eager" else None,
-    )
+    loaded = load_measurable(name, **options.loading, attention="eager" if options.method == "eager" else None)
     model = loaded[0]
     inputs, facts = _read_inputs(name, loaded, options, own=own)
     facts |= {"name": name, "label": label, "measures": measures} | _facts(model, inputs, options)
     check_output(output, facts)
-    method: dict[str, Any] = {"heads": {"method": options.method}} if "heads" in measures else {}
+    watching: dict[str, Any] = {"heads": {"method": options.method}} if "heads" in measures else {}
     with products_for(options.dtype, model.device):
         batches = [
             {key: value[start : start + options.batch] for key, value in inputs.items()}
             for start in range(0, facts["sequences"], options.batch)
         ]
-        watching: dict[str, Any] = {"progress": True, "skip_refused": True}
-        measured = measure_model(model, batches, measures, tokenizer=loaded[1], **watching, **method)
+        watching |= {"progress": True, "skip_refused": True}
+        measured = measure_model(model, batches, measures, tokenizer=loaded[1], **watching)
     run = write_measurement(
         output,
         facts | {"peak_memory_mib": measured.peak_memory_mib},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -34,6 +34,11 @@ class ModelOptions(Options):
     """Run Python code that comes with the model."""
     cache_dir: Path | None = None
     """Of a run: where its corpus is kept; unless given, NORMFREE_CACHE, else ~/.cache/normfree."""
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Arguments of `load_pretrained`."""
+        return {"dtype": self.dtype, "device": self.device, "trust_remote_code": self.trust_remote_code}
 
 
 def uses_own_text(name: str, options: ModelOptions) -> bool:

@@ -98,10 +98,11 @@ NORMFREE_FREE = {
 NORM_FREE_EPSILON = 1e6  # as in normfree.model.conversion (a test compares them)
 
 _CONFIGURATION = ast.parse((Path(__file__).parents[1] / "model" / "configuration.py").read_text(encoding="utf-8"))
-[_FIELDS] = (each.body for each in _CONFIGURATION.body if getattr(each, "name", "") == "NormFreeConfig")
 NORMFREE_DEFAULTS: dict[str, Any] = {
     ast.unparse(field.target): ast.literal_eval(field.value)
-    for field in _FIELDS
+    for kind in _CONFIGURATION.body
+    if isinstance(kind, ast.ClassDef) and kind.name == "NormFreeConfig"
+    for field in kind.body
     if isinstance(field, ast.AnnAssign) and field.value
 }
 """Defaults of NormFreeConfig, from its text: importing it loads torch."""

@@ -26,7 +26,7 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import AutoImageProcessor, PreTrainedTokenizerFast
 
-from normfree.data.images import IMAGE_SOURCES, FashionMnist, ImageFolders, write_images
+from normfree.data.images import IMAGE_SOURCES, ImageSource, write_images
 from normfree.data.installed import InstalledSource
 from normfree.data.ngram import ORDERS, kneser_ney_perplexity
 from normfree.data.packing import BlockWriter, concatenated, in_groups, unigram_perplexity, windows
@@ -169,7 +169,7 @@ def prepare(spec: DataSpec, *, cache: Path | None = None, progress: bool = True)
     Raises ValueError for a source that cannot be read or gives too little text; OSError for a disk that is full or has
     no locks.
     """
-    source: Source | FashionMnist | ImageFolders = SOURCES[spec.source](spec)
+    source: Source | ImageSource = SOURCES[spec.source](spec)
     cache = cache or default_cache()
     folder = cache / "corpora" / corpus_key(spec, source)
     message = "waiting for %s, which prepares the same corpus, %s"
@@ -188,14 +188,14 @@ def _undamaged(folder: Path) -> Corpus | None:
     return _opened(folder, read_manifest(folder)) if folder.exists() and not damages(folder) else None
 
 
-def _make(spec: DataSpec, source: Source | FashionMnist | ImageFolders, folder: Path, progress: bool) -> None:
+def _make(spec: DataSpec, source: Source | ImageSource, folder: Path, progress: bool) -> None:
     """Prepare a corpus in a scratch folder and move it to its place."""
     # Some clusters show locks on their own node only, so each machine has a scratch folder of its own.
     scratch = folder.with_name(f".preparing-{folder.name}-{socket.gethostname()}")
     shutil.rmtree(scratch, ignore_errors=True)  # left by a killed process
     scratch.mkdir(parents=True)
     try:
-        if isinstance(source, FashionMnist | ImageFolders):
+        if isinstance(source, ImageSource):
             facts = write_images(spec, source, scratch)
         else:
             facts = _Preparation(spec, source, scratch, quiet=not progress).run()
@@ -225,7 +225,7 @@ def prepared(recorded: Mapping[str, Any], *, cache: Path | None = None) -> Corpu
     return None
 
 
-def corpus_key(spec: DataSpec, source: Source | FashionMnist | ImageFolders) -> str:
+def corpus_key(spec: DataSpec, source: Source | ImageSource) -> str:
     """Name of a corpus's folder: one for each spec and each version of its inputs."""
     fields = asdict(spec)
     del fields["expected_fingerprint"]

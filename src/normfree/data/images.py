@@ -1,4 +1,4 @@
-"""Images with a class each, from Fashion-MNIST or from folders, as rows of bytes in a corpus folder.
+"""Images with a class each, from Fashion-MNIST, folders or the hub, as rows of bytes in a corpus folder.
 
 Shapes: N images, C channels, P pixels on each side, B = C P P + 2 bytes of a row: the pixels, by channel and line, then
 the number of the class, its high byte first.
@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow
+from datasets import ClassLabel
+from datasets import Image as HubImage
 
 from normfree.data.packing import BLOCKS_AT_ONCE, unigram_perplexity
-from normfree.data.sources import HOLD_OUT_EVERY, Split
+from normfree.data.sources import HOLD_OUT_EVERY, HubSource, Split
 from normfree.files import fingerprint, sha256_bytes, sha256_file
 from normfree.spec.run import DataSpec
 
@@ -138,20 +140,75 @@ class ImageFolders:
         return np.stack(pixels), np.array(labels)
 
 
+class HubImages:
+    """A Hugging Face data set of images with a class each: a hub name, or a folder that `datasets.load_dataset` reads.
+
+    Raises ValueError for a data set that cannot be loaded, or without a column of images and one of classes.
+    """
+
+    def __init__(self, spec: DataSpec) -> None:
+        self._spec, self._hub = spec, HubSource(spec)
+
+    @property
+    def versions(self) -> dict[str, Any]:
+        """The name of each split's data set; hashes of its files where that is a local folder."""
+        return self._hub.versions
+
+    @property
+    def revisions(self) -> dict[str, str]:
+        """The revision of each split."""
+        return self._hub.revisions
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, in the order of their numbers."""
+        return self._hub.load("train").features[self._columns("train")[1]].names
+
+    def _columns(self, split: Split) -> list[str]:
+        features = self._hub.load(split).features
+        found = [[name for name, kind in features.items() if isinstance(kind, k)] for k in (HubImage, ClassLabel)]
+        if not all(found):
+            columns = ", ".join(f"{name} ({type(kind).__name__})" for name, kind in features.items())
+            raise ValueError(f"{self._spec.dataset} needs a column of type Image and one of type ClassLabel: {columns}")
+        return [names[0] for names in found]
+
+    def read(self, split: Split, dropped: Counter[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(N, C, P, P) images and (N,) classes, shuffled. Raises ValueError for images of several shapes."""
+        image, label = self._columns(split)
+        rows = self._hub.load(split).shuffle(seed=self._spec.shuffle_seed)
+        most = {"train": self._spec.train_documents, "validation": self._spec.validation_documents}[split]
+        rows = rows.select(range(min(len(rows), most or len(rows))))
+        name = f"{self._spec.dataset}, split {split}"
+        try:
+            pixels = [_pixels(row[image], f"{name}, row {number}") for number, row in enumerate(rows)]
+        except OSError as error:
+            raise ValueError(f"{name} cannot be read as images ({error})") from None
+        if len(shapes := {each.shape for each in pixels}) > 1:
+            raise ValueError(f"{name} has images of shapes {sorted(shapes)}: give images of one size and kind")
+        return np.stack(pixels), np.array(rows[label])
+
+
 def _read_image(path: Path) -> np.ndarray:
     """(C, height, width) bytes."""
     from PIL.Image import open as decode_image
 
     try:
         with decode_image(path) as image:
-            if image.mode not in _CHANNELS:
-                raise ValueError(f"{path} is an image of mode {image.mode}; allowed: {', '.join(_CHANNELS)}")
-            return np.moveaxis(np.atleast_3d(np.asarray(image.convert(_CHANNELS[image.mode]))), 2, 0)
+            return _pixels(image, str(path))
     except OSError as error:
         raise ValueError(f"{path} cannot be read as an image ({error})") from None
 
 
-def write_images(spec: DataSpec, source: FashionMnist | ImageFolders, folder: Path) -> dict[str, Any]:
+def _pixels(image: Any, where: str) -> np.ndarray:
+    if image.mode not in _CHANNELS:
+        raise ValueError(f"{where} is an image of mode {image.mode}; allowed: {', '.join(_CHANNELS)}")
+    return np.moveaxis(np.atleast_3d(np.asarray(image.convert(_CHANNELS[image.mode]))), 2, 0)
+
+
+ImageSource = FashionMnist | ImageFolders | HubImages
+
+
+def write_images(spec: DataSpec, source: ImageSource, folder: Path) -> dict[str, Any]:
     """Write train.arrow, validation.arrow and the image processor; returns the facts of the corpus."""
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
@@ -176,6 +233,8 @@ def write_images(spec: DataSpec, source: FashionMnist | ImageFolders, folder: Pa
     mean, size_PP = [0.5] * channels, {"height": size, "width": size}
     ViTImageProcessorPil(size=size_PP, image_mean=mean, image_std=mean).save_pretrained(folder)
     facts |= {"image_size": size, "num_channels": channels, "classes": list(source.classes)}
+    if isinstance(source, HubImages):
+        facts["revisions"] = source.revisions
     return facts | {
         "fingerprint": fingerprint([1, size, channels, facts["classes"], hashes]),
         "vocab_size": len(source.classes),
@@ -184,4 +243,4 @@ def write_images(spec: DataSpec, source: FashionMnist | ImageFolders, folder: Pa
     }
 
 
-IMAGE_SOURCES = {"fashion_mnist": FashionMnist, "images": ImageFolders}
+IMAGE_SOURCES = {"fashion_mnist": FashionMnist, "images": ImageFolders, "hub_images": HubImages}

@@ -266,13 +266,13 @@ class HubSource:
     @property
     def revisions(self) -> dict[str, str]:
         """The revision of each split, as the cache of `datasets` names it."""
-        return {split: Path(self._load(split).cache_files[0]["filename"]).parent.name for split in self._places}
+        return {split: Path(self.load(split).cache_files[0]["filename"]).parent.name for split in self._places}
 
     _validation_hashes = cached_property(validation_hashes)
 
     def documents(self, split: Split, dropped: Counter[str]) -> Iterator[str]:
         """Yield the shuffled documents of a split, at most as many as the spec allows."""
-        rows, column = self._load(split), self._spec.column
+        rows, column = self.load(split), self._spec.column
         if column in rows.column_names:
             rows = rows.select_columns([column])
         most = min(len(rows), self._most[split] or len(rows))
@@ -287,7 +287,8 @@ class HubSource:
             else:
                 yield text
 
-    def _load(self, split: Split) -> datasets.Dataset:
+    def load(self, split: Split) -> datasets.Dataset:
+        """The rows of a split as published. Raises ValueError, with the cause, for what cannot be loaded."""
         if split in self._loaded:
             return self._loaded[split]
         name, part = self._places[split]

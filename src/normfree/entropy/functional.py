@@ -1,6 +1,6 @@
 """attention_entropy(): the entropy of attention rows, by the fastest path that is exact for the input."""
 
-# B batch, H query heads, G key heads, T query, S key, D head width
+# B batch, H query heads, G key heads, T query, S key, K keys and the sink, D head width
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from normfree.entropy import blocked, fused, reference
+from normfree.entropy import blocked, fused
 from normfree.entropy.request import AttentionEntropy, Request, as_request
 
 Method = Literal["auto", "reference", "blocked"]
@@ -18,9 +18,8 @@ Method = Literal["auto", "reference", "blocked"]
 # Largest bound on the centred scores of a head for the fused path in float32. At the limit its error stays below 3e-5
 # nats, on random heads of width 64 below 1e-5 (docs/entropy.md).
 SCORE_LIMIT = 32.0
-NARROWEST = (
-    16  # narrower heads take the exact path in float32: their scores come closer to the bound, errors up to 5e-5
-)
+# Narrower heads take the exact path in float32: their scores come closer to the bound, errors up to 5e-5.
+NARROWEST = 16
 
 
 def attention_entropy(
@@ -60,7 +59,7 @@ def attention_entropy(
     request = as_request(q, k, mask, sinks, scale, causal, window, softcap, patterns)
     if method == "reference":
         with torch.autocast(q.device.type, enabled=False):
-            return reference.measure(request)
+            return _by_definition(request)
     mask = request.visibility.mask
     if differentiable and not (softcap is None and sinks is None and (mask is None or mask.dtype == torch.bool)):
         raise ValueError("differentiable=True with softcap, sinks or an additive mask needs method='reference'")
@@ -72,9 +71,8 @@ def attention_entropy(
 def measure(request: Request, *, only_exact: bool = False) -> AttentionEntropy:
     """Take the fused path where scores are a plain dot product of ordinary size, the exact one elsewhere."""
     with torch.autocast(request.q.device.type, enabled=False):
-        plain = (
-            request.softcap is None and request.sinks is None and request.scale > 0
-        )  # kernels mask before they scale
+        # Kernels mask before they scale.
+        plain = request.softcap is None and request.sinks is None and request.scale > 0
         narrow = request.q.dtype == torch.float32 and request.q.shape[-1] < NARROWEST
         unfit = only_exact or narrow or not plain or not fused.has_kernel(request.q)
         if unfit or request.visibility.adds_bias():
@@ -106,6 +104,32 @@ def _exact(request: Request) -> AttentionEntropy:
 
 def _fields(result: AttentionEntropy) -> dict[str, Tensor]:
     return {name: value for name, value in vars(result).items() if value is not None}
+
+
+def _by_definition(request: Request) -> AttentionEntropy:
+    """Compute -sum_j p_j ln p_j in the obvious lines: slow, T x S memory, differentiable."""
+    q_BHTD, visibility = request.q, request.visibility
+    block = visibility.whole()
+    scores_BHTS = request.scores(block)
+    visible_BHTS = block.visible.expand_as(scores_BHTS)
+    # A finite stand-in for -inf: rows without a key would otherwise poison the gradient of every row.
+    scores_BHTS = scores_BHTS.masked_fill(~visible_BHTS, torch.finfo(scores_BHTS.dtype).min)
+    logits_BHTK = scores_BHTS
+    if request.sinks is not None:
+        sinks_BHT1 = request.sinks.to(scores_BHTS.dtype).expand(*scores_BHTS.shape[:-1], 1)
+        logits_BHTK = torch.cat([scores_BHTS, sinks_BHT1], dim=-1)
+    log_p_BHTS = logits_BHTK.log_softmax(-1)[..., : visibility.keys].masked_fill(~visible_BHTS, 0.0)
+    p_BHTS = log_p_BHTS.exp().masked_fill(~visible_BHTS, 0.0)
+
+    results = {"nats": -(p_BHTS * log_p_BHTS).sum(-1)}
+    if request.patterns:
+        position_S = torch.arange(visibility.keys, device=q_BHTD.device, dtype=q_BHTD.dtype)
+        own_T = torch.arange(visibility.keys - visibility.queries, visibility.keys, device=q_BHTD.device)
+        first_BH = visibility.first_key().expand(q_BHTD.shape[:2]).clamp(max=visibility.keys - 1)
+        first_BHT1 = first_BH[..., None, None].expand(*p_BHTS.shape[:-1], 1)
+        results["distance"] = own_T * p_BHTS.sum(-1) - p_BHTS @ position_S
+        results["first_mass"] = p_BHTS.gather(-1, first_BHT1).squeeze(-1)
+    return AttentionEntropy.of_rows(visible_BHTS.sum(-1, dtype=torch.int32), exact=True, **results)
 
 
 def _with_gradient(nats: Tensor, request: Request) -> Tensor:

@@ -35,8 +35,9 @@ def token_windows(
 def target_windows(model: PreTrainedModel, tokenizer: Any, text: str, **cut: Any) -> Tensor:
     """(N, T) inputs of a decoder: windows of `token_windows`, moved right behind the token that starts a target."""
     windows_NT = token_windows(model, tokenizer, text, **cut)
+    places = model.config, getattr(model, "generation_config", None)  # a model without a head has no such config
     names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")  # T5 starts with its padding
-    known = [getattr(config, name, None) for name in names for config in (model.config, model.generation_config)]
+    known = [getattr(config, name, None) for name in names for config in places]
     start = next((token for token in known if token is not None), None)
     if start is None:
         raise ValueError(f"{type(model).__name__} has no decoder_start_token_id: set it in its config")

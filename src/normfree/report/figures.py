@@ -11,14 +11,8 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from normfree.analysis.entropy import (
-    Floats,
-    final_heads,
-    group_and_number,
-    layer_means,
-    newest_values,
-    values_over_training,
-)
+from normfree.analysis import entropy
+from normfree.analysis.entropy import Floats, group_and_number, newest_values, values_over_training
 from normfree.analysis.groups import Group
 from normfree.analysis.pairs import Pair, main_pairs
 from normfree.analysis.verdicts import slope_layers
@@ -215,7 +209,7 @@ def profile(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
     profiles: dict[str, tuple[list[int], Floats]] = {}
     for group, _, values, layers in _measured(groups, quantity):
         for heads, (places, numbers) in _by_group(layers).items():
-            profiles[f"{group.name}{heads and f', {heads}'}"] = (numbers, layer_means(values)[places])
+            profiles[f"{group.name}{heads and f', {heads}'}"] = (numbers, entropy.layer_means(values)[places])
     styles = variant_styles(list(profiles) if len(profiles) > len(groups) else [group.name for group in groups])
     figure = PageFigure(
         panels=[partial(depth_profile, profiles, label=quantity.label, styles=styles)],
@@ -263,7 +257,7 @@ def _measured(groups: Sequence[Group], quantity: Quantity) -> list[tuple[Group, 
         run = group.heatmap_run
         if run and (values := newest_values(run, quantity.name)) is not None:
             layers = run.layer_numbers(quantity.name, len(values))
-            heads = final_heads(run)
+            heads = entropy.final_heads(run)
             if heads is not None and heads.existing.shape == values.shape and not heads.existing.all():
                 values = np.ma.array(values, mask=~heads.existing)  # layers may differ in heads
             measured.append((group, run, values, slope_layers(run) if quantity.name == "negative_slope" else layers))

@@ -6,17 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from normfree.analysis import published
-from normfree.analysis.entropy import (
-    causal_ceiling,
-    ceiling_words,
-    recorded_quantities,
-    shares_of_ceiling,
-    trained_heads,
-)
+from normfree.analysis import entropy, published
 from normfree.analysis.groups import Group, all_runs, score_of
 from normfree.analysis.pairs import main_pairs
-from normfree.cost.tradeoff import trade_off
+from normfree.cost.totals import trade_off
 from normfree.report import figures
 from normfree.report.figures import PageFigure, heatmap_figure, seed_figure
 from normfree.report.plots import curves, points
@@ -60,7 +53,9 @@ class Section:
 def sections_of(groups: Groups) -> list[Section]:
     """The sections of a report on these groups, open ones first: `SECTIONS` and one or two for every quantity."""
     open_ones, folded = [], []
-    for quantity in recorded_quantities(groups, drawn="open") + recorded_quantities(groups, drawn="folded"):
+    for quantity in entropy.recorded_quantities(groups, drawn="open") + entropy.recorded_quantities(
+        groups, drawn="folded"
+    ):
         name, title = quantity.name, quantity.title
         draws = [partial(draw, quantity=quantity) for draw in figures.FIGURES[quantity.axes]]
         if quantity.drawn == "open" and quantity.axes == ("layer", "head"):
@@ -96,14 +91,14 @@ def _scores(groups: Groups) -> PageFigure | None:
 
 
 def _published(groups: Groups) -> PageFigure | None:
-    ceiling = causal_ceiling(published.HEATMAP_CONTEXT)
+    ceiling = entropy.causal_ceiling(published.HEATMAP_CONTEXT)
     titled = []
     for group in groups:
-        final = trained_heads(group.heatmap_run) if group.heatmap_run else None
+        final = entropy.trained_heads(group.heatmap_run) if group.heatmap_run else None
         paper_LH = published.heatmaps().get(group.label)
         if final is not None and paper_LH is not None and published.is_gpt2(group.members[0].spec):
             titled.append((f"{group.label}, paper's GPT-2 125M", paper_LH / ceiling, range(len(paper_LH))))
-            titled.append((f"{group.name}, ours", shares_of_ceiling(final), final.layers))
+            titled.append((f"{group.name}, ours", entropy.shares_of_ceiling(final), final.layers))
     return heatmap_figure(
         titled,
         label="Entropy (share of the ceiling)",
@@ -115,7 +110,7 @@ def _published(groups: Groups) -> PageFigure | None:
 
 
 def _overload(groups: Groups) -> PageFigure | None:
-    ceiling = ceiling_words(all_runs(groups))
+    ceiling = entropy.ceiling_words(all_runs(groups))
     from_random = all(run.spec.get("start_name", "random") == "random" for run in all_runs(groups))
     begin = "Untrained heads are nearly uniform, so lines begin at the top; what counts is where they end. "
     return seed_figure(

@@ -90,7 +90,7 @@ FAMILIES = {
         "{fingerprint:.12}",
     ),
     "vision": Family(
-        sources=("fashion_mnist", "images"),
+        sources=("fashion_mnist", "images", "hub_images"),
         score=_ACCURACY,
         measures=("perplexity", "accuracy"),
         causal=False,

@@ -70,7 +70,7 @@ _SOURCES_THAT_READ = {
     "paths": ("files", "images", "fashion_mnist"),
     "validation_paths": ("files", "images"),
     **dict.fromkeys(("tokenizer", "max_bytes", "max_bytes_per_package"), FAMILIES["decoder"].sources),
-    **dict.fromkeys(("dataset", "dataset_config", "validation_dataset"), ("hub", "codeparrot")),
+    **dict.fromkeys(("dataset", "dataset_config", "validation_dataset"), ("hub", "hub_images", "codeparrot")),
 }
 
 
@@ -81,7 +81,7 @@ class DataSpec:
     `paths` and `validation_paths` decide by what their files hold, wherever these lie.
     """
 
-    source: Literal["installed", "codeparrot", "hub", "files", "fashion_mnist", "images"] = "installed"
+    source: Literal["installed", "codeparrot", "hub", "files", "fashion_mnist", "images", "hub_images"] = "installed"
     """Python code on this machine, the paper's data sets, any Hugging Face data set, or local files; images."""
     paths: tuple[str, ...] = ()
     """data=files: training folders or globs of .py, .txt, .jsonl, .parquet; data=images: folders with a subfolder of
@@ -89,15 +89,15 @@ class DataSpec:
     validation_paths: tuple[str, ...] = ()
     """data=files, images: the same for validation; empty holds out a twentieth of `paths` (docs/data.md)."""
     dataset: str | None = None
-    """data=hub: name on the hub, or a local folder."""
+    """data=hub, hub_images: name on the hub, or a local folder."""
     dataset_config: str | None = None
-    """data=hub: the configuration of that data set, if it has several."""
+    """data=hub, hub_images: the configuration of that data set, if it has several."""
     validation_dataset: str | None = None
     """Where the validation split lies; empty means in `dataset`."""
     train_split: str = "train"
-    """data=hub, codeparrot: the split to train on."""
+    """data=hub, hub_images, codeparrot: the split to train on."""
     validation_split: str = "validation"
-    """data=hub, codeparrot: the held-out split."""
+    """data=hub, hub_images, codeparrot: the held-out split."""
     column: str = "content"
     """The column that holds the text (.jsonl, .parquet and hub data sets)."""
     tokenizer: str | None = None
@@ -126,8 +126,10 @@ class DataSpec:
             raise ValueError("data=files needs data.paths, e.g. 'data.paths=[corpus/*.py]'")
         if self.source == "images" and not self.paths:
             raise ValueError("data=images needs data.paths, e.g. data.paths=[FOLDER] with a subfolder for each class")
-        if self.source == "hub" and not self.dataset:
-            raise ValueError("data=hub needs data.dataset, e.g. data.dataset=roneneldan/TinyStories")
+        examples = {"hub": "roneneldan/TinyStories", "hub_images": "ylecun/mnist"}
+        if self.source in examples and not self.dataset:
+            example = examples[self.source]
+            raise ValueError(f"data={self.source} needs data.dataset, e.g. data.dataset={example}")
         for name, sources in _SOURCES_THAT_READ.items():
             if getattr(self, name) and self.source not in sources:
                 allowed = " or ".join(f"data={source}" for source in sources)

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from normfree.analysis.groups import Group, score_of
 from normfree.analysis.pairs import Pair
 from normfree.analysis.seeds import decimals, summarise
-from normfree.cost.tradeoff import Point
+from normfree.cost.totals import Point
 from normfree.report.plots.style import GREEN, GRID, INK, MUTED, RED, Styles, empty, plain_ticks, wrapped
 
 _CLEARANCE = 0.02

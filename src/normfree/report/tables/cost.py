@@ -13,8 +13,7 @@ import pandas as pd
 from normfree.analysis.groups import Group
 from normfree.analysis.verdicts import WORDS
 from normfree.cost.counts import Count, Matmul
-from normfree.cost.totals import Cost, Item
-from normfree.cost.tradeoff import trade_off
+from normfree.cost.totals import Cost, Item, trade_off
 from normfree.report.tables.table import Table, to_markdown
 
 _TITLES = ("Calls", "Elements", "GB", "% of bytes", "Rounds")

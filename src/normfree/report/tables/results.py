@@ -290,9 +290,9 @@ def _early_excess(group: Group, baseline: str, groups: Sequence[Group]) -> str:
         {seed: shares_by_depth(trained_heads(run))[0] for seed, run in zip(g.scores, g.runs, strict=True)}
         for g in (group, bases[0])
     )
-    if None in (*early.values(), *of_base.values()):  # several groups of heads have no common depth
-        return "-"
-    return mean_text(paired_difference(early, of_base), "points")
+    shares = [{seed: share for seed, share in of_seed.items() if share is not None} for of_seed in (early, of_base)]
+    difference = paired_difference(*shares)
+    return mean_text(difference, "points") if difference.n else "-"  # groups of heads have no common depth
 
 
 def _gap(pair: Pair, share: float) -> str:

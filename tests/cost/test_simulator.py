@@ -1,10 +1,11 @@
-"""One block in a fake simulator, and in the real one if it is installed.
+"""The scripts of benchmarks/private_inference with a fake simulator, and with the real one if it is installed.
 
 T tokens, E hidden size, H heads
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -16,23 +17,136 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.private_inference.measure import block_inputs, main, predict_traffic, simulate_block
+from benchmarks.private_inference import calibrate, measure
+from normfree.cli import main as cli
+from normfree.cost.constants import find_protocol, load_constants
+from normfree.cost.counts import Rows
 from normfree.cost.totals import of_config
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
 from tests.synthetic import write_run
 
 FAKE = f"""#!{sys.executable}
-# Answers like simulator.py: the block changes nothing and sends 5 MB, of which 2 are of products, after a set-up of 9.
+# Answers like simulator.py. Operations cost a set-up, a price per element and one per row: 1,000,000 + 7 elements + 11
+# rows. A block changes nothing and sends 5 MB, of which 2 are of products, after a set-up of 9.
 import json, sys
 import numpy as np
 if "-c" in sys.argv:
     sys.exit()
 job = json.load(sys.stdin)
-np.savez(job["output"], output=np.load(job["inputs"])["hidden"])
-setup = 9_000_000 if job["protocol"] == "cheetah" else 0
-answers = [[setup + copies * 5_000_000, 77 * copies, copies * 2_000_000] for copies in job["copies"]]
+answers = [[1_000_000 + 7 * rows * length + 11 * rows, 5 + 8 * (length - 1).bit_length(), 0]
+           for rows, length in job.get("shapes", ())]
+if "copies" in job:
+    np.savez(job["output"], output=np.load(job["inputs"])["hidden"])
+    setup = 9_000_000 if job["protocol"] == "cheetah" else 0
+    answers = [[setup + copies * 5_000_000, 77 * copies, copies * 2_000_000] for copies in job["copies"]]
 print(json.dumps({{"traffic": answers, "settings": "spu 0.0.1, 18 fractional bits"}}))
 """
+with_simulator = pytest.mark.skipif(
+    "NORMFREE_SPU_PYTHON" not in os.environ, reason="NORMFREE_SPU_PYTHON names no Python with SPU"
+)
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Python whose simulator is known, in an otherwise empty working folder."""
+    python = tmp_path / "fake-python"
+    python.write_text(FAKE)
+    python.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    return python
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["protocol=semi2"], "unknown protocol 'semi2'; did you mean semi2k"),
+        (["constants=nowhere.json"], "constants=nowhere.json cannot be read .*; name a file of constants"),
+        (["constants=text.json"], "constants=text.json cannot be read"),
+        ([f"python={sys.executable}"], r"python3\.11 -m venv spu && spu/bin/pip install 'spu==0\.9\.5'"),
+        (["python=/no/such/python"], r"python3\.11 -m venv spu && spu/bin/pip install 'spu==0\.9\.5'"),
+        (["constants=other.json"], "other.json has version 7"),
+        (["output=."], "output=. exists: .* or name another"),
+        (["output=text.json"], "output=text.json exists: add constants=text.json"),
+        (["output=text.json", "constants=nowhere.json"], "output=text.json exists: add constants=text.json"),
+    ],
+)
+def test_wrong_input_is_refused_by_name(words: list[str], message: str, fake: Path) -> None:
+    Path("text.json").write_text("text")
+    Path("other.json").write_text('{"version": 7}')
+    with pytest.raises(ValueError, match=message):
+        calibrate.main([f"python={fake}", *words])
+    assert not Path("constants.json").exists()
+
+
+def test_an_unknown_key_is_refused_by_name() -> None:
+    with pytest.raises(SystemExit, match="unknown key pyton; allowed: constants, output, protocol, python"):
+        calibrate.main(["pyton=spu/bin/python"])
+
+
+@pytest.mark.parametrize("protocol", ["semi2k", "cheetah"])
+def test_measured_prices_replace_recorded_ones_with_their_origin(
+    protocol: str, fake: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calibrate.main([f"python={fake}", f"protocol={protocol}"])
+    recorded, content = load_constants(), load_constants(Path("constants.json"))
+    changed = content["protocols"][protocol]["operations"]
+    price = {"bytes_per_element": 7.0, "bytes_per_row": 11.0, "rounds": 5, "rounds_per_row_doubling": 8}
+    assert changed["softmax"] == {**price, "origin": changed["relu"]["origin"]}
+    origin = content["origins"][changed["relu"]["origin"]]
+    assert all(
+        part in origin for part in ("spu 0.0.1", "18 fractional bits", f"{calibrate.ELEMENTS[0]:,}", "row lengths")
+    )
+    for name, price in recorded["protocols"][protocol]["operations"].items():
+        assert (changed[name] == price) == (name not in calibrate.ROW_LENGTHS)
+    other = {"semi2k": "cheetah", "cheetah": "semi2k"}[protocol]
+    assert content["protocols"][other] == recorded["protocols"][other]
+    assert "use them with `normfree cost MODEL constants=constants.json`" in capsys.readouterr().out
+
+
+def test_a_model_is_priced_with_the_constants_given(fake: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    calibrate.main([f"python={fake}", "output=mine.json"])
+    assert cli.main(["cost", "gpt2-t128", "protocol=semi2k", "constants=mine.json"]) == 0
+    assert "; calibrated 2" in capsys.readouterr().out
+    config = {"model_type": "normfree", "activation": "relu"}
+    items = of_config(config, protocol="semi2k", constants="mine.json").items
+    bytes_by_operation = {item.count.operation: item.bytes for item in items}
+    assert bytes_by_operation["layernorm"] == pytest.approx(7 * 128 * 768 + 11 * 128)
+    in_rows_of_128 = 7 + 11 / 128  # what a row costs is in the price of an element
+    assert bytes_by_operation["relu"] == pytest.approx(in_rows_of_128 * 128 * 3072, rel=1e-4)
+
+
+def test_an_operation_without_a_price_is_measured(fake: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As docs/extending.md sends its readers here; a recorded price of 0 has no relative difference either."""
+    content = load_constants()
+    del content["protocols"]["semi2k"]["operations"]["silu"]
+    content["protocols"]["semi2k"]["operations"]["relu"] |= {"bytes_per_element": 0, "bytes_per_row": 0}
+    Path("mine.json").write_text(json.dumps(content))
+    calibrate.main([f"python={fake}", "constants=mine.json", f"output={Path('mine.json').resolve()}"])
+    assert load_constants(Path("mine.json"))["protocols"]["semi2k"]["operations"]["silu"]["bytes_per_element"] > 0
+    rows = {line.split("|")[1].strip(): line.split("|") for line in capsys.readouterr().out.splitlines() if "|" in line}
+    assert [cell.strip() for cell in rows["silu"][4:6]] == ["-", "-"]
+    assert [cell.strip() for cell in rows["relu"][4:6]] == ["0.0", "-"]
+
+
+def test_an_unwritable_output_is_refused_before_measuring(fake: Path) -> None:
+    fake.write_text("#!/bin/sh\ntouch measured\n")
+    Path("text").write_text("a file")
+    with pytest.raises(ValueError, match="is a file; name a folder"):
+        calibrate.main([f"python={fake}", "output=text/mine.json"])
+    assert not Path("measured").exists()
+
+
+@pytest.mark.slow
+@with_simulator
+def test_semi2k_prices_are_what_the_simulator_sends() -> None:
+    prices = find_protocol("semi2k")
+    for one in calibrate.measure_operations(os.environ["NORMFREE_SPU_PYTHON"], "semi2k")[0]:
+        row = Rows(layer=None, part="", operation=one.operation, rows=1, length=one.row_length)
+        recorded_bytes, recorded_rounds = prices.price(row)
+        assert one.row_length * one.bytes_per_element == pytest.approx(recorded_bytes, rel=1e-3)
+        assert one.rounds == recorded_rounds
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "sm-r": {"norm": "none", "activation": "relu"},
     "sm-ln-g, every bias": {"norm": "layernorm", "activation": "gelu", "bias": "all"},
@@ -110,7 +224,7 @@ def block_in_numpy(arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_simulator_s_inputs_give_pytorch_s_output(variant: str, layer: int) -> None:
     model = model_of(variant)
-    inputs = block_inputs(model, IDS_1T, layer=layer)
+    inputs = measure.block_inputs(model, IDS_1T, layer=layer)
     assert not any(module._forward_hooks for module in model.modules())
     assert inputs.arrays["hidden"].shape == inputs.output_TE.shape == (12, 32)
     np.testing.assert_allclose(block_in_numpy(inputs.arrays, inputs.settings), inputs.output_TE, atol=2e-5)
@@ -128,26 +242,21 @@ def test_the_simulator_s_inputs_give_pytorch_s_output(variant: str, layer: int) 
         ),
     ],
 )
-def test_wrong_input_says_what_to_do(words: list[str], message: str, tmp_path: Path) -> None:
+def test_a_block_that_cannot_be_simulated_says_what_to_do(words: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        main([str(write_run(tmp_path, "SM+R").folder), *words])
-
-
-def test_a_run_is_needed() -> None:
+        measure.main([str(write_run(tmp_path, "SM+R").folder), *words])
     with pytest.raises(ValueError, match="name a run folder first"):
-        main(["layer=1"])
+        measure.main(words)
 
 
 @pytest.mark.parametrize("protocol", ["semi2k", "cheetah"])
 def test_measured_stands_beside_predicted(
-    protocol: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    protocol: str, trained: Path, fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    python, text = tmp_path / "fake-python", tmp_path / "text.py"
-    python.write_text(FAKE)
-    python.chmod(0o755)
+    text = tmp_path / "text.py"
     text.write_text("def add(first, second):\n    return first + second\n" * 5)
-    words = [f"python={python}", f"protocol={protocol}", "layer=1", "context=16", f"text={text}"]
-    main([str(trained), *words])
+    words = [f"python={fake}", f"protocol={protocol}", "layer=1", "context=16", f"text={text}"]
+    measure.main([str(trained), *words])
     out = capsys.readouterr().out
     rows = {cells[1].strip(): cells[2:4] for cells in (line.split("|") for line in out.splitlines()) if len(cells) > 4}
     measured = {name: float(cells[0]) for name, cells in list(rows.items())[2:]}
@@ -169,14 +278,14 @@ def test_measured_stands_beside_predicted(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("NORMFREE_SPU_PYTHON" not in os.environ, reason="NORMFREE_SPU_PYTHON names no Python with SPU")
+@with_simulator
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_simulated_block_agrees_with_prediction_and_pytorch(variant: str) -> None:
     model = model_of(variant)
     cost = of_config(model.config, context=12, protocol="semi2k")
-    inputs = block_inputs(model, IDS_1T, layer=1)
-    simulated = simulate_block(os.environ["NORMFREE_SPU_PYTHON"], inputs, "semi2k")
-    predicted = predict_traffic(cost, layer=1)
+    inputs = measure.block_inputs(model, IDS_1T, layer=1)
+    simulated = measure.simulate_block(os.environ["NORMFREE_SPU_PYTHON"], inputs, "semi2k")
+    predicted = measure.predict_traffic(cost, layer=1)
     assert simulated.traffic.bytes == pytest.approx(predicted.bytes, rel=0.02)
     assert simulated.traffic.rounds - predicted.rounds == pytest.approx(MORE_ROUNDS[variant], abs=1)
     assert np.abs(simulated.output_TE - inputs.output_TE).max() < 2e-3 * np.abs(inputs.output_TE).max()
