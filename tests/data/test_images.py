@@ -113,7 +113,7 @@ def test_a_data_set_that_makes_no_corpus_is_refused(tmp_path: Path, damage: Any,
         prepare(hub_spec(tmp_path / "hub"), cache=tmp_path / "cache", progress=False)
 
 
-def test_a_data_set_of_texts_is_no_data_set_of_images(tmp_path: Path) -> None:
+def test_a_data_set_of_texts_has_no_images(tmp_path: Path) -> None:
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text('{"content": "a"}\n')
     with pytest.raises(ValueError, match=r"needs a column of type Image and one of type ClassLabel: content \(Value\)"):

@@ -12,7 +12,7 @@ from collections import Counter
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow
@@ -180,7 +180,7 @@ class HubImages:
         rows = rows.select(range(min(len(rows), most or len(rows))))
         name = f"{self._spec.dataset}, split {split}"
         try:
-            pixels = [_pixels(row[image], f"{name}, row {number}") for number, row in enumerate(rows)]
+            pixels = [_pixels(row[image], f"{name}, row {number}") for number, row in enumerate(cast(Any, rows))]
         except OSError as error:
             raise ValueError(f"{name} cannot be read as images ({error})") from None
         if len(shapes := {each.shape for each in pixels}) > 1:
