@@ -39,7 +39,7 @@ def test_a_spec_survives_its_own_json() -> None:
         ({"data": {"source": "files"}}, "data.paths"),
         ({"data": {"source": "hub"}}, "data.dataset"),
         ({"data": {"paths": ["a"]}}, "data.paths is not read with data=installed: give data=files"),
-        ({"data": {"dataset": "a/b"}}, "data.dataset is not read with .*: give data=hub or data=codeparrot"),
+        ({"data": {"dataset": "a/b"}}, "data.dataset is not read with .*: give data=hub or data=hub_images or data"),
         ({"data": {"vocab_size": 100}}, "257 or more"),
         ({"study": "../elsewhere"}, "no slash"),
         ({"sed": 3}, "did you mean seed"),

@@ -26,6 +26,7 @@ from normfree.spec.variants import (
     check_label,
     model_fields,
     read_variant,
+    read_yaml,
     spread_over_layers,
 )
 
@@ -273,7 +274,7 @@ def _merge(values: Mapping[str, Any], start: Start | None = None) -> dict[str, A
 def _read_member(group: str, name: str) -> dict[str, Any]:
     if name not in members(group):
         raise ValueError(f"unknown {group} {name!r}; {nearest(str(name), members(group))}")
-    return OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml"))  # pyright: ignore[reportReturnType]
+    return read_yaml(CONF / group / f"{name}.yaml")
 
 
 def _advice_on_key(key: str) -> str:

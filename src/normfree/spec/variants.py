@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ def read_variant(name: str, folder: Path) -> dict[str, Any]:
     Raises ValueError for a name that is neither, or whose parts contradict each other or stand in another order.
     """
     if name in (files := sorted(path.stem for path in folder.glob("*.yaml"))):
-        return OmegaConf.to_container(OmegaConf.load(folder / f"{name}.yaml"))  # pyright: ignore[reportReturnType]
+        return read_yaml(folder / f"{name}.yaml")
     table = _read_parts(folder)
     parts, activations = table["parts"], table["activations"]
     first, *codes = name.split("-")
@@ -64,7 +66,17 @@ def part_names(folder: Path) -> dict[str, list[str]]:
 
 
 def _read_parts(folder: Path) -> dict[str, Any]:
-    return OmegaConf.to_container(OmegaConf.load(folder.parent / "parts.yaml"))  # pyright: ignore[reportReturnType]
+    return read_yaml(folder.parent / "parts.yaml")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The content of a file of `conf`, read once: a study composes each of its runs of the same files."""
+    return deepcopy(_load(path))
+
+
+@cache
+def _load(path: Path) -> Any:
+    return OmegaConf.to_container(OmegaConf.load(path))
 
 
 def check_label(spec: RunSpec, variants: Mapping[str, Fields]) -> None:
