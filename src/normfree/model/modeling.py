@@ -9,7 +9,7 @@ The constructors choose modules from tables; no forward asks which variant it is
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -123,15 +123,15 @@ class NormFreePreTrainedModel(PreTrainedModel):
         A slope is a parameter of one element whose name ends in `slope`: one for each leaky layer, one in all if it is
         shared, none if slopes are fixed.
         """
-        return {
-            name: _whole(parameter).detach().float().reshape(()).clone()
-            for name, parameter in self.named_parameters()
-            if name.endswith("slope") and parameter.numel() == 1
-        }
+        return {name: _whole(slope).detach().float().reshape(()).clone() for name, slope in self._slopes()}
+
+    def _slopes(self) -> Iterator[tuple[str, nn.Parameter]]:
+        named = self.named_parameters()
+        return ((name, parameter) for name, parameter in named if name.endswith("slope") and parameter.numel() == 1)
 
     def slope_layers(self) -> list[int | str]:
         """The layer of each of `negative_slopes`, without shared slopes; `encoder 0` where there are two stacks."""
-        places = [re.search(r"((?:en|de)coder)?\.?layers\.(\d+)", name) for name in self.negative_slopes()]
+        places = [re.search(r"((?:en|de)coder)?\.?layers\.(\d+)", name) for name, _ in self._slopes()]
         return [f"{place[1]} {place[2]}" if place[1] else int(place[2]) for place in places if place]
 
 
