@@ -103,7 +103,8 @@ def study(name: str, words: Sequence[str], *, show: bool = False) -> None:
         return
     prepare_process()
     page = run_study(name, of_runs, launch)
-    tables = (page.parent / "tables" / f"{family.score.name}.md" for family in FAMILIES.values())
+    scores = dict.fromkeys(family.score.name for family in FAMILIES.values())
+    tables = (page.parent / "tables" / f"{score}.md" for score in scores)
     print("\n".join(table.read_text(encoding="utf-8") for table in tables if table.is_file()))
     print(f"The page: {page}")
 
