@@ -33,6 +33,14 @@ CHOICES: list[dict[str, Any]] = [
 """Models that between them take most entries of the tables of choices."""
 
 
+def with_noise(model: Any) -> Any:
+    """The model in evaluation mode, with noise of standard deviation 0.2 added to every weight."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return model.eval()
+
+
 def small_model(*, seed: int = 0, attention: str = "sdpa", spread: float = 0.2, **fields: Any) -> NormFreeForCausalLM:
     """On the CPU, in evaluation mode, with noise of standard deviation `spread` added to its initial weights."""
     torch.manual_seed(seed)

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from normfree.analysis.cause import ARMS, fieller, judge, judge_scores
-from normfree.analysis.groups import group_runs
-from normfree.store.runs import find_runs
-from tests.synthetic import write_run
+from normfree.analysis.cause import fieller, judge_scores
 
 
 def test_fiellers_interval_covers_the_ratio_in_95_percent():
@@ -63,14 +59,3 @@ def test_a_second_diverged_seed_leaves_it_open():
     assert judge_scores(arms).down is None
     assert judge_scores(arms).verdict == "open"
     assert judge_scores(_arms(1, 1, gap=0.0)).verdict == "open"
-
-
-def test_arms_are_found_by_label_and_tag(tmp_path: Path):
-    for name, (label, tag) in ARMS.items():
-        for seed in range(3):
-            perplexity = math.exp(_arms(1, 1)[name][seed])
-            write_run(tmp_path, label, seed=seed, tag=tag, perplexity=perplexity)
-    groups = group_runs(find_runs(tmp_path), mix=True)
-    assert judge(groups).verdict == "confirmed"
-    with pytest.raises(ValueError, match="no run of placebo"):
-        judge([group for group in groups if group.runs[0].spec["tag"] != "like-r-reversed"])

@@ -68,5 +68,9 @@ def test_one_diverged_seed_is_dropped_and_two_leave_it_open(tmp_path: Path) -> N
     assert math.isnan(cost.mean)
     assert verdict == "open"
     assert secondary(groups)[0].n == 7
-    with pytest.raises(ValueError, match=r"no finished run of SM; .*cpu-confirm"):
+    both = _groups(tmp_path / "both", {}, (("SM+G", 11), ("SM+R", 12)))
+    relu, *_, with_norm = secondary(both)
+    assert math.isnan(relu.holm)
+    assert with_norm.holm == pytest.approx(min(1.0, 5 * with_norm.p))
+    with pytest.raises(ValueError, match="no run of SM among these has a result"):
         compare("", groups, ("SM", "SM+G"), lambda run: run.score, paired=True)

@@ -18,7 +18,7 @@ from normfree.model import HEADS
 from normfree.model.conversion import convert
 from normfree.model.spans import corrupt, masked_and_spans
 from tests.elsewhere import WITHOUT_NORMFREE
-from tests.small_model import CHOICES
+from tests.small_model import CHOICES, with_noise
 
 SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 SOURCE = torch.randint(0, 50, (2, 19), generator=torch.Generator().manual_seed(3))
@@ -30,13 +30,6 @@ model = transformers.AutoModelForSeq2SeqLM.from_pretrained(sys.argv[1], trust_re
 assert type(model).__module__.startswith("transformers_modules.")
 torch.save(model(**torch.load(sys.argv[2])).logits, sys.argv[2])
 """
-
-
-def with_noise(model: Any) -> Any:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.2)
-    return model.eval()
 
 
 def build(**fields: Any) -> Any:

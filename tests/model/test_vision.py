@@ -14,25 +14,17 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 from normfree import measure
 from normfree.model import HEADS
 from normfree.model.conversion import convert
-from tests.small_model import CHOICES
+from tests.elsewhere import WITHOUT_NORMFREE
+from tests.small_model import CHOICES, with_noise
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 12, "num_channels": 3}
 PIXELS = torch.linspace(-1, 1, 2 * 3 * 12 * 12).view(2, 3, 12, 12)
-ELSEWHERE = """
-import sys
-sys.modules["normfree"] = None  # any import of it fails
+ELSEWHERE = f"""{WITHOUT_NORMFREE}
 import torch, transformers
 model = transformers.AutoModelForImageClassification.from_pretrained(sys.argv[1], trust_remote_code=True)
 assert type(model).__module__.startswith("transformers_modules.")
 torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[2])
 """
-
-
-def with_noise(model: Any) -> Any:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.2)
-    return model.eval()
 
 
 def build(**fields: Any) -> Any:

@@ -1,17 +1,16 @@
-"""Does head entropy cause the gap between GELU and ReLU? The rule of the study `cause` (docs/study.md)."""
+"""The rule of docs/study.md that says whether head entropy causes the gap between GELU and ReLU."""
 
 # P seeds that finished in every arm of a comparison
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from normfree.analysis.groups import Group
-from normfree.analysis.seeds import Difference, paired_difference, student_t
+from normfree.analysis.seeds import Difference, finite_together, paired_difference, student_t
 
 ARMS = {
     "G": ("SM+G", ""),
@@ -36,7 +35,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Cause:
-    """What the rule says; None where more than one seed diverged, which leaves a comparison open."""
+    """The numbers of the rule; None where more than one seed diverged, which leaves a comparison open."""
 
     gap: Difference | None
     """ln perplexity, sham G less sham R."""
@@ -61,33 +60,22 @@ class Cause:
         return "one-way" if any(above) and any(below) else "partial"
 
 
-def judge(groups: Sequence[Group]) -> Cause:
-    """Apply the rule to the groups of the study. Raises ValueError if an arm has no run with a result."""
-    found = {(group.label, group.runs[0].spec.get("tag", "")): group for group in groups if group.runs}
-    if missing := [name for name, key in ARMS.items() if key not in found]:
-        raise ValueError(f"no run of {', '.join(missing)}; `normfree study cause` trains what is missing")
-    return judge_scores({name: {s: math.log(v) for s, v in found[key].scores.items()} for name, key in ARMS.items()})
-
-
 def judge_scores(arms: Mapping[str, Mapping[Hashable, float]]) -> Cause:
     """Apply the rule to ln perplexities by arm of `ARMS` and by seed, NaN for a run that diverged."""
 
     def together(*names: str) -> list[np.ndarray] | None:
-        """The arms over their common seeds; a diverged run drops its seed from all of them."""
-        common = [seed for seed in arms[names[0]] if all(seed in arms[name] for name in names)]
-        finite = [seed for seed in common if all(math.isfinite(arms[name][seed]) for name in names)]
-        is_open = len(common) - len(finite) > 1 or len(finite) < 2
-        return None if is_open else [np.array([arms[name][seed] for seed in finite]) for name in names]
+        values, diverged = finite_together(*(arms[name] for name in names))
+        return None if diverged > 1 or values.shape[1] < 2 else list(values)
 
     shams = ("sham G", "sham R")
     gap, down, up, kept = (together(*shams, *others) for others in ((), ("G>R",), ("R>G",), ("G", "R")))
     specific = together("sham G", "placebo", "G>R")
     return Cause(
-        gap=None if gap is None else _mean(gap[0] - gap[1]),
+        gap=None if gap is None else _less(gap[0], gap[1]),
         down=None if down is None else fieller(down[0] - down[2], down[0] - down[1]),
         up=None if up is None else fieller(up[2] - up[1], up[0] - up[1]),
         kept=None if kept is None else fieller(kept[0] - kept[1], kept[2] - kept[3]),
-        specific=None if specific is None else _mean((specific[0] + specific[2]) / 2 - specific[1]),
+        specific=None if specific is None else _less((specific[0] + specific[2]) / 2, specific[1]),
     )
 
 
@@ -109,5 +97,5 @@ def fieller(above_P: np.ndarray, below_P: np.ndarray) -> Ratio:
     return Ratio(above / below, (b - reach) / a, (b + reach) / a)
 
 
-def _mean(values_P: np.ndarray) -> Difference:
-    return paired_difference(dict(enumerate(values_P)), dict.fromkeys(range(len(values_P)), 0.0))
+def _less(ours_P: np.ndarray, theirs_P: np.ndarray) -> Difference:
+    return paired_difference(dict(enumerate(ours_P)), dict(enumerate(theirs_P)))

@@ -13,7 +13,7 @@ import numpy as np
 
 from normfree.analysis.entropy import shares_by_depth, trained_heads
 from normfree.analysis.groups import Group
-from normfree.analysis.seeds import student_t
+from normfree.analysis.seeds import finite_together, student_t
 from normfree.store.runs import Run
 
 MARGIN = math.log(1.05)
@@ -57,22 +57,21 @@ def compare(
 ) -> Comparison:
     """Compare a number of the runs of two variants. Raises ValueError if a variant is missing."""
     ours, theirs = (_by_seed(groups, label, value) for label in labels)
-    common = [seed for seed in ours if seed in theirs]
-    finite = [seed for seed in common if math.isfinite(ours[seed]) and math.isfinite(theirs[seed])]
-    found = Comparison(name, paired, n=len(finite), dropped=len(common) - len(finite))
-    if found.dropped > 1 or found.n < 2:
-        return found
-    ours_P, theirs_P = (np.array([of_seed[seed] for seed in finite]) for of_seed in (ours, theirs))
+    (ours_P, theirs_P), diverged = finite_together(ours, theirs)
+    comparison = Comparison(name, paired, n=len(ours_P), dropped=diverged)
+    if diverged > 1 or comparison.n < 2:
+        return comparison
     difference_P = ours_P - theirs_P
-    variances = np.array([each.var(ddof=1) / found.n for each in ([difference_P] if paired else [ours_P, theirs_P])])
-    degrees = found.n - 1.0
+    samples = [difference_P] if paired else [ours_P, theirs_P]
+    variances = np.array([sample.var(ddof=1) / comparison.n for sample in samples])
+    degrees = comparison.n - 1.0
     if variances.any():  # Welch and Satterthwaite; for pairs the same number
         degrees *= variances.sum() ** 2 / np.square(variances).sum()
-    return replace(found, mean=difference_P.mean(), standard_error=math.sqrt(variances.sum()), degrees=degrees)
+    return replace(comparison, mean=difference_P.mean(), standard_error=math.sqrt(variances.sum()), degrees=degrees)
 
 
 def primary(groups: Sequence[Group]) -> tuple[Comparison, str]:
-    """What LayerNorm is worth to GELU, in ln perplexity, and the verdict."""
+    """Cost of leaving LayerNorm out with GELU, in ln perplexity, and the verdict."""
     cost = compare("SM+G less SM+LN+G, ln perplexity", groups, ("SM+G", "SM+LN+G"), _log_score, paired=False)
     (low, _), (lowest, highest) = cost.interval(), cost.interval(0.9)
     if low > MARGIN:
@@ -83,24 +82,25 @@ def primary(groups: Sequence[Group]) -> tuple[Comparison, str]:
 def secondary(groups: Sequence[Group]) -> list[Comparison]:
     """Five comparisons, with p-values after Holm (1979)."""
     near_uniform = "SM+G less SM+R, share near uniform, {} third"
-    found = [compare("SM+R less SM+G, ln perplexity", groups, ("SM+R", "SM+G"), _log_score, paired=True)]
+    comparisons = [compare("SM+R less SM+G, ln perplexity", groups, ("SM+R", "SM+G"), _log_score, paired=True)]
     for third, name in enumerate(("first", "middle", "last")):
         share = partial(_share_of_third, third)
-        found.append(compare(near_uniform.format(name), groups, ("SM+G", "SM+R"), share, paired=True))
+        comparisons.append(compare(near_uniform.format(name), groups, ("SM+G", "SM+R"), share, paired=True))
     labels = ("SM+LN+R", "SM+LN+G")
-    found.append(compare("SM+LN+R less SM+LN+G, ln perplexity", groups, labels, _log_score, paired=False))
-    # An open comparison counts as one with p = 1.
-    p_values, highest = [1.0 if math.isnan(each.p) else each.p for each in found], 0.0
+    comparisons.append(compare("SM+LN+R less SM+LN+G, ln perplexity", groups, labels, _log_score, paired=False))
+    # An open comparison counts as one with p = 1, and has no corrected p-value itself.
+    p_values, highest = [1.0 if math.isnan(each.p) else each.p for each in comparisons], 0.0
     for rank, place in enumerate(np.argsort(p_values)):
-        highest = max(highest, min(1.0, (len(found) - rank) * p_values[place]))
-        found[place] = replace(found[place], holm=highest)
-    return found
+        highest = max(highest, min(1.0, (len(comparisons) - rank) * p_values[place]))
+        if not math.isnan(comparisons[place].p):
+            comparisons[place] = replace(comparisons[place], holm=highest)
+    return comparisons
 
 
 def _by_seed(groups: Sequence[Group], label: str, value: Callable[[Run], float]) -> dict[object, float]:
     runs = [run for group in groups for run in group.runs if run.label == label]
     if not runs:
-        raise ValueError(f"no finished run of {label}; `normfree study cpu-confirm` trains what is missing")
+        raise ValueError(f"no run of {label} among these has a result; give the folders of all main variants")
     return {run.seed: value(run) for run in runs}
 
 

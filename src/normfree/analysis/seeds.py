@@ -9,6 +9,8 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -63,6 +65,16 @@ def student_t(degrees: float, confidence: float = 0.95) -> float:
     from scipy.special import stdtrit  # takes a second to load, and costs of models need none of it
 
     return float(stdtrit(degrees, (1 + confidence) / 2))
+
+
+def finite_together(*arms: Mapping[Hashable, float]) -> tuple[np.ndarray, int]:
+    """(arms, seeds) values over the seeds that all arms have, and how many seeds were dropped: a value that is not
+    finite, as of a diverged run, drops its seed from every arm.
+    """
+    common = [seed for seed in arms[0] if all(seed in arm for arm in arms)]
+    values_AP = np.array([[arm[seed] for seed in common] for arm in arms], dtype=float)
+    is_finite_P = np.isfinite(values_AP).all(axis=0)
+    return values_AP[:, is_finite_P], int((~is_finite_P).sum())
 
 
 def paired_difference(

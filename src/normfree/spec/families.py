@@ -47,6 +47,8 @@ class Family:
     score: Score
     measures: tuple[str, ...]
     """Measured on the held-out data while training; the score is among their quantities."""
+    objectives: tuple[str, ...]
+    """Values of `train.objective` that work with it."""
     causal: bool
     """True if a token sees those before it only."""
     ceiling: Callable[[int], float]
@@ -77,12 +79,14 @@ _PERPLEXITY = Score(
     unit="%",
     beside=("bits_per_byte", "Bits per byte"),
 )
+_ENTROPY = ("entropy_target", "entropy_band")
 _OF_TEXT = ("installed", "codeparrot", "hub", "files")
 FAMILIES = {
     "decoder": Family(
         sources=_OF_TEXT,
         score=_PERPLEXITY,
         measures=("perplexity",),
+        objectives=("next_token", *_ENTROPY, *CLASSIFICATIONS),
         causal=True,
         ceiling=lambda tokens: math.lgamma(tokens + 1) / tokens,
         corpus="source {source}, blocks of {context} tokens, vocabulary {vocab_size:,}, {train_tokens:,} tokens to "
@@ -93,6 +97,7 @@ FAMILIES = {
         sources=("fashion_mnist", "images", "hub_images"),
         score=_ACCURACY,
         measures=("perplexity", "accuracy"),
+        objectives=("next_token", *_ENTROPY),
         causal=False,
         ceiling=math.log,
         corpus="source {source}, images of {image_size} x {image_size} pixels with {num_channels} channel(s), "
@@ -103,6 +108,7 @@ FAMILIES = {
         sources=_OF_TEXT,
         score=replace(_PERPLEXITY, axis="validation perplexity of targets", beside=("loss_nats", "Loss (nats)")),
         measures=("perplexity",),
+        objectives=("next_token",),
         causal=False,
         ceiling=math.log,
         corpus="source {source}, blocks of {context} tokens, of which {masked_tokens} in {spans} spans are masked and "

@@ -318,13 +318,12 @@ class RunSpec:
         if self.data.source not in family.sources:
             allowed = " or ".join(f"data={source}" for source in family.sources)
             raise ValueError(f"data={self.data.source} is not read with model.family={name}: give {allowed}")
-        classifies, moves = self.train.objective in CLASSIFICATIONS, self.train.objective.startswith("entropy")
-        if (name == "vision" and classifies) or (name == "encoder_decoder" and (classifies or moves)):
-            allowed = "decoder" if classifies else "decoder or vision"
-            raise ValueError(f"train.objective={self.train.objective} is for model.family={allowed}, not {name}")
+        if (objective := self.train.objective) not in family.objectives:
+            allowed = " or ".join(other for other, kind in FAMILIES.items() if objective in kind.objectives)
+            raise ValueError(f"train.objective={objective} is for model.family={allowed}, not {name}")
         if name == "encoder_decoder" and self.train.sigma_weight:
             raise ValueError(f"train.sigma_weight={self.train.sigma_weight} needs one final norm, and {name} has two")
-        chosen, objective = (f"norm={self.model.get('norm')}", f"sharding={self.train.sharding}"), self.train.objective
+        chosen = f"norm={self.model.get('norm')}", f"sharding={self.train.sharding}"
         if objective in CLASSIFICATIONS and (bad := {"norm=fake", "norm=taper", "sharding=fsdp"}.intersection(chosen)):
             raise ValueError(f"train.objective={objective} does not work with {bad.pop()}: run the two after another")
 

@@ -59,7 +59,8 @@ class Start:
 def read_start(start: str) -> Start | None:
     """The start of that name, None for `random`.
 
-    Raises ValueError for another form, a run without a saved model, a model that is not ours, GPT-2, GPT-NeoX or ViT.
+    Raises ValueError for another form, a run without a saved model, and a model other than ours, GPT-2, GPT-NeoX, ViT
+    or T5.
     """
     if start == "random":
         return None
