@@ -12,6 +12,7 @@ import pytest
 
 from normfree.analysis.entropy import final_heads
 from normfree.analysis.groups import group_runs
+from normfree.cost.totals import trade_off
 from normfree.report import build_report
 from normfree.report.summary import question, sentences
 from normfree.report.tables.results import claim_table, difference_table, rate_table, score_table
@@ -130,6 +131,7 @@ def test_classifiers_are_compared_by_accuracy() -> None:
     direction = "above" if relu > gelu else "below"
     assert f"ends {abs(relu - gelu):.1f} points {direction} GELU" in said[0]
     assert f"in accuracy ({relu:.1f} against {gelu:.1f}, 1 seed)" in said[0]
+    assert trade_off(groups) == ([], [])
     yardsticks = {row[0]: row[1] for row in score_table(groups).rows[4:]}
     assert yardsticks.keys() == {"Class of each token", "Majority"}
     assert f"the class of each token has {float(yardsticks['Class of each token']):.1f}." in " ".join(said)

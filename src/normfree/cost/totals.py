@@ -119,7 +119,7 @@ class Point:
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Whether no other point is at least as low in both values and lower in one. NaN is never on the front."""
+    """True where no other point is as low in both values and lower in one. NaN is never on the front."""
     return [
         not any(map(math.isnan, p)) and not any(o != p and o[0] <= p[0] and o[1] <= p[1] for o in points)
         for p in points
@@ -127,13 +127,13 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
 
 
 def trade_off(groups: Iterable[Group]) -> tuple[list[Point], list[str]]:
-    """One point per group that has a result and a price, cheapest first, and the names of groups without a price.
+    """One point per group that has a perplexity and a price, cheapest first, and the names of groups without a price.
 
     Each corpus has its own Pareto front, because perplexities on different text cannot be compared.
     """
     priced, unpriced = [], []
     for group in groups:
-        if not group.runs:
+        if not group.runs or group.score.name != "perplexity":  # a classifier has an accuracy
             continue
         try:
             priced.append((group, of_run(group.runs[0])))
