@@ -1,4 +1,6 @@
-"""How often would the rule of the study `cause` decide, if it were as the rows say? `python docs/power.py`
+"""Power of the rule about the cause (docs/study.md): the share of each verdict, if a row were the truth.
+
+`python docs/power.py`
 
 ln perplexities of eight seeds: the spread of SM+G and SM+R is that of five recorded seeds of `cpu-lr1e-3`, arms with
 GELU take that of SM+G, and the gap is that of seed 0 in `cpu-rate-screen` at 2e-3. Seeds share nothing between arms.

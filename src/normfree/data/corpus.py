@@ -100,7 +100,7 @@ class Corpus:
         return PreTrainedTokenizerFast.from_pretrained(self.folder)
 
     def processor(self) -> Any:
-        """What a saved model needs beside it: the tokenizer."""
+        """The tokenizer, which a saved model needs beside it."""
         return self.tokenizer()
 
     def facts(self) -> dict[str, Any]:

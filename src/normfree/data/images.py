@@ -25,7 +25,7 @@ from normfree.files import fingerprint, sha256_bytes, sha256_file
 from normfree.spec.run import DataSpec
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-"""Where Debian's package dataset-fashion-mnist has it."""
+"""The folder of Debian's package dataset-fashion-mnist."""
 _FILES: dict[Split, str] = {"train": "train", "validation": "t10k"}
 _CHANNELS = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB"}
 """Modes of Pillow that are read, and what they become."""
