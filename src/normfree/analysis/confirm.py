@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -97,7 +97,7 @@ def secondary(groups: Sequence[Group]) -> list[Comparison]:
     return comparisons
 
 
-def _by_seed(groups: Sequence[Group], label: str, value: Callable[[Run], float]) -> dict[object, float]:
+def _by_seed(groups: Sequence[Group], label: str, value: Callable[[Run], float]) -> dict[Hashable, float]:
     runs = [run for group in groups for run in group.runs if run.label == label]
     if not runs:
         raise ValueError(f"no run of {label} among these has a result; give the folders of all main variants")
