@@ -50,13 +50,14 @@ def test_evaluate_prints_what_changing_heads_does(trained: Path, cache: Path, ru
     words = ["evaluate", str(trained), f"cache_dir={cache}", "heads=[[0,1],[1,0]]"]
     model, _ = load_pretrained(str(trained))
     blocks = held_out_blocks(str(trained), cache=cache)
+    documents = corpus_of_run(read_run(trained), cache).held_out_documents()
     for how, description in (("average", "averaged"), ("zero", "silenced"), ("0.5", "times 0.5")):
         status, out, err = run(*words, f"how={how}")
         assert status == 0, err
         assert f"\nheads          layer 0 head 1, layer 1 head 0 {description}\n" in out
         before, after = map(float, re.findall(r"cross-entropy  ([\d.]+) nats", out))
         match = re.search(
-            r"difference     ([+-][\d.]+) nats per token \(standard error ([\d.]+) over (\d+) passes\)", out
+            r"difference     ([+-][\d.]+) nats per token \(standard error ([\d.]+) over (\d+) documents\)", out
         )
         assert match
         with intervene(model, [(0, 1), (1, 0)], float(how) if how == "0.5" else how):
@@ -65,8 +66,8 @@ def test_evaluate_prints_what_changing_heads_does(trained: Path, cache: Path, ru
         assert after == pytest.approx(changed.mean(), abs=1e-4)
         assert before == pytest.approx(plain.mean(), abs=1e-4)
         assert float(match[1]) == pytest.approx((changed - plain).mean(), abs=1e-4)
-        of_pass = np.array([part.mean() for part in np.array_split(changed - plain, int(match[3]))])
-        assert float(match[2]) == pytest.approx(of_pass.std(ddof=1) / np.sqrt(len(of_pass)), rel=0.2, abs=1e-4)
+        assert float(match[2]) == pytest.approx(error_over_documents(changed - plain, documents), rel=0.01, abs=1e-6)
+        assert int(match[3]) == len(np.unique(documents))
 
 
 def per_token_nats(model, blocks) -> np.ndarray:
@@ -74,6 +75,47 @@ def per_token_nats(model, blocks) -> np.ndarray:
     with torch.no_grad():
         logits = model(input_ids=blocks).logits[:, :-1].double()
     return -logits.log_softmax(-1).gather(-1, blocks[:, 1:, None])[..., 0].numpy()
+
+
+def error_over_documents(values, documents) -> float:
+    """Of a mean over tokens that are drawn by document: the error of a ratio of sums, as textbooks have it."""
+    parts = [documents[:, 1:] == number for number in np.unique(documents[:, 1:])]
+    sums = np.array([(values[is_in].sum(), is_in.sum()) for is_in in parts])
+    deviations = sums[:, 0] - values.mean() * sums[:, 1]
+    return np.sqrt(len(sums)) * deviations.std(ddof=1) / values.size
+
+
+def test_two_runs_are_compared_over_documents(trained: Path, cache: Path, run, tmp_path: Path) -> None:
+    model, _ = load_pretrained(str(trained))
+    blocks = held_out_blocks(str(trained), cache=cache)
+    documents = corpus_of_run(read_run(trained), cache).held_out_documents()
+    ours = per_token_nats(model, blocks)
+    other = shutil.copytree(trained, tmp_path / "other")
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(0.7)
+    model.save_pretrained(other / "model")
+    difference = ours - per_token_nats(model, blocks)
+    status, out, err = run("evaluate", str(trained), f"cache_dir={cache}", f"against={other}")
+    assert status == 0, err
+    match = re.search(
+        r"difference     ([+-][\d.]+) nats per token \(95 % \[(.*), (.*)\], bootstrap over (\d+) doc", out
+    )
+    assert match
+    assert float(match[1]) == pytest.approx(difference.mean(), abs=1e-4)
+    low, high = float(match[2]), float(match[3])
+    assert low < difference.mean() < high
+    assert high - low == pytest.approx(3.92 * error_over_documents(difference, documents), rel=0.3)
+    assert int(match[4]) == len(np.unique(documents))
+    alone, first = run("evaluate", str(trained), f"cache_dir={cache}")[1], out[: out.index("\nagainst")]
+    assert alone == first
+    text = (other / "run.json").read_text()
+    (other / "run.json").write_text(text.replace(read_run(trained).corpus, "0" * 64))
+    for words, message in (
+        ([f"against={other}"], "has 000000000000: give runs of one corpus"),
+        ([f"against={trained}", "heads=[[0,1]]"], "without text= or heads="),
+        (["against=nowhere"], "must be folders of runs"),
+    ):
+        assert message in run("evaluate", str(trained), f"cache_dir={cache}", *words)[2]
 
 
 def test_a_part_of_the_blocks_is_evaluated_on_request(trained: Path, cache: Path, run) -> None:

@@ -45,6 +45,13 @@ def test_blocks_decode_to_the_text_they_came_from(spec: DataSpec, tmp_path: Path
     predicted = tokenizer.batch_decode(token_ids(corpus, "validation")[:, 1:], skip_special_tokens=True)
     sizes = [len(text.encode()) for text in predicted]
     assert corpus.validation["predicted_bytes"][:] == sizes
+    documents_NT = corpus.held_out_documents()
+    assert documents_NT is not None
+    ids, numbers = token_ids(corpus, "validation").reshape(-1), documents_NT.reshape(-1)
+    for number in range(3):
+        assert any(tokenizer.decode(ids[numbers == number], skip_special_tokens=True) in text for text in texts)
+    if packing == "concatenate":
+        assert (np.flatnonzero(np.diff(numbers)) == np.flatnonzero(ids[:-1] == tokenizer.eos_token_id)).all()
     assert facts["bytes_per_token"] == pytest.approx(sum(sizes) / (15 * len(sizes)))
 
 

@@ -4,8 +4,10 @@ import math
 import string
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import bootstrap
 from tokenizers import processors
 from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedConfig, PreTrainedTokenizerFast
 
@@ -133,6 +135,40 @@ def test_cross_entropy_is_exact_to_eleven_digits_whatever_the_vocabulary(vocabul
     nats = torch.log(torch.exp(wide).sum(-1)) - wide.gather(-1, labels[:, 1:, None].clamp(min=0))[..., 0]
     expected = nats[labels[:, 1:] >= 0].sum().item()
     assert next_token_nats(logits, labels) == (pytest.approx(expected, rel=1e-11), 15)
+
+
+def test_losses_of_documents_add_up_to_those_of_the_blocks(model):
+    blocks = torch.randint(0, 256, (5, 16), generator=torch.Generator().manual_seed(1))
+    documents = np.repeat([[3], [3], [3], [7], [9]], 16, axis=1)
+    documents[2, 9:] = 7  # a document may end inside a block
+    result = evaluate_blocks(model, blocks, batch_sequences=2, documents_NT=documents)
+    logits = model.eval()(blocks).logits[:, :-1].double().log_softmax(-1)
+    nats = -logits.gather(-1, blocks[:, 1:, None])[..., 0].detach().numpy()
+    expected = [(nats[documents[:, 1:] == number].sum(), (documents[:, 1:] == number).sum()) for number in (3, 7, 9)]
+    assert np.array(result.parts) == pytest.approx(np.array(expected), rel=1e-6)
+    assert result.nats == pytest.approx(sum(part for part, _ in result.parts))
+
+
+def test_intervals_over_documents_are_those_of_scipy():
+    """Of 40 documents of unlike length, alone and against another model on the same ones."""
+    random = np.random.default_rng(1)
+    tokens = random.integers(50, 500, 40)
+    nats = tokens * random.normal(3, 0.5, 40)
+    others = nats - tokens * random.normal(0.1, 0.05, 40)
+    one, other = (
+        Evaluation(parts.sum(), tokens.sum(), parts=tuple(zip(parts, tokens, strict=True))) for parts in (nats, others)
+    )
+    for interval, parts in ((one.interval(), nats), (one.interval(other), nats - others)):
+        expected = bootstrap(
+            (parts, tokens),
+            lambda parts, tokens, axis=-1: parts.sum(axis) / tokens.sum(axis),
+            paired=True,
+            vectorized=True,
+            method="percentile",
+            rng=2,
+        ).confidence_interval
+        assert interval == pytest.approx(tuple(expected), abs=0.1 * (expected.high - expected.low))
+    assert all(map(math.isnan, Evaluation(1.0, 1, parts=((1.0, 1),)).interval()))
 
 
 def test_batches_are_smaller_where_their_logits_would_not_fit(model, monkeypatch):

@@ -25,6 +25,8 @@ class EvaluateOptions(ModelOptions):
     """Tokens by which windows advance; smaller gives each token more context and costs more."""
     sequences: int | None = None
     """At most this many windows or blocks, spread evenly over the text; unless given, all."""
+    against: str = ""
+    """Another run of the same corpus: evaluate it too, and print the difference with its interval over documents."""
     tasks: str = ""
     """Score instead: keyword, indentation, bracket, name, docstring, function_name, humaneval (docs/tasks.md)."""
     items: int = 500
@@ -72,6 +74,8 @@ def evaluate(name: str, options: EvaluateOptions) -> None:
         raise ValueError(f"sequences={options.sequences} must be at least 1")
     if "how" in options.model_fields_set and not options.heads:
         raise ValueError("how= needs the heads to change, e.g. heads=[[0,3],[1,2]]")
+    if options.against:
+        _check_against(name, options, own)
     text = "" if own else read_text(options.text)
     model, tokenizer = _load(name, options)
     changed = None
@@ -89,9 +93,31 @@ def evaluate(name: str, options: EvaluateOptions) -> None:
             f"\nheads          {', '.join(f'layer {layer} head {head}' for layer, head in options.heads or [])} {what}"
         )
         _print_evaluation(changed, "the same tokens")
-        passes = len(result.passes)
-        spread = f"standard error {error:.6f} over {passes} passes" if passes > 1 else "one pass, no standard error"
+        parts = f"over {len(result.parts)} {result.parts_are}"
+        spread = f"standard error {error:.6f} {parts}" if len(result.parts) > 1 else "one pass, no standard error"
         print(f"difference     {difference:+.6f} nats per token ({spread})")
+    if options.against:
+        model, _ = _load(options.against, options)
+        with products_for(options.dtype, model.device):
+            other, _, note = _evaluate(options.against, options, model, None, "")
+        print(f"\nagainst        {options.against}")
+        _print_evaluation(other, f"the same tokens{note}")
+        low, high = result.interval(other)
+        interval = f"95 % [{low:+.4f}, {high:+.4f}], bootstrap over {len(other.parts)} {other.parts_are}"
+        interval = interval if len(other.parts) > 1 else "one document, so no interval"
+        print(f"difference     {result.minus(other)[0]:+.4f} nats per token ({interval})")
+
+
+def _check_against(name: str, options: EvaluateOptions, own: bool) -> None:
+    if not own or options.heads or not (Path(options.against) / RUN_FILE).is_file():
+        raise ValueError(
+            f"against={options.against} compares two runs on their held-out text: MODEL and against= must be folders "
+            "of runs, without text= or heads="
+        )
+    run, other = read_run(name), read_run(options.against)
+    if run.corpus != other.corpus:
+        given = f"{name} has corpus {run.corpus[:12]}, and against={options.against} has {other.corpus[:12]}"
+        raise ValueError(f"{given}: give runs of one corpus")
 
 
 def _load(name: str, options: EvaluateOptions) -> tuple[Any, Any]:
@@ -117,11 +143,13 @@ def _evaluate(
         corpus = corpus_of_run(run, options.cache_dir)
         blocks_NT = torch.from_numpy(corpus.held_out_ids())
         chosen = spread_places(len(blocks_NT), options.sequences or len(blocks_NT))
+        documents_NT = None if model.config.is_encoder_decoder else corpus.held_out_documents()
         result = evaluate_blocks(
             model,
             blocks_NT[chosen],
             predicted_bytes=int(corpus.predicted_bytes()[chosen].sum()),
             batch_sequences=max(1, 1024 // run.spec["data"]["context"]),
+            documents_NT=None if documents_NT is None else documents_NT[chosen],
             progress=True,
         )
         whole = len(chosen) == len(blocks_NT)
@@ -136,7 +164,12 @@ def _evaluate(
 
 
 def _print_evaluation(result: Evaluation, tokens: str) -> None:
+    from normfree.measures.measure import exponential
+
     print(f"perplexity     {result.perplexity:.4f} (over {tokens})")
+    if result.parts_are == "documents" and len(result.parts) > 1:
+        low, high = (exponential(nats) for nats in result.interval())
+        print(f"95 % interval  [{low:.4f}, {high:.4f}] (bootstrap over {len(result.parts)} documents)")
     print(f"cross-entropy  {result.loss_nats:.4f} nats per token")
     if result.bytes:
         print(f"bits per byte  {result.bits_per_byte:.4f} (over {result.bytes} bytes of predicted tokens)")

@@ -84,7 +84,7 @@ class Corpus:
 
     @cached_property
     def validation(self) -> Dataset:
-        """Held-out blocks, with the column `predicted_bytes`: UTF-8 bytes of the text of tokens 2..T."""
+        """Held-out blocks, with the columns of `BlockWriter`."""
         return Dataset.from_file(str(self.folder / "validation.arrow"))
 
     def held_out_ids(self) -> np.ndarray:
@@ -94,6 +94,11 @@ class Corpus:
     def predicted_bytes(self) -> np.ndarray:
         """(N,) UTF-8 bytes of the tokens that each held-out block asks a model to predict."""
         return np.array(self.validation["predicted_bytes"])
+
+    def held_out_documents(self) -> np.ndarray | None:
+        """(N, T) the number of each held-out token's document; None for images, and in corpora of older versions."""
+        numbered = "document" in self.validation.column_names
+        return np.stack(self.validation.with_format("numpy")["document"][:]) if numbered else None
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer behind the blocks."""
@@ -327,6 +332,8 @@ class _Preparation:
         encode = encoder.encode if split == "train" else encoder.encode_with_bytes
         chunks = in_groups(self._documents(split, f"encoding {split} text"), CHUNK_CHARACTERS)
         documents = (document_SC for texts in chunks for document_SC in encode(texts))
+        if split == "validation":
+            documents = (np.insert(document_SC, 2, number, axis=1) for number, document_SC in enumerate(documents))
         if self.spec.packing == "windows":
             blocks = windows(documents, self.spec.context)
         else:

@@ -1,7 +1,7 @@
 """Cut documents of token ids into blocks of T tokens, and write blocks to Arrow.
 
 Shapes: S tokens of a document, N blocks, T tokens in a block, V pieces of the vocabulary, C columns: token ids, and for
-held-out text the UTF-8 bytes of each token.
+held-out text the UTF-8 bytes of each token and the number of its document.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ def concatenated(documents: Iterable[np.ndarray], context: int, *, end: int) -> 
     Only the last block is dropped, if it is not full.
     """
     rest_SC = None
-    for document_SC in documents:
+    for number, document_SC in enumerate(documents):
         end_1C = np.zeros_like(document_SC, shape=(1, document_SC.shape[1]))
         end_1C[0, 0] = end
+        end_1C[0, 2:] = number
         row_SC = np.concatenate([document_SC, end_1C] if rest_SC is None else [rest_SC, document_SC, end_1C])
         whole = len(row_SC) - len(row_SC) % context
         yield row_SC[:whole].reshape(-1, context, row_SC.shape[1])
@@ -47,8 +48,8 @@ def concatenated(documents: Iterable[np.ndarray], context: int, *, end: int) -> 
 class BlockWriter:
     """Stream blocks into one Arrow file, and count and hash their tokens.
 
-    A block has one column (token ids) or two (token ids, UTF-8 bytes of each token); with two the file has the column
-    `predicted_bytes`, the sum over tokens 2..T.
+    A block has one column (token ids) or three (UTF-8 bytes of each token, number of its document); with three the file
+    has the columns `predicted_bytes`, the sum over tokens 2..T, and `document`, a number for each token.
     """
 
     def __init__(self, path: Path, *, vocab_size: int) -> None:
@@ -75,18 +76,22 @@ class BlockWriter:
         self._hash.update(ids_NT.tobytes())
         self.counts_V += np.bincount(ids_NT.reshape(-1), minlength=len(self.counts_V))
         self.predicted_counts_V += np.bincount(ids_NT[:, 1:].reshape(-1), minlength=len(self.counts_V))
-        flat = pyarrow.array(ids_NT.reshape(-1))
-        columns = {"input_ids": pyarrow.FixedSizeListArray.from_arrays(flat, ids_NT.shape[1])}
-        if blocks_NTC.shape[2] == 2:
+        columns = {"input_ids": _column_of_rows(ids_NT)}
+        if blocks_NTC.shape[2] == 3:
             predicted_bytes_N = blocks_NTC[:, 1:, 1].sum(axis=1, dtype=np.int32)
             self.predicted_bytes += int(predicted_bytes_N.sum())
             columns["predicted_bytes"] = pyarrow.array(predicted_bytes_N)
+            columns["document"] = _column_of_rows(blocks_NTC[:, :, 2])
         return pyarrow.table(columns)
 
     @property
     def content_hash(self) -> str:
         """sha256 of all token ids as little-endian int32, the same on every machine."""
         return self._hash.hexdigest()
+
+
+def _column_of_rows(values_NT: np.ndarray) -> pyarrow.Array:
+    return pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(values_NT.reshape(-1)), values_NT.shape[1])
 
 
 def in_groups(items: Iterable[Item], enough: int) -> Iterator[list[Item]]:

@@ -1,14 +1,15 @@
 """Loss, perplexity and accuracy of the next token, or of the class of an image."""
 
-# B batch, T tokens, V vocabulary; t tokens of one block of logits; P forward passes
+# B batch, T tokens, V vocabulary; t tokens of one block of logits; N blocks; P parts of a text, R resamples
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,7 +32,8 @@ class Evaluation:
     nats: float  # sum of cross-entropies
     tokens: int  # predicted tokens: the first of a text predicts, but is not predicted
     bytes: int = 0  # UTF-8 bytes of the predicted tokens
-    passes: tuple[tuple[float, int], ...] = field(default=(), repr=False)  # nats and tokens of each forward pass
+    parts: tuple[tuple[float, int], ...] = field(default=(), repr=False)  # nats and tokens of each part of the text
+    parts_are: Literal["forward passes", "documents"] = "forward passes"
     accuracy: float | None = None  # share of right predictions, if it was measured
 
     @property
@@ -50,18 +52,39 @@ class Evaluation:
         return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
 
     def minus(self, other: Evaluation) -> tuple[float, float]:
-        """Difference of the mean losses on the same passes, and its standard error, in nats per token.
+        """Difference of the mean losses on the same parts, and its standard error, in nats per token.
 
-        The error is that of a ratio of sums over passes (NaN for one pass), so it holds for tokens that are alike
-        within a pass. Raises ValueError for evaluations of other tokens.
+        The error is that of a ratio of sums over parts (NaN for one part), so it holds for tokens that are alike
+        within a part. Raises ValueError for evaluations of other tokens.
         """
-        difference, count = self.loss_nats - other.loss_nats, len(self.passes)
-        nats_P, tokens_P = torch.tensor(self.passes, dtype=torch.float64).T
-        other_nats_P, other_tokens_P = torch.tensor(other.passes, dtype=torch.float64).T
-        if not torch.equal(tokens_P, other_tokens_P):
-            raise ValueError("the two evaluations are of different tokens; give the same text in the same batches")
-        squares = (nats_P - other_nats_P - difference * tokens_P).square().sum().item()
+        difference, count = self.loss_nats - other.loss_nats, len(self.parts)
+        nats_P, tokens_P = self._above(other)
+        squares = np.square(nats_P - difference * tokens_P).sum()
         return difference, math.sqrt(squares * count / (count - 1)) / self.tokens if count > 1 else math.nan
+
+    def interval(self, other: Evaluation | None = None, *, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+        """95 % percentile bootstrap over parts of the mean loss, or of its difference to `other`'s, in nats per token.
+
+        It says how much another sample of text would move the number, not another seed. NaN for fewer than two parts.
+        Raises ValueError for evaluations of other tokens.
+        """
+        nats_P, tokens_P = self._above(other)
+        count = len(nats_P)
+        if count < 2:
+            return math.nan, math.nan
+        drawn_RP = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
+        low, high = np.quantile(drawn_RP @ nats_P / (drawn_RP @ tokens_P), [0.025, 0.975])
+        return float(low), float(high)
+
+    def _above(self, other: Evaluation | None) -> np.ndarray:
+        """(2, P) nats of each part, above the other's, and its tokens."""
+        parts_2P = np.array(self.parts, dtype=np.float64).reshape(-1, 2).T
+        if other is not None:
+            other_2P = np.array(other.parts, dtype=np.float64).reshape(-1, 2).T
+            if not np.array_equal(parts_2P[1], other_2P[1]):
+                raise ValueError("the two evaluations are of different tokens; give the same text in the same batches")
+            parts_2P[0] -= other_2P[0]
+        return parts_2P
 
     def to_dict(self) -> dict[str, float | int]:
         """The fields of run.json."""
@@ -177,7 +200,7 @@ class Perplexity(NextToken):
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__(model)
         self.nats, self.tokens = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
-        self.passes: list[tuple[float, int]] = []
+        self.passes: list[tuple[float, int]] = []  # nats and tokens of each
 
     def add(self, logits_BTV: Tensor, labels_BT: Tensor) -> None:
         nats, tokens = next_token_nats(logits_BTV, labels_BT)
@@ -194,6 +217,20 @@ class Perplexity(NextToken):
         """
         nats, tokens = over_processes(self.nats, device), over_processes(self.tokens, device)
         return Evaluation(nats.item(), int(tokens), predicted_bytes, tuple(self.passes))
+
+
+class TokenLosses(NextToken):
+    """The loss in nats of every token but the first of each block, in the order of the blocks; 0 for labels of -100."""
+
+    gives = ()
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__(model)
+        self.nats: list[Tensor] = []
+
+    def add(self, logits_BTV: Tensor, labels_BT: Tensor) -> None:
+        for logits_TV, targets_T in zip(logits_BTV[:, :-1], labels_BT[:, 1:], strict=True):
+            self.nats += [nats_t.cpu() for nats_t in cross_entropies(logits_TV, targets_T, "none")]
 
 
 class Accuracy(NextToken):
@@ -222,16 +259,26 @@ def evaluate_blocks(
     *,
     predicted_bytes: int = 0,
     batch_sequences: int = 32,
+    documents_NT: np.ndarray | None = None,
     progress: bool = False,
 ) -> Evaluation:
     """Evaluate full blocks of token ids, each predicted from its own start, or images; processes share the blocks.
 
-    `predicted_bytes` is the sum over all blocks. Raises ValueError for a model that sees later tokens.
+    `predicted_bytes` is the sum over all blocks. With `documents_NT`, the document of each token, the parts of the
+    result are documents; one process alone can tell them. Raises ValueError for a model that sees later tokens.
     """
-    measure, accuracy = Perplexity(model), Accuracy(model)
+    measure, accuracy, losses = Perplexity(model), Accuracy(model), TokenLosses(model)
     measures = [measure, accuracy] if model.main_input_name == "pixel_values" else [measure]
+    measures += [] if documents_NT is None else [losses]
     batches = blocks_of(model, blocks_NT, batch_sequences, measures)
     measure_batches(model, batches, measures, progress="evaluating" if progress else None)
     device = next(model.parameters()).device
     result = measure.evaluation(predicted_bytes=predicted_bytes, device=device)
-    return replace(result, accuracy=values_of([accuracy], device)["accuracy"].item()) if len(measures) > 1 else result
+    if accuracy in measures:
+        result = replace(result, accuracy=values_of([accuracy], device)["accuracy"].item())
+    if documents_NT is not None:
+        numbers = np.unique(documents_NT[:, 1:], return_inverse=True)[1].reshape(-1)
+        nats_P = np.bincount(numbers, weights=torch.cat(losses.nats).numpy())
+        parts = tuple(zip(nats_P.tolist(), np.bincount(numbers).tolist(), strict=True))
+        result = replace(result, parts=parts, parts_are="documents")
+    return result
