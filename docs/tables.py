@@ -5,9 +5,9 @@ A page holds a marker, and all between it and `<!-- end -->` is made from runs:
     <!-- table: perplexity of results/quick -->
     <!-- end -->
 
-Tables: rates, seeds, unfinished, effects, confirm, and every table of the report. Several folders may be given, with
-the shell's wildcards. `mixed` before `-->` shows runs of different recipes side by side, which is refused otherwise. A
-test fails when a page differs from what the records give.
+Tables: rates, seeds, unfinished, effects, confirm, averaging, and every table of the report. Several folders may be
+given, with the shell's wildcards. `mixed` before `-->` shows runs of different recipes side by side, which is refused
+otherwise. A test fails when a page differs from what the records give.
 
 `<!-- quantities -->` is the table of all that can be measured.
 
@@ -19,10 +19,13 @@ A figure of the report's main page is drawn the same way, without a test, since 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
+
+import numpy as np
 
 from normfree.analysis.confirm import primary, secondary
 from normfree.analysis.entropy import probed_heads, top_quarter_share, trained_heads
@@ -128,12 +131,28 @@ def confirm_table(groups: Sequence[Group]) -> Table:
     return Table("confirm", caption, (*titles, "Verdict"), rows, words=("Comparison", "Test", "Verdict"))
 
 
+def averaging_table(groups: Sequence[Group]) -> Table:
+    """What it costs to replace near-uniform heads by exact averages (docs/averaging.py), beside random other heads."""
+    rows = []
+    for run in all_runs(groups):
+        shares = json.loads((run.folder / "averaging.json").read_text())["shares"]
+        for each in shares:
+            low, high = np.quantile(each["control_nats"], [0.025, 0.975])
+            control = f"{fmean(each['control_nats']):+.3f} ({low:+.3f} to {high:+.3f})"
+            heads = f"{each['heads']} ({each['share']:.0%})".replace("%", " %")
+            of_run = f"{run.label}, {run.spec['tag']}, seed {run.seed}" if each is shares[0] else ""
+            rows.append((of_run, heads, f"{each['cost_nats']:+.3f}", str(each["control_heads"]), control))
+    titles = ("Run", "Near-uniform heads", "Cost (nats)", "Other heads", "Their cost (nats)")
+    return Table("averaging", "Heads replaced by the exact mean of what they may see", titles, rows, words=("Run",))
+
+
 TABLES: dict[str, Callable[[Sequence[Group]], Table]] = {
     "rates": rate_table,
     "seeds": seed_table,
     "unfinished": unfinished_table,
     "effects": effect_table,
     "confirm": confirm_table,
+    "averaging": averaging_table,
     **{name: make for section in SECTIONS for name, make in section.tables.items()},
 }
 

@@ -1,0 +1,61 @@
+"""docs/averaging.py: what it costs to replace near-uniform heads by averages."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from normfree import held_out_blocks, intervene, load_pretrained
+from normfree.analysis.entropy import trained_heads
+from normfree.store.runs import read_run
+
+
+@pytest.fixture
+def averaging(monkeypatch: pytest.MonkeyPatch):
+    path = Path(__file__).parents[1] / "docs" / "averaging.py"
+    spec = importlib.util.spec_from_file_location("averaging", path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "DRAWS", 3)
+    return module
+
+
+def test_controls_come_from_the_same_layers_where_possible(averaging) -> None:
+    chosen = [(0, 0), (0, 1), (0, 2), (1, 3)]
+    others = [(0, 3), (1, 0), (1, 1), (1, 2), (2, 0)]
+    for seed in range(20):
+        drawn = averaging.draw_others(chosen, others, np.random.default_rng(seed))
+        assert len(set(drawn)) == 4
+        assert set(drawn) <= set(others)
+        assert (0, 3) in drawn  # layer 0 has one other head, so two are from elsewhere
+    assert sorted(averaging.draw_others([*chosen, (2, 1), (2, 2)], others, np.random.default_rng(0))) == others
+
+
+def test_costs_of_averaging_are_those_of_the_intervention(
+    averaging, trained: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("NORMFREE_CACHE", str(cache))
+    folder = shutil.copytree(trained, tmp_path / "run")
+    heads = trained_heads(read_run(folder))
+    shares = heads.entropy_LH / heads.ceiling_L[:, None]
+    line = float(np.median(shares))  # of this untrained model all heads are above 3/4
+    monkeypatch.setattr(averaging, "OVERLOAD_SHARE", line)
+    near_uniform, others = averaging.split_heads(folder)
+    assert min(shares[head] for head in near_uniform) >= line > max(shares[head] for head in others)
+    result = averaging.average_heads(folder)
+    model, _ = load_pretrained(str(folder))
+    blocks = held_out_blocks(str(folder))
+    blocks = blocks[np.linspace(0, len(blocks) - 1, 64).round().astype(int)]
+    with intervene(model, near_uniform):
+        changed = model(blocks, labels=blocks).loss.item()
+    assert result["loss_nats"] == pytest.approx(model(blocks, labels=blocks).loss.item(), abs=1e-5)
+    last = result["shares"][-1]
+    assert last["heads"] == len(near_uniform)
+    assert last["cost_nats"] == pytest.approx(changed - result["loss_nats"], abs=1e-5)
+    assert [len(each["control_nats"]) for each in result["shares"]] == 5 * [3]
