@@ -113,7 +113,7 @@ def test_two_runs_are_compared_over_documents(trained: Path, cache: Path, run, t
     for words, message in (
         ([f"against={other}"], "has 000000000000: give runs of one corpus"),
         ([f"against={trained}", "heads=[[0,1]]"], "without text= or heads="),
-        (["against=nowhere"], "must be folders of runs"),
+        (["against=nowhere"], "nowhere does not exist; give the folder of one run"),
     ):
         assert message in run("evaluate", str(trained), f"cache_dir={cache}", *words)[2]
 

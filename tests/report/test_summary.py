@@ -110,9 +110,22 @@ def test_the_summary_compares_nothing_with_a_diverged_run(tmp_path: Path) -> Non
 def test_all_variants_that_did_not_learn_are_named(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, label, perplexity=500.0) for label in ("SM+G", "SM+R")]
     weakest = "the weakest, SM+G, ends at perplexity 500.0, the unigram has 402.5."
-    assert f"These runs are too short to judge: {weakest}" in sentences(group_runs(runs))
+    ends = "the unigram has perplexity 402.5, SM+G 500.0, SM+R 500.0."
+    assert f"These runs are too short to judge: {ends}" in sentences(group_runs(runs))
     runs.append(write_run(tmp_path, "SM+LN+G"))
     assert f"SM+G, SM+R did not learn: {weakest}" in sentences(group_runs(runs))
+
+
+def test_what_all_variants_share_is_said_once(tmp_path: Path) -> None:
+    told = {}
+    for name, labels in {"all": ("SM+G", "SM+G"), "none": ("SM+R", "SM+LN+G"), "some": ("SM+G", "SM+R")}.items():
+        groups = group_runs(
+            [write_run(tmp_path / name, label, tag=tag) for label, tag in zip(labels, "ab", strict=True)]
+        )
+        (told[name],) = (text for text in sentences(groups) if text.startswith("Early layers are overloaded"))
+    assert told["all"].endswith("at the end in all 2 runs.")
+    assert told["none"].endswith("at the end in none of the 2 runs.")
+    assert told["some"].endswith("at the end: SM+G (a) 1 of 1 runs; SM+R (b) 0 of 1 runs.")
 
 
 def test_a_model_has_learned_if_it_beats_the_2_gram(tmp_path: Path) -> None:

@@ -109,11 +109,8 @@ def evaluate(name: str, options: EvaluateOptions) -> None:
 
 
 def _check_against(name: str, options: EvaluateOptions, own: bool) -> None:
-    if not own or options.heads or not (Path(options.against) / RUN_FILE).is_file():
-        raise ValueError(
-            f"against={options.against} compares two runs on their held-out text: MODEL and against= must be folders "
-            "of runs, without text= or heads="
-        )
+    if not own or options.heads:
+        raise ValueError("against= compares two runs on their held-out text: MODEL is a run, without text= or heads=")
     run, other = read_run(name), read_run(options.against)
     if run.corpus != other.corpus:
         given = f"{name} has corpus {run.corpus[:12]}, and against={options.against} has {other.corpus[:12]}"

@@ -96,9 +96,11 @@ class Corpus:
         return np.array(self.validation["predicted_bytes"])
 
     def held_out_documents(self) -> np.ndarray | None:
-        """(N, T) the number of each held-out token's document; None for images, and in corpora of older versions."""
-        numbered = "document" in self.validation.column_names
-        return np.stack(self.validation.with_format("numpy")["document"][:]) if numbered else None
+        """(N, T) the number of each held-out token's document; None, with a warning, in corpora of older versions."""
+        if "document" in self.validation.column_names:
+            return np.stack(self.validation.with_format("numpy")["document"][:])
+        log.warning("%s was prepared before documents were numbered: remove it, and it is prepared again", self.folder)
+        return None
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer behind the blocks."""
@@ -144,6 +146,9 @@ class ImageCorpus(Corpus):
     def predicted_bytes(self) -> np.ndarray:
         """(N,) zeros: classes have no bytes."""
         return np.zeros(len(self.validation), dtype=np.int64)
+
+    def held_out_documents(self) -> None:
+        """None: images are no documents."""
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Raises ValueError: images have none."""
@@ -309,9 +314,10 @@ class _Preparation:
         most = {"train": self.spec.train_documents, "validation": self.spec.validation_documents}[split]
         most_bytes = self.spec.max_bytes if split == "train" else None
         documents = self.source.documents(split, dropped)
+        limits = {"most_documents": most, "most_bytes": most_bytes, "dropped": dropped}
         pause = 0.1 if sys.stderr.isatty() else LOG_SECONDS
         with tqdm(desc=task, unit="B", unit_scale=True, delay=pause, mininterval=pause, disable=self.quiet) as bar:
-            for document in limited(documents, most_documents=most, most_bytes=most_bytes):
+            for document in limited(documents, **limits):
                 size = len(document.encode())
                 read.update(documents=1, bytes=size)
                 bar.update(size)

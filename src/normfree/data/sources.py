@@ -62,15 +62,20 @@ def validation_hashes(source: Source) -> frozenset[bytes]:
     return frozenset(map(normalised_hash, source.documents("validation", Counter())))
 
 
-def limited(documents: Iterable[str], *, most_documents: int | None, most_bytes: int | None) -> Iterator[str]:
+def limited(
+    documents: Iterable[str], *, most_documents: int | None, most_bytes: int | None, dropped: Counter[str] | None = None
+) -> Iterator[str]:
     """Yield documents until one would exceed a limit (None: no limit).
 
-    A document that alone has more than `most_bytes` UTF-8 bytes is cut to the bytes that remain.
+    A document that alone has more than `most_bytes` UTF-8 bytes is cut to the bytes that remain. That there was more
+    text is counted in `dropped`, but not how much: it is not read.
     """
     most = remaining = sys.maxsize if most_bytes is None else most_bytes
     for document in islice(documents, most_documents):
         encoded = document.encode()
         if len(encoded) > remaining:
+            if dropped is not None:
+                dropped["at data.max_bytes and all after it"] += 1
             if remaining and len(encoded) > most:
                 yield encoded[:remaining].decode(errors="ignore")
             return

@@ -48,6 +48,8 @@ def load_tokenizer(place: str) -> PreTrainedTokenizerFast:
         ) from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"data.tokenizer={place!r} is {type(tokenizer).__name__}: give one with a tokenizer.json")
+    if tokenizer.bos_token == END_TOKEN:  # ours: the saved one of an encoder-decoder names the end of a target instead
+        tokenizer.eos_token = END_TOKEN
     return tokenizer
 
 

@@ -182,7 +182,7 @@ def differences(groups: Sequence[Group], quantity: Quantity) -> PageFigure | Non
 
 def layers_over_training(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
     """The layers of one run of each group over training."""
-    panels = []
+    panels, has_ceiling = [], False
     measured = _measured(groups, quantity)
     deepest = max((group_and_number(layer)[1] for *_, layers in measured for layer in layers), default=0)
     for group, run, _, layers in measured:
@@ -190,14 +190,16 @@ def layers_over_training(groups: Sequence[Group], quantity: Quantity) -> PageFig
             top = _ceiling(run, quantity)
             for heads, (places, numbers) in _by_group(layers).items():
                 ceiling = None if top is None else highest_finite(top[places] if top.ndim else top)
+                has_ceiling |= ceiling is not None
                 words = {"title": f"{group.name}{heads and f', {heads}'}", "label": quantity.label, "ceiling": ceiling}
                 part = [(step, values[places]) for step, values in history]
                 panels.append(partial(layer_curves, part, numbers=numbers, deepest=deepest, **words))
     figure = PageFigure(
         name=f"{quantity.name}-layers",
         title=f"{quantity.title} of the layers over training",
-        caption="One line per layer, coloured by depth. It is the mean over heads, which can hide a single head. "
-        "A dashed line is the ceiling.",
+        caption="One line per layer, coloured by depth."
+        f"{' It is the mean over heads, which can hide a single head.' if 'head' in quantity.axes else ''}"
+        f"{' A dashed line is the ceiling.' if has_ceiling else ''}",
         panels=panels,
         key=colour_key(LAYER_COLOURS, limit=(0, max(deepest, 1)), label="layer", whole=True),
     )

@@ -101,8 +101,12 @@ def _overloaded(heads: Mapping[str, Sequence[Heads | None]]) -> str:
         name: Counter("not measured" if h is None else WORDS[overload(h).holds] for h in of_group)
         for name, of_group in heads.items()
     }
+    whole = sum(counts.values(), Counter())
+    if len(counts) > 1 and set(whole) in ({"yes"}, {"no"}):
+        runs = f"in all {whole.total()} runs" if whole["yes"] else f"in none of the {whole.total()} runs"
+        return f"Early layers are overloaded with near-uniform heads at the end {runs}."
     if len(counts) > _LISTED:
-        counts = {"all variants": sum(counts.values(), Counter())}
+        counts = {"all variants": whole}
     parts = []
     for name, verdicts in counts.items():
         others = [f"{verdicts[word]} {word}" for word in ("undecided", "not measured") if verdicts[word]]
@@ -133,7 +137,11 @@ def _learned(groups: Sequence[Group]) -> str:
     if not failed:
         return f"Every finished run {LEARNED_WORDS[True]}: {weakest}."
     if len(failed) == len({name for _, name, _ in shares}):
-        return f"These runs are {LEARNED_WORDS[None]}: {weakest}."
+        ends = ", ".join(
+            f"{name} {summarise([run.score for _, n, run in shares if n == name]).mean:.1f}" for name in failed
+        )
+        ends = f"the {yardstick} has {score.name} {bar:.1f}, {ends}" if 1 < len(failed) <= _LISTED else weakest
+        return f"These runs are {LEARNED_WORDS[None]}: {ends}."
     return f"{', '.join(failed)} {LEARNED_WORDS[False]}: {weakest}."
 
 

@@ -27,7 +27,9 @@ def progress_line(run: Run, *, width: int = 0) -> str:
     if state == "running":
         if speed := run.last("train", "tokens_per_second"):
             parts.append(f"{speed:,.0f} tokens/s")
-            if step:
+            if step == steps:
+                parts.append("measuring the trained model")
+            elif step:
                 parts.append(f"{duration((steps - step) * run.tokens_seen / step / speed)} left")
         if (metrics := run.folder / METRICS_FILE).exists():
             parts.append(f"last line {duration(time.time() - metrics.stat().st_mtime)} ago")

@@ -233,7 +233,8 @@ def read_run(folder: RunFolder) -> Run:
     try:
         facts = decode(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        raise ValueError(f"{folder} is not a run folder: it has no {RUN_FILE}") from None
+        reason = f"is not a run folder: it has no {RUN_FILE}" if folder.exists() else "does not exist"
+        raise ValueError(f"{folder} {reason}; give the folder of one run") from None
     except ValueError:  # not JSON or not UTF-8
         raise DamagedRunError(f"{path} is not readable as JSON: {repair}") from None
     if not isinstance(facts, dict) or not isinstance(facts.get("format"), int):

@@ -48,7 +48,9 @@ def model_card(run: Run, final: dict[str, Any]) -> str:
     return (Path(__file__).with_name("card.md").read_text(encoding="utf-8")).format(
         run=run,
         weights="random weights" if start == "random" else f"the weights of {start}",
-        model={"norm": "layernorm", "activation": "gelu"} | run.spec["model"] | run.facts["model"],
+        model={"norm": "layernorm", "final_norm": "layernorm", "activation": "gelu"}
+        | run.spec["model"]
+        | run.facts["model"],
         source=source,
         tokens=run.facts["steps"] * run.spec["train"]["batch_sequences"] * run.spec["data"]["context"],
         near_uniform=top_quarter_share(final_heads(run)),

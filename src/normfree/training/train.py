@@ -201,6 +201,7 @@ def _final_measures(spec: RunSpec) -> list[tuple[list[str], int]]:
 def _finish(record: Record, model: NormFreePreTrainedModel, trainer: NormFreeTrainer) -> None:
     """Measure and save the trained model."""
     spec, corpus, size = record.spec, record.corpus, record.spec.train.micro_batch_sequences
+    logger.info("%s: measuring the trained model", spec.name)
     for measures, sequences in _final_measures(spec):
         how = {"batch_sequences": size, "tokenizer": corpus.tokenizer, "record": record}
         record.log(record.steps, "final", measurements(model, spread(record.held_out_NT, sequences), measures, **how))
