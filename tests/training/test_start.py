@@ -22,8 +22,9 @@ from normfree.model.conversion import convert
 from normfree.store.runs import Run, read_run
 from tests.training.runs import break_in_step, check_equal_runs, weights
 
-REMOVE = ("variant=sm-fake-g", "model.fake_start_step=20", "model.fake_gap_steps=10", "train.steps=100", "tag=cut")
-CONTROL = ("train.steps=100", "tag=cut")
+SELDOM = ("train.evaluate_every=50", "train.checkpoint_every=50", "probe.every_steps=50", "train.log_every=10")
+CONTROL = ("train.steps=100", "tag=cut", *SELDOM)
+REMOVE = ("variant=sm-fake-g", "model.fake_start_step=20", "model.fake_gap_steps=10", *CONTROL)
 
 
 @pytest.fixture
@@ -143,7 +144,7 @@ def test_the_variance_of_sigma_falls_with_its_weight(train_tiny: Callable[..., R
         ids = torch.arange(160).view(10, 16) % 300
         return model(ids, sigma_variance=True).sigma_variance.item()
 
-    words = (f"start=run:{trained.folder}", "variant=sm-ln-g", "train.steps=40")
+    words = (f"start=run:{trained.folder}", "variant=sm-ln-g", "train.steps=40", *SELDOM)
     plain = train_tiny(*words, "tag=plain")
     penalised, cut = (
         train_tiny(*words, "train.sigma_weight=1", f"tag={tag}", *more)
