@@ -46,10 +46,10 @@ class Ranges(FeatureMeasure):
         super().__init__(model)
         self._tap = AttentionTap(model, self._read_scores)
         self._norms = [module for name, module in model.named_modules() if is_norm(name, module)]
-        inside = {module for place in self.places for module in place.block.modules()}
+        self._inside = {module for place in self.places for module in place.block.modules()}
         one_stack = all(isinstance(place.label, int) for place in self.places)
         # Candidates for the final norm: a norm that a map of a block reads leaves them.
-        self._outside = [norm for norm in self._norms if one_stack and norm not in inside]
+        self._outside = [norm for norm in self._norms if one_stack and norm not in self._inside]
         # The newest outputs of norms: the norm, its output, its input, and the sites that were counted.
         self._outputs: deque[tuple[nn.Module, Tensor, Tensor, set[str]]] = deque(maxlen=4)
 
@@ -91,7 +91,11 @@ class Ranges(FeatureMeasure):
                     self._outside.remove(norm)
                 if site not in counted:  # queries, keys and values read one norm
                     counted.add(site)
-                    self._add_values(label, site, real_tokens(features, self.mask_of(label)))
+                    of_encoder = norm not in self._inside and str(label).startswith(
+                        "decoder"
+                    )  # cross-attention reads it
+                    mask_BT = self.mask_of("encoder" if of_encoder else label)
+                    self._add_values(label, site, real_tokens(features, mask_BT))
 
     def _add_values(self, key: Hashable, site: str, values: Tensor) -> None:
         if values.numel():

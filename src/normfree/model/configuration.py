@@ -88,7 +88,7 @@ class NormFreeConfig(PreTrainedConfig):
     max_position_embeddings: int = 128
     """Longest sequence in tokens; a run takes the default from data.context."""
     family: Literal["decoder", "vision", "encoder_decoder"] = "decoder"
-    """decoder: a language model; vision: a classifier of images; encoder_decoder: fills in masked spans (T5)."""
+    """decoder: a language model; vision: a classifier of images; encoder_decoder: writes a target for a source (T5)."""
     image_size: int = 28
     """family=vision: pixels on each side of an image."""
     patch_size: int = 4
@@ -103,6 +103,8 @@ class NormFreeConfig(PreTrainedConfig):
     """family=encoder_decoder: mean length of a masked span in tokens."""
     span_seed: int = 0
     """family=encoder_decoder: with the tokens of a block it decides which are masked, always the same."""
+    target_tokens: int = 0
+    """family=encoder_decoder: the last tokens of a row that hold its target; 0: masked spans of a block make it."""
     decoder_start_token_id: int | None = None
     """family=encoder_decoder: the token before a target; unless given, the last of the vocabulary."""
     position: Literal["learned", "rotary", "relative"] = "learned"
@@ -321,6 +323,10 @@ class NormFreeConfig(PreTrainedConfig):
             raise ValueError(f"image_size={self.image_size} must be a multiple of patch_size={self.patch_size}")
         if not (self.noise_share < 1 and self.span_tokens >= 1):
             raise ValueError(f"noise_share={self.noise_share}, span_tokens={self.span_tokens}: below 1, and at least 1")
+        if self.target_tokens and not (type(self.eos_token_id) is int and self.target_tokens > 0):
+            raise ValueError(
+                f"target_tokens={self.target_tokens} must be above 0, with an eos_token_id that ends targets"
+            )
         if not 4 <= (buckets := self.relative_buckets) < (distance := self.relative_distance):
             raise ValueError(f"relative_buckets={buckets} must be at least 4 and below relative_distance={distance}")
         for name, values in NOT_IN[self.family].items():
