@@ -91,10 +91,8 @@ class Ranges(FeatureMeasure):
                     self._outside.remove(norm)
                 if site not in counted:  # queries, keys and values read one norm
                     counted.add(site)
-                    of_encoder = norm not in self._inside and str(label).startswith(
-                        "decoder"
-                    )  # cross-attention reads it
-                    mask_BT = self.mask_of("encoder" if of_encoder else label)
+                    crosses = norm not in self._inside and str(label).startswith("decoder")  # it is the encoder's
+                    mask_BT = self.mask_of("encoder" if crosses else label)
                     self._add_values(label, site, real_tokens(features, mask_BT))
 
     def _add_values(self, key: Hashable, site: str, values: Tensor) -> None:

@@ -323,10 +323,6 @@ class NormFreeConfig(PreTrainedConfig):
             raise ValueError(f"image_size={self.image_size} must be a multiple of patch_size={self.patch_size}")
         if not (self.noise_share < 1 and self.span_tokens >= 1):
             raise ValueError(f"noise_share={self.noise_share}, span_tokens={self.span_tokens}: below 1, and at least 1")
-        if self.target_tokens and not (type(self.eos_token_id) is int and self.target_tokens > 0):
-            raise ValueError(
-                f"target_tokens={self.target_tokens} must be above 0, with an eos_token_id that ends targets"
-            )
         if not 4 <= (buckets := self.relative_buckets) < (distance := self.relative_distance):
             raise ValueError(f"relative_buckets={buckets} must be at least 4 and below relative_distance={distance}")
         for name, values in NOT_IN[self.family].items():
