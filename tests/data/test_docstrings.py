@@ -65,13 +65,15 @@ def test_pairs_are_functions_and_their_docstrings(line_end: str) -> None:
     assert pairs == expected
     assert len(pairs) > 80
     assert {ast.parse(source).body[0].name for source in texts[:10:2]} == NAMES  # pyright: ignore[reportAttributeAccessIssue]
-    assert "    # measured\n\n    # The sides first.\n" in texts[0]
+    assert "    # measured\n\n    # The sides first.\n" in "".join(texts)
 
 
 @pytest.fixture
 def functions(tmp_path: Path) -> DataSpec:
     """Forty functions, eight held out. To train on there are also one of these, one again, and two broken files."""
-    texts = [f'def area_{n}(a):\n    """Area of é{" x" * n}\n    more"""\n    return a * {n}\n' for n in range(40)]
+    texts = [
+        f'def area_{n}(a):\n    """Area of é{" x" * n}\n    more"""\n    return a{" + 1" * n}\n' for n in range(40)
+    ]
     train = [*texts[:32], f"{texts[0]}1", f"{texts[39]}1", "def", "-" * 100_000 + "1"]
     for split, part in {"train": train, "held_out": texts[32:]}.items():
         (tmp_path / split).mkdir()
@@ -91,9 +93,9 @@ def test_a_row_is_a_function_and_the_line_about_it(functions: DataSpec, tmp_path
             source, target = (part[: part.index(end)] for part in (row[:48], row[48:]))
             assert row == [*source, *[end] * (48 - len(source)), *target, *[end] * (16 - len(target))]
             number = int(tokenizer.decode(source).partition("(")[0].removeprefix("def area_"))
-            line = f"Area of é{' x' * number}"
-            assert tokenizer.decode(source) == f"def area_{number}(a):\n    return a * {number}"
-            assert tokenizer.decode(target) == line or (len(target) == 15 and line.startswith(tokenizer.decode(target)))
+            function = f"def area_{number}(a):\n    return a{' + 1' * number}"
+            for part, text, room in ((source, function, 47), (target, f"Area of é{' x' * number}", 15)):
+                assert tokenizer.decode(part) == text or (len(part) == room and text.startswith(tokenizer.decode(part)))
             targets[split] += [*target, end]
             said.append(number)
         assert sorted(said) == [*numbers]
