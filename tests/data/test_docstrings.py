@@ -27,24 +27,17 @@ class Shape:
         return self.a * 2
 
     async def wait(self):
-
         """
-        Wait for it.
-        """
+        Wait for it."""
         @wraps
         def inner():
             "Inner words"; x = 1; return x
         return await inner()
 def short(): ("One line"); return 1
 def nothing(): """Only words."""
-def blank():
-    """ """
-    return 2
-def without():
-    return 3
+def blank(): " "; return 2
 def again(): r"One \\d line"; return 1
 '''
-NAMES = {"größe", "wait", "inner", "short", "again"}
 
 
 @pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
@@ -53,27 +46,23 @@ def test_pairs_are_functions_and_their_docstrings(line_end: str) -> None:
     texts = [*sources_and_targets([text.replace("\n", line_end) for text in documents], Counter(), set())]
     expected = {}
     for node in [node for text in documents for node in ast.walk(ast.parse(text))]:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and len(node.body) > 1:
-            docstring = ast.get_docstring(node)
-            if docstring:
-                node.body, node.decorator_list = node.body[1:], []
-                expected[ast.dump(node)] = docstring.splitlines()[0]
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.body[1:] and ast.get_docstring(node):
+            line = str(ast.get_docstring(node)).splitlines()[0]
+            node.body, node.decorator_list = node.body[1:], []
+            expected[ast.dump(node)] = line
     pairs = {}
     for source, target in zip(texts[::2], texts[1::2], strict=True):
         [function] = ast.parse(source).body
         pairs[ast.dump(function)] = target
     assert pairs == expected
-    assert len(pairs) > 80
-    assert {ast.parse(source).body[0].name for source in texts[:10:2]} == NAMES  # pyright: ignore[reportAttributeAccessIssue]
+    assert {"Size in metres.", "Wait for it.", "Inner words", "One line", "One \\d line"} == {*texts[1:10:2]}
     assert "    # measured\n\n    # The sides first.\n" in "".join(texts)
 
 
 @pytest.fixture
 def functions(tmp_path: Path) -> DataSpec:
     """Forty functions, eight held out. To train on there are also one of these, one again, and two broken files."""
-    texts = [
-        f'def area_{n}(a):\n    """Area of é{" x" * n}\n    more"""\n    return a{" + 1" * n}\n' for n in range(40)
-    ]
+    texts = [f'def area_{n}(a):\n    """Area of é{" x" * n}\n    ."""\n    return a{" + 1" * n}\n' for n in range(40)]
     train = [*texts[:32], f"{texts[0]}1", f"{texts[39]}1", "def", "-" * 100_000 + "1"]
     for split, part in {"train": train, "held_out": texts[32:]}.items():
         (tmp_path / split).mkdir()
