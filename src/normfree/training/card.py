@@ -28,8 +28,8 @@ WORDS = {
         "data": "{origin}, tokenized into {vocab_size:,} pieces; targets are {spans} masked spans of each block",
     },
 }
-_DOCSTRINGS = "{origin}, tokenized into {vocab_size:,} pieces; sources are functions, targets first lines of docstrings"
 """What a card says of each family, and the classes of transformers that load its models."""
+_DOCSTRINGS = "{origin}, tokenized into {vocab_size:,} pieces; sources are functions, targets first lines of docstrings"
 
 
 def model_card(run: Run, final: dict[str, Any]) -> str:
