@@ -14,6 +14,9 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
 from normfree import measure
+from normfree.measures import open_measures
+from normfree.measures.held_out import measure_batches
+from normfree.measures.measure import values_of
 from normfree.model import HEADS
 from normfree.model.conversion import convert
 from normfree.model.spans import corrupt, masked_and_spans
@@ -87,6 +90,23 @@ def test_each_group_of_heads_has_its_own_ceiling(position: str, attention: str) 
         shares_BHTS = (weights_BHTS / weights_BHTS.sum(-1, keepdim=True)).double()
         truth_H = torch.special.entr(shares_BHTS).sum(-1).mean((0, 2))
         np.testing.assert_allclose(entropies_H, truth_H.detach(), atol=2e-5)
+
+
+def test_padding_changes_no_measure() -> None:
+    model, rows_BT, alone, values = build(target_tokens=8, eos_token_id=60), torch.full((2, 32), 60), [], []
+    for row_T, source, target in zip(rows_BT, (5, 17), (7, 2), strict=True):
+        row_T[:source], row_T[24 : 24 + target] = SOURCE[0, :source], TARGET[0, :target]
+        labels = row_T[None, 24 : 25 + target]
+        before = torch.cat([row_T[None, -1:], labels[:, :-1]], dim=1)
+        alone.append({"input_ids": row_T[None, : source + 1], "decoder_input_ids": before, "labels": labels})
+    names = ["heads", "sinks", "logits", "residual", "ranges", "losses", "spectrum", "propagation", "perplexity"]
+    for batches in ([model.batch_of(rows_BT)], alone):
+        measures = open_measures(names, model)
+        measure_batches(model, batches, measures)
+        values.append(values_of(measures))
+    assert values[0].keys() == values[1].keys()
+    for quantity, expected in values[1].items():
+        np.testing.assert_allclose(values[0][quantity], expected, rtol=2e-4, atol=1e-5, err_msg=quantity)
 
 
 @pytest.mark.parametrize("position", ["rotary", "relative"])

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration, set_seed
 
 from normfree.data import prepare
 from normfree.model.conversion import convert
+from normfree.pretrained.load import corpus_of_run
 from normfree.spec.run import RunSpec
 from normfree.store.runs import Run, read_run
+from normfree.training.trainer import BlockOrder
 from tests.training.runs import weights
 
 pytestmark = pytest.mark.parametrize("family", ["encoder_decoder"], indirect=True)
@@ -75,12 +77,47 @@ def test_a_run_begins_with_another_or_a_t5(train_tiny: Callable[..., Run], train
     assert all(torch.equal(ours[name], value) for name, value in theirs.items() if ".layers." in name)
 
 
+def test_a_run_writes_docstrings(run: Callable[..., Any], tiny: list[str], cache: Path, tmp_path: Path) -> None:
+    words = ("variant=sm-r", "data.packing=docstring", "data.context=32", "train.micro_batch_sequences=2")
+    code, _, error = run("train", *tiny, *words, "train.steps=3", f"cache_dir={cache}", f"runs_dir={tmp_path}")
+    assert code == 0, error
+    folder = tmp_path / "single" / "sm-r-seed0"
+    recorded, corpus = read_run(folder), corpus_of_run(read_run(folder), cache)
+    trained = AutoModelForSeq2SeqLM.from_pretrained(folder / "model")
+    held_out = losses_of(trained, corpus.held_out_ids())
+    assert recorded.perplexity == pytest.approx(np.exp(np.mean(held_out)), rel=1e-5)
+    assert recorded.facts["final"]["tokens"] == len(held_out) == recorded.facts["corpus"]["validation_target_tokens"]
+    set_seed(0)
+    first = [*BlockOrder(blocks=len(corpus.train), sequences=8, seed=0)]
+    losses = losses_of(type(trained)(trained.config), np.array(corpus.train["input_ids"])[first])
+    assert recorded.series("train", "loss")[0][1] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert "first lines of docstrings" in (folder / "model" / "README.md").read_text()
+    assert recorded.family.corpus.format(**recorded.facts["corpus"]).startswith("source files, functions in rows of 32")
+
+
+def losses_of(model: Any, rows_NT: np.ndarray) -> list[float]:
+    """The loss of each token of the targets of rows of 32 tokens, a row at a time and without padding."""
+    losses, end = [], model.config.eos_token_id
+    for row in rows_NT.tolist():
+        source, target = (part[: part.index(end) + 1] for part in (row[:24], row[24:]))
+        with torch.no_grad():
+            logits_TV = model.eval()(
+                torch.tensor([source]), decoder_input_ids=torch.tensor([[end, *target[:-1]]])
+            ).logits
+        losses += torch.nn.functional.cross_entropy(logits_TV[0], torch.tensor(target), reduction="none").tolist()
+    return losses
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ("train.objective=token_type", "train.objective=token_type is for model.family=decoder, not encoder_decoder"),
         ("train.objective=entropy_band train.entropy_weight=1", "entropy_band is for model.family=decoder or vision"),
         ("train.sigma_weight=1", "train.sigma_weight=1.0 needs one final norm"),
+        ("data.packing=docstring model.family=decoder model.position=learned", "is for model.family=encoder_decoder"),
+        ("data.packing=docstring data.context=7", "data.packing=docstring needs data.context of 8 or more, got 7"),
+        ("data.packing=docstring model.span_seed=1", "model.span_seed=1 is read with masked spans"),
+        ("model.target_tokens=4", "model.target_tokens=4 is read with data.packing=docstring, which sets it, only"),
         ("data=images", "data=images is not read with model.family=encoder_decoder"),
         ("model.image_size=8", "model.image_size=8 is read with model.family=vision only"),
     ],

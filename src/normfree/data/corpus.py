@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +26,7 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import AutoImageProcessor, PreTrainedTokenizerFast
 
+from normfree.data.docstrings import paired, sources_and_targets, target_ids, target_tokens
 from normfree.data.images import IMAGE_SOURCES, ImageSource, write_images
 from normfree.data.installed import InstalledSource
 from normfree.data.ngram import ORDERS, kneser_ney_perplexity
@@ -96,10 +97,14 @@ class Corpus:
         return np.array(self.validation["predicted_bytes"])
 
     def held_out_documents(self) -> np.ndarray | None:
-        """(N, T) the number of each held-out token's document; None, with a warning, in corpora of older versions."""
+        """(N, T) the number of each held-out token's document; None for docstrings, and in corpora of older versions.
+
+        The latter with a warning.
+        """
         if "document" in self.validation.column_names:
             return np.stack(self.validation.with_format("numpy")["document"][:])
-        log.warning("%s was prepared before documents were numbered: remove it, and it is prepared again", self.folder)
+        if self.facts()["packing"] != "docstring":
+            log.warning("%s was prepared before documents were numbered: remove it to prepare it again", self.folder)
         return None
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -256,6 +261,8 @@ class _Preparation:
         self.spec, self.source, self.folder, self.quiet = spec, source, folder, quiet
         self.read: dict[Split, Counter[str]] = {}  # documents and bytes
         self.dropped: dict[Split, Counter[str]] = {}  # documents left out, by reason
+        self.has_targets = spec.packing == "docstring"
+        self.functions: set[bytes] = set()  # hashes of those that are in the corpus
 
     def run(self) -> dict[str, Any]:
         """Write tokenizer and blocks; returns the facts of the corpus."""
@@ -277,8 +284,13 @@ class _Preparation:
             "unigram_perplexity": unigram_perplexity(train.counts_V, validation.predicted_counts_V),
             "dropped": {split: dict(sorted(self.dropped[split].items())) for split in SPLITS},
             "versions": self.source.versions,
-            "ngram_perplexity": self._ngram_perplexities(train.blocks * self.spec.context, vocab_size),
+            "ngram_perplexity": {},
         }
+        if self.has_targets:
+            facts["target_tokens"] = target_tokens(self.spec.context)
+            facts |= {f"{split}_target_tokens": int(writer.counts_V.sum()) for split, writer in writers.items()}
+        else:
+            facts["ngram_perplexity"] = self._ngram_perplexities(train.blocks * self.spec.context, vocab_size)
         if isinstance(self.source, HubSource):
             facts["revisions"] = self.source.revisions
         for split, writer in writers.items():
@@ -300,10 +312,10 @@ class _Preparation:
             tokenizer = load_tokenizer(self.spec.tokenizer)
         else:
             tokenizer = train_tokenizer(self._documents("train", "training the tokenizer"), self.spec.vocab_size)
-        if self.spec.packing == "concatenate" and tokenizer.eos_token_id is None:
+        if self.spec.packing != "windows" and tokenizer.eos_token_id is None:
             raise ValueError(
-                f"data.packing=concatenate needs an end token, and data.tokenizer={self.spec.tokenizer!r} has none; "
-                "use data.packing=windows"
+                f"data.packing={self.spec.packing} needs an end token, and data.tokenizer={self.spec.tokenizer!r} has "
+                "none; use another, or data.packing=windows"
             )
         return tokenizer
 
@@ -336,26 +348,33 @@ class _Preparation:
 
     def _write(self, split: Split, tokenizer: PreTrainedTokenizerFast, encoder: Encoder) -> BlockWriter:
         encode = encoder.encode if split == "train" else encoder.encode_with_bytes
-        chunks = in_groups(self._documents(split, f"encoding {split} text"), CHUNK_CHARACTERS)
-        documents = (document_SC for texts in chunks for document_SC in encode(texts))
-        if split == "validation":
+        texts, not_python = self._documents(split, f"encoding {split} text"), Counter()
+        if self.has_targets:
+            if split == "validation":  # the first to be written
+                self.functions.clear()
+            texts = sources_and_targets(texts, not_python, self.functions)
+        documents = (document_SC for part in in_groups(texts, CHUNK_CHARACTERS) for document_SC in encode(part))
+        if split == "validation" and not self.has_targets:
             documents = (np.insert(document_SC, 2, number, axis=1) for number, document_SC in enumerate(documents))
+        context, end = self.spec.context, cast(int, tokenizer.eos_token_id)
         if self.spec.packing == "windows":
-            blocks = windows(documents, self.spec.context)
+            blocks = windows(documents, context)
         else:
-            blocks = concatenated(documents, self.spec.context, end=cast(int, tokenizer.eos_token_id))
-        writer = BlockWriter(self.folder / f"{split}.arrow", vocab_size=vocabulary_size(tokenizer))
+            blocks = (paired if self.has_targets else concatenated)(documents, context, end=end)
+        targets = partial(target_ids, end=end) if self.has_targets else None
+        writer = BlockWriter(self.folder / f"{split}.arrow", vocab_size=vocabulary_size(tokenizer), targets=targets)
         writer.write_all(blocks)
+        self.dropped[split].update(not_python)
         if not writer.blocks:
             limits = {f"data.{name}": getattr(self.spec, name) for name in _LIMITS[split]}
             raised = [f"{key}={most}" for key, most in limits.items() if most is not None]
             paths = {"train": "data.paths", "validation": "data.validation_paths"}[split]
             more = f"give more text{f' in {paths}' if self.spec.source == 'files' else ''}"
             more = f"raise {' or '.join(raised)}" if raised else more
-            raise ValueError(
-                f"the {split} text ({self.read[split]['bytes']} bytes) fills no block of data.context="
-                f"{self.spec.context} tokens; {more}, or a shorter context"
-            )
+            lack, advice = f"fills no block of data.context={context} tokens", ", or a shorter context"
+            if self.has_targets:
+                lack, advice = "has no function with a docstring", f"; left out: {_counts(self.dropped[split])}"
+            raise ValueError(f"the {split} text ({self.read[split]['bytes']} bytes) {lack}; {more}{advice}")
         return writer
 
 

@@ -7,7 +7,7 @@ held-out text the UTF-8 bytes of each token and the number of its document.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
@@ -48,16 +48,19 @@ def concatenated(documents: Iterable[np.ndarray], context: int, *, end: int) -> 
 class BlockWriter:
     """Stream blocks into one Arrow file, and count and hash their tokens.
 
-    A block has one column (token ids) or three (UTF-8 bytes of each token, number of its document); with three the file
-    has the columns `predicted_bytes`, the sum over tokens 2..T, and `document`, a number for each token.
+    A block has one to three columns: token ids, UTF-8 bytes of each token, number of its document. With the second the
+    file has a column `predicted_bytes`, the sum over tokens 2..T, with the third `document`, a number for each token.
+    `targets` gives the only tokens of rows (N, T) that are counted, all of them predicted.
     """
 
-    def __init__(self, path: Path, *, vocab_size: int) -> None:
+    def __init__(
+        self, path: Path, *, vocab_size: int, targets: Callable[[np.ndarray], np.ndarray] | None = None
+    ) -> None:
         self.blocks = 0
         self.predicted_bytes = 0
         self.counts_V = np.zeros(vocab_size, dtype=np.int64)  # of each piece in all blocks
         self.predicted_counts_V = np.zeros(vocab_size, dtype=np.int64)  # at positions 2..T of a block
-        self._path = path
+        self._path, self._targets = path, targets
         self._hash = hashlib.sha256()
 
     def write_all(self, blocks: Iterable[np.ndarray]) -> None:
@@ -74,13 +77,15 @@ class BlockWriter:
         ids_NT = np.ascontiguousarray(blocks_NTC[:, :, 0], dtype="<i4")
         self.blocks += len(ids_NT)
         self._hash.update(ids_NT.tobytes())
-        self.counts_V += np.bincount(ids_NT.reshape(-1), minlength=len(self.counts_V))
-        self.predicted_counts_V += np.bincount(ids_NT[:, 1:].reshape(-1), minlength=len(self.counts_V))
+        counted, predicted = (self._targets(ids_NT),) * 2 if self._targets else (ids_NT, ids_NT[:, 1:])
+        self.counts_V += np.bincount(counted.reshape(-1), minlength=len(self.counts_V))
+        self.predicted_counts_V += np.bincount(predicted.reshape(-1), minlength=len(self.counts_V))
         columns = {"input_ids": _column_of_rows(ids_NT)}
-        if blocks_NTC.shape[2] == 3:
+        if blocks_NTC.shape[2] > 1:
             predicted_bytes_N = blocks_NTC[:, 1:, 1].sum(axis=1, dtype=np.int32)
             self.predicted_bytes += int(predicted_bytes_N.sum())
             columns["predicted_bytes"] = pyarrow.array(predicted_bytes_N)
+        if blocks_NTC.shape[2] > 2:
             columns["document"] = _column_of_rows(blocks_NTC[:, :, 2])
         return pyarrow.table(columns)
 

@@ -45,7 +45,8 @@ class Ranges(FeatureMeasure):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self._tap = AttentionTap(model, self._read_scores)
-        self._norms = [module for name, module in model.named_modules() if is_norm(name, module)]
+        norms = {module: name for name, module in model.named_modules() if is_norm(name, module)}
+        self._norms, self._of_encoder = [*norms], {norm for norm, name in norms.items() if "encoder" in name.split(".")}
         inside = {module for place in self.places for module in place.block.modules()}
         one_stack = all(isinstance(place.label, int) for place in self.places)
         # Candidates for the final norm: a norm that a map of a block reads leaves them.
@@ -91,7 +92,9 @@ class Ranges(FeatureMeasure):
                     self._outside.remove(norm)
                 if site not in counted:  # queries, keys and values read one norm
                     counted.add(site)
-                    self._add_values(label, site, real_tokens(features, self.mask_of(label)))
+                    crosses = norm in self._of_encoder and str(label).startswith("decoder")
+                    mask_BT = self.mask_of("encoder" if crosses else label)
+                    self._add_values(label, site, real_tokens(features, mask_BT))
 
     def _add_values(self, key: Hashable, site: str, values: Tensor) -> None:
         if values.numel():

@@ -88,7 +88,7 @@ class NormFreeConfig(PreTrainedConfig):
     max_position_embeddings: int = 128
     """Longest sequence in tokens; a run takes the default from data.context."""
     family: Literal["decoder", "vision", "encoder_decoder"] = "decoder"
-    """decoder: a language model; vision: a classifier of images; encoder_decoder: fills in masked spans (T5)."""
+    """decoder: a language model; vision: a classifier of images; encoder_decoder: writes a target for a source (T5)."""
     image_size: int = 28
     """family=vision: pixels on each side of an image."""
     patch_size: int = 4
@@ -103,6 +103,8 @@ class NormFreeConfig(PreTrainedConfig):
     """family=encoder_decoder: mean length of a masked span in tokens."""
     span_seed: int = 0
     """family=encoder_decoder: with the tokens of a block it decides which are masked, always the same."""
+    target_tokens: int = 0
+    """family=encoder_decoder: the last tokens of a row that hold its target; 0: masked spans of a block make it."""
     decoder_start_token_id: int | None = None
     """family=encoder_decoder: the token before a target; unless given, the last of the vocabulary."""
     position: Literal["learned", "rotary", "relative"] = "learned"

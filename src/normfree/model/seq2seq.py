@@ -152,10 +152,17 @@ class NormFreeForSeq2SeqLM(Seq2SeqPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def batch_of(self, rows_BT: Tensor) -> dict[str, Tensor]:
-        """Sources and targets of blocks of a text, whose masked spans make the target."""
-        source_BS, target_BT = corrupt(rows_BT, self.config)
+        """Sources and targets of rows that hold both, or of blocks of a text, whose masked spans make the target."""
+        size, masks = self.config.target_tokens, {}
+        if size:
+            source_BS, target_BT = rows_BT[:, :-size], rows_BT[:, -size:]
+            is_source_BS, is_target_BT = (_until_end(part, self.config.eos_token_id) for part in (source_BS, target_BT))
+            masks = {"attention_mask": is_source_BS.long(), "decoder_attention_mask": is_target_BT.long()}
+            target_BT = target_BT.masked_fill(~is_target_BT, IGNORED)
+        else:
+            source_BS, target_BT = corrupt(rows_BT, self.config)
         before_BT = self.prepare_decoder_input_ids_from_labels(target_BT)
-        return {"input_ids": source_BS, "decoder_input_ids": before_BT, "labels": target_BT}
+        return {"input_ids": source_BS, "decoder_input_ids": before_BT, "labels": target_BT, **masks}
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """The token before each of the labels (B, T); -100, which is not read, becomes the start token."""
@@ -192,3 +199,9 @@ class NormFreeForSeq2SeqLM(Seq2SeqPreTrainedModel, GenerationMixin):
             loss = total / ((labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
         passed = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return Seq2SeqLMOutput(loss=loss, logits=logits_BTV, **passed)
+
+
+def _until_end(ids_BT: Tensor, end: Any) -> Tensor:
+    """True up to the first end token of each row, and at it."""
+    is_end_BT = (ids_BT == end).long()
+    return is_end_BT.cumsum(1) - is_end_BT == 0

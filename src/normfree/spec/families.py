@@ -117,10 +117,19 @@ FAMILIES = {
     ),
 }
 
+_DOCSTRINGS = (
+    "source {source}, functions in rows of {context} tokens, of which the last {target_tokens} hold the target, the "
+    "first line of the docstring, vocabulary {vocab_size:,}, {train_blocks:,} functions to train on, "
+    "{validation_blocks:,} held out with {validation_target_tokens:,} tokens of targets, unigram perplexity of targets "
+    "{unigram_perplexity:.1f}, fingerprint {fingerprint:.12}"
+)
+"""Corpus of an encoder-decoder with data.packing=docstring."""
+
 
 def family_of(spec: Mapping[str, Any]) -> Family:
     """The family of a run by its spec, as run.json has it; older records are decoders."""
-    return FAMILIES[spec["model"].get("family", "decoder")]
+    family = FAMILIES[spec["model"].get("family", "decoder")]
+    return replace(family, corpus=_DOCSTRINGS) if spec.get("data", {}).get("packing") == "docstring" else family
 
 
 def score_of(spec: Mapping[str, Any]) -> Score:

@@ -106,8 +106,9 @@ class DataSpec:
     """Pieces of the tokenizer that is trained here."""
     context: Annotated[int, Field(ge=2)] = 128
     """Tokens in a block, T; for images it follows from the model's sizes."""
-    packing: Literal["windows", "concatenate"] = "windows"
-    """windows: per document, tail dropped, no end token (the paper's); concatenate: end token between documents."""
+    packing: Literal["windows", "concatenate", "docstring"] = "windows"
+    """windows: per document, tail dropped, no end token (the paper's); concatenate: end token between documents;
+    docstring: a function of Python code as source, the first line of its docstring as target (docs/data.md)."""
     max_bytes: Count | None = None
     """At most this many bytes of training text, in a fixed order."""
     max_bytes_per_package: Count | None = None
@@ -134,6 +135,8 @@ class DataSpec:
             if getattr(self, name) and self.source not in sources:
                 allowed = " or ".join(f"data={source}" for source in sources)
                 raise ValueError(f"data.{name} is not read with data={self.source}: give {allowed}")
+        if self.packing == "docstring" and self.context < 8:
+            raise ValueError(f"data.packing=docstring needs data.context of 8 or more, got {self.context}")
         if self.tokenizer is None and self.vocab_size < 257:
             raise ValueError(f"data.vocab_size={self.vocab_size}: 256 bytes and an end token make it 257 or more")
 
@@ -318,6 +321,8 @@ class RunSpec:
         if self.data.source not in family.sources:
             allowed = " or ".join(f"data={source}" for source in family.sources)
             raise ValueError(f"data={self.data.source} is not read with model.family={name}: give {allowed}")
+        if self.data.packing == "docstring" and name != "encoder_decoder":
+            raise ValueError(f"data.packing=docstring is for model.family=encoder_decoder (preset=denoise), not {name}")
         if (objective := self.train.objective) not in family.objectives:
             allowed = " or ".join(other for other, kind in FAMILIES.items() if objective in kind.objectives)
             raise ValueError(f"train.objective={objective} is for model.family={allowed}, not {name}")

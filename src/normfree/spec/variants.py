@@ -121,6 +121,7 @@ def check_fields_are_read(spec: RunSpec) -> None:
     vision, decoder, pairs = (
         (config.family == name, f"model.family={name}") for name in ("vision", "decoder", "encoder_decoder")
     )
+    spans = pairs[0] and spec.data.packing != "docstring", "masked spans (model.family=encoder_decoder)"
     relative = config.position == "relative", "model.position=relative"
     learned = own_activation or config.learnable_slope != "none", "model.learnable_slope=per_layer or shared"
     tapers = own_norm or config.norm == "taper", "model.norm=taper"
@@ -128,7 +129,9 @@ def check_fields_are_read(spec: RunSpec) -> None:
     squashing, dividing = {"dyt", "derf"}, {"layernorm", "rmsnorm", "lns", "bhyt", "taper", "fake"}
     needs = {
         **dict.fromkeys(("image_size", "patch_size", "num_channels", "pooling"), vision),
-        **dict.fromkeys(("noise_share", "span_tokens", "span_seed", "decoder_start_token_id"), pairs),
+        **dict.fromkeys(("noise_share", "span_tokens", "span_seed"), spans),
+        "decoder_start_token_id": pairs,
+        "target_tokens": (False, "data.packing=docstring, which sets it,"),
         **dict.fromkeys(("relative_buckets", "relative_distance"), relative),
         "tie_word_embeddings": (not vision[0], "a family of text"),
         "output_bias": decoder,

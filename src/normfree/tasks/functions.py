@@ -5,10 +5,11 @@ from __future__ import annotations
 import ast
 import re
 import textwrap
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+
+from normfree.data.docstrings import parse
 
 SHORTEST, LONGEST = 80, 400
 """Characters of a function: a window of 128 tokens holds about 400 characters of code."""
@@ -32,16 +33,6 @@ class Function:
     def place(self, line: int, column: int) -> int:
         """Where in the text a line (from 1) and column lie."""
         return sum(len(text) + 1 for text in self.text.split("\n")[: line - 1]) + column
-
-
-def parse(text: str) -> ast.Module | Exception:
-    """The syntax tree of a text, or what is wrong with it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of strings such as "\d"
-        try:
-            return ast.parse(text)
-        except (SyntaxError, ValueError) as error:  # ValueError: null bytes
-            return error
 
 
 def functions_of(documents: Iterable[str]) -> list[Function]:

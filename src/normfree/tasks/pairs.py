@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from random import Random
 from typing import NamedTuple
 
-from normfree.tasks.functions import Function, parse
+from normfree.data.docstrings import parse
+from normfree.tasks.functions import Function
 
 _KEYWORDS = sorted({*keyword.kwlist} - {"True", "False", "None", "async", "await", "nonlocal"})
 _BRACKETS = dict.fromkeys("([{", "([{") | dict.fromkeys(")]}", ")]}")

@@ -221,7 +221,8 @@ def model_config(spec: RunSpec, corpus: Corpus) -> NormFreeConfig:
     if isinstance(corpus, ImageCorpus):
         return _vision_config(spec, corpus.facts())
     tokenizer, kind = corpus.tokenizer(), HEADS[spec.model.get("family", "decoder")].config_class
-    needed, has_sentinels = corpus.vocab_size, kind is NormFreeSeq2SeqConfig
+    needed, targets = corpus.vocab_size, corpus.facts().get("target_tokens")
+    has_sentinels = kind is NormFreeSeq2SeqConfig and not targets
     if has_sentinels and FIRST_SENTINEL not in tokenizer.get_vocab():  # else it is that of a run to start with
         needed += 1 + masked_and_spans(spec.data.context, kind(**spec.model))[1]
     fields = {
@@ -238,6 +239,9 @@ def model_config(spec: RunSpec, corpus: Corpus) -> NormFreeConfig:
         raise ValueError(f"data.context={spec.data.context} is longer than model.max_position_embeddings={positions}")
     if has_sentinels:
         fields["eos_token_id"] = vocabulary - 1  # the last sentinel ends a target
+    if targets:
+        end = tokenizer.eos_token_id
+        fields = {"decoder_start_token_id": end, **fields, "eos_token_id": end, "target_tokens": targets}
     config = kind(**fields)
     check_removal(config, total_steps(spec, corpus))
     return config

@@ -29,11 +29,14 @@ WORDS = {
     },
 }
 """What a card says of each family, and the classes of transformers that load its models."""
+_DOCSTRINGS = "{origin}, tokenized into {vocab_size:,} pieces; sources are functions, targets first lines of docstrings"
 
 
 def model_card(run: Run, final: dict[str, Any]) -> str:
     """Write the card, with the metadata that the hub reads. `final` is the evaluation after training."""
     words, corpus = WORDS[run.spec["model"].get("family", "decoder")], run.facts["corpus"]
+    if run.spec["data"].get("packing") == "docstring":
+        words = words | {"data": _DOCSTRINGS}
     own = words["task"], words["hub_task"]
     task, pipeline = CLASSIFICATIONS.get(run.spec["train"].get("objective", ""), own)
     source = run.spec["data"].get("dataset") or corpus["source"]

@@ -100,7 +100,7 @@ def train(
             left_out = corpus.left_out("train"), corpus.left_out("validation")
             logger.info("corpus %s; left out: %s; of held-out text: %s", corpus.fingerprint[:12], *left_out)
         steps, config = arguments.total_steps(spec, corpus), arguments.model_config(spec, corpus)
-        if config.family == "encoder_decoder":
+        if config.family == "encoder_decoder" and not config.target_tokens:
             corpus = TargetCorpus(corpus.folder, corpus.manifest, config)
         if broadcast_from_rank_zero(arguments.is_done(folder, spec, corpus)):  # by another command, or with its text
             return folder
