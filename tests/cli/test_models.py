@@ -46,6 +46,17 @@ def test_evaluating_a_run_gives_its_recorded_perplexity(
     assert "other has corpus 000000000000, and its" in run("evaluate", str(other), f"cache_dir={cache}")[2]
 
 
+@pytest.mark.parametrize("family", ["vision", "encoder_decoder"], indirect=True)
+def test_runs_of_other_families_are_evaluated_too(family: str, trained: Path, cache: Path, run) -> None:
+    status, out, err = run("evaluate", str(trained), f"cache_dir={cache}")
+    assert status == 0, err
+    recorded = read_run(trained).facts["final"]
+    assert f"perplexity     {recorded['perplexity']:.4f} (over {recorded['tokens']} predicted tokens" in out
+    if family == "vision":
+        assert f"accuracy       {100 * recorded['accuracy']:.2f} %" in out
+    assert "no causal language-model head" in run("evaluate", str(trained), "tasks=keyword")[2]
+
+
 def test_evaluate_prints_what_changing_heads_does(trained: Path, cache: Path, run) -> None:
     words = ["evaluate", str(trained), f"cache_dir={cache}", "heads=[[0,1],[1,0]]"]
     model, _ = load_pretrained(str(trained))

@@ -117,11 +117,13 @@ def _check_against(name: str, options: EvaluateOptions, own: bool) -> None:
         raise ValueError(f"{given}: give runs of one corpus")
 
 
-def _load(name: str, options: EvaluateOptions) -> tuple[Any, Any]:
-    from normfree.pretrained.load import load_pretrained
+def _load(name: str, options: EvaluateOptions, *, causal: bool = False) -> tuple[Any, Any]:
+    from normfree.pretrained.load import load_measurable, load_pretrained
     from normfree.training.processes import prepare_process
 
     prepare_process()
+    if not causal and uses_own_text(name, options):  # a run of any family
+        return load_measurable(name, **options.loading)[:2]
     return load_pretrained(name, **options.loading)
 
 
@@ -140,11 +142,12 @@ def _evaluate(
         corpus = corpus_of_run(run, options.cache_dir)
         blocks_NT = torch.from_numpy(corpus.held_out_ids())
         chosen = spread_places(len(blocks_NT), options.sequences or len(blocks_NT))
+        of_spans = model.config.is_encoder_decoder and not model.config.target_tokens  # these have no bytes
         documents_NT = None if model.config.is_encoder_decoder else corpus.held_out_documents()
         result = evaluate_blocks(
             model,
             blocks_NT[chosen],
-            predicted_bytes=int(corpus.predicted_bytes()[chosen].sum()),
+            predicted_bytes=0 if of_spans else int(corpus.predicted_bytes()[chosen].sum()),
             batch_sequences=max(1, 1024 // run.spec["data"]["context"]),
             documents_NT=None if documents_NT is None else documents_NT[chosen],
             progress=True,
@@ -168,10 +171,12 @@ def _print_evaluation(result: Evaluation, tokens: str) -> None:
         low, high = (exponential(nats) for nats in result.interval())
         print(f"95 % interval  [{low:.4f}, {high:.4f}] (bootstrap over {len(result.parts)} documents)")
     print(f"cross-entropy  {result.loss_nats:.4f} nats per token")
-    if result.bytes:
+    if result.accuracy is not None:
+        print(f"accuracy       {100 * result.accuracy:.2f} %")
+    elif result.bytes:
         print(f"bits per byte  {result.bits_per_byte:.4f} (over {result.bytes} bytes of predicted tokens)")
     else:
-        print("bits per byte  not known: this tokenizer does not say which bytes a token stands for")
+        print("bits per byte  not known: nothing says which bytes a token stands for")
 
 
 def _evaluate_tasks(name: str, options: EvaluateOptions) -> None:
@@ -186,7 +191,7 @@ def _evaluate_tasks(name: str, options: EvaluateOptions) -> None:
         raise ValueError(f"{unused[0]}= is for the windows of a text, and tasks have none: leave it out")
     names = [word.strip() for word in options.tasks.strip("[]").split(",")]
     items = make_items(names, partial(_documents, options.text), seed=options.item_seed, count=options.items)
-    model, tokenizer = _load(name, options)
+    model, tokenizer = _load(name, options, causal=True)
     cut = {"context": options.context}
     if options.export:
         for file, count in export_pairs(options.export, items, model, tokenizer, **cut).items():
