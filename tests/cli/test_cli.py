@@ -312,6 +312,10 @@ def test_a_run_under_way_shows_speed_and_time_left(tmp_path: Path, run) -> None:
     minutes, seconds = divmod(round(tokens_left / 1000), 60)
     assert f"{minutes} min {seconds:02d} s left" in out
     assert "resumed at step 20" in out
+    record = place / "run.json"
+    record.write_text(record.read_text().replace('"steps": 200', '"steps": 40'))
+    with folder_lock(place):
+        assert "tokens/s  measuring the trained model  last line" in run("status", str(place))[1]
 
 
 def test_a_killed_run_is_stopped_at_its_last_step(tmp_path: Path, run) -> None:
