@@ -56,7 +56,7 @@ def test_a_classifier_of_images_can_be_used_and_measured(trained: Path, tmp_path
     assert run("measure", str(trained), f"cache_dir={cache}", f"output={tmp_path / 'own'}")[0] == 0
     entropies = (read_run(place).last("final", "entropy_nats") for place in (tmp_path / "own", trained))
     np.testing.assert_allclose(*entropies, atol=1e-5)
-    assert "predicts no next token" in run("evaluate", str(trained))[2]
+    assert f"accuracy       {record.score:.2f} %" in run("evaluate", str(trained), f"cache_dir={cache}")[1]
 
 
 def test_a_run_without_finite_perplexity_has_a_card(tmp_path: Path) -> None:

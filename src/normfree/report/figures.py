@@ -197,7 +197,7 @@ def layers_over_training(groups: Sequence[Group], quantity: Quantity) -> PageFig
     figure = PageFigure(
         name=f"{quantity.name}-layers",
         title=f"{quantity.title} of the layers over training",
-        caption="One line per layer, coloured by depth."
+        caption="One line per layer, coloured by depth, from measurement to measurement."
         f"{' It is the mean over heads, which can hide a single head.' if 'head' in quantity.axes else ''}"
         f"{' A dashed line is the ceiling.' if has_ceiling else ''}",
         panels=panels,
