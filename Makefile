@@ -2,6 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# pip would compile every file of every package, which takes longer than all else in `make study`'s installation.
+COMPILED := PYTHONDONTWRITEBYTECODE= $(BIN)/python
 
 .PHONY: study install test check test-all test-gpu bench tables docs docs-serve notebooks
 
@@ -46,10 +48,12 @@ bench: .venv/development
 
 .venv/runtime: requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) -r requirements.lock
-	$(PIP) --no-deps --editable .
+	$(PIP) --no-compile -r requirements.lock
+	$(PIP) --no-compile --no-deps --editable .
+	$(COMPILED) -c "import normfree.training, normfree.report"
 	touch $@
 
 .venv/development: .venv/runtime requirements-dev.lock
-	$(PIP) -r requirements-dev.lock -c requirements.lock
+	$(PIP) --no-compile -r requirements-dev.lock -c requirements.lock
+	$(COMPILED) -m compileall -qq -j 0 .venv/lib || true
 	touch $@
