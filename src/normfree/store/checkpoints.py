@@ -62,8 +62,9 @@ def publish(folder: Path, step: int, facts: dict[str, Any], *, keep: int) -> Pat
         set_aside(published)
     staged.rename(published)
     sync(folder)
-    for old in checkpoints_in(folder)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)  # fails on NFS while another process has a file open
+    (folder / STAGING).mkdir(exist_ok=True)
+    for old in checkpoints_in(folder)[keep:]:  # moved first, so that a kill leaves no half of one among the sound ones
+        shutil.rmtree(old.rename(folder / STAGING / old.name), ignore_errors=True)  # NFS may keep open files
     return published
 
 
