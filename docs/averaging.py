@@ -2,7 +2,7 @@
 
 Without training, the near-uniform heads of a finished run are replaced by the exact mean of the values that they may
 see: the most uniform fifth of them, then two fifths, up to all. The control replaces as many of the other heads, drawn
-at random from the same layers, and from other layers where these have too few. What the loss on held-out blocks gains
+at random from the same layers, and from other layers where these have too few. The rise of the loss on held-out blocks
 goes into averaging.json beside run.json; `make tables` knows the table `averaging`.
 """
 
@@ -33,7 +33,7 @@ Head = tuple[int, int]
 
 
 def average_heads(folder: Path) -> dict[str, Any]:
-    """What averaging costs the model of a run, in nats per token."""
+    """Measure how much averaging raises the loss of a run's model, in nats per token."""
     model, _ = load_pretrained(str(folder))
     blocks_NT = held_out_blocks(str(folder))
     blocks_NT = blocks_NT[spread_places(len(blocks_NT), SEQUENCES)]
@@ -70,8 +70,8 @@ def draw_others(chosen: list[Head], others: list[Head], random: np.random.Genera
     shuffled = [others[place] for place in random.permutation(len(others))]
     wanted = Counter(layer for layer, _ in chosen)
     drawn = [head for layer, count in wanted.items() for head in [h for h in shuffled if h[0] == layer][:count]]
-    rest = [head for head in shuffled if head not in drawn]
-    return [*drawn, *rest[: len(chosen) - len(drawn)]]
+    elsewhere = [head for head in shuffled if head not in drawn]
+    return [*drawn, *elsewhere[: len(chosen) - len(drawn)]]
 
 
 def main() -> None:

@@ -132,7 +132,7 @@ def confirm_table(groups: Sequence[Group]) -> Table:
 
 
 def averaging_table(groups: Sequence[Group]) -> Table:
-    """What it costs to replace near-uniform heads by exact averages (docs/averaging.py), beside random other heads."""
+    """Rise of the loss if near-uniform heads are replaced by exact averages (docs/averaging.py), or random others."""
     rows = []
     for run in all_runs(groups):
         shares = json.loads((run.folder / "averaging.json").read_text())["shares"]
@@ -142,7 +142,7 @@ def averaging_table(groups: Sequence[Group]) -> Table:
             heads = f"{each['heads']} ({each['share']:.0%})".replace("%", " %")
             of_run = f"{run.label}, {run.spec['tag']}, seed {run.seed}" if each is shares[0] else ""
             rows.append((of_run, heads, f"{each['cost_nats']:+.3f}", str(each["control_heads"]), control))
-    titles = ("Run", "Near-uniform heads", "Cost (nats)", "Other heads", "Their cost (nats)")
+    titles = ("Run", "Near-uniform heads", "Rise of the loss (nats)", "Other heads", "Rise with these")
     return Table("averaging", "Heads replaced by the exact mean of what they may see", titles, rows, words=("Run",))
 
 

@@ -117,15 +117,15 @@ def test_all_variants_that_did_not_learn_are_named(tmp_path: Path) -> None:
 
 
 def test_what_all_variants_share_is_said_once(tmp_path: Path) -> None:
-    told = {}
+    sentence = {}
     for name, labels in {"all": ("SM+G", "SM+G"), "none": ("SM+R", "SM+LN+G"), "some": ("SM+G", "SM+R")}.items():
         groups = group_runs(
             [write_run(tmp_path / name, label, tag=tag) for label, tag in zip(labels, "ab", strict=True)]
         )
-        (told[name],) = (text for text in sentences(groups) if text.startswith("Early layers are overloaded"))
-    assert told["all"].endswith("at the end in all 2 runs.")
-    assert told["none"].endswith("at the end in none of the 2 runs.")
-    assert told["some"].endswith("at the end: SM+G (a) 1 of 1 runs; SM+R (b) 0 of 1 runs.")
+        (sentence[name],) = (text for text in sentences(groups) if text.startswith("Early layers are overloaded"))
+    assert sentence["all"].endswith("at the end in all 2 runs.")
+    assert sentence["none"].endswith("at the end in none of the 2 runs.")
+    assert sentence["some"].endswith("at the end: SM+G (a) 1 of 1 runs; SM+R (b) 0 of 1 runs.")
 
 
 def test_a_model_has_learned_if_it_beats_the_2_gram(tmp_path: Path) -> None:

@@ -102,10 +102,11 @@ def evaluate(name: str, options: EvaluateOptions) -> None:
             other, _, note = _evaluate(options.against, options, model, None, "")
         print(f"\nagainst        {options.against}")
         _print_evaluation(other, f"the same tokens{note}")
-        low, high = result.interval(other)
-        interval = f"95 % [{low:+.4f}, {high:+.4f}], bootstrap over {len(other.parts)} {other.parts_are}"
-        interval = interval if len(other.parts) > 1 else "one document, so no interval"
-        print(f"difference     {result.minus(other)[0]:+.4f} nats per token ({interval})")
+        spread = "one part, so no interval"
+        if len(other.parts) > 1:
+            low, high = result.interval(other)
+            spread = f"95 % [{low:+.4f}, {high:+.4f}], bootstrap over {len(other.parts)} {other.parts_are}"
+        print(f"difference     {result.minus(other)[0]:+.4f} nats per token ({spread})")
 
 
 def _check_against(name: str, options: EvaluateOptions, own: bool) -> None:
@@ -113,8 +114,10 @@ def _check_against(name: str, options: EvaluateOptions, own: bool) -> None:
         raise ValueError("against= compares two runs on their held-out text: MODEL is a run, without text= or heads=")
     run, other = read_run(name), read_run(options.against)
     if run.corpus != other.corpus:
-        given = f"{name} has corpus {run.corpus[:12]}, and against={options.against} has {other.corpus[:12]}"
-        raise ValueError(f"{given}: give runs of one corpus")
+        raise ValueError(
+            f"{name} has corpus {run.corpus[:12]}, and against={options.against} has {other.corpus[:12]}: give runs of "
+            "one corpus"
+        )
 
 
 def _load(name: str, options: EvaluateOptions, *, causal: bool = False) -> tuple[Any, Any]:

@@ -97,9 +97,9 @@ class Corpus:
         return np.array(self.validation["predicted_bytes"])
 
     def held_out_documents(self) -> np.ndarray | None:
-        """(N, T) the number of each held-out token's document; None for docstrings, and in corpora of older versions.
+        """(N, T) the number of each held-out token's document; None for docstrings.
 
-        The latter with a warning.
+        None with a warning for a corpus that was prepared before documents were numbered.
         """
         if "document" in self.validation.column_names:
             return np.stack(self.validation.with_format("numpy")["document"][:])

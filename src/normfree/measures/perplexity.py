@@ -23,6 +23,7 @@ from normfree.measures.measure import Measure, Total, exponential, values_of
 IGNORED = -100
 _LARGEST_BLOCK = 2**22  # elements of the logits in float64 at once: 32 MiB, of which cross-entropy holds two
 _PROOF_TOKENS = 64
+_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Evaluation:
         squares = np.square(nats_P - difference * tokens_P).sum()
         return difference, math.sqrt(squares * count / (count - 1)) / self.tokens if count > 1 else math.nan
 
-    def interval(self, other: Evaluation | None = None, *, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+    def interval(self, other: Evaluation | None = None) -> tuple[float, float]:
         """95 % percentile bootstrap over parts of the mean loss, or of its difference to `other`'s, in nats per token.
 
         It says how much another sample of text would move the number, not another seed. NaN for fewer than two parts.
@@ -72,7 +73,7 @@ class Evaluation:
         count = len(nats_P)
         if count < 2:
             return math.nan, math.nan
-        drawn_RP = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
+        drawn_RP = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=_RESAMPLES)
         low, high = np.quantile(drawn_RP @ nats_P / (drawn_RP @ tokens_P), [0.025, 0.975])
         return float(low), float(high)
 
