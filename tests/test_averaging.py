@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from docs import averaging
 from normfree import held_out_blocks, intervene, load_pretrained
 from normfree.analysis.entropy import trained_heads
 from normfree.store.runs import read_run
 
 
-@pytest.fixture
-def averaging(monkeypatch: pytest.MonkeyPatch):
-    path = Path(__file__).parents[1] / "docs" / "averaging.py"
-    spec = importlib.util.spec_from_file_location("averaging", path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "DRAWS", 3)
-    return module
-
-
-def test_controls_come_from_the_same_layers_where_possible(averaging) -> None:
+def test_controls_come_from_the_same_layers_where_possible() -> None:
     chosen = [(0, 0), (0, 1), (0, 2), (1, 3)]
     others = [(0, 3), (1, 0), (1, 1), (1, 2), (2, 0)]
     for seed in range(20):
@@ -38,9 +26,10 @@ def test_controls_come_from_the_same_layers_where_possible(averaging) -> None:
 
 
 def test_costs_of_averaging_are_those_of_the_intervention(
-    averaging, trained: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    trained: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("NORMFREE_CACHE", str(cache))
+    monkeypatch.setattr(averaging, "DRAWS", 3)
     folder = shutil.copytree(trained, tmp_path / "run")
     heads = trained_heads(read_run(folder))
     shares = heads.entropy_LH / heads.ceiling_L[:, None]
