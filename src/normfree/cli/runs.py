@@ -31,6 +31,8 @@ class ReportOptions(Options):
     """Show runs of different recipes or precisions on one page, each recipe in its own part."""
     baseline: str = ""
     """Label or variant to compare all others with; by default every pair with a common seed is compared."""
+    all_figures: bool = False
+    """Write every figure of the page as PDF and PNG, not only those that it shows without unfolding."""
 
 
 class StatusOptions(Options):
@@ -153,5 +155,5 @@ def report(folders: Sequence[str], options: ReportOptions) -> None:
     from normfree.store.runs import find_runs
 
     check_writable(options.output)
-    page = build_report(find_runs(folders), options.output, mix=options.mix, baseline=options.baseline, progress=True)
+    page = build_report(find_runs(folders), **dict(options), progress=True)
     print(f"The page: {page}")

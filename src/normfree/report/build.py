@@ -50,13 +50,20 @@ _PARTS = "{type}: {parameters:,} parameters"  # a model of several stacks
 
 
 def build_report(
-    runs: Sequence[Run], output: Path, *, mix: bool = False, baseline: str = "", progress: bool = False
+    runs: Sequence[Run],
+    output: Path,
+    *,
+    mix: bool = False,
+    baseline: str = "",
+    all_figures: bool = False,
+    progress: bool = False,
 ) -> Path:
     """Write `output`/index.html, figures/*.pdf|png, tables/*.md|tex|csv and numbers/*.csv; returns the page's path.
 
-    With `mix`, each recipe has its own part of the page, and there are no figures/. `baseline` is the label or variant
-    to compare all others with, by default every pair is. `progress` shows a bar on a terminal. The same runs give the
-    same bytes; files are replaced atomically, index.html last, and files of an earlier report are removed.
+    With `mix`, each recipe has its own part of the page. `baseline` is the label or variant to compare all others with,
+    by default every pair is. Figures of folded sections, and all of a page with several parts, are files only with
+    `all_figures`: files take most of the time. `progress` shows a bar on a terminal. The same runs give the same bytes;
+    files are replaced atomically, index.html last, and files of an earlier report are removed.
 
     Raises ValueError for no run, for runs of several recipes without `mix`, for a baseline that no run has, and for an
     output folder that contains anything but a report.
@@ -79,7 +86,7 @@ def build_report(
     for place, section in tqdm(steps, desc="report", disable=None if progress else True, leave=False):
         prefix = f"part{place + 1}-" if len(parts) > 1 else ""
         figures, tables = section.contents(parts[place].groups, prefix)
-        for figure in figures if len(parts) == 1 else ():
+        for figure in figures if all_figures or (len(parts) == 1 and not section.folded) else ():
             whole = figure.whole()
             for suffix in ("pdf", "png"):
                 write(f"figures/{figure.name}.{suffix}", to_file(whole, suffix))
