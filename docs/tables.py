@@ -5,9 +5,9 @@ A page holds a marker, and all between it and `<!-- end -->` is made from runs:
     <!-- table: perplexity of results/quick -->
     <!-- end -->
 
-Tables: rates, seeds, unfinished, effects, confirm, averaging, and every table of the report. Several folders may be
-given, with the shell's wildcards. `mixed` before `-->` shows runs of different recipes side by side, which is refused
-otherwise. A test fails when a page differs from what the records give.
+Tables: rates, seeds, unfinished, effects, confirm, lines, averaging, and every table of the report. Several folders may
+be given, with the shell's wildcards. `mixed` before `-->` shows runs of different recipes side by side, which is
+refused otherwise. A test fails when a page differs from what the records give.
 
 `<!-- quantities -->` is the table of all that can be measured.
 
@@ -20,6 +20,7 @@ A figure of the report's main page is drawn the same way, without a test, since 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from statistics import fmean
 import numpy as np
 
 from normfree.analysis.confirm import primary, secondary
-from normfree.analysis.entropy import probed_heads, top_quarter_share, trained_heads
+from normfree.analysis.entropy import probed_heads, shares_by_depth, top_quarter_share, trained_heads
 from normfree.analysis.groups import Group, all_runs, group_runs
 from normfree.analysis.seeds import paired_difference, summarise
 from normfree.files import write_atomically
@@ -38,7 +39,7 @@ from normfree.report.sections import SECTIONS, figures_of
 from normfree.report.tables.results import percent_with_interval, rate_table
 from normfree.report.tables.table import Table, to_markdown, without_empty_columns
 from normfree.store.quantities import QUANTITIES
-from normfree.store.runs import find_runs
+from normfree.store.runs import Run, find_runs
 from normfree.store.tasks import read_tasks
 
 ROOT = Path(__file__).parents[1]
@@ -131,6 +132,29 @@ def confirm_table(groups: Sequence[Group]) -> Table:
     return Table("confirm", caption, (*titles, "Verdict"), rows, words=("Comparison", "Test", "Verdict"))
 
 
+def _percent_by_depth(run: Run, line: float) -> list[float]:
+    return [math.nan if share is None else 100 * share for share in shares_by_depth(trained_heads(run), line)]
+
+
+LINES = (0.5, 0.6, 0.75, 0.9)
+
+
+def line_table(groups: Sequence[Group]) -> Table:
+    """How claim (c) depends on the share of the ceiling from which a head counts as near uniform."""
+    runs = {label: [run for run in all_runs(groups) if run.label == label] for label in ("SM+G", "SM+R")}
+    rows = []
+    for line in LINES:
+        gelu, relu = ({run.seed: _percent_by_depth(run, line) for run in of_label} for of_label in runs.values())
+        gaps = [
+            paired_difference({seed: gelu[seed][part] for seed in gelu}, {seed: relu[seed][part] for seed in relu})
+            for part in range(4)
+        ]
+        rows.append((f"{line:g}", *(f"{gap.mean:+.1f} ({gap.low:+.1f} to {gap.high:+.1f})" for gap in gaps)))
+    caption = "SM+G less SM+R in heads near uniform (points), by the share of the ceiling at which this begins"
+    titles = ("From", "First third", "Middle third", "Last third", "All layers")
+    return Table("lines", caption, titles, rows)
+
+
 def averaging_table(groups: Sequence[Group]) -> Table:
     """Rise of the loss if near-uniform heads are replaced by exact averages (docs/averaging.py), or random others."""
     rows = []
@@ -152,6 +176,7 @@ TABLES: dict[str, Callable[[Sequence[Group]], Table]] = {
     "unfinished": unfinished_table,
     "effects": effect_table,
     "confirm": confirm_table,
+    "lines": line_table,
     "averaging": averaging_table,
     **{name: make for section in SECTIONS for name, make in section.tables.items()},
 }

@@ -229,13 +229,13 @@ def test_only_slopes_choose_their_weight_decay(tiny_spec) -> None:
     fields: dict[str, Any] = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     leaky = {"bias": "all", "activation": "leaky_relu", "learnable_slope": "per_layer"}
     model = NormFreeForCausalLM(NormFreeConfig(**fields, **leaky))
-    for decays in (False, True):
-        words = [f"train.decay_slopes={str(decays).lower()}", "train.slope_learning_rate_factor=10"]
+    for decays, of_slopes in (("false", 0.0), ("true", 0.1), ("0.65", 0.65)):
+        words = [f"train.decay_slopes={decays}", "train.slope_learning_rate_factor=10"]
         train_spec = tiny_spec("variant=leaky-per-layer", *words).train
         group_of = {id(p): group for group in parameter_groups(model, train_spec) for p in group["params"]}
         assert len(group_of) == len(list(model.parameters()))
         for name, p in model.named_parameters():
-            expected = 0.1 if p.ndim >= 2 or (decays and "slope" in name) else 0.0
+            expected = of_slopes if "slope" in name else 0.1 if p.ndim >= 2 else 0.0
             assert group_of[id(p)]["weight_decay"] == expected
             if "slope" in name:
                 assert group_of[id(p)]["lr"] == pytest.approx(10 * train_spec.peak_learning_rate)

@@ -111,14 +111,14 @@ def shares_of_ceiling(heads: Heads) -> Floats:
     return heads.entropy_LH / heads.ceiling_L[:, None]
 
 
-def top_quarter_share(heads: Heads | None) -> float:
+def top_quarter_share(heads: Heads | None, line: float = OVERLOAD_SHARE) -> float:
     """Share of heads that are nearly uniform; NaN if a head is not finite or nothing was measured."""
     if heads is None or not np.isfinite(heads.entropy_LH[heads.existing]).all():
         return math.nan
-    return float((shares_of_ceiling(heads)[heads.existing] >= OVERLOAD_SHARE).mean())
+    return float((shares_of_ceiling(heads)[heads.existing] >= line).mean())
 
 
-def shares_by_depth(heads: Heads | None) -> list[float | None]:
+def shares_by_depth(heads: Heads | None, line: float = OVERLOAD_SHARE) -> list[float | None]:
     """`top_quarter_share` of the early, middle and late third of the layers, then of all; None for an empty third.
 
     Several groups of heads have no common depth, so no thirds.
@@ -127,7 +127,7 @@ def shares_by_depth(heads: Heads | None) -> list[float | None]:
         return [math.nan] * 4
     layers = np.arange(len(heads.entropy_LH))
     parts = (*np.array_split(layers if len(heads.groups) == 1 else layers[:0], 3), layers)
-    return [top_quarter_share(heads.part(part)) if len(part) else None for part in parts]
+    return [top_quarter_share(heads.part(part), line) if len(part) else None for part in parts]
 
 
 def values_over_training(run: Run, name: str) -> list[tuple[int, Floats]]:

@@ -179,9 +179,9 @@ class TrainSpec:
     the same."""
     weight_decay: NotNegative = 0.1
     """AdamW's, on matrices and embeddings; never on biases and norms."""
-    decay_slopes: bool = False
+    decay_slopes: bool | Positive = False
     """Also decay learnable slopes, as the official code does: over gpt2-t128's schedule that alone shrinks one to 0.2
-    times its value, over cpu's to 0.78 times."""
+    times its value, over cpu's to 0.78 times. A number is their own weight decay: 0.65 shrinks as much over cpu's."""
     slope_learning_rate_factor: NotNegative = 1.0
     """Learning rate of the slopes as a multiple of everybody else's."""
     adam_beta1: BelowOne = 0.9

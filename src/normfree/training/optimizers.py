@@ -23,13 +23,14 @@ def parameter_groups(
     slope_names = model.negative_slopes()
     slopes = [p for name, p in named if name in slope_names]
     others = [p for name, p in named if name not in slope_names]
+    slope_decay = train.weight_decay if train.decay_slopes is True else float(train.decay_slopes)
     learned_by_objective = list(objective.parameters()) if objective else []
     groups = [
         {"params": [p for p in others if p.ndim >= 2], "weight_decay": train.weight_decay},
         {"params": [p for p in others if p.ndim < 2] + learned_by_objective, "weight_decay": 0.0},
         {
             "params": slopes,
-            "weight_decay": train.weight_decay if train.decay_slopes else 0.0,
+            "weight_decay": slope_decay,
             "lr": train.peak_learning_rate * train.slope_learning_rate_factor,
         },
     ]
