@@ -5,15 +5,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from normfree.entropy import blocked, fused
 from normfree.entropy.request import AttentionEntropy, Request, as_request
-
-Method = Literal["auto", "reference", "blocked"]
 
 # Largest bound on the centred scores of a head for the fused path in float32. At the limit its error stays below 3e-5
 # nats, on random heads of width 64 below 1e-5 (docs/entropy.md).
@@ -34,7 +32,7 @@ def attention_entropy(
     sinks: Tensor | None = None,
     patterns: bool = False,
     differentiable: bool = False,
-    method: Method = "auto",
+    method: Literal["auto", "reference", "blocked"] = "auto",
 ) -> AttentionEntropy:
     """Shannon entropy -sum_j p_j ln p_j of p = softmax(scale q.k + ...), for every row, in nats.
 
@@ -64,10 +62,11 @@ def attention_entropy(
     if differentiable and not (softcap is None and sinks is None and (mask is None or mask.dtype == torch.bool)):
         raise ValueError("differentiable=True with softcap, sinks or an additive mask needs method='reference'")
     with torch.no_grad():
-        result = _measure_uncompiled(request, only_exact=method == "blocked")
+        result = measure(request, only_exact=method == "blocked")
     return replace(result, nats=_with_gradient(result.nats, request)) if differentiable else result
 
 
+@torch.compiler.disable  # the choice of paths depends on the numbers
 def measure(request: Request, *, only_exact: bool = False) -> AttentionEntropy:
     """Take the fused path where scores are a plain dot product of ordinary size, the exact one elsewhere."""
     with torch.autocast(request.q.device.type, enabled=False):
@@ -90,9 +89,6 @@ def measure(request: Request, *, only_exact: bool = False) -> AttentionEntropy:
         return replace(
             result, **{name: getattr(result, name).index_put(beyond.unbind(-1), rows) for name, rows in better.items()}
         )
-
-
-_measure_uncompiled: Any = torch.compiler.disable(measure)  # the choice of paths depends on the numbers
 
 
 def _exact(request: Request) -> AttentionEntropy:
