@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from normfree.cost.families import NORMFREE_DEFAULTS
-from normfree.cost.training import UTILISATION, config_of, training_flops
+from normfree.cost.training import SIZES, UTILISATION, config_of, training_flops
 from normfree.spec.run import RunSpec
 from normfree.spec.variants import spread_over_layers
 from normfree.store.progress import duration
@@ -91,7 +91,7 @@ def sizes_of(spec: RunSpec, device: Literal["cpu", "gpu"] = "gpu") -> Sizes:
     model = config_of(spec)
     if model["family"] != "decoder":
         raise ValueError(f"model.family={model['family']}: memory and time are reckoned of decoders only")
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+    for name in SIZES:
         if (value := model[name]) is not None and not (isinstance(value, int) and value > 0):
             raise ValueError(f"model.{name}={value!r} must be a whole number above 0")
     width, layers = model["hidden_size"], model["num_hidden_layers"]
@@ -216,9 +216,7 @@ def _loss_bytes(size: Sizes, pass_tokens: int, compute: int, device: Literal["cp
     of_block = rows * size.vocab_size
     two_blocks = of_block * min(2, math.ceil(pass_tokens / rows))
     head = size.vocab_size * size.width
-    if compute == 4:
-        return 4 * head + 4 * max(two_blocks, head + of_block)
-    return 6 * head + 6 * max(two_blocks, head + of_block)
+    return (4 if compute == 4 else 6) * (head + max(two_blocks, head + of_block))
 
 
 def _evaluation_bytes(spec: RunSpec, size: Sizes, compute: int, device: Literal["cpu", "gpu"]) -> float:
