@@ -21,8 +21,7 @@ from normfree.store.progress import duration
 GIB = 2**30
 CONTEXT_BYTES = 1.0 * GIB
 """What a process holds on a GPU beyond torch's tensors: CUDA's context, libraries, gaps. Assumed."""
-RING = 2
-"""Blocks that FSDP2 holds gathered at once: the one that computes and the one that is fetched ahead."""
+RING = 2  # blocks that FSDP2 holds gathered at once: the one that computes and the one that is fetched ahead
 
 # The package's constants, repeated here because importing them loads torch; a test compares them.
 LOSS_ROWS, LOSS_LOGITS = 1024, {"cpu": 2**24, "gpu": 2**26}
@@ -67,17 +66,13 @@ GPUS = {
 class Sizes:
     """Parameters of a model by place, and sizes of its tensors."""
 
-    block: int
-    """Parameters of one block."""
-    projections: int
-    """Those of them in matrices, which autocast copies."""
-    root: int
-    """Parameters outside the blocks."""
+    block: int  # parameters of one block
+    projections: int  # those of them in matrices, which autocast copies
+    root: int  # parameters outside the blocks
     layers: int
     width: int
     vocab_size: int
-    layer_keeps: float
-    """Bytes that a layer keeps for the backward pass, per token and channel, on average over the layers."""
+    layer_keeps: float  # bytes that a layer keeps for the backward pass, per token and channel, on average
     final_norm_keeps: float
     feed_forward: int
 

@@ -23,11 +23,9 @@ from normfree.data.sources import HOLD_OUT_EVERY, HubSource, Split
 from normfree.files import fingerprint, sha256_bytes, sha256_file
 from normfree.spec.run import DataSpec
 
-FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-"""The folder of Debian's package dataset-fashion-mnist."""
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 _FILES: dict[Split, str] = {"train": "train", "validation": "t10k"}
-_CHANNELS = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB"}
-"""Modes of Pillow that are read, and what they become."""
+_CHANNELS = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB"}  # modes of Pillow that are read, and what they become
 
 
 class FashionMnist:

@@ -20,8 +20,7 @@ from normfree.measures.reading import StreamMeasure, real_tokens
 logger = logging.getLogger("normfree")
 
 BRANCHES = ("attention", "feed_forward")
-MASSIVE = (100, 1000)
-"""An activation is massive if it is above so many medians (Sun et al., arXiv 2402.17762)."""
+MASSIVE = (100, 1000)  # an activation is massive if it is above so many medians (Sun et al., arXiv 2402.17762)
 
 
 class Residual(StreamMeasure):

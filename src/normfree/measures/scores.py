@@ -14,18 +14,15 @@ from normfree.entropy.routing import AttentionCall
 from normfree.entropy.visibility import Block
 from normfree.measures.histogram import BINS, NEGATIVE_INFINITE, float_counts
 
-ROWS = 64
-"""Of one block: their scores stay near the cache."""
+ROWS = 64  # of one block: their scores stay near the cache
 
 
 class Scores(NamedTuple):
     """Scores of the keys that the rows of a call see, padded rows left out; NaN if one of them is."""
 
-    lowest_H: Tensor
-    """Infinite for a head whose rows see no key."""
+    lowest_H: Tensor  # infinite for a head whose rows see no key
     highest_H: Tensor
-    counts: Tensor
-    """(BINS,) of all heads, see `float_counts`."""
+    counts: Tensor  # (BINS,) of all heads, see `float_counts`
 
 
 def scores_of(call: AttentionCall) -> Scores:

@@ -15,8 +15,7 @@ from normfree.measures.histogram import counts_of
 from normfree.measures.reading import FeatureMeasure, real_tokens
 from normfree.measures.token_classes import token_classes
 
-BINS = 256
-"""Of magnitudes: eight an octave from 2^-20 to 2^12; what is smaller or larger is in the first or the last."""
+BINS = 256  # of magnitudes: eight an octave from 2^-20 to 2^12; what is beyond is in the first or the last
 LOWEST = (127 - 20) << 3
 
 

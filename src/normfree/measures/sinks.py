@@ -12,8 +12,7 @@ from normfree.entropy.probe import measured_rows
 from normfree.entropy.routing import AttentionCall
 from normfree.measures.reading import CallMeasure
 
-THRESHOLD = 0.3
-"""Mass that makes a sink (Gu et al., arXiv 2410.10781)."""
+THRESHOLD = 0.3  # mass that makes a sink (Gu et al., arXiv 2410.10781)
 
 
 class Sinks(CallMeasure):

@@ -10,10 +10,8 @@ from torch import Tensor
 from normfree.measures.histogram import counts_of
 from normfree.measures.reading import FeatureMeasure
 
-EXPONENTS = 256
-"""Exponents of a float32; the last is that of infinity and NaN."""
-OCTAVES = 10
-"""A feature is small if it is below 2^-OCTAVES (about 1e-3) of its unit's largest."""
+EXPONENTS = 256  # of a float32; the last is that of infinity and NaN
+OCTAVES = 10  # a feature is small if it is below 2^-OCTAVES (about 1e-3) of its unit's largest
 
 
 class Units(FeatureMeasure):

@@ -24,8 +24,7 @@ from normfree.tasks.score import Rows, Scorer, log_likelihoods, score_pairs, sco
 
 HUMANEVAL = "humaneval"
 TASKS = (*PAIR_TASKS, HUMANEVAL)
-Items = Mapping[str, Sequence[Any]]
-"""Pairs by task, and HumanEval's prompts and solutions."""
+Items = Mapping[str, Sequence[Any]]  # pairs by task, and HumanEval's prompts and solutions
 
 
 def make_items(names: Sequence[str], read: Callable[[], Sequence[str]], *, seed: int, count: int) -> dict[str, Any]:

@@ -23,8 +23,7 @@ class Labelled(NamedTuple):
 
     input_ids: list[int]
     labels: list[int]
-    item: int
-    """Texts of one item are not independent."""
+    item: int  # texts of one item are not independent
 
 
 def labelled_texts(task: str, functions: Sequence[Function], tokenizer: Any, context: int) -> list[Labelled]:
