@@ -17,10 +17,9 @@ from normfree.measures.propagation import Propagation
 from normfree.measures.ranges import Ranges
 from normfree.measures.residual import Residual
 from normfree.measures.scores import Logits
-from normfree.measures.selectivity import Selectivity
 from normfree.measures.slopes import Slopes
 from normfree.measures.spectrum import Spectrum
-from normfree.measures.units import Units
+from normfree.measures.units import Selectivity, Units
 from normfree.spec.keys import nearest
 from normfree.store.quantities import QUANTITIES
 
