@@ -72,7 +72,7 @@ class Sizes:
     layers: int
     width: int
     vocab_size: int
-    layer_keeps: float  # bytes that a layer keeps for the backward pass, per token and channel, on average
+    layer_keeps: float  # bytes that a layer keeps for the backward pass, per token and channel, averaged over layers
     final_norm_keeps: float
     feed_forward: int
 

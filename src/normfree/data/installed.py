@@ -152,13 +152,12 @@ class InstalledSource(Source):
 
 def _read(name: str, path: Path, *, most_bytes: float) -> tuple[str, str | None]:
     """The text of a file, and why it is left out or None."""
-    reason = excluded_path(name)
-    if reason is None and not path.is_file():
-        reason = "missing"
-    elif reason is None and path.stat().st_size > most_bytes:
-        reason = "package full"
-    if reason:
+    if reason := excluded_path(name):
         return "", reason
+    if not path.is_file():
+        return "", "missing"
+    if path.stat().st_size > most_bytes:
+        return "", "package full"
     try:
         text = path.read_bytes().decode()
     except UnicodeDecodeError:

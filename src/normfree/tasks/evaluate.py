@@ -95,9 +95,8 @@ def evaluate_items(
     records = {}
     for task, of_task in items.items():
         score = score_solutions if task == HUMANEVAL else score_pairs
-        record = score(of_task, encoded, scorers, room)
         hashed = fingerprint([list(item) for item in of_task])
-        records[task] = {"items_sha256": hashed, "context": context, **record}
+        records[task] = {"items_sha256": hashed, "context": context, **score(of_task, encoded, scorers, room)}
     return records
 
 
