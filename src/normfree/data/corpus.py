@@ -320,7 +320,8 @@ class _Preparation:
         """Yield the documents of a split within the limits of the spec; count and show them."""
         read = self.read[split] = Counter()
         dropped = self.dropped[split] = Counter()
-        most, most_bytes = getattr(self.spec, f"{split}_documents"), self.spec.max_bytes if split == "train" else None
+        most = getattr(self.spec, f"{split}_documents")
+        most_bytes = self.spec.max_bytes if split == "train" else None
         documents = self.source.documents(split, dropped)
         pause = 0.1 if sys.stderr.isatty() else LOG_SECONDS
         with tqdm(desc=task, unit="B", unit_scale=True, delay=pause, mininterval=pause, disable=self.quiet) as bar:
