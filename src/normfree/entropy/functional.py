@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -62,11 +62,10 @@ def attention_entropy(
     if differentiable and not (softcap is None and sinks is None and (mask is None or mask.dtype == torch.bool)):
         raise ValueError("differentiable=True with softcap, sinks or an additive mask needs method='reference'")
     with torch.no_grad():
-        result = measure(request, only_exact=method == "blocked")
+        result = _measure_uncompiled(request, only_exact=method == "blocked")
     return replace(result, nats=_with_gradient(result.nats, request)) if differentiable else result
 
 
-@torch.compiler.disable  # the choice of paths depends on the numbers
 def measure(request: Request, *, only_exact: bool = False) -> AttentionEntropy:
     """Take the fused path where scores are a plain dot product of ordinary size, the exact one elsewhere."""
     with torch.autocast(request.q.device.type, enabled=False):
@@ -89,6 +88,9 @@ def measure(request: Request, *, only_exact: bool = False) -> AttentionEntropy:
         return replace(
             result, **{name: getattr(result, name).index_put(beyond.unbind(-1), rows) for name, rows in better.items()}
         )
+
+
+_measure_uncompiled: Any = torch.compiler.disable(measure)  # the choice of paths depends on the numbers
 
 
 def _exact(request: Request) -> AttentionEntropy:
