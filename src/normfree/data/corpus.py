@@ -51,11 +51,6 @@ SOURCES = {"installed": InstalledSource, "codeparrot": HubSource, "hub": HubSour
 SOURCES |= IMAGE_SOURCES
 SPLITS: tuple[Split, ...] = ("train", "validation")
 CHUNK_CHARACTERS = 4_000_000  # encoded together: large enough for all cores, small enough for any memory
-_LIMITS: dict[Split, tuple[str, ...]] = {
-    "train": ("train_documents", "max_bytes"),
-    "validation": ("validation_documents",),
-}
-"""Keys of `data` that limit how much text a split has."""
 LOG_SECONDS = 60.0  # between lines of progress where standard error is not a terminal
 
 log = logging.getLogger("normfree")
@@ -362,8 +357,8 @@ class _Preparation:
         writer.write_all(blocks)
         self.dropped[split].update(not_python)
         if not writer.blocks:
-            limits = {f"data.{name}": getattr(self.spec, name) for name in _LIMITS[split]}
-            raised = [f"{key}={most}" for key, most in limits.items() if most is not None]
+            limits = ["train_documents", "max_bytes"] if split == "train" else ["validation_documents"]
+            raised = [f"data.{key}={most}" for key in limits if (most := getattr(self.spec, key)) is not None]
             paths = {"train": "data.paths", "validation": "data.validation_paths"}[split]
             more = f"give more text{f' in {paths}' if self.spec.source == 'files' else ''}"
             more = f"raise {' or '.join(raised)}" if raised else more
