@@ -6,8 +6,6 @@ them with what torch's allocator hands out on the CPU; on a GPU they are not mea
 
 # B sequences of a pass, T tokens, E width, F feed-forward width, V vocabulary
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -5,8 +5,6 @@ manifest.json. The key is made of the spec and the versions of the sources; the 
 (token ids and tokenizer), so it is equal wherever the same text meets the same tokenizer.
 """
 
-from __future__ import annotations
-
 import errno
 import logging
 import shutil

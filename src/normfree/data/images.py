@@ -4,8 +4,6 @@ Shapes: N images, C channels, P pixels on each side, B = C P P + 2 bytes of a ro
 the number of the class, its high byte first.
 """
 
-from __future__ import annotations
-
 import gzip
 import zlib
 from collections import Counter

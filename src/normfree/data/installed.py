@@ -5,8 +5,6 @@ results were made (`not_read`), and the top-level packages of the validation spl
 whole. The text depends on the versions of Python and of every package, so `versions` contains them.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math

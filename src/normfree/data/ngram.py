@@ -7,8 +7,6 @@ transformer predicts it.
 Shape legend: N blocks, T tokens, U distinct n-grams.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

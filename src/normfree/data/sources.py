@@ -4,8 +4,6 @@ Each source yields documents for training and for validation, states its `versio
 prepared corpus may be reused), and counts every document that it leaves out under a reason.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -10,8 +10,6 @@ character when it first occurs, and in addition a sample of the text.
 Shapes: R ranks (256 bytes, then the merges in order), V pieces of the vocabulary, S tokens of a document.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """Load a tokenizer or train a byte-level BPE; encode text; count the bytes of tokens."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise

@@ -2,8 +2,6 @@
 
 # B batch, H query heads, G key heads, T query, S key, K keys and the sink, D head width
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any, Literal
 

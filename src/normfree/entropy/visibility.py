@@ -2,8 +2,6 @@
 
 # B batch, H query heads, T query, S key, R rows of one block, C columns of one block
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """Measures: context managers that read a model's forward passes and give quantities."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

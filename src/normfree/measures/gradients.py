@@ -1,7 +1,5 @@
 """What a model in training carries itself: gradient norms of its blocks, and learnable slopes of leaky ReLUs."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

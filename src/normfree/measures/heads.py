@@ -2,8 +2,6 @@
 
 # B batch, H query heads, T query
 
-from __future__ import annotations
-
 import logging
 
 import torch

@@ -1,7 +1,5 @@
 """Histograms of floating-point numbers by their leading bits: one pass, no range to choose beforehand."""
 
-from __future__ import annotations
-
 import math
 import threading
 from collections.abc import Sequence

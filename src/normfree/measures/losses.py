@@ -2,8 +2,6 @@
 
 # B batch, T tokens, V vocabulary, N losses
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -2,8 +2,6 @@
 
 # B batch, T tokens, E hidden size, F feed-forward width
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache

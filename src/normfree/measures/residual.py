@@ -2,8 +2,6 @@
 
 # B sequences, T tokens, N tokens but padding, E hidden size
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager

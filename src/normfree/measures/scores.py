@@ -2,8 +2,6 @@
 
 # B batch, H query heads, G key heads, T query, S key, D head width, R rows and C columns of one block
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

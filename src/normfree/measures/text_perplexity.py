@@ -2,8 +2,6 @@
 
 # B batch, T tokens, N blocks
 
-from __future__ import annotations
-
 from typing import Any, cast
 
 import numpy as np

@@ -2,8 +2,6 @@
 
 # N tokens, V vocabulary, C classes, F features (units), E exponents, B bins of magnitudes
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, cast

@@ -1,7 +1,5 @@
 """TASKS: make the items of a task, evaluate a model on them, and write them for other tools."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Functions of Python files, and what `ast` says of a text."""
 
-from __future__ import annotations
-
 import ast
 import re
 import textwrap

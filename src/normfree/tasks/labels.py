@@ -1,7 +1,5 @@
 """Functions with labels to fine-tune on: whether a text has a syntax error, and the type of each token."""
 
-from __future__ import annotations
-
 import keyword
 import tokenize
 from collections import Counter

@@ -5,8 +5,6 @@ of punctuation, or the white space before a line. So both texts of a mirror trad
 a unigram sum to 0 over the two: it is right on one of them.
 """
 
-from __future__ import annotations
-
 import ast
 import io
 import keyword

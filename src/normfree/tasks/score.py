@@ -3,8 +3,6 @@
 Shapes: B texts, T tokens, V vocabulary, t tokens of one block of logits.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
