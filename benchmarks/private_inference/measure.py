@@ -29,7 +29,7 @@ from normfree.cli.options import read_text
 from normfree.cost.constants import CONSTANTS_FILE
 from normfree.cost.counts import Matmul
 from normfree.cost.totals import Cost, of_run
-from normfree.measures.windows import token_windows
+from normfree.measures.text_perplexity import token_windows
 from normfree.pretrained.load import load_pretrained
 from normfree.report.tables.table import Table, to_markdown
 from normfree.store.runs import read_run

@@ -18,10 +18,9 @@ from normfree.measures import open_measures
 from normfree.measures.held_out import blocks_of, measure_batches
 from normfree.measures.measure import values_of
 from normfree.measures.reading import real_tokens
-from normfree.measures.selectivity import Selectivity
 from normfree.measures.spectrum import Spectrum
 from normfree.measures.token_classes import CLASSES, class_of, token_classes
-from normfree.measures.units import Units
+from normfree.measures.units import Selectivity, Units
 from tests.entropy.families import tiny_model
 from tests.entropy.kinds import tiny_kind
 from tests.measures.byte_model import TEXT, byte_gpt2, byte_tokenizer

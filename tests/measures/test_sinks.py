@@ -11,8 +11,8 @@ from torch import Tensor
 
 from normfree import measure
 from normfree.entropy import functional, probe
+from normfree.measures.heads import Sinks
 from normfree.measures.measure import values_of
-from normfree.measures.sinks import Sinks
 from tests.entropy.families import tiny_model
 from tests.entropy.kinds import inputs_of, matrices_of, real_queries, tiny_kind
 from tests.small_model import small_model

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import processors
 
 from normfree.measures.measurement import measure
-from normfree.measures.windows import token_windows
+from normfree.measures.text_perplexity import token_windows
 from tests.entropy.families import tiny_model
 from tests.measures.byte_model import TEXT
 

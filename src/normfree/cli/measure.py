@@ -88,8 +88,7 @@ def _read_inputs(
 
     Raises ValueError for keys that do not fit the model.
     """
-    from normfree.measures.text_perplexity import leading_ids, spread
-    from normfree.measures.windows import target_windows, token_windows
+    from normfree.measures.text_perplexity import leading_ids, spread, target_windows, token_windows
     from normfree.pretrained.inputs import check_kinds, kinds_read, read_images
     from normfree.pretrained.load import held_out_blocks
 

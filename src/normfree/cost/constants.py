@@ -3,8 +3,6 @@
 Every price names its origin. Bytes are summed over both directions; rounds are messages in a row.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

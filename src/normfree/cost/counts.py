@@ -4,8 +4,6 @@ Sums, biases, the causal mask and the scale of the attention scores (which folds
 every protocol here and are left out. The mask is public, yet the softmax works on whole rows, as in SPU.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

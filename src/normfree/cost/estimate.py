@@ -6,14 +6,12 @@ them with what torch's allocator hands out on the CPU; on a GPU they are not mea
 
 # B sequences of a pass, T tokens, E width, F feed-forward width, V vocabulary
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from normfree.cost.families import NORMFREE_DEFAULTS
-from normfree.cost.training import UTILISATION, config_of, training_flops
+from normfree.cost.training import SIZES, UTILISATION, config_of, training_flops
 from normfree.spec.run import RunSpec
 from normfree.spec.variants import spread_over_layers
 from normfree.store.progress import duration
@@ -21,8 +19,7 @@ from normfree.store.progress import duration
 GIB = 2**30
 CONTEXT_BYTES = 1.0 * GIB
 """What a process holds on a GPU beyond torch's tensors: CUDA's context, libraries, gaps. Assumed."""
-RING = 2
-"""Blocks that FSDP2 holds gathered at once: the one that computes and the one that is fetched ahead."""
+RING = 2  # blocks that FSDP2 holds gathered at once: the one that computes and the one that is fetched ahead
 
 # The package's constants, repeated here because importing them loads torch; a test compares them.
 LOSS_ROWS, LOSS_LOGITS = 1024, {"cpu": 2**24, "gpu": 2**26}
@@ -67,17 +64,13 @@ GPUS = {
 class Sizes:
     """Parameters of a model by place, and sizes of its tensors."""
 
-    block: int
-    """Parameters of one block."""
-    projections: int
-    """Those of them in matrices, which autocast copies."""
-    root: int
-    """Parameters outside the blocks."""
+    block: int  # parameters of one block
+    projections: int  # those of them in matrices, which autocast copies
+    root: int  # parameters outside the blocks
     layers: int
     width: int
     vocab_size: int
-    layer_keeps: float
-    """Bytes that a layer keeps for the backward pass, per token and channel, on average over the layers."""
+    layer_keeps: float  # bytes that a layer keeps for the backward pass, per token and channel, averaged over layers
     final_norm_keeps: float
     feed_forward: int
 
@@ -91,7 +84,7 @@ def sizes_of(spec: RunSpec, device: Literal["cpu", "gpu"] = "gpu") -> Sizes:
     model = config_of(spec)
     if model["family"] != "decoder":
         raise ValueError(f"model.family={model['family']}: memory and time are reckoned of decoders only")
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+    for name in SIZES:
         if (value := model[name]) is not None and not (isinstance(value, int) and value > 0):
             raise ValueError(f"model.{name}={value!r} must be a whole number above 0")
     width, layers = model["hidden_size"], model["num_hidden_layers"]
@@ -216,9 +209,7 @@ def _loss_bytes(size: Sizes, pass_tokens: int, compute: int, device: Literal["cp
     of_block = rows * size.vocab_size
     two_blocks = of_block * min(2, math.ceil(pass_tokens / rows))
     head = size.vocab_size * size.width
-    if compute == 4:
-        return 4 * head + 4 * max(two_blocks, head + of_block)
-    return 6 * head + 6 * max(two_blocks, head + of_block)
+    return (4 if compute == 4 else 6) * (head + max(two_blocks, head + of_block))
 
 
 def _evaluation_bytes(spec: RunSpec, size: Sizes, compute: int, device: Literal["cpu", "gpu"]) -> float:

@@ -3,8 +3,6 @@
 A reader prices nothing: `constants.py` refuses an operation without a price by name.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """The cost of a model in private inference, bytes and rounds, operation by operation; and perplexity against it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What it costs to train runs: tokens, floating-point operations and, where that can be said, time."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any

@@ -5,8 +5,6 @@ manifest.json. The key is made of the spec and the versions of the sources; the 
 (token ids and tokenizer), so it is equal wherever the same text meets the same tokenizer.
 """
 
-from __future__ import annotations
-
 import errno
 import logging
 import shutil
@@ -51,11 +49,6 @@ SOURCES = {"installed": InstalledSource, "codeparrot": HubSource, "hub": HubSour
 SOURCES |= IMAGE_SOURCES
 SPLITS: tuple[Split, ...] = ("train", "validation")
 CHUNK_CHARACTERS = 4_000_000  # encoded together: large enough for all cores, small enough for any memory
-_LIMITS: dict[Split, tuple[str, ...]] = {
-    "train": ("train_documents", "max_bytes"),
-    "validation": ("validation_documents",),
-}
-"""Keys of `data` that limit how much text a split has."""
 LOG_SECONDS = 60.0  # between lines of progress where standard error is not a terminal
 
 log = logging.getLogger("normfree")
@@ -164,7 +157,6 @@ class ImageCorpus(Corpus):
         return AutoImageProcessor.from_pretrained(self.folder)
 
     def describe(self) -> str:
-        """The corpus in readable lines."""
         facts = self.facts()
         left_out = "; of held-out images: ".join(map(self.left_out, SPLITS))
         lines = [f"corpus       {self.folder}", FAMILIES["vision"].corpus.format(**facts), f"left out: {left_out}"]
@@ -284,13 +276,11 @@ class _Preparation:
             "unigram_perplexity": unigram_perplexity(train.counts_V, validation.predicted_counts_V),
             "dropped": {split: dict(sorted(self.dropped[split].items())) for split in SPLITS},
             "versions": self.source.versions,
-            "ngram_perplexity": {},
+            "ngram_perplexity": {} if self.has_targets else self._ngram_perplexities(train.blocks, vocab_size),
         }
         if self.has_targets:
             facts["target_tokens"] = target_tokens(self.spec.context)
             facts |= {f"{split}_target_tokens": int(writer.counts_V.sum()) for split, writer in writers.items()}
-        else:
-            facts["ngram_perplexity"] = self._ngram_perplexities(train.blocks * self.spec.context, vocab_size)
         if isinstance(self.source, HubSource):
             facts["revisions"] = self.source.revisions
         for split, writer in writers.items():
@@ -300,9 +290,9 @@ class _Preparation:
             facts[f"{split}_bytes"] = self.read[split]["bytes"]
         return facts
 
-    def _ngram_perplexities(self, train_tokens: int, vocab_size: int) -> dict[str, float]:
+    def _ngram_perplexities(self, train_blocks: int, vocab_size: int) -> dict[str, float]:
         """Perplexity by order, of the orders that the training text is small enough for: `{"2": 92.4, "5": 49.5}`."""
-        orders = [order for order, most_tokens in ORDERS.items() if train_tokens <= most_tokens]
+        orders = [order for order, most_tokens in ORDERS.items() if train_blocks * self.spec.context <= most_tokens]
         files = [str(self.folder / f"{split}.arrow") for split in SPLITS] if orders else []
         blocks = [_read_blocks(Dataset.from_file(file)) for file in files]
         return {str(order): kneser_ney_perplexity(*blocks, vocab_size=vocab_size, order=order) for order in orders}
@@ -323,13 +313,12 @@ class _Preparation:
         """Yield the documents of a split within the limits of the spec; count and show them."""
         read = self.read[split] = Counter()
         dropped = self.dropped[split] = Counter()
-        most = {"train": self.spec.train_documents, "validation": self.spec.validation_documents}[split]
+        most = getattr(self.spec, f"{split}_documents")
         most_bytes = self.spec.max_bytes if split == "train" else None
         documents = self.source.documents(split, dropped)
-        limits = {"most_documents": most, "most_bytes": most_bytes, "dropped": dropped}
         pause = 0.1 if sys.stderr.isatty() else LOG_SECONDS
         with tqdm(desc=task, unit="B", unit_scale=True, delay=pause, mininterval=pause, disable=self.quiet) as bar:
-            for document in limited(documents, **limits):
+            for document in limited(documents, most_documents=most, most_bytes=most_bytes, dropped=dropped):
                 size = len(document.encode())
                 read.update(documents=1, bytes=size)
                 bar.update(size)
@@ -366,8 +355,8 @@ class _Preparation:
         writer.write_all(blocks)
         self.dropped[split].update(not_python)
         if not writer.blocks:
-            limits = {f"data.{name}": getattr(self.spec, name) for name in _LIMITS[split]}
-            raised = [f"{key}={most}" for key, most in limits.items() if most is not None]
+            limits = ["train_documents", "max_bytes"] if split == "train" else ["validation_documents"]
+            raised = [f"data.{key}={most}" for key in limits if (most := getattr(self.spec, key)) is not None]
             paths = {"train": "data.paths", "validation": "data.validation_paths"}[split]
             more = f"give more text{f' in {paths}' if self.spec.source == 'files' else ''}"
             more = f"raise {' or '.join(raised)}" if raised else more

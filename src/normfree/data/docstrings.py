@@ -3,8 +3,6 @@
 Shapes: S tokens of a text, N rows, T tokens in a row, C columns as in `packing`.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 import textwrap

@@ -4,12 +4,9 @@ Shapes: N images, C channels, P pixels on each side, B = C P P + 2 bytes of a ro
 the number of the class, its high byte first.
 """
 
-from __future__ import annotations
-
 import gzip
 import zlib
 from collections import Counter
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -24,11 +21,9 @@ from normfree.data.sources import HOLD_OUT_EVERY, HubSource, Split
 from normfree.files import fingerprint, sha256_bytes, sha256_file
 from normfree.spec.run import DataSpec
 
-FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-"""The folder of Debian's package dataset-fashion-mnist."""
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 _FILES: dict[Split, str] = {"train": "train", "validation": "t10k"}
-_CHANNELS = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB"}
-"""Modes of Pillow that are read, and what they become."""
+_CHANNELS = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB"}  # modes of Pillow that are read, and what they become
 
 
 class FashionMnist:
@@ -48,19 +43,15 @@ class FashionMnist:
                 f"data=fashion_mnist: {missing[0]} is not there; `apt install dataset-fashion-mnist` has it, or give "
                 "data.paths=[FOLDER] with the four files"
             )
+        self.versions = {split: fingerprint([*map(sha256_file, files)]) for split, files in self._files.items()}
 
-    @cached_property
-    def versions(self) -> dict[str, Any]:
-        """Hashes of the files of each split."""
-        return {split: fingerprint([*map(sha256_file, files)]) for split, files in self._files.items()}
-
-    def read(self, split: Split, dropped: Counter[str]) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, split: Split, most: int | None, dropped: Counter[str]) -> tuple[np.ndarray, np.ndarray]:
         """(N, C, P, P) images and (N,) classes in their published order. Raises ValueError for a damaged file."""
         images, labels = self._files[split]
         pixels_NPP, labels_N = _read_idx(images, 3), _read_idx(labels, 1)
         if len(pixels_NPP) != len(labels_N) or labels_N.max(initial=0) >= len(self.classes):
             raise ValueError(f"{labels} does not fit {images}: install them again")
-        return pixels_NPP[:, None], labels_N
+        return pixels_NPP[:most, None], labels_N[:most]
 
 
 def _read_idx(path: Path, axes: int) -> np.ndarray:
@@ -84,7 +75,7 @@ class ImageFolders:
     """
 
     def __init__(self, spec: DataSpec) -> None:
-        self._spec, self._found = spec, 0
+        self._found = 0
         train = self._labelled("data.paths", spec.paths)
         self.classes = sorted({name for name, _ in train.values()})
         if len(self.classes) < 2:
@@ -99,6 +90,10 @@ class ImageFolders:
         self._of_split: dict[Split, list[tuple[str, Path]]] = {"train": chosen, "validation": held_out}
         if not all(self._of_split.values()):
             raise ValueError(f"data=images: {len(train)} images are too few: give more, or data.validation_paths")
+        self.versions = {
+            split: fingerprint([[name, sha256_file(path)] for name, path in files])
+            for split, files in self._of_split.items()
+        }
 
     def _labelled(self, key: str, places: tuple[str, ...]) -> dict[str, tuple[str, Path]]:
         """The class and file of each image, by the sha256 of the file."""
@@ -115,21 +110,12 @@ class ImageFolders:
             labelled |= {sha256_file(path): (path.relative_to(folder).parts[0], path) for path in paths}
         return labelled
 
-    @cached_property
-    def versions(self) -> dict[str, Any]:
-        """Hashes of classes and files of each split, in their order."""
-        return {
-            split: fingerprint([[name, sha256_file(path)] for name, path in files])
-            for split, files in self._of_split.items()
-        }
-
-    def read(self, split: Split, dropped: Counter[str]) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, split: Split, most: int | None, dropped: Counter[str]) -> tuple[np.ndarray, np.ndarray]:
         """(N, C, P, P) images and (N,) classes. Raises ValueError for what is no image, or of another shape."""
         if split == "train":
             dropped["duplicate"] = self._found - sum(map(len, self._of_split.values()))
         first = self._of_split["train"][0][1]
         shape = _read_image(first).shape
-        most = {"train": self._spec.train_documents, "validation": self._spec.validation_documents}[split]
         pixels, labels = [], []
         for name, path in islice(self._of_split[split], most):
             pixels.append(_read_image(path))
@@ -147,36 +133,26 @@ class HubImages:
     """
 
     def __init__(self, spec: DataSpec) -> None:
-        self._spec, self._hub = spec, HubSource(spec)
-
-    @property
-    def versions(self) -> dict[str, Any]:
-        """The name of each split's data set; hashes of its files where that is a local folder."""
-        return self._hub.versions
-
-    @property
-    def revisions(self) -> dict[str, str]:
-        """The revision of each split."""
-        return self._hub.revisions
+        self._spec, self.hub = spec, HubSource(spec)
+        self.versions = self.hub.versions
 
     @property
     def classes(self) -> list[str]:
         """Names of the classes, in the order of their numbers."""
-        return self._hub.load("train").features[self._columns("train")[1]].names
+        return self.hub.load("train").features[self._columns("train")[1]].names
 
     def _columns(self, split: Split) -> list[str]:
-        features = self._hub.load(split).features
+        features = self.hub.load(split).features
         found = [[name for name, kind in features.items() if isinstance(kind, k)] for k in (HubImage, ClassLabel)]
         if not all(found):
             columns = ", ".join(f"{name} ({type(kind).__name__})" for name, kind in features.items())
             raise ValueError(f"{self._spec.dataset} needs a column of type Image and one of type ClassLabel: {columns}")
         return [names[0] for names in found]
 
-    def read(self, split: Split, dropped: Counter[str]) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, split: Split, most: int | None, dropped: Counter[str]) -> tuple[np.ndarray, np.ndarray]:
         """(N, C, P, P) images and (N,) classes, shuffled. Raises ValueError for images of several shapes."""
         image, label = self._columns(split)
-        rows = self._hub.load(split).shuffle(seed=self._spec.shuffle_seed)
-        most = {"train": self._spec.train_documents, "validation": self._spec.validation_documents}[split]
+        rows = self.hub.load(split).shuffle(seed=self._spec.shuffle_seed)
         rows = rows.select(range(min(len(rows), most or len(rows))))
         name = f"{self._spec.dataset}, split {split}"
         try:
@@ -217,7 +193,7 @@ def write_images(spec: DataSpec, source: ImageSource, folder: Path) -> dict[str,
     limits: dict[Split, int | None] = {"train": spec.train_documents, "validation": spec.validation_documents}
     for split, most in limits.items():
         dropped: Counter[str] = Counter()
-        pixels_NCPP, labels_N = (part[:most] for part in source.read(split, dropped))
+        pixels_NCPP, labels_N = source.read(split, most, dropped)
         _, channels, size, width = pixels_NCPP.shape
         if size != width:
             raise ValueError(f"data={spec.source} has images of {size} x {width} pixels; only squares are read")
@@ -234,7 +210,7 @@ def write_images(spec: DataSpec, source: ImageSource, folder: Path) -> dict[str,
     ViTImageProcessorPil(size=size_PP, image_mean=mean, image_std=mean).save_pretrained(folder)
     facts |= {"image_size": size, "num_channels": channels, "classes": list(source.classes)}
     if isinstance(source, HubImages):
-        facts["revisions"] = source.revisions
+        facts["revisions"] = source.hub.revisions
     return facts | {
         "fingerprint": fingerprint([1, size, channels, facts["classes"], hashes]),
         "vocab_size": len(source.classes),

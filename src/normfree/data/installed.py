@@ -5,8 +5,6 @@ results were made (`not_read`), and the top-level packages of the validation spl
 whole. The text depends on the versions of Python and of every package, so `versions` contains them.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math
@@ -21,9 +19,8 @@ from functools import cached_property
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.resources import files as resources
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from normfree.data.sources import Split, limited, normalised_hash, validation_hashes
+from normfree.data.sources import Source, Split, limited, normalised_hash
 from normfree.files import sha256_bytes
 from normfree.spec.run import DataSpec
 
@@ -95,7 +92,7 @@ def excluded_text(text: str) -> str | None:
     return "generated" if GENERATED.search(head) else None
 
 
-class InstalledSource:
+class InstalledSource(Source):
     """Python files of this interpreter's standard library and of the distributions in `installed.json`.
 
     Validation is read first and completely, so it does not change with `max_bytes`; a training file that repeats a
@@ -104,19 +101,15 @@ class InstalledSource:
 
     def __init__(self, spec: DataSpec) -> None:
         self._spec = spec
-        self._facts = installed_facts()
-        self._held_out = frozenset(self._facts["validation"])
-
-    @cached_property
-    def versions(self) -> dict[str, Any]:
-        """Versions of Python and of the packages, and the packages of the validation split."""
-        packages = {}
-        for name in self._facts["distributions"]:
+        facts, packages = installed_facts(), {}
+        self._held_out = frozenset(facts["validation"])
+        for name in facts["distributions"]:
             try:
                 packages[name] = distribution(name).version.split("+")[0]
             except PackageNotFoundError:
                 log.warning("%s is not installed, so it is not in the corpus", name)
-        return {"python": platform.python_version(), "packages": packages, "validation": sorted(self._held_out)}
+        python = platform.python_version()
+        self.versions = {"python": python, "packages": packages, "validation": sorted(self._held_out)}
 
     @cached_property
     def _paths(self) -> list[tuple[str, str]]:
@@ -135,11 +128,9 @@ class InstalledSource:
         seed = self._spec.shuffle_seed
         return sorted(paths.items(), key=lambda item: sha256_bytes(f"{seed}:{item[0]}".encode()))
 
-    _validation_hashes = cached_property(validation_hashes)
-
     def documents(self, split: Split, dropped: Counter[str]) -> Iterator[str]:
         """Yield the files of a split that pass every filter, each text once."""
-        seen = set(self._validation_hashes) if split == "train" else set()
+        seen = set(self.validation_hashes) if split == "train" else set()
         room = self._spec.max_bytes_per_package
         package_bytes: Counter[str] = Counter()
         for name, place in self._paths:
@@ -159,13 +150,12 @@ class InstalledSource:
 
 def _read(name: str, path: Path, *, most_bytes: float) -> tuple[str, str | None]:
     """The text of a file, and why it is left out or None."""
-    reason = excluded_path(name)
-    if reason is None and not path.is_file():
-        reason = "missing"
-    elif reason is None and path.stat().st_size > most_bytes:
-        reason = "package full"
-    if reason:
+    if reason := excluded_path(name):
         return "", reason
+    if not path.is_file():
+        return "", "missing"
+    if path.stat().st_size > most_bytes:
+        return "", "package full"
     try:
         text = path.read_bytes().decode()
     except UnicodeDecodeError:

@@ -7,8 +7,6 @@ transformer predicts it.
 Shape legend: N blocks, T tokens, U distinct n-grams.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,8 +21,7 @@ ORDERS = {2: 100_000_000, 5: 20_000_000}
 class _Order:
     """The n-grams of one length."""
 
-    keys_U: Ids
-    """Each n-gram as one integer: number of its first n - 1 tokens * vocabulary + last token; sorted."""
+    keys_U: Ids  # each n-gram as one integer, sorted: number of its first n - 1 tokens * vocabulary + last token
     smoothed_U: NDArray[np.float64]  # (count - discount) / count of the context
     backoff: NDArray[np.float64]  # what each context, by its number, leaves to the next shorter order
 

@@ -4,8 +4,6 @@ Shapes: S tokens of a document, N blocks, T tokens in a block, V pieces of the v
 held-out text the UTF-8 bytes of each token and the number of its document.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import ExitStack

@@ -4,8 +4,6 @@ Each source yields documents for training and for validation, states its `versio
 prepared corpus may be reused), and counts every document that it leaves out under a reason.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -16,7 +14,7 @@ from functools import cached_property
 from glob import glob
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, cast
 
 import datasets
 import datasets.config
@@ -38,28 +36,26 @@ HOLD_OUT_EVERY = 20
 log = logging.getLogger("normfree")
 
 
-class Source(Protocol):
-    """Yields documents; `dropped` counts the documents left out, by reason."""
-
-    @property
-    def versions(self) -> dict[str, Any]:
-        """What the text depends on besides the spec: package versions, names of data sets, hashes of files."""
-        ...
-
-    def documents(self, split: Split, dropped: Counter[str]) -> Iterator[str]:
-        """Yield the documents of a split, in the same order on every machine."""
-        ...
-
-
 def normalised_hash(text: str) -> bytes:
     """sha256 of the text without trailing blanks, line ends and outer blank lines: equal for copies."""
     lines = "\n".join(line.rstrip() for line in text.strip().splitlines())
     return bytes.fromhex(sha256_bytes(lines.encode("utf-8", "surrogatepass")))
 
 
-def validation_hashes(source: Source) -> frozenset[bytes]:
-    """Hashes of all validation documents, which training must not repeat."""
-    return frozenset(map(normalised_hash, source.documents("validation", Counter())))
+class Source:
+    """Yields documents; `dropped` counts the documents left out, by reason."""
+
+    versions: dict[str, Any]
+    """What the text depends on besides the spec: package versions, names of data sets, hashes of files."""
+
+    def documents(self, split: Split, dropped: Counter[str]) -> Iterator[str]:
+        """Yield the documents of a split, in the same order on every machine."""
+        raise NotImplementedError
+
+    @cached_property
+    def validation_hashes(self) -> frozenset[bytes]:
+        """Hashes of all validation documents, which training must not repeat."""
+        return frozenset(map(normalised_hash, self.documents("validation", Counter())))
 
 
 def limited(
@@ -83,7 +79,7 @@ def limited(
         yield document
 
 
-class FilesSource:
+class FilesSource(Source):
     """Local .py and .txt files (one document each) and .jsonl and .parquet files (one document per row).
 
     Files are ordered by content hash and seed, so names and places do not matter. Without validation paths every
@@ -106,6 +102,10 @@ class FilesSource:
             documents = len(list(islice(self._read(train, Counter()), HOLD_OUT_EVERY)))
             self._held_out = "documents" if documents == HOLD_OUT_EVERY else "ends"
         self._files = {"train": train, "validation": validation}
+        self.versions = {  # suffixes decide how rows are read
+            split: fingerprint([[file.suffix, sha256] if file.suffix in ROWS else sha256 for file, sha256 in files])
+            for split, files in self._files.items()
+        }
 
     def _ordered_files(self, split: Split, patterns: Iterable[str], key: str) -> list[tuple[Path, str]]:
         """The files behind `patterns` with their sha256; blank ones and those of other types are counted."""
@@ -115,20 +115,10 @@ class FilesSource:
         seed = self._spec.shuffle_seed
         return sorted(hashed, key=lambda file: sha256_bytes(f"{seed}:{file[1]}".encode()))
 
-    @property
-    def versions(self) -> dict[str, Any]:
-        """Hashes of the files of each split, with the suffixes that decide how rows are read."""
-        return {
-            split: fingerprint([[file.suffix, sha256] if file.suffix in ROWS else sha256 for file, sha256 in files])
-            for split, files in self._files.items()
-        }
-
-    _validation_hashes = cached_property(validation_hashes)
-
     def documents(self, split: Split, dropped: Counter[str]) -> Iterator[str]:
         """Yield the documents of a split, each text once."""
         dropped.update(+self._left_out[split])
-        seen = set(self._validation_hashes) if split == "train" else set()
+        seen = set(self.validation_hashes) if split == "train" else set()
         # Splits that share their files count a blank document once.
         empty = dropped if split == "train" or self._held_out == "files" else Counter()
         for number, document in enumerate(self._read(self._files[split], empty), start=1):
@@ -243,7 +233,7 @@ def text_of(row: Any, column: str, *, where: str) -> str:
     return text
 
 
-class HubSource:
+class HubSource(Source):
     """A Hugging Face data set by name, or a local folder that `datasets.load_dataset` reads.
 
     A prepared corpus of a hub name is reused without asking the hub again; its manifest records the revision. Local
@@ -258,12 +248,7 @@ class HubSource:
         self._loaded: dict[Split, datasets.Dataset] = {}
         self._places: dict[Split, tuple[str, str]] = {"train": (train, spec.train_split)}
         self._places["validation"] = (validation, spec.validation_split)
-        self._most = {"train": spec.train_documents, "validation": spec.validation_documents}
-
-    @property
-    def versions(self) -> dict[str, Any]:
-        """The name of each split's data set; hashes of its files where that is a local folder."""
-        return {
+        self.versions = {
             split: fingerprint(describe_files(Path(name))) if Path(name).is_dir() else name
             for split, (name, _) in self._places.items()
         }
@@ -273,16 +258,14 @@ class HubSource:
         """The revision of each split, as the cache of `datasets` names it."""
         return {split: Path(self.load(split).cache_files[0]["filename"]).parent.name for split in self._places}
 
-    _validation_hashes = cached_property(validation_hashes)
-
     def documents(self, split: Split, dropped: Counter[str]) -> Iterator[str]:
         """Yield the shuffled documents of a split, at most as many as the spec allows."""
         rows, column = self.load(split), self._spec.column
         if column in rows.column_names:
             rows = rows.select_columns([column])
-        most = min(len(rows), self._most[split] or len(rows))
+        most = min(len(rows), getattr(self._spec, f"{split}_documents") or len(rows))
         # CodeParrot stays as published; in any other data set no training document may be a validation document.
-        held_out = self._validation_hashes if split == "train" and self._spec.source == "hub" else frozenset()
+        held_out = self.validation_hashes if split == "train" and self._spec.source == "hub" else frozenset()
         for row in rows.shuffle(seed=self._spec.shuffle_seed).select(range(most)):
             text = text_of(row, column, where=self._places[split][0])
             if not text.strip():

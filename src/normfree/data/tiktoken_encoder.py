@@ -10,8 +10,6 @@ character when it first occurs, and in addition a sample of the text.
 Shapes: R ranks (256 bytes, then the merges in order), V pieces of the vocabulary, S tokens of a document.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -23,6 +21,7 @@ import numpy as np
 import tiktoken
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from normfree.data.tokenizer import END_TOKEN, Encoder
 
@@ -92,7 +91,7 @@ def _check_kind(description: dict[str, Any]) -> None:
 
 def _tiktoken(model: dict[str, Any]) -> tuple[tiktoken.Encoding, np.ndarray]:
     """The encoding whose tokens are ranks, and the token id of each rank, ids_R."""
-    bytes_of = {character: bytes([value]) for character, value in _byte_of_character().items()}
+    bytes_of = {character: bytes([value]) for value, character in bytes_to_unicode().items()}
     pieces = [*bytes_of, *(left + right for left, right in model["merges"])]
     if len(set(pieces)) != len(pieces):
         raise NotReproducibleError("two merges of the tokenizer give one piece")
@@ -106,14 +105,6 @@ def _tiktoken(model: dict[str, Any]) -> tuple[tiktoken.Encoding, np.ndarray]:
     return tiktoken.Encoding("normfree", pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special), ids_R
 
 
-def _byte_of_character() -> dict[str, int]:
-    """The byte behind each character of a byte-level vocabulary: visible bytes are themselves, others start at 256."""
-    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    visible = {character: ord(character) for character in characters if ord(character) < 256}
-    hidden = sorted(set(range(256)) - set(visible.values()))
-    return visible | dict(zip(characters[len(visible) :], hidden, strict=True))
-
-
 class _CharacterCheck:
     """Check that both libraries put a character into the same class: letter, number, blank or other sign.
 
@@ -123,7 +114,7 @@ class _CharacterCheck:
     """
 
     def __init__(self) -> None:
-        characters = list(_byte_of_character())
+        characters = list(bytes_to_unicode().values())
         pairs = [pair for sign in "a1." for other in characters for pair in ((sign, other), (other, sign))]
         merges = list(dict.fromkeys(pairs))
         vocab = {piece: number for number, piece in enumerate([*characters, *map("".join, merges)])}

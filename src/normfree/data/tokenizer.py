@@ -1,9 +1,8 @@
 """Load a tokenizer or train a byte-level BPE; encode text; count the bytes of tokens."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -53,7 +52,7 @@ def load_tokenizer(place: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
+def vocabulary_size(tokenizer: PreTrainedTokenizerFast | Tokenizer) -> int:
     """Number of embeddings that the ids need: more than there are pieces if the ids have gaps."""
     return max(tokenizer.get_vocab().values()) + 1
 
@@ -108,16 +107,11 @@ def _bytes_of_pieces(tokenizer: Tokenizer) -> np.ndarray | None:
         or not set(pre_tokenizers.ByteLevel.alphabet()).issuperset("".join(pieces))
     ):
         return None
-    sizes_V = np.zeros(max(tokenizer.get_vocab().values()) + 1, dtype=np.int32)
+    sizes_V = np.zeros(vocabulary_size(tokenizer), dtype=np.int32)
     sizes_V[list(pieces.values())] = list(map(len, pieces))
     return sizes_V
 
 
 def _bytes_by_offsets(text: str, encoding: Encoding) -> np.ndarray:
-    sizes = np.zeros(len(encoding), dtype=np.int32)
-    reached = 0
-    for number, (_, end) in enumerate(encoding.offsets):
-        if end > reached:
-            sizes[number] = len(text[reached:end].encode())
-            reached = end
-    return sizes
+    reached = accumulate((end for _, end in encoding.offsets), max, initial=0)
+    return np.array([len(text[start:end].encode()) for start, end in pairwise(reached)], dtype=np.int32)

@@ -7,8 +7,6 @@ d_j = m - s_j, l = sum e^-d_j and A = sum d_j e^-d_j, every term is non-negative
 # B batch, H query heads, N chosen (batch, head) pairs, T query, S key, D head width,
 # R rows and C columns of one block
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -2,8 +2,6 @@
 
 # B batch, H heads, T query, S key
 
-from __future__ import annotations
-
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Sequence

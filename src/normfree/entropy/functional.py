@@ -2,8 +2,6 @@
 
 # B batch, H query heads, G key heads, T query, S key, K keys and the sink, D head width
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -12,8 +10,6 @@ from torch import Tensor
 
 from normfree.entropy import blocked, fused
 from normfree.entropy.request import AttentionEntropy, Request, as_request
-
-Method = Literal["auto", "reference", "blocked"]
 
 # Largest bound on the centred scores of a head for the fused path in float32. At the limit its error stays below 3e-5
 # nats, on random heads of width 64 below 1e-5 (docs/entropy.md).
@@ -34,7 +30,7 @@ def attention_entropy(
     sinks: Tensor | None = None,
     patterns: bool = False,
     differentiable: bool = False,
-    method: Method = "auto",
+    method: Literal["auto", "reference", "blocked"] = "auto",
 ) -> AttentionEntropy:
     """Shannon entropy -sum_j p_j ln p_j of p = softmax(scale q.k + ...), for every row, in nats.
 

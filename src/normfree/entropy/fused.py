@@ -7,8 +7,6 @@ is subtracted first, which keeps the two terms, and their rounding, small.
 
 # B batch, H query heads, G key heads, T query, S key, R rows of one block, D head width
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -2,8 +2,6 @@
 
 # B batch, T query, S key, H query heads, G key heads, D value width; h chosen heads; R rows and C columns of one block
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence

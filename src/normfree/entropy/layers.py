@@ -28,13 +28,10 @@ _CROSS = "cross"
 class HeadLayer(NamedTuple):
     """The heads of one attention module; sorts by group, then number."""
 
-    rank: int
-    """Of the group among those of a model."""
-    group: str
-    """Empty for the only stack of a model."""
+    rank: int  # of the group among those of a model
+    group: str  # empty for the only stack of a model
     number: int
-    stack: str = ""
-    """Path of the list of blocks; cross-attention shares it with the self-attention whose queries it has."""
+    stack: str = ""  # path of the list of blocks, which cross-attention shares with the self-attention before it
 
     @property
     def is_cross(self) -> bool:

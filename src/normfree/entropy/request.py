@@ -65,12 +65,6 @@ class AttentionEntropy:
         """(B, H, T) bool: rows that belong in a mean, because they see a key and are finite."""
         return (self.visible > 0) & self.nats.isfinite()
 
-    @property
-    def path(self) -> str:
-        """'fused', 'exact' or 'fused+exact' (some heads each)."""
-        exact_heads = int(self.exact.sum())
-        return "fused" if exact_heads == 0 else "exact" if exact_heads == self.exact.numel() else "fused+exact"
-
 
 def as_request(q, k, mask, sinks, scale, causal, window, softcap, patterns) -> Request:
     """Check the arguments of `attention_entropy`, or raise ValueError, and raise q and k to at least float32."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from normfree.entropy.layers import HeadLayer, labels
 from normfree.entropy.request import AttentionEntropy
@@ -127,12 +128,9 @@ class HeadSums:
         """Add `sums_of` attention calls, each with its layer."""
         with self._lock:
             for layer, new in calls:
-                old = self._sums.get(layer)
-                # Not in place: one of the calls may be in inference mode.
-                joined = (
-                    new if old is None else {name: value + new[name].to(value.device) for name, value in old.items()}
-                )
-                self._sums[layer] = joined
+                if layer in self._sums:  # not in place: one of the calls may be in inference mode
+                    new = {name: value + new[name].to(value.device) for name, value in self._sums[layer].items()}
+                self._sums[layer] = new
 
     def statistics(self) -> HeadEntropy:
         """Everything that was added, on the CPU. Raises ValueError if that is nothing."""
@@ -147,9 +145,7 @@ class HeadSums:
         for name in self._sums[layers[0]]:
             parts = [self._sums[layer][name].cpu() for layer in layers]
             parts = [part.double() if part.is_floating_point() else part for part in parts]
-            if parts[0].dim():
-                parts = [torch.nn.functional.pad(part, (0, max(heads) - len(part))) for part in parts]
-            joined[name] = torch.stack(parts)
+            joined[name] = pad_sequence(parts, batch_first=True) if parts[0].dim() else torch.stack(parts)
         return HeadEntropy(labels(layers), heads, **joined)
 
 

@@ -3,8 +3,6 @@
 The tables document and explain refusals: any other type is measured if its modules use `ALL_ATTENTION_FUNCTIONS`.
 """
 
-from __future__ import annotations
-
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 _EAGER_NAMES = """

@@ -2,8 +2,6 @@
 
 # B batch, H query heads, T query, S key, R rows of one block, C columns of one block
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -62,8 +60,17 @@ class Visibility:
 
     def blocks(self, rows: int) -> Iterator[Block]:
         """Yield blocks of at most `rows` query rows, narrowed to the columns that they see."""
+        offset = self.keys - self.queries
         for start in range(0, self.queries, rows):
-            yield self._narrowed(start, min(start + rows, self.queries))
+            stop = min(start + rows, self.queries)
+            last = min(self.keys, max(stop + offset, 0)) if self.causal else self.keys
+            first = 0 if self.window is None else min(last, max(0, start + offset - self.window + 1))
+            if self.mask is not None and first < last:
+                # This halves the work under a causal mask, and saves more under a window.
+                shown_C = shown(self._mask_part(self.mask, start, stop, first, last)).flatten(0, -2).any(0)
+                columns = (shown_C.nonzero().flatten() + first).tolist()
+                first, last = (columns[0], columns[-1] + 1) if columns else (first, first)
+            yield self._block(start, stop, first, last)
 
     def counts(self) -> Tensor:
         """The number of visible keys of every row, int32, shape (B or 1, H or 1, T)."""
@@ -89,18 +96,6 @@ class Visibility:
     def whole(self) -> Block:
         """All rows and keys, for callers that need the matrix."""
         return self._block(0, self.queries, 0, self.keys)
-
-    def _narrowed(self, start: int, stop: int) -> Block:
-        """The rows from start to stop, with the columns that they see."""
-        offset = self.keys - self.queries
-        last = min(self.keys, max(stop + offset, 0)) if self.causal else self.keys
-        first = 0 if self.window is None else min(last, max(0, start + offset - self.window + 1))
-        if self.mask is not None and first < last:
-            # This halves the work under a causal mask, and saves more under a window.
-            shown_C = shown(self._mask_part(self.mask, start, stop, first, last)).flatten(0, -2).any(0)
-            columns = (shown_C.nonzero().flatten() + first).tolist()
-            first, last = (columns[0], columns[-1] + 1) if columns else (first, first)
-        return self._block(start, stop, first, last)
 
     def _block(self, start: int, stop: int, first: int, last: int) -> Block:
         offset = self.keys - self.queries

@@ -1,27 +1,21 @@
 """Measures: context managers that read a model's forward passes and give quantities."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from normfree.measures.gradients import Gradients
-from normfree.measures.heads import Heads
-from normfree.measures.logits import Logits
+from normfree.measures.gradients import Gradients, Slopes
+from normfree.measures.heads import Heads, Sinks
 from normfree.measures.losses import Losses
 from normfree.measures.measure import Measure
 from normfree.measures.perplexity import Accuracy, Perplexity
-from normfree.measures.propagation import Propagation
 from normfree.measures.ranges import Ranges
-from normfree.measures.residual import Residual
-from normfree.measures.selectivity import Selectivity
-from normfree.measures.sinks import Sinks
-from normfree.measures.slopes import Slopes
+from normfree.measures.residual import Propagation, Residual
+from normfree.measures.scores import Logits
 from normfree.measures.spectrum import Spectrum
-from normfree.measures.units import Units
+from normfree.measures.units import Selectivity, Units
 from normfree.spec.keys import nearest
 from normfree.store.quantities import QUANTITIES
 

@@ -1,6 +1,4 @@
-"""Gradient norms of every block in training, before and after clipping."""
-
-from __future__ import annotations
+"""What a model in training carries itself: gradient norms of its blocks, and learnable slopes of leaky ReLUs."""
 
 import torch
 from torch import Tensor, nn
@@ -32,3 +30,22 @@ def block_gradient_norms(model: nn.Module) -> Tensor:
         missing = next(block.parameters()).new_tensor(torch.nan)
         norms.append(nn.utils.get_total_norm(gradients) if gradients else missing)
     return torch.stack(norms).double().cpu()
+
+
+class Slopes(Measure):
+    """The current learnable slopes; nothing for a model without them."""
+
+    gives = ("negative_slope",)
+
+    # Models of other libraries have no `slope_layers` and `negative_slopes`, and measures may not import our model.
+
+    @property
+    def layers(self) -> list[int] | None:
+        return getattr(self.model, "slope_layers", list)() or None
+
+    def totals(self) -> dict[str, Total]:
+        slopes = getattr(self.model, "negative_slopes", dict)()
+        if not slopes:
+            return {}
+        slope_S = torch.stack(list(slopes.values())).detach().double()
+        return {"negative_slope": (slope_S, torch.ones_like(slope_S))}  # every process has the same slopes

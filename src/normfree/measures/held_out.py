@@ -2,8 +2,6 @@
 
 # B batch, T tokens, N blocks
 
-from __future__ import annotations
-
 import functools
 import inspect
 import itertools

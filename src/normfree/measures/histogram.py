@@ -1,7 +1,5 @@
 """Histograms of floating-point numbers by their leading bits: one pass, no range to choose beforehand."""
 
-from __future__ import annotations
-
 import math
 import threading
 from collections.abc import Sequence
@@ -10,15 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BINS = 2**16
-"""Bins of `float_counts`: sign, exponent and 7 bits of the fraction of a float32."""
-INFINITE, NEGATIVE_INFINITE = 0x7F80, 0xFF80
-"""The bins of infinity and its negative."""
+BINS = 2**16  # of `float_counts`: sign, exponent and 7 bits of the fraction of a float32
+INFINITE, NEGATIVE_INFINITE = 0x7F80, 0xFF80  # the bins of infinity and its negative
 _ORDER = np.r_[BINS - 1 : BINS // 2 - 1 : -1, 0 : BINS // 2]  # bins from the most negative on
 _VALUES = ((_ORDER << 16) | 0x8000).astype(np.uint32).view(np.float32)  # their middles
 _VALUES[_ORDER == INFINITE], _VALUES[_ORDER == NEGATIVE_INFINITE] = np.inf, -np.inf
-AT_ONCE = 2**19
-"""Codes that are counted at once on a CPU: 4 MiB."""
+AT_ONCE = 2**19  # codes that are counted at once on a CPU: 4 MiB
 
 _memory = threading.local()
 

@@ -2,8 +2,6 @@
 
 # B batch, T tokens, V vocabulary, N losses
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -36,17 +34,12 @@ class Losses(NextToken):
             self._losses.append(losses_T[labels_T != IGNORED].cpu())
 
     def pooled(self, device: torch.device | str | None) -> dict[str, Tensor]:
-        losses_N = of_all_processes(torch.cat([torch.zeros(0), *self._losses]), device).numpy()
+        losses_N = torch.cat([torch.zeros(0), *self._losses])
+        if device is not None and torch.distributed.is_initialized():  # as in `over_processes`
+            parts: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(parts, losses_N)
+            losses_N = torch.cat(parts)
         if not len(losses_N):
             return {name: torch.tensor(torch.nan) for name in self.gives}
-        values: Any = np.quantile(losses_N, list(_QUANTILES.values()))
+        values: Any = np.quantile(losses_N.numpy(), list(_QUANTILES.values()))
         return dict(zip(_QUANTILES, torch.from_numpy(values).double(), strict=True))
-
-
-def of_all_processes(values_N: Tensor, device: torch.device | str | None) -> Tensor:
-    """The values of all processes one after another; `device` as in `over_processes`."""
-    if device is None or not torch.distributed.is_initialized():
-        return values_N
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, values_N)
-    return torch.cat(parts)

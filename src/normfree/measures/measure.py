@@ -1,7 +1,5 @@
 """The base class of measures, and how their sums become values."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence

@@ -153,30 +153,29 @@ class NextToken(Measure):
         return [self.model.register_forward_hook(self._read, with_kwargs=True)]
 
     def check(self, inputs: Mapping[str, Tensor]) -> None:
-        if cast(PreTrainedModel, self.model).main_input_name == "pixel_values":
+        model = cast(PreTrainedModel, self.model)
+        if model.main_input_name == "pixel_values":
             if "labels" not in inputs:
                 raise ValueError("losses of images need their classes as `labels`: leave this measure out")
             return
-        is_seq2seq = "decoder_input_ids" in inputs
-        if is_seq2seq and "labels" in inputs and cast(PreTrainedModel, self.model).get_output_embeddings() is not None:
+        has_head, is_seq2seq = model.get_output_embeddings() is not None, "decoder_input_ids" in inputs
+        if has_head and is_seq2seq and "labels" in inputs:
             return
-        if "input_ids" not in inputs or is_seq2seq or cast(PreTrainedModel, self.model).get_output_embeddings() is None:
+        if not has_head or is_seq2seq or "input_ids" not in inputs:
             raise ValueError(
                 "losses of next tokens need input_ids alone and a causal language-model head: leave this measure out"
             )
-        if sees_later_tokens(cast(PreTrainedModel, self.model), inputs["input_ids"]):
+        if sees_later_tokens(model, inputs["input_ids"]):
             raise ValueError(
-                f"{type(self.model).__name__} is not causal: later tokens change its predictions of earlier ones, so "
+                f"{type(model).__name__} is not causal: later tokens change its predictions of earlier ones, so "
                 "it has no perplexity; `normfree measure` shows its heads (BERT is causal with is_decoder=true)"
             )
 
     def _read(self, _model: torch.nn.Module, positional: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        if "pixel_values" in named:  # the images are one row, in which each class follows its logits
-            labels_B = F.pad(self.inputs["labels"], (1, 0), value=IGNORED)
-            self.add(F.pad(output.logits, (0, 0, 0, 1))[None], labels_B[None])
-            return
-        if "decoder_input_ids" in named:  # the labels do not begin with the token that starts the target
-            self.add(F.pad(output.logits, (0, 0, 0, 1)), F.pad(self.inputs["labels"], (1, 0), value=IGNORED))
+        if "pixel_values" in named or "decoder_input_ids" in named:
+            # The labels do not begin with the token that starts the target. Images are one row of classes.
+            logits, labels = F.pad(output.logits, (0, 0, 0, 1)), F.pad(self.inputs["labels"], (1, 0), value=IGNORED)
+            self.add(logits.view(-1, *logits.shape[-2:]), torch.atleast_2d(labels))
             return
         labels_BT = self.inputs.get("labels", named["input_ids"])
         if (mask_BT := self.mask_of(0)) is not None:  # padding is not predicted, nor is anything predicted from it
@@ -221,17 +220,18 @@ class Perplexity(NextToken):
 
 
 class TokenLosses(NextToken):
-    """The loss in nats of every token but the first of each block, in the order of the blocks; 0 for labels of -100."""
+    """The losses in nats of the predicted tokens of every row, in float64; labels of -100 are behind them."""
 
     gives = ()
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__(model)
-        self.nats: list[Tensor] = []
+        self.rows: list[np.ndarray] = []
 
     def add(self, logits_BTV: Tensor, labels_BT: Tensor) -> None:
         for logits_TV, targets_T in zip(logits_BTV[:, :-1], labels_BT[:, 1:], strict=True):
-            self.nats += [nats_t.cpu() for nats_t in cross_entropies(logits_TV, targets_T, "none")]
+            known = int((targets_T != IGNORED).sum())
+            self.rows.append(torch.cat(cross_entropies(logits_TV[:known], targets_T[:known], "none")).cpu().numpy())
 
 
 class Accuracy(NextToken):
@@ -279,7 +279,7 @@ def evaluate_blocks(
         result = replace(result, accuracy=values_of([accuracy], device)["accuracy"].item())
     if documents_NT is not None:
         numbers = np.unique(documents_NT[:, 1:], return_inverse=True)[1].reshape(-1)
-        nats_P = np.bincount(numbers, weights=torch.cat(losses.nats).numpy())
+        nats_P = np.bincount(numbers, weights=np.concatenate(losses.rows))
         parts = tuple(zip(nats_P.tolist(), np.bincount(numbers).tolist(), strict=True))
         result = replace(result, parts=parts, parts_are="documents")
     return result

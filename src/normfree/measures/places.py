@@ -2,12 +2,9 @@
 
 # B batch, T tokens, E hidden size, F feed-forward width
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -108,19 +105,18 @@ def _place(model: nn.Module, label: Label, block: nn.Module) -> Place:
 
 
 def _first_pair(block: nn.Module, pairs: list[list[str]]) -> tuple[nn.Module, nn.Module] | None:
-    for first, second in pairs:
-        parts = _find(block, first), _find(block, second)
-        if parts[0] is not None and parts[1] is not None:
-            return parts[0], parts[1]
+    for names in pairs:
+        first, second = (_find(block, name) for name in names)
+        if first is not None and second is not None:
+            return first, second
     return None
 
 
 def _find(block: nn.Module, path: str) -> nn.Module | None:
     try:
-        part = attrgetter(path)(block)
+        return block.get_submodule(path)
     except AttributeError:
         return None
-    return part if isinstance(part, nn.Module) else None
 
 
 @cache

@@ -2,8 +2,6 @@
 
 # L layers, B bins, N tokens, F features
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager

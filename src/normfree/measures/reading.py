@@ -2,8 +2,6 @@
 
 # B batch, T tokens, N tokens of a pass but padding, E hidden size, F features
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from functools import partial

@@ -1,31 +1,28 @@
-"""What enters the softmax of attention, a block of rows at a time: extremes and a histogram in one pass."""
+"""What enters the softmax of attention, a block of rows at a time: extremes and a histogram in one pass; Logits."""
 
 # B batch, H query heads, G key heads, T query, S key, D head width, R rows and C columns of one block
-
-from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from normfree.entropy.layers import HeadLayer
 from normfree.entropy.request import Request
 from normfree.entropy.routing import AttentionCall
 from normfree.entropy.visibility import Block
 from normfree.measures.histogram import BINS, NEGATIVE_INFINITE, float_counts
+from normfree.measures.reading import CallMeasure
 
-ROWS = 64
-"""Of one block: their scores stay near the cache."""
+ROWS = 64  # of one block: their scores stay near the cache
 
 
 class Scores(NamedTuple):
     """Scores of the keys that the rows of a call see, padded rows left out; NaN if one of them is."""
 
-    lowest_H: Tensor
-    """Infinite for a head whose rows see no key."""
+    lowest_H: Tensor  # infinite for a head whose rows see no key
     highest_H: Tensor
-    counts: Tensor
-    """(BINS,) of all heads, see `float_counts`."""
+    counts: Tensor  # (BINS,) of all heads, see `float_counts`
 
 
 def scores_of(call: AttentionCall) -> Scores:
@@ -69,3 +66,19 @@ def _scores(request: Request, block: Block) -> Tensor:
     if request.softcap is not None:
         scores_BHRC = scores_BHRC.div_(request.softcap).tanh_().mul_(request.softcap)
     return scores_BHRC if block.bias is None else scores_BHRC + block.bias
+
+
+class Logits(CallMeasure):
+    """The largest score that a head gives a visible key, before softmax, with scale, bias and soft-capping.
+
+    Scores are computed in float32, a block of rows at a time, so memory is linear in the context; `ranges` shares them.
+    Raises UnsupportedModel (a ValueError) for a model that does not route its attention through transformers' registry.
+    """
+
+    gives = ("max_logit",)
+
+    def read_call(self, layer: HeadLayer, call: AttentionCall) -> None:
+        self.raise_to(layer, highest=call.once(scores_of).highest_H)
+
+    def values(self, highest: Tensor) -> dict[str, Tensor]:
+        return {"max_logit": highest.masked_fill(highest == -torch.inf, torch.nan)}  # no row saw a key

@@ -1,7 +1,5 @@
 """The class of every token of a vocabulary in Python code, by its text alone."""
 
-from __future__ import annotations
-
 import keyword
 from typing import Any
 

@@ -1,19 +1,22 @@
-"""Sparse and dead units of every feed-forward part."""
+"""Units of every feed-forward part: how many are sparse or dead, and how selective they are for classes of tokens."""
 
-# N tokens, F features (units), E exponents
+# N tokens, V vocabulary, C classes, F features (units), E exponents, B bins of magnitudes
 
-from __future__ import annotations
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from normfree.measures.histogram import counts_of
-from normfree.measures.reading import FeatureMeasure
+from normfree.measures.reading import FeatureMeasure, real_tokens
+from normfree.measures.token_classes import token_classes
 
-EXPONENTS = 256
-"""Exponents of a float32; the last is that of infinity and NaN."""
-OCTAVES = 10
-"""A feature is small if it is below 2^-OCTAVES (about 1e-3) of its unit's largest."""
+EXPONENTS = 256  # of a float32; the last is that of infinity and NaN
+OCTAVES = 10  # a feature is small if it is below 2^-OCTAVES (about 1e-3) of its unit's largest
+BINS = 256  # of magnitudes: eight an octave from 2^-20 to 2^12; what is beyond is in the first or the last
+LOWEST = (127 - 20) << 3
 
 
 class Units(FeatureMeasure):
@@ -42,3 +45,92 @@ class Units(FeatureMeasure):
         if exponents[:, -1].any():  # a NaN or infinity
             shares = [tokens * torch.nan] * 3
         return dict(zip(self.gives, [*shares, tokens], strict=True))
+
+
+class Selectivity(FeatureMeasure):
+    """Selectivity of the magnitude of each activated feature for the class of its token, beside shuffled labels.
+
+    For each unit: the index (mu_max - mu_rest) / (mu_max + mu_rest) over class means, mu_rest the mean over the other
+    classes (Morcos et al., arXiv 1803.06959), and the area under the ROC curve of the class with the largest, against
+    all other tokens. Areas come from histograms of `BINS` bins: they are off by at most half of the share of pairs that
+    share a bin. The control has the same labels, shuffled among the tokens of a pass.
+
+    classes: (V,) the class of each vocabulary id; default: `token_classes` of the tokenizer. Raises ValueError without
+    either, for a table of another size, and for a model whose feed-forward parts are not found.
+    """
+
+    gives = ("selectivity_index", "selectivity_index_shuffled", "selectivity_area", "selectivity_area_shuffled")
+    needs_tokenizer = True
+
+    def __init__(self, model: nn.Module, classes: Tensor | None = None, tokenizer: Any = None) -> None:
+        super().__init__(model)
+        self._embedding: nn.Module = cast(Any, model).get_input_embeddings()
+        rows = len(cast(Tensor, self._embedding.weight))
+        if classes is None:
+            if tokenizer is None:
+                raise ValueError("give tokenizer=, or selectivity={'classes': a tensor with the class of each id}")
+            classes = token_classes(tokenizer, rows)
+        if classes.shape != (rows,) or classes.is_floating_point() or classes.min() < 0:
+            raise ValueError(
+                f"classes has shape {tuple(classes.shape)} and dtype {classes.dtype}; give a number from 0 on for each "
+                f"of the {rows} ids of the vocabulary"
+            )
+        self._classes_V, self._number = classes.long(), int(classes.max()) + 1
+        self._shuffling = torch.Generator().manual_seed(0)
+        self._labels: list[Tensor] = []  # of the current pass: real and shuffled, each (N,)
+
+    def attach(self) -> Iterator[AbstractContextManager[Any]]:
+        yield from super().attach()
+        yield self._embedding.register_forward_pre_hook(self._read_ids)
+
+    def _read_ids(self, _embedding: nn.Module, inputs: tuple[Any, ...]) -> None:
+        ids_N = real_tokens(inputs[0][..., None], self.mask_of(0)).flatten().cpu()
+        labels_N = self._classes_V[ids_N]
+        self._labels = [labels_N, labels_N[torch.randperm(len(labels_N), generator=self._shuffling)]]
+
+    def read_after(self, layer: int, features_NF: Tensor) -> None:
+        if not self._labels or len(self._labels[0]) != len(features_NF):
+            raise ValueError(
+                f"selectivity knows the class of {len(self._labels[0]) if self._labels else 0} tokens, but layer "
+                f"{self.layers[layer]} has {len(features_NF)}: run the model on input_ids"
+            )
+        magnitude_NF = features_NF.float().abs()
+        width = magnitude_NF.shape[1]
+        sums = self.sums[layer]
+        if not sums:  # the first axis is real and shuffled labels; counts of magnitudes are by bin
+            sums["magnitudes"] = torch.zeros(2, self._number, width, dtype=torch.float64)
+            sums["counts"] = torch.zeros(2, self._number, width, BINS, dtype=torch.int64)
+        codes_NF = (magnitude_NF.contiguous().view(torch.int32) >> 20).sub_(LOWEST).clamp_(0, BINS - 1)
+        codes_NF += torch.arange(0, width * BINS, BINS, dtype=torch.int32, device=codes_NF.device)
+        for labelling, labels_N in enumerate(self._labels):
+            for label in labels_N.unique().tolist():
+                rows = (labels_N == label).nonzero().flatten().to(codes_NF.device)
+                sums["magnitudes"][labelling, label] += magnitude_NF[rows].sum(0, dtype=torch.float64).cpu()
+                counts_FB = counts_of(codes_NF[rows], width * BINS).view(width, BINS)
+                sums["counts"][labelling, label] += counts_FB.cpu()
+        if layer == len(self.places) - 1:
+            self._labels = []  # the next pass has its own
+
+    def values(self, magnitudes: Tensor, counts: Tensor) -> dict[str, Tensor]:
+        values_22 = torch.stack([_selectivity(*of_labels) for of_labels in zip(magnitudes, counts, strict=True)])
+        return dict(zip(self.gives, values_22.T.flatten(), strict=True))
+
+
+def _selectivity(sums_CF: Tensor, counts_CFB: Tensor) -> Tensor:
+    """(2,) float64: means over units of the index and of the best class's area; NaN if a feature is, or with one class.
+
+    A unit without any activity has index 0 and area 1/2.
+    """
+    tokens_C = counts_CFB[:, 0].sum(1)
+    sums_CF, counts_CFB, tokens_C = (part[tokens_C > 0].double() for part in (sums_CF, counts_CFB, tokens_C))
+    if len(tokens_C) < 2 or not sums_CF.isfinite().all():
+        return torch.full((2,), torch.nan, dtype=torch.float64)
+    mean_CF = sums_CF / tokens_C[:, None]
+    highest_F = mean_CF.amax(0)
+    rest_F = (mean_CF.sum(0) - highest_F) / (len(tokens_C) - 1)
+    index_F = torch.where(highest_F > 0, (highest_F - rest_F) / (highest_F + rest_F), 0.0)
+    others_CFB = counts_CFB.sum(0) - counts_CFB
+    below_CFB = others_CFB.cumsum(-1) - others_CFB / 2  # a pair in one bin counts as half
+    pairs_C = tokens_C * (tokens_C.sum() - tokens_C)
+    area_F = ((counts_CFB * below_CFB).sum(-1) / pairs_C[:, None]).amax(0)
+    return torch.stack([index_F.mean(), area_F.mean()])

@@ -1,7 +1,5 @@
 """Keys and weights of .gguf files that transformers 5.23 does not read: correct them where possible, else refuse."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from math import isclose
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a model reads, and its inputs from images."""
 
-from __future__ import annotations
-
 import inspect
 from pathlib import Path
 from typing import Any

@@ -66,10 +66,10 @@ def load_pretrained(
         error = ImportError("adapter_config.json: a model with an adapter needs pip install 'peft>=0.17'")
         raise _cannot_load(os.fspath(name), error)
     model = _load(os.fspath(name), AutoModelForCausalLM, options, dtype, device, attention)
-    tokenizer = _load_beside(os.fspath(name), AutoTokenizer, options)
+    tokenizer = _load_tokenizer(os.fspath(name), options)
     if file := options.get("gguf_file"):
         correct_or_refuse(Path(options["pretrained_model_name_or_path"]) / file, model, tokenizer)
-    return model, _checked_tokenizer(os.fspath(name), tokenizer)
+    return model, tokenizer
 
 
 def load_measurable(name: RunFolder, **options: Any) -> tuple[Any, Any, Any]:
@@ -95,11 +95,15 @@ def load_measurable(name: RunFolder, **options: Any) -> tuple[Any, Any, Any]:
     kinds = kinds_read(model)
     tokenizer = processor = None
     if {"text", "target"} & kinds:
-        tokenizer = _checked_tokenizer(os.fspath(name), _load_beside(os.fspath(name), AutoTokenizer, source))
+        tokenizer = _load_tokenizer(os.fspath(name), source)
     if "images" in kinds:
         if not is_vision_available():
             raise ValueError(f"{name} reads images: pip install pillow")
-        processor = _load_beside(os.fspath(name), AutoImageProcessor, source)
+        try:
+            processor = AutoImageProcessor.from_pretrained(**source)
+        except _UNREADABLE as error:
+            why = _first_line(error)
+            raise ValueError(f"{name} has no image processor ({why}); save the model's beside it") from error
     return model, tokenizer, processor
 
 
@@ -128,18 +132,11 @@ def _load(name: str, loader: Any, source: dict[str, Any], dtype: str, device: st
     return model
 
 
-def _load_beside(name: str, loader: Any, source: dict[str, Any]) -> Any:
-    """The tokenizer or image processor beside a model."""
+def _load_tokenizer(name: str, source: dict[str, Any]) -> Any:
     try:
-        return loader.from_pretrained(**source)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
     except _UNREADABLE as error:
-        if loader is AutoImageProcessor:
-            why = _first_line(error)
-            raise ValueError(f"{name} has no image processor ({why}); save the model's beside it") from error
         raise _cannot_load(name, error) from error
-
-
-def _checked_tokenizer(name: str, tokenizer: Any) -> Any:
     if not tokenizer("text", add_special_tokens=False)["input_ids"]:  # what transformers makes of no files at all
         raise ValueError(f"{name} has no tokenizer that makes tokens of text; save the model's beside it")
     return tokenizer

@@ -1,7 +1,5 @@
 """TASKS: make the items of a task, evaluate a model on them, and write them for other tools."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,8 +22,7 @@ from normfree.tasks.score import Rows, Scorer, log_likelihoods, score_pairs, sco
 
 HUMANEVAL = "humaneval"
 TASKS = (*PAIR_TASKS, HUMANEVAL)
-Items = Mapping[str, Sequence[Any]]
-"""Pairs by task, and HumanEval's prompts and solutions."""
+Items = Mapping[str, Sequence[Any]]  # pairs by task, and HumanEval's prompts and solutions
 
 
 def make_items(names: Sequence[str], read: Callable[[], Sequence[str]], *, seed: int, count: int) -> dict[str, Any]:
@@ -96,9 +93,8 @@ def evaluate_items(
     records = {}
     for task, of_task in items.items():
         score = score_solutions if task == HUMANEVAL else score_pairs
-        record = score(of_task, encoded, scorers, room)
         hashed = fingerprint([list(item) for item in of_task])
-        records[task] = {"items_sha256": hashed, "context": context, **record}
+        records[task] = {"items_sha256": hashed, "context": context, **score(of_task, encoded, scorers, room)}
     return records
 
 

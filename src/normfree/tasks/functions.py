@@ -1,7 +1,5 @@
 """Functions of Python files, and what `ast` says of a text."""
 
-from __future__ import annotations
-
 import ast
 import re
 import textwrap
@@ -11,8 +9,7 @@ from functools import cached_property
 
 from normfree.data.docstrings import parse
 
-SHORTEST, LONGEST = 80, 400
-"""Characters of a function: a window of 128 tokens holds about 400 characters of code."""
+SHORTEST, LONGEST = 80, 400  # characters of a function: a window of 128 tokens holds about 400 characters of code
 
 
 @dataclass(frozen=True)
@@ -20,10 +17,8 @@ class Function:
     """One function in ASCII, from `def` on, without indentation and decorators."""
 
     text: str
-    file: int
-    """Number of the file it is from."""
-    node: ast.FunctionDef = field(compare=False)
-    """Its syntax tree; places count within `text`."""
+    file: int  # number of the file it is from
+    node: ast.FunctionDef = field(compare=False)  # its syntax tree; places count within `text`
 
     @cached_property
     def words(self) -> frozenset[str]:

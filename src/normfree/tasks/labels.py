@@ -1,7 +1,5 @@
 """Functions with labels to fine-tune on: whether a text has a syntax error, and the type of each token."""
 
-from __future__ import annotations
-
 import keyword
 import tokenize
 from collections import Counter
@@ -23,8 +21,7 @@ class Labelled(NamedTuple):
 
     input_ids: list[int]
     labels: list[int]
-    item: int
-    """Texts of one item are not independent."""
+    item: int  # texts of one item are not independent
 
 
 def labelled_texts(task: str, functions: Sequence[Function], tokenizer: Any, context: int) -> list[Labelled]:

@@ -5,8 +5,6 @@ of punctuation, or the white space before a line. So both texts of a mirror trad
 a unigram sum to 0 over the two: it is right on one of them.
 """
 
-from __future__ import annotations
-
 import ast
 import io
 import keyword
@@ -25,8 +23,7 @@ _BRACKETS = dict.fromkeys("([{", "([{") | dict.fromkeys(")]}", ")]}")
 _PUNCTUATION = re.compile(r" ?(?:[^\s\w]|_)+")
 _NAME = re.compile(r"[A-Za-z](\w*[A-Za-z0-9])?", re.ASCII)
 Span = tuple[int, int]
-Edit = tuple[Span, str]
-"""A piece of a function and what may replace it."""
+Edit = tuple[Span, str]  # a piece of a function and what may replace it
 
 
 class Pair(NamedTuple):
@@ -145,17 +142,15 @@ def _swaps(spans: Callable[[Function], Iterator[Span]]) -> EditsOfAll:
         for function in functions:
             of_file[function.file] |= {function.text[slice(*span)] for span in spans(function)}
         for function in functions:
-            yield (
-                function,
-                [
-                    (span, other)
-                    for span in spans(function)
-                    for other in sorted(of_file[function.file])
-                    if other.strip() not in function.words
-                    and other.startswith(" ") == function.text[span[0]].isspace()
-                    and other != function.text[slice(*span)]
-                ],
-            )
+            edits = [
+                (span, other)
+                for span in spans(function)
+                for other in sorted(of_file[function.file])
+                if other.strip() not in function.words
+                and other.startswith(" ") == function.text[span[0]].isspace()
+                and other != function.text[slice(*span)]
+            ]
+            yield function, edits
 
     return of_all
 

@@ -3,8 +3,6 @@
 Shapes: B texts, T tokens, V vocabulary, t tokens of one block of logits.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,12 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from normfree.measures.held_out import LARGEST_LOGITS, measure_batches
-from normfree.measures.perplexity import IGNORED, NextToken, cross_entropies
+from normfree.measures.perplexity import IGNORED, TokenLosses
 from normfree.tasks.pairs import Pair
 
 Rows = Sequence[Sequence[int]]
@@ -25,19 +22,6 @@ Scorer = Callable[[Rows], list[NDArray[np.float64]]]
 """Log-probabilities in nats of tokens 2 to the last of every row, each given the tokens before it."""
 Encode = Callable[[str], tuple[list[int], Any]]
 """Token ids of a text, and the place in it where each token ends (None if the tokenizer does not say)."""
-
-
-class TokenNats(NextToken):
-    """Log-probabilities in nats of the predicted tokens of every row, in float64; padding is behind them."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__(model)
-        self.rows: list[NDArray[np.float64]] = []
-
-    def add(self, logits_BTV: Tensor, labels_BT: Tensor) -> None:
-        for logits_TV, targets_T in zip(logits_BTV[:, :-1], labels_BT[:, 1:], strict=True):
-            known = int((targets_T != IGNORED).sum())
-            self.rows.append(-torch.cat(cross_entropies(logits_TV[:known], targets_T[:known], "none")).cpu().numpy())
 
 
 def log_likelihoods(model: PreTrainedModel, rows: Rows) -> list[NDArray[np.float64]]:
@@ -51,9 +35,9 @@ def log_likelihoods(model: PreTrainedModel, rows: Rows) -> list[NDArray[np.float
         labels_BT = pad_sequence(texts, batch_first=True, padding_value=IGNORED)
         batches.append({"input_ids": pad_sequence(texts, batch_first=True), "labels": labels_BT})
         start = end
-    nats = TokenNats(model)
-    measure_batches(model, batches, [nats], progress="evaluating")
-    return [nats.rows[place] for place in np.argsort(order)]
+    losses = TokenLosses(model)
+    measure_batches(model, batches, [losses], progress="evaluating")
+    return [-losses.rows[place] for place in np.argsort(order)]
 
 
 def unigram(counts_V: NDArray[np.int64]) -> Scorer:
