@@ -208,7 +208,6 @@ class NormFreeConfig(PreTrainedConfig):
 
     @property
     def head_dim(self) -> int:
-        """Dimensions of one head."""
         return self.hidden_size // self.num_attention_heads
 
     @property
@@ -223,7 +222,6 @@ class NormFreeConfig(PreTrainedConfig):
 
     @property
     def layer_activations(self) -> list[str]:
-        """Name of the activation of each layer."""
         if isinstance(self.activation, list):
             return self.activation
         return [self.activation] * self.num_hidden_layers

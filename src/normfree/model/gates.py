@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 
 class NoGate(nn.Module):
-    """Leave the output as it is."""
-
     def forward(self, mixed_BTHD: Tensor, hidden_BTE: Tensor) -> Tensor:
         return mixed_BTHD
 

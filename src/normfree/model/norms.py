@@ -97,10 +97,7 @@ class TaperedNorm(nn.Module):
         self.initial_values = {"gain": 1.0, "share": 1.0, "mean_inverse_rms": 0.0}
         self.eps, self.start, self.end = eps, start, end
         self.gain = nn.Parameter(torch.empty(width))
-        self.share: Tensor
-        self.mean_inverse_rms: Tensor
-        self.register_buffer("share", torch.empty(()))
-        self.register_buffer("mean_inverse_rms", torch.empty(()))
+        self.share, self.mean_inverse_rms = (nn.Buffer(torch.empty(())) for _ in range(2))
 
     def forward(self, features: Tensor) -> Tensor:
         scale = self.share * _inverse_rms(features, self.eps) + (1 - self.share) * self.mean_inverse_rms
@@ -135,11 +132,7 @@ class FakeLayerNorm(nn.LayerNorm):
         super().__init__(width, eps=eps)
         self.initial_values = {"is_fixed": 0.0, "sigma_first": 0.0, "sigma_rest": 0.0}
         self.removal, self.merge = removal, merge
-        self.is_fixed: Tensor
-        self.sigma_first: Tensor
-        self.sigma_rest: Tensor
-        for name in self.initial_values:
-            self.register_buffer(name, torch.empty(()))
+        self.is_fixed, self.sigma_first, self.sigma_rest = (nn.Buffer(torch.empty(())) for _ in range(3))
 
     def forward(self, input: Tensor) -> Tensor:
         centred, sigma = self._centred_and_sigma(input)
@@ -182,9 +175,7 @@ MERGE_DELAY = 10
 
 def removal_order(config: NormFreeConfig, site: NormSite) -> int:
     """norm=fake: how many norms are removed before this one: feed-forward norms, attention norms, the final norm."""
-    return site.layer + config.num_hidden_layers * (
-        site.part != "feed_forward"
-    )  # the final norm's layer is their number
+    return site.layer + config.num_hidden_layers * (site.part != "feed_forward")  # the final norm's layer: last + 1
 
 
 def last_removal(config: NormFreeConfig) -> int:

@@ -32,8 +32,6 @@ class Seq2SeqPreTrainedModel(NormFreePreTrainedModel):
 
 
 class Stack(Seq2SeqPreTrainedModel, NormFreeModel):
-    """Base of the two stacks of blocks."""
-
     def _from_embeddings(self, tokens_BTE: Tensor, mask: Tensor | None, **context: Any) -> NormFreeModelOutput:
         tokens, longest = tokens_BTE.shape[1], self.config.max_position_embeddings
         if tokens > longest:

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 
 class FixedTemperature(nn.Module):
-    """Temperature 1."""
-
     def forward(self, query_BHTD: Tensor, positions_BT: Tensor) -> Tensor:
         return query_BHTD
 

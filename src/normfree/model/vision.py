@@ -16,19 +16,15 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration import NormFreeVisionConfig
-from .modeling import NormFreeModel, NormFreeModelOutput, NormFreePreTrainedModel
+from .modeling import NormFreeModel, NormFreeModelOutput, NormFreePreTrainedModel, TrainingTerms
 
 PIXEL_MEAN = PIXEL_STD = 0.5
 """Bytes become (byte / 255 - mean) / std, from -1 to 1: the defaults of transformers' ViTImageProcessor."""
 
 
 @dataclass
-class NormFreeImageClassifierOutput(ImageClassifierOutput):
-    """A classifier's output, with the entropies and sums of `NormFreeModelOutput`."""
-
-    head_entropies: Tensor | None = None
-    norm_sums: Tensor | None = None
-    sigma_variance: Tensor | None = None
+class NormFreeImageClassifierOutput(TrainingTerms, ImageClassifierOutput):
+    """A classifier's output."""
 
 
 class NormFreeVisionModel(NormFreeModel):
