@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 
 class MeasureOptions(ModelOptions):
-    """Keys of `normfree measure`."""
-
     measures: str = "heads"
     """What is measured: names with commas between them (docs/quantities.md)."""
     sequences: int = 16

@@ -140,11 +140,6 @@ def control_of(values: Mapping[str, Any], job: Job) -> Job | None:
     )
 
 
-def read_preset(preset: str, variant: str) -> RunSpec:
-    """Compose a preset and a variant, with the model's fields unchecked: their check loads torch."""
-    return compose_unchecked({"preset": preset, "variant": variant})
-
-
 def compose_unchecked(values: Mapping[str, Any]) -> RunSpec:
     """Compose a run as `compose` does, with the model's fields unchecked: their check loads torch."""
     _check_keys(values)
@@ -207,7 +202,6 @@ def describe_run() -> list[tuple[str, Any, str]]:
 
 @cache
 def allowed_keys() -> frozenset[str]:
-    """Every key that can be set."""
     return frozenset([*GROUPS, "runs_dir", "cache_dir", *(key for key, _, _ in describe_run())])
 
 

@@ -36,7 +36,6 @@ def remove_leftovers(run: Path) -> None:
 
 
 def drop_staged(folder: Path) -> None:
-    """Remove an unfinished checkpoint."""
     shutil.rmtree(folder / STAGING, ignore_errors=True)
 
 

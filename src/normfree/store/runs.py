@@ -155,7 +155,6 @@ class Run:
 
     @property
     def family(self) -> Family:
-        """Its family of models."""
         return family_of(self.spec)
 
     @property

@@ -26,7 +26,7 @@ from normfree.files import folder_lock
 from normfree.measures import periods_of
 from normfree.spec.compose import Job, read_words
 from normfree.spec.keys import build
-from normfree.store.progress import progress_line
+from normfree.store.progress import progress_lines
 from normfree.store.runs import OVER, read_run
 from normfree.training.arguments import is_done
 from normfree.training.machine import command_line, usable_cores
@@ -87,8 +87,10 @@ def train_jobs(jobs: Sequence[Job], launch: Launch | None = None) -> None:
     if launch.submit:
         failures, left = _submit(jobs, launch), ()
     else:
-        if launch.workers > 1:
-            _check_gpu_memory(jobs, launch.workers)
+        if launch.workers > 1 and torch.cuda.is_available():
+            gpu = torch.cuda.get_device_properties(0)
+            for job in jobs:
+                check_memory(job.spec, gpu.total_memory / GIB, name=gpu.name, runs=min(launch.workers, len(jobs)))
         _prepare_texts(jobs)
     if launch.workers > 1:
         jobs = [_with_threads(job, max(1, usable_cores() // launch.workers)) for job in jobs]
@@ -97,15 +99,6 @@ def train_jobs(jobs: Sequence[Job], launch: Launch | None = None) -> None:
     failures |= _train_each(jobs, left)
     if failures:
         raise RuntimeError(f"{len(failures)} of {len(jobs)} runs failed: {'; '.join(failures.values())}")
-
-
-def _check_gpu_memory(jobs: Sequence[Job], workers: int) -> None:
-    """Raise ValueError if so many of the runs at once need more memory than this machine's GPU has."""
-    if not torch.cuda.is_available():
-        return
-    facts = torch.cuda.get_device_properties(0)
-    for job in jobs:
-        check_memory(job.spec, facts.total_memory / GIB, name=facts.name, runs=min(workers, len(jobs)))
 
 
 def _prepare_texts(jobs: Sequence[Job]) -> None:
@@ -196,10 +189,8 @@ def progress_table(jobs: Sequence[Job]) -> str:
     for job in jobs:
         with suppress(OSError, ValueError):  # not begun, or damaged
             runs.append(read_run(job.folder))
-    running = [run for run in runs if run.state == "running"]
-    width = max((len(run.place) for run in running), default=0)
     title = f"{sum(run.status in OVER for run in runs)} of {len(jobs)} runs are over"
-    return "\n".join([title, *(progress_line(run, width=width) for run in running)])
+    return "\n".join([title, *progress_lines([run for run in runs if run.state == "running"])])
 
 
 def _work(jobs: Sequence[Job], taken: Any, failures: Any) -> None:

@@ -70,7 +70,6 @@ def model_code() -> str:
 
 
 def usable_cores() -> int:
-    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

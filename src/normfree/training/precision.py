@@ -63,7 +63,6 @@ def has_bf16_units() -> bool:
 
 
 def needs_fp32_units(precision: str, device: torch.device) -> bool:
-    """True for bf16 on a CPU without bf16 units."""
     return precision == "bf16" and device.type == "cpu" and not has_bf16_units()
 
 

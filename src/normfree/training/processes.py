@@ -66,7 +66,6 @@ def guard_process_variables() -> Iterator[None]:
 
 
 def training_device() -> torch.device:
-    """Return the device on which this process trains."""
     return cast(torch.device, PartialState().device)
 
 
@@ -77,7 +76,6 @@ def broadcast_from_rank_zero(value: Value) -> Value:
 
 
 def highest_of_all_processes(number: int, device: torch.device) -> int:
-    """Return the maximum of `number` over all processes."""
     if not torch.distributed.is_initialized():
         return number
     highest = torch.tensor(number, device=device)

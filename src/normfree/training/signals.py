@@ -72,7 +72,6 @@ class StopOnSignal(TrainerCallback):
         self._first_seconds: float | None = None
 
     def receive(self, number: int, _frame: FrameType | None = None) -> None:
-        """Handle a signal."""
         now = time.monotonic()
         first, self._first_seconds = self._first_seconds, self._first_seconds or now
         self.received = number
