@@ -69,7 +69,6 @@ def sections_of(groups: Groups) -> list[Section]:
 
 
 def figures_of(groups: Groups) -> list[PageFigure]:
-    """Every figure of the page."""
     return [figure for section in sections_of(groups) for figure in section.contents(groups)[0]]
 
 
