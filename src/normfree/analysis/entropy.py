@@ -119,13 +119,10 @@ def top_quarter_share(heads: Heads | None, line: float = OVERLOAD_SHARE) -> floa
 
 
 def shares_by_depth(heads: Heads | None, line: float = OVERLOAD_SHARE) -> list[float | None]:
-    """`top_quarter_share` of the early, middle and late third of the layers, then of all; None for an empty third.
-
-    Several groups of heads have no common depth, so no thirds.
-    """
+    """`top_quarter_share` of the early, middle and late third of the layers, None if empty, then of all."""
     if heads is None:
         return [math.nan] * 4
-    layers = np.arange(len(heads.entropy_LH))
+    layers = np.arange(len(heads.entropy_LH))  # several groups of heads have no common depth, so no thirds
     parts = (*np.array_split(layers if len(heads.groups) == 1 else layers[:0], 3), layers)
     return [top_quarter_share(heads.part(part), line) if len(part) else None for part in parts]
 

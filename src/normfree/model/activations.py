@@ -53,7 +53,6 @@ LEAKY_RELUS: dict[str, Callable[[NormFreeConfig], nn.Module]] = {
     "per_layer": lambda config: LearnableLeakyReLU(own_slope=True),
     "shared": lambda config: LearnableLeakyReLU(own_slope=False),
 }
-"""Builders of leaky ReLU by the name of `NormFreeConfig.learnable_slope`."""
 
 ACTIVATIONS: dict[str, Callable[[NormFreeConfig], nn.Module]] = {
     "gelu": _elementwise(F.gelu),

@@ -71,7 +71,6 @@ LINEARS: dict[str, WeightMap] = {
     "spectral_norm": SpectralNorm,
 }
 LINEAR_GROUPS = ("q", "k", "v", "o", "ffn")
-"""Names of `NormFreeConfig.linear_groups`."""
 
 
 class Projection(nn.Linear):

@@ -1,7 +1,4 @@
-"""The decoder: attention, feed-forward, blocks, and a language model on top.
-
-The constructors choose modules from tables; no forward asks which variant it is.
-"""
+"""The decoder: embeddings, blocks and the final norm, and a language model on top."""
 
 # B batch, T query (new tokens), S key (cached and new), E hidden size, F feed-forward width,
 # H heads, D head dim, V vocabulary

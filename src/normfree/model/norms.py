@@ -165,17 +165,14 @@ class FakeLayerNorm(nn.LayerNorm):
 
 
 def _fake_layer_norm(config: NormFreeConfig, site: NormSite) -> nn.Module:
-    removal = config.fake_start_step + config.fake_gap_steps * removal_order(config, site)
+    """Feed-forward norms are removed first, then attention norms, then the final norm, whose layer is their number."""
+    earlier = site.layer + config.num_hidden_layers * (site.part != "feed_forward")
+    removal = config.fake_start_step + config.fake_gap_steps * earlier
     return FakeLayerNorm(site.width, config.norm_epsilon, removal, last_removal(config) + MERGE_DELAY)
 
 
 MERGE_DELAY = 10
 """norm=fake: steps from the last removal to the one sigma for all positions."""
-
-
-def removal_order(config: NormFreeConfig, site: NormSite) -> int:
-    """norm=fake: how many norms are removed before this one: feed-forward norms, attention norms, the final norm."""
-    return site.layer + config.num_hidden_layers * (site.part != "feed_forward")  # the final norm's layer: last + 1
 
 
 def last_removal(config: NormFreeConfig) -> int:

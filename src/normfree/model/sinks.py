@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 
 class AttentionInput(NamedTuple):
-    """What an attention function takes."""
-
     query_BHTD: Tensor
     key_BHSD: Tensor
     value_BHSD: Tensor

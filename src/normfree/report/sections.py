@@ -53,9 +53,8 @@ class Section:
 def sections_of(groups: Groups) -> list[Section]:
     """The sections of a report on these groups, open ones first: `SECTIONS` and one or two for every quantity."""
     open_ones, folded = [], []
-    for quantity in entropy.recorded_quantities(groups, drawn="open") + entropy.recorded_quantities(
-        groups, drawn="folded"
-    ):
+    quantities = [each for drawn in ("open", "folded") for each in entropy.recorded_quantities(groups, drawn=drawn)]
+    for quantity in quantities:
         name, title = quantity.name, quantity.title
         draws = [partial(draw, quantity=quantity) for draw in figures.FIGURES[quantity.axes]]
         if quantity.drawn == "open" and quantity.axes == ("layer", "head"):

@@ -128,10 +128,7 @@ def _start_of(values: Mapping[str, Any]) -> str:
 
 
 def control_of(values: Mapping[str, Any], job: Job) -> Job | None:
-    """The run that trains on without removing norms: the same start, data and steps. None for a run that removes none.
-
-    `values` are those that the run was composed from.
-    """
+    """The same start, data and steps without removing norms, from a run's `values`; None if `job` removes none."""
     if job.spec.start == "random" or job.spec.model.get("norm") not in REMOVALS:
         return None
     fields = ("norm", "final_norm", "fake_start_step", "fake_gap_steps", "taper_start_step", "taper_end_step")

@@ -125,10 +125,7 @@ def _hash(start: str, folder: Path) -> str:
 
 
 def check_start(start: Start, fields: Mapping[str, Any]) -> None:
-    """Raises ValueError for fields of the model that differ from the start's and may not.
-
-    `fields` are those of a checked run.
-    """
+    """Raises ValueError for `fields`, those of a checked run, that differ from the start's and may not."""
     from normfree.model import NormFreeConfig
 
     old, new = NormFreeConfig(**start.settings["model"]), NormFreeConfig(**fields)

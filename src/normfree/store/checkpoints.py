@@ -68,10 +68,7 @@ def publish(folder: Path, step: int, facts: dict[str, Any], *, keep: int) -> Pat
 
 
 def newest_sound(folder: Path, *, spec: RunSpec) -> Path | None:
-    """Find the newest checkpoint that verifies and belongs to this spec.
-
-    Each rejected checkpoint is logged with the reason and moved to checkpoints/damaged/.
-    """
+    """Find the newest checkpoint that verifies and has this spec; log and move others to checkpoints/damaged/."""
     for checkpoint in checkpoints_in(folder):
         problems = problems_of(checkpoint, spec)
         if not problems:

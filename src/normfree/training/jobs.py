@@ -153,14 +153,16 @@ def _share(jobs: Sequence[Job], workers: int) -> dict[int, str]:
     """
     logger.info("%d processes share %d runs, train.threads=%s each", workers, len(jobs), jobs[0].spec.train.threads)
     context = multiprocessing.get_context("spawn")
-    taken, queue = context.Value("i", 0), context.SimpleQueue()
-    processes = [context.Process(target=_work, args=(jobs, taken, queue), daemon=True) for _ in range(workers)]
+    numbers, queue = context.SimpleQueue(), context.SimpleQueue()
+    processes = [context.Process(target=_work, args=(jobs, numbers, queue), daemon=True) for _ in range(workers)]
     received: list[int] = []
     passed_on, next_table = 0, time.monotonic() + TABLE_SECONDS
     failures: dict[int, str] = {}
     with handle_signals(lambda number, _frame: received.append(number), stopping_signals()):
         for process in processes:
             process.start()
+        for number in (*range(len(jobs)), *[None] * workers):  # None: nothing is left
+            numbers.put(number)
         while True:
             alive = [process for process in processes if process.is_alive()]
             while not queue.empty():
@@ -193,7 +195,7 @@ def progress_table(jobs: Sequence[Job]) -> str:
     return "\n".join([title, *progress_lines([run for run in runs if run.state == "running"])])
 
 
-def _work(jobs: Sequence[Job], taken: Any, failures: Any) -> None:
+def _work(jobs: Sequence[Job], numbers: Any, failures: Any) -> None:
     """Train runs as one of several processes, without bars: those of two processes would overwrite each other."""
     os.setsid()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -202,22 +204,11 @@ def _work(jobs: Sequence[Job], taken: Any, failures: Any) -> None:
     logger.addFilter(lambda line: line.module not in ("callbacks", "arguments"))
     prepare_process()
     try:
-        for failure in _train_each(jobs, _take_numbers(taken, len(jobs)), progress=False):
+        for failure in _train_each(jobs, iter(numbers.get, None), progress=False):
             failures.put(failure)
     except InterruptedRunError as error:
         logger.error("%s", error)
         sys.exit(128 + error.signal_number)
-
-
-def _take_numbers(taken: Any, count: int) -> Iterator[int]:
-    """Yield numbers that no other process took; `taken` is the shared count of those taken."""
-    while True:
-        with taken.get_lock():
-            number = taken.value
-            taken.value += 1
-        if number >= count:
-            return
-        yield number
 
 
 class _ClusterRun:

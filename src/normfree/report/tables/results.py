@@ -300,10 +300,7 @@ def _gap(pair: Pair, share: float) -> str:
 
 
 def _at_share(runs: Sequence[Run], curves: Sequence[Mapping[int, float]], share: float) -> list[float]:
-    """The value of each run at the step nearest to that share of training: NaN after a divergence, and without a value.
-
-    An empty list if nothing was measured near it.
-    """
+    """Each run's value at the step nearest to that share of training, NaN after a divergence; empty if none is near."""
     goal = share * max(run.facts["steps"] for run in runs)
     near = [step for curve in curves for step in curve if abs(step - goal) <= _REACH * goal / share]
     if not near:
