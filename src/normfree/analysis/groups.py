@@ -1,7 +1,5 @@
 """Group runs into seeds of one variant and recipe, and decide which groups may be compared."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass

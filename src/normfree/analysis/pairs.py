@@ -1,7 +1,5 @@
 """Pairs of variants that are compared: the paper's, those that it makes a claim about, and all others."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations

@@ -2,8 +2,6 @@
 
 # L layers, H heads, S slopes (one per layer that learns one, or a single shared one)
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

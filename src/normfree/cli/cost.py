@@ -1,7 +1,5 @@
 """The verbs `cost` and `estimate`. Imports are local, so that --help stays fast."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

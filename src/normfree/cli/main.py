@@ -1,7 +1,5 @@
 """The command line: `normfree VERB OBJECT... key=value`. Flags: --help, --version, --debug, -m, --cfg."""
 
-from __future__ import annotations
-
 import logging
 import os
 import select

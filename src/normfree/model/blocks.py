@@ -5,8 +5,6 @@ The constructors choose modules from tables; no forward asks which variant it is
 
 # B batch, T tokens, S tokens of the encoder, E hidden size, F feed-forward width, H heads
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -2,8 +2,6 @@
 
 # H heads, D head dim
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any, TypeVar

@@ -2,8 +2,6 @@
 
 # E hidden size, R rows of a matrix
 
-from __future__ import annotations
-
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any

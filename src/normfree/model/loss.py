@@ -2,8 +2,6 @@
 
 # N tokens, E hidden size, V vocabulary; n tokens of one block
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

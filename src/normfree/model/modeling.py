@@ -3,8 +3,6 @@
 # B batch, T query (new tokens), S key (cached and new), E hidden size, F feed-forward width,
 # H heads, D head dim, V vocabulary
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass

@@ -2,8 +2,6 @@
 
 # B batch, S tokens of the source, T tokens of the target, E hidden size, V vocabulary
 
-from __future__ import annotations
-
 from typing import Any, cast
 
 import torch

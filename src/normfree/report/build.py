@@ -1,7 +1,5 @@
 """Build a report: one page with its facts, and figures, tables and numbers as files."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Figures of the page: their layout, and heatmaps, curves and profiles drawn from a quantity's description."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """SECTIONS: each part of the report with its title, figures and tables, in the order of the page."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial

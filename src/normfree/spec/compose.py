@@ -1,7 +1,5 @@
 """Compose a run: a preset, a corpus, a variant and `key=value` words become one dict, and that a checked RunSpec."""
 
-from __future__ import annotations
-
 import itertools
 import re
 import shlex

@@ -1,7 +1,5 @@
 """Where a run's weights come from: `start=random`, `start=run:FOLDER` or `start=model:NAME`."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass

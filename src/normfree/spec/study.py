@@ -1,7 +1,5 @@
 """A study: its YAML file, and the runs it stands for."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import field, replace

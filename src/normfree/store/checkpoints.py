@@ -5,8 +5,6 @@ checkpoints/checkpoint-N. A resume takes the newest checkpoint that verifies; da
 never deleted. Older checkpoints are deleted only after the new one verified.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 import shutil

@@ -1,7 +1,5 @@
 """Progress of runs that are being trained, as lines for a terminal."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Sequence

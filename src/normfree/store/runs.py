@@ -5,8 +5,6 @@ Non-finite floats are the strings "NaN", "Infinity" and "-Infinity", so that eve
 NaN becomes a number; readers get floats back.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """Verify a run folder: its records, checkpoints, saved model and corpus."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path

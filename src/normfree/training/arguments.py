@@ -1,7 +1,5 @@
 """Checks and arguments that turn a RunSpec into a model, a schedule and a Trainer."""
 
-from __future__ import annotations
-
 import logging
 import math
 import os

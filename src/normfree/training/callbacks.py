@@ -1,7 +1,5 @@
 """Trainer callbacks: the records of a run, reduced over processes and written by rank 0, and its progress bar."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Sequence

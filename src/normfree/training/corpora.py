@@ -2,8 +2,6 @@
 
 # N blocks, T tokens, V vocabulary
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Train many runs: one after another, in several processes of this machine, or as jobs of a cluster."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 import multiprocessing

@@ -1,7 +1,5 @@
 """Facts about the machine and the code, for run.json and for comparison on a resume."""
 
-from __future__ import annotations
-
 import os
 import platform
 import re

@@ -6,8 +6,6 @@ previous optimiser step, over all processes. So it is exact however a step is cu
 
 # L layers that the objective reads, H heads
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

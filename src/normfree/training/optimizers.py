@@ -1,7 +1,5 @@
 """Optimisers: a table from names of `train.optimizer` to builders of a torch optimiser from groups of parameters."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Precision of matrix products: fp32 without TF32, and bf16 on processors without bf16 units."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Processes that train: settings of each one, and what the processes of one run agree on."""
 
-from __future__ import annotations
-
 import ctypes
 import logging
 import os

@@ -1,7 +1,5 @@
 """The record of a run while it trains: run.json, metrics.jsonl, its checkpoints, and its wandb run."""
 
-from __future__ import annotations
-
 import logging
 import os
 import time

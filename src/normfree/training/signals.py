@@ -1,7 +1,5 @@
 """Signals that stop training cleanly: at the next step, with a checkpoint."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

@@ -1,7 +1,5 @@
 """The model that a run begins with: random weights, or those of its start."""
 
-from __future__ import annotations
-
 import logging
 import re
 from fnmatch import fnmatch

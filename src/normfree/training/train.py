@@ -1,7 +1,5 @@
 """train(spec): run one training run, from corpus to saved model, resumable at any point."""
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil

@@ -1,7 +1,5 @@
 """A Trainer subclass with its own data order, optimisers and objectives, and a check of gradients before clipping."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Curves over training and over depth.  L layers, N steps"""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

@@ -3,8 +3,6 @@
 Figures of reports are built without pyplot, so that no state outlives a call.
 """
 
-from __future__ import annotations
-
 import importlib
 import io
 import itertools

@@ -1,7 +1,5 @@
 """Tables of results: scores, differences, claims, ranges of entropy; also over training."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """Tables of runs: verdicts, time and speed, slopes, and the layers and heads of measured models."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections import Counter

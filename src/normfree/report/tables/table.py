@@ -1,7 +1,5 @@
 """A table of text cells, and functions that write it as Markdown, LaTeX, CSV or HTML and escape its text."""
 
-from __future__ import annotations
-
 import csv
 import io
 import re

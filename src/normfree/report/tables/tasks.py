@@ -2,8 +2,6 @@
 
 # I items: mirrored twos of pairs, or HumanEval's problems
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
