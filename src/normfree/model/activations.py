@@ -5,18 +5,14 @@ shape; `shared_slope` is the model's one shared slope, shape (1,), or None. The 
 parameter that several blocks register is lost when an untied model is saved and loaded.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .configuration import NormFreeConfig
+from .configuration import NormFreeConfig
 
 
 class Elementwise(nn.Module):

@@ -6,17 +6,14 @@ returns a module that maps its weight to the weight that is used.
 
 # R rows, C columns
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from .configuration import NormFreeConfig
+from .configuration import LINEAR_GROUPS, NormFreeConfig
 
 
 class WeightNorm(nn.Module):
@@ -70,7 +67,6 @@ LINEARS: dict[str, WeightMap] = {
     "weight_norm": WeightNorm,
     "spectral_norm": SpectralNorm,
 }
-LINEAR_GROUPS = ("q", "k", "v", "o", "ffn")
 
 
 class Projection(nn.Linear):

@@ -4,18 +4,15 @@ A builder takes the config and a `NormSite`, and returns a module that maps (...
 declare `initial_values`, which the model fills in; `sums` and `advance`, if its state changes while training.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .configuration import NormFreeConfig
+from .configuration import NormFreeConfig
 
 
 @dataclass(frozen=True)
