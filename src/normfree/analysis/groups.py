@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from normfree.analysis import published
 from normfree.analysis.seeds import Summary, compact, summarise
@@ -22,7 +22,6 @@ from normfree.spec.run import (
 )
 from normfree.store.runs import Run
 
-Value = TypeVar("Value")
 _RATE = "train.peak_learning_rate"
 
 
@@ -82,7 +81,7 @@ class Group:
         """Final score by seed and data order; NaN for a diverged run."""
         return self.by_seed(lambda run: run.score)
 
-    def by_seed(self, measure: Callable[[Run], Value]) -> dict[Hashable, Value]:
+    def by_seed(self, measure: Callable[[Run], Any]) -> dict[Hashable, Any]:
         """A number of its runs with a result, by seed and data order."""
         return {_seed(run): measure(run) for run in self.runs}
 

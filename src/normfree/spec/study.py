@@ -34,8 +34,6 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Study:
-    """A study's YAML file."""
-
     name: str
     preset: str
     groups: Annotated[list[Group], Field(min_length=1)]

@@ -40,9 +40,6 @@ class Table:
     words: tuple[str, ...] = ()
     """Titles of columns of words, beside the first. They are aligned left, numbers right."""
 
-    def __repr__(self) -> str:
-        return to_markdown(self)
-
     @property
     def is_numeric(self) -> list[bool]:
         """Whether each column holds numbers."""
