@@ -81,7 +81,7 @@ def evaluate(name: str, options: EvaluateOptions) -> None:
     _print_evaluation(result, f"{result.tokens} predicted tokens{note}")
     if changed:
         difference, error = changed.minus(result)
-        what = {"average": "averaged", "zero": "silenced"}.get(how, f"times {how}")
+        what = {"average": "averaged", "zero": "silenced"}.get(str(how), f"times {how}")
         heads = ", ".join(f"layer {layer} head {head}" for layer, head in options.heads or [])
         print(f"\nheads          {heads} {what}")
         _print_evaluation(changed, "the same tokens")
