@@ -28,7 +28,7 @@ check: .venv/development
 
 # The tables of README.md and docs/, from the records in results/.
 tables: .venv/runtime
-	$(BIN)/python docs/tables.py
+	$(BIN)/python -m docs.tables
 
 # The pages of docs/ as a site in site/; every warning is an error.
 docs: .venv/development

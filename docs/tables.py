@@ -5,9 +5,9 @@ A page holds a marker, and all between it and `<!-- end -->` is made from runs:
     <!-- table: perplexity of results/quick -->
     <!-- end -->
 
-Tables: rates, seeds, unfinished, effects, confirm, lines, averaging, and every table of the report. Several folders may
-be given, with the shell's wildcards. `mixed` before `-->` shows runs of different recipes side by side, which is
-refused otherwise. A test fails when a page differs from what the records give.
+Tables: rates, those of study_tables.py, and every table of the report. Several folders may be given, with the shell's
+wildcards. `mixed` before `-->` shows runs of different recipes side by side, which is refused otherwise. A test fails
+when a page differs from what the records give.
 
 `<!-- quantities -->` is the table of all that can be measured.
 
@@ -19,28 +19,20 @@ A figure of the report's main page is drawn the same way, without a test, since 
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import fmean
 
-import numpy as np
-
-from normfree.analysis.confirm import primary, secondary
-from normfree.analysis.entropy import probed_heads, shares_by_depth, top_quarter_share, trained_heads
-from normfree.analysis.groups import Group, all_runs, group_runs
-from normfree.analysis.seeds import paired_difference, summarise
+from docs.study_tables import STUDY_TABLES
+from normfree.analysis.groups import Group, group_runs
 from normfree.files import write_atomically
 from normfree.measures import MEASURES
 from normfree.report.plots.style import to_file
 from normfree.report.sections import SECTIONS, figures_of
-from normfree.report.tables.results import percent_with_interval, rate_table
+from normfree.report.tables.results import rate_table
 from normfree.report.tables.table import Table, to_markdown, without_empty_columns
 from normfree.store.quantities import QUANTITIES
-from normfree.store.runs import Run, find_runs
-from normfree.store.tasks import read_tasks
+from normfree.store.runs import find_runs
 
 ROOT = Path(__file__).parents[1]
 END = "<!-- end -->"
@@ -53,131 +45,9 @@ FIGURE = re.compile(
 )
 
 
-def seed_table(groups: Sequence[Group]) -> Table:
-    """Heads near uniform and final validation perplexity: a row a seed, a column a variant."""
-    cells: dict[int, dict[str, str]] = {}
-    for group in groups:
-        for run in group.runs:
-            share = top_quarter_share(trained_heads(run))
-            cells.setdefault(run.seed, {})[group.label] = f"{share:.0%}, {run.perplexity:.1f}".replace("%", " %")
-    labels = [group.label for group in groups]
-    rows = [(str(seed), *(of_seed.get(label, "-") for label in labels)) for seed, of_seed in sorted(cells.items())]
-    return Table("seeds", "Share of heads near uniform, and perplexity, of each seed", ("Seed", *labels), rows)
-
-
-def unfinished_table(groups: Sequence[Group]) -> Table:
-    """Runs that never ended, at the last step at which all of them were evaluated; their heads at the newest probe by
-    then."""
-    curves = {
-        group.label: {run.seed: dict(run.series("validation", "perplexity")) for run in group.members}
-        for group in groups
-    }
-    step = max(set.intersection(*(set(curve) for of_seed in curves.values() for curve in of_seed.values())))
-    reached = {label: {seed: curve[step] for seed, curve in of_seed.items()} for label, of_seed in curves.items()}
-    rows = []
-    for group in groups:
-        newest = ([heads for heads in probed_heads(run) if heads.step <= step][-1] for run in group.members)
-        near_uniform = summarise([100 * top_quarter_share(heads) for heads in newest])
-        perplexity, against = summarise(list(reached[group.label].values())), "baseline"
-        if group.label != "SM+G":
-            against = percent_with_interval(paired_difference(reached[group.label], reached["SM+G"], relative=True))
-        rows.append((group.label, perplexity.text(), against, near_uniform.text(1), str(len(group.members))))
-    steps = max(run.facts["steps"] for run in all_runs(groups))
-    titles = ("Variant", "Perplexity", "Against SM+G", "Heads near uniform (%)", "Seeds")
-    caption = f"Validation perplexity at step {step:,} of {steps:,}, the last at which all of these runs were evaluated"
-    return Table("unfinished", caption, titles, rows)
-
-
-EFFECTS = {
-    "ReLU for GELU, with LayerNorm": ("SM+LN+R", "SM+LN+G"),
-    "ReLU for GELU, without": ("SM+R", "SM+G"),
-    "LayerNorm left out, GELU": ("SM+G", "SM+LN+G"),
-    "LayerNorm left out, ReLU": ("SM+R", "SM+LN+R"),
-}
-
-
-def effect_table(groups: Sequence[Group]) -> Table:
-    """Effects of norm and activation on the margins of tasks, paired by item and seed.
-
-    Raises ValueError unless all runs have the same items.
-    """
-    records = {group.label: {run.seed: read_tasks(run.folder) for run in group.runs} for group in groups}
-    of_runs = [tasks for of_seed in records.values() for tasks in of_seed.values()]
-    rows = []
-    for task in of_runs[0]:
-        if len({tasks[task]["items_sha256"] for tasks in of_runs}) > 1:
-            raise ValueError(f"the runs have other items of {task}")
-        margins = {
-            label: {seed: fmean(tasks[task]["values"]["model"]) for seed, tasks in of_seed.items()}
-            for label, of_seed in records.items()
-        }
-        effects = [paired_difference(margins[ours], margins[theirs]) for ours, theirs in EFFECTS.values()]
-        rows.append((task, *(f"{e.mean:+.2f} ({e.low:+.2f} to {e.high:+.2f})" for e in effects)))
-    caption = "Differences of margins in nats, with 95 % intervals over seeds"
-    return Table("effects", caption, ("Task", *EFFECTS), rows, words=("Task",))
-
-
-def confirm_table(groups: Sequence[Group]) -> Table:
-    """The primary and the secondary comparisons of docs/study.md."""
-    (cost, verdict), rows = primary(groups), []
-    for each in (cost, *secondary(groups)):
-        (low, high), (lowest, highest) = each.interval(), each.interval(0.9)
-        holm = "-" if each is cost else f"{each.holm:.4f}"
-        answer = verdict if each is cost else "differs" if each.holm < 0.05 else "open"
-        numbers = (f"{each.mean:+.3f}", f"{low:+.3f} to {high:+.3f}", f"{lowest:+.3f} to {highest:+.3f}")
-        kind = "paired" if each.paired else "Welch"
-        rows.append((each.name, kind, *numbers, f"{each.p:.4f}", holm, str(each.n), str(each.dropped), answer))
-    titles = ("Comparison", "Test", "Difference", "95 % interval", "90 % interval", "p", "p, Holm", "Seeds", "Diverged")
-    caption = "The primary comparison, then the five secondary ones"
-    return Table("confirm", caption, (*titles, "Verdict"), rows, words=("Comparison", "Test", "Verdict"))
-
-
-def _percent_by_depth(run: Run, line: float) -> list[float]:
-    return [math.nan if share is None else 100 * share for share in shares_by_depth(trained_heads(run), line)]
-
-
-LINES = (0.5, 0.6, 0.75, 0.9)
-
-
-def line_table(groups: Sequence[Group]) -> Table:
-    """How claim (c) depends on the share of the ceiling from which a head counts as near uniform."""
-    runs = {label: [run for run in all_runs(groups) if run.label == label] for label in ("SM+G", "SM+R")}
-    rows = []
-    for line in LINES:
-        gelu, relu = ({run.seed: _percent_by_depth(run, line) for run in of_label} for of_label in runs.values())
-        gaps = [
-            paired_difference({seed: gelu[seed][part] for seed in gelu}, {seed: relu[seed][part] for seed in relu})
-            for part in range(4)
-        ]
-        rows.append((f"{line:g}", *(f"{gap.mean:+.1f} ({gap.low:+.1f} to {gap.high:+.1f})" for gap in gaps)))
-    caption = "SM+G less SM+R in heads near uniform (points), by the share of the ceiling at which this begins"
-    titles = ("From", "First third", "Middle third", "Last third", "All layers")
-    return Table("lines", caption, titles, rows)
-
-
-def averaging_table(groups: Sequence[Group]) -> Table:
-    """Rise of the loss if near-uniform heads are replaced by exact averages (docs/averaging.py), or random others."""
-    rows = []
-    for run in all_runs(groups):
-        shares = json.loads((run.folder / "averaging.json").read_text())["shares"]
-        for each in shares:
-            low, high = np.quantile(each["control_nats"], [0.025, 0.975])
-            control = f"{fmean(each['control_nats']):+.3f} ({low:+.3f} to {high:+.3f})"
-            heads = f"{each['heads']} ({each['share']:.0%})".replace("%", " %")
-            of_run = f"{run.label}, {run.spec['tag']}, seed {run.seed}" if each is shares[0] else ""
-            rows.append((of_run, heads, f"{each['cost_nats']:+.3f}", str(each["control_heads"]), control))
-    titles = ("Run", "Near-uniform heads", "Rise of the loss (nats)", "Other heads", "Rise with these")
-    return Table("averaging", "Heads replaced by the exact mean of what they may see", titles, rows, words=("Run",))
-
-
 TABLES: dict[str, Callable[[Sequence[Group]], Table]] = {
     "rates": rate_table,
-    "seeds": seed_table,
-    "unfinished": unfinished_table,
-    "effects": effect_table,
-    "confirm": confirm_table,
-    "lines": line_table,
-    "averaging": averaging_table,
+    **STUDY_TABLES,
     **{name: make for section in SECTIONS for name, make in section.tables.items()},
 }
 

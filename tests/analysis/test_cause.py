@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from normfree.analysis.cause import fieller, judge_scores
+from docs.study_tables import cause_table, pilot_table
+from normfree.analysis.cause import ARMS, arms_of, fieller, judge_scores, reached
+from normfree.analysis.entropy import causal_ceiling
+from normfree.analysis.groups import group_runs
+from normfree.store.runs import Run, RunWriter, read_run
+from tests.synthetic import write_run
 
 
 def test_fiellers_interval_covers_the_ratio_in_95_percent():
@@ -59,3 +67,51 @@ def test_a_second_diverged_seed_leaves_it_open():
     assert judge_scores(arms).down is None
     assert judge_scores(arms).verdict == "open"
     assert judge_scores(_arms(1, 1, gap=0.0)).verdict == "open"
+
+
+def _aimed(folder: Path, donors: list[Run], seed: int, errors: dict[int, float]) -> Run:
+    """A run of SM+G with target entropies: the squared error of its layers 0 and 1 at some steps."""
+    profile = tuple(str(donor.folder) for donor in donors)
+    train: dict[str, Any] = {"objective": "entropy_target", "entropy_weight": 0.1, "entropy_layers": (0, 1)}
+    tag = "like-r-weight0.1"
+    run = write_run(folder, "SM+G", seed=seed, tag=tag, train=train | {"entropy_profile": profile})
+    writer = RunWriter(run.folder, run.facts)
+    for step, error in errors.items():
+        writer.log(step, "probe", [("target_error_nats2", [error, error / 4, math.nan, math.nan])])
+    writer.update(status="finished")
+    return read_run(run.folder)
+
+
+def test_a_target_is_hit_within_both_bounds(tmp_path: Path):
+    donors = [write_run(tmp_path, "SM+R", seed=seed) for seed in (20, 21)]
+    errors = {20: 9.0, 60: 0.0001, 120: 0.0121, 200: 0.0049}  # of 200 steps, so the first does not count
+    run = _aimed(tmp_path, donors, 30, errors)
+    found = reached(run, donors)
+    np.testing.assert_allclose(found.distance_L, [(0.01 + 0.11 + 0.07) / 3, (0.01 + 0.11 + 0.07) / 6])
+    entropies = [np.array(each.last("final", "entropy_nats"))[:2] for each in (run, *donors)]
+    shares = [(entropy_LH / causal_ceiling(32) >= 0.75).mean() for entropy_LH in entropies]
+    assert found.points == pytest.approx(100 * (shares[0] - (shares[1] + shares[2]) / 2))
+    assert found.points > 6
+    assert not found.is_target_hit
+    assert replace(found, points=-6.0).is_target_hit
+    assert not replace(found, points=0.0, distance_L=np.array([0.02, 0.11])).is_target_hit
+    table = pilot_table(group_runs([run, _aimed(tmp_path, donors, 31, errors)], mix=True))
+    assert [row[:2] for row in table.rows] == [("0.1", f"SM+G like-r, seed {seed}") for seed in (30, 31)]
+    with pytest.raises(ValueError, match="is no finished run with target entropies"):
+        reached(donors[0], donors)
+
+
+def test_the_table_of_the_cause_has_each_arm_and_the_verdict(tmp_path: Path):
+    values = _arms(1, 1)
+    runs = []
+    for arm, (label, tag) in ARMS.items():
+        for seed, value in values[arm].items():
+            runs.append(write_run(tmp_path / arm, label, tag=tag, seed=seed, perplexity=math.exp(value)))
+    assert arms_of(runs)["placebo"] == pytest.approx(values["placebo"])
+    rows = {row[0]: row[1:] for row in cause_table(group_runs(runs)).rows}
+    assert rows["Verdict"][0] == judge_scores(values).verdict == "confirmed"
+    share = judge_scores(values).down
+    assert share is not None
+    assert rows["Share of it that goes with the entropies of SM+R"][0] == f"{share.value:+.3f}"
+    with pytest.raises(ValueError, match=r"no run of the arm placebo \(SM\+G, tag 'like-r-reversed'\)"):
+        arms_of(runs[:-8])

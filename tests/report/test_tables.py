@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from docs.tables import unfinished_table
+from docs.study_tables import unfinished_table, zoo_table
 from normfree.analysis.entropy import causal_ceiling
 from normfree.analysis.groups import group_runs
+from normfree.cost.totals import of_run
 from normfree.report.tables.results import (
     claim_table,
     difference_table,
@@ -305,6 +307,26 @@ def test_skipped_steps_are_shown(tmp_path: Path) -> None:
     assert rows_by_name(slope_table, [run, leaky])["SM"]["First non-finite step"] == "7"
     (row,) = rows_by_name(run_table, [run]).values()
     assert row["Status"] == "finished, 2 non-finite steps skipped (first: 7)"
+
+
+def test_the_zoo_compares_every_arm_with_layernorm(tmp_path: Path) -> None:
+    runs = []
+    for label, perplexities in {"SM+LN+G": (20.0, 21.0), "SM+G": (22.0, 24.0)}.items():
+        for seed, perplexity in enumerate(perplexities):
+            run = write_run(tmp_path, label, seed=seed, perplexity=perplexity)
+            writer = RunWriter(run.folder, run.facts)
+            measured = [("first_token_mass", [[0.1 + seed, 0.3]]), ("largest_to_median", [[5.0, 9.0 + seed]])]
+            writer.log(200, "final", measured)
+            writer.update(status="finished")
+            runs.append(read_run(run.folder))
+    rows = rows_by_name(zoo_table, runs)
+    assert rows["SM+LN+G"]["ln perplexity less SM+LN+G"] == "baseline"
+    logs = [np.log([22.0, 24.0]), np.log([20.0, 21.0])]
+    low, high = stats.ttest_ind(*logs, equal_var=False).confidence_interval()
+    difference = logs[0].mean() - logs[1].mean()
+    assert rows["SM+G"]["ln perplexity less SM+LN+G"] == f"{difference:+.3f} ({low:+.3f} to {high:+.3f})"
+    assert (rows["SM+G"]["On the first token"], rows["SM+G"]["Largest activation"]) == ("0.45", "10")
+    assert rows["SM+G"]["Sent (MB)"] == f"{of_run(runs[2]).bytes / 1e6:,.0f}"
 
 
 def test_html_and_markdown_escape_every_cell() -> None:

@@ -71,6 +71,7 @@ def test_variants_of_a_study_may_have_rates_of_their_own(tmp_path: Path) -> None
     specs = [job.spec for job in jobs()]
     assert len({spec.name for spec in specs}) == len(specs) == 32
     assert {(spec.seed, spec.data_seed) for spec in specs} == {(seed, seed) for seed in range(100, 108)}
+    assert [spec.variant for spec in specs[:4]] == ["sm-g", "sm-r", "sm-ln-g", "sm-ln-r"]  # then the next seed
     assert len({spec.recipe() for spec in specs}) == 1
     assert own_values(specs[-1].to_dict()) == {"train.peak_learning_rate": 4e-3}
     undeclared = [job.spec for job in jobs(compare_across=[], mix=True)]

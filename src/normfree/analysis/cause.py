@@ -1,16 +1,19 @@
 """The rule of docs/study.md that says whether head entropy causes the gap between GELU and ReLU."""
 
-# P seeds that finished in every arm of a comparison
+# P seeds that finished in every arm of a comparison, L layers with a target
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 
+from normfree.analysis.entropy import Heads, top_quarter_share, trained_heads
 from normfree.analysis.seeds import Difference, finite_together, paired_difference, student_t
+from normfree.store.runs import Run
 
 ARMS = {
     "G": ("SM+G", ""),
@@ -58,6 +61,48 @@ class Cause:
         if all(above) or all(below):
             return "confirmed" if all(above) else "refuted"
         return "one-way" if any(above) and any(below) else "partial"
+
+
+@dataclass(frozen=True)
+class Reached:
+    """How near the heads of a run came to the entropies of its donors."""
+
+    distance_L: np.ndarray
+    """Root mean square of M - t over each layer's heads, in nats: the average over the last three quarters of steps."""
+    points: float
+    """Heads near uniform in these layers after training, less the donors' mean, in percentage points."""
+
+    @property
+    def is_target_hit(self) -> bool:
+        """Within 0.1 nats in every layer, and within 6 points."""
+        return bool((self.distance_L <= 0.1).all() and abs(self.points) <= 6)
+
+
+def arms_of(runs: Sequence[Run]) -> dict[str, dict[Hashable, float]]:
+    """ln perplexity of the runs by arm and seed. Raises ValueError for an arm without runs."""
+    arms: dict[str, dict[Hashable, float]] = {}
+    for arm, names in ARMS.items():
+        arms[arm] = {run.seed: math.log(run.score) for run in runs if (run.spec["label"], run.spec["tag"]) == names}
+        if not arms[arm]:
+            raise ValueError(f"no run of the arm {arm} ({names[0]}, tag {names[1]!r}) among these has a result")
+    return arms
+
+
+def reached(run: Run, donors: Sequence[Run]) -> Reached:
+    """Compare a finished run with its targets. Raises ValueError for a run without any."""
+    series = run.series("probe", "target_error_nats2")
+    errors = [value for step, value in series if 4 * step >= run.facts["steps"]]
+    if not errors or not (heads := trained_heads(run)):
+        raise ValueError(f"{run.folder} is no finished run with target entropies")
+    layers = list(run.spec["train"]["entropy_layers"] or range(len(heads.entropy_LH)))
+    sources = list(run.spec["train"]["entropy_profile_layers"]) or layers
+
+    def share(heads: Heads | None, places: list[int]) -> float:
+        return math.nan if heads is None else 100 * top_quarter_share(heads.part(places))
+
+    distances_L = np.mean([np.sqrt(np.array(value, dtype=float)[layers]) for value in errors], axis=0)
+    theirs = fmean(share(trained_heads(donor), sources) for donor in donors)
+    return Reached(distances_L, share(heads, layers) - theirs)
 
 
 def judge_scores(arms: Mapping[str, Mapping[Hashable, float]]) -> Cause:

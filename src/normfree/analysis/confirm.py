@@ -70,7 +70,7 @@ def compare(
 
 def primary(groups: Sequence[Group]) -> tuple[Comparison, str]:
     """Cost of leaving LayerNorm out with GELU, in ln perplexity, and the verdict."""
-    cost = compare("SM+G less SM+LN+G, ln perplexity", groups, ("SM+G", "SM+LN+G"), _log_score, paired=False)
+    cost = compare("SM+G less SM+LN+G, ln perplexity", groups, ("SM+G", "SM+LN+G"), log_score, paired=False)
     (low, _), (lowest, highest) = cost.interval(), cost.interval(0.9)
     if low > MARGIN:
         return cost, "the cost is reproduced"
@@ -80,12 +80,12 @@ def primary(groups: Sequence[Group]) -> tuple[Comparison, str]:
 def secondary(groups: Sequence[Group]) -> list[Comparison]:
     """Five comparisons, with p-values after Holm (1979)."""
     near_uniform = "SM+G less SM+R, share near uniform, {} third"
-    comparisons = [compare("SM+R less SM+G, ln perplexity", groups, ("SM+R", "SM+G"), _log_score, paired=True)]
+    comparisons = [compare("SM+R less SM+G, ln perplexity", groups, ("SM+R", "SM+G"), log_score, paired=True)]
     for third, name in enumerate(("first", "middle", "last")):
         share = partial(_share_of_third, third)
         comparisons.append(compare(near_uniform.format(name), groups, ("SM+G", "SM+R"), share, paired=True))
     labels = ("SM+LN+R", "SM+LN+G")
-    comparisons.append(compare("SM+LN+R less SM+LN+G, ln perplexity", groups, labels, _log_score, paired=False))
+    comparisons.append(compare("SM+LN+R less SM+LN+G, ln perplexity", groups, labels, log_score, paired=False))
     # An open comparison counts as one with p = 1, and has no corrected p-value itself.
     p_values, highest = [1.0 if math.isnan(each.p) else each.p for each in comparisons], 0.0
     for rank, place in enumerate(np.argsort(p_values)):
@@ -102,7 +102,7 @@ def _by_seed(groups: Sequence[Group], label: str, value: Callable[[Run], float])
     return {run.seed: value(run) for run in runs}
 
 
-def _log_score(run: Run) -> float:
+def log_score(run: Run) -> float:
     return math.log(run.score)
 
 

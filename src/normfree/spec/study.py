@@ -49,7 +49,10 @@ class Study:
     """More `key: value` for all runs."""
 
     def jobs(self, values: Mapping[str, Any] | None = None) -> list[Job]:
-        """The study's runs in their order, each with `values` on top. Raises ValueError for what cannot be a study."""
+        """The study's runs, the first seed of every group before the next, each with `values` on top.
+
+        Raises ValueError for what cannot be a study.
+        """
         jobs, across = [], {"compare_across": list(self.compare_across)}
         for group in self.groups:
             common = {"study": self.name, "preset": self.preset, "tag": group.tag} | across | self.set | group.set
@@ -71,7 +74,7 @@ class Study:
                 f"the runs of {self.name} differ in more than variant and seed, so one table cannot compare them: add "
                 "mix: true to the study's file, make it two studies, or declare compare_across: [KEY]"
             )
-        return jobs
+        return sorted(jobs, key=lambda job: job.spec.seed)
 
 
 def load_study(name: str) -> Study:

@@ -1,0 +1,241 @@
+"""Tables of docs/ that no report has: those of one study's plan, from records in results/ (see tables.py)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from normfree.analysis.cause import Ratio, arms_of, judge_scores, reached
+from normfree.analysis.confirm import compare, log_score, primary, secondary
+from normfree.analysis.entropy import OVERLOAD_SHARE, probed_heads, shares_by_depth, top_quarter_share, trained_heads
+from normfree.analysis.groups import Group, all_runs
+from normfree.analysis.seeds import Difference, paired_difference, summarise
+from normfree.cost.families import NoPriceError
+from normfree.cost.totals import of_run
+from normfree.report.tables.results import percent_with_interval
+from normfree.report.tables.table import Table
+from normfree.store.runs import Run, find_runs
+from normfree.store.tasks import read_tasks
+
+
+def seed_table(groups: Sequence[Group]) -> Table:
+    """Heads near uniform and final validation perplexity: a row a seed, a column a variant."""
+    cells: dict[int, dict[str, str]] = {}
+    for group in groups:
+        for run in group.runs:
+            share = top_quarter_share(trained_heads(run))
+            cells.setdefault(run.seed, {})[group.label] = f"{share:.0%}, {run.perplexity:.1f}".replace("%", " %")
+    labels = [group.label for group in groups]
+    rows = [(str(seed), *(of_seed.get(label, "-") for label in labels)) for seed, of_seed in sorted(cells.items())]
+    return Table("seeds", "Share of heads near uniform, and perplexity, of each seed", ("Seed", *labels), rows)
+
+
+def unfinished_table(groups: Sequence[Group]) -> Table:
+    """Runs that never ended, at the last step at which all of them were evaluated; their heads at the newest probe by
+    then."""
+    curves = {
+        group.label: {run.seed: dict(run.series("validation", "perplexity")) for run in group.members}
+        for group in groups
+    }
+    step = max(set.intersection(*(set(curve) for of_seed in curves.values() for curve in of_seed.values())))
+    reached = {label: {seed: curve[step] for seed, curve in of_seed.items()} for label, of_seed in curves.items()}
+    rows = []
+    for group in groups:
+        newest = ([heads for heads in probed_heads(run) if heads.step <= step][-1] for run in group.members)
+        near_uniform = summarise([100 * top_quarter_share(heads) for heads in newest])
+        perplexity, against = summarise(list(reached[group.label].values())), "baseline"
+        if group.label != "SM+G":
+            against = percent_with_interval(paired_difference(reached[group.label], reached["SM+G"], relative=True))
+        rows.append((group.label, perplexity.text(), against, near_uniform.text(1), str(len(group.members))))
+    steps = max(run.facts["steps"] for run in all_runs(groups))
+    titles = ("Variant", "Perplexity", "Against SM+G", "Heads near uniform (%)", "Seeds")
+    caption = f"Validation perplexity at step {step:,} of {steps:,}, the last at which all of these runs were evaluated"
+    return Table("unfinished", caption, titles, rows)
+
+
+EFFECTS = {
+    "ReLU for GELU, with LayerNorm": ("SM+LN+R", "SM+LN+G"),
+    "ReLU for GELU, without": ("SM+R", "SM+G"),
+    "LayerNorm left out, GELU": ("SM+G", "SM+LN+G"),
+    "LayerNorm left out, ReLU": ("SM+R", "SM+LN+R"),
+}
+
+
+def effect_table(groups: Sequence[Group]) -> Table:
+    """Effects of norm and activation on the margins of tasks, paired by item and seed.
+
+    Raises ValueError unless all runs have the same items.
+    """
+    records = {group.label: {run.seed: read_tasks(run.folder) for run in group.runs} for group in groups}
+    of_runs = [tasks for of_seed in records.values() for tasks in of_seed.values()]
+    rows = []
+    for task in of_runs[0]:
+        if len({tasks[task]["items_sha256"] for tasks in of_runs}) > 1:
+            raise ValueError(f"the runs have other items of {task}")
+        margins = {
+            label: {seed: fmean(tasks[task]["values"]["model"]) for seed, tasks in of_seed.items()}
+            for label, of_seed in records.items()
+        }
+        effects = [paired_difference(margins[ours], margins[theirs]) for ours, theirs in EFFECTS.values()]
+        rows.append((task, *(f"{e.mean:+.2f} ({e.low:+.2f} to {e.high:+.2f})" for e in effects)))
+    caption = "Differences of margins in nats, with 95 % intervals over seeds"
+    return Table("effects", caption, ("Task", *EFFECTS), rows, words=("Task",))
+
+
+def confirm_table(groups: Sequence[Group]) -> Table:
+    """The primary and the secondary comparisons of docs/study.md."""
+    (cost, verdict), rows = primary(groups), []
+    for each in (cost, *secondary(groups)):
+        (low, high), (lowest, highest) = each.interval(), each.interval(0.9)
+        holm = "-" if each is cost else f"{each.holm:.4f}"
+        answer = verdict if each is cost else "differs" if each.holm < 0.05 else "open"
+        numbers = (f"{each.mean:+.3f}", f"{low:+.3f} to {high:+.3f}", f"{lowest:+.3f} to {highest:+.3f}")
+        kind = "paired" if each.paired else "Welch"
+        rows.append((each.name, kind, *numbers, f"{each.p:.4f}", holm, str(each.n), str(each.dropped), answer))
+    titles = ("Comparison", "Test", "Difference", "95 % interval", "90 % interval", "p", "p, Holm", "Seeds", "Diverged")
+    caption = "The primary comparison, then the five secondary ones"
+    return Table("confirm", caption, (*titles, "Verdict"), rows, words=("Comparison", "Test", "Verdict"))
+
+
+def _percent_by_depth(run: Run, line: float = OVERLOAD_SHARE) -> list[float]:
+    return [math.nan if share is None else 100 * share for share in shares_by_depth(trained_heads(run), line)]
+
+
+LINES = (0.5, 0.6, 0.75, 0.9)
+
+
+def line_table(groups: Sequence[Group]) -> Table:
+    """How claim (c) depends on the share of the ceiling from which a head counts as near uniform."""
+    runs = {label: [run for run in all_runs(groups) if run.label == label] for label in ("SM+G", "SM+R")}
+    rows = []
+    for line in LINES:
+        gelu, relu = ({run.seed: _percent_by_depth(run, line) for run in of_label} for of_label in runs.values())
+        gaps = [
+            paired_difference({seed: gelu[seed][part] for seed in gelu}, {seed: relu[seed][part] for seed in relu})
+            for part in range(4)
+        ]
+        rows.append((f"{line:g}", *(f"{gap.mean:+.1f} ({gap.low:+.1f} to {gap.high:+.1f})" for gap in gaps)))
+    caption = "SM+G less SM+R in heads near uniform (points), by the share of the ceiling at which this begins"
+    titles = ("From", "First third", "Middle third", "Last third", "All layers")
+    return Table("lines", caption, titles, rows)
+
+
+def averaging_table(groups: Sequence[Group]) -> Table:
+    """Rise of the loss if near-uniform heads are replaced by exact averages (docs/averaging.py), or random others."""
+    rows = []
+    for run in all_runs(groups):
+        shares = json.loads((run.folder / "averaging.json").read_text())["shares"]
+        for each in shares:
+            low, high = np.quantile(each["control_nats"], [0.025, 0.975])
+            control = f"{fmean(each['control_nats']):+.3f} ({low:+.3f} to {high:+.3f})"
+            heads = f"{each['heads']} ({each['share']:.0%})".replace("%", " %")
+            of_run = f"{run.label}, seed {run.seed}" if each is shares[0] else ""
+            rows.append((of_run, heads, f"{each['cost_nats']:+.3f}", str(each["control_heads"]), control))
+    titles = ("Run", "Near-uniform heads", "Rise of the loss (nats)", "Other heads", "Rise with these")
+    return Table("averaging", "Heads replaced by the exact mean of what they may see", titles, rows, words=("Run",))
+
+
+def pilot_table(groups: Sequence[Group]) -> Table:
+    """How near each weight of the entropy term brings the heads to their targets (docs/study.md)."""
+    rows = []
+    for weight, runs in sorted(_by(all_runs(groups), lambda run: run.spec["train"]["entropy_weight"]).items()):
+        found = [reached(run, find_runs(run.spec["train"]["entropy_profile"])) for run in runs]
+        hits = sum(each.is_target_hit for each in found)
+        for run, each in zip(runs, found, strict=True):
+            name = f"{run.spec['label']} {run.spec['tag'].partition('-weight')[0]}, seed {run.seed}"
+            numbers = (f"{each.distance_L.mean():.3f}", f"{each.distance_L.max():.3f}", f"{each.points:+.1f}")
+            hit = "yes" if each.is_target_hit else "no"
+            rows.append((f"{weight:g}", name, *numbers, hit, f"{hits} of {len(found)}", f"{run.score:.2f}"))
+    titles = ("Weight", "Run", "Distance (nats)", "Largest layer", "Near uniform (points)", "Hit", "Of its weight")
+    caption = "Distance from the target entropies, and heads near uniform less the donors'"
+    return Table("pilot", caption, (*titles, "Perplexity"), rows, words=("Run", "Hit", "Of its weight"))
+
+
+CAUSE_ROWS = {
+    "Gap of the shams": "gap",
+    "Share of it that goes with the entropies of SM+R": "down",
+    "Share of it that comes with those of SM+G": "up",
+    "Gap of the shams as a share of the plain one": "kept",
+    "Placebo: below 0 if layers matter": "specific",
+}
+
+
+def cause_table(groups: Sequence[Group]) -> Table:
+    """The rule of docs/study.md: each arm's perplexity, the shares of the gap, the verdict."""
+    arms = arms_of(all_runs(groups))
+    judged = judge_scores(arms)
+    rows = [(f"ln perplexity of {arm}", summarise(list(scores.values())).text(4), "") for arm, scores in arms.items()]
+    rows += [(name, *_number_and_interval(getattr(judged, field))) for name, field in CAUSE_ROWS.items()]
+    rows.append(("Verdict", judged.verdict, ""))
+    return Table("cause", "Does entropy cause the gap?", ("", "Value", "95 % interval"), rows, words=("",))
+
+
+def _number_and_interval(value: Difference | Ratio | None) -> tuple[str, str]:
+    if value is None:
+        return "open", "-"
+    number = value.value if isinstance(value, Ratio) else value.mean
+    return f"{number:+.3f}", f"{value.low:+.3f} to {value.high:+.3f}"
+
+
+def zoo_table(groups: Sequence[Group]) -> Table:
+    """What each arm of the zoo costs and does, beside SM+LN+G (docs/study.md)."""
+    rows = []
+    for label, runs in _by(all_runs(groups), lambda run: run.label).items():
+        cost = compare(label, groups, (label, "SM+LN+G"), log_score, paired=False)
+        low, high = cost.interval()
+        finished = [run for run in runs if run.status == "finished"]
+        thirds = np.mean([_percent_by_depth(run) for run in finished], axis=0)[:3]
+        steps_ms = [
+            1000 * run.tokens_per_step / np.median([v for _, v in run.series("train", "tokens_per_second")])
+            for run in runs
+        ]
+        rows.append((
+            label,
+            "baseline" if label == "SM+LN+G" else f"{cost.mean:+.3f} ({low:+.3f} to {high:+.3f})",
+            *(f"{third:.0f}" for third in thirds),
+            f"{np.mean([run.last('final', 'first_token_mass') for run in finished]):.2f}",
+            f"{max(np.max(run.last('final', 'largest_to_median')) for run in finished):.0f}",
+            f"{fmean(steps_ms):.0f}",
+            _megabytes_sent(runs[0]),
+            f"{cost.n}",
+            f"{cost.dropped}",
+        ))  # fmt: skip
+    titles = ("Variant", "ln perplexity less SM+LN+G", "First third (%)", "Middle", "Last", "On the first token",
+              "Largest activation", "Step (ms)", "Sent (MB)", "Seeds", "Diverged")  # fmt: skip
+    notes = [
+        "Differences: 95 % interval (Welch). Thirds of the layers: heads near uniform. On the first token: mean "
+        "attention to it. Largest activation: as a multiple of the median. Sent: private inference, CHEETAH.",
+    ]
+    return Table("zoo", "Norms and what stands in for them", titles, rows, notes)
+
+
+def _megabytes_sent(run: Run) -> str:
+    try:
+        return f"{of_run(run).bytes / 1e6:,.0f}"
+    except NoPriceError:
+        return "-"
+
+
+def _by(runs: Sequence[Run], key: Callable[[Run], Any]) -> dict[Any, list[Run]]:
+    of_key: dict[Any, list[Run]] = {}
+    for run in runs:
+        of_key.setdefault(key(run), []).append(run)
+    return of_key
+
+
+STUDY_TABLES: dict[str, Callable[[Sequence[Group]], Table]] = {
+    "seeds": seed_table,
+    "unfinished": unfinished_table,
+    "effects": effect_table,
+    "confirm": confirm_table,
+    "lines": line_table,
+    "averaging": averaging_table,
+    "pilot": pilot_table,
+    "cause": cause_table,
+    "zoo": zoo_table,
+}
