@@ -23,8 +23,9 @@ from normfree.cost.families import SHAPES, read_architecture
 from normfree.cost.totals import Point, of_config, of_run, pareto_front, trade_off
 from normfree.model import conversion
 from normfree.model.activations import ACTIVATIONS
-from normfree.model.configuration import TABLES, NormFreeConfig
+from normfree.model.configuration import NormFreeConfig
 from normfree.model.norms import NORMS
+from normfree.model.tables import TABLES
 from normfree.report.tables.cost import cost_markdown, cost_tables, trade_off_table
 from normfree.store.runs import Run
 from tests.synthetic import CONTEXT, study, write_run

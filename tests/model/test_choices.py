@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from normfree.entropy import EntropyProbe
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
-from normfree.model.configuration import TABLES
 from normfree.model.norms import TaperedNorm
+from normfree.model.tables import TABLES
 from tests.small_model import CHOICES, SIZES, small_model
 
 TAPER = {"norm": "taper", "taper_end_step": 8}

@@ -26,7 +26,7 @@ from normfree.store.runs import Run, read_run
 from normfree.store.tasks import read_tasks
 from normfree.tasks.functions import functions_of
 from normfree.tasks.labels import CLASSES
-from normfree.training.classify import LabelledCorpus
+from normfree.training.corpora import LabelledCorpus
 from tests.elsewhere import WITHOUT_NORMFREE
 from tests.training.runs import break_in_step, check_equal_runs, weights
 

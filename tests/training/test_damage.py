@@ -24,7 +24,7 @@ CHECKPOINT_FILES = (
     *("embeddings.py", "gates.py"),
     *("generation_config.json", "head_entropy.py", "linears.py", "loss.py", "manifest.json", "model.safetensors"),
     *("modeling.py", "norms.py", "optimizer.pt", "placements.py", "positions.py", "rng_state.pth", "scheduler.pt"),
-    *("sinks.py", "temperatures.py", "tokenizer.json", "tokenizer_config.json", "trainer_state.json"),
+    *("sinks.py", "tables.py", "temperatures.py", "tokenizer.json", "tokenizer_config.json", "trainer_state.json"),
 )
 CORPUS_FILES = ("manifest.json", "tokenizer.json", "tokenizer_config.json", "train.arrow", "validation.arrow")
 OF_TEXT, OF_IMAGES = {"generation_config.json", "tokenizer.json", "tokenizer_config.json"}, {"preprocessor_config.json"}

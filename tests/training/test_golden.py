@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from normfree.spec.compose import compose_run, members, read_preset
+from normfree.spec.compose import compose_run, compose_unchecked, members
 from normfree.spec.run import RunSpec
 from normfree.store.runs import read_run
 from normfree.training import train
@@ -53,7 +53,7 @@ def on_text(context: int) -> list[str]:
 
 def shrunk(preset: str, variant: str, digits: Path) -> RunSpec:
     """A preset at width 32 on the fixed text or digits, in fp32, a small batch, at most 12 layers and T = 256."""
-    whole = read_preset(preset, variant)
+    whole = compose_unchecked({"preset": preset, "variant": variant})
     images = ["data=images", f"data.paths=['{digits}']", "model.image_size=8", "model.patch_size=2"]
     is_vision = whole.model.get("family") == "vision"
     batch = 16 if is_vision else 2  # the losses of two images are too noisy to fall in twenty steps

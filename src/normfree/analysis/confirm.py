@@ -2,8 +2,6 @@
 
 # P seeds
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace

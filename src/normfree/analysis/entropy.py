@@ -1,10 +1,9 @@
 """Recorded values of a run; head entropies, their ceiling and their ranges.  L layers, H heads, R ranges"""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -48,14 +47,14 @@ class Heads:
         return np.ones(self.entropy_LH.shape, dtype=bool) if self.exists_LH is None else self.exists_LH
 
     @property
-    def groups(self) -> list[Heads]:
+    def groups(self) -> list[Self]:
         """The heads of each group; one for a model with a single stack of layers."""
         places: dict[str, list[int]] = {}
         for place, layer in enumerate(self.layers):
             places.setdefault(group_and_number(layer)[0], []).append(place)
         return [self.part(rows) for rows in places.values()]
 
-    def part(self, rows: Sequence[int] | NDArray[np.int_]) -> Heads:
+    def part(self, rows: Sequence[int] | NDArray[np.int_]) -> Self:
         """The heads of some layers, by their places."""
         values = {"entropy_LH": self.entropy_LH[rows], "ceiling_L": self.ceiling_L[rows]}
         return replace(self, **values, layers=[self.layers[row] for row in rows], exists_LH=self.existing[rows])
@@ -119,13 +118,10 @@ def top_quarter_share(heads: Heads | None, line: float = OVERLOAD_SHARE) -> floa
 
 
 def shares_by_depth(heads: Heads | None, line: float = OVERLOAD_SHARE) -> list[float | None]:
-    """`top_quarter_share` of the early, middle and late third of the layers, then of all; None for an empty third.
-
-    Several groups of heads have no common depth, so no thirds.
-    """
+    """`top_quarter_share` of the early, middle and late third of the layers, None if empty, then of all."""
     if heads is None:
         return [math.nan] * 4
-    layers = np.arange(len(heads.entropy_LH))
+    layers = np.arange(len(heads.entropy_LH))  # several groups of heads have no common depth, so no thirds
     parts = (*np.array_split(layers if len(heads.groups) == 1 else layers[:0], 3), layers)
     return [top_quarter_share(heads.part(part), line) if len(part) else None for part in parts]
 

@@ -1,9 +1,7 @@
 """Group runs into seeds of one variant and recipe, and decide which groups may be compared."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -61,7 +59,6 @@ class Group:
 
     @property
     def score(self) -> Score:
-        """The headline of its runs."""
         return self.members[0].headline
 
     @cached_property
@@ -82,7 +79,11 @@ class Group:
     @property
     def scores(self) -> dict[Hashable, float]:
         """Final score by seed and data order; NaN for a diverged run."""
-        return {_seed(run): run.score for run in self.runs}
+        return self.by_seed(lambda run: run.score)
+
+    def by_seed(self, measure: Callable[[Run], Any]) -> dict[Hashable, Any]:
+        """A number of its runs with a result, by seed and data order."""
+        return {_seed(run): measure(run) for run in self.runs}
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,6 @@ def score_of(groups: Sequence[Group]) -> Score:
 
 
 def all_runs(groups: Sequence[Group]) -> list[Run]:
-    """The members of every group."""
     return [run for group in groups for run in group.members]
 
 

@@ -1,7 +1,5 @@
 """Pairs of variants that are compared: the paper's, those that it makes a claim about, and all others."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -56,10 +54,7 @@ class Pair:
 
     def top_quarter(self) -> Difference:
         """Paired difference of the share of heads at or above 3/4 of the causal ceiling."""
-        ours, theirs = (
-            {seed: top_quarter_share(trained_heads(run)) for seed, run in zip(g.scores, g.runs, strict=True)}
-            for g in (self.ours, self.theirs)
-        )
+        ours, theirs = (g.by_seed(lambda run: top_quarter_share(trained_heads(run))) for g in (self.ours, self.theirs))
         return paired_difference(ours, theirs)
 
 

@@ -4,8 +4,6 @@ Jha and Reagen, "ReLU's Revival: On the Entropic Overload in Normalization-Free 
 (arXiv 2410.09637). SM+LN comes from the same authors' Entropy-Guided Attention (arXiv 2501.03489).
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from functools import cache

@@ -1,7 +1,5 @@
 """Numbers over seeds: mean, sample standard deviation, paired differences with a Student-t interval."""
 
-from __future__ import annotations
-
 import math
 import re
 import statistics

@@ -1,9 +1,6 @@
-"""Verdicts on runs, and the only words for them: overload, collapse, slopes, claims, what was learned.
+"""Verdicts on runs, and the only words for them: overload, collapse, slopes, claims, what was learned."""
 
-L layers, H heads, S slopes (one per layer that learns one, or a single shared one)
-"""
-
-from __future__ import annotations
+# L layers, H heads, S slopes (one per layer that learns one, or a single shared one)
 
 import math
 from collections.abc import Callable, Sequence

@@ -1,18 +1,17 @@
 """The verbs `cost` and `estimate`. Imports are local, so that --help stays fast."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from normfree.cli.options import Options
+from normfree.files import write_atomically
+from normfree.spec.keys import build, nearest
+from normfree.store.runs import RUN_FILE, read_run
 
 
 class CostOptions(Options):
-    """Keys of `normfree cost`."""
-
     variant: str | None = None
     """MODEL=PRESET only: which variant of it; unless given, sm-ln-g."""
     activation: str | None = None
@@ -38,7 +37,6 @@ def cost(name: str, options: CostOptions) -> None:
     """Print what one forward pass costs in private inference, by operation and by layer."""
     from normfree.cost import of_config
     from normfree.cost.constants import CONSTANTS_FILE
-    from normfree.files import write_atomically
     from normfree.report.tables.cost import cost_csv, cost_markdown, cost_record
     from normfree.spec.compose import members
 
@@ -66,12 +64,12 @@ def cost(name: str, options: CostOptions) -> None:
 def _config_of_preset(name: str, options: CostOptions) -> tuple[Any, int, dict[str, str]]:
     """(config, context, the model's name and a note on its vocabulary)."""
     from normfree.cost.families import NORMFREE_DEFAULTS
-    from normfree.spec.compose import read_preset
+    from normfree.spec.compose import compose_unchecked
 
     variant = "sm-ln-g" if options.variant is None else options.variant
     if variant == "custom":
         raise ValueError("variant=custom says no norm: take another variant with activation=, or price a saved run")
-    spec = read_preset(name, variant)
+    spec = compose_unchecked({"preset": name, "variant": variant})
     context = spec.data.context if options.context is None else options.context
     longest = max(context, spec.data.context)  # learned positions cost nothing
     config: dict[str, Any] = {"model_type": "normfree", "max_position_embeddings": longest}
@@ -92,8 +90,6 @@ def _config_of_model(name: str, options: CostOptions) -> tuple[Any, int, dict[st
     from normfree.cost.families import SHAPES, read_architecture
     from normfree.cost.totals import config_of_run
     from normfree.spec.compose import members
-    from normfree.spec.keys import nearest
-    from normfree.store.runs import RUN_FILE, read_run
 
     for key in ("variant", "activation"):
         if (value := getattr(options, key)) is not None:
@@ -132,7 +128,6 @@ def estimate(words: Sequence[str]) -> None:
     """Print what a run needs on each GPU: parameters, memory by part, and time; also gpus=, gpu=, tokens=."""
     from normfree.cost.estimate import GPUS, describe_estimate
     from normfree.spec.compose import compose_unchecked, read_words
-    from normfree.spec.keys import build, nearest
 
     values = read_words(words)
     own = {key: values.pop(key) for key in EstimateOptions.model_fields if key in values}

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 
 class EvaluateOptions(ModelOptions):
-    """Keys of `normfree evaluate`."""
-
     stride: int | None = None
     """Tokens by which windows advance; smaller gives each token more context and costs more."""
     sequences: int | None = None
@@ -37,7 +35,7 @@ class EvaluateOptions(ModelOptions):
     """Folder for the pairs as JSON lines and as tasks of lm-eval."""
     heads: list[tuple[int, int]] | None = None
     """[[LAYER,HEAD],...]: evaluate a second time with these heads changed, and print the difference."""
-    how: str | float = "average"
+    how: str = "average"
     """What changed heads write: average (the mean of the visible values), zero, or a number that scales them."""
 
     @field_validator("heads", mode="before")
@@ -50,13 +48,6 @@ class EvaluateOptions(ModelOptions):
         if not pairs or not all(isinstance(number, int) for pair in pairs for number in pair):
             raise ValueError(f"heads={word!r}; give one or more pairs, e.g. heads=[[0,3],[1,2]]")
         return pairs
-
-    @field_validator("how", mode="before")
-    @classmethod
-    def _read_how(cls, word: str) -> str | float:
-        with suppress(ValueError):
-            return float(word)
-        return word  # `intervene` refuses other words
 
 
 def evaluate(name: str, options: EvaluateOptions) -> None:
@@ -78,20 +69,21 @@ def evaluate(name: str, options: EvaluateOptions) -> None:
         _check_against(name, options, own)
     text = "" if own else read_text(options.text)
     model, tokenizer = _load(name, options)
-    changed = None
+    changed, how = None, cast(Any, options.how)
+    with suppress(ValueError):
+        how = float(how)  # `intervene` refuses other words
     with products_for(options.dtype, model.device):
         if options.heads:  # first, so that a wrong head is named at once
-            with intervene(model, options.heads, cast(Any, options.how)):
+            with intervene(model, options.heads, how):
                 changed, _, _ = _evaluate(name, options, model, tokenizer, text)
         result, source, note = _evaluate(name, options, model, tokenizer, text)
     print(f"text           {source}")
     _print_evaluation(result, f"{result.tokens} predicted tokens{note}")
     if changed:
         difference, error = changed.minus(result)
-        what = {"average": "averaged", "zero": "silenced"}.get(str(options.how), f"times {options.how}")
-        print(
-            f"\nheads          {', '.join(f'layer {layer} head {head}' for layer, head in options.heads or [])} {what}"
-        )
+        what = {"average": "averaged", "zero": "silenced"}.get(str(how), f"times {how}")
+        heads = ", ".join(f"layer {layer} head {head}" for layer, head in options.heads or [])
+        print(f"\nheads          {heads} {what}")
         _print_evaluation(changed, "the same tokens")
         parts = f"over {len(result.parts)} {result.parts_are}"
         spread = f"standard error {error:.6f} {parts}" if len(result.parts) > 1 else "one pass, no standard error"

@@ -1,7 +1,5 @@
 """The command line: `normfree VERB OBJECT... key=value`. Flags: --help, --version, --debug, -m, --cfg."""
 
-from __future__ import annotations
-
 import logging
 import os
 import select
@@ -91,15 +89,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"normfree: {text}", file=sys.stderr)
         return 128 + signal_number if signal_number else 2 if isinstance(error, UsageError) else 1
     finally:
-        _leave_processes()
+        distributed = sys.modules.get("torch.distributed")
+        if distributed and distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()  # gloo's threads abort an interpreter that ends inside torchrun's group
     return 0
-
-
-def _leave_processes() -> None:
-    """Leave torchrun's group of processes: gloo's threads abort an interpreter that ends inside it."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
 
 
 def _reader_closed_pipe() -> bool:
@@ -140,7 +133,13 @@ def dispatch(words: Sequence[str]) -> None:
         raise UsageError("torchrun starts one run; start a study or `train -m` without it")
     pairs = [word for word in arguments if _is_pair(word)]
     objects = _check_objects(name, verb, [word for word in arguments if not _is_pair(word)])
-    verb.run(*objects, _read_keys(verb, pairs), **flags)
+    options: Any = pairs
+    if verb.options is not None:
+        try:
+            options = build(verb.options, dict(pair.split("=", 1) for pair in pairs))
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+    verb.run(*objects, options, **flags)
 
 
 def _is_pair(word: str) -> bool:
@@ -155,16 +154,6 @@ def _check_objects(name: str, verb: Verb, objects: list[str]) -> list[Any]:
         takes, got = verb.objects or "key=value only", " ".join(objects) or "nothing"
         raise UsageError(f"normfree {name} takes {takes}, got {got}; example: {verb.example}")
     return [objects] if many else objects
-
-
-def _read_keys(verb: Verb, pairs: list[str]) -> Any:
-    """The verb's options; for a verb of runs its words as they are."""
-    if verb.options is not None:
-        try:
-            return build(verb.options, dict(pair.split("=", 1) for pair in pairs))
-        except ValueError as error:
-            raise UsageError(str(error)) from None
-    return pairs
 
 
 def overview() -> str:

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 
 class MeasureOptions(ModelOptions):
-    """Keys of `normfree measure`."""
-
     measures: str = "heads"
     """What is measured: names with commas between them (docs/quantities.md)."""
     sequences: int = 16
@@ -84,10 +82,7 @@ def measure(name: str, options: MeasureOptions) -> None:
 def _read_inputs(
     name: str, loaded: tuple[Any, Any, Any], options: MeasureOptions, *, own: bool
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Inputs of the model with N rows each, what they are from and how they begin. `own`: a run's blocks.
-
-    Raises ValueError for keys that do not fit the model.
-    """
+    """Inputs of N rows each, of a run's blocks if `own`, and facts about them. Raises ValueError for unfitting keys."""
     from normfree.measures.text_perplexity import leading_ids, spread, target_windows, token_windows
     from normfree.pretrained.inputs import check_kinds, kinds_read, read_images
     from normfree.pretrained.load import held_out_blocks

@@ -1,7 +1,5 @@
 """Keys of commands, as classes that pydantic checks; and the checks that several commands share."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any, Literal

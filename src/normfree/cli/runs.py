@@ -10,21 +10,19 @@ from typing import TYPE_CHECKING
 import yaml
 
 from normfree.cli.options import Options, check_writable
+from normfree.spec.families import FAMILIES
+from normfree.store.runs import RUN_FILE, find_runs, read_run
 
 if TYPE_CHECKING:
     from normfree.spec.compose import Job
 
 
 class VerifyOptions(Options):
-    """Keys of `normfree verify`."""
-
     cache_dir: Path | None = None
     """Where corpora are kept; unless given, NORMFREE_CACHE, else ~/.cache/normfree."""
 
 
 class ReportOptions(Options):
-    """Keys of `normfree report`."""
-
     output: Path = Path("report")
     """Folder for the page, its figures and tables."""
     mix: bool = False
@@ -36,8 +34,6 @@ class ReportOptions(Options):
 
 
 class StatusOptions(Options):
-    """Keys of `normfree status`."""
-
     watch: bool = False
     """Print again every ten seconds until no run is under way (Ctrl-C ends it)."""
 
@@ -46,7 +42,6 @@ def data(source: str, words: Sequence[str]) -> None:
     """Prepare a corpus and describe it."""
     from normfree.data import prepare
     from normfree.spec.compose import compose_run
-    from normfree.spec.families import FAMILIES
     from normfree.training.processes import prepare_process
 
     prepare_process()
@@ -60,7 +55,6 @@ def train(words: Sequence[str], *, many: bool = False, show: bool = False) -> No
     from accelerate import PartialState
 
     from normfree.spec.compose import compose, compose_runs, control_of, read_words
-    from normfree.store.runs import RUN_FILE, read_run
     from normfree.training import train as train_run
     from normfree.training.jobs import read_launch, train_jobs
     from normfree.training.processes import prepare_process
@@ -93,7 +87,6 @@ def train(words: Sequence[str], *, many: bool = False, show: bool = False) -> No
 def study(name: str, words: Sequence[str], *, show: bool = False) -> None:
     """Train all runs of a study, then report."""
     from normfree.spec.compose import read_words
-    from normfree.spec.families import FAMILIES
     from normfree.spec.study import load_study
     from normfree.training.jobs import read_launch
     from normfree.training.processes import prepare_process
@@ -117,8 +110,7 @@ def _show(jobs: Sequence[Job]) -> None:
 
 def status(folders: Sequence[str], options: StatusOptions) -> None:
     """Print how far runs are: step, loss, tokens per second, time left, running or stopped."""
-    from normfree.store.progress import preparing_folders, progress_line
-    from normfree.store.runs import RUN_FILE, find_runs
+    from normfree.store.progress import preparing_folders, progress_lines
 
     while True:
         preparing = {folder: preparing_folders(Path(folder)) for folder in folders}
@@ -127,8 +119,7 @@ def status(folders: Sequence[str], options: StatusOptions) -> None:
         lines = [f"{place}  preparing the text" for places in preparing.values() for place in places]
         if not runs and not lines:
             raise ValueError(f"{', '.join(folders)}: measured models, no training run")
-        width = max((len(run.place) for run in runs), default=0)
-        print("\n".join([*lines, *(progress_line(run, width=width) for run in runs)]), flush=True)
+        print("\n".join([*lines, *progress_lines(runs)]), flush=True)
         if not options.watch or not (lines or any(run.state == "running" for run in runs)):
             return
         time.sleep(10)
@@ -152,7 +143,6 @@ def verify(name: str, options: VerifyOptions) -> None:
 def report(folders: Sequence[str], options: ReportOptions) -> None:
     """Rebuild tables, figures and the page from run folders."""
     from normfree.report import build_report
-    from normfree.store.runs import find_runs
 
     check_writable(options.output)
     page = build_report(find_runs(folders), **dict(options), progress=True)

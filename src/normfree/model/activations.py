@@ -5,18 +5,14 @@ shape; `shared_slope` is the model's one shared slope, shape (1,), or None. The 
 parameter that several blocks register is lost when an untied model is saved and loaded.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .configuration import NormFreeConfig
+from .configuration import NormFreeConfig
 
 
 class Elementwise(nn.Module):
@@ -44,10 +40,6 @@ class LearnableLeakyReLU(nn.Module):
         return F.prelu(features, slope.to(features.dtype))  # under autocast the features are bf16, the slope fp32
 
 
-def _identity(features: Tensor) -> Tensor:
-    return features
-
-
 def _elementwise(function: Callable[[Tensor], Tensor]) -> Callable[[NormFreeConfig], nn.Module]:
     return lambda config: Elementwise(function)
 
@@ -57,14 +49,13 @@ LEAKY_RELUS: dict[str, Callable[[NormFreeConfig], nn.Module]] = {
     "per_layer": lambda config: LearnableLeakyReLU(own_slope=True),
     "shared": lambda config: LearnableLeakyReLU(own_slope=False),
 }
-"""Builders of leaky ReLU by the name of `NormFreeConfig.learnable_slope`."""
 
 ACTIVATIONS: dict[str, Callable[[NormFreeConfig], nn.Module]] = {
     "gelu": _elementwise(F.gelu),
     "gelu_tanh": _elementwise(partial(F.gelu, approximate="tanh")),
     "relu": _elementwise(F.relu),
     "leaky_relu": lambda config: LEAKY_RELUS[config.learnable_slope](config),
-    "identity": _elementwise(_identity),
+    "identity": _elementwise(torch.positive),  # returns its input
 }
 IN_THIS_FILE = dict(ACTIVATIONS)
 """The entries that are saved with a model: those of this file."""

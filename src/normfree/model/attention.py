@@ -3,8 +3,6 @@
 # B batch, H heads, T query (new tokens), S key (cached and new, or the encoder's), D head dim, E hidden size,
 # N batch times heads
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from typing import Any
 

@@ -5,8 +5,6 @@ The constructors choose modules from tables; no forward asks which variant it is
 
 # B batch, T tokens, S tokens of the encoder, E hidden size, F feed-forward width, H heads
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -75,7 +73,7 @@ def norms_at(config: NormFreeConfig, layer_idx: int, part: Part) -> list[nn.Modu
 
 
 class Block(GradientCheckpointingLayer):
-    """Base class of all residual forms.
+    """Attention, then a feed-forward part that reads its output (GPT-2).
 
     Tensors that need gradients are positional: reentrant checkpointing loses gradients of keywords.
     """
@@ -120,17 +118,10 @@ class Block(GradientCheckpointingLayer):
 
     def feed_forward_input(self, hidden_BTE: Tensor, joined_BTE: Tensor) -> Tensor:
         """What the feed-forward part reads: the block's input, or that with attention's output."""
-        raise NotImplementedError
-
-
-class SequentialBlock(Block):
-    """The feed-forward part reads the output of attention (GPT-2)."""
-
-    def feed_forward_input(self, hidden_BTE: Tensor, joined_BTE: Tensor) -> Tensor:
         return joined_BTE
 
 
-class CrossBlock(SequentialBlock):
+class CrossBlock(Block):
     """Between attention and the feed-forward part, attention to the states of an encoder (T5)."""
 
     def __init__(self, config: NormFreeConfig, layer_idx: int, *, is_causal: bool) -> None:
@@ -152,4 +143,4 @@ class ParallelBlock(Block):
         return hidden_BTE
 
 
-BLOCKS = {"sequential": SequentialBlock, "parallel": ParallelBlock}
+BLOCKS = {"sequential": Block, "parallel": ParallelBlock}

@@ -4,16 +4,13 @@ A builder takes the config and the part, and returns a module called as `join(st
 `written` is the output of attention or of the feed-forward part.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .configuration import NormFreeConfig
+from .configuration import NormFreeConfig
 
 Part = Literal["attention", "feed_forward"]
 

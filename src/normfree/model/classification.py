@@ -2,8 +2,6 @@
 
 # B texts, T tokens, C classes
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch.nn.functional as F

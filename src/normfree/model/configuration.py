@@ -11,15 +11,6 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import type_validator
 from transformers import PreTrainedConfig
 
-from .activations import ACTIVATIONS
-from .branches import BRANCHES
-from .gates import GATES
-from .linears import LINEAR_GROUPS, LINEARS
-from .norms import NORMS, QUERY_KEY_NORMS
-from .placements import PLACEMENTS
-from .sinks import SINKS
-from .temperatures import TEMPERATURES
-
 # Keys that transformers writes to config.json or passes on, besides the fields of PreTrainedConfig and all that start
 # with an underscore.
 TRANSFORMERS_KEYS = {
@@ -36,18 +27,8 @@ TRANSFORMERS_KEYS = {
 }
 
 
-TABLES = {
-    "norm": NORMS,
-    "final_norm": NORMS,
-    "placement": PLACEMENTS,
-    "query_key_norm": QUERY_KEY_NORMS,
-    "branch": BRANCHES,
-    "linear": LINEARS,
-    "attention_temperature": TEMPERATURES,
-    "attention_sink": SINKS,
-    "attention_gate": GATES,
-}
-"""Fields that name one entry of a table; `activation` names several."""
+LINEAR_GROUPS = ("q", "k", "v", "o", "ffn")
+"""Names of `NormFreeConfig.linear_groups`."""
 
 NOT_IN: dict[str, dict[str, tuple[str, ...]]] = {
     "decoder": {"position": ("relative",)},
@@ -208,7 +189,6 @@ class NormFreeConfig(PreTrainedConfig):
 
     @property
     def head_dim(self) -> int:
-        """Dimensions of one head."""
         return self.hidden_size // self.num_attention_heads
 
     @property
@@ -223,7 +203,6 @@ class NormFreeConfig(PreTrainedConfig):
 
     @property
     def layer_activations(self) -> list[str]:
-        """Name of the activation of each layer."""
         if isinstance(self.activation, list):
             return self.activation
         return [self.activation] * self.num_hidden_layers
@@ -241,6 +220,9 @@ class NormFreeConfig(PreTrainedConfig):
             raise ValueError(f"{field.name}={value!r}; allowed: {allowed}{example}") from None
 
     def _check_names(self) -> None:
+        from .activations import ACTIVATIONS  # which reads this file, as the tables do
+        from .tables import TABLES
+
         activations = self.layer_activations
         if len(activations) != self.num_hidden_layers:
             raise ValueError(

@@ -2,14 +2,13 @@
 
 # H heads, D head dim
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from .configuration import NormFreeConfig, NormFreeSeq2SeqConfig, NormFreeVisionConfig
 from .folding import fold_norms
@@ -57,6 +56,8 @@ _T5_NAMES = {
     r"layer\.[12]\.DenseReluDense\.wi_1": "feed_forward.gate",
     r"layer\.[12]\.DenseReluDense\.wo": "feed_forward.output",
 }
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+_OWN_TYPES = tuple(kind.model_type for kind in (NormFreeConfig, NormFreeVisionConfig, NormFreeSeq2SeqConfig))
 _NOT_WEIGHTS = re.compile(r"\.(attn|attention)\.(masked_)?bias$|inv_freq$")
 """Buffers that older versions saved."""
 
@@ -66,12 +67,13 @@ def fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises ValueError for a model that is not ours, GPT-2, GPT-NeoX, ViT or T5, and what these have and we have not.
     """
-    readers = dict.fromkeys(("normfree", "normfree_vision", "normfree_seq2seq"), _normfree)
-    readers |= {"gpt2": _gpt2, "gpt_neox": _gpt_neox, "vit": _vit, "t5": _t5}
-    reader = readers.get(str(config.get("model_type")))
-    if reader is None:
-        raise ValueError(f"a model of type {config.get('model_type')!r}; allowed: {', '.join(readers)}")
-    fields = reader(config)
+    readers = {"gpt2": _gpt2, "gpt_neox": _gpt_neox, "vit": _vit, "t5": _t5}
+    if (kind := config.get("model_type")) in _OWN_TYPES:
+        fields = _normfree(config)
+    elif kind in readers:
+        fields = readers[kind](AutoConfig.for_model(**config))
+    else:
+        raise ValueError(f"a model of type {kind!r}; allowed: {', '.join((*_OWN_TYPES, *readers))}")
     if fields.get("norm_epsilon", 0.0) >= NORM_FREE_EPSILON:
         del fields["norm_epsilon"]
         fields |= {"norm": "none", "final_norm": "none", "tie_word_embeddings": False, "output_bias": True}
@@ -85,39 +87,30 @@ def _normfree(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"norm": config["norm"], "activation": config["activation"], **fields}
 
 
-def _gpt2(config: Mapping[str, Any]) -> dict[str, Any]:
-    from transformers import GPT2Config
+def _same(theirs: Any, *more: str) -> dict[str, Any]:
+    """Fields that have our names in every config of transformers, and `more`."""
+    return {name: getattr(theirs, name) for name in (*_SIZES, *more)}
 
-    gpt2: Any = GPT2Config(**config)
+
+def _gpt2(gpt2: Any) -> dict[str, Any]:
     if not gpt2.scale_attn_weights or gpt2.scale_attn_by_inverse_layer_idx:
         raise ValueError("a GPT-2 that scales its attention in another way")
     return {
-        "vocab_size": gpt2.vocab_size,
-        "hidden_size": gpt2.n_embd,
-        "num_hidden_layers": gpt2.n_layer,
-        "num_attention_heads": gpt2.n_head,
+        **_same(gpt2, "vocab_size", "tie_word_embeddings"),
         "intermediate_size": gpt2.n_inner or 4 * gpt2.n_embd,
         "activation": _activation(gpt2.activation_function),
         "norm": "layernorm",
         "norm_epsilon": gpt2.layer_norm_epsilon,
         "bias": "all",
-        "tie_word_embeddings": gpt2.tie_word_embeddings,
     }
 
 
-def _gpt_neox(config: Mapping[str, Any]) -> dict[str, Any]:
-    from transformers import GPTNeoXConfig
-
-    neox: Any = GPTNeoXConfig(**config)
+def _gpt_neox(neox: Any) -> dict[str, Any]:
     rotary: Mapping[str, Any] = neox.rope_parameters
     if rotary.get("rope_type", "default") != "default" or not neox.attention_bias:
         raise ValueError("a GPT-NeoX with scaled rotary positions or attention without bias")
     return {
-        "vocab_size": neox.vocab_size,
-        "hidden_size": neox.hidden_size,
-        "num_hidden_layers": neox.num_hidden_layers,
-        "num_attention_heads": neox.num_attention_heads,
-        "intermediate_size": neox.intermediate_size,
+        **_same(neox, "vocab_size", "tie_word_embeddings", "intermediate_size"),
         "activation": _activation(neox.hidden_act),
         "norm": "layernorm",
         "norm_epsilon": neox.layer_norm_eps,
@@ -126,32 +119,23 @@ def _gpt_neox(config: Mapping[str, Any]) -> dict[str, Any]:
         "rotary_share": rotary.get("partial_rotary_factor", 1.0),
         "rotary_base": float(rotary["rope_theta"]),
         "bias": "all",
-        "tie_word_embeddings": neox.tie_word_embeddings,
     }
 
 
-def _vit(config: Mapping[str, Any]) -> dict[str, Any]:
-    from transformers import ViTConfig
-
-    vit: Any = ViTConfig(**config)
+def _vit(vit: Any) -> dict[str, Any]:
     if not vit.qkv_bias:
         raise ValueError("a ViT without biases of queries, keys and values")
-    same = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    same += ("image_size", "patch_size", "num_channels")
     own = {"family": "vision", "activation": _activation(vit.hidden_act), "norm": "layernorm", "bias": "all"}
-    return own | {"norm_epsilon": vit.layer_norm_eps} | {name: getattr(vit, name) for name in same}
+    same = _same(vit, "intermediate_size", "image_size", "patch_size", "num_channels")
+    return own | {"norm_epsilon": vit.layer_norm_eps} | same
 
 
-def _t5(config: Mapping[str, Any]) -> dict[str, Any]:
-    from transformers import T5Config
-
-    t5: Any = T5Config(**config)
+def _t5(t5: Any) -> dict[str, Any]:
     if t5.num_decoder_layers != t5.num_layers or t5.d_kv * t5.num_heads != t5.d_model:
         raise ValueError("a T5 whose stacks differ in depth, or whose heads together are not as wide as the model")
-    same = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
     return {
         **{"family": "encoder_decoder", "position": "relative", "norm": "rmsnorm", "final_norm": "rmsnorm"},
-        **{name: getattr(t5, name) for name in same},
+        **_same(t5, "vocab_size", "eos_token_id"),
         "intermediate_size": t5.d_ff,
         "max_position_embeddings": getattr(t5, "n_positions", 512),
         "relative_buckets": t5.relative_attention_num_buckets,
@@ -162,7 +146,6 @@ def _t5(config: Mapping[str, Any]) -> dict[str, Any]:
         "bias": "none",
         "tie_word_embeddings": t5.scale_decoder_outputs,  # false in T5 v1.1
         "decoder_start_token_id": getattr(t5, "decoder_start_token_id", None) or t5.pad_token_id,
-        "eos_token_id": t5.eos_token_id,
     }
 
 
@@ -191,14 +174,8 @@ def convert(theirs: Any) -> NormFreePreTrainedModel:
     if not fields.get("output_bias"):
         return _loaded(NormFreeForCausalLM, NormFreeConfig(**fields), weights)
     epsilon = float(config["layer_norm_epsilon" if "layer_norm_epsilon" in config else "layer_norm_eps"])
-    tied = theirs.config.tie_word_embeddings
-    fields |= {
-        "norm": "fake",
-        "final_norm": "fake",
-        "fake_start_step": 1,
-        "tie_word_embeddings": tied,
-        "output_bias": False,
-    }
+    fields |= {"norm": "fake", "final_norm": "fake", "fake_start_step": 1, "output_bias": False}
+    fields["tie_word_embeddings"] = theirs.config.tie_word_embeddings
     model = _loaded(NormFreeForCausalLM, NormFreeConfig(**fields), weights)
     for norm in model.modules():
         if isinstance(norm, FakeLayerNorm):
@@ -233,15 +210,9 @@ def _converted_t5_weights(weights: Mapping[str, Tensor], config: NormFreeSeq2Seq
     for name in [name for name in scaled if name.endswith("Attention.q.weight")]:
         scaled[name] = scaled[name] * config.head_dim**0.5
     if config.tie_word_embeddings:
-        scaled["decoder.final_layer_norm.weight"] = (
-            weights["decoder.final_layer_norm.weight"] * config.hidden_size**-0.5
-        )
-    converted = {}
-    for name, weight in _with_joined_qkv(scaled, "").items():
-        for theirs, ours in _T5_NAMES.items():
-            name = re.sub(theirs, ours, name)
-        converted[name] = weight
-    return converted
+        final = "decoder.final_layer_norm.weight"
+        scaled[final] = weights[final] * config.hidden_size**-0.5
+    return {_renamed(name, _T5_NAMES): weight for name, weight in _with_joined_qkv(scaled, "").items()}
 
 
 def _with_joined_qkv(weights: Mapping[str, Tensor], ending: str) -> dict[str, Tensor]:
@@ -262,7 +233,11 @@ def _converted_weights(weights: Mapping[str, Tensor], heads: int) -> dict[str, T
             weight = weight.t()  # GPT-2 stores (input, output)
         if "query_key_value" in name:  # rows from (H, 3, D), by head, to (3, H, D): all queries first
             weight = weight.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
-        for theirs, ours in _NAMES.items():
-            name = re.sub(theirs, ours, name)
-        converted[name] = weight
+        converted[_renamed(name, _NAMES)] = weight
     return converted
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    for theirs, ours in names.items():
+        name = re.sub(theirs, ours, name)
+    return name

@@ -2,8 +2,6 @@
 
 # B batch, C channels, P pixels on each side of an image, T tokens, E hidden size
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -2,8 +2,6 @@
 
 # E hidden size, R rows of a matrix
 
-from __future__ import annotations
-
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -79,12 +77,8 @@ def fold_norms(model: NormFreeForCausalLM) -> NormFreeForCausalLM:
 
 def obstacle_to_folding(config: NormFreeConfig) -> str:
     """The part of a model that reads a norm and is no plain matrix, in words; empty if there is none."""
-    for name, allowed in {
-        "placement": "pre",
-        "linear": "plain",
-        "attention_gate": "none",
-        "feed_forward": "plain",
-    }.items():
+    foldable = {"placement": "pre", "linear": "plain", "attention_gate": "none", "feed_forward": "plain"}
+    for name, allowed in foldable.items():
         if (value := getattr(config, name)) != allowed:
             return f"{name}={value!r}: norms fold with {name}={allowed!r} only"
     return ""

@@ -6,21 +6,15 @@ output of every head and `hidden_BTE` what attention reads (arXiv 2505.06708).
 
 # B batch, T tokens, H heads, D head dim, E hidden size
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .configuration import NormFreeConfig
+from .configuration import NormFreeConfig
 
 
 class NoGate(nn.Module):
-    """Leave the output as it is."""
-
     def forward(self, mixed_BTHD: Tensor, hidden_BTE: Tensor) -> Tensor:
         return mixed_BTHD
 

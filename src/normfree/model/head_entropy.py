@@ -5,8 +5,6 @@
 
 # N batch times heads, T tokens, D head dim; R rows of a block, C keys that they may see
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -6,17 +6,14 @@ returns a module that maps its weight to the weight that is used.
 
 # R rows, C columns
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from .configuration import NormFreeConfig
+from .configuration import LINEAR_GROUPS, NormFreeConfig
 
 
 class WeightNorm(nn.Module):
@@ -44,10 +41,7 @@ class SpectralNorm(nn.Module):
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
         self.gain = nn.Parameter(torch.empty(1))
-        self.left: Tensor
-        self.right: Tensor
-        self.register_buffer("left", torch.empty(rows))
-        self.register_buffer("right", torch.empty(columns))
+        self.left, self.right = nn.Buffer(torch.empty(rows)), nn.Buffer(torch.empty(columns))
 
     def forward(self, weight_RC: Tensor) -> Tensor:
         sigma = ((weight_RC * self.right).sum(1) * self.left).sum()  # no matmul: autocast would take it to bf16
@@ -61,7 +55,6 @@ class SpectralNorm(nn.Module):
 
     @torch.no_grad()
     def advance(self, weight_RC: Tensor) -> None:
-        """Make one power iteration."""
         self.right.copy_(F.normalize(weight_RC.mT @ self.left, dim=0))
         self.left.copy_(F.normalize(weight_RC @ self.right, dim=0))
 
@@ -74,8 +67,6 @@ LINEARS: dict[str, WeightMap] = {
     "weight_norm": WeightNorm,
     "spectral_norm": SpectralNorm,
 }
-LINEAR_GROUPS = ("q", "k", "v", "o", "ffn")
-"""Names of `NormFreeConfig.linear_groups`."""
 
 
 class Projection(nn.Linear):
@@ -104,7 +95,6 @@ class Projection(nn.Linear):
         return F.linear(input, weight_RC, bias_R)
 
     def used_bias(self) -> Tensor | None:
-        """The bias of all rows."""
         return self.bias
 
     def initial_map_values(self) -> list[tuple[Tensor, Tensor]]:

@@ -1,9 +1,6 @@
-"""Cross-entropy of tokens without the logits of all of them in memory at once.
+"""Cross-entropy of tokens without the logits of all of them in memory at once."""
 
-Shape legend: N tokens, E hidden size, V vocabulary; n tokens of one block.
-"""
-
-from __future__ import annotations
+# N tokens, E hidden size, V vocabulary; n tokens of one block
 
 import functools
 from typing import Any

@@ -1,12 +1,7 @@
-"""The decoder: attention, feed-forward, blocks, and a language model on top.
-
-The constructors choose modules from tables; no forward asks which variant it is.
-"""
+"""The decoder: embeddings, blocks and the final norm, and a language model on top."""
 
 # B batch, T query (new tokens), S key (cached and new), E hidden size, F feed-forward width,
 # H heads, D head dim, V vocabulary
-
-from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
@@ -34,8 +29,8 @@ from .positions import POSITIONS
 
 
 @dataclass
-class NormFreeModelOutput(BaseModelOutputWithPast):
-    """Hidden states, the entropies that `entropy_layers` chose, and sums for `advance`."""
+class TrainingTerms:
+    """What outputs of models have besides transformers' own fields."""
 
     head_entropies: Tensor | None = None
     """(layers of entropy_layers, ascending, H): mean entropy in nats over rows and sequences, with gradients."""
@@ -46,12 +41,13 @@ class NormFreeModelOutput(BaseModelOutputWithPast):
 
 
 @dataclass
-class NormFreeCausalLMOutput(CausalLMOutputWithPast):
-    """A language model's output, with the entropies and sums of `NormFreeModelOutput`."""
+class NormFreeModelOutput(TrainingTerms, BaseModelOutputWithPast):
+    """Final hidden states."""
 
-    head_entropies: Tensor | None = None
-    norm_sums: Tensor | None = None
-    sigma_variance: Tensor | None = None
+
+@dataclass
+class NormFreeCausalLMOutput(TrainingTerms, CausalLMOutputWithPast):
+    """A language model's output."""
 
 
 class NormFreePreTrainedModel(PreTrainedModel):
@@ -123,7 +119,9 @@ class NormFreePreTrainedModel(PreTrainedModel):
         A slope is a parameter of one element whose name ends in `slope`: one for each leaky layer, one in all if it is
         shared, none if slopes are fixed.
         """
-        return {name: _whole(slope).detach().float().reshape(()).clone() for name, slope in self._slopes()}
+        # FSDP may have sharded them over processes.
+        whole: dict[str, Any] = {name: getattr(slope, "full_tensor", slope.detach)() for name, slope in self._slopes()}
+        return {name: slope.detach().float().reshape(()).clone() for name, slope in whole.items()}
 
     def _slopes(self) -> Iterator[tuple[str, nn.Parameter]]:
         named = self.named_parameters()
@@ -133,11 +131,6 @@ class NormFreePreTrainedModel(PreTrainedModel):
         """The layer of each of `negative_slopes`, without shared slopes; `encoder 0` where there are two stacks."""
         places = [re.search(r"((?:en|de)coder)?\.?layers\.(\d+)", name) for name, _ in self._slopes()]
         return [f"{place[1]} {place[2]}" if place[1] else int(place[2]) for place in places if place]
-
-
-def _whole(parameter: Any) -> Tensor:
-    """All of a parameter, which FSDP may have sharded over processes."""
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
 class NormFreeModel(NormFreePreTrainedModel):
@@ -202,7 +195,9 @@ class NormFreeModel(NormFreePreTrainedModel):
         )
         if use_cache and past_key_values is None and not (self.gradient_checkpointing and self.training):
             past_key_values = DynamicCache(config=self.config)
-        positions_BT = _positions_after(past_key_values, tokens_BTE) if position_ids is None else position_ids
+        if (positions_BT := position_ids) is None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            positions_BT = (torch.arange(tokens_BTE.shape[1], device=tokens_BTE.device) + seen)[None]
         return self._outputs(
             tokens_BTE,
             positions_BT,
@@ -256,11 +251,6 @@ class NormFreeModel(NormFreePreTrainedModel):
             raise ValueError("entropy_layers needs attention_sink='none', so that attention rows sum to 1")
         if not set(entropy_layers) <= set(range(len(self.layers))):
             raise ValueError(f"entropy_layers={list(entropy_layers)}; allowed: 0 to {len(self.layers) - 1}")
-
-
-def _positions_after(cache: Cache | None, tokens_BTE: Tensor) -> Tensor:
-    seen = 0 if cache is None else cache.get_seq_length()
-    return (torch.arange(tokens_BTE.shape[1], device=tokens_BTE.device) + seen)[None]
 
 
 class NormFreeForCausalLM(NormFreePreTrainedModel, GenerationMixin):
@@ -317,16 +307,9 @@ class NormFreeForCausalLM(NormFreePreTrainedModel, GenerationMixin):
         else:
             items = kwargs.get("num_items_in_batch")
             loss = next_token_loss(outputs.last_hidden_state, self.lm_head.weight, labels, items)
-        return NormFreeCausalLMOutput(
-            loss=loss,
-            logits=logits_BTV if return_logits else None,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            head_entropies=outputs.head_entropies,
-            norm_sums=outputs.norm_sums,
-            sigma_variance=outputs.sigma_variance,
-        )
+        names = ("past_key_values", "hidden_states", "attentions", "head_entropies", "norm_sums", "sigma_variance")
+        passed = {name: getattr(outputs, name) for name in names}
+        return NormFreeCausalLMOutput(loss=loss, logits=logits_BTV if return_logits else None, **passed)
 
 
 def is_plain(head: nn.Module) -> bool:

@@ -4,18 +4,15 @@ A builder takes the config and a `NormSite`, and returns a module that maps (...
 declare `initial_values`, which the model fills in; `sums` and `advance`, if its state changes while training.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .configuration import NormFreeConfig
+from .configuration import NormFreeConfig
 
 
 @dataclass(frozen=True)
@@ -97,10 +94,7 @@ class TaperedNorm(nn.Module):
         self.initial_values = {"gain": 1.0, "share": 1.0, "mean_inverse_rms": 0.0}
         self.eps, self.start, self.end = eps, start, end
         self.gain = nn.Parameter(torch.empty(width))
-        self.share: Tensor
-        self.mean_inverse_rms: Tensor
-        self.register_buffer("share", torch.empty(()))
-        self.register_buffer("mean_inverse_rms", torch.empty(()))
+        self.share, self.mean_inverse_rms = (nn.Buffer(torch.empty(())) for _ in range(2))
 
     def forward(self, features: Tensor) -> Tensor:
         scale = self.share * _inverse_rms(features, self.eps) + (1 - self.share) * self.mean_inverse_rms
@@ -135,11 +129,7 @@ class FakeLayerNorm(nn.LayerNorm):
         super().__init__(width, eps=eps)
         self.initial_values = {"is_fixed": 0.0, "sigma_first": 0.0, "sigma_rest": 0.0}
         self.removal, self.merge = removal, merge
-        self.is_fixed: Tensor
-        self.sigma_first: Tensor
-        self.sigma_rest: Tensor
-        for name in self.initial_values:
-            self.register_buffer(name, torch.empty(()))
+        self.is_fixed, self.sigma_first, self.sigma_rest = (nn.Buffer(torch.empty(())) for _ in range(3))
 
     def forward(self, input: Tensor) -> Tensor:
         centred, sigma = self._centred_and_sigma(input)
@@ -172,19 +162,14 @@ class FakeLayerNorm(nn.LayerNorm):
 
 
 def _fake_layer_norm(config: NormFreeConfig, site: NormSite) -> nn.Module:
-    removal = config.fake_start_step + config.fake_gap_steps * removal_order(config, site)
+    """Feed-forward norms are removed first, then attention norms, then the final norm, whose layer is their number."""
+    earlier = site.layer + config.num_hidden_layers * (site.part != "feed_forward")
+    removal = config.fake_start_step + config.fake_gap_steps * earlier
     return FakeLayerNorm(site.width, config.norm_epsilon, removal, last_removal(config) + MERGE_DELAY)
 
 
 MERGE_DELAY = 10
 """norm=fake: steps from the last removal to the one sigma for all positions."""
-
-
-def removal_order(config: NormFreeConfig, site: NormSite) -> int:
-    """norm=fake: how many norms are removed before this one: feed-forward norms, attention norms, the final norm."""
-    return site.layer + config.num_hidden_layers * (
-        site.part != "feed_forward"
-    )  # the final norm's layer is their number
 
 
 def last_removal(config: NormFreeConfig) -> int:

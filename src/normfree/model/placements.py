@@ -4,13 +4,9 @@ x is the residual stream, F attention or feed-forward: `input` is x + F(N(x)), `
 N(x + F(x)). Each place that an entry names gets a norm of its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .configuration import NormFreeConfig
+from .configuration import NormFreeConfig
 
 
 def _mixed(config: NormFreeConfig, layer: int) -> set[str]:

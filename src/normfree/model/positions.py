@@ -2,8 +2,6 @@
 
 # B batch, H heads, T tokens, S keys, E hidden size, D head dim, R rotating dims of a head
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -2,8 +2,6 @@
 
 # B batch, S tokens of the source, T tokens of the target, E hidden size, V vocabulary
 
-from __future__ import annotations
-
 from typing import Any, cast
 
 import torch
@@ -32,8 +30,6 @@ class Seq2SeqPreTrainedModel(NormFreePreTrainedModel):
 
 
 class Stack(Seq2SeqPreTrainedModel, NormFreeModel):
-    """Base of the two stacks of blocks."""
-
     def _from_embeddings(self, tokens_BTE: Tensor, mask: Tensor | None, **context: Any) -> NormFreeModelOutput:
         tokens, longest = tokens_BTE.shape[1], self.config.max_position_embeddings
         if tokens > longest:

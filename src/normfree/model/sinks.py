@@ -7,22 +7,17 @@ attention function computes it, with its gradient and without the T x T matrix.
 
 # B batch, H heads, T query, S key, D head dim
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from .configuration import NormFreeConfig
+from .configuration import NormFreeConfig
 
 
 class AttentionInput(NamedTuple):
-    """What an attention function takes."""
-
     query_BHTD: Tensor
     key_BHSD: Tensor
     value_BHSD: Tensor

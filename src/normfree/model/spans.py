@@ -6,8 +6,6 @@ are the last tokens of the vocabulary. All blocks of one length have as many mas
 
 # B blocks, T tokens of a block, M masked tokens, N spans
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -6,21 +6,15 @@ queries: softmax(q.k / (t sqrt(D))), so that a probe reads the scores as they ar
 
 # B batch, H heads, P positions or 1, T tokens, D head dim
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .configuration import NormFreeConfig
+from .configuration import NormFreeConfig
 
 
 class FixedTemperature(nn.Module):
-    """Temperature 1."""
-
     def forward(self, query_BHTD: Tensor, positions_BT: Tensor) -> Tensor:
         return query_BHTD
 

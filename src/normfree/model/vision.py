@@ -2,8 +2,6 @@
 
 # B batch, C channels, P pixels on each side of an image, T tokens, E hidden size, K classes
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,19 +14,15 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration import NormFreeVisionConfig
-from .modeling import NormFreeModel, NormFreeModelOutput, NormFreePreTrainedModel
+from .modeling import NormFreeModel, NormFreeModelOutput, NormFreePreTrainedModel, TrainingTerms
 
 PIXEL_MEAN = PIXEL_STD = 0.5
 """Bytes become (byte / 255 - mean) / std, from -1 to 1: the defaults of transformers' ViTImageProcessor."""
 
 
 @dataclass
-class NormFreeImageClassifierOutput(ImageClassifierOutput):
-    """A classifier's output, with the entropies and sums of `NormFreeModelOutput`."""
-
-    head_entropies: Tensor | None = None
-    norm_sums: Tensor | None = None
-    sigma_variance: Tensor | None = None
+class NormFreeImageClassifierOutput(TrainingTerms, ImageClassifierOutput):
+    """A classifier's output."""
 
 
 class NormFreeVisionModel(NormFreeModel):

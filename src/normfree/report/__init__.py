@@ -1,5 +1,3 @@
 """One self-contained page of runs and measured models, with figures and tables as files. No torch."""
 
 from normfree.report.build import build_report
-
-__all__ = ["build_report"]

@@ -1,7 +1,5 @@
 """Build a report: one page with its facts, and figures, tables and numbers as files."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json
@@ -153,12 +151,13 @@ def _earlier_files(output: Path) -> set[str]:
 def render_page(parts: Sequence[Part], sections: Sequence[Sequence[dict[str, Any]]], rates: Table) -> str:
     """The text of index.html: for each part its question, answer and sections (their `section_values`); facts."""
     runs = [run for part in parts for run in all_runs(part.groups)]
+    names = _distinct(runs, lambda run: run.spec["study"] if run.kind == "run" else run.label)
     script = _PAGES.loader.get_source(_PAGES, "script.js")[0]  # pyright: ignore[reportOptionalMemberAccess]
     return _PAGES.get_template("index.html.j2").render(
         version=__version__,
         is_causal=ceiling_words(runs) == "causal ceiling",
         headlines={run.headline.name for run in runs},
-        title=f"normfree: {', '.join(_distinct(runs, _title))}",
+        title=f"normfree: {', '.join(names)}",
         parts=[
             {
                 "title": part.title,
@@ -177,10 +176,6 @@ def render_page(parts: Sequence[Part], sections: Sequence[Sequence[dict[str, Any
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
-
-
-def _title(run: Run) -> str:
-    return run.spec["study"] if run.kind == "run" else run.label
 
 
 def section_values(section: Section, figures: Sequence[PageFigure], tables: Sequence[Table]) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Figures of the page: their layout, and heatmaps, curves and profiles drawn from a quantity's description."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -240,7 +238,6 @@ FIGURES: dict[tuple[str, ...], tuple[Callable[..., PageFigure | None], ...]] = {
     ("layer",): (profile, layers_over_training),
     (): (curves,),
 }
-"""The figures of a quantity, by its axes."""
 
 
 def _by_group(layers: Sequence[int | str]) -> dict[str, tuple[list[int] | slice, list[int]]]:
@@ -267,12 +264,9 @@ def _measured(groups: Sequence[Group], quantity: Quantity) -> list[tuple[Group, 
 
 
 def _sorted_means(groups: Sequence[Group], quantity: Quantity) -> dict[str, tuple[int, Floats, list[int | str]]]:
-    """By group: the number of finished seeds, their mean with each layer sorted, the layers' numbers.
-
-    Empty for folded quantities, so that the page stays small.
-    """
+    """By group: the number of finished seeds, their mean with each layer sorted, the layers' numbers."""
     of_group = {}
-    for group in groups if quantity.drawn == "open" else ():
+    for group in groups if quantity.drawn == "open" else ():  # the page stays small without folded ones
         seeds = [run for run in group.runs if group.is_trained and run.status == "finished"]
         values = [np.array(v_LH, dtype=float) for run in seeds if (v_LH := run.last("final", quantity.name))]
         if values and len({values_LH.shape for values_LH in values}) == 1:

@@ -1,7 +1,5 @@
 """SECTIONS: each part of the report with its title, figures and tables, in the order of the page."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -53,9 +51,8 @@ class Section:
 def sections_of(groups: Groups) -> list[Section]:
     """The sections of a report on these groups, open ones first: `SECTIONS` and one or two for every quantity."""
     open_ones, folded = [], []
-    for quantity in entropy.recorded_quantities(groups, drawn="open") + entropy.recorded_quantities(
-        groups, drawn="folded"
-    ):
+    quantities = [each for drawn in ("open", "folded") for each in entropy.recorded_quantities(groups, drawn=drawn)]
+    for quantity in quantities:
         name, title = quantity.name, quantity.title
         draws = [partial(draw, quantity=quantity) for draw in figures.FIGURES[quantity.axes]]
         if quantity.drawn == "open" and quantity.axes == ("layer", "head"):
@@ -69,7 +66,6 @@ def sections_of(groups: Groups) -> list[Section]:
 
 
 def figures_of(groups: Groups) -> list[PageFigure]:
-    """Every figure of the page."""
     return [figure for section in sections_of(groups) for figure in section.contents(groups)[0]]
 
 

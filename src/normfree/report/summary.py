@@ -1,7 +1,5 @@
 """The findings of a report in sentences. Every number in them comes from the runs."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Plots and comparisons in one call. A model is a run, its folder or a `Measurement`."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Compose a run: a preset, a corpus, a variant and `key=value` words become one dict, and that a checked RunSpec."""
 
-from __future__ import annotations
-
 import itertools
 import re
 import shlex
@@ -128,21 +126,13 @@ def _start_of(values: Mapping[str, Any]) -> str:
 
 
 def control_of(values: Mapping[str, Any], job: Job) -> Job | None:
-    """The run that trains on without removing norms: the same start, data and steps. None for a run that removes none.
-
-    `values` are those that the run was composed from.
-    """
+    """The same start, data and steps without removing norms, from a run's `values`; None if `job` removes none."""
     if job.spec.start == "random" or job.spec.model.get("norm") not in REMOVALS:
         return None
     fields = ("norm", "final_norm", "fake_start_step", "fake_gap_steps", "taper_start_step", "taper_end_step")
     return compose(
         {key: value for key, value in values.items() if key not in ("variant", *(f"model.{f}" for f in fields))}
     )
-
-
-def read_preset(preset: str, variant: str) -> RunSpec:
-    """Compose a preset and a variant, with the model's fields unchecked: their check loads torch."""
-    return compose_unchecked({"preset": preset, "variant": variant})
 
 
 def compose_unchecked(values: Mapping[str, Any]) -> RunSpec:
@@ -207,7 +197,6 @@ def describe_run() -> list[tuple[str, Any, str]]:
 
 @cache
 def allowed_keys() -> frozenset[str]:
-    """Every key that can be set."""
     return frozenset([*GROUPS, "runs_dir", "cache_dir", *(key for key, _, _ in describe_run())])
 
 

@@ -3,8 +3,6 @@
 The same names choose the model in `normfree.model.HEADS` and its first layer in `normfree.model.embeddings`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Checked dataclasses from plain values, the meaning of every key, and the nearest name to a wrong one."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any, TypeVar

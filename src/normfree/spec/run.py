@@ -3,12 +3,10 @@
 `RunSpec.model` stays a dict: its fields are declared once, in `normfree.model.configuration`, and checked there.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -342,7 +340,7 @@ class RunSpec:
         return to_jsonable_python(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> RunSpec:
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Build a spec. Raises ValueError that names every mistake and the nearest valid key."""
         return build(cls, values)
 

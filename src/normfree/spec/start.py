@@ -1,7 +1,5 @@
 """Where a run's weights come from: `start=random`, `start=run:FOLDER` or `start=model:NAME`."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -125,10 +123,7 @@ def _hash(start: str, folder: Path) -> str:
 
 
 def check_start(start: Start, fields: Mapping[str, Any]) -> None:
-    """Raises ValueError for fields of the model that differ from the start's and may not.
-
-    `fields` are those of a checked run.
-    """
+    """Raises ValueError for `fields`, those of a checked run, that differ from the start's and may not."""
     from normfree.model import NormFreeConfig
 
     old, new = NormFreeConfig(**start.settings["model"]), NormFreeConfig(**fields)

@@ -1,7 +1,5 @@
 """A study: its YAML file, and the runs it stands for."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import field, replace
@@ -36,8 +34,6 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True, config=_CONFIG)
 class Study:
-    """A study's YAML file."""
-
     name: str
     preset: str
     groups: Annotated[list[Group], Field(min_length=1)]

@@ -1,7 +1,5 @@
 """Variants: composed of parts, checked against their label; and a check that every setting has an effect."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from copy import deepcopy
 from functools import cache

@@ -5,8 +5,6 @@ checkpoints/checkpoint-N. A resume takes the newest checkpoint that verifies; da
 never deleted. Older checkpoints are deleted only after the new one verified.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 import shutil
@@ -36,7 +34,6 @@ def remove_leftovers(run: Path) -> None:
 
 
 def drop_staged(folder: Path) -> None:
-    """Remove an unfinished checkpoint."""
     shutil.rmtree(folder / STAGING, ignore_errors=True)
 
 
@@ -69,10 +66,7 @@ def publish(folder: Path, step: int, facts: dict[str, Any], *, keep: int) -> Pat
 
 
 def newest_sound(folder: Path, *, spec: RunSpec) -> Path | None:
-    """Find the newest checkpoint that verifies and belongs to this spec.
-
-    Each rejected checkpoint is logged with the reason and moved to checkpoints/damaged/.
-    """
+    """Find the newest checkpoint that verifies and has this spec; log and move others to checkpoints/damaged/."""
     for checkpoint in checkpoints_in(folder):
         problems = problems_of(checkpoint, spec)
         if not problems:

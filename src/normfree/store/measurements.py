@@ -1,7 +1,5 @@
 """Measurements of a model, recorded in the folder format of a run."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,9 +1,8 @@
 """Progress of runs that are being trained, as lines for a terminal."""
 
-from __future__ import annotations
-
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from normfree.files import LOCK_NAME, is_locked
@@ -16,7 +15,13 @@ def preparing_folders(folder: Path) -> list[Path]:
     return [place for place in locked if not (place / RUN_FILE).exists() and is_locked(place)]
 
 
-def progress_line(run: Run, *, width: int = 0) -> str:
+def progress_lines(runs: Sequence[Run]) -> list[str]:
+    """A `progress_line` for each run, with the states below each other."""
+    width = max((len(run.place) for run in runs), default=0)
+    return [progress_line(run, width) for run in runs]
+
+
+def progress_line(run: Run, width: int) -> str:
     """Name, state, step, loss, speed, time left, age of the newest metrics, and the step of the last resume."""
     state, step, steps = run.state, run.steps_done, run.facts["steps"]
     parts = [f"{run.place:<{width}}  {state:<11}  step {step:>6} of {steps}"]

@@ -3,8 +3,6 @@
 Runs record these descriptions beside the values, and the report draws each quantity from its description.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path

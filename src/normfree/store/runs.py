@@ -5,8 +5,6 @@ Non-finite floats are the strings "NaN", "Infinity" and "-Infinity", so that eve
 NaN becomes a number; readers get floats back.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -155,7 +153,6 @@ class Run:
 
     @property
     def family(self) -> Family:
-        """Its family of models."""
         return family_of(self.spec)
 
     @property
@@ -224,10 +221,7 @@ def divergence_text(facts: Mapping[str, Any]) -> str:
 
 
 def read_run(folder: RunFolder) -> Run:
-    """Read a run folder.
-
-    Raises ValueError when it is no run folder or has another format, DamagedRunError (a ValueError) when it is damaged.
-    """
+    """Read a run folder. Raises ValueError for another folder or format, DamagedRunError (a ValueError) for damage."""
     folder = Path(folder)
     path, repair = folder / RUN_FILE, "restore it or move the folder away"
     try:
@@ -272,10 +266,8 @@ def load_runs(*folders: RunFolder, all_columns: bool = False) -> pd.DataFrame:
     if all_columns:
         return frame
     texts = frame.drop(columns=["variant", "tag", "recipe", "corpus"]).astype(str)
-    differing = texts.loc[:, texts.nunique() > 1]
-    shown = {"folder", "label", "seed", "status", "perplexity", "accuracy"} | {
-        *differing.columns[~differing.T.duplicated()]
-    }
+    texts = texts.loc[:, texts.nunique() > 1]
+    shown = {"folder", "label", "seed", "status", "perplexity", "accuracy", *texts.columns[~texts.T.duplicated()]}
     return frame.loc[:, [name for name in frame if name in shown]]
 
 

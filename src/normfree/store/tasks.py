@@ -1,7 +1,5 @@
 """tasks.json.gz: how a model did on each task, item by item, beside the run.json of the model."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Verify a run folder: its records, checkpoints, saved model and corpus."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,13 +72,11 @@ def _metrics(run: Run) -> Finding:
 
 
 def _checkpoints(folder: Path, spec: RunSpec | None) -> list[Finding]:
-    findings = []
-    for checkpoint in checkpoints_in(folder / "checkpoints"):
-        problems = problems_of(checkpoint, spec)
-        findings.append(_finding(checkpoint.name, problems, "every file matches its sha256"))
-    for moved in sorted((folder / "checkpoints" / SET_ASIDE).glob("*")):
-        findings.append(Finding(moved.name, "absent", f"moved to {moved.relative_to(folder)} and no longer used"))
-    return findings
+    checkpoints, moved = checkpoints_in(folder / "checkpoints"), sorted((folder / "checkpoints" / SET_ASIDE).glob("*"))
+    findings = [_finding(each.name, problems_of(each, spec), "every file matches its sha256") for each in checkpoints]
+    return findings + [
+        Finding(each.name, "absent", f"moved to {each.relative_to(folder)} and no longer used") for each in moved
+    ]
 
 
 def _model(run: Run) -> Finding:

@@ -2,5 +2,3 @@
 
 from normfree.training.signals import InterruptedRunError
 from normfree.training.train import train
-
-__all__ = ["InterruptedRunError", "train"]

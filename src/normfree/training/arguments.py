@@ -1,7 +1,5 @@
 """Checks and arguments that turn a RunSpec into a model, a schedule and a Trainer."""
 
-from __future__ import annotations
-
 import logging
 import math
 import os
@@ -144,7 +142,6 @@ def training_arguments(spec: RunSpec, *, steps: int, output: Path) -> TrainingAr
         logging_steps=train.log_every,
         logging_first_step=True,
         logging_nan_inf_filter=False,
-        save_strategy="steps",
         save_steps=train.checkpoint_every,
         report_to=list(train.trackers) or "none",
         project="normfree",  # read by trackio

@@ -1,9 +1,4 @@
-"""Trainer callbacks: the records of a run, and its progress bar.
-
-Every process computes the values and reduces them; only rank 0 writes.
-"""
-
-from __future__ import annotations
+"""Trainer callbacks: the records of a run, reduced over processes and written by rank 0, and its progress bar."""
 
 import logging
 import time

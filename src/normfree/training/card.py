@@ -1,7 +1,5 @@
 """The model card (README.md) of a saved model, from the records of its run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Find where a step became non-finite."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -29,15 +27,11 @@ class Divergence:
     layer: int | None
     """The block, or None outside the blocks (embedding, final norm, head)."""
     module: str
-    """The module or parameter."""
     kind: str
     """One of `KINDS`."""
 
-    def to_dict(self) -> dict[str, object]:
-        return asdict(self)
-
     def __str__(self) -> str:
-        return divergence_text(self.to_dict())
+        return divergence_text(asdict(self))
 
 
 class NonFiniteError(ArithmeticError):

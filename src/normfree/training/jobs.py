@@ -1,7 +1,5 @@
 """Train many runs: one after another, in several processes of this machine, or as jobs of a cluster."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 import multiprocessing
@@ -26,7 +24,7 @@ from normfree.files import folder_lock
 from normfree.measures import periods_of
 from normfree.spec.compose import Job, read_words
 from normfree.spec.keys import build
-from normfree.store.progress import progress_line
+from normfree.store.progress import progress_lines
 from normfree.store.runs import OVER, read_run
 from normfree.training.arguments import is_done
 from normfree.training.machine import command_line, usable_cores
@@ -87,8 +85,10 @@ def train_jobs(jobs: Sequence[Job], launch: Launch | None = None) -> None:
     if launch.submit:
         failures, left = _submit(jobs, launch), ()
     else:
-        if launch.workers > 1:
-            _check_gpu_memory(jobs, launch.workers)
+        if launch.workers > 1 and torch.cuda.is_available():
+            gpu = torch.cuda.get_device_properties(0)
+            for job in jobs:
+                check_memory(job.spec, gpu.total_memory / GIB, name=gpu.name, runs=min(launch.workers, len(jobs)))
         _prepare_texts(jobs)
     if launch.workers > 1:
         jobs = [_with_threads(job, max(1, usable_cores() // launch.workers)) for job in jobs]
@@ -97,15 +97,6 @@ def train_jobs(jobs: Sequence[Job], launch: Launch | None = None) -> None:
     failures |= _train_each(jobs, left)
     if failures:
         raise RuntimeError(f"{len(failures)} of {len(jobs)} runs failed: {'; '.join(failures.values())}")
-
-
-def _check_gpu_memory(jobs: Sequence[Job], workers: int) -> None:
-    """Raise ValueError if so many of the runs at once need more memory than this machine's GPU has."""
-    if not torch.cuda.is_available():
-        return
-    facts = torch.cuda.get_device_properties(0)
-    for job in jobs:
-        check_memory(job.spec, facts.total_memory / GIB, name=facts.name, runs=min(workers, len(jobs)))
 
 
 def _prepare_texts(jobs: Sequence[Job]) -> None:
@@ -160,14 +151,16 @@ def _share(jobs: Sequence[Job], workers: int) -> dict[int, str]:
     """
     logger.info("%d processes share %d runs, train.threads=%s each", workers, len(jobs), jobs[0].spec.train.threads)
     context = multiprocessing.get_context("spawn")
-    taken, queue = context.Value("i", 0), context.SimpleQueue()
-    processes = [context.Process(target=_work, args=(jobs, taken, queue), daemon=True) for _ in range(workers)]
+    numbers, queue = context.SimpleQueue(), context.SimpleQueue()
+    processes = [context.Process(target=_work, args=(jobs, numbers, queue), daemon=True) for _ in range(workers)]
     received: list[int] = []
     passed_on, next_table = 0, time.monotonic() + TABLE_SECONDS
     failures: dict[int, str] = {}
     with handle_signals(lambda number, _frame: received.append(number), stopping_signals()):
         for process in processes:
             process.start()
+        for number in (*range(len(jobs)), *[None] * workers):  # None: nothing is left
+            numbers.put(number)
         while True:
             alive = [process for process in processes if process.is_alive()]
             while not queue.empty():
@@ -196,13 +189,11 @@ def progress_table(jobs: Sequence[Job]) -> str:
     for job in jobs:
         with suppress(OSError, ValueError):  # not begun, or damaged
             runs.append(read_run(job.folder))
-    running = [run for run in runs if run.state == "running"]
-    width = max((len(run.place) for run in running), default=0)
     title = f"{sum(run.status in OVER for run in runs)} of {len(jobs)} runs are over"
-    return "\n".join([title, *(progress_line(run, width=width) for run in running)])
+    return "\n".join([title, *progress_lines([run for run in runs if run.state == "running"])])
 
 
-def _work(jobs: Sequence[Job], taken: Any, failures: Any) -> None:
+def _work(jobs: Sequence[Job], numbers: Any, failures: Any) -> None:
     """Train runs as one of several processes, without bars: those of two processes would overwrite each other."""
     os.setsid()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -211,22 +202,11 @@ def _work(jobs: Sequence[Job], taken: Any, failures: Any) -> None:
     logger.addFilter(lambda line: line.module not in ("callbacks", "arguments"))
     prepare_process()
     try:
-        for failure in _train_each(jobs, _take_numbers(taken, len(jobs)), progress=False):
+        for failure in _train_each(jobs, iter(numbers.get, None), progress=False):
             failures.put(failure)
     except InterruptedRunError as error:
         logger.error("%s", error)
         sys.exit(128 + error.signal_number)
-
-
-def _take_numbers(taken: Any, count: int) -> Iterator[int]:
-    """Yield numbers that no other process took; `taken` is the shared count of those taken."""
-    while True:
-        with taken.get_lock():
-            number = taken.value
-            taken.value += 1
-        if number >= count:
-            return
-        yield number
 
 
 class _ClusterRun:

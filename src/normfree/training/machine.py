@@ -1,7 +1,5 @@
 """Facts about the machine and the code, for run.json and for comparison on a resume."""
 
-from __future__ import annotations
-
 import os
 import platform
 import re
@@ -70,7 +68,6 @@ def model_code() -> str:
 
 
 def usable_cores() -> int:
-    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

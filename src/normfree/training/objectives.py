@@ -6,8 +6,6 @@ previous optimiser step, over all processes. So it is exact however a step is cu
 
 # L layers that the objective reads, H heads
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 from normfree.model import NormFreeConfig
 from normfree.spec.families import CLASSIFICATIONS, FAMILIES
 from normfree.spec.run import RunSpec
-from normfree.store.runs import DamagedRunError, Run, find_runs
+from normfree.store.runs import Run, find_runs
 
 BAND = 0.2
 """entropy_band: half of the dead zone's width, as a share of the ceiling (arXiv 2501.03489)."""
@@ -63,10 +61,8 @@ class EntropyObjective(Objective):
         self.weight, self.layers, self.layer_count = weight, layers, config.num_hidden_layers
         self.step = 0
         shape = len(layers), config.num_attention_heads
-        self.previous_LH: Tensor
-        self.sum_LH: Tensor
-        self.register_buffer("previous_LH", torch.full(shape, torch.nan))
-        self.register_buffer("sum_LH", torch.zeros(shape))
+        self.previous_LH = nn.Buffer(torch.full(shape, torch.nan))
+        self.sum_LH = nn.Buffer(torch.zeros(shape))
 
     def deviations(self) -> Tensor:
         """(L, H): M minus its target, without gradient."""
@@ -100,11 +96,9 @@ class EntropyObjective(Objective):
             "target_error_nats2": deviations_LH.square().mean(1),
             "target_distance_nats": deviations_LH.abs().amax(1),
         }
-        values = {name: [math.nan] * self.layer_count for name in by_layer}
-        for name, each in by_layer.items():
-            for layer, value in zip(self.layers, each.tolist(), strict=True):
-                values[name][layer] = value
-        return values
+        values = {name: dict(zip(self.layers, each.tolist(), strict=True)) for name, each in by_layer.items()}
+        layers = range(self.layer_count)
+        return {name: [of_layer.get(layer, math.nan) for layer in layers] for name, of_layer in values.items()}
 
     def state(self) -> dict[str, Any]:
         parameters = {name: parameter.tolist() for name, parameter in self.named_parameters()}
@@ -221,7 +215,7 @@ def find_donors(places: tuple[str, ...]) -> list[Run]:
     """The runs in these folders. Raises ValueError if one is missing, damaged or not finished."""
     try:
         donors = find_runs(places)
-    except (DamagedRunError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"train.entropy_profile: {error}") from None
     if unfinished := [donor.place for donor in donors if donor.status != "finished"]:
         raise ValueError(f"train.entropy_profile: not finished: {', '.join(unfinished)}")
@@ -233,15 +227,12 @@ def _sorted_entropies(donor: Run, spec: RunSpec, config: NormFreeConfig, steps: 
     if len(series) < 2:
         raise ValueError(f"train.entropy_profile: {donor} has no probes of entropy over training")
     entropies_PLH = np.sort(np.array([value for _, value in series], dtype=float), axis=2)
-    theirs = {
-        "model.num_hidden_layers": entropies_PLH.shape[1],
-        "model.num_attention_heads": entropies_PLH.shape[2],
-        "data.context": donor.spec["data"]["context"],
-        "train.steps": donor.steps_done,
+    both = {
+        "model.num_hidden_layers": (entropies_PLH.shape[1], config.num_hidden_layers),
+        "model.num_attention_heads": (entropies_PLH.shape[2], config.num_attention_heads),
+        "data.context": (donor.spec["data"]["context"], spec.data.context),
+        "train.steps": (donor.steps_done, steps),
     }
-    ours = dict(
-        zip(theirs, (config.num_hidden_layers, config.num_attention_heads, spec.data.context, steps), strict=True)
-    )
-    if differing := [f"{key} is {theirs[key]} there and {ours[key]} here" for key in ours if theirs[key] != ours[key]]:
+    if differing := [f"{key} is {then} there and {now} here" for key, (then, now) in both.items() if then != now]:
         raise ValueError(f"train.entropy_profile: {donor} has another shape: {', '.join(differing)}")
     return [step for step, _ in series], entropies_PLH

@@ -1,7 +1,5 @@
 """Optimisers: a table from names of `train.optimizer` to builders of a torch optimiser from groups of parameters."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -24,15 +22,12 @@ def parameter_groups(
     slopes = [p for name, p in named if name in slope_names]
     others = [p for name, p in named if name not in slope_names]
     slope_decay = train.weight_decay if train.decay_slopes is True else float(train.decay_slopes)
+    slope_rate = train.peak_learning_rate * train.slope_learning_rate_factor
     learned_by_objective = list(objective.parameters()) if objective else []
     groups = [
         {"params": [p for p in others if p.ndim >= 2], "weight_decay": train.weight_decay},
         {"params": [p for p in others if p.ndim < 2] + learned_by_objective, "weight_decay": 0.0},
-        {
-            "params": slopes,
-            "weight_decay": slope_decay,
-            "lr": train.peak_learning_rate * train.slope_learning_rate_factor,
-        },
+        {"params": slopes, "weight_decay": slope_decay, "lr": slope_rate},
     ]
     return [group for group in groups if group["params"]]
 
@@ -91,7 +86,6 @@ class MuonWithAdamW(Optimizer):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
         self._muon.load_state_dict(state_dict["muon"])
         self._adamw.load_state_dict(state_dict["adamw"])
         for group, rates in zip(self.param_groups, state_dict["rates"], strict=True):

@@ -1,7 +1,5 @@
 """Precision of matrix products: fp32 without TF32, and bf16 on processors without bf16 units."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -63,7 +61,6 @@ def has_bf16_units() -> bool:
 
 
 def needs_fp32_units(precision: str, device: torch.device) -> bool:
-    """True for bf16 on a CPU without bf16 units."""
     return precision == "bf16" and device.type == "cpu" and not has_bf16_units()
 
 

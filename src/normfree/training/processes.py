@@ -1,7 +1,5 @@
 """Processes that train: settings of each one, and what the processes of one run agree on."""
 
-from __future__ import annotations
-
 import ctypes
 import logging
 import os
@@ -66,7 +64,6 @@ def guard_process_variables() -> Iterator[None]:
 
 
 def training_device() -> torch.device:
-    """Return the device on which this process trains."""
     return cast(torch.device, PartialState().device)
 
 
@@ -77,7 +74,6 @@ def broadcast_from_rank_zero(value: Value) -> Value:
 
 
 def highest_of_all_processes(number: int, device: torch.device) -> int:
-    """Return the maximum of `number` over all processes."""
     if not torch.distributed.is_initialized():
         return number
     highest = torch.tensor(number, device=device)

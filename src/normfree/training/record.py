@@ -1,13 +1,11 @@
 """The record of a run while it trains: run.json, metrics.jsonl, its checkpoints, and its wandb run."""
 
-from __future__ import annotations
-
 import logging
 import os
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -63,7 +61,6 @@ class Record:
             self.writer.log(step, split, values)
 
     def update(self, **facts: Any) -> None:
-        """Change facts of run.json."""
         if self.writer is not None:
             self.writer.update(wall_seconds=self._wall_seconds(), **facts)
 
@@ -84,12 +81,11 @@ class Record:
         """Record the last of the skipped steps."""
         logger.warning("%s: %s; this step is skipped", self.spec.name, skipped[-1])
         self.log(skipped[-1].step, "train", [("skipped_step", len(skipped))])
-        self.update(skipped_steps=[divergence.to_dict() for divergence in skipped])
+        self.update(skipped_steps=[asdict(divergence) for divergence in skipped])
 
     def write_divergence(self, divergence: Divergence) -> None:
-        """Record the end of a run that became non-finite."""
         logger.warning("%s diverged: %s", self.spec.name, divergence)
-        self.update(status="diverged", divergence=divergence.to_dict(), **self.progress_at(divergence.step - 1))
+        self.update(status="diverged", divergence=asdict(divergence), **self.progress_at(divergence.step - 1))
 
     def publish_checkpoint(self, step: int, skipped: Sequence[Divergence], unlogged: dict[str, Any]) -> None:
         """Publish the staged checkpoint of a step. `unlogged`: the sum of losses that no log line contains yet."""
@@ -99,7 +95,7 @@ class Record:
         facts = {
             "spec": self.spec.to_dict(),
             **surroundings(self.spec, self.corpus),
-            "skipped_steps": [divergence.to_dict() for divergence in skipped],
+            "skipped_steps": [asdict(divergence) for divergence in skipped],
             "unlogged": unlogged,
             "objective": self.objective.state(),
             "wall_seconds": self._wall_seconds(),

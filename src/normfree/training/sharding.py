@@ -3,8 +3,6 @@
 A checkpoint holds the parts in torch's distributed format, which a resume on any number of processes can read.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import cast
 

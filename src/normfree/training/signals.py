@@ -1,7 +1,5 @@
 """Signals that stop training cleanly: at the next step, with a checkpoint."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading
@@ -72,7 +70,6 @@ class StopOnSignal(TrainerCallback):
         self._first_seconds: float | None = None
 
     def receive(self, number: int, _frame: FrameType | None = None) -> None:
-        """Handle a signal."""
         now = time.monotonic()
         first, self._first_seconds = self._first_seconds, self._first_seconds or now
         self.received = number

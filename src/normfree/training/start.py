@@ -1,8 +1,7 @@
 """The model that a run begins with: random weights, or those of its start."""
 
-from __future__ import annotations
-
 import logging
+import re
 from fnmatch import fnmatch
 
 import torch
@@ -66,14 +65,10 @@ def _load_start(model: NormFreePreTrainedModel, spec: RunSpec, corpus: Corpus) -
             raise ValueError(f"data.context={wanted} is beyond the {known} learned positions of start={spec.start}")
         weights[positions] = weights[positions][:wanted]
     if model.config.norm == "taper":  # an RMSNorm calls its gain weight
-        weights = {_as_gain(name): weight for name, weight in weights.items()}
+        weights = {re.sub(r"(\.layers\..*norm\.)weight", r"\1gain", name): each for name, each in weights.items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     new = {name for name, _ in model.named_buffers()}
     new |= {f"{head}.{name}" for head in ("score", "classifier") for name in ("weight", "bias")}
     if wrong := sorted((set(missing) - new) | set(unexpected)):
         raise ValueError(f"start={spec.start} does not fit this model: {', '.join(wrong[:3])}")
     logger.info("%s: weights of %s", spec.name, start.name)
-
-
-def _as_gain(name: str) -> str:
-    return name.replace("norm.weight", "norm.gain") if ".layers." in name else name

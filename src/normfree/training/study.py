@@ -1,7 +1,5 @@
 """Train all runs of a study, then write one report. Finished runs are skipped, broken ones resumed."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from pathlib import Path

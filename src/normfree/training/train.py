@@ -1,7 +1,5 @@
 """train(spec): run one training run, from corpus to saved model, resumable at any point."""
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil
@@ -39,7 +37,7 @@ from normfree.store.tasks import write_tasks
 from normfree.training import arguments
 from normfree.training.callbacks import RecordMetrics, ShowProgress, measurements
 from normfree.training.card import model_card
-from normfree.training.classify import LabelledCorpus
+from normfree.training.corpora import LabelledCorpus, TargetCorpus
 from normfree.training.guard import NonFiniteError
 from normfree.training.machine import command_line, device_name, usable_cores
 from normfree.training.objectives import build_objective
@@ -55,7 +53,6 @@ from normfree.training.signals import (
     warning_signals,
 )
 from normfree.training.start import initial_model
-from normfree.training.targets import TargetCorpus
 from normfree.training.trainer import NormFreeTrainer
 
 logger = logging.getLogger("normfree")
@@ -199,7 +196,6 @@ def _final_measures(spec: RunSpec) -> list[tuple[list[str], int]]:
 
 
 def _finish(record: Record, model: NormFreePreTrainedModel, trainer: NormFreeTrainer) -> None:
-    """Measure and save the trained model."""
     spec, corpus, size = record.spec, record.corpus, record.spec.train.micro_batch_sequences
     logger.info("%s: measuring the trained model", spec.name)
     for measures, sequences in _final_measures(spec):

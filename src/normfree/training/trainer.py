@@ -1,10 +1,9 @@
 """A Trainer subclass with its own data order, optimisers and objectives, and a check of gradients before clipping."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -98,16 +97,11 @@ class NormFreeTrainer(Trainer):
 
     def _needs_host(self) -> bool:
         """True if the host must know of each step whether it was finite: to skip it, or to advance other states."""
-        return bool(
-            self.spec.train.skips_allowed or self.accelerator.scaler or self._has_state or self.objective.layers
-        )
+        reasons = self.spec.train.skips_allowed, self.accelerator.scaler, self._has_state, self.objective.layers
+        return any(reasons)
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor | Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Add the objective's term to the loss, and collect the sums of norms whose state changes."""
         sigma_weight = self.spec.train.sigma_weight
@@ -115,8 +109,7 @@ class NormFreeTrainer(Trainer):
             inputs = {**inputs, "entropy_layers": self.objective.layers}
         if sigma_weight:
             inputs = {**inputs, "sigma_variance": True}
-        computed: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
-        loss, outputs = computed
+        loss, outputs = cast(Any, super().compute_loss(model, inputs, True, num_items_in_batch))
         if (sums := outputs.get("norm_sums")) is not None:
             self._norm_sums = sums.detach() if self._norm_sums is None else self._norm_sums + sums.detach()
         if self.objective.layers or sigma_weight:
@@ -142,12 +135,7 @@ class NormFreeTrainer(Trainer):
     def _sum_over_processes(self, values: Tensor) -> Tensor:
         return cast(Tensor, self.accelerator.reduce(values, "sum"))
 
-    def training_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor | Any],
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         if self._unlogged is not None:
             self._tr_loss.add_(self._unlogged["loss_sum"])
             self._globalstep_last_logged = self._unlogged["since_step"]
@@ -294,8 +282,6 @@ class NormFreeTrainer(Trainer):
 
 
 class _Advance(TrainerCallback):
-    """Advances a trainer's state after each optimiser step."""
-
     def __init__(self, trainer: NormFreeTrainer) -> None:
         self.trainer = trainer
 
@@ -303,6 +289,7 @@ class _Advance(TrainerCallback):
         self.trainer.advance(state.global_step + 1)
 
 
+@dataclass(kw_only=True, eq=False)
 class BlockOrder(Sampler[int]):
     """Samples training blocks for a whole run, in a new permutation for each pass.
 
@@ -310,11 +297,10 @@ class BlockOrder(Sampler[int]):
     permutation. The length is that of the whole run even after a resume: Trainer derives its schedule from it.
     """
 
-    def __init__(self, *, blocks: int, sequences: int, seed: int, start: int = 0) -> None:
-        self.blocks = blocks
-        self.sequences = sequences
-        self.seed = seed
-        self.start = start
+    blocks: int
+    sequences: int
+    seed: int
+    start: int = 0
 
     def __len__(self) -> int:
         return self.sequences

@@ -1,7 +1,5 @@
 """Curves over training and over depth.  L layers, N steps"""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -133,7 +131,6 @@ def loss_curves(groups: Sequence[Group], *, ax: Axes, split: str, styles: Styles
 
 
 def loss_series(run: Run, split: str) -> Series:
-    """The recorded loss of a split."""
     series = run.series(split, "loss")
     return [step for step, _ in series], np.array([value for _, value in series], dtype=float)
 

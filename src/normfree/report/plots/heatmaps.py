@@ -1,7 +1,5 @@
 """Heatmaps with one cell per head: layers downwards, heads to the right.  L layers, H heads"""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

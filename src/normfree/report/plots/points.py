@@ -1,7 +1,5 @@
 """Points: the score of every seed, its differences, and perplexity against communication."""
 
-from __future__ import annotations
-
 import math
 import textwrap
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 Figures of reports are built without pyplot, so that no state outlives a call.
 """
 
-from __future__ import annotations
-
 import importlib
 import io
 import itertools
@@ -63,7 +61,7 @@ _OTHERS = tuple(_ON_WHITE[name] for name in ("purple", "gold", "violet", "olive"
 _KEY_INCHES = 0.3
 PANEL_INCHES = (3.9, 3.1)
 _LEGEND_LETTERS = 20
-_COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
+_COMMENT = re.compile(r"<!--.*?-->|<metadata>.*?</metadata>", re.DOTALL)
 _ID = re.compile(r' id="([^"]*)"')
 _COORDINATES = re.compile(r' (?:d|x|y)="[^"]*"')
 _SUPERFLUOUS = re.compile(r""" transform="rotate\(-0 [^"]*"|font-family: 'DejaVu Sans'; |; stroke-linecap: square""")
@@ -171,7 +169,6 @@ def to_svg(figure: Figure, prefix: str) -> str:
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = _COMMENT.sub("", file.getvalue())
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = text[text.index("<svg") :]
     text = _TITLE.sub(r"><title>\1</title>", text)
     text = _COORDINATES.sub(lambda match: _DECIMALS.sub(r"\1", match[0]), _SUPERFLUOUS.sub("", text))

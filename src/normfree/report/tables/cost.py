@@ -1,7 +1,5 @@
 """Tables of the cost of private inference: by operation, by layer, by matrix product, and against perplexity."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace

@@ -1,7 +1,5 @@
 """Tables of results: scores, differences, claims, ranges of entropy; also over training."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 
@@ -54,9 +52,8 @@ def difference_table(groups: Sequence[Group]) -> Table:
     rows, score = [], score_of(groups)
     for pair in all_pairs(groups):
         difference = pair.score()
-        interval = "-"
-        if math.isfinite(difference.low):
-            interval = f"{percent(difference.low, score.unit)} to {percent(difference.high, score.unit)}"
+        low, high = (percent(end, score.unit) for end in (difference.low, difference.high))
+        interval = f"{low} to {high}" if math.isfinite(difference.low) else "-"
         numbers = (mean_text(difference, score.unit), interval, str(difference.n), percent(pair.published))
         rows.append((pair.name, "the paper's" if pair.is_the_papers else "exploratory", *numbers))
     titles = ("Comparison", "Kind", f"Difference in {score.name}", "95 % interval", "Pairs", "Paper")
@@ -77,9 +74,8 @@ def claim_table(groups: Sequence[Group]) -> Table:
         above = claim.above != (of_score and score.higher_is_better)
         for pair in pairs_of(groups, [claim.labels]):
             difference = claim.measure(pair)
-            interval = "-"
-            if math.isfinite(difference.low):
-                interval = f"{100 * difference.low:+z.1f} to {percent(difference.high, unit)}"
+            low, high = f"{100 * difference.low:+z.1f}", percent(difference.high, unit)
+            interval = f"{low} to {high}" if math.isfinite(difference.low) else "-"
             verdict = CLAIM_WORDS[claim_holds(difference, above=above)]
             numbers = (mean_text(difference, unit), interval, str(difference.n))
             rows.append((claim.text, verdict, pair.name, measured, *numbers))
@@ -286,11 +282,8 @@ def _early_excess(group: Group, baseline: str, groups: Sequence[Group]) -> str:
     bases = counterparts(group, baseline, groups)
     if group.label == baseline or len(bases) != 1:
         return "-"
-    early, of_base = (
-        {seed: shares_by_depth(trained_heads(run))[0] for seed, run in zip(g.scores, g.runs, strict=True)}
-        for g in (group, bases[0])
-    )
-    shares = [{seed: share for seed, share in of_seed.items() if share is not None} for of_seed in (early, of_base)]
+    early = (each.by_seed(lambda run: shares_by_depth(trained_heads(run))[0]) for each in (group, bases[0]))
+    shares = [{seed: share for seed, share in of_seed.items() if share is not None} for of_seed in early]
     difference = paired_difference(*shares)
     return mean_text(difference, "points") if difference.n else "-"  # groups of heads have no common depth
 
@@ -305,10 +298,7 @@ def _gap(pair: Pair, share: float) -> str:
 
 
 def _at_share(runs: Sequence[Run], curves: Sequence[Mapping[int, float]], share: float) -> list[float]:
-    """The value of each run at the step nearest to that share of training: NaN after a divergence, and without a value.
-
-    An empty list if nothing was measured near it.
-    """
+    """Each run's value at the step nearest to that share of training, NaN after a divergence; empty if none is near."""
     goal = share * max(run.facts["steps"] for run in runs)
     near = [step for curve in curves for step in curve if abs(step - goal) <= _REACH * goal / share]
     if not near:

@@ -1,7 +1,5 @@
 """Tables of runs: verdicts, time and speed, slopes, and the layers and heads of measured models."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections import Counter
@@ -22,10 +20,11 @@ _MANY_RUNS = 24
 
 def verdict_table(groups: Sequence[Group]) -> Table:
     """Overload, collapse and slopes of every run; of many runs, how often each verdict holds in every variant."""
+    in_one_stack = all(len(heads.groups) == 1 for run in all_runs(groups) if (heads := entropy.final_heads(run)))
     notes = [
         f"Overload: at least half of the heads in the first third of the layers are at or above "
         f"{100 * entropy.OVERLOAD_SHARE:.0f} % of the {entropy.ceiling_words(all_runs(groups))}"
-        f"{'' if _in_one_stack(groups) else ', judged in each group of heads'}.",
+        f"{'' if in_one_stack else ', judged in each group of heads'}.",
         f"Collapse: a head below {verdicts.COLLAPSE_NATS} nats.",
         f"Slopes: apart if the highest is {verdicts.SLOPE_SPREAD} or more above the lowest.",
         "Undecided: some heads are NaN and could change the verdict. Layers and heads count from 0.",
@@ -131,11 +130,6 @@ def _has_slope(run: Run) -> bool:
 def _has_leaky_relu(run: Run) -> bool:
     """Whether every layer's activation is a leaky ReLU, or some layers learn a slope."""
     return verdicts.only_activation(run) == "leaky_relu" or bool(run.series("probe", "negative_slope"))
-
-
-def _in_one_stack(groups: Sequence[Group]) -> bool:
-    heads = [measured for run in all_runs(groups) if (measured := entropy.final_heads(run))]
-    return all(len(measured.groups) == 1 for measured in heads)
 
 
 def rows_are_finite(groups: Sequence[Group]) -> bool:

@@ -1,7 +1,5 @@
 """A table of text cells, and functions that write it as Markdown, LaTeX, CSV or HTML and escape its text."""
 
-from __future__ import annotations
-
 import csv
 import io
 import re
@@ -41,9 +39,6 @@ class Table:
     notes: Sequence[str] = ()
     words: tuple[str, ...] = ()
     """Titles of columns of words, beside the first. They are aligned left, numbers right."""
-
-    def __repr__(self) -> str:
-        return to_markdown(self)
 
     @property
     def is_numeric(self) -> list[bool]:

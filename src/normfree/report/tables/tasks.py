@@ -1,9 +1,6 @@
-"""The table of tasks: a row for each model and task, beside an untrained model and token frequencies.
+"""The table of tasks: a row for each model and task, beside an untrained model and token frequencies."""
 
-Shapes: I items: mirrored twos of pairs, or HumanEval's problems.
-"""
-
-from __future__ import annotations
+# I items: mirrored twos of pairs, or HumanEval's problems
 
 import math
 from collections.abc import Callable, Mapping, Sequence
