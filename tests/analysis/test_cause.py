@@ -101,7 +101,7 @@ def test_a_target_is_hit_within_both_bounds(tmp_path: Path):
         reached(donors[0], donors)
 
 
-def test_the_table_of_the_cause_has_each_arm_and_the_verdict(tmp_path: Path):
+def test_the_table_of_the_cause_has_arms_and_verdict(tmp_path: Path):
     values = _arms(1, 1)
     runs = []
     for arm, (label, tag) in ARMS.items():
