@@ -1,7 +1,5 @@
 """A small model whose weights are far from their initial values."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

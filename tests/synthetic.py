@@ -3,8 +3,6 @@
 L layers, H heads
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The rooms of the house import each other in one direction only."""
 
-from __future__ import annotations
-
 import ast
 import graphlib
 from pathlib import Path

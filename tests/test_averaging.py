@@ -1,7 +1,5 @@
 """docs/averaging.py: what it costs to replace near-uniform heads by averages."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,19 +1,10 @@
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from normfree.files import (
-    MANIFEST_NAME,
-    damages,
-    folder_lock,
-    read_manifest,
-    write_atomically,
-    write_manifest,
-)
+from normfree.files import MANIFEST_NAME, damages, folder_lock, read_manifest, write_atomically, write_manifest
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """The examples of docs/python.md and README.md run in their order, and all that they name is at the top level."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

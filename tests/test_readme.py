@@ -1,7 +1,5 @@
 """README.md and docs/ keep their word: commands run, tables are what results/ give, and the README stays short."""
 
-from __future__ import annotations
-
 import re
 import runpy
 import shlex

@@ -1,7 +1,5 @@
 """Ceilings, ranges, verdicts, seeds and groups, also of the paper's published heatmaps."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any
@@ -244,10 +242,7 @@ def test_parts_say_how_their_recipes_differ(tmp_path: Path) -> None:
     ]
     runs += [write_run(tmp_path, "SM+G", tag="a", train={"peak_learning_rate": 1e-2})]
     parts = [(part.recipe, [group.name for group in part.groups]) for part in parts_of(runs, mix=True)]
-    assert parts == [
-        ("peak_learning_rate=0.01", ["SM+G (a)", "SM+R (a)"]),
-        ("peak_learning_rate=0.001", ["SM+R (b)"]),
-    ]
+    assert parts == [("peak_learning_rate=0.01", ["SM+G (a)", "SM+R (a)"]), ("peak_learning_rate=0.001", ["SM+R (b)"])]
     assert [part.recipe for part in parts_of(runs[1:2])] == [""]
 
 
@@ -352,11 +347,7 @@ def test_the_headline_is_8_2_percent() -> None:
 
 @pytest.mark.parametrize(
     ("position", "context", "model"),
-    [
-        ("learned", 128, "GPT-2 125M, T=128"),
-        ("rotary", 128, "Pythia-70M, T=128"),
-        ("rotary", 256, "Pythia-70M, T=256"),
-    ],
+    [("learned", 128, "GPT-2 125M, T=128"), ("rotary", 128, "Pythia-70M, T=128"), ("rotary", 256, "Pythia-70M, T=256")],
 )
 def test_a_run_stands_beside_the_published_model_of_its_shape(position: str, context: int, model: str) -> None:
     assert published.counterpart({"model": {"position": position}, "data": {"context": context}}) == model

@@ -1,7 +1,5 @@
 """The command line, at the door: what a user types, what comes out, how it fails."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """`normfree cost` at the door."""
 
-from __future__ import annotations
-
 import csv
 import json
 import subprocess

@@ -1,7 +1,5 @@
 """`normfree measure`: any model in, the folder of a run and a page out."""
 
-from __future__ import annotations
-
 import math
 import re
 import shutil
@@ -236,11 +234,7 @@ def test_any_kind_of_model_has_records_and_a_page(
         ("vit", "images=empty", "images=empty holds no image"),
         ("vit", "images=images context=8", "context= cuts a text, and ViTModel reads none"),
         ("bert", "text=text.py images=empty", "images= is images, and BertModel reads none: give text="),
-        (
-            "bert",
-            "text=text.py target=text.py",
-            "target= is the target of an encoder-decoder, and BertModel",
-        ),
+        ("bert", "text=text.py target=text.py", "target= is the target of an encoder-decoder, and BertModel"),
         ("t5", "text=text.py", "reads the target of an encoder-decoder: give text= and target="),
         ("t5", "text=text.py target=nowhere.py", "target=nowhere.py cannot be read"),
         ("t5", "text=text.py target=text.py measures=perplexity", "a causal language-model head"),

@@ -1,7 +1,5 @@
 """`normfree evaluate` and `normfree measure` on a run, at the door."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from pathlib import Path

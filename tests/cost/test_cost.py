@@ -1,7 +1,5 @@
 """Counts and prices of models, and perplexity against communication."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter

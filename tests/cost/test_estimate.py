@@ -1,7 +1,5 @@
 """What runs and studies are said to need, against real models, autograd's saved tensors and torch's allocator."""
 
-from __future__ import annotations
-
 import gc
 import shutil
 import subprocess

@@ -3,8 +3,6 @@
 T tokens, E hidden size, H heads
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Small real inputs: folders of text files, and folders that `datasets.load_dataset` reads."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import datasets.config

@@ -1,7 +1,5 @@
 """prepare(): blocks, facts, reuse, damage and fingerprints; beside other processes, on a full disk and in a log."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json

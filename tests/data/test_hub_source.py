@@ -1,7 +1,5 @@
 """Hugging Face data sets: splits, limits, and what cannot be loaded."""
 
-from __future__ import annotations
-
 import errno
 from dataclasses import replace
 from pathlib import Path

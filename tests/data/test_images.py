@@ -1,7 +1,5 @@
 """Images as corpora: what a model reads of them, what is held out, and what is refused."""
 
-from __future__ import annotations
-
 import gzip
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The installed source: filters, splits, and the corpus behind the committed results."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """Packing loses and repeats nothing, whatever the documents are; yardsticks against counts by hand."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections import Counter, defaultdict

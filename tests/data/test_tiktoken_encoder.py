@@ -1,7 +1,5 @@
 """The fast encoder gives the ids and bytes of tokenizers, or prepare() falls back to tokenizers."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import logging

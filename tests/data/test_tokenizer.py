@@ -1,7 +1,5 @@
 """The tokenizer gives back every text, counts its bytes, and comes out the same each time."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Tiny random models of the causal-LM families that the installed transformers knows."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

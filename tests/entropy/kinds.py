@@ -2,8 +2,6 @@
 
 # B batch, H heads, T query, S key
 
-from __future__ import annotations
-
 import copy
 import inspect
 from typing import Any

@@ -1,7 +1,5 @@
 """Measured beside the usual functions: matrices by method='eager', functions of the user's own; and refusals."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask

@@ -1,7 +1,5 @@
 """intervene() equals attention matrices edited by hand, and leaves the model as it was."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext

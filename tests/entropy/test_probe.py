@@ -1,7 +1,5 @@
 """EntropyProbe on models of transformers: the numbers, and the world left as found. tests/gpu runs some of it."""
 
-from __future__ import annotations
-
 import copy
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Calls behind a cache, with own masks, with several texts in a row: measured right, or refused."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Units, spectra and selectivity of feed-forward features against numpy on features that the tests store themselves."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Gradient norms of blocks as a run records them, against the gradients themselves."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

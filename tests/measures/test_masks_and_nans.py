@@ -1,7 +1,5 @@
 """Padding counts in no measure, and a NaN reaches every value behind it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """`measure()` and `MeasureCallback`: the numbers, the table, the heatmap."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Every measure is recorded by a run, drawn by its report and listed in the docs."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

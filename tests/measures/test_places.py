@@ -2,8 +2,6 @@
 
 # B batch, T tokens, E hidden size
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from collections.abc import Callable

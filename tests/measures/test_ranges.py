@@ -1,7 +1,5 @@
 """Ranges of inputs against numpy on inputs that the tests store themselves."""
 
-from __future__ import annotations
-
 import copy
 from itertools import chain
 from typing import Any

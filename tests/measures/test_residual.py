@@ -2,8 +2,6 @@
 
 # N tokens, E hidden size, L layers
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

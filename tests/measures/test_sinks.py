@@ -1,7 +1,5 @@
 """Sink rates against eager attention matrices, and against the two definitions by hand."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The family encoder_decoder: T5's logits, what each stack sees, span corruption, and saving."""
 
-from __future__ import annotations
-
 import math
 import os
 import subprocess

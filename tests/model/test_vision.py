@@ -1,7 +1,5 @@
 """The family vision: ViT's logits, patches that all see each other, and saving."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

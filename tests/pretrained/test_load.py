@@ -1,7 +1,5 @@
 """What makes no whole model is refused in one line, before any number; real weights, where a package carries them."""
 
-from __future__ import annotations
-
 import copy
 import json
 import logging

@@ -2,8 +2,6 @@
 
 # H heads, D head dim
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Figures are pure, fit any shape, and show what is not finite as such; plots and comparisons in one call."""
 
-from __future__ import annotations
-
 import math
 import re
 import subprocess

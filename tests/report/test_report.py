@@ -1,7 +1,5 @@
 """What `build_report` writes."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

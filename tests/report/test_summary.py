@@ -1,7 +1,5 @@
 """The sentences at the head of a report, also of classifiers, whose headline is accuracy."""
 
-from __future__ import annotations
-
 import math
 import re
 from pathlib import Path

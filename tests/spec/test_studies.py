@@ -1,7 +1,5 @@
 """Study files: the runs they stand for."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

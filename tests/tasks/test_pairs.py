@@ -1,7 +1,5 @@
 """Pairs are what their tasks claim, mirrored, reproducible, and at chance for a unigram; labels are those by hand."""
 
-from __future__ import annotations
-
 import ast
 import os
 import re

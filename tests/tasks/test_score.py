@@ -1,7 +1,5 @@
 """Scores equal log-softmax by hand and known probabilities; their table equals numpy's numbers."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,14 +17,7 @@ from normfree.report.sections import sections_of
 from normfree.report.tables.tasks import ratio, task_table, tasks_table
 from normfree.store.tasks import read_tasks, write_tasks
 from normfree.tasks.pairs import Pair
-from normfree.tasks.score import (
-    log_likelihoods,
-    score_pairs,
-    score_solutions,
-    shared_window,
-    unigram,
-    untrained_copy,
-)
+from normfree.tasks.score import log_likelihoods, score_pairs, score_solutions, shared_window, unigram, untrained_copy
 from tests.small_model import small_model
 from tests.synthetic import write_run
 

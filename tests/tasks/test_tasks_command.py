@@ -1,7 +1,5 @@
 """`normfree evaluate MODEL tasks=...`, at the door."""
 
-from __future__ import annotations
-
 import gzip
 import inspect
 import json

@@ -5,8 +5,6 @@ Requests are JSON lines on standard input, answers JSON lines on standard output
 {"wait": process id} -> exit status, negative for a signal.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os

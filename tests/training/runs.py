@@ -1,7 +1,5 @@
 """Helpers of the training tests: compare runs, act inside a step, damage a file."""
 
-from __future__ import annotations
-
 import os
 import signal
 from collections.abc import Callable

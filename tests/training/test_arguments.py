@@ -1,7 +1,5 @@
 """What this machine or number of processes cannot train is refused."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

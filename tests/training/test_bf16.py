@@ -1,7 +1,5 @@
 """bf16 matrix products by fp32 units against torch's own bf16 kernels."""
 
-from __future__ import annotations
-
 import logging
 from contextlib import nullcontext
 

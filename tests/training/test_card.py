@@ -1,7 +1,5 @@
 """Every saved model has a model card, can be read by others, and can be pushed to the hub."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

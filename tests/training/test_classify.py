@@ -1,7 +1,5 @@
 """Runs that fine-tune a head for classes on the body of another run."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import shutil

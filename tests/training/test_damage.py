@@ -1,7 +1,5 @@
 """Damage to the files of a real run: each is reported, and a resume ends where the whole run ended."""
 
-from __future__ import annotations
-
 import errno
 import json
 import logging

@@ -1,7 +1,5 @@
 """A disk that fills up, or a file that may not grow, in the middle of a write."""
 
-from __future__ import annotations
-
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ A change of tests/golden/losses.json changes what the project computes: explain 
 `python -m tests.training.test_golden` writes the file anew. The text is fixed, independent of Python and packages.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The parts of benchmarks/gpu.py, at a tiny size on the CPU."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Many runs: one after another, or in several processes that signals stop together."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import re

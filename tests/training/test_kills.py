@@ -1,7 +1,5 @@
 """Processes that are killed, interrupted or started twice: the real command in a process of its own."""
 
-from __future__ import annotations
-
 import os
 import random
 import signal

@@ -1,7 +1,5 @@
 """A NaN that enters a weight, a gradient or an embedding at a known step, in real training."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Objectives, optimisers and state that changes while training: exact however a step is cut, and resumable."""
 
-from __future__ import annotations
-
 import math
 import shutil
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Runs in processes of their own: two ranks on the CPU, and trackers."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

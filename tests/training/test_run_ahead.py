@@ -1,7 +1,5 @@
 """Steps that the host does not wait for, as on a GPU; the CPU's fused AdamW reads `found_inf` too."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -114,8 +112,7 @@ def test_a_late_report_is_that_of_a_host_that_waits(kind, train_tiny, sound, wat
 
 
 @pytest.mark.parametrize(
-    ("key", "outcome", "steps"),
-    [("train.optimizer=muon", "diverged", 3), ("train.on_nonfinite=skip:1", "finished", 8)],
+    ("key", "outcome", "steps"), [("train.optimizer=muon", "diverged", 3), ("train.on_nonfinite=skip:1", "finished", 8)]
 )
 def test_what_needs_the_host_in_a_step_keeps_it(key, outcome, steps, train_tiny, sound, watch, run_ahead) -> None:
     run_ahead()

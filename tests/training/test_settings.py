@@ -1,7 +1,5 @@
 """Every setting of the optimiser and every seed changes the training."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

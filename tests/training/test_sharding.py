@@ -1,7 +1,5 @@
 """train.sharding=fsdp: two and four gloo processes against one, kills, signals, damage, and what is refused."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 from collections.abc import Callable
@@ -203,18 +201,12 @@ def test_sharding_with_one_process_is_refused(tiny_spec, value: str) -> None:
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        (
-            "train.optimizer=muon",
-            "fsdp does not work with train.optimizer=muon: leave that out, or give train",
-        ),
+        ("train.optimizer=muon", "fsdp does not work with train.optimizer=muon: leave that out, or give train"),
         ("probe.measures=[gradients]", "fsdp does not work with probe.measures=gradients"),
         ("train.compile=true", "fsdp does not work with train.compile=true"),
         ("variant=sm-wn-r", "fsdp does not work with model.linear=weight_norm"),
         ("probe.sequences=1", "probe.sequences=1 gives some of the 2 processes nothing to measure: give more"),
-        (
-            "train.batch_sequences=8",
-            "train.batch_sequences=8 must be a multiple of",
-        ),
+        ("train.batch_sequences=8", "train.batch_sequences=8 must be a multiple of"),
     ],
 )
 def test_what_cannot_be_sharded_is_refused(tiny_spec, word: str, message: str, monkeypatch) -> None:

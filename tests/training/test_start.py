@@ -1,7 +1,5 @@
 """Runs that begin with the weights of another run or of a saved model, and lose their norms."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

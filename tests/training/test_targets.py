@@ -1,7 +1,5 @@
 """Runs of encoder-decoders: what they record, save and begin with."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """train(spec): what a run records, when it resumes, and what it refuses."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math
