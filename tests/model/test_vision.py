@@ -1,8 +1,5 @@
 """The family vision: ViT's logits, patches that all see each other, and saving."""
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -12,17 +9,11 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 from normfree import measure
 from normfree.model import HEADS
 from normfree.model.conversion import convert
-from tests.elsewhere import WITHOUT_NORMFREE
+from tests.elsewhere import check_loading_elsewhere
 from tests.small_model import CHOICES, with_noise
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 12, "num_channels": 3}
 PIXELS = torch.linspace(-1, 1, 2 * 3 * 12 * 12).view(2, 3, 12, 12)
-ELSEWHERE = f"""{WITHOUT_NORMFREE}
-import torch, transformers
-model = transformers.AutoModelForImageClassification.from_pretrained(sys.argv[1], trust_remote_code=True)
-assert type(model).__module__.startswith("transformers_modules.")
-torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[2])
-"""
 
 
 def build(**fields: Any) -> Any:
@@ -81,10 +72,7 @@ def test_every_parameter_of_every_choice_has_a_gradient(form: dict[str, Any], tm
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (
-            {"position": "rotary"},
-            "position='rotary' is for family='decoder' or 'encoder_decoder', and this is 'vision'",
-        ),
+        ({"position": "rotary"}, "position='rotary' is for family='decoder' or 'encoder_decoder', and this is"),
         ({"attention_temperature": "position"}, "attention_temperature='position' is for family='decoder'"),
         ({"norm": "fake", "fake_start_step": 1}, "norm='fake' is for family='decoder'"),
         ({"image_size": 13}, "image_size=13 must be a multiple of patch_size=4"),
@@ -97,10 +85,4 @@ def test_what_does_not_fit_images_is_refused(fields: dict[str, Any], message: st
 
 
 def test_a_saved_classifier_loads_where_normfree_is_missing(tmp_path) -> None:
-    model = build(norm="none")
-    model.save_pretrained(tmp_path / "saved")
-    torch.save(PIXELS, tmp_path / "tensor.pt")
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-W", "error", "-c", ELSEWHERE, str(tmp_path / "saved"), str(tmp_path / "tensor.pt")]
-    subprocess.run(command, env=environment, cwd=tmp_path, check=True)
-    torch.testing.assert_close(torch.load(tmp_path / "tensor.pt"), model(PIXELS).logits)
+    check_loading_elsewhere(build(norm="none"), "AutoModelForImageClassification", {"pixel_values": PIXELS}, tmp_path)
