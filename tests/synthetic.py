@@ -87,6 +87,11 @@ def study(root: Path) -> list[Run]:
     return runs
 
 
+def another_corpus(fingerprint: str) -> dict[str, Any]:
+    """`facts` of a run on another text."""
+    return {"corpus": {"fingerprint": fingerprint, "unigram_perplexity": 300.0, "vocab_size": 2048}}
+
+
 def rewritten(run: Run, metrics: str) -> Run:
     """The run with other metrics, recorded in its run.json."""
     (run.folder / "metrics.jsonl").write_text(metrics)

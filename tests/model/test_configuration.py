@@ -45,12 +45,8 @@ def test_a_wrong_field_is_refused_with_what_is_allowed(fields, words):
 
 
 def test_keys_of_transformers_pass():
-    keys = {
-        "torch_dtype": "float32",
-        "architectures": ["X"],
-        "auto_map": {"AutoConfig": "configuration.NormFreeConfig"},
-    }
-    keys |= {"_name_or_path": "somewhere", "transformers_version": "5.0.0", "num_labels": 3}
+    keys = {"torch_dtype": "float32", "auto_map": {"AutoConfig": "configuration.NormFreeConfig"}, "num_labels": 3}
+    keys |= {"_name_or_path": "somewhere", "transformers_version": "5.0.0", "architectures": ["X"]}
     config = NormFreeConfig(**keys, attn_implementation="eager")
     assert config._attn_implementation == "eager"
     assert set(PreTrainedConfig().to_dict()) <= set(NormFreeConfig(**PreTrainedConfig().to_dict()).to_dict())
