@@ -23,9 +23,7 @@ def test_controls_come_from_the_same_layers_where_possible() -> None:
     assert sorted(averaging.draw_others([*chosen, (2, 1), (2, 2)], others, np.random.default_rng(0))) == others
 
 
-def test_costs_of_averaging_are_those_of_the_intervention(
-    trained: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_costs_of_averaging_are_those_of_the_intervention(trained: Path, cache: Path, monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("NORMFREE_CACHE", str(cache))
     monkeypatch.setattr(averaging, "DRAWS", 3)
     folder = shutil.copytree(trained, tmp_path / "run")

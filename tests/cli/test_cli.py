@@ -46,14 +46,6 @@ def test_a_sign_that_the_terminal_lacks_ends_no_command(monkeypatch: pytest.Monk
     assert output.buffer.getvalue() == b"25.6 \\xb1 0.6\n"
 
 
-def test_help_loads_no_torch() -> None:
-    code = (
-        "import sys; from normfree.cli.main import main; main(['train', '--help']); assert 'torch' not in sys.modules"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
 def test_help_shows_defaults_and_explains_every_key(run) -> None:
     lines = run("train", "--help")[1].splitlines()
     matches = [re.fullmatch(r"  (\w+\.\w+)=(\S*)(?: +(\S.*))?", line) for line in lines]
@@ -72,15 +64,13 @@ def test_help_shows_defaults_and_explains_every_key(run) -> None:
     assert shown.items() <= {key: value for key, (value, _) in rows.items()}.items()
 
 
-def test_cfg_prints_the_composed_run_and_trains_nothing(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cfg_prints_the_composed_run_and_trains_nothing(output, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["preset=cpu-quick", "variant=sm-r", "train.steps=7"]
-    status, out, _ = run("train", *words, "--cfg", "job")
-    assert status == 0
+    out = output("train", *words, "--cfg", "job")
     assert RunSpec.from_dict(yaml.safe_load(out)) == compose_run(words).spec
-    assert run("train", "-m", "--cfg", "submit=slurm", *words)[1] == out
-    status, out, _ = run("train", "-m", "--cfg", "job", "seed=3,5", *words)
-    assert status == 0
+    assert output("train", "-m", "--cfg", "submit=slurm", *words) == out
+    out = output("train", "-m", "--cfg", "job", "seed=3,5", *words)
     assert [RunSpec.from_dict(values).seed for values in yaml.safe_load_all(out)] == [3, 5]
     assert not list(tmp_path.iterdir())
 
@@ -143,10 +133,9 @@ def test_wrong_input_is_one_line_that_says_what_to_do(words, message, tmp_path, 
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_path_may_hold_an_equals_sign(tmp_path: Path, run) -> None:
+def test_a_path_may_hold_an_equals_sign(tmp_path: Path, output) -> None:
     written = write_run(tmp_path / "lr=1e-3", "SM+R", tag="a=b")
-    status, out, err = run("verify", str(written.folder))
-    assert (status, err) == (0, "")
+    out = output("verify", str(written.folder))
     assert out.startswith("sound   run.json          SM+R (a=b), seed 0: finished, 200 steps")
 
 
@@ -171,18 +160,16 @@ def test_debug_shows_the_stack_trace() -> None:
         main(["trian", "--debug"])
 
 
-def test_train_makes_a_run_folder_and_says_where(trained: Path, tiny: list[str], cache: Path, run) -> None:
+def test_train_makes_a_run_folder_and_says_where(trained: Path, tiny: list[str], cache: Path, output) -> None:
     assert read_run(trained).status == "finished"
-    status, out, _ = run("train", *tiny, "variant=sm-r", f"runs_dir={trained.parents[1]}", f"cache_dir={cache}")
-    assert status == 0
+    out = output("train", *tiny, "variant=sm-r", f"runs_dir={trained.parents[1]}", f"cache_dir={cache}")
     assert "SM+R, seed 0, finished, perplexity" in out
     assert str(trained) in out
 
 
-def test_data_describes_a_corpus(tiny: list[str], tmp_path: Path, cache: Path, run) -> None:
+def test_data_describes_a_corpus(tiny: list[str], tmp_path: Path, cache: Path, output) -> None:
     overrides = [text for text in tiny if text.startswith("data.")]
-    status, out, err = run("data", "files", "preset=cpu-quick", *overrides, f"cache_dir={cache}")
-    assert status == 0, err
+    out = output("data", "files", "preset=cpu-quick", *overrides, f"cache_dir={cache}")
     assert "fingerprint" in out
     assert "unigram perplexity" in out
 
@@ -226,11 +213,10 @@ def test_many_runs_leave_run_folders_wherever_they_are_trained(launch, tiny, cac
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
-def test_verify_says_what_is_sound_and_fails_on_damage(trained: Path, cache: Path, tmp_path: Path, run) -> None:
+def test_verify_says_what_is_sound_and_fails_on_damage(trained: Path, cache: Path, tmp_path: Path, run, output) -> None:
     copy = tmp_path / "run"
     shutil.copytree(trained, copy)
-    status, out, err = run("verify", str(copy), f"cache_dir={cache}")
-    assert status == 0, err
+    out = output("verify", str(copy), f"cache_dir={cache}")
     assert "damaged" not in out
     weights = copy / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
@@ -262,10 +248,9 @@ def test_usual_flags_are_understood(run) -> None:
     assert yaml.safe_load(shown[0])["variant"] == "sm-g"
 
 
-def test_a_study_is_shown_run_by_run_and_not_trained(tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_is_shown_run_by_run_and_not_trained(tmp_path: Path, output, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    status, out, err = run("study", "quick", "train.steps=3", "workers=2", "--cfg", "job")
-    assert status == 0, err
+    out = output("study", "quick", "train.steps=3", "workers=2", "--cfg", "job")
     shown = list(yaml.safe_load_all(out))
     assert [(one["variant"], one["train"]["steps"]) for one in shown] == [
         (variant, 3) for variant in ("sm-g", "sm-r", "sm-ln-g", "sm-ln-r")
@@ -293,10 +278,9 @@ def unfinished(folder: Path) -> Path:
     return place
 
 
-def test_a_finished_run_shows_its_perplexity(tmp_path: Path, run) -> None:
+def test_a_finished_run_shows_its_perplexity(tmp_path: Path, output) -> None:
     written = write_run(tmp_path, "SM+R")
-    status, out, err = run("status", str(tmp_path))
-    assert (status, err) == (0, "")
+    out = output("status", str(tmp_path))
     assert out.split() == f"{written.place} finished step 200 of 200 perplexity {written.perplexity:.2f}".split()
 
 

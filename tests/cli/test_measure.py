@@ -158,11 +158,10 @@ def test_heads_that_see_later_tokens_are_called_so(tmp_path: Path, capsys: pytes
     assert "LlamaForCausalLM is not causal: later tokens change" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", ["auto", "eager"])
-def test_a_model_without_attention_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str) -> None:
+def test_a_model_without_attention_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = transformers.MambaConfig(vocab_size=256, hidden_size=16, num_hidden_layers=1, state_size=4)
     folder = save(transformers.MambaForCausalLM(config), tmp_path / "m")
-    assert measure(folder, f"method={method}") == 1
+    assert measure(folder) == 1
     assert "mamba has no softmax attention" in capsys.readouterr().err
     assert not (tmp_path / "measured").exists()
     words = ["evaluate", str(folder), f"text={tmp_path / 'text.py'}", "context=16"]
@@ -190,28 +189,25 @@ def saved_model(family: str, parent: Path) -> Path:
     return folder
 
 
+BOTH_STACKS = [f"{group} {layer}" for group in ("encoder", "decoder", "cross") for layer in (0, 1)]
+FULL, CAUSAL, PATCHES = [math.log(16)] * 2, [math.lgamma(17) / 16] * 2, [math.log(17)] * 2
+
+
 @pytest.mark.parametrize(
     ("family", "keys", "layers", "ceilings"),
     [
         pytest.param("bert", "text=text.py context=32", [0, 1], [math.log(32)] * 2, marks=pytest.mark.slow),
-        ("vit", "images=images", [0, 1], [math.log(17)] * 2),
-        (
-            "t5",
-            "text=text.py target=target.py context=16",
-            [f"{group} {layer}" for group in ("encoder", "decoder", "cross") for layer in (0, 1)],
-            [math.log(16)] * 2 + [math.lgamma(17) / 16] * 2 + [math.log(16)] * 2,
-        ),
+        ("vit", "images=images", [0, 1], PATCHES),
+        ("t5", "text=text.py target=target.py context=16", BOTH_STACKS, FULL + CAUSAL + FULL),
         (
             "clip",
             "text=text.py images=images context=16",
             ["vision 0", "vision 1", "text 0", "text 1"],
-            [math.log(17)] * 2 + [math.lgamma(17) / 16] * 2,
+            PATCHES + CAUSAL,
         ),
     ],
 )
-def test_any_kind_of_model_has_records_and_a_page(
-    family, keys, layers, ceilings, tmp_path, capsys, monkeypatch
-) -> None:
+def test_any_kind_of_model_has_records_and_a_page(family, keys, layers, ceilings, tmp_path, capsys, monkeypatch):
     folder = saved_model(family, tmp_path)
     monkeypatch.chdir(tmp_path)
     assert main(["measure", str(folder), *keys.split(), "output=measured", "batch=2"]) == 0, capsys.readouterr().err
@@ -266,7 +262,5 @@ def test_any_inputs_of_a_model_are_measured_in_python() -> None:
     ids_BT = torch.arange(3, 23).view(2, 10)
     inputs = {"input_ids": ids_BT, "decoder_input_ids": ids_BT[:, :4]}
     table = normfree.measure(tiny("t5").eval(), inputs, ["heads", "logits"]).to_frame()
-    assert table["layer"].unique().tolist() == [
-        f"{group} {n}" for group in ("encoder", "decoder", "cross") for n in (0, 1)
-    ]
+    assert table["layer"].unique().tolist() == BOTH_STACKS
     assert table["max_logit"].notna().all()

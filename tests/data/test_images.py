@@ -23,6 +23,10 @@ def prepare_folder(folder: Path, cache: Path, **fields: Any) -> Corpus:
     return prepare(DataSpec(source="images", paths=(str(folder),), **fields), cache=cache, progress=False)
 
 
+def test_a_size_of_patches_sets_the_number_of_tokens() -> None:
+    assert compose_run(["preset=fashion-vit", "model.patch_size=7", "model.pooling=mean"]).spec.data.context == 16
+
+
 def held_out(corpus: Corpus) -> dict[str, torch.Tensor]:
     kind = HEADS["vision"]
     config = kind.config_class(image_size=SIZE, hidden_size=16, num_attention_heads=2, num_hidden_layers=1)
@@ -135,23 +139,3 @@ def test_images_that_make_no_corpus_are_refused(tmp_path: Path, damage: Any, mes
     with pytest.raises(ValueError, match=message) as error:
         prepare_folder(tmp_path / "digits", tmp_path)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("data=files data.paths=[x]", "data=files is not read with model.family=vision: give data=fashion_mnist or"),
-        ("data=images", "data=images needs data.paths"),
-        ("data=hub_images", "data=hub_images needs data.dataset"),
-        ("data.tokenizer=gpt2", "data.tokenizer is not read with data=fashion_mnist"),
-        ("data.context=49", "data.context=49, but an image of this model has 50 tokens"),
-        ("train.objective=token_type", "train.objective=token_type is for model.family=decoder, not vision"),
-        ("model.family=decoder", "data=fashion_mnist is not read with model.family=decoder"),
-        ("preset=cpu model.patch_size=7", "model.patch_size=7 is read with model.family=vision only"),
-        ("model.position=rotary", "position='rotary' is for family='decoder'"),
-    ],
-)
-def test_a_run_of_another_family_is_refused(words: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        compose_run(["preset=fashion-vit", *words.split()])
-    assert compose_run(["preset=fashion-vit", "model.patch_size=7", "model.pooling=mean"]).spec.data.context == 16

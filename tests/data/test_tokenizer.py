@@ -33,11 +33,6 @@ def test_text_that_spells_the_end_token_stays_text() -> None:
     assert document_SC[:, 1].sum() == len(END_TOKEN) + 2
 
 
-def test_too_little_text_for_the_pieces_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"data.vocab_size=5000: .* has only \d+ pieces"):
-        train_tokenizer(["short"], 5000)
-
-
 def test_bytes_of_a_word_tokenizer_come_from_offsets() -> None:
     inner = Tokenizer(models.WordLevel({"[UNK]": 0, "caf\u00e9": 1, "noir": 2}, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()

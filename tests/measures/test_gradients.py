@@ -25,9 +25,7 @@ def run_of(words: list[str], folder: Path, cache: Path) -> Run:
     return read_run(train(spec, runs_dir=folder, cache=cache))
 
 
-def test_norms_are_those_of_the_gradients_before_and_after_clipping(
-    tmp_path: Path, cache: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_norms_are_those_of_the_gradients_before_and_after_clipping(tmp_path, cache, tiny, monkeypatch) -> None:
     seen: dict[int, list[float]] = {}
 
     def look(trainer: NormFreeTrainer) -> None:
@@ -55,9 +53,7 @@ def test_accumulated_gradients_have_the_norms_of_the_whole_batch(tmp_path: Path,
             assert dict(parts.series("probe", name))[step] == pytest.approx(norms, rel=1e-4)
 
 
-def test_a_skipped_step_has_no_gradient(
-    tmp_path: Path, cache: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_skipped_step_has_no_gradient(tmp_path: Path, cache: Path, tiny: list[str], monkeypatch) -> None:
     def spoil(trainer: NormFreeTrainer) -> None:
         if trainer.state.global_step == 1:
             next(trainer.network.parameters()).grad.fill_(torch.nan)

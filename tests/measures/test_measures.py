@@ -11,7 +11,6 @@ from normfree.analysis.groups import group_runs
 from normfree.measures import MEASURES, periods_of
 from normfree.measures.heads import Heads
 from normfree.measures.measure import Measure
-from normfree.report import build_report
 from normfree.report.build import number_frames
 from normfree.report.sections import figures_of
 from normfree.spec.compose import compose_run
@@ -90,9 +89,7 @@ class Refusing(Heads):
         (Refusing, "measure mine: NormFreeForCausalLM has no such thing"),
     ],
 )
-def test_a_measure_that_does_not_fit_is_refused_before_training(
-    kind: type[Measure], message: str, tmp_path: Path, cache: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_measure_that_does_not_fit_is_refused_before_training(kind, message, tmp_path, cache, tiny, monkeypatch):
     monkeypatch.setitem(MEASURES, "mine", kind)
     names = "heads,mine" if kind is not Refusing else "mine"
     with pytest.raises(ValueError, match=message):
@@ -124,10 +121,3 @@ def test_no_module_hides_a_public_name() -> None:
     """`import normfree.train` would put a module where `normfree.train` is a function."""
     modules = {path.stem for path in Path(normfree.__file__).parent.iterdir()}
     assert not modules & set(normfree.__all__)
-
-
-def test_a_page_that_is_no_report_is_not_overwritten(measured: Run, tmp_path: Path) -> None:
-    (tmp_path / "index.html").write_text("<p>My site</p>")
-    with pytest.raises(ValueError, match=r"holds index\.html, so it is no report"):
-        build_report([measured], tmp_path)
-    assert (tmp_path / "index.html").read_text() == "<p>My site</p>"

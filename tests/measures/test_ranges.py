@@ -140,11 +140,3 @@ def test_a_hidden_key_that_is_infinite_changes_nothing() -> None:
     broken = broken._replace(mask=hidden[None, None], causal=False, own_keys=7)
     for value, expected in zip(scores.scores_of(broken), scores.scores_of(call), strict=True):
         assert torch.equal(value, expected)
-
-
-def test_logits_and_ranges_form_scores_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    formed = []
-    once = scores._scores
-    monkeypatch.setattr(scores, "_scores", lambda *call: formed.append(call) or once(*call))
-    measure(small_model(), IDS, ["logits", "ranges"], batch=8)
-    assert len(formed) == 3  # layers

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from normfree import measure
 from normfree.entropy import functional, probe
+from normfree.measures import scores
 from normfree.measures.measure import values_of
 from normfree.measures.sinks import Sinks
 from tests.entropy.families import tiny_model
@@ -75,16 +76,17 @@ def test_half_the_rows_at_half_is_no_sink_text(monkeypatch: pytest.MonkeyPatch) 
     assert (measured["sink_row_rate"] == 0.5).all()
 
 
-def test_heads_and_sinks_measure_rows_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    once = functional.measure
-    monkeypatch.setattr(probe, "measure", lambda request: calls.append(request) or once(request))
+@pytest.mark.parametrize(
+    ("module", "name", "names"), [(probe, "measure", ["sinks", "heads"]), (scores, "_scores", ["logits", "ranges"])]
+)
+def test_measures_of_one_attention_compute_it_once(module, name, names, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, once = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *call: calls.append(call) or once(*call))
     model = small_model()
-    both = measure(model, IDS, ["sinks", "heads"], batch=2)
+    both = measure(model, IDS, names, batch=2)
     assert len(calls) == 3 * 2  # layers x batches
-    alone = measure(model, IDS, "heads", batch=2)
-    for name, value in alone.values.items():
-        assert np.array_equal(both[name], value)
+    for key, value in measure(model, IDS, names[1], batch=2).values.items():
+        assert np.array_equal(both[key], value)
 
 
 def test_a_nan_makes_the_rates_of_its_heads_nan() -> None:

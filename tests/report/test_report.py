@@ -333,6 +333,11 @@ def test_bad_input_is_refused_before_writing(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match=r"output=.*runs holds quick, so it is no report"):
         build_report(runs[:1], tmp_path / "runs")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "index.html").write_text("<p>My site</p>")
+    with pytest.raises(ValueError, match=r"holds index\.html, so it is no report"):
+        build_report(runs[:1], tmp_path / "site")
+    assert (tmp_path / "site" / "index.html").read_text() == "<p>My site</p>"
     (tmp_path / "begun" / "figures").mkdir(parents=True)
     unfinished = write_run(tmp_path, "SM+G", status="failed")
     assert "No run finished." in build_report([unfinished], tmp_path / "begun").read_text()

@@ -25,10 +25,7 @@ def test_a_spec_survives_its_own_json() -> None:
         ({"train": {"stepz": 1}}, "unknown key 'train.stepz'; did you mean train.steps"),
         ({"train": {"steps": 1, "epochs": 2}}, "train.steps and train.epochs"),
         ({"train": {}}, "train.steps and train.epochs"),
-        (
-            {"train": {"steps": 1, "peak_learning_rate": math.nan}},
-            "train.peak_learning_rate=nan: it should be a finite",
-        ),
+        ({"train": {"steps": 1, "peak_learning_rate": math.nan}}, "peak_learning_rate=nan: it should be a finite"),
         ({"train": {"steps": 1, "warmup_share": 1}}, "train.warmup_share=1: it should be less than 1"),
         ({"train": {"steps": 1, "final_learning_rate": 1.0}}, "must be at most train.peak_learning_rate"),
         ({"train": {"steps": 1, "batch_sequences": 10, "micro_batch_sequences": 4}}, "must be a multiple of"),
@@ -71,6 +68,7 @@ def test_variant_seed_and_logging_do_not_change_the_recipe() -> None:
     other = [
         spec(train={"steps": 10, "peak_learning_rate": 0.5}),
         spec(train={"steps": 10, "precision": "bf16"}),
+        spec(train={"steps": 10, "on_nonfinite": "skip:1"}),
         spec(model={"hidden_size": 64}),
     ]
     assert {one.recipe() for one in same} == {base.recipe()}
@@ -86,7 +84,8 @@ def test_identity_changes_with_everything_that_decides_the_numbers() -> None:
     assert (rarely.identity(), rarely.recipe() == base.recipe()) == (base.identity(), False)
     here, there = (replace(base, data=DataSpec(source="files", paths=(path,))) for path in ("a.txt", "/b/a.txt"))
     assert (here.identity(), here.recipe()) == (there.identity(), there.recipe())
-    for changed in (replace(base, seed=1), replace(base, tag="b"), replace(base, model={"norm": "none"})):
+    skips = replace(base, train=replace(base.train, on_nonfinite="skip:1"))
+    for changed in (replace(base, seed=1), replace(base, tag="b"), replace(base, model={"norm": "none"}), skips):
         assert changed.identity() != base.identity()
 
 
@@ -99,23 +98,3 @@ def test_a_whole_number_is_the_same_model_as_its_float() -> None:
     assert (one.identity(), one.recipe()) == (other.identity(), other.recipe())
     with pytest.raises(ValueError, match="negative_slope=True; allowed: float"):
         compose_run(["variant=leaky-fixed", "model.negative_slope=true"])
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["variant=sm-r", "model.negative_slope=0.3"], "read with model.activation=leaky_relu only: leave it out"),
-        (["variant=sm-r", "train.decay_slopes=true"], "read with model.learnable_slope=per_layer or shared only"),
-        (["variant=leaky-fixed", "train.slope_learning_rate_factor=7"], "read with model.learnable_slope=per_layer"),
-        (["variant=sm-dyt-g", "model.norm_epsilon=0.1"], "is read with a norm that divides only"),
-        (["variant=sm-rms-g", "model.norm_steepness=0.5"], "is read with model.norm=dyt or derf only"),
-        (["variant=sm-ln-g", "model.taper_end_step=5"], "is read with model.norm=taper only"),
-        (["variant=sm-peri-g"], "model.placement=peri is read with a norm only"),
-        (["variant=sm-ln-g", "model.post_share=0.3"], "is read with model.placement=mix only"),
-        (["variant=sm-g", "model.linear_groups=[q]"], "is read with model.linear=weight_norm or spectral_norm only"),
-        (["model.rotary_share=0.5"], "model.rotary_share=0.5 is read with model.position=rotary only"),
-    ],
-)
-def test_a_setting_that_nothing_reads_is_refused(words: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        compose_run(words)

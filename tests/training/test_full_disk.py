@@ -1,8 +1,6 @@
 """A disk that fills up, or a file that may not grow, in the middle of a write."""
 
 import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,18 +9,8 @@ from normfree.files import damages
 from normfree.store.checkpoints import CheckpointError, checkpoints_in
 from normfree.store.runs import METRICS_FILE, RunWriter, read_lines, read_run
 from normfree.training.trainer import NormFreeTrainer
+from tests.machine import largest_file
 from tests.training.runs import check_equal_runs
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """No file may grow beyond `size` bytes: the system then answers EFBIG."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def check_older_files(folder: Path) -> None:

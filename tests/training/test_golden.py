@@ -36,17 +36,19 @@ VARIANTS = {
 
 
 def on_text(context: int) -> list[str]:
-    return [
-        "data=files",
-        f"data.paths=['{GOLDEN / 'text' / 'train.txt'}']",
-        f"data.validation_paths=['{GOLDEN / 'text' / 'held_out'}']",
-        "data.vocab_size=300",
-        "data.max_bytes=null",
-        "data.max_bytes_per_package=null",
-        "data.train_documents=null",
-        "data.validation_documents=null",
-        f"data.context={min(context, 256)}",
-    ]
+    paths = [f"data.paths=['{GOLDEN}/text/train.txt']", f"data.validation_paths=['{GOLDEN}/text/held_out']"]
+    return ["data=files", *paths, f"data.context={min(context, 256)}", *WHOLE_TEXT.split()]
+
+
+WHOLE_TEXT = """
+    data.vocab_size=300 data.max_bytes=null data.max_bytes_per_package=null data.train_documents=null
+    data.validation_documents=null
+"""
+SHRUNK = f"""
+    model.hidden_size=32 model.num_attention_heads=2 train.steps={STEPS} train.epochs=null train.precision=fp32
+    train.log_every=1 train.evaluate_every=1000 train.checkpoint_every=1000 train.threads=1 probe.every_steps=1000
+    probe.sequences=2 probe.final_sequences=2
+"""
 
 
 def shrunk(preset: str, variant: str, digits: Path) -> RunSpec:
@@ -55,27 +57,10 @@ def shrunk(preset: str, variant: str, digits: Path) -> RunSpec:
     images = ["data=images", f"data.paths=['{digits}']", "model.image_size=8", "model.patch_size=2"]
     is_vision = whole.model.get("family") == "vision"
     batch = 16 if is_vision else 2  # the losses of two images are too noisy to fall in twenty steps
-    overrides = [
-        f"preset={preset}",
-        f"variant={variant}",
-        *(images if is_vision else on_text(whole.data.context)),
-        f"model.num_hidden_layers={min(whole.model['num_hidden_layers'], 12)}",
-        "model.hidden_size=32",
-        "model.num_attention_heads=2",
-        f"train.steps={STEPS}",
-        "train.epochs=null",
-        f"train.batch_sequences={batch}",
-        f"train.micro_batch_sequences={batch}",
-        "train.precision=fp32",
-        "train.log_every=1",
-        "train.evaluate_every=1000",
-        "train.checkpoint_every=1000",
-        "train.threads=1",
-        "probe.every_steps=1000",
-        "probe.sequences=2",
-        "probe.final_sequences=2",
-    ]
-    return compose_run(overrides).spec
+    layers = min(whole.model["num_hidden_layers"], 12)
+    overrides = [f"preset={preset}", f"variant={variant}", *(images if is_vision else on_text(whole.data.context))]
+    overrides += [f"model.num_hidden_layers={layers}", f"train.batch_sequences={batch}"]
+    return compose_run([*overrides, f"train.micro_batch_sequences={batch}", *SHRUNK.split()]).spec
 
 
 def losses(preset: str, variant: str, runs: Path, cache: Path) -> list[float]:

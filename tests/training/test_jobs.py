@@ -74,9 +74,8 @@ def test_workers_that_do_not_fit_a_gpu_are_refused(tiny_jobs, monkeypatch: pytes
     """On a GPU more of them than cores are allowed."""
     monkeypatch.setattr(jobs, "usable_cores", lambda: 2)
     monkeypatch.setattr(jobs, "_share", lambda *_: pytest.fail("it began to train"))
-    with pytest.raises(
-        ValueError, match=r"workers=5: 5 runs of 1\.0 GiB need 5\.\d GiB, and Tiny GPU has 4\.0 .*workers=3"
-    ):
+    message = r"workers=5: 5 runs of 1\.0 GiB need 5\.\d GiB, and Tiny GPU has 4\.0 .*workers=3"
+    with pytest.raises(ValueError, match=message):
         train_jobs(tiny_jobs("seed=0,1,2,3,4"), Launch(workers=5))
 
 

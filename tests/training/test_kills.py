@@ -18,6 +18,7 @@ from normfree.model import HEADS
 from normfree.spec.compose import compose_run
 from normfree.store.checkpoints import checkpoints_in
 from normfree.store.runs import read_run
+from tests.machine import wait_for
 from tests.training.fork_server import PLACES, ForkServer
 from tests.training.runs import check_equal_runs, of_every_family, weights
 
@@ -74,13 +75,6 @@ def whole(server: ForkServer, words: list[str], tmp_path_factory: pytest.TempPat
     command = Command(server, words, tmp_path_factory.mktemp("whole"))
     command.finish()
     return command.folder
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.0005)
 
 
 def check_resume(run: Command, whole: Path) -> None:

@@ -52,16 +52,10 @@ NormFreeTrainer.compute_loss = compute_loss
 sys.exit(main(["train", "train.sharding=fsdp", *words]))
 """
 # Processes have unequal numbers of passes in probes (5 sequences) and evaluations.
-SIZES = [
-    *("variant=leaky-shared", "train.steps=20", "train.micro_batch_sequences=2", "train.checkpoint_every=10"),
-    *(
-        "train.evaluate_every=10",
-        "probe.every_steps=10",
-        f"probe.measures=[{','.join(ProbeSpec().measures)}]",
-        "probe.sequences=5",
-        "probe.final_sequences=5",
-    ),
-]
+SIZES = f"""
+    variant=leaky-shared train.steps=20 train.micro_batch_sequences=2 train.checkpoint_every=10 train.evaluate_every=10
+    probe.every_steps=10 probe.measures=[{",".join(ProbeSpec().measures)}] probe.sequences=5 probe.final_sequences=5
+"""
 NAME = "leaky-shared-seed0"
 
 Command = Callable[..., tuple[int, str]]
@@ -69,7 +63,7 @@ Command = Callable[..., tuple[int, str]]
 
 @pytest.fixture(scope="module")
 def words(tiny: list[str], cache: Path) -> list[str]:
-    return [*tiny, *SIZES, f"cache_dir={cache}"]
+    return [*tiny, *SIZES.split(), f"cache_dir={cache}"]
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +94,8 @@ def two(sharded: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def one(words: list[str], cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The same run in one process, without sharding."""
-    return read_run(
-        train(compose_run(words).spec, runs_dir=tmp_path_factory.mktemp("one"), cache=cache, progress=False)
-    )
+    runs = tmp_path_factory.mktemp("one")
+    return read_run(train(compose_run(words).spec, runs_dir=runs, cache=cache, progress=False))
 
 
 def check_close_runs(run: Run, other: Run) -> None:
@@ -125,9 +118,8 @@ def test_two_sharded_processes_train_as_one(two: Path, one: Run) -> None:
     for name, value in weights(two).items():
         if not name.endswith("qkv.bias"):  # a bias of keys has no gradient but rounding, which AdamW magnifies
             torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
-    assert sorted(path.name for path in (two / "model").iterdir()) == sorted(
-        path.name for path in (one.folder / "model").iterdir()
-    )
+    files = [{path.name for path in (folder / "model").iterdir()} for folder in (two, one.folder)]
+    assert files[0] == files[1]
     assert type(AutoModelForCausalLM.from_pretrained(two / "model")).__name__ == "NormFreeForCausalLM"
 
 
@@ -153,13 +145,8 @@ def test_kills_and_signals_cost_no_bit(sharded: Command, two: Path, tmp_path: Pa
 @pytest.mark.slow
 def test_bf16_with_checkpointing_skips_a_step_of_nan(sharded: Command, words, cache: Path, tmp_path: Path) -> None:
     """With norms, whose weights stay in fp32."""
-    more = [
-        "variant=sm-ln-g",
-        "train.precision=bf16",
-        "train.gradient_checkpointing=true",
-        "train.on_nonfinite=skip:1",
-        "train.steps=8",
-    ]
+    more = ["variant=sm-ln-g", "train.steps=8", "train.precision=bf16", "train.gradient_checkpointing=true"]
+    more.append("train.on_nonfinite=skip:1")
     status, output = sharded(tmp_path / "two", *more, action="nan", at_step=5)
     assert status == 0, output
     run = read_run(tmp_path / "two" / "single" / "sm-ln-g-seed0")

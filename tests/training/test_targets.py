@@ -12,7 +12,6 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForCo
 from normfree.data import prepare
 from normfree.model.conversion import convert
 from normfree.pretrained.load import corpus_of_run
-from normfree.spec.run import RunSpec
 from normfree.store.runs import Run, read_run
 from normfree.training.trainer import BlockOrder
 from tests.training.runs import weights
@@ -104,22 +103,3 @@ def losses_of(model: Any, rows_NT: np.ndarray) -> list[float]:
             ).logits
         losses += torch.nn.functional.cross_entropy(logits_TV[0], torch.tensor(target), reduction="none").tolist()
     return losses
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("train.objective=token_type", "train.objective=token_type is for model.family=decoder, not encoder_decoder"),
-        ("train.objective=entropy_band train.entropy_weight=1", "entropy_band is for model.family=decoder or vision"),
-        ("train.sigma_weight=1", "train.sigma_weight=1.0 needs one final norm"),
-        ("data.packing=docstring model.family=decoder model.position=learned", "is for model.family=encoder_decoder"),
-        ("data.packing=docstring data.context=7", "data.packing=docstring needs data.context of 8 or more, got 7"),
-        ("data.packing=docstring model.span_seed=1", "model.span_seed=1 is read with masked spans"),
-        ("model.target_tokens=4", "model.target_tokens=4 is read with data.packing=docstring, which sets it, only"),
-        ("data=images", "data=images is not read with model.family=encoder_decoder"),
-        ("model.image_size=8", "model.image_size=8 is read with model.family=vision only"),
-    ],
-)
-def test_what_a_run_cannot_have_is_refused(tiny_spec: Callable[..., RunSpec], words: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        tiny_spec(*words.split())

@@ -15,9 +15,7 @@ import torch
 from transformers import TrainerCallback
 
 from normfree.data import prepare
-from normfree.measures.perplexity import evaluate_blocks
 from normfree.model import NormFreeConfig, NormFreeForCausalLM
-from normfree.pretrained.load import load_pretrained
 from normfree.spec.compose import compose_run
 from normfree.spec.run import RunSpec
 from normfree.store.runs import Run, read_run
@@ -55,14 +53,8 @@ def test_a_run_records_what_it_was(finished: Run) -> None:
     assert facts["environment"]["threads"] == 1
     embeddings, final_norm = (300 + 16) * 32, 2 * 32
     per_layer = 12 * 32 * 32 + 2 * 32 + 1  # bias on Q and K, a slope
-    assert facts["model"] == {
-        "parameters": embeddings + 2 * per_layer + final_norm,
-        "layers": 2,
-        "heads": 2,
-        "head_dim": 16,
-        "hidden_size": 32,
-        "slope_layers": [0, 1],
-    }
+    sizes = {"layers": 2, "heads": 2, "head_dim": 16, "hidden_size": 32, "slope_layers": [0, 1]}
+    assert facts["model"] == {"parameters": embeddings + 2 * per_layer + final_norm, **sizes}
     assert 1 < facts["final"]["perplexity"] < finished.series("validation", "perplexity")[0][1]
     assert facts["final"]["loss_nats"] == pytest.approx(math.log(facts["final"]["perplexity"]))
 
@@ -88,16 +80,6 @@ def test_probes_cover_every_head_under_a_causal_ceiling(finished: Run) -> None:
     assert finished.last("probe", "ceiling_nats") == pytest.approx([ceiling] * 2)
     assert finished.last("probe", "rows") == [[8 * 16] * 2] * 2
     assert finished.series("probe", "negative_slope")[0][1] == pytest.approx([0.01, 0.01])
-
-
-def test_the_saved_model_has_the_recorded_perplexity(finished: Run, cache: Path) -> None:
-    model, tokenizer = load_pretrained(str(finished.folder))
-    assert len(tokenizer) == 300
-    held_out = prepare(RunSpec.from_dict(finished.spec).data, cache=cache, progress=False).validation
-    blocks = held_out.with_format("torch")["input_ids"][:].long()
-    assert evaluate_blocks(model, blocks).perplexity == pytest.approx(finished.perplexity, rel=1e-6)
-    slopes = [slope.item() for slope in model.negative_slopes().values()]
-    assert slopes == pytest.approx(finished.last("final", "negative_slope"))
 
 
 def test_a_folder_holds_one_spec_only(finished: Run, tiny: list[str], train_again) -> None:
@@ -188,13 +170,6 @@ def test_variants_share_first_weights_and_batches(train_tiny) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_accumulated_micro_batches_are_one_batch(trained: Path, train_tiny) -> None:
-    whole, parts = read_run(trained), train_tiny("train.micro_batch_sequences=2")
-    losses = [[loss for _, loss in run.series("train", "loss")] for run in (whole, parts)]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    assert parts.perplexity == pytest.approx(whole.perplexity, rel=1e-4)
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -202,8 +177,6 @@ def test_accumulated_micro_batches_are_one_batch(trained: Path, train_tiny) -> N
         (["train.steps=100000"], r"train.steps=100000 needs .* blocks, but the corpus has .*train.epochs="),
         (["model.max_position_embeddings=8"], "longer than model.max_position_embeddings=8"),
         (["model.vocab_size=10"], "model.vocab_size=10 is below the tokenizer's 300"),
-        (["model.num_attention_heads=3"], "multiple of num_attention_heads"),
-        (["train.batch_sequences=16", "train.micro_batch_sequences=5"], "must be a multiple"),
     ],
 )
 def test_a_refused_run_leaves_no_record(tmp_path: Path, train_tiny, overrides: list[str], message: str) -> None:
