@@ -43,8 +43,8 @@ def tiny(family: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     Its initial weights are large: with 0.02 every head attends evenly, within 5e-8 nats of the ceiling.
     """
     folder = tmp_path_factory.mktemp(family)
-    words = {"decoder": words_of_text, "vision": words_of_images, "encoder_decoder": words_of_pairs}[family]
-    return [*words(folder), *TINY.split()]
+    words = words_of_images(folder) if family == "vision" else words_of_text(folder)
+    return [*words, *(["preset=denoise"] if family == "encoder_decoder" else []), *TINY.split()]
 
 
 def words_of_text(folder: Path) -> list[str]:
@@ -58,10 +58,6 @@ def words_of_text(folder: Path) -> list[str]:
 
 
 SMALL_TEXT = "data.vocab_size=300 data.context=16 data.max_bytes=null data.max_bytes_per_package=null"
-
-
-def words_of_pairs(folder: Path) -> list[str]:
-    return [*words_of_text(folder), "preset=denoise"]
 
 
 def words_of_images(folder: Path) -> list[str]:

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from docs import averaging
-from normfree import held_out_blocks, intervene, load_pretrained
+from normfree import held_out_blocks, intervene, load_pretrained, read_run
 from normfree.analysis.entropy import trained_heads
-from normfree.store.runs import read_run
 
 
 def test_controls_come_from_the_same_layers_where_possible() -> None:

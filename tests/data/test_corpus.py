@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from normfree.data import default_cache, prepare, prepared
+from normfree.data import prepare, prepared
 from normfree.data.ngram import kneser_ney_perplexity
 from normfree.files import damages
 from normfree.spec.run import DataSpec
@@ -72,6 +72,12 @@ def test_a_prepared_corpus_is_reused_and_described(spec: DataSpec, tmp_path: Pat
     assert first.fingerprint in second.describe()
     assert "57 documents" in second.describe()
     assert [path.name for path in (tmp_path / "corpora").iterdir()] == [first.folder.name]
+    with_saved_tokenizer = replace(spec, tokenizer=str(first.folder), vocab_size=999)
+    assert make(with_saved_tokenizer, tmp_path / "other").fingerprint == first.fingerprint
+    assert prepared(first.facts(), cache=tmp_path) == first
+    assert prepared(first.facts() | {"bytes_per_token": 1.0}, cache=tmp_path) is None
+    (first.folder / "train.arrow").write_bytes(b"damaged")
+    assert prepared(first.facts(), cache=tmp_path) is None
 
 
 def test_changed_text_or_spec_makes_another_corpus(spec: DataSpec, tmp_path: Path, text_folder: Path) -> None:
@@ -93,20 +99,6 @@ def test_moved_and_renamed_text_keeps_its_corpus(spec: DataSpec, tmp_path: Path,
     assert make(held_out, tmp_path / "cache").folder != first.folder
 
 
-def test_a_corpus_is_found_by_its_fingerprint_without_text(spec: DataSpec, tmp_path: Path) -> None:
-    corpus = make(spec, tmp_path)
-    assert prepared(corpus.facts(), cache=tmp_path) == corpus
-    assert prepared(corpus.facts() | {"bytes_per_token": 1.0}, cache=tmp_path) is None
-    (corpus.folder / "train.arrow").write_bytes(b"damaged")
-    assert prepared(corpus.facts(), cache=tmp_path) is None
-
-
-def test_a_saved_tokenizer_is_used_as_it_is(spec: DataSpec, tmp_path: Path) -> None:
-    first = make(spec, tmp_path)
-    second = make(replace(spec, tokenizer=str(first.folder), vocab_size=999), tmp_path)
-    assert second.fingerprint == first.fingerprint
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -120,11 +112,6 @@ def test_too_little_text_is_refused(spec: DataSpec, tmp_path: Path, change: dict
     with pytest.raises(ValueError, match=message):
         make(replace(spec, **change), tmp_path)
     assert list(tmp_path.glob("corpora/*")) == []
-
-
-def test_the_environment_names_the_cache(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("NORMFREE_CACHE", str(tmp_path))
-    assert default_cache() == tmp_path
 
 
 @pytest.mark.slow

@@ -14,17 +14,12 @@ from PIL import Image
 from normfree.data import Corpus, ImageCorpus, prepare, prepared
 from normfree.model import HEADS
 from normfree.pretrained.inputs import read_images
-from normfree.spec.compose import compose_run
 from normfree.spec.run import DataSpec
 from tests.images import SIZE, draw_digits, write_digits
 
 
 def prepare_folder(folder: Path, cache: Path, **fields: Any) -> Corpus:
     return prepare(DataSpec(source="images", paths=(str(folder),), **fields), cache=cache, progress=False)
-
-
-def test_a_size_of_patches_sets_the_number_of_tokens() -> None:
-    assert compose_run(["preset=fashion-vit", "model.patch_size=7", "model.pooling=mean"]).spec.data.context == 16
 
 
 def held_out(corpus: Corpus) -> dict[str, torch.Tensor]:

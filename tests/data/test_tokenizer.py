@@ -1,6 +1,4 @@
-"""The tokenizer gives back every text, counts its bytes, and comes out the same each time."""
-
-from pathlib import Path
+"""The tokenizer gives back every text, and counts its bytes."""
 
 import pytest
 from hypothesis import given
@@ -8,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from normfree.data.tokenizer import END_TOKEN, Encoder, load_tokenizer, tokenizer_hash, train_tokenizer, vocabulary_size
+from normfree.data.tokenizer import END_TOKEN, Encoder, load_tokenizer, train_tokenizer, vocabulary_size
 
 TEXTS = [f"for index_{number} in range({number}):\n    print('naive caf\u00e9 {number}')\n" for number in range(200)]
 TOKENIZER = train_tokenizer(TEXTS, 320)
@@ -21,10 +19,6 @@ def test_any_unicode_text_round_trips_and_its_bytes_add_up(text: str) -> None:
     assert TOKENIZER.decode(document_SC[:, 0].tolist(), clean_up_tokenization_spaces=False) == text
     assert document_SC[:, 1].sum() == len(text.encode())
     assert ENCODER.encode([text])[0][:, 0].tolist() == document_SC[:, 0].tolist()
-
-
-def test_training_gives_the_same_tokenizer_each_time() -> None:
-    assert tokenizer_hash(train_tokenizer(iter(TEXTS), 320)) == tokenizer_hash(TOKENIZER)
 
 
 def test_text_that_spells_the_end_token_stays_text() -> None:
@@ -57,7 +51,7 @@ def test_the_vocabulary_reaches_to_the_highest_id() -> None:
     assert vocabulary_size(TOKENIZER) == len(TOKENIZER) == 320
 
 
-def test_a_folder_without_a_tokenizer_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_a_folder_without_a_tokenizer_is_refused_in_one_line(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"data\.tokenizer=.* cannot be loaded") as caught:
         load_tokenizer(str(tmp_path))
     assert "\n" not in str(caught.value)

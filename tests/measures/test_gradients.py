@@ -6,11 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from normfree import measure
+from normfree import Run, compose_run, measure, read_run, train
 from normfree.measures import MEASURES
-from normfree.spec.compose import compose_run
-from normfree.store.runs import Run, read_run
-from normfree.training import train
 from normfree.training.trainer import NormFreeTrainer
 from tests.small_model import small_model
 from tests.training.runs import act_in

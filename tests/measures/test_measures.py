@@ -6,17 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-import normfree
+from normfree import Run, compose_run, read_run, train
 from normfree.analysis.groups import group_runs
 from normfree.measures import MEASURES, periods_of
 from normfree.measures.heads import Heads
 from normfree.measures.measure import Measure
 from normfree.report.build import number_frames
 from normfree.report.sections import figures_of
-from normfree.spec.compose import compose_run
 from normfree.store.quantities import QUANTITIES, Quantity
-from normfree.store.runs import Run, read_run
-from normfree.training import train
 
 LAYERS, HEADS = 2, 2
 FIGURES = {("layer", "head"): ("heads", "layers"), ("layer",): ("depth", "layers"), (): ("curves",)}
@@ -115,9 +112,3 @@ def test_your_own_measure_needs_a_description_and_a_name(monkeypatch: pytest.Mon
 def test_wrong_entries_are_refused(entries: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         periods_of(entries, 2)
-
-
-def test_no_module_hides_a_public_name() -> None:
-    """`import normfree.train` would put a module where `normfree.train` is a function."""
-    modules = {path.stem for path in Path(normfree.__file__).parent.iterdir()}
-    assert not modules & set(normfree.__all__)

@@ -1,30 +1,26 @@
 """The family vision: ViT's logits, patches that all see each other, and saving."""
 
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 from normfree import measure
-from normfree.model import HEADS
 from normfree.model.conversion import convert
 from tests.elsewhere import check_loading_elsewhere
-from tests.small_model import CHOICES, with_noise
+from tests.small_model import CHOICES, SMALL, family_model, with_noise
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 12, "num_channels": 3}
+IMAGES = {"image_size": 12, "num_channels": 3, "patch_size": 4}
 PIXELS = torch.linspace(-1, 1, 2 * 3 * 12 * 12).view(2, 3, 12, 12)
 
 
-def build(**fields: Any) -> Any:
-    torch.manual_seed(0)
-    kind = HEADS["vision"]
-    return with_noise(kind._from_config(kind.config_class(**SIZES | fields, num_labels=5)))
+build = partial(family_model, "vision", **IMAGES, num_labels=5)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
 def test_a_vit_of_transformers_has_equal_logits(activation: str, tmp_path) -> None:
-    config = ViTConfig(**SIZES, intermediate_size=48, patch_size=4, hidden_act=activation, id2label={0: "a", 1: "b"})
+    config = ViTConfig(**SMALL, **IMAGES, intermediate_size=48, hidden_act=activation, id2label={0: "a", 1: "b"})
     theirs = with_noise(ViTForImageClassification(config))
     ours = convert(theirs)
     torch.testing.assert_close(ours(PIXELS).logits, theirs(PIXELS).logits, atol=1e-5, rtol=0)
@@ -59,7 +55,7 @@ def test_entropies_are_those_of_weights_on_all_patches(attention: str) -> None:
 
 
 @pytest.mark.parametrize("form", CHOICES)
-def test_every_parameter_of_every_choice_has_a_gradient(form: dict[str, Any], tmp_path) -> None:
+def test_every_parameter_of_every_choice_has_a_gradient(form, tmp_path) -> None:
     decoders = ("rotary", "position", "taper", 8)  # what is refused below
     model = build(**{name: value for name, value in form.items() if value not in decoders})
     model(PIXELS, labels=torch.tensor([0, 4])).loss.backward()
@@ -79,7 +75,7 @@ def test_every_parameter_of_every_choice_has_a_gradient(form: dict[str, Any], tm
         ({"image_size": 8}, r"images of 3 x 12 x 12 .*, but the model reads 3 x 8 x 8"),
     ],
 )
-def test_what_does_not_fit_images_is_refused(fields: dict[str, Any], message: str) -> None:
+def test_what_does_not_fit_images_is_refused(fields, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(**fields)(PIXELS)
 

@@ -33,6 +33,8 @@ SKIPS = "allowed: stop, or skip:N"
         ("variant=sm-ln-g model.placement=post", LABEL),
         ("variant=sm-ln-g model.final_norm=none", LABEL),
         ("variant=sm-ln-g model.attention_gate=head", LABEL),
+        ("variant=sm-rg model.num_hidden_layers=x", "num_hidden_layers='x'"),
+        ("variant=sm-rg model.num_hidden_layers=4 model.activation=[relu,gelu,gelu,gelu]", "the wrong label"),
         # Training.
         ("train.compile=fast", r"train\.compile='fast': it should be False, True or 'cuda_graph'"),
         *((f"train.on_nonfinite={policy}", SKIPS) for policy in ("skip", "skip:0", "skip:-1", "skip:x", "''")),

@@ -14,9 +14,10 @@ def spec(**changes: Any) -> RunSpec:
     return RunSpec.from_dict(MINIMAL | changes)
 
 
-def test_a_spec_survives_its_own_json() -> None:
-    original = spec(data={"source": "files", "paths": ["a", "b"]}, model={"norm": "none"})
+def test_a_spec_survives_its_own_json_and_names_of_digits() -> None:
+    original = spec(data={"source": "files", "paths": ["a", "b"]}, model={"norm": "none"}, tag=100, study=2024)
     assert RunSpec.from_dict(original.to_dict()) == original
+    assert (original.study, original.name) == ("2024", "sm-r-100-seed0")
 
 
 @pytest.mark.parametrize(
@@ -53,24 +54,13 @@ def test_a_spec_built_without_a_command_is_checked_too() -> None:
         replace(spec().train, steps=-1)
 
 
-def test_a_name_of_digits_is_a_name() -> None:
-    named = spec(tag=100, study=2024)
-    assert (named.study, named.name) == ("2024", "sm-r-100-seed0")
-
-
 def test_variant_seed_and_logging_do_not_change_the_recipe() -> None:
     base = spec()
-    same = [
-        spec(variant="sm-g", label="SM+G", seed=3, tag="x", model={"norm": "none", "activation": "gelu"}),
-        spec(train={"steps": 10, "decay_slopes": True, "log_every": 3, "threads": 1}),
-        spec(data_seed=1),
-    ]
-    other = [
-        spec(train={"steps": 10, "peak_learning_rate": 0.5}),
-        spec(train={"steps": 10, "precision": "bf16"}),
-        spec(train={"steps": 10, "on_nonfinite": "skip:1"}),
-        spec(model={"hidden_size": 64}),
-    ]
+    ten: dict[str, Any] = {"steps": 10}
+    same = [spec(variant="sm-g", label="SM+G", seed=3, tag="x", model={"norm": "none", "activation": "gelu"})]
+    same += [spec(data_seed=1), spec(train=ten | {"decay_slopes": True, "log_every": 3, "threads": 1})]
+    more: list[dict[str, Any]] = [{"peak_learning_rate": 0.5}, {"precision": "bf16"}, {"on_nonfinite": "skip:1"}]
+    other = [spec(model={"hidden_size": 64}), *(spec(train=ten | each) for each in more)]
     assert {one.recipe() for one in same} == {base.recipe()}
     assert base.recipe() not in {one.recipe() for one in other}
 
@@ -91,10 +81,8 @@ def test_identity_changes_with_everything_that_decides_the_numbers() -> None:
 
 def test_a_whole_number_is_the_same_model_as_its_float() -> None:
     words = ["variant=leaky-fixed", "model.position=rotary"]
-    one, other = (
-        compose_run([*words, f"model.negative_slope={slope}", f"model.rotary_base={base}"]).spec
-        for slope, base in ((1, 500), (1.0, 500.0))
-    )
+    values = [("1", "500"), ("1.0", "500.0")]
+    one, other = (compose_run([*words, f"model.negative_slope={a}", f"model.rotary_base={b}"]).spec for a, b in values)
     assert (one.identity(), one.recipe()) == (other.identity(), other.recipe())
     with pytest.raises(ValueError, match="negative_slope=True; allowed: float"):
         compose_run(["variant=leaky-fixed", "model.negative_slope=true"])

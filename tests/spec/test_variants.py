@@ -2,7 +2,7 @@
 
 import pytest
 
-from normfree.spec.compose import CONF, compose_run, variants
+from normfree.spec.compose import CONF, compose_run
 from normfree.spec.variants import part_names, read_variant
 
 PARTS = part_names(CONF / "variant")
@@ -33,5 +33,15 @@ def test_every_part_trains_as_a_variant(part):
     assert spec.name == f"{name}-seed0"
 
 
-def test_variants_that_help_shows_exist():
-    assert {"sm-ln-g", "sm-gr", "leaky-shared", "custom"} <= set(variants())
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        ("variant=sm-rg model.num_hidden_layers=12", ["relu"] * 6 + ["gelu"] * 6),
+        ("variant=sm-rg model.num_hidden_layers=5", ["relu"] * 3 + ["gelu"] * 2),
+        ("variant=sm-gr preset=pythia70m-t128", ["gelu"] * 3 + ["relu"] * 3),
+        ("variant=sm-rg model.num_hidden_layers=2 model.activation=[relu,gelu] model.norm=none", ["relu", "gelu"]),
+        ("variant=sm-g model.num_hidden_layers=2 model.activation=[gelu,gelu] model.norm=none", ["gelu"] * 2),
+    ],
+)
+def test_half_and_half_fits_any_depth_or_is_spelled_out(words, names):
+    assert compose_run(words.split()).spec.model["activation"] == names

@@ -1,7 +1,6 @@
 """Scores equal log-softmax by hand and known probabilities; their table equals numpy's numbers."""
 
 import math
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -211,7 +210,7 @@ def test_right_labels_are_shares_of_all_labels() -> None:
     assert shares == ["78.6", "42.9", "57.1", "+35.7"]
 
 
-def test_the_report_shows_recorded_tasks(tmp_path: Path) -> None:
+def test_the_report_shows_recorded_tasks(tmp_path) -> None:
     runs = [write_run(tmp_path / "runs", label, seed=seed) for label in ("SM+R", "SM+G") for seed in (0, 1)]
     assert not task_table(group_runs(runs)).rows
     for run in runs[:3]:

@@ -17,7 +17,7 @@ from normfree.store.runs import read_run
 from normfree.store.tasks import read_tasks
 from normfree.tasks.evaluate import evaluate_items, make_items, token_counts
 from normfree.tasks.functions import functions_of
-from normfree.tasks.pairs import make_pairs
+from normfree.tasks.pairs import Pair, make_pairs
 from tests.entropy.families import tiny_model
 from tests.measures.byte_model import byte_tokenizer
 
@@ -57,7 +57,11 @@ def saved_model(folder: Path, family: str = "gpt2", **own: Any) -> Path:
     return folder
 
 
-def test_a_run_gets_a_record_and_a_table(copied: Path, cache: Path, text: Path, run, output) -> None:
+def fits(*pairs: Pair) -> bool:
+    return max(len(text) for pair in pairs for text in pair[:2]) <= 300
+
+
+def test_a_run_gets_a_record_and_a_table(copied: Path, cache: Path, text: Path, output) -> None:
     words = ["evaluate", str(copied), f"text={text}", f"cache_dir={cache}", "items=20"]
     out = output(*words, "tasks=[keyword,name]")
     assert "| single/sm-r-seed0 | keyword |" in out
@@ -69,10 +73,8 @@ def test_a_run_gets_a_record_and_a_table(copied: Path, cache: Path, text: Path, 
     output(*words, "tasks=bracket")
     assert list(read_tasks(copied)) == ["keyword", "name", "bracket"]
     assert read_tasks(copied)["keyword"] == record
-    assert {finding.split()[0] for finding in run("verify", str(copied), f"cache_dir={cache}")[1].splitlines()} <= {
-        "sound",
-        "absent",
-    }
+    findings = output("verify", str(copied), f"cache_dir={cache}").splitlines()
+    assert {finding.split()[0] for finding in findings} <= {"sound", "absent"}
 
 
 def test_recorded_margins_are_sums_of_log_softmax(text: Path, tmp_path: Path) -> None:
@@ -82,7 +84,7 @@ def test_recorded_margins_are_sums_of_log_softmax(text: Path, tmp_path: Path) ->
     for task, pairs in items.items():
         margins = iter(records[task]["values"]["model"])
         for two in zip(pairs[::2], pairs[1::2], strict=True):
-            if max(len(text) for pair in two for text in pair[:2]) <= 300:  # a longer text is cut
+            if fits(*two):  # a longer text is cut
                 for pair in two:
                     by_hand = log_likelihood(model, tokenizer, pair.good) - log_likelihood(model, tokenizer, pair.bad)
                     assert abs(next(margins) - by_hand) < 1e-4
@@ -131,12 +133,7 @@ def test_exported_pairs_are_read_back(text: Path, tmp_path: Path, output) -> Non
     words = ["tasks=docstring,name", "items=40", f"export={tmp_path / 'out'}"]
     out = output("evaluate", str(saved_model(tmp_path / "model")), f"text={text}", *words)
     pairs = make_pairs("name", functions_of([text.read_text()]), count=40)
-    fitting = [
-        pair
-        for two in zip(pairs[::2], pairs[1::2], strict=True)
-        if max(len(text) for pair in two for text in pair[:2]) <= 300
-        for pair in two
-    ]
+    fitting = [pair for two in zip(pairs[::2], pairs[1::2], strict=True) if fits(*two) for pair in two]
     assert 0 < len(fitting) < len(pairs)
     lines = (tmp_path / "out" / "name.jsonl").read_text().splitlines()
     assert [json.loads(line)["choices"] for line in lines] == [list(pair[:2]) for pair in fitting]

@@ -3,9 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from normfree.spec.compose import compose_run
-from normfree.store.runs import Run, read_run
-from normfree.training import train
+from normfree import Run, compose_run, read_run, train
 from tests.training.fork_server import ForkServer
 
 

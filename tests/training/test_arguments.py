@@ -1,7 +1,6 @@
 """What this machine or number of processes cannot train is refused."""
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -25,7 +24,7 @@ def test_processes_must_share_a_batch_evenly(batch, micro, processes, tiny_spec,
 
 @pytest.mark.parametrize("steps", [50, 115, 229])
 def test_the_advised_epochs_give_the_requested_steps(tiny_spec, steps: int) -> None:
-    corpus: Any = SimpleNamespace(train=range(100))
+    corpus = SimpleNamespace(train=range(100))
     batch = ["train.batch_sequences=3", "train.micro_batch_sequences=3"]
     with pytest.raises(ValueError, match=r"train\.steps=null train\.epochs=") as refused:
         total_steps(tiny_spec(*batch, f"train.steps={steps}"), corpus)

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from normfree import read_run, train
 from normfree.spec.compose import compose_run, members, read_preset
 from normfree.spec.run import RunSpec
-from normfree.store.runs import read_run
-from normfree.training import train
 from tests.images import write_digits
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -90,10 +89,8 @@ def test_the_losses_tell_presets_apart_and_fall() -> None:
 
 def write() -> None:
     with tempfile.TemporaryDirectory() as place:
-        values = {
-            f"{preset} {variant}": losses(preset, variant, Path(place), Path(place) / "cache")
-            for preset, variant in pairs()
-        }
+        folder = Path(place)
+        values = {" ".join(pair): losses(*pair, folder, folder / "cache") for pair in pairs()}
     LOSSES.write_text(json.dumps(values, indent=1) + "\n")
 
 

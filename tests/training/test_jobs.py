@@ -69,19 +69,17 @@ def small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: facts)
 
 
-@pytest.mark.usefixtures("small_gpu")
+@pytest.mark.usefixtures("small_gpu", "two_cores")
 def test_workers_that_do_not_fit_a_gpu_are_refused(tiny_jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU more of them than cores are allowed."""
-    monkeypatch.setattr(jobs, "usable_cores", lambda: 2)
     monkeypatch.setattr(jobs, "_share", lambda *_: pytest.fail("it began to train"))
     message = r"workers=5: 5 runs of 1\.0 GiB need 5\.\d GiB, and Tiny GPU has 4\.0 .*workers=3"
     with pytest.raises(ValueError, match=message):
         train_jobs(tiny_jobs("seed=0,1,2,3,4"), Launch(workers=5))
 
 
-@pytest.mark.usefixtures("small_gpu")
+@pytest.mark.usefixtures("small_gpu", "two_cores")
 def test_fewer_runs_than_workers_need_less(tiny_jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "usable_cores", lambda: 2)
     threads: list[int | None] = []
     monkeypatch.setattr(
         jobs, "_share", lambda shared, _: threads.extend(job.spec.train.threads for job in shared) or {}

@@ -13,11 +13,10 @@ import pytest
 import torch
 from transformers import set_seed
 
+from normfree import compose_run, read_run
 from normfree.files import damages
 from normfree.model import HEADS
-from normfree.spec.compose import compose_run
 from normfree.store.checkpoints import checkpoints_in
-from normfree.store.runs import read_run
 from tests.machine import wait_for
 from tests.training.fork_server import PLACES, ForkServer
 from tests.training.runs import check_equal_runs, of_every_family, weights

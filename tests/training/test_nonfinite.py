@@ -126,11 +126,8 @@ def test_a_logged_mean_counts_taken_steps_only(train_tiny, inject) -> None:
     words = ("train.on_nonfinite=skip:1", "train.micro_batch_sequences=4")
     losses = dict(train_tiny(*words, runs="each").series("train", "loss"))
     means = train_tiny(*words, "train.log_every=3")
-    assert dict(means.series("train", "loss")) == {
-        1: losses[1],
-        3: pytest.approx(losses[2]),
-        6: pytest.approx((losses[4] + losses[5] + losses[6]) / 3),
-    }
+    expected = {1: losses[1], 3: pytest.approx(losses[2]), 6: pytest.approx((losses[4] + losses[5] + losses[6]) / 3)}
+    assert dict(means.series("train", "loss")) == expected
     norms = dict(means.series("train", "gradient_norm"))
     assert math.isnan(norms[3])
     assert norms[6] > 0

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from normfree.model import NormFreeConfig
-from normfree.store.runs import Run
+from normfree import NormFreeConfig, Run
 from normfree.training.objectives import EntropyBand, EntropyTarget, build_objective, read_profile
 from normfree.training.optimizers import MuonWithAdamW, parameter_groups
 from normfree.training.study import run_study
 from tests.small_model import small_model
+from tests.training.runs import losses
 
 CEILING = math.lgamma(17) / 16
 TARGET = ["train.objective=entropy_target", "train.entropy_weight=0.5", "train.entropy_share=0.5"]
@@ -26,10 +26,6 @@ STATES = {
     "spectral": ["variant=sm-sn-r"],
     "muon": ["variant=sm-r", "train.optimizer=muon"],
 }
-
-
-def losses(run: Run) -> list[float]:
-    return [loss for _, loss in run.series("train", "loss")]
 
 
 @pytest.mark.parametrize("words", STATES.values(), ids=STATES)

@@ -2,14 +2,10 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from normfree.model.blocks import FeedForward
-from normfree.spec.compose import compose_run
-from normfree.store.runs import Run, read_run
-from normfree.training import train
+from normfree import Run, compose_run, read_run, train
 
 SHORT = ["train.steps=4", "train.evaluate_every=100", "train.checkpoint_every=100", "train.warmup_share=0"]
 SMALL = ["probe.every_steps=100", "probe.sequences=1", "probe.final_sequences=1", "train.evaluation_sequences=2"]
@@ -57,16 +53,3 @@ def test_evaluation_sequences_change_validation_but_no_step(base: Run, train_sho
     more = train_short("train.evaluation_sequences=8")
     assert difference(base, more, "validation") > 1e-6
     assert difference(base, more) == 0
-
-
-def test_gradient_checkpointing_repeats_forward_and_changes_no_loss(base: Run, train_short, monkeypatch) -> None:
-    forward, calls = FeedForward.forward, []
-
-    def counted(layer: FeedForward, *values: Any) -> Any:
-        calls.append(layer.training)
-        return forward(layer, *values)
-
-    monkeypatch.setattr(FeedForward, "forward", counted)
-    with_repeats = train_short("train.gradient_checkpointing=true")
-    assert sum(calls) == 2 * 2 * 4  # layers, steps
-    assert difference(base, with_repeats) < 1e-6

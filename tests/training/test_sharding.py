@@ -12,14 +12,13 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoModelForCausalLM
 
-from normfree.spec.compose import compose_run
+from normfree import Run, compose_run, read_run
 from normfree.spec.run import ProbeSpec
 from normfree.store.checkpoints import check_sharding, checkpoints_in, newest_sound
-from normfree.store.runs import Run, read_run
 from normfree.training import arguments, sharding, train
 from tests.small_model import small_model
-from tests.training.runs import DAMAGES, check_equal_runs, damage, weights
-from tests.training.test_processes import losses, started
+from tests.training.runs import DAMAGES, check_equal_runs, damage, losses, weights
+from tests.training.test_processes import started
 
 # A command of which a process acts at a step: dies, gets a signal, or has a loss of NaN; or from then on, run ahead.
 ACTING = """

@@ -6,21 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    ViTConfig,
-    ViTForImageClassification,
-)
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from normfree import Run, compose_run, find_runs, train
 from normfree.cli.main import main
 from normfree.model.conversion import convert
-from normfree.spec.compose import compose_run
-from normfree.store.runs import Run, find_runs
-from normfree.training import train
-from tests.training.runs import break_in_step, check_equal_runs, weights
+from tests.training.runs import check_equal_runs, killed_in_step, weights
 
 SELDOM = ("train.evaluate_every=50", "train.checkpoint_every=50", "probe.every_steps=50", "train.log_every=10")
 CONTROL = ("train.steps=100", "tag=cut", *SELDOM)
@@ -45,7 +37,8 @@ def test_a_start_without_steps_keeps_the_numbers(train_tiny: Callable[..., Run],
 @pytest.mark.parametrize("family", ["vision"], indirect=True)
 def test_a_run_begins_with_a_vit_of_transformers(train_tiny: Callable[..., Run], tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
-    vit = ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=2, num_channels=1))  # two other classes
+    config = transformers.ViTConfig(**sizes, image_size=8, patch_size=2, num_channels=1)
+    vit = transformers.ViTForImageClassification(config)  # of two other classes
     vit.save_pretrained(tmp_path / "vit")
     words = "variant=custom", "train.frozen=['model.*']", "train.steps=1"
     first = train_tiny(f"start=model:{tmp_path / 'vit'}", *words)
@@ -71,20 +64,18 @@ def test_norms_leave_a_trained_model(train_tiny: Callable[..., Run], trained: Ru
     assert again.series("validation", "loss")[0][1] == pytest.approx(run.last("validation", "loss"), abs=1e-4)
 
 
-def test_a_kill_within_the_removal_resumes_to_the_bit(train_tiny, trained: Run, monkeypatch) -> None:
+def test_a_kill_within_the_removal_resumes_to_the_bit(train_tiny: Callable[..., Run], trained: Run) -> None:
     words = (f"start=run:{trained.folder}", *REMOVE, "train.checkpoint_every=10")
     whole = train_tiny(*words)
-    with monkeypatch.context() as patch:
-        break_in_step(37, patch)
-        with pytest.raises(ConnectionError):
-            train_tiny(*words, runs="killed")
+    with killed_in_step(37):
+        train_tiny(*words, runs="killed")
     check_equal_runs(train_tiny(*words, runs="killed").folder, whole.folder)
 
 
 def test_a_gpt2_is_trained_on(train_tiny: Callable[..., Run], trained: Run, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(trained.folder / "model")
-    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64)
-    theirs = GPT2LMHeadModel(config).eval()
+    config = transformers.GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
     theirs.save_pretrained(tmp_path / "gpt2")
     tokenizer.save_pretrained(tmp_path / "gpt2")
     run = train_tiny(f"start=model:{tmp_path / 'gpt2'}", "variant=custom", "train.steps=2", "train.frozen=['*embed*']")

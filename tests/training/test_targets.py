@@ -1,6 +1,5 @@
 """Runs of encoder-decoders: what they record, save and begin with."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForCo
 from normfree.data import prepare
 from normfree.model.conversion import convert
 from normfree.pretrained.load import corpus_of_run
-from normfree.store.runs import Run, read_run
+from normfree.store.runs import read_run
 from normfree.training.trainer import BlockOrder
 from tests.training.runs import weights
 
@@ -58,7 +57,7 @@ def test_the_saved_tokenizer_knows_the_sentinels(trained: Path, model: Any) -> N
     assert tokenizer.decode(model.generate(source, max_new_tokens=3)[0]).startswith("<span_1>")
 
 
-def test_a_run_begins_with_another_or_a_t5(train_tiny: Callable[..., Run], trained: Path, tmp_path: Path) -> None:
+def test_a_run_begins_with_another_or_a_t5(train_tiny, trained: Path, tmp_path: Path) -> None:
     again = train_tiny(f"start=run:{trained}", "tag=again", "train.steps=2")
     first = read_run(trained)
     assert again.series("validation", "loss")[0][1] == pytest.approx(first.last("validation", "loss"), abs=1e-6)
@@ -74,7 +73,7 @@ def test_a_run_begins_with_another_or_a_t5(train_tiny: Callable[..., Run], train
     assert all(torch.equal(ours[name], value) for name, value in theirs.items() if ".layers." in name)
 
 
-def test_a_run_writes_docstrings(run: Callable[..., Any], tiny: list[str], cache: Path, tmp_path: Path) -> None:
+def test_a_run_writes_docstrings(run, tiny: list[str], cache: Path, tmp_path: Path) -> None:
     words = ("variant=sm-r", "data.packing=docstring", "data.context=32", "train.micro_batch_sequences=2")
     code, _, error = run("train", *tiny, *words, "train.steps=3", f"cache_dir={cache}", f"runs_dir={tmp_path}")
     assert code == 0, error
