@@ -63,20 +63,6 @@ def test_the_command_writes_a_run_folder_and_its_page(saved, tmp_path, capsys) -
         assert (tmp_path / "measured" / "report" / name).stat().st_size > 0
 
 
-@pytest.mark.slow
-def test_two_models_are_compared_head_by_head(saved, model, tmp_path, capsys) -> None:
-    assert measure(saved) == 0
-    with torch.no_grad():
-        model.transformer.h[1].attn.c_attn.weight[:, 16:32] *= 3  # queries of head 1 of layer 1
-    assert measure(save(model, tmp_path / "other"), f"output={tmp_path / 'second'}") == 0
-    capsys.readouterr()
-    folders = [str(tmp_path / "measured"), str(tmp_path / "second")]
-    assert main(["report", *folders, f"output={tmp_path / 'both'}"]) == 0, capsys.readouterr().err
-    a, b = (np.array(run.last("final", "entropy_nats")) for run in find_runs(folders))
-    assert f"layer 1 head 1: {a[1, 1] - b[1, 1]:.2f}<" in (tmp_path / "both" / "index.html").read_text()
-    assert (tmp_path / "both" / "figures" / "entropy_nats-differences.png").stat().st_size > 0
-
-
 def test_an_output_folder_with_something_else_is_refused(saved, tmp_path, capsys) -> None:
     assert measure(saved) == 0
     assert measure(saved) == 0  # the same again
