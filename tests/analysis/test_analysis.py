@@ -215,7 +215,8 @@ def test_a_preset_replaces_its_settings_in_names(tmp_path: Path) -> None:
 
 def test_parts_say_how_their_recipes_differ(tmp_path: Path) -> None:
     rates = {"a": {"peak_learning_rate": 1e-2}, "b": {"peak_learning_rate": 1e-3}}
-    runs = [write_run(tmp_path, f"SM+{name}", tag=tag, train=rates[tag]) for name, tag in ("Ra", "Rb", "Ga")]
+    labels = (("SM+R", "a"), ("SM+R", "b"), ("SM+G", "a"))
+    runs = [write_run(tmp_path, label, tag=tag, train=rates[tag]) for label, tag in labels]
     parts = [(part.recipe, [group.name for group in part.groups]) for part in parts_of(runs, mix=True)]
     assert parts == [("peak_learning_rate=0.01", ["SM+G (a)", "SM+R (a)"]), ("peak_learning_rate=0.001", ["SM+R (b)"])]
     assert [part.recipe for part in parts_of(runs[1:2])] == [""]

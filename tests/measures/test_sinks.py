@@ -1,4 +1,4 @@
-"""Sink rates against eager attention matrices, and against the two definitions by hand."""
+"""Sink rates against those of eager attention matrices, row by row."""
 
 import numpy as np
 import pytest

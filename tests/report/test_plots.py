@@ -170,11 +170,9 @@ def test_slopes_have_a_line_per_layer_in_its_colour(tmp_path: Path) -> None:
 
 
 def trade_off(perplexity: Sequence[float], gigabytes: Sequence[float], corpora: str = "") -> Axes:
-    rows = zip(perplexity, gigabytes, corpora or "x" * len(perplexity), strict=True)
-    names = (f"SM+leaky, per layer (start{number})" for number in range(len(perplexity)))
-    given = [
-        Point(name, corpus, ppl, 1, 1e9 * gb, 1, True) for name, (ppl, gb, corpus) in zip(names, rows, strict=False)
-    ]
+    rows = enumerate(zip(perplexity, gigabytes, corpora or "x" * len(perplexity), strict=True))
+    name = "SM+leaky, per layer (start{})"
+    given = [Point(name.format(n), corpus, ppl, 1, 1e9 * gb, 1, True) for n, (ppl, gb, corpus) in rows]
     return trade_off_points(given, ax=Figure().subplots())
 
 
