@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import inspect
 import json
 import os
@@ -45,8 +43,8 @@ def tiny(family: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     Its initial weights are large: with 0.02 every head attends evenly, within 5e-8 nats of the ceiling.
     """
     folder = tmp_path_factory.mktemp(family)
-    words = {"decoder": words_of_text, "vision": words_of_images, "encoder_decoder": words_of_pairs}[family]
-    return [*words(folder), *TINY]
+    words = words_of_images(folder) if family == "vision" else words_of_text(folder)
+    return [*words, *(["preset=denoise"] if family == "encoder_decoder" else []), *TINY.split()]
 
 
 def words_of_text(folder: Path) -> list[str]:
@@ -55,53 +53,27 @@ def words_of_text(folder: Path) -> list[str]:
     (folder / "held_out").mkdir()
     for number, document in enumerate(inspect.getsource(json).split("\n\n\n")):
         (folder / "held_out" / f"{number}.txt").write_text(document)
-    return [
-        "preset=cpu-quick",
-        "data=files",
-        f"data.paths=['{folder}/*.py']",
-        f"data.validation_paths=['{folder}/held_out']",
-        "data.vocab_size=300",
-        "data.context=16",
-        "data.max_bytes=null",
-        "data.max_bytes_per_package=null",
-    ]
+    paths = [f"data.paths=['{folder}/*.py']", f"data.validation_paths=['{folder}/held_out']"]
+    return ["preset=cpu-quick", "data=files", *paths, *SMALL_TEXT.split()]
 
 
-def words_of_pairs(folder: Path) -> list[str]:
-    return [*words_of_text(folder), "preset=denoise"]
+SMALL_TEXT = "data.vocab_size=300 data.context=16 data.max_bytes=null data.max_bytes_per_package=null"
 
 
 def words_of_images(folder: Path) -> list[str]:
-    return [
-        "preset=fashion-vit",
-        "data=images",
-        f"data.paths=['{write_digits(folder / 'train', 160)}']",
-        f"data.validation_paths=['{write_digits(folder / 'held_out', 40, seed=1)}']",
-        "model.image_size=8",
-        "model.patch_size=2",
-        "train.epochs=null",
-    ]
+    train, held_out = write_digits(folder / "train", 160), write_digits(folder / "held_out", 40, seed=1)
+    paths = [f"data.paths=['{train}']", f"data.validation_paths=['{held_out}']"]
+    sizes = ["model.image_size=8", "model.patch_size=2", "train.epochs=null"]
+    return ["preset=fashion-vit", "data=images", *paths, *sizes]
 
 
-TINY = (
-    "model.hidden_size=32",
-    "model.num_hidden_layers=2",
-    "model.num_attention_heads=2",
-    "model.initializer_range=0.3",
-    "probe.measures=[heads,slopes]",  # all defaults would double the time; test_readme.py takes them
-    "train.steps=6",
-    "train.precision=fp32",
-    "train.peak_learning_rate=1e-3",
-    "train.batch_sequences=8",
-    "train.micro_batch_sequences=8",
-    "train.log_every=1",
-    "train.evaluate_every=3",
-    "train.checkpoint_every=2",
-    "train.threads=1",
-    "probe.every_steps=2",
-    "probe.sequences=8",
-    "probe.final_sequences=16",
-)
+TINY = """
+    model.hidden_size=32 model.num_hidden_layers=2 model.num_attention_heads=2 model.initializer_range=0.3
+    train.steps=6 train.precision=fp32 train.peak_learning_rate=1e-3 train.batch_sequences=8
+    train.micro_batch_sequences=8 train.log_every=1 train.evaluate_every=3 train.checkpoint_every=2 train.threads=1
+    probe.every_steps=2 probe.sequences=8 probe.final_sequences=16 probe.measures=[heads,slopes]
+"""
+"""All default measures would double the time; test_readme.py takes them."""
 
 
 @pytest.fixture
@@ -128,5 +100,17 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
         status = main(words)
         captured = capsys.readouterr()
         return status, captured.out, captured.err
+
+    return command
+
+
+@pytest.fixture
+def output(run: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
+    """`output(*words)`: the standard output of a command, which must succeed."""
+
+    def command(*words: str) -> str:
+        status, out, err = run(*words)
+        assert status == 0, err
+        return out
 
     return command

@@ -1,7 +1,5 @@
 """Digits of seven segments on small noisy images, for runs of the family vision."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

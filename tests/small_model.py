@@ -1,20 +1,13 @@
 """A small model whose weights are far from their initial values."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 
-from normfree.model import NormFreeConfig, NormFreeForCausalLM
+from normfree.model import HEADS, NormFreeConfig, NormFreeForCausalLM
 
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 32,
-}
+SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+SIZES = SMALL | {"vocab_size": 61, "max_position_embeddings": 32}
 CHOICES: list[dict[str, Any]] = [
     {
         "norm": "dyt", "placement": "peri", "query_key_norm": "rmsnorm", "branch": "layerscale",
@@ -39,6 +32,13 @@ def with_noise(model: Any) -> Any:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
     return model.eval()
+
+
+def family_model(family: str, **fields: Any) -> Any:
+    """Another family's model, with noise on every weight."""
+    torch.manual_seed(0)
+    kind = HEADS[family]
+    return with_noise(kind._from_config(kind.config_class(**SMALL | fields)))
 
 
 def small_model(*, seed: int = 0, attention: str = "sdpa", spread: float = 0.2, **fields: Any) -> NormFreeForCausalLM:

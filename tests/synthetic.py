@@ -3,8 +3,6 @@
 L layers, H heads
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any
@@ -15,22 +13,18 @@ from normfree.analysis.entropy import causal_ceiling
 from normfree.spec.run import RunSpec
 from normfree.store.runs import Run, RunWriter, read_run
 
+NO_NORM, LEAKY = {"norm": "none"}, {"norm": "none", "activation": "leaky_relu"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "SM+LN+G": {"norm": "layernorm", "activation": "gelu"},
     "SM+LN+R": {"norm": "layernorm", "activation": "relu"},
-    "SM+G": {"norm": "none", "activation": "gelu"},
-    "SM+R": {"norm": "none", "activation": "relu"},
-    "SM": {"norm": "none", "activation": "identity"},
-    "SM+leaky, fixed": {"norm": "none", "activation": "leaky_relu", "negative_slope": 0.1},
-    "SM+leaky, per layer": {"norm": "none", "activation": "leaky_relu", "learnable_slope": "per_layer"},
-    "SM+leaky, shared": {"norm": "none", "activation": "leaky_relu", "learnable_slope": "shared"},
-}
-VARIANTS |= {
-    label: {"norm": "none", "activation": activations, "learnable_slope": "per_layer"}
-    for label, activations in {
-        "SM+G/leaky": ["gelu", "leaky_relu", "gelu", "leaky_relu"],
-        "SM+G/leaky, last": ["gelu", "gelu", "gelu", "leaky_relu"],
-    }.items()
+    "SM+G": NO_NORM | {"activation": "gelu"},
+    "SM+R": NO_NORM | {"activation": "relu"},
+    "SM": NO_NORM | {"activation": "identity"},
+    "SM+leaky, fixed": LEAKY | {"negative_slope": 0.1},
+    "SM+leaky, per layer": LEAKY | {"learnable_slope": "per_layer"},
+    "SM+leaky, shared": LEAKY | {"learnable_slope": "shared"},
+    "SM+G/leaky": LEAKY | {"learnable_slope": "per_layer", "activation": ["gelu", "leaky_relu"] * 2},
+    "SM+G/leaky, last": LEAKY | {"learnable_slope": "per_layer", "activation": ["gelu"] * 3 + ["leaky_relu"]},
 }
 PERPLEXITY = {"SM+LN+G": 34.2, "SM+LN+R": 34.9, "SM+G": 37.7, "SM+R": 36.1, "SM": 52.0}
 CONTEXT = 32
@@ -89,6 +83,11 @@ def study(root: Path) -> list[Run]:
     return runs
 
 
+def another_corpus(fingerprint: str) -> dict[str, Any]:
+    """`facts` of a run on another text."""
+    return {"corpus": {"fingerprint": fingerprint, "unigram_perplexity": 300.0, "vocab_size": 2048}}
+
+
 def rewritten(run: Run, metrics: str) -> Run:
     """The run with other metrics, recorded in its run.json."""
     (run.folder / "metrics.jsonl").write_text(metrics)
@@ -111,25 +110,16 @@ def _spec(label: str, seed: int, steps: int, more: dict[str, Any]) -> RunSpec:
 
 
 def _facts(spec: RunSpec, shape: tuple[int, int], done: int, more: dict[str, Any]) -> dict[str, Any]:
+    corpus = {"fingerprint": "c0ffee" * 10, "source": "installed", "context": CONTEXT, "vocab_size": 2048}
+    corpus |= {"train_tokens": 2_000_000, "validation_tokens": 90_000, "unigram_perplexity": 402.5}
+    model = {"parameters": 1_234_567, "layers": shape[0], "heads": shape[1], "head_dim": 32, "hidden_size": 128}
     return {
         "spec": spec.to_dict(),
-        "corpus": {
-            "fingerprint": "c0ffee" * 10,
-            "source": "installed",
-            "context": CONTEXT,
-            "vocab_size": 2048,
-            "train_tokens": 2_000_000,
-            "validation_tokens": 90_000,
-            "unigram_perplexity": 402.5,
-        },
-        "model": {"parameters": 1_234_567, "layers": shape[0], "heads": shape[1], "head_dim": 32, "hidden_size": 128}
-        | _slope_layers(spec),
+        "corpus": corpus,
+        "model": model | _slope_layers(spec),
         "environment": {"normfree": "0.1.0", "python": "3.11.2", "torch": "2.13.0", "processor": "x86", "cores": 2},
         "started": "2025-01-01T00:00:00",
-        "steps": spec.train.steps,
-        "wall_seconds": 95.0,
-        "steps_done": done,
-        "tokens_seen": done * 4096,
+        **{"steps": spec.train.steps, "steps_done": done, "tokens_seen": done * 4096, "wall_seconds": 95.0},
         "command": "normfree study quick",
         "study_note": "This scale is a demonstration, not evidence.",
         **more,

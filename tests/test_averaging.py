@@ -1,7 +1,5 @@
 """docs/averaging.py: what it costs to replace near-uniform heads by averages."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 
@@ -9,9 +7,8 @@ import numpy as np
 import pytest
 
 from docs import averaging
-from normfree import held_out_blocks, intervene, load_pretrained
+from normfree import held_out_blocks, intervene, load_pretrained, read_run
 from normfree.analysis.entropy import trained_heads
-from normfree.store.runs import read_run
 
 
 def test_controls_come_from_the_same_layers_where_possible() -> None:
@@ -25,9 +22,7 @@ def test_controls_come_from_the_same_layers_where_possible() -> None:
     assert sorted(averaging.draw_others([*chosen, (2, 1), (2, 2)], others, np.random.default_rng(0))) == others
 
 
-def test_costs_of_averaging_are_those_of_the_intervention(
-    trained: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_costs_of_averaging_are_those_of_the_intervention(trained: Path, cache: Path, monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("NORMFREE_CACHE", str(cache))
     monkeypatch.setattr(averaging, "DRAWS", 3)
     folder = shutil.copytree(trained, tmp_path / "run")

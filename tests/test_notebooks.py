@@ -1,7 +1,5 @@
 """The notebooks of docs/ run, show what they promise, and hold nothing of the machine that made their outputs."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys

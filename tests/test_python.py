@@ -1,7 +1,5 @@
 """The examples of docs/python.md and README.md run in their order, and all that they name is at the top level."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil
@@ -19,6 +17,8 @@ def test_every_public_name_exists() -> None:
     for name in normfree.__all__:
         assert getattr(normfree, name) is not None
     assert set(normfree.__all__) == {*normfree._PUBLIC, "__version__"}
+    modules = {path.stem for path in Path(normfree.__file__).parent.iterdir()}
+    assert not modules & set(normfree.__all__), "`import normfree.train` would put a module in place of the function"
 
 
 def test_the_examples_of_the_pages_run(trained: Path, tiny: list[str], cache: Path, tmp_path: Path) -> None:

@@ -1,13 +1,12 @@
 """Ceilings, ranges, verdicts, seeds and groups, also of the paper's published heatmaps."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from normfree.analysis import published
 from normfree.analysis.entropy import (
@@ -24,7 +23,7 @@ from normfree.analysis.pairs import all_pairs, pairs_of
 from normfree.analysis.seeds import paired_difference, student_t, summarise
 from normfree.analysis.verdicts import Slopes, collapse, fixed_slope, overload, slope_layers, slopes
 from normfree.store.runs import Run
-from tests.synthetic import CONTEXT, write_run
+from tests.synthetic import CONTEXT, another_corpus, write_run
 
 
 def heads(entropy_LH: object, *, ceiling: float = 4.0, step: int = 0) -> Heads:
@@ -79,8 +78,7 @@ def test_overload_needs_half_of_the_early_heads(entropy_LH: Any, holds: bool | N
 
 
 def test_overload_says_since_when_without_a_break() -> None:
-    states = [3.9, 1.0, 3.9, 3.9]
-    probes = [heads([[value]], step=100 * i) for i, value in enumerate(states)]
+    probes = [heads([[value]], step=100 * i) for i, value in enumerate((3.9, 1.0, 3.9, 3.9))]
     verdict = overload(probes[-1], probes)
     assert (verdict.first_step, verdict.since_step) == (0, 200)
     assert overload(probes[1], probes[:2]).since_step is None
@@ -94,13 +92,12 @@ def test_collapse_names_heads_and_the_first_step() -> None:
 
 
 def test_slopes_move_apart_per_layer_and_never_when_shared(tmp_path: Path) -> None:
-    per_layer = slopes(write_run(tmp_path, "SM+leaky, per layer"))
-    shared = slopes(write_run(tmp_path, "SM+leaky, shared"))
-    assert per_layer is not None
-    assert shared is not None
-    assert (per_layer.are_apart, shared.are_apart) == (True, False)
-    assert per_layer.text == "apart: from -0.090 (layer 3) to 0.210 (layer 0), first at step 80"
-    assert shared.text == "one shared slope, 0.110 at the end"
+    apart = "apart: from -0.090 (layer 3) to 0.210 (layer 0), first at step 80"
+    texts = {"SM+leaky, per layer": (True, apart), "SM+leaky, shared": (False, "one shared slope, 0.110 at the end")}
+    for label, expected in texts.items():
+        learned = slopes(write_run(tmp_path, label))
+        assert learned is not None
+        assert (learned.are_apart, learned.text) == expected
     assert slopes(write_run(tmp_path, "SM+G")) is None
 
 
@@ -120,24 +117,18 @@ def test_slope_layers_follow_the_activations(tmp_path: Path) -> None:
         ((1.0,), (-0.051,), False),
         ((0.01, 0.01), (0.002, -0.009), True),
         ((0.01, 0.01), (0.002, 0.01), False),
-        ((0.01,), (-0.02,), False),
         ((0.25, 0.25), (0.0, math.nan), False),
-        ((0.01,), (math.nan,), False),
     ],
 )
-def test_slopes_have_gone_to_zero_when_each_of_them_has(
-    first: tuple[float, ...], final: tuple[float, ...], expected: bool
-) -> None:
+def test_slopes_have_gone_to_zero_when_each_of_them_has(first: Any, final: Any, expected: bool) -> None:
     assert Slopes(first, final, are_apart=False, text="").gone_to_zero is expected
 
 
 def test_final_heads_come_from_the_end_or_newest_probe(tmp_path: Path) -> None:
-    finished = final_heads(write_run(tmp_path, "SM+G"))
-    stopped = final_heads(write_run(tmp_path, "SM+R", status="interrupted"))
-    assert finished is not None
-    assert stopped is not None
-    assert (finished.step, stopped.step) == (200, 100)
-    assert stopped.ceiling_L.tolist() == pytest.approx([causal_ceiling(CONTEXT)] * 4)
+    for label, status, step in (("SM+G", "finished", 200), ("SM+R", "interrupted", 100)):
+        found = final_heads(write_run(tmp_path, label, status=status))
+        assert found is not None
+        assert (found.step, found.ceiling_L.tolist()) == (step, pytest.approx([causal_ceiling(CONTEXT)] * 4))
 
 
 def test_no_mean_of_survivors() -> None:
@@ -152,11 +143,7 @@ def test_no_mean_of_survivors() -> None:
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 7, 30])
 def test_tabulated_t_values_leave_95_percent_inside(degrees: int) -> None:
-    reach = student_t(degrees)
-    t = np.linspace(-reach, reach, 200_001)
-    scale = math.gamma((degrees + 1) / 2) / math.sqrt(degrees * math.pi) / math.gamma(degrees / 2)
-    density = scale * (1 + t**2 / degrees) ** (-(degrees + 1) / 2)
-    assert np.trapezoid(density, t) == pytest.approx(0.95, abs=5e-5)
+    assert student_t(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), abs=6e-4)
 
 
 def test_differences_are_paired_by_seed() -> None:
@@ -182,7 +169,7 @@ def test_recipes_do_not_mix_unasked(tmp_path: Path) -> None:
 
 
 def test_runs_on_another_corpus_are_no_seeds_of_one_recipe(tmp_path: Path) -> None:
-    other = {"corpus": {"fingerprint": "decaf" * 8, "unigram_perplexity": 300.0, "vocab_size": 2048}}
+    other = another_corpus("decaf" * 8)
     runs = [write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+G", seed=1, facts=other)]
     with pytest.raises(ValueError, match=r"corpus: c0ffeec0ffee in .*, decafdecafde in .*mix=true"):
         group_runs(runs)
@@ -194,20 +181,15 @@ def test_runs_on_another_corpus_are_no_seeds_of_one_recipe(tmp_path: Path) -> No
 
 
 def test_names_say_tags_and_lengths_instead_of_corpora(tmp_path: Path) -> None:
-    longer = {"corpus": {"fingerprint": "decaf" * 8, "unigram_perplexity": 300.0, "vocab_size": 2048}}
-    runs = [
-        write_run(tmp_path, "SM+G"),
-        write_run(tmp_path, "SM+R", tag="fast", train={"peak_learning_rate": 1e-2}),
-        write_run(tmp_path, "SM+LN+G", data={"context": 64}, facts=longer),
-    ]
+    runs = [write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+R", tag="fast", train={"peak_learning_rate": 1e-2})]
+    runs += [write_run(tmp_path, "SM+LN+G", data={"context": 64}, facts=another_corpus("decaf" * 8))]
     names = [group.name for group in group_runs(runs, mix=True)]
     assert names == ["SM+LN+G [context=64]", "SM+G [context=32]", "SM+R (fast)"]
 
 
 def test_two_corpora_of_one_setting_have_different_names(tmp_path: Path) -> None:
     """Names are keys: two groups of one name would be drawn and counted as one."""
-    facts = {name: {"corpus": {"fingerprint": name * 8, "unigram_perplexity": 9.0, "vocab_size": 9}} for name in "ab"}
-    runs = [write_run(tmp_path / name, "SM+G", facts=facts[name]) for name in "ab"]
+    runs = [write_run(tmp_path / name, "SM+G", facts=another_corpus(name * 8)) for name in "ab"]
     runs += [write_run(tmp_path / "long", "SM+G", data={"context": 64})]
     names = [group.name for group in group_runs(runs, mix=True)]
     assert len(set(names)) == 3
@@ -222,32 +204,21 @@ def test_an_unfinished_run_of_another_recipe_is_allowed(tmp_path: Path) -> None:
 
 
 def test_a_preset_replaces_its_settings_in_names(tmp_path: Path) -> None:
-    rotary = {"position": "rotary", "residual": "parallel"}
-    runs = [
-        write_run(tmp_path, "SM+G", preset="cpu"),
-        write_run(tmp_path, "SM+G", preset="cpu", study="fast", train={"peak_learning_rate": 1e-2}),
-        write_run(tmp_path, "SM+G", preset="cpu-pythia", model=rotary),
-    ]
+    rotary: dict[str, Any] = {"preset": "cpu-pythia", "model": {"position": "rotary", "residual": "parallel"}}
+    fast: dict[str, Any] = {"study": "fast", "train": {"peak_learning_rate": 1e-2}}
+    runs = [write_run(tmp_path, "SM+G", **more) for more in ({}, fast, rotary)]
     rate = runs[0].spec["train"]["peak_learning_rate"]
+    settings = [("cpu", rate), ("cpu", 0.01), ("cpu-pythia", rate)]
     names = {group.name for group in group_runs(runs, mix=True)}
-    assert names == {
-        f"SM+G [preset=cpu, peak_learning_rate={rate}]",
-        "SM+G [preset=cpu, peak_learning_rate=0.01]",
-        f"SM+G [preset=cpu-pythia, peak_learning_rate={rate}]",
-    }
+    assert names == {f"SM+G [preset={preset}, peak_learning_rate={value}]" for preset, value in settings}
 
 
 def test_parts_say_how_their_recipes_differ(tmp_path: Path) -> None:
-    runs = [
-        write_run(tmp_path, "SM+R", tag=tag, train={"peak_learning_rate": rate})
-        for tag, rate in (("a", 1e-2), ("b", 1e-3))
-    ]
-    runs += [write_run(tmp_path, "SM+G", tag="a", train={"peak_learning_rate": 1e-2})]
+    rates = {"a": {"peak_learning_rate": 1e-2}, "b": {"peak_learning_rate": 1e-3}}
+    labels = (("SM+R", "a"), ("SM+R", "b"), ("SM+G", "a"))
+    runs = [write_run(tmp_path, label, tag=tag, train=rates[tag]) for label, tag in labels]
     parts = [(part.recipe, [group.name for group in part.groups]) for part in parts_of(runs, mix=True)]
-    assert parts == [
-        ("peak_learning_rate=0.01", ["SM+G (a)", "SM+R (a)"]),
-        ("peak_learning_rate=0.001", ["SM+R (b)"]),
-    ]
+    assert parts == [("peak_learning_rate=0.01", ["SM+G (a)", "SM+R (a)"]), ("peak_learning_rate=0.001", ["SM+R (b)"])]
     assert [part.recipe for part in parts_of(runs[1:2])] == [""]
 
 
@@ -321,13 +292,10 @@ BINS = {"SM+LN+G": (6, 20, 106, 12), "SM+LN+R": (8, 24, 107, 5), "SM+G": (2, 26,
 
 @pytest.mark.parametrize("label", BINS)
 def test_published_heatmaps_bin_as_stated(label: str) -> None:
+    assert max(values.max() for values in published.heatmaps().values()) == OBSERVED_MAX_NATS
     counts = range_counts(published.heatmaps()[label], OBSERVED_MAX_NATS)
     assert counts.finite_R == BINS[label]
     assert [100 * share for share in counts.shares] == pytest.approx(published.RANGE_PERCENT[label], abs=2)
-
-
-def test_the_observed_maximum_is_the_highest_published_head() -> None:
-    assert max(values.max() for values in published.heatmaps().values()) == OBSERVED_MAX_NATS
 
 
 def test_layer_means_show_the_published_signature() -> None:
@@ -352,11 +320,7 @@ def test_the_headline_is_8_2_percent() -> None:
 
 @pytest.mark.parametrize(
     ("position", "context", "model"),
-    [
-        ("learned", 128, "GPT-2 125M, T=128"),
-        ("rotary", 128, "Pythia-70M, T=128"),
-        ("rotary", 256, "Pythia-70M, T=256"),
-    ],
+    [("learned", 128, "GPT-2 125M, T=128"), ("rotary", 128, "Pythia-70M, T=128"), ("rotary", 256, "Pythia-70M, T=256")],
 )
 def test_a_run_stands_beside_the_published_model_of_its_shape(position: str, context: int, model: str) -> None:
     assert published.counterpart({"model": {"position": position}, "data": {"context": context}}) == model

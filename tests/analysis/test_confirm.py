@@ -1,7 +1,5 @@
 """The primary and secondary comparisons, beside scipy's tests."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

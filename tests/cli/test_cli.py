@@ -1,7 +1,5 @@
 """The command line, at the door: what a user types, what comes out, how it fails."""
 
-from __future__ import annotations
-
 import io
 import json
 import os
@@ -48,14 +46,6 @@ def test_a_sign_that_the_terminal_lacks_ends_no_command(monkeypatch: pytest.Monk
     assert output.buffer.getvalue() == b"25.6 \\xb1 0.6\n"
 
 
-def test_help_loads_no_torch() -> None:
-    code = (
-        "import sys; from normfree.cli.main import main; main(['train', '--help']); assert 'torch' not in sys.modules"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
 def test_help_shows_defaults_and_explains_every_key(run) -> None:
     lines = run("train", "--help")[1].splitlines()
     matches = [re.fullmatch(r"  (\w+\.\w+)=(\S*)(?: +(\S.*))?", line) for line in lines]
@@ -74,15 +64,13 @@ def test_help_shows_defaults_and_explains_every_key(run) -> None:
     assert shown.items() <= {key: value for key, (value, _) in rows.items()}.items()
 
 
-def test_cfg_prints_the_composed_run_and_trains_nothing(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cfg_prints_the_composed_run_and_trains_nothing(output, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["preset=cpu-quick", "variant=sm-r", "train.steps=7"]
-    status, out, _ = run("train", *words, "--cfg", "job")
-    assert status == 0
+    out = output("train", *words, "--cfg", "job")
     assert RunSpec.from_dict(yaml.safe_load(out)) == compose_run(words).spec
-    assert run("train", "-m", "--cfg", "submit=slurm", *words)[1] == out
-    status, out, _ = run("train", "-m", "--cfg", "job", "seed=3,5", *words)
-    assert status == 0
+    assert output("train", "-m", "--cfg", "submit=slurm", *words) == out
+    out = output("train", "-m", "--cfg", "job", "seed=3,5", *words)
     assert [RunSpec.from_dict(values).seed for values in yaml.safe_load_all(out)] == [3, 5]
     assert not list(tmp_path.iterdir())
 
@@ -102,25 +90,15 @@ def test_cfg_prints_the_composed_run_and_trains_nothing(run, tmp_path: Path, mon
         (["study", "mine.yaml"], "mine.yaml does not exist; "),
         (["train", "model.nrom=none"], "unknown key 'model.nrom'; did you mean model.norm"),
         (["train", "model.norm=none", "model.activation=relu"], "would have the wrong label: use variant=sm-r"),
-        (["train", "model.activation=gelu_tanh"], "would have the wrong label: use variant=custom"),
-        (
-            ["train", "variant=sm-rg", "model.activation=[relu,gelu,gelu,gelu]", "model.num_hidden_layers=4"],
-            "the wrong label",
-        ),
-        (["train", "--cfg", "model.num_attention_heads=5"], "must be a multiple of num_attention_heads=5"),
         (["train", "variant=custom", "tag=mine", "model.activation=relu"], "variant=custom needs model.norm, e.g."),
         (["train", "data.source=files"], "use data=NAME"),
         (["train", "data=files", "data.paths=[*.py]"], "data.paths=['...','...']"),
         (["train", "runs_dir=null"], "runs_dir=None: name a folder"),
-        (
-            ["train", "-m", "train.steps=10,20"],
-            "more than one run would be runs/single/sm-ln-g-seed0: put what differs",
-        ),
+        (["train", "-m", "train.steps=10,20"], "more than one run would be runs/single/sm-ln-g-seed0: put what"),
         (["train", "-m", "seed=range(0,3)"], "seed='range(0': it should be a valid integer"),
         (["train", "-m", "workers=0", "seed=0,1"], "workers=0: this machine has"),
         (["train", "-m", "workers=two", "seed=0,1"], "workers='two': it should be a valid integer"),
         (["study", "quick", "submit.timeout_min=5"], "submit.timeout_min= is read with submit=slurm or"),
-        (["train", "probe.measures=[hedas]"], "unknown measure 'hedas'; did you mean heads?"),
         (["evaluate", "m", "text=README.md", "cache_dir=c"], "cache_dir= is read for the text of a run only"),
         (["train", "seed=0,1"], "'seed=0,1' has several values: `normfree train -m` trains one run for each"),
         (["data", "files", "data.paths=[nowhere/*.py]"], "nowhere"),
@@ -130,7 +108,6 @@ def test_cfg_prints_the_composed_run_and_trains_nothing(run, tmp_path: Path, mon
         (["measure", "m", "text=README.md", "output=README.md"], "README.md is a file; name a folder"),
         (["report", "nowhere"], "nowhere does not exist"),
         (["report", "nowhere", "output=README.md"], "README.md is a file; name a folder"),
-        (["cost", "gpt2-t128", "context=0"], "must be 1 to 128"),
     ],
 )
 def test_wrong_input_is_one_line_that_says_what_to_do(words, message, tmp_path, run, monkeypatch) -> None:
@@ -145,10 +122,9 @@ def test_wrong_input_is_one_line_that_says_what_to_do(words, message, tmp_path, 
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_path_may_hold_an_equals_sign(tmp_path: Path, run) -> None:
+def test_a_path_may_hold_an_equals_sign(tmp_path: Path, output) -> None:
     written = write_run(tmp_path / "lr=1e-3", "SM+R", tag="a=b")
-    status, out, err = run("verify", str(written.folder))
-    assert (status, err) == (0, "")
+    out = output("verify", str(written.folder))
     assert out.startswith("sound   run.json          SM+R (a=b), seed 0: finished, 200 steps")
 
 
@@ -173,51 +149,26 @@ def test_debug_shows_the_stack_trace() -> None:
         main(["trian", "--debug"])
 
 
-def test_train_makes_a_run_folder_and_says_where(trained: Path, tiny: list[str], cache: Path, run) -> None:
+def test_train_makes_a_run_folder_and_says_where(trained: Path, tiny: list[str], cache: Path, output) -> None:
     assert read_run(trained).status == "finished"
-    status, out, _ = run("train", *tiny, "variant=sm-r", f"runs_dir={trained.parents[1]}", f"cache_dir={cache}")
-    assert status == 0
+    out = output("train", *tiny, "variant=sm-r", f"runs_dir={trained.parents[1]}", f"cache_dir={cache}")
     assert "SM+R, seed 0, finished, perplexity" in out
     assert str(trained) in out
 
 
-def test_data_describes_a_corpus(tiny: list[str], tmp_path: Path, cache: Path, run) -> None:
+def test_data_describes_a_corpus(tiny: list[str], tmp_path: Path, cache: Path, output) -> None:
     overrides = [text for text in tiny if text.startswith("data.")]
-    status, out, err = run("data", "files", "preset=cpu-quick", *overrides, f"cache_dir={cache}")
-    assert status == 0, err
+    out = output("data", "files", "preset=cpu-quick", *overrides, f"cache_dir={cache}")
     assert "fingerprint" in out
     assert "unigram perplexity" in out
-
-
-@pytest.mark.parametrize(
-    ("variant", "activation"),
-    [("sm-rg", "[relu,relu,gelu,gelu]"), ("sm-g", "[gelu,gelu,gelu,gelu]"), ("custom", "[relu,gelu,gelu,gelu]")],
-)
-def test_a_variant_may_be_spelled_out(variant: str, activation: str) -> None:
-    words = ["model.num_hidden_layers=4", f"variant={variant}", f"model.activation={activation}", "model.norm=none"]
-    assert compose_run(words).spec.variant == variant
-
-
-@pytest.mark.parametrize(
-    ("depth", "names"), [(12, ["relu"] * 6 + ["gelu"] * 6), (5, ["relu"] * 3 + ["gelu"] * 2), (2, ["relu", "gelu"])]
-)
-def test_a_half_and_half_variant_fits_any_depth(depth: int, names: list[str]) -> None:
-    spec = compose_run(["variant=sm-rg", f"model.num_hidden_layers={depth}"]).spec
-    assert spec.model["activation"] == names
-    assert (
-        compose_run(["preset=pythia70m-t128", "variant=sm-gr"]).spec.model["activation"] == ["gelu"] * 3 + ["relu"] * 3
-    )
-    with pytest.raises(ValueError, match="num_hidden_layers='x'"):
-        compose_run(["variant=sm-rg", "model.num_hidden_layers=x"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launch", [[], ["workers=2"], ["submit=local", "submit.timeout_min=5"]], ids=" ".join)
 def test_many_runs_leave_run_folders_wherever_they_are_trained(launch, tiny, cache, tmp_path) -> None:
     words = ["train", "-m", *launch, *tiny, "variant=sm-r,sm-g", "seed=0,1", f"cache_dir={cache}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "normfree", *words], cwd=tmp_path, capture_output=True, text=True, timeout=400
-    )
+    command = [sys.executable, "-m", "normfree", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     runs = sorted(path.parent.name for path in tmp_path.glob("runs/single/*/run.json"))
     assert runs == ["sm-g-seed0", "sm-g-seed1", "sm-r-seed0", "sm-r-seed1"]
@@ -228,11 +179,10 @@ def test_many_runs_leave_run_folders_wherever_they_are_trained(launch, tiny, cac
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
-def test_verify_says_what_is_sound_and_fails_on_damage(trained: Path, cache: Path, tmp_path: Path, run) -> None:
+def test_verify_says_what_is_sound_and_fails_on_damage(trained: Path, cache: Path, tmp_path: Path, run, output) -> None:
     copy = tmp_path / "run"
     shutil.copytree(trained, copy)
-    status, out, err = run("verify", str(copy), f"cache_dir={cache}")
-    assert status == 0, err
+    out = output("verify", str(copy), f"cache_dir={cache}")
     assert "damaged" not in out
     weights = copy / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
@@ -264,10 +214,9 @@ def test_usual_flags_are_understood(run) -> None:
     assert yaml.safe_load(shown[0])["variant"] == "sm-g"
 
 
-def test_a_study_is_shown_run_by_run_and_not_trained(tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_is_shown_run_by_run_and_not_trained(tmp_path: Path, output, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    status, out, err = run("study", "quick", "train.steps=3", "workers=2", "--cfg", "job")
-    assert status == 0, err
+    out = output("study", "quick", "train.steps=3", "workers=2", "--cfg", "job")
     shown = list(yaml.safe_load_all(out))
     assert [(one["variant"], one["train"]["steps"]) for one in shown] == [
         (variant, 3) for variant in ("sm-g", "sm-r", "sm-ln-g", "sm-ln-r")
@@ -295,13 +244,6 @@ def unfinished(folder: Path) -> Path:
     return place
 
 
-def test_a_finished_run_shows_its_perplexity(tmp_path: Path, run) -> None:
-    written = write_run(tmp_path, "SM+R")
-    status, out, err = run("status", str(tmp_path))
-    assert (status, err) == (0, "")
-    assert out.split() == f"{written.place} finished step 200 of 200 perplexity {written.perplexity:.2f}".split()
-
-
 def test_a_run_under_way_shows_speed_and_time_left(tmp_path: Path, run) -> None:
     place = unfinished(tmp_path)
     with folder_lock(place):
@@ -318,8 +260,11 @@ def test_a_run_under_way_shows_speed_and_time_left(tmp_path: Path, run) -> None:
         assert "tokens/s  measuring the trained model  last line" in run("status", str(place))[1]
 
 
-def test_a_killed_run_is_stopped_at_its_last_step(tmp_path: Path, run) -> None:
-    out = run("status", str(unfinished(tmp_path)))[1]
+def test_finished_and_killed_runs_say_how_far_they_came(tmp_path: Path, output) -> None:
+    written = write_run(tmp_path / "finished", "SM+R")
+    words = f"{written.place} finished step 200 of 200 perplexity {written.perplexity:.2f}".split()
+    assert output("status", str(tmp_path / "finished")).split() == words
+    out = output("status", str(unfinished(tmp_path)))
     assert "stopped      step     40 of 200" in out
     assert "left" not in out
     assert "the same command resumes it" in out

@@ -1,7 +1,5 @@
 """Counts and prices of models, and perplexity against communication."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter
@@ -20,7 +18,7 @@ from normfree.cost import families
 from normfree.cost.constants import find_protocol, load_constants
 from normfree.cost.counts import Matmul, count
 from normfree.cost.families import SHAPES, read_architecture
-from normfree.cost.totals import Point, of_config, of_run, pareto_front, trade_off
+from normfree.cost.totals import Point, of_config, pareto_front, trade_off
 from normfree.model import conversion
 from normfree.model.activations import ACTIVATIONS
 from normfree.model.configuration import NormFreeConfig
@@ -28,7 +26,7 @@ from normfree.model.norms import NORMS
 from normfree.model.tables import TABLES
 from normfree.report.tables.cost import cost_markdown, cost_tables, trade_off_table
 from normfree.store.runs import Run
-from tests.synthetic import CONTEXT, study, write_run
+from tests.synthetic import another_corpus, study, write_run
 
 
 def elements(config: Any, context: int) -> Counter[str]:
@@ -41,6 +39,10 @@ def elements(config: Any, context: int) -> Counter[str]:
 def small(**fields: Any) -> dict[str, Any]:
     sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 100}
     return {"model_type": "normfree", **sizes, "max_position_embeddings": 16, **fields}
+
+
+LLAMA: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
+LLAMA |= {"num_key_value_heads": 2, "intermediate_size": 96}
 
 
 def test_gpt2_counts_by_hand() -> None:
@@ -62,16 +64,13 @@ def test_neox_rotates_a_quarter_and_has_the_erf_form() -> None:
 
 
 def test_llama_has_gates_rms_norms_and_fewer_keys() -> None:
-    config = LlamaConfig(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96
-    )
+    config = LlamaConfig(**LLAMA)
     counts = elements(config, 10)
     assert counts["silu"] == counts["product"] == 2 * 10 * 96
     assert counts["rmsnorm"] == 5 * 10 * 64
     assert counts["softmax"] == 2 * 4 * 10 * 10  # one a query head
-    assert (
-        counts["public_product"] == 2 * 2 * (4 + 2) * 16 * 10
-    )  # layers, cos and sin, heads that rotate, width, tokens
+    # Layers, cosine and sine, heads that rotate, width, tokens.
+    assert counts["public_product"] == 2 * 2 * (4 + 2) * 16 * 10
     products = [item for item in count(read_architecture(config), 10) if isinstance(item, Matmul) and item.layer == 0]
     assert [(item.batch, item.m, item.k, item.n) for item in products] == [
         (1, 10, 64, 64 + 2 * 32),  # queries, and half as many keys and values
@@ -85,16 +84,12 @@ def test_llama_has_gates_rms_norms_and_fewer_keys() -> None:
 
 @pytest.mark.parametrize("kind", [transformers.MistralConfig, transformers.Qwen2Config])
 def test_mistral_and_qwen2_cost_what_llama_costs(kind: Any) -> None:
-    sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 100}
-    assert elements(kind(**sizes), 10) == elements(LlamaConfig(**sizes), 10)
-    assert of_config(kind(**sizes), context=10).name == kind.model_type
+    assert elements(kind(**LLAMA), 10) == elements(LlamaConfig(**LLAMA), 10)
+    assert of_config(kind(**LLAMA), context=10).name == kind.model_type
 
 
 def test_gemma2_has_four_norms_a_layer_and_capped_scores() -> None:
-    sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 96, "vocab_size": 100}
-    config = transformers.Gemma2Config(**sizes)
+    config = transformers.Gemma2Config(**LLAMA | {"num_hidden_layers": 3, "head_dim": 32})
     capped = elements(config, 10)
     assert capped["rmsnorm"] == (3 * 4 + 1) * 10 * 64
     assert capped["gelu_tanh"] == capped["product"] == 3 * 10 * 96
@@ -127,13 +122,11 @@ def test_a_shape_has_the_published_number_of_parameters(name: str) -> None:
 
 
 def test_leaky_relu_is_a_relu_and_a_product() -> None:
-    fixed = elements(small(activation="leaky_relu"), 16)
-    learnt = elements(small(activation="leaky_relu", learnable_slope="shared"), 16)
+    leaky = [small(activation="leaky_relu", learnable_slope=kind) for kind in ("none", "shared")]
+    fixed, learnt = (elements(model, 16) for model in leaky)
     assert fixed["relu"] == learnt["relu"] == fixed["public_product"] == learnt["product"] == 3 * 16 * 256
-    leaky = {"activation": "leaky_relu"}
-    fields = ({"activation": "relu"}, leaky, {**leaky, "learnable_slope": "per_layer"})
-    relu, leaky, secret = (of_config(small(**each), context=16).bytes for each in fields)
-    assert relu < leaky < secret
+    relu, public, secret = (of_config(model, context=16).bytes for model in (small(activation="relu"), *leaky))
+    assert relu < public < secret
 
 
 def test_identity_and_no_norm_are_the_only_free_choices() -> None:
@@ -159,17 +152,14 @@ def test_defaults_are_those_of_the_config() -> None:
     assert elements({"model_type": "normfree"}, 128) == elements(config, 128)
 
 
-def test_every_activation_and_norm_of_the_model_has_a_price() -> None:
+def test_every_choice_of_the_model_has_a_price_with_origin() -> None:
     assert {*families.NORMFREE_ACTIVATIONS, "leaky_relu"} == {*ACTIVATIONS, "silu"}
     assert {*families.NORMFREE_NORMS, "taper", "fake"} == set(NORMS)  # a config does not say whether it tapered off
     for name, free in families.NORMFREE_FREE.items():
         assert set(free) <= set(TABLES.get(name) or get_args(NormFreeConfig.__annotations__[name]))
-    for protocol, name in ((p, n) for p in load_constants()["protocols"] for n in ACTIVATIONS):
-        assert of_config(small(activation=name), context=16, protocol=protocol).rounds > 0
-
-
-def test_both_protocols_price_all_operations_with_an_origin() -> None:
     constants = load_constants()
+    for protocol, name in ((p, n) for p in constants["protocols"] for n in ACTIVATIONS):
+        assert of_config(small(activation=name), context=16, protocol=protocol).rounds > 0
     cheetah, semi2k = (constants["protocols"][name]["operations"] for name in ("cheetah", "semi2k"))
     assert set(cheetah) == set(semi2k)
     assert {price["origin"] for price in [*cheetah.values(), *semi2k.values()]} <= constants["origins"].keys()
@@ -211,12 +201,6 @@ def test_tables_add_up() -> None:
     text = cost_markdown(price)
     assert "for network traffic alone on wan (100 Mbps each way, 40 ms one way); computing is extra." in text
     assert price.assumptions in text
-
-
-def test_a_run_costs_what_its_config_costs(tmp_path: Path) -> None:
-    run = write_run(tmp_path, "SM+leaky, shared")
-    config = NormFreeConfig(**run.spec["model"], vocab_size=2048, max_position_embeddings=CONTEXT)
-    assert of_run(run).bytes == of_config(config, context=CONTEXT).bytes
 
 
 @pytest.mark.parametrize(
@@ -284,9 +268,8 @@ def test_norms_are_counted_where_they_sit(fields, operations):
     model = read_architecture({"model_type": "normfree", "num_hidden_layers": 4, **fields})
     counts = Counter((item.part, item.operation) for item in count(model, 16))
     assert {key: counts[key] for key in operations} == operations
-    assert sum(number for (part, _), number in counts.items() if part == "norm") == sum(
-        number for (part, _), number in operations.items() if part == "norm"
-    )
+    of_norms = [{key: n for key, n in each.items() if key[0] == "norm"} for each in (counts, operations)]
+    assert of_norms[0] == of_norms[1]
 
 
 def points_of(runs: list[Run], *, mix: bool = False) -> list[Point]:
@@ -320,21 +303,19 @@ def test_variants_are_compared_on_common_seeds(tmp_path: Path) -> None:
 
 def test_the_order_of_operations_changes_no_bit(tmp_path: Path) -> None:
     """ReLU in one half and GELU in the other: only the better of the two hybrids is on the front."""
-    layers = {"num_hidden_layers": 12}
-    halves = {"SM+R/G": ["relu"] * 6 + ["gelu"] * 6, "SM+G/R": ["gelu"] * 6 + ["relu"] * 6}
-    runs = [
-        write_run(tmp_path, label, perplexity=ppl, model={**layers, "norm": "none", "activation": halves[label]})
-        for label, ppl in (("SM+R/G", 32.0), ("SM+G/R", 34.0))
-    ]
+    runs = []
+    for label, perplexity, names in (("SM+R/G", 32.0, ["relu", "gelu"]), ("SM+G/R", 34.0, ["gelu", "relu"])):
+        activation = [name for name in names for _ in range(6)]
+        model = {"num_hidden_layers": 12, "norm": "none", "activation": activation}
+        runs.append(write_run(tmp_path, label, perplexity=perplexity, model=model))
     better, worse = sorted(points_of(runs), key=lambda point: point.perplexity)
     assert better.bytes == worse.bytes
     assert (better.on_front, worse.on_front) == (True, False)
 
 
 def test_each_corpus_has_a_front_of_its_own(tmp_path: Path) -> None:
-    other = {"corpus": {"fingerprint": "decaf" * 8, "unigram_perplexity": 9.0, "vocab_size": 2048}}
     runs = [write_run(tmp_path, "SM+R", perplexity=34.0)]
-    runs += [write_run(tmp_path, "SM+R", study="other", perplexity=3.0, facts=other)]
+    runs += [write_run(tmp_path, "SM+R", study="other", perplexity=3.0, facts=another_corpus("decaf" * 8))]
     assert [point.on_front for point in points_of(runs, mix=True)] == [True, True]
 
 

@@ -1,7 +1,5 @@
 """Totals against what others measured, and the document against the code."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -3,8 +3,6 @@
 T tokens, E hidden size, H heads
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -78,24 +76,26 @@ def test_wrong_input_is_refused_by_name(words: list[str], message: str, fake: Pa
     assert not Path("constants.json").exists()
 
 
-def test_an_unknown_key_is_refused_by_name() -> None:
+def test_an_unknown_key_or_unwritable_output_is_refused(fake: Path) -> None:
     with pytest.raises(SystemExit, match="unknown key pyton; allowed: constants, output, protocol, python"):
         calibrate.main(["pyton=spu/bin/python"])
+    fake.write_text("#!/bin/sh\ntouch measured\n")
+    Path("text").write_text("a file")
+    with pytest.raises(ValueError, match="is a file; name a folder"):
+        calibrate.main([f"python={fake}", "output=text/mine.json"])
+    assert not Path("measured").exists()
 
 
 @pytest.mark.parametrize("protocol", ["semi2k", "cheetah"])
-def test_measured_prices_replace_recorded_ones_with_their_origin(
-    protocol: str, fake: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_measured_prices_replace_recorded_ones_with_their_origin(protocol: str, fake: Path, capsys) -> None:
     calibrate.main([f"python={fake}", f"protocol={protocol}"])
     recorded, content = load_constants(), load_constants(Path("constants.json"))
     changed = content["protocols"][protocol]["operations"]
     price = {"bytes_per_element": 7.0, "bytes_per_row": 11.0, "rounds": 5, "rounds_per_row_doubling": 8}
     assert changed["softmax"] == {**price, "origin": changed["relu"]["origin"]}
     origin = content["origins"][changed["relu"]["origin"]]
-    assert all(
-        part in origin for part in ("spu 0.0.1", "18 fractional bits", f"{calibrate.ELEMENTS[0]:,}", "row lengths")
-    )
+    for part in ("spu 0.0.1", "18 fractional bits", f"{calibrate.ELEMENTS[0]:,}", "row lengths"):
+        assert part in origin
     for name, price in recorded["protocols"][protocol]["operations"].items():
         assert (changed[name] == price) == (name not in calibrate.ROW_LENGTHS)
     other = {"semi2k": "cheetah", "cheetah": "semi2k"}[protocol]
@@ -126,14 +126,6 @@ def test_an_operation_without_a_price_is_measured(fake: Path, capsys: pytest.Cap
     rows = {line.split("|")[1].strip(): line.split("|") for line in capsys.readouterr().out.splitlines() if "|" in line}
     assert [cell.strip() for cell in rows["silu"][4:6]] == ["-", "-"]
     assert [cell.strip() for cell in rows["relu"][4:6]] == ["0.0", "-"]
-
-
-def test_an_unwritable_output_is_refused_before_measuring(fake: Path) -> None:
-    fake.write_text("#!/bin/sh\ntouch measured\n")
-    Path("text").write_text("a file")
-    with pytest.raises(ValueError, match="is a file; name a folder"):
-        calibrate.main([f"python={fake}", "output=text/mine.json"])
-    assert not Path("measured").exists()
 
 
 @pytest.mark.slow
@@ -236,10 +228,7 @@ def test_the_simulator_s_inputs_give_pytorch_s_output(variant: str, layer: int) 
         (["layer=4"], "layer=4 must be 0 to 3"),
         (["context=33"], "context=33 must be 1 to 32, the longest sequence"),
         (["python=/no/such/python"], r"cannot run python=/no/such/python \(No such file or directory\); make an"),
-        (
-            [f"python={sys.executable}"],
-            r"cannot import spu and jax \(ModuleNotFoundError: No module named 'spu'\); make an environment with",
-        ),
+        ([f"python={sys.executable}"], r"cannot import spu and jax \(ModuleNotFoundError: .*'spu'\); make an env"),
     ],
 )
 def test_a_block_that_cannot_be_simulated_says_what_to_do(words: list[str], message: str, tmp_path: Path) -> None:
@@ -250,9 +239,7 @@ def test_a_block_that_cannot_be_simulated_says_what_to_do(words: list[str], mess
 
 
 @pytest.mark.parametrize("protocol", ["semi2k", "cheetah"])
-def test_measured_stands_beside_predicted(
-    protocol: str, trained: Path, fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_measured_stands_beside_predicted(protocol: str, trained: Path, fake: Path, tmp_path: Path, capsys) -> None:
     text = tmp_path / "text.py"
     text.write_text("def add(first, second):\n    return first + second\n" * 5)
     words = [f"python={fake}", f"protocol={protocol}", "layer=1", "context=16", f"text={text}"]
@@ -260,12 +247,8 @@ def test_measured_stands_beside_predicted(
     out = capsys.readouterr().out
     rows = {cells[1].strip(): cells[2:4] for cells in (line.split("|") for line in out.splitlines()) if len(cells) > 4}
     measured = {name: float(cells[0]) for name, cells in list(rows.items())[2:]}
-    assert measured == {
-        "MB, matrix products": 2.0,
-        "MB, everything else": 3.0,
-        "MB, the block": 5.0,
-        "Rounds (SEMI2K)": 77.0,
-    }
+    expected = {"MB, matrix products": 2.0, "MB, everything else": 3.0, "MB, the block": 5.0, "Rounds (SEMI2K)": 77.0}
+    assert measured == expected
     config = {"model_type": "normfree", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     cost = of_config({**config, "vocab_size": 300, "norm": "none", "activation": "relu"}, context=16, protocol=protocol)
     block = [item for item in cost.items if item.count.layer == 1]

@@ -1,7 +1,5 @@
 """Small real inputs: folders of text files, and folders that `datasets.load_dataset` reads."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import datasets.config
@@ -14,10 +12,8 @@ from normfree.spec.run import DataSpec
 @pytest.fixture
 def texts() -> list[str]:
     """Sixty different documents of a few hundred bytes."""
-    return [
-        "".join(f"def function_{number}_{line}(value):\n    return value + {line * number}\n\n" for line in range(8))
-        for number in range(60)
-    ]
+    line = "def function_{0}_{1}(value):\n    return value + {2}\n\n"
+    return ["".join(line.format(number, n, n * number) for n in range(8)) for number in range(60)]
 
 
 @pytest.fixture

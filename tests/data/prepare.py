@@ -1,7 +1,5 @@
 """Prepare corpora without progress, and read their blocks."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """packing=docstring: which functions give a row, what its two parts say, and what is counted."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 from collections import Counter

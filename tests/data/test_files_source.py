@@ -1,7 +1,5 @@
 """Local files: which are found, what is held out, what is left out and counted, and bad input."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

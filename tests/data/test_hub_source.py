@@ -1,7 +1,5 @@
 """Hugging Face data sets: splits, limits, and what cannot be loaded."""
 
-from __future__ import annotations
-
 import errno
 from dataclasses import replace
 from pathlib import Path
@@ -40,14 +38,6 @@ def test_training_repeats_validation_only_in_codeparrot(spec, tmp_path: Path, so
     assert facts["dropped"]["train"] == duplicates
 
 
-def test_a_broken_file_is_refused_with_its_reason(spec: DataSpec, hub_folder: Path, tmp_path: Path) -> None:
-    for file in hub_folder.iterdir():
-        file.unlink()
-    (hub_folder / "train.jsonl").write_text('{"content": "a"}\n{"content": \n')
-    with pytest.raises(ValueError, match=r"cannot be loaded \(ArrowInvalid: JSON parse error: .* in row 1\)"):
-        make(spec, tmp_path)
-
-
 def test_an_unreachable_name_is_refused_in_one_line(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"'nobody/nothing', .* cannot be loaded .*without a network") as caught:
@@ -55,11 +45,16 @@ def test_an_unreachable_name_is_refused_in_one_line(tmp_path: Path, monkeypatch)
     assert "\n" not in str(caught.value)
 
 
-def test_a_wrong_split_or_column_names_the_others(spec: DataSpec, tmp_path: Path) -> None:
+def test_a_data_set_that_does_not_fit_is_refused(spec: DataSpec, hub_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"split 'dev', cannot be loaded \(.*train.*check the name, the split"):
         make(replace(spec, validation_split="dev"), tmp_path)
     with pytest.raises(ValueError, match=r"no column 'text'; set data.column to one of: content, path, repo_name"):
         make(replace(spec, column="text"), tmp_path)
+    for file in hub_folder.iterdir():
+        file.unlink()
+    (hub_folder / "train.jsonl").write_text('{"content": "a"}\n{"content": \n')
+    with pytest.raises(ValueError, match=r"cannot be loaded \(ArrowInvalid: JSON parse error: .* in row 1\)"):
+        make(spec, tmp_path)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EDQUOT, "quota"), RuntimeError("Data processing error:\nquota")])

@@ -1,7 +1,5 @@
 """Images as corpora: what a model reads of them, what is held out, and what is refused."""
 
-from __future__ import annotations
-
 import gzip
 import shutil
 from collections.abc import Callable
@@ -16,7 +14,6 @@ from PIL import Image
 from normfree.data import Corpus, ImageCorpus, prepare, prepared
 from normfree.model import HEADS
 from normfree.pretrained.inputs import read_images
-from normfree.spec.compose import compose_run
 from normfree.spec.run import DataSpec
 from tests.images import SIZE, draw_digits, write_digits
 
@@ -137,23 +134,3 @@ def test_images_that_make_no_corpus_are_refused(tmp_path: Path, damage: Any, mes
     with pytest.raises(ValueError, match=message) as error:
         prepare_folder(tmp_path / "digits", tmp_path)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("data=files data.paths=[x]", "data=files is not read with model.family=vision: give data=fashion_mnist or"),
-        ("data=images", "data=images needs data.paths"),
-        ("data=hub_images", "data=hub_images needs data.dataset"),
-        ("data.tokenizer=gpt2", "data.tokenizer is not read with data=fashion_mnist"),
-        ("data.context=49", "data.context=49, but an image of this model has 50 tokens"),
-        ("train.objective=token_type", "train.objective=token_type is for model.family=decoder, not vision"),
-        ("model.family=decoder", "data=fashion_mnist is not read with model.family=decoder"),
-        ("preset=cpu model.patch_size=7", "model.patch_size=7 is read with model.family=vision only"),
-        ("model.position=rotary", "position='rotary' is for family='decoder'"),
-    ],
-)
-def test_a_run_of_another_family_is_refused(words: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        compose_run(["preset=fashion-vit", *words.split()])
-    assert compose_run(["preset=fashion-vit", "model.patch_size=7", "model.pooling=mean"]).spec.data.context == 16

@@ -1,7 +1,5 @@
 """The installed source: filters, splits, and the corpus behind the committed results."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter
@@ -121,10 +119,3 @@ def test_order_depends_on_the_seed_only() -> None:
         return list(islice(source.documents("validation", Counter()), 20))
 
     assert first_documents(0, 300) == first_documents(0, 2048) != first_documents(1, 2048)
-
-
-def test_installed_code_makes_a_corpus_offline(tmp_path: Path) -> None:
-    limits = {"max_bytes": 300_000, "max_bytes_per_package": 50_000, "validation_documents": 10}
-    facts = make(DataSpec(vocab_size=400, context=64, **limits), tmp_path).facts()
-    assert 200_000 < facts["train_bytes"] <= 300_000
-    assert facts["validation_documents"] == 10

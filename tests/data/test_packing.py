@@ -1,13 +1,9 @@
 """Packing loses and repeats nothing, whatever the documents are; yardsticks against counts by hand."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,7 +52,7 @@ def test_concatenation_keeps_all_tokens_with_ends_between(lengths: list[int], co
 
 
 @pytest.mark.parametrize("cut", [windows, partial(concatenated, end=END)])
-def test_time_is_linear_in_documents_that_fill_no_block(cut: Callable, tmp_path: Path) -> None:
+def test_time_is_linear_in_documents_that_fill_no_block(cut, tmp_path) -> None:
     documents = [np.full((3, 1), 1, dtype=np.int32)] * 40_000
     began = time.process_time()
     BlockWriter(tmp_path / "blocks.arrow", vocab_size=10).write_all(cut(documents, 128))

@@ -1,7 +1,5 @@
 """The fast encoder gives the ids and bytes of tokenizers, or prepare() falls back to tokenizers."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import logging
@@ -62,9 +60,8 @@ def changed(change: Callable[[dict[str, Any]], None]) -> PreTrainedTokenizerFast
     """TOKENIZER with another tokenizer.json."""
     description = json.loads(TOKENIZER.backend_tokenizer.to_str())
     change(description)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(description)), eos_token=TOKENIZER.eos_token
-    )
+    inner = Tokenizer.from_str(json.dumps(description))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=TOKENIZER.eos_token)
 
 
 def test_ids_in_any_order_are_reproduced() -> None:
@@ -124,11 +121,12 @@ def with_added_word() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def of_words() -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+
+
 OTHERS = {
-    "word level": (
-        lambda: PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))),
-        "WordLevel, not a BPE",
-    ),
+    "word level": (of_words, "WordLevel, not a BPE"),
     "normalizer": (with_normalizer, "has a normalizer"),
     "added word": (with_added_word, "added tokens that are not special"),
     "prefix": (lambda: changed(lambda d: d["pre_tokenizer"].update(add_prefix_space=True)), "does not split words"),
@@ -155,23 +153,18 @@ def fingerprint_and_log(spec: DataSpec, cache: Path, caplog: pytest.LogCaptureFi
     return corpus.fingerprint, caplog.text
 
 
+NO_EURO = tiktoken_encoder.WORDS.replace(r"\p{L}", r"[\p{L}\u20ac]")
 # An expression that makes the two differ, the reason logged, and whether that shows before any text is encoded.
 DIFFERENCES = {
     "ASCII": (r"\S+|\s+", "split words differently at U+00", True),
     "the text": (r" (?=return)|" + tiktoken_encoder.WORDS, "tiktoken gives other ids for", False),
-    "beyond ASCII": (
-        tiktoken_encoder.WORDS.replace(r"\p{L}", r"[\p{L}\u20ac]"),
-        "split words differently at U+20AC",
-        False,
-    ),
+    "beyond ASCII": (NO_EURO, "split words differently at U+20AC", False),
 }
 
 
 @pytest.mark.parametrize("packing", ["windows", "concatenate"])
 @pytest.mark.parametrize("difference", DIFFERENCES)
-def test_other_ids_fall_back_with_the_same_fingerprint(
-    spec: DataSpec, tmp_path: Path, monkeypatch, caplog, packing, difference: str
-) -> None:
+def test_other_ids_fall_back_with_the_same_fingerprint(spec, tmp_path, monkeypatch, caplog, packing, difference):
     Path(spec.paths[0], "file_0.py").write_text("price = '3 \u20ac 25'\n" * 40)
     spec = replace(spec, packing=packing)
     usual, line = fingerprint_and_log(spec, tmp_path / "usual", caplog)
@@ -179,9 +172,8 @@ def test_other_ids_fall_back_with_the_same_fingerprint(
     assert "several times slower" not in line
     words, reason, at_once = DIFFERENCES[difference]
     monkeypatch.setattr(tiktoken_encoder, "WORDS", words)
-    monkeypatch.setattr(
-        tiktoken_encoder, "COMPARED_CHARACTERS", tiktoken_encoder.COMPARED_CHARACTERS if difference == "the text" else 0
-    )
+    if difference != "the text":
+        monkeypatch.setattr(tiktoken_encoder, "COMPARED_CHARACTERS", 0)
     fallen_back, line = fingerprint_and_log(spec, tmp_path / "other", caplog)
     assert fallen_back == usual
     assert "the text is encoded with tokenizers, several times slower than with tiktoken: " in line

@@ -1,8 +1,4 @@
-"""The tokenizer gives back every text, counts its bytes, and comes out the same each time."""
-
-from __future__ import annotations
-
-from pathlib import Path
+"""The tokenizer gives back every text, and counts its bytes."""
 
 import pytest
 from hypothesis import given
@@ -10,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from normfree.data.tokenizer import END_TOKEN, Encoder, load_tokenizer, tokenizer_hash, train_tokenizer, vocabulary_size
+from normfree.data.tokenizer import END_TOKEN, Encoder, load_tokenizer, train_tokenizer, vocabulary_size
 
 TEXTS = [f"for index_{number} in range({number}):\n    print('naive caf\u00e9 {number}')\n" for number in range(200)]
 TOKENIZER = train_tokenizer(TEXTS, 320)
@@ -25,19 +21,10 @@ def test_any_unicode_text_round_trips_and_its_bytes_add_up(text: str) -> None:
     assert ENCODER.encode([text])[0][:, 0].tolist() == document_SC[:, 0].tolist()
 
 
-def test_training_gives_the_same_tokenizer_each_time() -> None:
-    assert tokenizer_hash(train_tokenizer(iter(TEXTS), 320)) == tokenizer_hash(TOKENIZER)
-
-
 def test_text_that_spells_the_end_token_stays_text() -> None:
     [document_SC] = ENCODER.encode_with_bytes([f"a{END_TOKEN}b"])
     assert TOKENIZER.eos_token_id not in document_SC[:, 0]
     assert document_SC[:, 1].sum() == len(END_TOKEN) + 2
-
-
-def test_too_little_text_for_the_pieces_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"data.vocab_size=5000: .* has only \d+ pieces"):
-        train_tokenizer(["short"], 5000)
 
 
 def test_bytes_of_a_word_tokenizer_come_from_offsets() -> None:
@@ -64,7 +51,7 @@ def test_the_vocabulary_reaches_to_the_highest_id() -> None:
     assert vocabulary_size(TOKENIZER) == len(TOKENIZER) == 320
 
 
-def test_a_folder_without_a_tokenizer_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_a_folder_without_a_tokenizer_is_refused_in_one_line(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"data\.tokenizer=.* cannot be loaded") as caught:
         load_tokenizer(str(tmp_path))
     assert "\n" not in str(caught.value)

@@ -1,7 +1,5 @@
 """Tiny random models of the causal-LM families that the installed transformers knows."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -28,16 +26,18 @@ LATENT += ("minicpm3", "longcat_flash")
 """Families whose latent attention has no grouped queries."""
 
 
+def known_sizes(config_class: type[PreTrainedConfig], sizes: dict[str, Any]) -> dict[str, Any]:
+    """Those that the class has a field for."""
+    known = {name for base in config_class.__mro__ for name in getattr(base, "__annotations__", {})}
+    names = (known | {*config_class.attribute_map.values()}) - {*config_class.attribute_map}
+    return {name: size for name, size in sizes.items() if name in names}
+
+
 def tiny_config(model_type: str, **own: Any) -> PreTrainedConfig:
     """The family's configuration, shrunk; `own` has other values for this one."""
     config_class = CONFIG_MAPPING[model_type]
-    known = {name for base in config_class.__mro__ for name in getattr(base, "__annotations__", {})}
-    attributes = set(config_class.attribute_map.values()) | known
-    fields: dict[str, Any] = {
-        name: value for name, value in TINY.items() if name in attributes and name not in config_class.attribute_map
-    }
-    fields |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "is_decoder": True}
-    fields |= {"num_key_value_heads": 4} if model_type in LATENT else {}
+    fields = known_sizes(config_class, TINY) | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    fields |= {"is_decoder": True} | ({"num_key_value_heads": 4} if model_type in LATENT else {})
     return config_class(**fields | own)
 
 

@@ -2,8 +2,6 @@
 
 # B batch, H heads, T query, S key
 
-from __future__ import annotations
-
 import copy
 import inspect
 from typing import Any
@@ -12,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from tests.entropy.families import TINY, with_large_weights
+from tests.entropy.families import TINY, known_sizes, with_large_weights
 
 SHAPES = TINY | {"projection_dim": 16, "max_source_positions": 8, "max_target_positions": 64, "num_mel_bins": 8}
 SHAPES |= {"d_kv": 8, "d_ff": 48, "num_decoder_layers": 2, "embedding_size": 32, "dim": 32, "hidden_dim": 48}
@@ -35,25 +33,17 @@ def tiny_kind(model_type: str, **own: Any) -> PreTrainedModel:
 
 
 def _sizes(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
-    known = {name for base in config_class.__mro__ for name in getattr(base, "__annotations__", {})}
-    names = known | set(config_class.attribute_map.values())
-    sizes = {n: v for n, v in SHAPES.items() if n in names and n not in config_class.attribute_map}
     parts = {name: part for name, part in config_class.sub_configs.items() if part.__name__ != "AutoConfig"}
-    return sizes | {name: _sizes(part) for name, part in parts.items()}
+    return known_sizes(config_class, SHAPES) | {name: _sizes(part) for name, part in parts.items()}
 
 
 def inputs_of(model: PreTrainedModel, side: str = "left") -> dict[str, Tensor]:
     """Inputs of everything that the model reads: text padded on one side, images, sound, a target."""
     mask, target_mask = SIDES[side]
     torch.manual_seed(1)
-    every = {
-        "input_ids": IDS,
-        "attention_mask": mask,
-        "pixel_values": torch.randn(2, 3, 16, 16),
-        "input_features": torch.randn(2, 8, 16),
-        "decoder_input_ids": TARGETS,
-        "decoder_attention_mask": target_mask,
-    }
+    every = {"input_ids": IDS, "attention_mask": mask}
+    every |= {"decoder_input_ids": TARGETS, "decoder_attention_mask": target_mask}
+    every |= {"pixel_values": torch.randn(2, 3, 16, 16), "input_features": torch.randn(2, 8, 16)}
     accepted = inspect.signature(model.forward).parameters
     if "input_ids" not in accepted:
         del every["attention_mask"]
@@ -70,11 +60,8 @@ def matrices_of(model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, 
     groups = {group: getattr(output, name, None) for group, name in (fields | {"cross": "cross_attentions"}).items()}
     for group in ("vision", "text"):
         groups[group] = getattr(getattr(output, f"{group}_model_output", None), "attentions", None)
-    return {
-        f"{group} {layer}".strip(): p_BHTS.double()
-        for group, matrices in groups.items()
-        for layer, p_BHTS in enumerate(matrices or ())
-    }
+    layers = [(group, n, p_BHTS) for group, each in groups.items() for n, p_BHTS in enumerate(each or ())]
+    return {f"{group} {n}".strip(): p_BHTS.double() for group, n, p_BHTS in layers}
 
 
 def real_queries(label: str, p_BHTS: Tensor, inputs: dict[str, Tensor]) -> Tensor:

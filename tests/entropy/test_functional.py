@@ -1,7 +1,5 @@
 """attention_entropy against closed forms and float64, over masks, shapes, dtypes and paths; on a GPU by tests/gpu."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

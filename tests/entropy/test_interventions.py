@@ -1,7 +1,5 @@
 """intervene() equals attention matrices edited by hand, and leaves the model as it was."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,6 +17,7 @@ from normfree.entropy.interventions import How, intervene
 from normfree.entropy.layers import attention_layers
 from normfree.entropy.routing import eager_function
 from tests.entropy.families import tiny_model
+from tests.entropy.test_probe import world
 from tests.entropy.test_support import AGREE
 from tests.small_model import CHOICES, small_model
 
@@ -113,8 +112,7 @@ def test_families_change_as_matrices_edited_by_hand(family):
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_world_is_left_as_found(fails):
     models = [tiny_model("gpt2"), tiny_model("llama").train()]
-    registry = dict(ALL_ATTENTION_FUNCTIONS)
-    attributes = [{module: set(vars(module)) for module in model.modules()} for model in models]
+    before = [world(model) for model in models]
     opened = (intervene(models[0], HEADS), intervene(models[1], HEADS, 0.5), intervene(models[0], [(0, 1)], "zero"))
     expected = pytest.raises(RuntimeError, match="stop") if fails else nullcontext()
     with expected, opened[0], opened[1], opened[2]:
@@ -122,9 +120,7 @@ def test_the_world_is_left_as_found(fails):
             model(IDS)
         if fails:
             raise RuntimeError("stop")
-    assert dict(ALL_ATTENTION_FUNCTIONS) == registry
-    assert attributes == [{module: set(vars(module)) for module in model.modules()} for model in models]
-    assert [model.training for model in models] == [False, True]
+    assert [world(model) for model in models] == before
 
 
 def test_nested_interventions_apply_from_outside_in():

@@ -2,8 +2,6 @@
 
 # B batch, H heads, T query, S key
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from contextlib import suppress
@@ -42,6 +40,8 @@ def test_every_group_agrees_with_its_eager_matrices(family, side):
     inputs = inputs_of(model, side)
     heads, matrices = measure(model, inputs), matrices_of(model, inputs)
     assert sorted(map(str, heads.layers)) == sorted(matrices)
+    if family == "bart":
+        assert heads.layers == list(matrices)
     assert heads.nonfinite_rows.sum() == 0
     for place, layer in enumerate(map(str, heads.layers)):
         p_BHTS = matrices[layer]
@@ -54,20 +54,6 @@ def test_every_group_agrees_with_its_eager_matrices(family, side):
         assert heads.rows[place, : len(rows)].tolist() == rows.tolist()
         assert heads.ceiling_nats()[place] == pytest.approx(ceiling.item(), abs=1e-6)
         assert 0.05 < measured_H.mean() < ceiling
-
-
-@pytest.mark.parametrize("side", SIDES)
-def test_each_group_has_the_ceiling_of_what_it_sees(side):
-    mask, target_mask = SIDES[side]
-    model = tiny_kind("bart")
-    heads = measure(model, inputs_of(model, side))
-    assert heads.layers == [f"{group} {layer}" for group in ("encoder", "decoder", "cross") for layer in (0, 1)]
-    keys_B, targets_B = mask.sum(1).double(), target_mask.sum(1)
-    encoder = (keys_B * keys_B.log()).sum() / keys_B.sum()
-    decoder = torch.cat([torch.arange(1.0, count + 1).log() for count in targets_B.tolist()]).mean()
-    cross = (targets_B * keys_B.log()).sum() / targets_B.sum()
-    expected = torch.tensor([encoder, encoder, decoder, decoder, cross, cross], dtype=torch.float64)
-    torch.testing.assert_close(heads.ceiling_nats(), expected, atol=1e-6, rtol=0)
 
 
 def test_cross_attention_has_a_first_token_but_no_distance():

@@ -1,7 +1,5 @@
 """Calls behind a cache, with own masks, with several texts in a row: measured right, or refused."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -15,6 +13,8 @@ from normfree.entropy import EntropyProbe, UnsupportedModel
 from normfree.measures.measurement import measure as measure_windows
 from tests.entropy.families import tiny_model
 from tests.entropy.test_probe import IDS, LEFT_PADDED, MASK, by_eager_matrices, measure
+
+PACKED = torch.arange(10).repeat(2)[None].expand(2, -1)  # positions of two texts in each row
 
 
 @pytest.mark.parametrize(
@@ -113,11 +113,10 @@ def toy_flash(monkeypatch):
 def test_texts_apart_by_position_in_flash_attention_are_refused(toy_flash):
     model = tiny_model("llama")
     model.config._attn_implementation = toy_flash
-    packed = torch.arange(10).repeat(2)[None].expand(2, -1)
     with EntropyProbe(model) as probe, torch.no_grad():
         model(input_ids=IDS)
         with pytest.raises(UnsupportedModel, match="several texts in one row"):
-            model(input_ids=IDS, position_ids=packed)
+            model(input_ids=IDS, position_ids=PACKED)
     assert probe.statistics().rows.unique().tolist() == [40]
 
 
@@ -133,12 +132,11 @@ def test_a_single_flash_query_keeps_its_window(toy_flash):
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_patterns_are_refused_for_packed_texts(family):
     model = tiny_model(family, sliding_window=16) if family == "mistral" else tiny_model(family)
-    packed = torch.arange(10).repeat(2)[None].expand(2, -1)
     with EntropyProbe(model) as probe, torch.no_grad():
-        model(input_ids=IDS, position_ids=packed, use_cache=False)
+        model(input_ids=IDS, position_ids=PACKED, use_cache=False)
     assert probe.statistics().ceiling_nats()[0] == pytest.approx(math.lgamma(11) / 10)
     with EntropyProbe(model, patterns=True), torch.no_grad(), pytest.raises(ValueError, match="packed into one"):
-        model(input_ids=IDS, position_ids=packed, use_cache=False)
+        model(input_ids=IDS, position_ids=PACKED, use_cache=False)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])

@@ -1,7 +1,5 @@
 """The support tables against the installed transformers, and the families one by one."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

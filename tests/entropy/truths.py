@@ -2,8 +2,6 @@
 
 # B batch, H query heads, G key heads, D head dim, T query, S key
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

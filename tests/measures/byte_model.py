@@ -1,7 +1,5 @@
 """A tokenizer with one token a byte, and a small GPT-2 for it."""
 
-from __future__ import annotations
-
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast

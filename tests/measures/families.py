@@ -1,7 +1,5 @@
 """Tiny random models of the families of text, encoders, pairs of both, and images."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,18 +1,13 @@
 """Gradient norms of blocks as a run records them, against the gradients themselves."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from normfree import measure
+from normfree import Run, compose_run, measure, read_run, train
 from normfree.measures import MEASURES
-from normfree.spec.compose import compose_run
-from normfree.store.runs import Run, read_run
-from normfree.training import train
 from normfree.training.trainer import NormFreeTrainer
 from tests.small_model import small_model
 from tests.training.runs import act_in
@@ -27,9 +22,7 @@ def run_of(words: list[str], folder: Path, cache: Path) -> Run:
     return read_run(train(spec, runs_dir=folder, cache=cache))
 
 
-def test_norms_are_those_of_the_gradients_before_and_after_clipping(
-    tmp_path: Path, cache: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_norms_are_those_of_the_gradients_before_and_after_clipping(tmp_path, cache, tiny, monkeypatch) -> None:
     seen: dict[int, list[float]] = {}
 
     def look(trainer: NormFreeTrainer) -> None:
@@ -57,9 +50,7 @@ def test_accumulated_gradients_have_the_norms_of_the_whole_batch(tmp_path: Path,
             assert dict(parts.series("probe", name))[step] == pytest.approx(norms, rel=1e-4)
 
 
-def test_a_skipped_step_has_no_gradient(
-    tmp_path: Path, cache: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_skipped_step_has_no_gradient(tmp_path: Path, cache: Path, tiny: list[str], monkeypatch) -> None:
     def spoil(trainer: NormFreeTrainer) -> None:
         if trainer.state.global_step == 1:
             next(trainer.network.parameters()).grad.fill_(torch.nan)

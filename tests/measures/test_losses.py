@@ -1,7 +1,5 @@
 """Quantiles of token losses against log-softmax in float64 and numpy."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

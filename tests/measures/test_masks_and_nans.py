@@ -1,7 +1,5 @@
 """Padding counts in no measure, and a NaN reaches every value behind it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -51,6 +49,5 @@ def test_a_nan_in_one_token_reaches_all_behind_it() -> None:
     for name, value in measured.values.items():
         if name not in counts:
             by_layer = np.isnan(value).reshape(len(value) if value.ndim else 1, -1)
-            assert (
-                by_layer.all(1).tolist() == by_layer.any(1).tolist() == ([False, True, True] if value.ndim else [True])
-            )
+            expected = [False, True, True] if value.ndim else [True]
+            assert by_layer.all(1).tolist() == by_layer.any(1).tolist() == expected

@@ -1,7 +1,5 @@
 """`measure()` and `MeasureCallback`: the numbers, the table, the heatmap."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -45,15 +43,12 @@ def test_a_measurement_is_a_table_a_heatmap_and_html(model):
     with torch.no_grad():
         loss = model(input_ids=ids_T[None], labels=ids_T[None]).loss.item()
     assert float(measured["loss"]) == pytest.approx(loss, rel=1e-6)
+    for name, rows in (("residual", 3), ("perplexity", 1)):  # one row a layer, or one
+        assert len(measure(model, ids_T, name).to_frame()) == rows
     assert "entropy_nats" in measured._repr_html_()
     assert measured.plot("first_token_mass").figure.axes[1].get_ylabel() == "Attention on the first token"
     with pytest.raises(ValueError, match="'loss' was not measured for each head; there are: entropy_nats, rows"):
         measured.plot("loss")
-
-
-@pytest.mark.parametrize(("name", "rows"), [("residual", 3), ("perplexity", 1)])
-def test_a_table_has_one_row_a_layer_or_one(model, name, rows):
-    assert len(measure(model, torch.arange(20), name).to_frame()) == rows
 
 
 @pytest.mark.parametrize(

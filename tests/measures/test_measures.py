@@ -1,25 +1,19 @@
 """Every measure is recorded by a run, drawn by its report and listed in the docs."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import normfree
+from normfree import Run, compose_run, read_run, train
 from normfree.analysis.groups import group_runs
 from normfree.measures import MEASURES, periods_of
 from normfree.measures.heads import Heads
 from normfree.measures.measure import Measure
-from normfree.report import build_report
 from normfree.report.build import number_frames
 from normfree.report.sections import figures_of
-from normfree.spec.compose import compose_run
 from normfree.store.quantities import QUANTITIES, Quantity
-from normfree.store.runs import Run, read_run
-from normfree.training import train
 
 LAYERS, HEADS = 2, 2
 FIGURES = {("layer", "head"): ("heads", "layers"), ("layer",): ("depth", "layers"), (): ("curves",)}
@@ -92,9 +86,7 @@ class Refusing(Heads):
         (Refusing, "measure mine: NormFreeForCausalLM has no such thing"),
     ],
 )
-def test_a_measure_that_does_not_fit_is_refused_before_training(
-    kind: type[Measure], message: str, tmp_path: Path, cache: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_measure_that_does_not_fit_is_refused_before_training(kind, message, tmp_path, cache, tiny, monkeypatch):
     monkeypatch.setitem(MEASURES, "mine", kind)
     names = "heads,mine" if kind is not Refusing else "mine"
     with pytest.raises(ValueError, match=message):
@@ -120,16 +112,3 @@ def test_your_own_measure_needs_a_description_and_a_name(monkeypatch: pytest.Mon
 def test_wrong_entries_are_refused(entries: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         periods_of(entries, 2)
-
-
-def test_no_module_hides_a_public_name() -> None:
-    """`import normfree.train` would put a module where `normfree.train` is a function."""
-    modules = {path.stem for path in Path(normfree.__file__).parent.iterdir()}
-    assert not modules & set(normfree.__all__)
-
-
-def test_a_page_that_is_no_report_is_not_overwritten(measured: Run, tmp_path: Path) -> None:
-    (tmp_path / "index.html").write_text("<p>My site</p>")
-    with pytest.raises(ValueError, match=r"holds index\.html, so it is no report"):
-        build_report([measured], tmp_path)
-    assert (tmp_path / "index.html").read_text() == "<p>My site</p>"

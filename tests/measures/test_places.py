@@ -2,11 +2,8 @@
 
 # B batch, T tokens, E hidden size
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
-from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -126,7 +123,7 @@ def test_labels_name_the_stack_where_there_are_several() -> None:
         (lambda: random_model("xlnet", device="meta"), r"no feed-forward part in block 0 of XLNetLMHeadModel \(XLNet"),
     ],
 )
-def test_models_without_a_feed_forward_part_are_refused(build: Callable[[], nn.Module], message: str) -> None:
+def test_models_without_a_feed_forward_part_are_refused(build, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         places_of(build())
 

@@ -2,8 +2,6 @@
 
 # T tokens, N all tokens, E hidden size
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Ranges of inputs against numpy on inputs that the tests store themselves."""
 
-from __future__ import annotations
-
 import copy
 from itertools import chain
 from typing import Any
@@ -81,39 +79,40 @@ def test_scores_of_encoders_are_those_that_softmax_reads(kind: str, monkeypatch:
 def test_norms_and_activations_of_our_model_are_stored_inputs(norm: str, residual: str) -> None:
     model = small_model(norm=norm, final_norm="rmsnorm", residual=residual)
     blocks = list(model.model.layers)
-    parts: dict[str, list[Any]] = {
-        "attention_norm_input": [block.attention_norm for block in blocks],
-        "feed_forward_norm_input": [block.feed_forward_norm for block in blocks],
-        "activation_input": [block.feed_forward.activation for block in blocks],
-        "final_norm_input": [model.model.final_norm],
-    }
+    check_sites(
+        model,
+        attention_norm_input=[block.attention_norm for block in blocks],
+        feed_forward_norm_input=[block.feed_forward_norm for block in blocks],
+        activation_input=[block.feed_forward.activation for block in blocks],
+        final_norm_input=[model.model.final_norm],
+    )
+
+
+def check_sites(model: Any, **parts: list[Any]) -> Any:
+    """Measure ranges and compare those of each site with the inputs of its modules."""
     values = recorded(model, {"input_ids": IDS}, before=[*chain(*parts.values())])
     measured = measure(model, IDS, "ranges", batch=3)
     for site, modules in parts.items():
         check(measured, site, [values[module] for module in modules])
+    return measured
 
 
 def test_norms_of_other_families_are_named_for_what_they_feed() -> None:
     llama, bert = tiny_model("llama"), tiny_kind("bert")
     blocks = list(llama.model.layers)
-    parts: dict[str, list[Any]] = {
-        "attention_norm_input": [block.input_layernorm for block in blocks],
-        "feed_forward_norm_input": [block.post_attention_layernorm for block in blocks],
-        "activation_input": [block.mlp.act_fn for block in blocks],
-        "final_norm_input": [llama.model.norm],
-    }
-    values = recorded(llama, {"input_ids": IDS}, before=[*chain(*parts.values())])
-    measured = measure(llama, IDS, "ranges")
-    for site, modules in parts.items():
-        check(measured, site, [values[module] for module in modules])
-
+    check_sites(
+        llama,
+        attention_norm_input=[block.input_layernorm for block in blocks],
+        feed_forward_norm_input=[block.post_attention_layernorm for block in blocks],
+        activation_input=[block.mlp.act_fn for block in blocks],
+        final_norm_input=[llama.model.norm],
+    )
     blocks = list(bert.encoder.layer)  # a norm behind one block feeds the next
-    before_attention = [bert.embeddings.LayerNorm, blocks[0].output.LayerNorm]
-    before_feed_forward = [block.attention.output.LayerNorm for block in blocks]
-    values = recorded(bert, {"input_ids": IDS}, before=[*before_attention, *before_feed_forward])
-    measured = measure(bert, IDS, "ranges")
-    check(measured, "attention_norm_input", [values[norm] for norm in before_attention])
-    check(measured, "feed_forward_norm_input", [values[norm] for norm in before_feed_forward])
+    measured = check_sites(
+        bert,
+        attention_norm_input=[bert.embeddings.LayerNorm, blocks[0].output.LayerNorm],
+        feed_forward_norm_input=[block.attention.output.LayerNorm for block in blocks],
+    )
     assert "final_norm_input_min" not in measured.values  # BERT's last norm is inside of its last block
 
 
@@ -142,11 +141,3 @@ def test_a_hidden_key_that_is_infinite_changes_nothing() -> None:
     broken = broken._replace(mask=hidden[None, None], causal=False, own_keys=7)
     for value, expected in zip(scores.scores_of(broken), scores.scores_of(call), strict=True):
         assert torch.equal(value, expected)
-
-
-def test_logits_and_ranges_form_scores_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    formed = []
-    once = scores._scores
-    monkeypatch.setattr(scores, "_scores", lambda *call: formed.append(call) or once(*call))
-    measure(small_model(), IDS, ["logits", "ranges"], batch=8)
-    assert len(formed) == 3  # layers

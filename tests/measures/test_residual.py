@@ -2,8 +2,6 @@
 
 # N tokens, E hidden size, L layers
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -113,13 +111,10 @@ def test_planted_massive_activations_are_counted() -> None:
 
 
 def test_every_patch_counts_beside_padded_text() -> None:
-    config = CLIPConfig(
-        text_config={"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
-        vision_config={
-            **{"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4},
-            **{"image_size": 16, "patch_size": 4},
-        },
-    )
+    sizes = {"intermediate_size": 48, "num_attention_heads": 4}
+    text_config = {"hidden_size": 32, "num_hidden_layers": 2, **sizes}
+    vision_config = {"hidden_size": 24, "num_hidden_layers": 3, "image_size": 16, "patch_size": 4, **sizes}
+    config = CLIPConfig(text_config=text_config, vision_config=vision_config)
     model = CLIPModel(config).eval()
     mask = torch.ones(2, 12, dtype=torch.long)
     mask[1, 7:] = 0

@@ -1,8 +1,4 @@
-"""Sink rates against eager attention matrices, and against the two definitions by hand."""
-
-from __future__ import annotations
-
-from typing import Any
+"""Sink rates against those of eager attention matrices, row by row."""
 
 import numpy as np
 import pytest
@@ -10,10 +6,10 @@ import torch
 from torch import Tensor
 
 from normfree import measure
-from normfree.entropy import functional, probe
+from normfree.entropy import probe
+from normfree.measures import scores
 from normfree.measures.heads import Sinks
 from normfree.measures.measure import values_of
-from tests.entropy.families import tiny_model
 from tests.entropy.kinds import inputs_of, matrices_of, real_queries, tiny_kind
 from tests.small_model import small_model
 
@@ -32,7 +28,7 @@ def rates(p_BHTS: Tensor, real_BT: Tensor, first_row: int = 0) -> tuple[np.ndarr
     return np.mean(texts, axis=0), np.concatenate(rows, axis=1).mean(1)
 
 
-@pytest.mark.parametrize("kind", ["bert", "vit", "t5", "bart"])
+@pytest.mark.parametrize("kind", ["bert", "vit", "t5", "bart", "gpt2", "llama"])
 @pytest.mark.parametrize("first_row", [0, 3])
 def test_rates_are_those_of_eager_matrices(kind: str, first_row: int) -> None:
     model = tiny_kind(kind)
@@ -49,54 +45,17 @@ def test_rates_are_those_of_eager_matrices(kind: str, first_row: int) -> None:
         assert measured["sink_rows"][row] == real_BT.sum(1).double().mean() - first_row
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-@pytest.mark.parametrize("batch", [4, 1])
-def test_rates_of_causal_models_are_those_of_matrices(family: str, batch: int) -> None:
-    model = tiny_model(family)
-    measured = measure(model, IDS, "sinks", batch=batch)
-    for layer, p_BHTS in enumerate(matrices_of(model, {"input_ids": IDS}).values()):
-        of_texts, of_rows = rates(p_BHTS, torch.ones(4, 12, dtype=torch.bool))
-        assert measured["sink_text_rate"][layer] == pytest.approx(of_texts)
-        assert measured["sink_row_rate"][layer] == pytest.approx(of_rows)
-    assert measured["sink_row_rate"].max() > measured["sink_text_rate"].min()
-
-
-def test_half_the_rows_at_half_is_no_sink_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every second row has mass 0.5 on the first token, the others none."""
+@pytest.mark.parametrize(
+    ("module", "name", "names"), [(probe, "measure", ["sinks", "heads"]), (scores, "_scores", ["logits", "ranges"])]
+)
+def test_measures_of_one_attention_compute_it_once(module, name, names, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, once = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *call: calls.append(call) or once(*call))
     model = small_model()
-    measured_rows = functional.measure
-
-    def half(request: Any) -> Any:
-        rows = measured_rows(request)
-        rows.first_mass.copy_(torch.arange(rows.first_mass.shape[-1]) % 2 * 0.5)
-        return rows
-
-    monkeypatch.setattr(probe, "measure", half)
-    measured = measure(model, IDS, "sinks", batch=2)
-    assert (measured["sink_text_rate"] == 0).all()
-    assert (measured["sink_row_rate"] == 0.5).all()
-
-
-def test_heads_and_sinks_measure_rows_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    once = functional.measure
-    monkeypatch.setattr(probe, "measure", lambda request: calls.append(request) or once(request))
-    model = small_model()
-    both = measure(model, IDS, ["sinks", "heads"], batch=2)
+    both = measure(model, IDS, names, batch=2)
     assert len(calls) == 3 * 2  # layers x batches
-    alone = measure(model, IDS, "heads", batch=2)
-    for name, value in alone.values.items():
-        assert np.array_equal(both[name], value)
-
-
-def test_a_nan_makes_the_rates_of_its_heads_nan() -> None:
-    model = small_model()
-    with torch.no_grad():
-        model.model.layers[1].attention.qkv.weight[0, 0] = torch.nan  # a query of the first head
-    measured = measure(model, IDS, "sinks")
-    for name in ("sink_text_rate", "sink_row_rate"):
-        assert np.isnan(measured[name][1, 0])
-        assert np.isfinite(measured[name][0]).all()
+    for key, value in measure(model, IDS, names[1], batch=2).values.items():
+        assert np.array_equal(both[key], value)
 
 
 def test_a_negative_first_row_and_no_pass_are_refused() -> None:

@@ -1,7 +1,5 @@
 """Windows of a text, and the memory that they need."""
 
-from __future__ import annotations
-
 import pytest
 from tokenizers import processors
 

@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
-
-from normfree.model.activations import ACTIVATIONS
 
 LEARNABLE = ["none", "per_layer", "shared"]
 
@@ -26,17 +23,18 @@ def test_leaky_relu_at_its_ends_is_relu_and_identity(build, ids, learnable, slop
 
 
 def test_the_slope_changes_the_logits_however_it_is_kept(build, ids):
-    gentle, *others = [
-        build(activation="leaky_relu", negative_slope=0.3, learnable_slope=kind)(ids).logits for kind in LEARNABLE
-    ]
+    leaky = {"activation": "leaky_relu", "negative_slope": 0.3}
+    gentle, *others = [build(**leaky, learnable_slope=kind)(ids).logits for kind in LEARNABLE]
     assert all(torch.equal(gentle, logits) for logits in others)
     assert not torch.allclose(build(activation="leaky_relu", negative_slope=0.5)(ids).logits, gentle)
 
 
-def test_per_layer_slopes_are_one_parameter_each(build, ids):
-    model = build(activation="leaky_relu", learnable_slope="per_layer")
-    expected = [f"model.layers.{i}.feed_forward.activation.negative_slope" for i in range(3)]
-    assert list(model.negative_slopes()) == expected
+@pytest.mark.parametrize("names", [["leaky_relu"] * 3, ["relu", "leaky_relu", "gelu"]])
+def test_each_leaky_layer_learns_a_slope_of_its_own(build, ids, names):
+    model = build(activation=names, learnable_slope="per_layer")
+    layers = [layer for layer, name in enumerate(names) if name == "leaky_relu"]
+    expected = [f"model.layers.{layer}.feed_forward.activation.negative_slope" for layer in layers]
+    assert (list(model.negative_slopes()), model.slope_layers()) == (expected, layers)
     model(ids, labels=ids).loss.backward()
     assert all(model.get_parameter(name).grad.abs() > 0 for name in expected)
 
@@ -63,29 +61,8 @@ def test_negative_slopes_are_float_copies(build):
     assert build(activation="leaky_relu").negative_slopes() == {}
 
 
-def test_a_slope_for_each_feature_is_not_recorded(build, monkeypatch):
-    class SlopePerFeature(nn.Module):
-        def __init__(self, config):
-            super().__init__()
-            self.negative_slope = nn.Parameter(torch.empty(config.intermediate_size))
-
-        def forward(self, features, shared_slope):
-            return features.where(features > 0, self.negative_slope * features)
-
-    monkeypatch.setitem(ACTIVATIONS, "per_feature", SlopePerFeature)
-    model = build(activation="per_feature", negative_slope=0.25)
-    assert model.negative_slopes() == {}
-    assert (model.model.layers[0].feed_forward.activation.negative_slope == 0.25).all()
-
-
 def test_a_list_gives_each_layer_its_activation(build, ids):
     mixed = build(activation=["relu", "gelu", "identity"])(ids).logits
     for others in (["gelu", "gelu", "identity"], ["relu", "relu", "identity"], ["relu", "gelu", "gelu"]):
         assert not torch.allclose(mixed, build(activation=others)(ids).logits)
     assert torch.equal(build(activation=["relu"] * 3)(ids).logits, build(activation="relu")(ids).logits)
-
-
-def test_only_leaky_layers_of_a_list_learn_a_slope(build):
-    model = build(activation=["relu", "leaky_relu", "gelu"], learnable_slope="per_layer")
-    assert list(model.negative_slopes()) == ["model.layers.1.feed_forward.activation.negative_slope"]
-    assert model.slope_layers() == [1]

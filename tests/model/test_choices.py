@@ -7,14 +7,12 @@ import itertools
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from normfree.entropy import EntropyProbe
-from normfree.model import NormFreeConfig, NormFreeForCausalLM
+from normfree import EntropyProbe, NormFreeConfig, NormFreeForCausalLM
 from normfree.model.norms import TaperedNorm
 from normfree.model.tables import TABLES
 from tests.small_model import CHOICES, SIZES, small_model
@@ -251,7 +249,7 @@ def test_a_probe_measures_attention_with_a_sink(ids, form):
         torch.testing.assert_close(measured, entropies.mean((0, 2)), atol=2e-5, rtol=0)
 
 
-def first_losses(form: dict[str, Any]) -> list[float]:
+def first_losses(form: dict) -> list[float]:
     """Losses of five AdamW steps on one batch, as training makes them: `advance` after each."""
     torch.manual_seed(0)
     model = NormFreeForCausalLM(NormFreeConfig(**(SIZES | form))).train()

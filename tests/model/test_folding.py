@@ -1,7 +1,5 @@
 """Norms with a fixed scale fold into the matrices that read them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

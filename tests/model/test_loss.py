@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from accelerate import cpu_offload
 
 from normfree.model import loss as loss_module
-from normfree.model.loss import block_tokens, next_token_loss
+from normfree.model.loss import next_token_loss
 
 
 @pytest.fixture
@@ -32,24 +32,6 @@ def test_loss_and_gradients_are_those_of_all_logits_in_float64(case):
     assert loss.item() == pytest.approx(truth.item(), abs=1e-6)
     for mine, theirs in zip((hidden, weight), exact, strict=True):
         torch.testing.assert_close(mine.grad.double(), theirs.grad, atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("vocabulary", "free", "tokens"),
-    [
-        (4096, None, 1024),
-        (50_257, None, 333),
-        (2**25, None, 1),
-        (50_257, 40 * 2**30, 1335),  # 2^26 logits: 0.8 GB
-        (50_257, 6 * 2**30, 667),  # 0.4 GB
-        (50_257, 0, 333),
-        (2**27, 40 * 2**30, 1),
-    ],
-)
-def test_blocks_grow_with_free_memory_of_a_gpu(vocabulary, free, tokens):
-    assert block_tokens(vocabulary, free) == tokens
-    if free and tokens > 1:
-        assert 12 * tokens * vocabulary <= free / 16
 
 
 def test_the_divisor_is_given_or_counted(case):

@@ -1,41 +1,26 @@
 """The family vision: ViT's logits, patches that all see each other, and saving."""
 
-from __future__ import annotations
-
-import os
-import subprocess
-import sys
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 from normfree import measure
-from normfree.model import HEADS
 from normfree.model.conversion import convert
-from tests.elsewhere import WITHOUT_NORMFREE
-from tests.small_model import CHOICES, with_noise
+from tests.elsewhere import check_loading_elsewhere
+from tests.small_model import CHOICES, SMALL, family_model, with_noise
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 12, "num_channels": 3}
+IMAGES = {"image_size": 12, "num_channels": 3, "patch_size": 4}
 PIXELS = torch.linspace(-1, 1, 2 * 3 * 12 * 12).view(2, 3, 12, 12)
-ELSEWHERE = f"""{WITHOUT_NORMFREE}
-import torch, transformers
-model = transformers.AutoModelForImageClassification.from_pretrained(sys.argv[1], trust_remote_code=True)
-assert type(model).__module__.startswith("transformers_modules.")
-torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[2])
-"""
 
 
-def build(**fields: Any) -> Any:
-    torch.manual_seed(0)
-    kind = HEADS["vision"]
-    return with_noise(kind._from_config(kind.config_class(**SIZES | fields, num_labels=5)))
+build = partial(family_model, "vision", **IMAGES, num_labels=5)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
 def test_a_vit_of_transformers_has_equal_logits(activation: str, tmp_path) -> None:
-    config = ViTConfig(**SIZES, intermediate_size=48, patch_size=4, hidden_act=activation, id2label={0: "a", 1: "b"})
+    config = ViTConfig(**SMALL, **IMAGES, intermediate_size=48, hidden_act=activation, id2label={0: "a", 1: "b"})
     theirs = with_noise(ViTForImageClassification(config))
     ours = convert(theirs)
     torch.testing.assert_close(ours(PIXELS).logits, theirs(PIXELS).logits, atol=1e-5, rtol=0)
@@ -70,7 +55,7 @@ def test_entropies_are_those_of_weights_on_all_patches(attention: str) -> None:
 
 
 @pytest.mark.parametrize("form", CHOICES)
-def test_every_parameter_of_every_choice_has_a_gradient(form: dict[str, Any], tmp_path) -> None:
+def test_every_parameter_of_every_choice_has_a_gradient(form, tmp_path) -> None:
     decoders = ("rotary", "position", "taper", 8)  # what is refused below
     model = build(**{name: value for name, value in form.items() if value not in decoders})
     model(PIXELS, labels=torch.tensor([0, 4])).loss.backward()
@@ -83,26 +68,17 @@ def test_every_parameter_of_every_choice_has_a_gradient(form: dict[str, Any], tm
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (
-            {"position": "rotary"},
-            "position='rotary' is for family='decoder' or 'encoder_decoder', and this is 'vision'",
-        ),
+        ({"position": "rotary"}, "position='rotary' is for family='decoder' or 'encoder_decoder', and this is"),
         ({"attention_temperature": "position"}, "attention_temperature='position' is for family='decoder'"),
         ({"norm": "fake", "fake_start_step": 1}, "norm='fake' is for family='decoder'"),
         ({"image_size": 13}, "image_size=13 must be a multiple of patch_size=4"),
         ({"image_size": 8}, r"images of 3 x 12 x 12 .*, but the model reads 3 x 8 x 8"),
     ],
 )
-def test_what_does_not_fit_images_is_refused(fields: dict[str, Any], message: str) -> None:
+def test_what_does_not_fit_images_is_refused(fields, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(**fields)(PIXELS)
 
 
 def test_a_saved_classifier_loads_where_normfree_is_missing(tmp_path) -> None:
-    model = build(norm="none")
-    model.save_pretrained(tmp_path / "saved")
-    torch.save(PIXELS, tmp_path / "tensor.pt")
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-W", "error", "-c", ELSEWHERE, str(tmp_path / "saved"), str(tmp_path / "tensor.pt")]
-    subprocess.run(command, env=environment, cwd=tmp_path, check=True)
-    torch.testing.assert_close(torch.load(tmp_path / "tensor.pt"), model(PIXELS).logits)
+    check_loading_elsewhere(build(norm="none"), "AutoModelForImageClassification", {"pixel_values": PIXELS}, tmp_path)

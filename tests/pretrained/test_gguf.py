@@ -1,7 +1,5 @@
 """Keys and weights of .gguf files that transformers does not read are corrected or refused."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -2,8 +2,7 @@
 
 # H heads, D head dim
 
-from __future__ import annotations
-
+from functools import partial
 from typing import Any
 
 import pytest
@@ -63,20 +62,15 @@ def assert_parity(theirs: Any, ours: NormFreeForCausalLM) -> None:
         torch.testing.assert_close(torch.cat(steps, dim=1), plain, **TOLERANCE)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gpt2_logits_are_equal(activation: str) -> None:
-    assert_parity(*gpt2_pair(activation))
+OTHER_FIELDS: dict[str, Any] = {"tie_word_embeddings": False, "n_inner": 50, "attn_implementation": "eager"}
+PAIRS: list[Any] = [partial(gpt2_pair, activation) for activation in ACTIVATIONS]
+PAIRS += [partial(gpt2_pair, epsilon=1e-2, **OTHER_FIELDS), partial(neox_pair, base=500.0, tie_word_embeddings=True)]
+PAIRS += [partial(neox_pair, share, parallel=parallel) for share in (0.25, 0.5, 1.0) for parallel in (True, False)]
 
 
-@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
-@pytest.mark.parametrize("parallel", [True, False])
-def test_neox_logits_are_equal(share: float, parallel: bool) -> None:
-    assert_parity(*neox_pair(share, parallel=parallel))
-
-
-def test_other_fields_are_equal() -> None:
-    assert_parity(*neox_pair(base=500.0, tie_word_embeddings=True))
-    assert_parity(*gpt2_pair(epsilon=1e-2, tie_word_embeddings=False, n_inner=50, attn_implementation="eager"))
+@pytest.mark.parametrize("pair", PAIRS)
+def test_logits_are_equal(pair) -> None:
+    assert_parity(*pair())
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -1,7 +1,5 @@
 """One report for all tests here: four variants, seeds, a divergence, slopes, an interrupted run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

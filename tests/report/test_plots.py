@@ -1,7 +1,5 @@
 """Figures are pure, fit any shape, and show what is not finite as such; plots and comparisons in one call."""
 
-from __future__ import annotations
-
 import math
 import re
 import subprocess
@@ -16,17 +14,15 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from normfree import Run, compare, heatmap, plot_curves, plot_heads
 from normfree.analysis.entropy import newest_values, values_over_training
 from normfree.analysis.groups import group_runs
 from normfree.cost.totals import Point
 from normfree.report.figures import heatmap_figure, layers_over_training
 from normfree.report.plots.curves import layer_curves, loss_curves, overload_series, seed_curves
-from normfree.report.plots.heatmaps import heatmap
-from normfree.report.plots.points import order_of_names, score_points, trade_off_points
+from normfree.report.plots.points import score_points, trade_off_points
 from normfree.report.plots.style import variant_styles
-from normfree.report.views import compare, plot_curves, plot_heads
 from normfree.store.quantities import QUANTITIES
-from normfree.store.runs import Run
 from tests.synthetic import rewritten, write_run
 
 
@@ -174,34 +170,10 @@ def test_slopes_have_a_line_per_layer_in_its_colour(tmp_path: Path) -> None:
 
 
 def trade_off(perplexity: Sequence[float], gigabytes: Sequence[float], corpora: str = "") -> Axes:
-    rows = zip(perplexity, gigabytes, corpora or "x" * len(perplexity), strict=True)
-    names = (f"SM+leaky, per layer (start{number})" for number in range(len(perplexity)))
-    given = [
-        Point(name, corpus, ppl, 1, 1e9 * gb, 1, True) for name, (ppl, gb, corpus) in zip(names, rows, strict=False)
-    ]
+    rows = enumerate(zip(perplexity, gigabytes, corpora or "x" * len(perplexity), strict=True))
+    name = "SM+leaky, per layer (start{})"
+    given = [Point(name.format(n), corpus, ppl, 1, 1e9 * gb, 1, True) for n, (ppl, gb, corpus) in rows]
     return trade_off_points(given, ax=Figure().subplots())
-
-
-def test_no_line_of_a_name_runs_through_another_marker() -> None:
-    places_N2 = np.array(
-        [[0.54, 0.11], [0.41, 0.0], [0.74, 0.85], [0.14, 0.7], [0.82, 0.98], [0.84, 0.42], [0.98, 0.97]]
-    )
-    heights_N = np.linspace(0.02, 0.98, len(places_N2))
-
-    def nearest_marker(order: Sequence[int]) -> float:
-        steps_S1 = np.linspace(0, 1, 1001)[:, None]
-        distances = []
-        for number, height in zip(order, heights_N, strict=True):
-            line_S2 = places_N2[number] + steps_S1 * ([1.02, height] - places_N2[number])
-            others = [place for place in places_N2 if np.linalg.norm(place - places_N2[number]) > 0.06]
-            distances += [np.linalg.norm(line_S2 - place, axis=1).min() for place in others]
-        return min(distances)
-
-    order = order_of_names(places_N2, heights_N)
-    assert sorted(order) == list(range(len(places_N2)))
-    assert nearest_marker(np.argsort(places_N2[:, 1])) < 0.011
-    assert nearest_marker(order) > 0.015
-    assert order_of_names(places_N2[[0, 5, 2]], heights_N[[0, 3, 6]]) == [0, 1, 2]  # nothing in the way: lowest first
 
 
 def test_a_trade_off_joins_each_front_and_names_what_diverged() -> None:

@@ -1,7 +1,5 @@
 """Colours tell lines apart for readers who see fewer of them, on white paper and on the page's dark ground."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np

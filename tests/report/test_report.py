@@ -1,7 +1,5 @@
 """What `build_report` writes."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json
@@ -19,15 +17,14 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
+from normfree import Run, build_report, find_runs
 from normfree.analysis import published
 from normfree.analysis.entropy import causal_ceiling
 from normfree.analysis.groups import group_runs
-from normfree.report import build_report
 from normfree.report.figures import PageFigure
 from normfree.report.sections import figures_of
 from normfree.report.summary import sentences
 from normfree.report.tables.results import range_table
-from normfree.store.runs import Run, find_runs
 from tests.synthetic import rewritten, write_run
 
 FOUR = ("SM+LN+G", "SM+LN+R", "SM+G", "SM+R")
@@ -257,10 +254,8 @@ def test_each_recipe_has_its_own_part_and_answer(tmp_path: Path) -> None:
 
 def test_variants_with_own_rates_or_starts_are_compared(tmp_path: Path) -> None:
     rates = {"SM+G": 1.4e-3, "SM+R": 2e-3, "SM+LN+G": 2.8e-3}
-    runs = [
-        write_run(tmp_path, label, compare_across=["train.peak_learning_rate"], train={"peak_learning_rate": rate})
-        for label, rate in rates.items()
-    ]
+    across: dict[str, Any] = {"compare_across": ["train.peak_learning_rate"]}
+    runs = [write_run(tmp_path, name, train={"peak_learning_rate": rate}, **across) for name, rate in rates.items()]
     page = build_report(runs, tmp_path / "out").read_text()
     assert "Without LayerNorm (2e-3), ReLU ends 4.2 % below GELU (1.4e-3) in perplexity" in page
     assert "<dd>peak learning rates differ by variant</dd>" in page
@@ -269,9 +264,8 @@ def test_variants_with_own_rates_or_starts_are_compared(tmp_path: Path) -> None:
     assert rows["Against SM+LN+G"].tolist()[:2] == ["baseline", "+10.2 %"]
     own: dict[str, Any] = {"root": tmp_path / "2", "compare_across": ["start_name"]}
     runs = [write_run(label=label, start_name=f"quick/{label[-1]}", **own) for label in ("SM+G", "SM+R")]
-    assert sentences(group_runs(runs))[0].startswith(
-        "Without LayerNorm (quick/R), ReLU ends 4.2 % below GELU (quick/G) in perplexity"
-    )
+    first = sentences(group_runs(runs))[0]
+    assert first.startswith("Without LayerNorm (quick/R), ReLU ends 4.2 % below GELU (quick/G) in perplexity")
 
 
 def test_all_variants_are_compared_with_the_baseline(tmp_path: Path) -> None:
@@ -335,6 +329,11 @@ def test_bad_input_is_refused_before_writing(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match=r"output=.*runs holds quick, so it is no report"):
         build_report(runs[:1], tmp_path / "runs")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "index.html").write_text("<p>My site</p>")
+    with pytest.raises(ValueError, match=r"holds index\.html, so it is no report"):
+        build_report(runs[:1], tmp_path / "site")
+    assert (tmp_path / "site" / "index.html").read_text() == "<p>My site</p>"
     (tmp_path / "begun" / "figures").mkdir(parents=True)
     unfinished = write_run(tmp_path, "SM+G", status="failed")
     assert "No run finished." in build_report([unfinished], tmp_path / "begun").read_text()

@@ -1,7 +1,5 @@
 """The page in Debian's chromium, from disk, with the network blocked. No browser is a failure, not a skip."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal

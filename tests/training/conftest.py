@@ -1,13 +1,9 @@
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from normfree.spec.compose import compose_run
-from normfree.store.runs import Run, read_run
-from normfree.training import train
+from normfree import Run, compose_run, read_run, train
 from tests.training.fork_server import ForkServer
 
 

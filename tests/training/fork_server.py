@@ -5,8 +5,6 @@ Requests are JSON lines on standard input, answers JSON lines on standard output
 {"wait": process id} -> exit status, negative for a signal.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os
@@ -25,14 +23,10 @@ class ForkServer:
     """The client: `start` a command, kill it as you like, `wait` for its end."""
 
     def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-            text=True,
-            start_new_session=True,
-        )
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        command = [sys.executable, __file__]
+        self.process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
 
     def start(self, words: list[str], errors: Path, *, dies: tuple[int, str] | None = None) -> int:
         """Start a command and return its process id; with `dies` it kills itself at that step and place of a save."""

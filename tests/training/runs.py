@@ -1,10 +1,9 @@
 """Helpers of the training tests: compare runs, act inside a step, damage a file."""
 
-from __future__ import annotations
-
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from safetensors.torch import load_file
 
 from normfree.files import damages
 from normfree.store.checkpoints import checkpoints_in
-from normfree.store.runs import read_run
+from normfree.store.runs import Run, read_run
 from normfree.training.trainer import NormFreeTrainer
 
 DAMAGES = ("flip", "cut", "remove")
@@ -36,6 +35,10 @@ def damage(path: Path, how: str) -> None:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model" / "model.safetensors")
+
+
+def losses(run: Run) -> list[float]:
+    return [loss for _, loss in run.series("train", "loss")]
 
 
 def same_weights(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
@@ -74,6 +77,15 @@ def break_in_step(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
             raise ConnectionError("killed")
 
     act_in("training_step", fail, monkeypatch)
+
+
+@contextmanager
+def killed_in_step(step: int) -> Iterator[None]:
+    """Break a run as `break_in_step` does, and expect it."""
+    with pytest.MonkeyPatch.context() as patch:
+        break_in_step(step, patch)
+        with pytest.raises(ConnectionError, match="killed"):
+            yield
 
 
 def send_in_step(step: int, monkeypatch: pytest.MonkeyPatch, *numbers: signal.Signals) -> None:

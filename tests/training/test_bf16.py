@@ -1,7 +1,5 @@
 """bf16 matrix products by fp32 units against torch's own bf16 kernels."""
 
-from __future__ import annotations
-
 import logging
 from contextlib import nullcontext
 
@@ -13,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from normfree.training import precision as bf16
 from normfree.training.precision import ProductsInFp32
+from tests.training.runs import losses
 
 
 def factors(*shapes: tuple[int, ...]) -> list[Tensor]:
@@ -106,7 +105,6 @@ def test_bf16_trains_alike_without_bf16_units(train_tiny, monkeypatch, caplog):
             runs[units] = train_tiny(*words, runs=str(units))
         assert ("no bf16 units" in caplog.text) is not units
     assert entered == [False]
-    losses = [[value for _, value in run.series("train", "loss")] for run in runs.values()]
-    assert len(losses[0]) == 6
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert len(losses(runs[True])) == 6
+    assert losses(runs[False]) == pytest.approx(losses(runs[True]), rel=1e-4)
     assert runs[False].perplexity == pytest.approx(runs[True].perplexity, rel=1e-3)

@@ -1,10 +1,10 @@
 """Every saved model has a model card, can be read by others, and can be pushed to the hub."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -29,6 +29,7 @@ def test_the_card_holds_the_results_of_the_run(trained: Path) -> None:
     assert f"{run.facts['model']['parameters']:,} parameters" in card.text
     assert f"{run.tokens_seen:,} tokens," in card.text
     assert "README.md" in read_manifest(trained / "model")["files"]
+    assert len({file.stat().st_mode for file in (trained / "model").iterdir()}) == 1
 
 
 @pytest.mark.parametrize("family", ["decoder", "encoder_decoder"], indirect=True)
@@ -66,16 +67,9 @@ def test_a_run_without_finite_perplexity_has_a_card(tmp_path: Path) -> None:
     assert "| Perplexity | nan |" in text
 
 
-def test_every_file_of_a_model_has_one_mode(trained: Path) -> None:
-    assert len({file.stat().st_mode for file in (trained / "model").iterdir()}) == 1
-
-
 def test_a_model_is_pushed_with_its_code(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to the upload. transformers keeps the card of the repository, else it writes one of its own."""
     uploaded: dict[str, bytes] = {}
-
-    class Repository:
-        repo_id = "somebody/sm-r"
 
     def commit(_api: HfApi, **facts: Any) -> str:
         for operation in facts["operations"]:
@@ -83,12 +77,9 @@ def test_a_model_is_pushed_with_its_code(trained: Path, monkeypatch: pytest.Monk
                 uploaded[operation.path_in_repo] = file.read()
         return "done"
 
-    def no_card(*_: Any, **__: Any) -> ModelCard:
-        raise EntryNotFoundError("offline")
-
-    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: Repository())
+    monkeypatch.setattr(HfApi, "create_repo", Mock(return_value=SimpleNamespace(repo_id="somebody/sm-r")))
     monkeypatch.setattr(HfApi, "create_commit", commit)
-    monkeypatch.setattr(ModelCard, "load", no_card)
+    monkeypatch.setattr(ModelCard, "load", Mock(side_effect=EntryNotFoundError("offline")))
     AutoModelForCausalLM.from_pretrained(trained / "model").push_to_hub("somebody/sm-r")
     saved = {file.name for file in (trained / "model").iterdir()}
     code = {name for name in saved if name.endswith(".py")}

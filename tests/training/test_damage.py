@@ -1,11 +1,10 @@
-"""Damage to the files of a real run: each is reported, and a resume ends where the whole run ended."""
-
-from __future__ import annotations
+"""Damage to the files of a run, or a full disk: it is reported, and a resume ends where the whole run ended."""
 
 import errno
 import json
 import logging
 import os
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,16 +14,18 @@ import torch
 
 from normfree.data import prepare
 from normfree.files import damages, read_manifest, sha256_file, write_manifest
-from normfree.store.checkpoints import compare_surroundings, newest_sound
-from normfree.store.runs import RunWriter, read_run
-from tests.training.runs import DAMAGES, check_equal_runs, damage, of_every_family
+from normfree.store.checkpoints import CheckpointError, checkpoints_in, newest_sound
+from normfree.store.runs import METRICS_FILE, RunWriter, read_lines, read_run
+from normfree.training.trainer import NormFreeTrainer
+from tests.machine import largest_file
+from tests.training.runs import DAMAGES, check_equal_runs, damage, losses, of_every_family
 
 CHECKPOINT_FILES = (
     *("activations.py", "attention.py", "blocks.py", "branches.py", "config.json", "configuration.py"),
-    *("embeddings.py", "gates.py"),
-    *("generation_config.json", "head_entropy.py", "linears.py", "loss.py", "manifest.json", "model.safetensors"),
-    *("modeling.py", "norms.py", "optimizer.pt", "placements.py", "positions.py", "rng_state.pth", "scheduler.pt"),
-    *("sinks.py", "tables.py", "temperatures.py", "tokenizer.json", "tokenizer_config.json", "trainer_state.json"),
+    *("embeddings.py", "gates.py", "generation_config.json", "head_entropy.py", "linears.py", "loss.py"),
+    *("manifest.json", "model.safetensors", "modeling.py", "norms.py", "optimizer.pt", "placements.py", "positions.py"),
+    *("rng_state.pth", "scheduler.pt", "sinks.py", "tables.py", "temperatures.py"),
+    *("tokenizer.json", "tokenizer_config.json", "trainer_state.json"),
 )
 CORPUS_FILES = ("manifest.json", "tokenizer.json", "tokenizer_config.json", "train.arrow", "validation.arrow")
 OF_TEXT, OF_IMAGES = {"generation_config.json", "tokenizer.json", "tokenizer_config.json"}, {"preprocessor_config.json"}
@@ -116,6 +117,7 @@ def test_a_damaged_corpus_is_named_and_prepared_again(tmp_path, cache, tiny_spec
     damage(tmp_path / "corpora" / sound.folder.name / name, how)
     with caplog.at_level(logging.WARNING, "normfree"):
         again = prepare(spec, cache=tmp_path, progress=False)
+    assert "is damaged and prepared again" in caplog.text
     assert name in caplog.text
     assert again.fingerprint == sound.fingerprint
     assert damages(again.folder) == []
@@ -205,24 +207,12 @@ def test_a_run_never_resumes_on_another_text(broken: Path, resume, tiny_spec, tm
         shutil.copy2(tmp_path / "original" / "0.py", changed)
 
 
-def test_a_resume_in_another_environment_is_warned_of(trained: Path, caplog) -> None:
-    checkpoint = trained / "checkpoints" / "checkpoint-6"
-    names = ("corpus", "threads", "instruction_set", "bf16_units", "torch")
-    then = {name: read_manifest(checkpoint)[name] for name in names}
-    with caplog.at_level(logging.WARNING, "normfree"):
-        compare_surroundings(checkpoint, then)
-        assert not caplog.text
-        compare_surroundings(checkpoint, {**then, "threads": 2})
-    assert "numbers may differ: threads was 1, now 2" in caplog.text
-
-
 def test_a_run_resumes_in_smaller_passes_with_a_warning(broken, trained, train_tiny, caplog, monkeypatch) -> None:
     monkeypatch.setattr("normfree.training.machine.model_code", lambda: "another")
     words = "train.micro_batch_sequences=2", "train.gradient_checkpointing=true", "train.evaluate_every=1"
     resumed, uninterrupted = train_tiny(*words), read_run(trained)
     assert resumed.perplexity == pytest.approx(uninterrupted.perplexity, rel=1e-5)
-    losses = [[loss for _, loss in run.series("train", "loss")] for run in (resumed, uninterrupted)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses(resumed) == pytest.approx(losses(uninterrupted), rel=1e-5)
     assert "micro_batch_sequences was 8, now 2; gradient_checkpointing was False, now True" in caplog.text
     assert "now another" in caplog.text
 
@@ -237,3 +227,39 @@ def test_a_checkpoint_needs_no_trust(trained: Path) -> None:
     with safe_globals():  # numpy's random state; what Trainer itself allows
         assert torch.load(checkpoint / "rng_state.pth", weights_only=True)["cpu"].numel() > 0
     assert not list(trained.rglob("training_args.bin"))
+
+
+def test_a_failed_save_leaves_older_files_and_the_run_resumes(train_tiny, tiny_folder, trained, monkeypatch) -> None:
+    save_optimizer = NormFreeTrainer._save_optimizer_and_scheduler
+
+    def save(trainer: NormFreeTrainer, folder: str | None) -> None:
+        with largest_file(200_000 if trainer.state.global_step == 4 else resource.RLIM_INFINITY):
+            save_optimizer(trainer, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NormFreeTrainer, "_save_optimizer_and_scheduler", save)
+        with pytest.raises(CheckpointError, match=r"step 4 failed .*older ones are unchanged") as failed:
+            train_tiny()
+    assert "\n" not in str(failed.value)
+    assert read_run(tiny_folder).status == "failed"
+    assert "CheckpointError" in read_run(tiny_folder).facts["error"]
+    (older,) = checkpoints_in(tiny_folder / "checkpoints")
+    assert (older.name, damages(older)) == ("checkpoint-2", [])
+    assert not (tiny_folder / "checkpoints" / ".staging").exists()
+    assert max(line["step"] for line in read_lines(tiny_folder / METRICS_FILE) if line["name"] == "loss") == 4
+    train_tiny()
+    check_equal_runs(tiny_folder, trained)
+
+
+@pytest.mark.parametrize("room", [0, 1, 40, 5000])
+def test_a_metrics_file_that_may_not_grow_stays_unchanged(tmp_path: Path, room: int) -> None:
+    writer = RunWriter(tmp_path, {"spec": {}})
+    writer.log(1, "train", [("loss", 2.0)])
+    path = tmp_path / METRICS_FILE
+    before = path.read_bytes()
+    long_line = ("entropy_nats", list(range(3000)))
+    with largest_file(len(before) + room), pytest.raises(OSError, match="File too large"):
+        writer.log(2, "probe", [long_line])
+    assert path.read_bytes() == before
+    writer.log(2, "probe", [long_line])
+    assert [line["step"] for line in read_lines(path)] == [1, 2]

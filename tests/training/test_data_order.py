@@ -1,17 +1,10 @@
-from __future__ import annotations
-
 from hypothesis import given
 from hypothesis import strategies as st
 
 from normfree.training.trainer import BlockOrder
 
 
-@given(
-    blocks=st.integers(1, 30),
-    sequences=st.integers(1, 100),
-    start=st.integers(0, 100),
-    seed=st.integers(0, 9),
-)
+@given(blocks=st.integers(1, 30), sequences=st.integers(1, 100), start=st.integers(0, 100), seed=st.integers(0, 9))
 def test_a_resumed_order_is_the_rest_of_the_whole(blocks: int, sequences: int, start: int, seed: int) -> None:
     start = min(start, sequences)
     whole = list(BlockOrder(blocks=blocks, sequences=sequences, seed=seed))

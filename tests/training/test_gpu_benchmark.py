@@ -1,9 +1,6 @@
 """The parts of benchmarks/gpu.py, at a tiny size on the CPU."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
 
@@ -13,7 +10,7 @@ from benchmarks.gpu import Size, main
 TINY = "2x32x300x16x4"
 
 
-def test_a_record_has_every_contender_at_every_size(tmp_path: Path, capsys) -> None:
+def test_a_record_has_every_contender_at_every_size(tmp_path, capsys) -> None:
     output = tmp_path / "gpu.json"
     words = [f"sizes={TINY},2x32x300x8x8", "contenders=ours,nanogpt,gpt2", f"memory={TINY}", "square=64"]
     main([f"output={output}", "device=cpu", "row_seconds=0.1", *words])
@@ -35,21 +32,18 @@ def test_a_record_has_every_contender_at_every_size(tmp_path: Path, capsys) -> N
     assert record["machine"]["device"] == "cpu"
 
 
-def test_contenders_without_time_are_named(capsys) -> None:
+def test_what_cannot_be_timed_is_named() -> None:
     options = gpu.DEFAULTS | {"sizes": TINY, "memory": "", "square": "64", "seconds": "-1"}
     record = gpu.time_steps(options, ["ours"], gpu.torch.device("cpu"))
     assert (record["rows"], record["left_out"]) == ([], [f"ours at {Size.read(TINY)}"])
-
-
-@pytest.mark.slow
-def test_runs_of_a_study_are_counted(tiny: list[str], cache: Path) -> None:
-    result = gpu.time_study(2, 300, [*tiny[1:], f"cache_dir={cache}"])
-    assert (result["runs"], result["workers"], result["over"], result["status"]) == (4, 2, 4, 0)
-    assert result["fewest_tokens"] == result["most_tokens"] == 6 * 8 * 16
-
-
-def test_a_machine_without_a_gpu_is_one_line() -> None:
     with pytest.raises(SystemExit, match="there is no GPU that torch can use"):
         main([])
     with pytest.raises(SystemExit, match="unknown contender theirs; allowed: ours"):
         main(["device=cpu", "contenders=ours,theirs"])
+
+
+@pytest.mark.slow
+def test_runs_of_a_study_are_counted(tiny: list[str], cache) -> None:
+    result = gpu.time_study(2, 300, [*tiny[1:], f"cache_dir={cache}"])
+    assert (result["runs"], result["workers"], result["over"], result["status"]) == (4, 2, 4, 0)
+    assert result["fewest_tokens"] == result["most_tokens"] == 6 * 8 * 16

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -12,14 +10,8 @@ from normfree.training.guard import Divergence, earliest, locate
 @pytest.fixture
 def model() -> NormFreeForCausalLM:
     torch.manual_seed(0)
-    config = NormFreeConfig(
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        max_position_embeddings=8,
-        norm="none",
-    )
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = NormFreeConfig(**sizes, max_position_embeddings=8, norm="none")
     return NormFreeForCausalLM(config)
 
 

@@ -1,7 +1,5 @@
 """Many runs: one after another, or in several processes that signals stop together."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import re
@@ -64,34 +62,16 @@ def test_more_workers_than_cores_are_refused(workers: int) -> None:
         Launch(workers=workers)
 
 
-@pytest.fixture
-def small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("two_cores")
+def test_workers_that_do_not_fit_a_gpu_are_refused(tiny_jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU more of them than cores are allowed."""
     facts = SimpleNamespace(name="Tiny GPU", total_memory=4 * 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: facts)
-
-
-@pytest.mark.usefixtures("small_gpu")
-def test_workers_that_do_not_fit_a_gpu_are_refused(tiny_jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU more of them than cores are allowed."""
-    monkeypatch.setattr(jobs, "usable_cores", lambda: 2)
     monkeypatch.setattr(jobs, "_share", lambda *_: pytest.fail("it began to train"))
-    with pytest.raises(
-        ValueError, match=r"workers=5: 5 runs of 1\.0 GiB need 5\.\d GiB, and Tiny GPU has 4\.0 .*workers=3"
-    ):
+    message = r"workers=5: 5 runs of 1\.0 GiB need 5\.\d GiB, and Tiny GPU has 4\.0 .*workers=3"
+    with pytest.raises(ValueError, match=message):
         train_jobs(tiny_jobs("seed=0,1,2,3,4"), Launch(workers=5))
-
-
-@pytest.mark.usefixtures("small_gpu")
-def test_fewer_runs_than_workers_need_less(tiny_jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "usable_cores", lambda: 2)
-    threads: list[int | None] = []
-    monkeypatch.setattr(
-        jobs, "_share", lambda shared, _: threads.extend(job.spec.train.threads for job in shared) or {}
-    )
-    monkeypatch.setattr(jobs, "is_done", lambda *_: True)
-    train_jobs(tiny_jobs("seed=0,1", "train.threads=null"), Launch(workers=5))
-    assert threads == [1, 1]
 
 
 def test_the_progress_table_has_a_line_a_run_under_way(tiny_jobs, tmp_path: Path, trained: Path) -> None:

@@ -1,7 +1,5 @@
 """Processes that are killed, interrupted or started twice: the real command in a process of its own."""
 
-from __future__ import annotations
-
 import os
 import random
 import signal
@@ -15,11 +13,11 @@ import pytest
 import torch
 from transformers import set_seed
 
+from normfree import compose_run, read_run
 from normfree.files import damages
 from normfree.model import HEADS
-from normfree.spec.compose import compose_run
 from normfree.store.checkpoints import checkpoints_in
-from normfree.store.runs import read_run
+from tests.machine import wait_for
 from tests.training.fork_server import PLACES, ForkServer
 from tests.training.runs import check_equal_runs, of_every_family, weights
 
@@ -76,13 +74,6 @@ def whole(server: ForkServer, words: list[str], tmp_path_factory: pytest.TempPat
     command = Command(server, words, tmp_path_factory.mktemp("whole"))
     command.finish()
     return command.folder
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.0005)
 
 
 def check_resume(run: Command, whole: Path) -> None:

@@ -1,7 +1,5 @@
 """fp32 means fp32, whatever an image, Trainer or Accelerate choose for speed."""
 
-from __future__ import annotations
-
 import logging
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Runs in processes of their own: two ranks on the CPU, and trackers."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys
@@ -10,17 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import psutil
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from normfree.model import NormFreeConfig, NormFreeForCausalLM
-from normfree.spec.compose import compose_run, variants
-from normfree.store.runs import Run, RunWriter, read_run
+from normfree.store.runs import RunWriter, read_run
 from normfree.training.record import wandb_run
+from tests.training.runs import losses
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
@@ -48,22 +44,6 @@ def run_command(words: list[str], folder: Path) -> str:
     return output
 
 
-def losses(run: Run) -> list[float]:
-    return [loss for _, loss in run.series("train", "loss")]
-
-
-@pytest.mark.parametrize("preset", ["cpu", "cpu-pythia"])
-@pytest.mark.parametrize("variant", [name for name in variants() if name != "custom"])
-def test_every_parameter_has_a_gradient_to_average(preset: str, variant: str) -> None:
-    """DistributedDataParallel is told to expect all of them."""
-    spec = compose_run([f"preset={preset}", f"variant={variant}"]).spec
-    config = NormFreeConfig(**spec.model | {"hidden_size": 32, "vocab_size": 50, "max_position_embeddings": 8})
-    model = NormFreeForCausalLM(config)
-    ids_BT = torch.arange(16).view(2, 8)
-    model(input_ids=ids_BT, labels=ids_BT, return_logits=False).loss.backward()
-    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
-
-
 def test_leftover_variables_that_announce_processes_are_named(tiny: list[str], tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")  # without MASTER_ADDR it fails instead of waiting
     with started(["-m", "normfree", "train", *tiny, "variant=sm-r"], tmp_path) as process:
@@ -75,7 +55,7 @@ def test_leftover_variables_that_announce_processes_are_named(tiny: list[str], t
 def test_the_wandb_project_is_normfree_unless_named(tiny_spec, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(run=None, init=lambda **options: options["project"]))
     writer = SimpleNamespace(facts={"sessions": [{"began": "today"}]})
-    record: Any = SimpleNamespace(
+    record = SimpleNamespace(
         writer=writer, spec=tiny_spec("train.trackers=[wandb]"), corpus=SimpleNamespace(fingerprint="")
     )
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
@@ -130,7 +110,7 @@ def test_two_processes_train_the_model_of_one(tiny: list[str], cache: Path, tmp_
 
 SAVES_ITS_FIRST_MASK = """
 import os, sys, torch
-from normfree.spec.compose import compose_run, variants
+from normfree.spec.compose import compose_run
 from normfree.training import train
 
 masks, forward = [], torch.nn.Dropout.forward

@@ -1,12 +1,9 @@
 """Steps that the host does not wait for, as on a GPU; the CPU's fused AdamW reads `found_inf` too."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +15,7 @@ from normfree.store.runs import Run, read_run
 from normfree.training import trainer as trainer_module
 from normfree.training.signals import InterruptedRunError
 from normfree.training.trainer import NormFreeTrainer
-from tests.training.runs import act_in, break_in_step, same_weights, send_in_step, weights
+from tests.training.runs import act_in, killed_in_step, same_weights, send_in_step, weights
 
 RARELY = [
     *("train.steps=8", "train.log_every=6", "train.checkpoint_every=100", "train.evaluate_every=100"),
@@ -114,8 +111,7 @@ def test_a_late_report_is_that_of_a_host_that_waits(kind, train_tiny, sound, wat
 
 
 @pytest.mark.parametrize(
-    ("key", "outcome", "steps"),
-    [("train.optimizer=muon", "diverged", 3), ("train.on_nonfinite=skip:1", "finished", 8)],
+    ("key", "outcome", "steps"), [("train.optimizer=muon", "diverged", 3), ("train.on_nonfinite=skip:1", "finished", 8)]
 )
 def test_what_needs_the_host_in_a_step_keeps_it(key, outcome, steps, train_tiny, sound, watch, run_ahead) -> None:
     run_ahead()
@@ -125,29 +121,18 @@ def test_what_needs_the_host_in_a_step_keeps_it(key, outcome, steps, train_tiny,
     assert [skipped["step"] for skipped in run.facts["skipped_steps"]] == ([3] if steps == 8 else [])
 
 
-def test_a_kill_before_the_report_does_not_lose_it(train_tiny, sound, watch, run_ahead, monkeypatch) -> None:
+def test_a_kill_before_the_report_does_not_lose_it(train_tiny, sound, watch, run_ahead) -> None:
     run_ahead()
     words = [*RARELY, "train.checkpoint_every=2"]
     watched = watch(Watched(sound[1][3], "activation"))
-
-    with monkeypatch.context() as patch:
-        break_in_step(3, patch)
-        with pytest.raises(ConnectionError, match="killed"):
-            train_tiny(*words)
+    with killed_in_step(3):
+        train_tiny(*words)
     assert list(watched.states) == [1, 2, 3]
     run = train_tiny(*words)
     assert (run.status, run.facts["divergence"]["step"], run.facts["resumed"]) == ("diverged", 3, 1)
 
 
-def test_the_host_reads_after_so_many_steps(train_tiny, sound, watch, run_ahead, monkeypatch) -> None:
-    run_ahead()
-    monkeypatch.setattr(trainer_module, "UNREAD_STEPS", 3)
-    watched = watch(Watched(sound[1][3], "activation"))
-    assert train_tiny(*RARELY).facts["divergence"]["step"] == 3
-    assert list(watched.states) == [1, 2, 3, 4]  # the first is read in its own step
-
-
-def test_a_signal_reports_before_it_saves(train_tiny, sound, watch, run_ahead, tiny_folder: Path, monkeypatch) -> None:
+def test_a_signal_reports_before_it_saves(train_tiny, sound, watch, run_ahead, tiny_folder, monkeypatch) -> None:
     run_ahead()
     watch(Watched(sound[1][3], "activation"))
     send_in_step(3, monkeypatch)

@@ -1,17 +1,13 @@
 """Every setting of the optimiser and every seed changes the training."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from normfree import Run, compose_run, read_run, train
 from normfree.model.blocks import FeedForward
-from normfree.spec.compose import compose_run
-from normfree.store.runs import Run, read_run
-from normfree.training import train
 
 SHORT = ["train.steps=4", "train.evaluate_every=100", "train.checkpoint_every=100", "train.warmup_share=0"]
 SMALL = ["probe.every_steps=100", "probe.sequences=1", "probe.final_sequences=1", "train.evaluation_sequences=2"]

@@ -1,7 +1,5 @@
 """train.sharding=fsdp: two and four gloo processes against one, kills, signals, damage, and what is refused."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 from collections.abc import Callable
@@ -14,14 +12,13 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoModelForCausalLM
 
-from normfree.spec.compose import compose_run
+from normfree import Run, compose_run, read_run
 from normfree.spec.run import ProbeSpec
 from normfree.store.checkpoints import check_sharding, checkpoints_in, newest_sound
-from normfree.store.runs import Run, read_run
 from normfree.training import arguments, sharding, train
 from tests.small_model import small_model
-from tests.training.runs import DAMAGES, check_equal_runs, damage, weights
-from tests.training.test_processes import losses, started
+from tests.training.runs import DAMAGES, check_equal_runs, damage, losses, weights
+from tests.training.test_processes import started
 
 # A command of which a process acts at a step: dies, gets a signal, or has a loss of NaN; or from then on, run ahead.
 ACTING = """
@@ -54,16 +51,10 @@ NormFreeTrainer.compute_loss = compute_loss
 sys.exit(main(["train", "train.sharding=fsdp", *words]))
 """
 # Processes have unequal numbers of passes in probes (5 sequences) and evaluations.
-SIZES = [
-    *("variant=leaky-shared", "train.steps=20", "train.micro_batch_sequences=2", "train.checkpoint_every=10"),
-    *(
-        "train.evaluate_every=10",
-        "probe.every_steps=10",
-        f"probe.measures=[{','.join(ProbeSpec().measures)}]",
-        "probe.sequences=5",
-        "probe.final_sequences=5",
-    ),
-]
+SIZES = f"""
+    variant=leaky-shared train.steps=20 train.micro_batch_sequences=2 train.checkpoint_every=10 train.evaluate_every=10
+    probe.every_steps=10 probe.measures=[{",".join(ProbeSpec().measures)}] probe.sequences=5 probe.final_sequences=5
+"""
 NAME = "leaky-shared-seed0"
 
 Command = Callable[..., tuple[int, str]]
@@ -71,7 +62,7 @@ Command = Callable[..., tuple[int, str]]
 
 @pytest.fixture(scope="module")
 def words(tiny: list[str], cache: Path) -> list[str]:
-    return [*tiny, *SIZES, f"cache_dir={cache}"]
+    return [*tiny, *SIZES.split(), f"cache_dir={cache}"]
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +93,8 @@ def two(sharded: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def one(words: list[str], cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The same run in one process, without sharding."""
-    return read_run(
-        train(compose_run(words).spec, runs_dir=tmp_path_factory.mktemp("one"), cache=cache, progress=False)
-    )
+    runs = tmp_path_factory.mktemp("one")
+    return read_run(train(compose_run(words).spec, runs_dir=runs, cache=cache, progress=False))
 
 
 def check_close_runs(run: Run, other: Run) -> None:
@@ -127,9 +117,8 @@ def test_two_sharded_processes_train_as_one(two: Path, one: Run) -> None:
     for name, value in weights(two).items():
         if not name.endswith("qkv.bias"):  # a bias of keys has no gradient but rounding, which AdamW magnifies
             torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
-    assert sorted(path.name for path in (two / "model").iterdir()) == sorted(
-        path.name for path in (one.folder / "model").iterdir()
-    )
+    files = [{path.name for path in (folder / "model").iterdir()} for folder in (two, one.folder)]
+    assert files[0] == files[1]
     assert type(AutoModelForCausalLM.from_pretrained(two / "model")).__name__ == "NormFreeForCausalLM"
 
 
@@ -155,13 +144,8 @@ def test_kills_and_signals_cost_no_bit(sharded: Command, two: Path, tmp_path: Pa
 @pytest.mark.slow
 def test_bf16_with_checkpointing_skips_a_step_of_nan(sharded: Command, words, cache: Path, tmp_path: Path) -> None:
     """With norms, whose weights stay in fp32."""
-    more = [
-        "variant=sm-ln-g",
-        "train.precision=bf16",
-        "train.gradient_checkpointing=true",
-        "train.on_nonfinite=skip:1",
-        "train.steps=8",
-    ]
+    more = ["variant=sm-ln-g", "train.steps=8", "train.precision=bf16", "train.gradient_checkpointing=true"]
+    more.append("train.on_nonfinite=skip:1")
     status, output = sharded(tmp_path / "two", *more, action="nan", at_step=5)
     assert status == 0, output
     run = read_run(tmp_path / "two" / "single" / "sm-ln-g-seed0")
@@ -203,18 +187,12 @@ def test_sharding_with_one_process_is_refused(tiny_spec, value: str) -> None:
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        (
-            "train.optimizer=muon",
-            "fsdp does not work with train.optimizer=muon: leave that out, or give train",
-        ),
+        ("train.optimizer=muon", "fsdp does not work with train.optimizer=muon: leave that out, or give train"),
         ("probe.measures=[gradients]", "fsdp does not work with probe.measures=gradients"),
         ("train.compile=true", "fsdp does not work with train.compile=true"),
         ("variant=sm-wn-r", "fsdp does not work with model.linear=weight_norm"),
         ("probe.sequences=1", "probe.sequences=1 gives some of the 2 processes nothing to measure: give more"),
-        (
-            "train.batch_sequences=8",
-            "train.batch_sequences=8 must be a multiple of",
-        ),
+        ("train.batch_sequences=8", "train.batch_sequences=8 must be a multiple of"),
     ],
 )
 def test_what_cannot_be_sharded_is_refused(tiny_spec, word: str, message: str, monkeypatch) -> None:

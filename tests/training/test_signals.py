@@ -1,7 +1,5 @@
 """Signals at the worst moments: a second Ctrl-C, one in the middle of a save, one in the final evaluation."""
 
-from __future__ import annotations
-
 import math
 import os
 import pickle

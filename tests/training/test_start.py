@@ -1,26 +1,18 @@
 """Runs that begin with the weights of another run or of a saved model, and lose their norms."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    ViTConfig,
-    ViTForImageClassification,
-)
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from normfree import Run, compose_run, find_runs, train
 from normfree.cli.main import main
 from normfree.model.conversion import convert
-from normfree.store.runs import Run, read_run
-from tests.training.runs import break_in_step, check_equal_runs, weights
+from tests.training.runs import check_equal_runs, killed_in_step, weights
 
 SELDOM = ("train.evaluate_every=50", "train.checkpoint_every=50", "probe.every_steps=50", "train.log_every=10")
 CONTROL = ("train.steps=100", "tag=cut", *SELDOM)
@@ -45,7 +37,8 @@ def test_a_start_without_steps_keeps_the_numbers(train_tiny: Callable[..., Run],
 @pytest.mark.parametrize("family", ["vision"], indirect=True)
 def test_a_run_begins_with_a_vit_of_transformers(train_tiny: Callable[..., Run], tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
-    vit = ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=2, num_channels=1))  # two other classes
+    config = transformers.ViTConfig(**sizes, image_size=8, patch_size=2, num_channels=1)
+    vit = transformers.ViTForImageClassification(config)  # of two other classes
     vit.save_pretrained(tmp_path / "vit")
     words = "variant=custom", "train.frozen=['model.*']", "train.steps=1"
     first = train_tiny(f"start=model:{tmp_path / 'vit'}", *words)
@@ -71,23 +64,18 @@ def test_norms_leave_a_trained_model(train_tiny: Callable[..., Run], trained: Ru
     assert again.series("validation", "loss")[0][1] == pytest.approx(run.last("validation", "loss"), abs=1e-4)
 
 
-def test_a_kill_within_the_removal_resumes_to_the_bit(
-    train_tiny: Callable[..., Run], trained: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kill_within_the_removal_resumes_to_the_bit(train_tiny: Callable[..., Run], trained: Run) -> None:
     words = (f"start=run:{trained.folder}", *REMOVE, "train.checkpoint_every=10")
     whole = train_tiny(*words)
-
-    with monkeypatch.context() as patch:
-        break_in_step(37, patch)
-        with pytest.raises(ConnectionError):
-            train_tiny(*words, runs="killed")
+    with killed_in_step(37):
+        train_tiny(*words, runs="killed")
     check_equal_runs(train_tiny(*words, runs="killed").folder, whole.folder)
 
 
 def test_a_gpt2_is_trained_on(train_tiny: Callable[..., Run], trained: Run, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(trained.folder / "model")
-    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64)
-    theirs = GPT2LMHeadModel(config).eval()
+    config = transformers.GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
     theirs.save_pretrained(tmp_path / "gpt2")
     tokenizer.save_pretrained(tmp_path / "gpt2")
     run = train_tiny(f"start=model:{tmp_path / 'gpt2'}", "variant=custom", "train.steps=2", "train.frozen=['*embed*']")
@@ -116,9 +104,6 @@ def test_starts_that_cannot_be(train_tiny: Callable[..., Run], trained: Run, wor
 
 
 def test_changed_weights_are_refused(train_tiny: Callable[..., Run], trained: Run, cache: Path) -> None:
-    from normfree.spec.compose import compose_run
-    from normfree.training import train
-
     spec = compose_run([f"start=run:{trained.folder}", "tag=late", "train.steps=2"]).spec
     other = train_tiny("variant=sm-ln-g", "seed=1")
     (other.folder / "model" / "model.safetensors").replace(trained.folder / "model" / "model.safetensors")
@@ -126,16 +111,12 @@ def test_changed_weights_are_refused(train_tiny: Callable[..., Run], trained: Ru
         train(spec, runs_dir=trained.folder.parents[1], cache=cache, progress=False)
 
 
-def test_the_control_runs_beside_a_removal(
-    trained: Run, cache: Path, tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_control_runs_beside_a_removal(trained: Run, cache: Path, tiny: list[str], tmp_path: Path) -> None:
     words = [word for word in tiny if not word.startswith("train.steps")]
     places = [f"runs_dir={tmp_path / 'both'}", f"cache_dir={cache}"]
     assert main(["train", *words, f"start=run:{trained.folder}", *REMOVE, *places]) == 0
-    folders = sorted(path.name for path in (tmp_path / "both" / "single").iterdir())
-    assert folders == ["sm-fake-g-cut-seed0", "sm-ln-g-cut-seed0"]
-    control = read_run(tmp_path / "both" / "single" / "sm-ln-g-cut-seed0")
-    assert control.facts["steps"] == 100
+    runs = {run.name: run.facts["steps"] for run in find_runs([tmp_path / "both"])}
+    assert runs == {"sm-fake-g-cut-seed0": 100, "sm-ln-g-cut-seed0": 100}
 
 
 def test_the_variance_of_sigma_falls_with_its_weight(train_tiny: Callable[..., Run], trained: Run) -> None:
@@ -145,11 +126,8 @@ def test_the_variance_of_sigma_falls_with_its_weight(train_tiny: Callable[..., R
         return model(ids, sigma_variance=True).sigma_variance.item()
 
     words = (f"start=run:{trained.folder}", "variant=sm-ln-g", "train.steps=40", *SELDOM)
-    plain = train_tiny(*words, "tag=plain")
-    penalised, cut = (
-        train_tiny(*words, "train.sigma_weight=1", f"tag={tag}", *more)
-        for tag, more in (("whole", []), ("cut", ["train.micro_batch_sequences=1"]))
-    )
+    plain, penalised = train_tiny(*words, "tag=plain"), train_tiny(*words, "train.sigma_weight=1", "tag=whole")
+    cut = train_tiny(*words, "train.sigma_weight=1", "train.micro_batch_sequences=1", "tag=cut")
     assert variance(penalised) < 0.7 * variance(plain)
     assert variance(cut) == pytest.approx(variance(penalised), rel=1e-3)
     assert penalised.series("train", "loss")[0][1] == pytest.approx(plain.series("train", "loss")[0][1], abs=1e-6)

@@ -1,7 +1,5 @@
 """A study: many runs, one report; what is done stays done."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

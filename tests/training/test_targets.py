@@ -1,8 +1,5 @@
 """Runs of encoder-decoders: what they record, save and begin with."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +11,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForCo
 from normfree.data import prepare
 from normfree.model.conversion import convert
 from normfree.pretrained.load import corpus_of_run
-from normfree.spec.run import RunSpec
-from normfree.store.runs import Run, read_run
+from normfree.store.runs import read_run
 from normfree.training.trainer import BlockOrder
 from tests.training.runs import weights
 
@@ -61,7 +57,7 @@ def test_the_saved_tokenizer_knows_the_sentinels(trained: Path, model: Any) -> N
     assert tokenizer.decode(model.generate(source, max_new_tokens=3)[0]).startswith("<span_1>")
 
 
-def test_a_run_begins_with_another_or_a_t5(train_tiny: Callable[..., Run], trained: Path, tmp_path: Path) -> None:
+def test_a_run_begins_with_another_or_a_t5(train_tiny, trained: Path, tmp_path: Path) -> None:
     again = train_tiny(f"start=run:{trained}", "tag=again", "train.steps=2")
     first = read_run(trained)
     assert again.series("validation", "loss")[0][1] == pytest.approx(first.last("validation", "loss"), abs=1e-6)
@@ -77,7 +73,7 @@ def test_a_run_begins_with_another_or_a_t5(train_tiny: Callable[..., Run], train
     assert all(torch.equal(ours[name], value) for name, value in theirs.items() if ".layers." in name)
 
 
-def test_a_run_writes_docstrings(run: Callable[..., Any], tiny: list[str], cache: Path, tmp_path: Path) -> None:
+def test_a_run_writes_docstrings(run, tiny: list[str], cache: Path, tmp_path: Path) -> None:
     words = ("variant=sm-r", "data.packing=docstring", "data.context=32", "train.micro_batch_sequences=2")
     code, _, error = run("train", *tiny, *words, "train.steps=3", f"cache_dir={cache}", f"runs_dir={tmp_path}")
     assert code == 0, error
@@ -106,22 +102,3 @@ def losses_of(model: Any, rows_NT: np.ndarray) -> list[float]:
             ).logits
         losses += torch.nn.functional.cross_entropy(logits_TV[0], torch.tensor(target), reduction="none").tolist()
     return losses
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("train.objective=token_type", "train.objective=token_type is for model.family=decoder, not encoder_decoder"),
-        ("train.objective=entropy_band train.entropy_weight=1", "entropy_band is for model.family=decoder or vision"),
-        ("train.sigma_weight=1", "train.sigma_weight=1.0 needs one final norm"),
-        ("data.packing=docstring model.family=decoder model.position=learned", "is for model.family=encoder_decoder"),
-        ("data.packing=docstring data.context=7", "data.packing=docstring needs data.context of 8 or more, got 7"),
-        ("data.packing=docstring model.span_seed=1", "model.span_seed=1 is read with masked spans"),
-        ("model.target_tokens=4", "model.target_tokens=4 is read with data.packing=docstring, which sets it, only"),
-        ("data=images", "data=images is not read with model.family=encoder_decoder"),
-        ("model.image_size=8", "model.image_size=8 is read with model.family=vision only"),
-    ],
-)
-def test_what_a_run_cannot_have_is_refused(tiny_spec: Callable[..., RunSpec], words: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        tiny_spec(*words.split())

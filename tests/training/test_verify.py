@@ -1,14 +1,11 @@
-from __future__ import annotations
-
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 
-from normfree.spec.compose import compose_run
+from normfree import compose_run, train
 from normfree.store.verify import Finding, verify
-from normfree.training import train
 from tests.training.runs import DAMAGES, damage
 
 
