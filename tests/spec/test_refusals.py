@@ -14,6 +14,7 @@ SKIPS = "allowed: stop, or skip:N"
         # A setting that nothing reads.
         ("variant=sm-r model.negative_slope=0.3", "read with model.activation=leaky_relu only: leave it out"),
         ("variant=sm-r train.decay_slopes=true", "read with model.learnable_slope=per_layer or shared only"),
+        ("variant=leaky-per-layer train.decay_slopes=-1", r"; train\.decay_slopes=-1: it should be greater than 0"),
         ("variant=leaky-fixed train.slope_learning_rate_factor=7", "read with model.learnable_slope=per_layer"),
         ("variant=sm-dyt-g model.norm_epsilon=0.1", "is read with a norm that divides only"),
         ("variant=sm-rms-g model.norm_steepness=0.5", "is read with model.norm=dyt or derf only"),

@@ -18,10 +18,12 @@ def build(kind: type[Built], values: Mapping[str, Any]) -> Built:
 
 
 def _explain(problem: Any, kind: type) -> str:
-    key = ".".join(part for part in problem["loc"] if isinstance(part, str))  # without places in a list
+    key, keys = ".".join(part for part in problem["loc"] if isinstance(part, str)), describe_keys(kind)
+    if key not in keys and (whole := key.rpartition(".")[0]) in keys:  # one of the types that a key may have
+        key = whole
     match problem["type"]:
         case "unexpected_keyword_argument" | "extra_forbidden":
-            return f"unknown key {key!r}; {nearest(key, list(describe_keys(kind)))}"
+            return f"unknown key {key!r}; {nearest(key, list(keys))}"
         case "missing" | "missing_argument":
             return f"{key} is missing"
         case "value_error":
