@@ -1,12 +1,13 @@
-"""Tables of docs/ that no report has: those of one study's plan, from records in results/ (see tables.py)."""
+"""Tables of docs/ that no report has: each belongs to one study. docs/tables.py puts them into pages."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import groupby
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 
@@ -43,14 +44,14 @@ def unfinished_table(groups: Sequence[Group]) -> Table:
         for group in groups
     }
     step = max(set.intersection(*(set(curve) for of_seed in curves.values() for curve in of_seed.values())))
-    reached = {label: {seed: curve[step] for seed, curve in of_seed.items()} for label, of_seed in curves.items()}
+    at_step = {label: {seed: curve[step] for seed, curve in of_seed.items()} for label, of_seed in curves.items()}
     rows = []
     for group in groups:
         newest = ([heads for heads in probed_heads(run) if heads.step <= step][-1] for run in group.members)
         near_uniform = summarise([100 * top_quarter_share(heads) for heads in newest])
-        perplexity, against = summarise(list(reached[group.label].values())), "baseline"
+        perplexity, against = summarise(list(at_step[group.label].values())), "baseline"
         if group.label != "SM+G":
-            against = percent_with_interval(paired_difference(reached[group.label], reached["SM+G"], relative=True))
+            against = percent_with_interval(paired_difference(at_step[group.label], at_step["SM+G"], relative=True))
         rows.append((group.label, perplexity.text(), against, near_uniform.text(1), str(len(group.members))))
     steps = max(run.facts["steps"] for run in all_runs(groups))
     titles = ("Variant", "Perplexity", "Against SM+G", "Heads near uniform (%)", "Seeds")
@@ -102,21 +103,22 @@ def confirm_table(groups: Sequence[Group]) -> Table:
     return Table("confirm", caption, (*titles, "Verdict"), rows, words=("Comparison", "Test", "Verdict"))
 
 
-def _percent_by_depth(run: Run, line: float = OVERLOAD_SHARE) -> list[float]:
-    return [math.nan if share is None else 100 * share for share in shares_by_depth(trained_heads(run), line)]
+def _percent_of_part(run: Run, part: int, line: float = OVERLOAD_SHARE) -> float:
+    """Heads near uniform in the first, middle or last third of the layers (0, 1, 2), or in all (3)."""
+    share = shares_by_depth(trained_heads(run), line)[part]
+    return math.nan if share is None else 100 * share
 
 
 LINES = (0.5, 0.6, 0.75, 0.9)
 
 
 def line_table(groups: Sequence[Group]) -> Table:
-    """How claim (c) depends on the share of the ceiling from which a head counts as near uniform."""
-    runs = {label: [run for run in all_runs(groups) if run.label == label] for label in ("SM+G", "SM+R")}
+    """Claim (c) with other lines than 3/4 of the ceiling, from which on a head counts as near uniform."""
+    gelu, relu = (group for label in ("SM+G", "SM+R") for group in groups if group.label == label)
     rows = []
     for line in LINES:
-        gelu, relu = ({run.seed: _percent_by_depth(run, line) for run in of_label} for of_label in runs.values())
         gaps = [
-            paired_difference({seed: gelu[seed][part] for seed in gelu}, {seed: relu[seed][part] for seed in relu})
+            paired_difference(*(of.by_seed(partial(_percent_of_part, part=part, line=line)) for of in (gelu, relu)))
             for part in range(4)
         ]
         rows.append((f"{line:g}", *(f"{gap.mean:+.1f} ({gap.low:+.1f} to {gap.high:+.1f})" for gap in gaps)))
@@ -141,19 +143,30 @@ def averaging_table(groups: Sequence[Group]) -> Table:
 
 
 def pilot_table(groups: Sequence[Group]) -> Table:
-    """How near each weight of the entropy term brings the heads to their targets (docs/study.md)."""
+    """Distance of the heads from their target entropies under each weight of the entropy term (docs/study.md)."""
     rows = []
-    for weight, runs in sorted(_by(all_runs(groups), lambda run: run.spec["train"]["entropy_weight"]).items()):
-        found = [reached(run, find_runs(run.spec["train"]["entropy_profile"])) for run in runs]
-        hits = sum(each.is_target_hit for each in found)
-        for run, each in zip(runs, found, strict=True):
+    runs = [run for group in groups for run in group.runs]  # finished or diverged
+    for weight, of_weight in groupby(sorted(runs, key=_weight), _weight):
+        found = [(run, None if run.status == "diverged" else reached(run, _donors(run))) for run in of_weight]
+        hits = sum(each is not None and each.is_target_hit for _, each in found)
+        for run, each in found:
             name = f"{run.spec['label']} {run.spec['tag'].partition('-weight')[0]}, seed {run.seed}"
-            numbers = (f"{each.distance_L.mean():.3f}", f"{each.distance_L.max():.3f}", f"{each.points:+.1f}")
-            hit = "yes" if each.is_target_hit else "no"
-            rows.append((f"{weight:g}", name, *numbers, hit, f"{hits} of {len(found)}", f"{run.score:.2f}"))
+            numbers = ("diverged", "-", "-", "no")
+            if each is not None:
+                nearness = (f"{each.distance_L.mean():.3f}", f"{each.distance_L.max():.3f}", f"{each.points:+.1f}")
+                numbers = (*nearness, "yes" if each.is_target_hit else "no")
+            rows.append((f"{weight:g}", name, *numbers, f"{hits} of {len(found)}", f"{run.score:.2f}"))
     titles = ("Weight", "Run", "Distance (nats)", "Largest layer", "Near uniform (points)", "Hit", "Of its weight")
     caption = "Distance from the target entropies, and heads near uniform less the donors'"
     return Table("pilot", caption, (*titles, "Perplexity"), rows, words=("Run", "Hit", "Of its weight"))
+
+
+def _weight(run: Run) -> float:
+    return run.spec["train"]["entropy_weight"]
+
+
+def _donors(run: Run) -> list[Run]:
+    return find_runs(run.spec["train"]["entropy_profile"])
 
 
 CAUSE_ROWS = {
@@ -183,25 +196,25 @@ def _number_and_interval(value: Difference | Ratio | None) -> tuple[str, str]:
 
 
 def zoo_table(groups: Sequence[Group]) -> Table:
-    """What each arm of the zoo costs and does, beside SM+LN+G (docs/study.md)."""
+    """Perplexity against SM+LN+G, heads, activations and cost of each arm of the zoo (docs/study.md)."""
     rows = []
-    for label, runs in _by(all_runs(groups), lambda run: run.label).items():
-        cost = compare(label, groups, (label, "SM+LN+G"), log_score, paired=False)
+    for group in groups:
+        cost = compare(group.label, groups, (group.label, "SM+LN+G"), log_score, paired=False)
         low, high = cost.interval()
-        finished = [run for run in runs if run.status == "finished"]
-        thirds = np.mean([_percent_by_depth(run) for run in finished], axis=0)[:3]
-        steps_ms = [
-            1000 * run.tokens_per_step / np.median([v for _, v in run.series("train", "tokens_per_second")])
-            for run in runs
-        ]
+        speeds = [np.median([v for _, v in run.series("train", "tokens_per_second")]) for run in group.runs]
+        finished = [run for run in group.runs if run.status == "finished"]
+        measured = ("-",) * 5
+        if finished:
+            thirds = [fmean(_percent_of_part(run, part) for run in finished) for part in range(3)]
+            first_token = np.mean([run.last("final", "first_token_mass") for run in finished])
+            largest = max(np.max(run.last("final", "largest_to_median")) for run in finished)
+            measured = (*(f"{third:.0f}" for third in thirds), f"{first_token:.2f}", f"{largest:.0f}")
         rows.append((
-            label,
-            "baseline" if label == "SM+LN+G" else f"{cost.mean:+.3f} ({low:+.3f} to {high:+.3f})",
-            *(f"{third:.0f}" for third in thirds),
-            f"{np.mean([run.last('final', 'first_token_mass') for run in finished]):.2f}",
-            f"{max(np.max(run.last('final', 'largest_to_median')) for run in finished):.0f}",
-            f"{fmean(steps_ms):.0f}",
-            _megabytes_sent(runs[0]),
+            group.label,
+            "baseline" if group.label == "SM+LN+G" else f"{cost.mean:+.3f} ({low:+.3f} to {high:+.3f})",
+            *measured,
+            f"{1000 * group.runs[0].tokens_per_step / fmean(speeds):.0f}",
+            _megabytes_sent(group.runs[0]),
             f"{cost.n}",
             f"{cost.dropped}",
         ))  # fmt: skip
@@ -219,13 +232,6 @@ def _megabytes_sent(run: Run) -> str:
         return f"{of_run(run).bytes / 1e6:,.0f}"
     except NoPriceError:
         return "-"
-
-
-def _by(runs: Sequence[Run], key: Callable[[Run], Any]) -> dict[Any, list[Run]]:
-    of_key: dict[Any, list[Run]] = {}
-    for run in runs:
-        of_key.setdefault(key(run), []).append(run)
-    return of_key
 
 
 STUDY_TABLES: dict[str, Callable[[Sequence[Group]], Table]] = {

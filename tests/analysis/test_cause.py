@@ -69,12 +69,14 @@ def test_a_second_diverged_seed_leaves_it_open():
     assert judge_scores(_arms(1, 1, gap=0.0)).verdict == "open"
 
 
+TERM: dict[str, Any] = {"objective": "entropy_target", "entropy_weight": 0.1, "entropy_layers": (0, 1)}
+
+
 def _aimed(folder: Path, donors: list[Run], seed: int, errors: dict[int, float]) -> Run:
     """A run of SM+G with target entropies: the squared error of its layers 0 and 1 at some steps."""
     profile = tuple(str(donor.folder) for donor in donors)
-    train: dict[str, Any] = {"objective": "entropy_target", "entropy_weight": 0.1, "entropy_layers": (0, 1)}
     tag = "like-r-weight0.1"
-    run = write_run(folder, "SM+G", seed=seed, tag=tag, train=train | {"entropy_profile": profile})
+    run = write_run(folder, "SM+G", seed=seed, tag=tag, train=TERM | {"entropy_profile": profile})
     writer = RunWriter(run.folder, run.facts)
     for step, error in errors.items():
         writer.log(step, "probe", [("target_error_nats2", [error, error / 4, math.nan, math.nan])])
@@ -97,6 +99,9 @@ def test_a_target_is_hit_within_both_bounds(tmp_path: Path):
     assert not replace(found, points=0.0, distance_L=np.array([0.02, 0.11])).is_target_hit
     table = pilot_table(group_runs([run, _aimed(tmp_path, donors, 31, errors)], mix=True))
     assert [row[:2] for row in table.rows] == [("0.1", f"SM+G like-r, seed {seed}") for seed in (30, 31)]
+    more = TERM | {"entropy_weight": 0.3, "entropy_profile": run.spec["train"]["entropy_profile"]}
+    lost = write_run(tmp_path, "SM+G", seed=32, tag="like-r-weight0.3", status="diverged", train=more)
+    assert pilot_table(group_runs([run, lost], mix=True)).rows[1][2:7] == ("diverged", "-", "-", "no", "0 of 1")
     with pytest.raises(ValueError, match="is no finished run with target entropies"):
         reached(donors[0], donors)
 
@@ -107,6 +112,8 @@ def test_the_table_of_the_cause_has_arms_and_verdict(tmp_path: Path):
     for arm, (label, tag) in ARMS.items():
         for seed, value in values[arm].items():
             runs.append(write_run(tmp_path / arm, label, tag=tag, seed=seed, perplexity=math.exp(value)))
+    runs.append(write_run(tmp_path / "unfinished", "SM+R", seed=9, status="interrupted"))
+    assert 9 not in arms_of(runs)["R"]
     assert arms_of(runs)["placebo"] == pytest.approx(values["placebo"])
     rows = {row[0]: row[1:] for row in cause_table(group_runs(runs)).rows}
     assert rows["Verdict"][0] == judge_scores(values).verdict == "confirmed"
@@ -114,4 +121,4 @@ def test_the_table_of_the_cause_has_arms_and_verdict(tmp_path: Path):
     assert share is not None
     assert rows["Share of it that goes with the entropies of SM+R"][0] == f"{share.value:+.3f}"
     with pytest.raises(ValueError, match=r"no run of the arm placebo \(SM\+G, tag 'like-r-reversed'\)"):
-        arms_of(runs[:-8])
+        arms_of(runs[:-9])

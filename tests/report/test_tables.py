@@ -319,8 +319,10 @@ def test_the_zoo_compares_every_arm_with_layernorm(tmp_path: Path) -> None:
             writer.log(200, "final", measured)
             writer.update(status="finished")
             runs.append(read_run(run.folder))
+    runs += [write_run(tmp_path, "SM", seed=seed, status="diverged") for seed in (0, 1)]
     rows = rows_by_name(zoo_table, runs)
     assert rows["SM+LN+G"]["ln perplexity less SM+LN+G"] == "baseline"
+    assert [rows["SM"][name] for name in ("Middle", "Largest activation", "Diverged")] == ["-", "-", "2"]
     logs = [np.log([22.0, 24.0]), np.log([20.0, 21.0])]
     low, high = stats.ttest_ind(*logs, equal_var=False).confidence_interval()
     difference = logs[0].mean() - logs[1].mean()

@@ -65,7 +65,7 @@ class Cause:
 
 @dataclass(frozen=True)
 class Reached:
-    """How near the heads of a run came to the entropies of its donors."""
+    """Distance of a run's heads from the entropies of its donors."""
 
     distance_L: np.ndarray
     """Root mean square of M - t over each layer's heads, in nats: the average over the last three quarters of steps."""
@@ -79,10 +79,14 @@ class Reached:
 
 
 def arms_of(runs: Sequence[Run]) -> dict[str, dict[Hashable, float]]:
-    """ln perplexity of the runs by arm and seed. Raises ValueError for an arm without runs."""
+    """ln perplexity by arm and seed, NaN for a diverged run; unfinished ones are left out.
+
+    Raises ValueError for an arm without a run that has a result.
+    """
     arms: dict[str, dict[Hashable, float]] = {}
+    results = [run for run in runs if run.has_result]
     for arm, names in ARMS.items():
-        arms[arm] = {run.seed: math.log(run.score) for run in runs if (run.spec["label"], run.spec["tag"]) == names}
+        arms[arm] = {run.seed: math.log(run.score) for run in results if (run.spec["label"], run.spec["tag"]) == names}
         if not arms[arm]:
             raise ValueError(f"no run of the arm {arm} ({names[0]}, tag {names[1]!r}) among these has a result")
     return arms

@@ -111,7 +111,7 @@ def shares_of_ceiling(heads: Heads) -> Floats:
 
 
 def top_quarter_share(heads: Heads | None, line: float = OVERLOAD_SHARE) -> float:
-    """Share of heads that are nearly uniform; NaN if a head is not finite or nothing was measured."""
+    """Share of heads at or above a share (`line`) of the ceiling; NaN if one is not finite or none was measured."""
     if heads is None or not np.isfinite(heads.entropy_LH[heads.existing]).all():
         return math.nan
     return float((shares_of_ceiling(heads)[heads.existing] >= line).mean())

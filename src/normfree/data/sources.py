@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -42,15 +43,15 @@ def normalised_hash(text: str) -> bytes:
     return bytes.fromhex(sha256_bytes(lines.encode("utf-8", "surrogatepass")))
 
 
-class Source:
+class Source(ABC):
     """Yields documents; `dropped` counts the documents left out, by reason."""
 
     versions: dict[str, Any]
-    """What the text depends on besides the spec: package versions, names of data sets, hashes of files."""
+    """Package versions, names of data sets and hashes of files: the text depends on these and the spec."""
 
+    @abstractmethod
     def documents(self, split: Split, dropped: Counter[str]) -> Iterator[str]:
         """Yield the documents of a split, in the same order on every machine."""
-        raise NotImplementedError
 
     @cached_property
     def validation_hashes(self) -> frozenset[bytes]:

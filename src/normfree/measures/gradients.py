@@ -1,4 +1,4 @@
-"""What a model in training carries itself: gradient norms of its blocks, and learnable slopes of leaky ReLUs."""
+"""Measures of a model in training: gradient norms of its blocks, and learnable slopes of leaky ReLUs."""
 
 import torch
 from torch import Tensor, nn
