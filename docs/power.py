@@ -1,6 +1,6 @@
 """Power of the rule about the cause (docs/study.md): the share of each verdict, if a row were the truth.
 
-`python docs/power.py`
+`python -m docs.power`
 
 ln perplexities of eight seeds: the spread of SM+G and SM+R is that of five recorded seeds of `cpu-lr1e-3`, arms with
 GELU take that of SM+G, and the gap is that of seed 0 in `cpu-rate-screen` at 2e-3. Seeds share nothing between arms.
@@ -13,7 +13,7 @@ from collections import Counter
 
 import numpy as np
 
-from normfree.analysis.cause import ARMS, judge_scores
+from docs.cause import ARMS, judge_scores
 from normfree.analysis.groups import Group, group_runs
 from normfree.store.runs import find_runs
 

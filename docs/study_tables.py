@@ -11,8 +11,8 @@ from statistics import fmean
 
 import numpy as np
 
-from normfree.analysis.cause import Ratio, arms_of, judge_scores, reached
-from normfree.analysis.confirm import compare, log_score, primary, secondary
+from docs.cause import Ratio, arms_of, judge_scores, reached
+from docs.confirm import compare, log_score, primary, secondary
 from normfree.analysis.entropy import OVERLOAD_SHARE, probed_heads, shares_by_depth, top_quarter_share, trained_heads
 from normfree.analysis.groups import Group, all_runs
 from normfree.analysis.seeds import Difference, paired_difference, summarise

@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -88,6 +89,12 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     content = {**facts, "files": describe_files(folder)}
     manifest = {**content, "seal": fingerprint(content)}
     write_atomically(folder / MANIFEST_NAME, json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False))
+
+
+def make_readable(folder: Path) -> None:
+    """Give weights the mode of config.json: safetensors makes files that only their owner may read."""
+    for file in folder.glob("*.safetensors"):
+        shutil.copymode(folder / "config.json", file)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -222,6 +222,8 @@ def test_a_study_is_shown_run_by_run_and_not_trained(tmp_path: Path, output, mon
         (variant, 3) for variant in ("sm-g", "sm-r", "sm-ln-g", "sm-ln-r")
     ]
     assert not list(tmp_path.iterdir())
+    assert out.startswith("# 4 runs, ")
+    assert "GPU-hours" in output("study", "paper-gpt2", "--cfg", "job").splitlines()[0]
 
 
 @pytest.mark.parametrize("words", [["study", "quick"], ["train", "-m", "seed=0,1"]])

@@ -29,7 +29,8 @@ def test_the_card_holds_the_results_of_the_run(trained: Path) -> None:
     assert f"{run.facts['model']['parameters']:,} parameters" in card.text
     assert f"{run.tokens_seen:,} tokens," in card.text
     assert "README.md" in read_manifest(trained / "model")["files"]
-    assert len({file.stat().st_mode for file in (trained / "model").iterdir()}) == 1
+    for folder in (trained / "model", *trained.glob("checkpoints/checkpoint-*")):
+        assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
 
 
 @pytest.mark.parametrize("family", ["decoder", "encoder_decoder"], indirect=True)

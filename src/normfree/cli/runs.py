@@ -94,7 +94,12 @@ def study(name: str, words: Sequence[str], *, show: bool = False) -> None:
 
     launch, of_runs = read_launch(words)
     if show:
-        _show(load_study(name).jobs(read_words(of_runs)))
+        from normfree.cost.training import describe_training_cost
+
+        loaded = load_study(name)
+        jobs = loaded.jobs(read_words(of_runs))
+        print(f"# {describe_training_cost(jobs, loaded.tokens_per_epoch)}")
+        _show(jobs)
         return
     prepare_process()
     page = run_study(name, of_runs, launch)

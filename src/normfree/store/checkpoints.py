@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from normfree.files import damages, read_manifest, sync, write_manifest
+from normfree.files import damages, make_readable, read_manifest, sync, write_manifest
 from normfree.spec.run import RunSpec
 
 STAGING = ".staging"
@@ -52,6 +52,7 @@ def publish(folder: Path, step: int, facts: dict[str, Any], *, keep: int) -> Pat
     """Publish the staged checkpoint of `step`, verify it (else OSError), then delete all but the newest `keep`."""
     staged, published = folder / STAGING / f"checkpoint-{step}", folder / f"checkpoint-{step}"
     (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle, unsafe to load and never needed
+    make_readable(staged)
     write_manifest(staged, {"step": step, **facts})
     if problems := damages(staged):
         raise OSError(f"checkpoint {step} is damaged on disk: {'; '.join(problems)}")

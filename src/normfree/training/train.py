@@ -21,7 +21,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 
 from normfree.data import Corpus, prepare
-from normfree.files import folder_lock, write_manifest
+from normfree.files import folder_lock, make_readable, write_manifest
 from normfree.measures import open_measures, periods_of
 from normfree.measures.perplexity import IGNORED, evaluate_blocks
 from normfree.measures.text_perplexity import spread
@@ -256,8 +256,7 @@ def _save_model(model: NormFreePreTrainedModel, corpus: Corpus, card: str, folde
     model.save_pretrained(staged)
     corpus.processor().save_pretrained(staged)
     (staged / "README.md").write_text(card, encoding="utf-8")
-    for file in staged.glob("*.safetensors"):
-        shutil.copymode(staged / "config.json", file)  # safetensors makes files that only their owner may read
+    make_readable(staged)
     write_manifest(staged, {"corpus": corpus.fingerprint})
     staged.rename(folder)
 

@@ -27,15 +27,17 @@ def score_table(groups: Sequence[Group]) -> Table:
     a variant more than once, as in a sweep.
     """
     with_runs, baseline, score = [group for group in groups if group.runs], baseline_label(groups), score_of(groups)
-    titles, paper = ("Variant", score.name.capitalize(), "Seeds", f"Against {baseline}", score.beside[1]), {}
-    if paper := _changes_in_paper(with_runs, baseline):
+    has_baseline = any(group.label == baseline for group in with_runs)
+    paper = _changes_in_paper(with_runs, baseline) if has_baseline else {}
+    titles = ("Variant", score.name.capitalize(), "Seeds", *[f"Against {baseline}"] * has_baseline, score.beside[1])
+    if paper:
         titles += (f"Paper, against {baseline}", "Paper's model")
     rows = []
     for group in with_runs:
         summary = summarise(list(group.scores.values()))
         beside = summarise([(run.facts.get("final") or {}).get(score.beside[0], math.nan) for run in group.runs])
-        change = _against_baseline(group, baseline, groups)
-        rows.append((group.name, summary.text(), str(summary.n), change, beside.text(3), *paper.get(group.name, "--")))
+        change = [_against_baseline(group, baseline, groups)] * has_baseline
+        rows.append((group.name, summary.text(), str(summary.n), *change, beside.text(3), *paper.get(group.name, "--")))
     corpora = {run.corpus: run for group in with_runs for run in group.runs}
     for fingerprint, run in sorted(corpora.items()):
         more = "" if len(corpora) == 1 else f" (corpus {fingerprint[:12]})"

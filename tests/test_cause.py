@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from docs.cause import ARMS, arms_of, fieller, judge_scores, reached
 from docs.study_tables import cause_table, pilot_table
-from normfree.analysis.cause import ARMS, arms_of, fieller, judge_scores, reached
 from normfree.analysis.entropy import causal_ceiling
 from normfree.analysis.groups import group_runs
 from normfree.store.runs import Run, RunWriter, read_run

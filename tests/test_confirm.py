@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from normfree.analysis.confirm import MARGIN, compare, primary, secondary
+from docs.confirm import MARGIN, compare, primary, secondary
 from normfree.analysis.groups import Group, group_runs
 from tests.synthetic import write_run
 
