@@ -132,6 +132,16 @@ def test_rates_are_compared_on_common_seeds_and_edges_said(tmp_path: Path) -> No
     assert rows == [("SM+R", "-", "NaN (1/1)", "0", "-")]  # no common seed: nothing is compared
 
 
+def test_grids_of_several_presets_are_named_by_these(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path, "SM+R", study=preset, preset=preset, tag=f"{rate}", shape=shape,
+                  model={"num_hidden_layers": shape[0]}, train={"peak_learning_rate": rate})
+        for preset, shape in (("cpu", (12, 4)), ("cpu-pythia", (6, 4))) for rate in (1e-3, 2e-3)
+    ]  # fmt: skip
+    names = {row[0] for row in rate_table(group_runs(runs, mix=True)).rows}
+    assert names == {"SM+R [preset=cpu]", "SM+R [preset=cpu-pythia]"}
+
+
 def test_claims_hold_only_where_their_interval_says_so(tmp_path: Path) -> None:
     """By hand: 36.1 against 37.7 scaled by 1 + seed/100 is the same ratio for each seed."""
     rows = rows_by_name(claim_table, study(tmp_path))

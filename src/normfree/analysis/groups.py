@@ -209,7 +209,7 @@ def rate_grids(groups: Sequence[Group]) -> dict[str, dict[float, dict[Hashable, 
     for alike in of_recipe.values():
         label = alike[0].spec["label"]
         recipes = [others[0] for others in of_recipe.values() if others[0].spec["label"] == label]
-        settings = _settings_text(alike[0], _differing(recipes, ignored=(_RATE,)))
+        settings = _settings_text(alike[0], sorted({*_differing(recipes, ignored=(_RATE,))} - _set_by_preset(recipes)))
         grid = grids.setdefault(f"{label} [{settings}]" if settings else label, {})
         for run in alike:
             grid.setdefault(run.spec["train"]["peak_learning_rate"], {}).setdefault(_seed(run), []).append(run)
@@ -233,11 +233,7 @@ def _names(runs: Sequence[Run]) -> list[str]:
 
     If a preset explains a setting, the preset is named instead.
     """
-    presets = {run.spec.get("preset") for run in runs}
-    of_preset = ([run for run in runs if run.spec.get("preset") == preset] for preset in presets)
-    differ_within_a_preset = {key for alike in of_preset for key in _differing(alike)}
-    set_by_preset = {*_differing(runs)} - differ_within_a_preset - {"preset", "corpus"}
-    names = []
+    set_by_preset, names = _set_by_preset(runs), []
     for run in runs:
         same_label = _differing([other for other in runs if other.label == run.label], ignored=())
         same_tag = _differing([other for other in runs if _tag(other) == _tag(run)])
@@ -249,6 +245,13 @@ def _names(runs: Sequence[Run]) -> list[str]:
         f"{name} ({run.folder.name})" if run.kind == "measurement" and names.count(name) > 1 else name
         for run, name in zip(runs, names, strict=True)
     ]
+
+
+def _set_by_preset(runs: Sequence[Run]) -> set[str]:
+    """Settings that differ between presets only."""
+    presets = {run.spec.get("preset") for run in runs}
+    of_preset = ([run for run in runs if run.spec.get("preset") == preset] for preset in presets)
+    return {*_differing(runs)}.difference({"preset", "corpus"}, *map(_differing, of_preset))
 
 
 def _name_a_run_per_value(key: str, runs: Sequence[Run]) -> str:

@@ -180,7 +180,7 @@ def to_svg(figure: Figure, prefix: str) -> str:
     # As wide as the box around it, and hidden from screen readers, which read the name of the figure.
     head, _, drawing = text.partition(">")
     head = re.sub(r' (?:width|height|xmlns(?::\w+)?|version)="[^"]*"', "", head)
-    drawing = re.sub(r"\n\s*", "\n", drawing)
+    drawing = re.sub(r"\s*\n\s*", "\n", drawing).replace("\nL ", "L ")
     return f'{head} aria-hidden="true" focusable="false">{drawing}'
 
 
