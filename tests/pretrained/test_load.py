@@ -96,7 +96,7 @@ def test_any_model_of_texts_is_loaded_whole(kind, config, tmp_path):
 def test_a_model_of_images_needs_its_processor_beside_it(tmp_path):
     pytest.importorskip("PIL", reason="images need Pillow")
     ViTModel(VIT).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"no image processor.*; save the model's beside it"):
+    with pytest.raises(ValueError, match=r"no image processor \(no preprocessor_config\.json\); save the model's"):
         load_measurable(tmp_path)
 
 

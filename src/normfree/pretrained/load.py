@@ -102,7 +102,8 @@ def load_measurable(name: RunFolder, **options: Any) -> tuple[Any, Any, Any]:
         try:
             processor = AutoImageProcessor.from_pretrained(**source)
         except _UNREADABLE as error:
-            why = _first_line(error)
+            folder, file = Path(name), "preprocessor_config.json"
+            why = f"no {file}" if folder.is_dir() and not (folder / file).is_file() else _first_line(error)
             raise ValueError(f"{name} has no image processor ({why}); save the model's beside it") from error
     return model, tokenizer, processor
 
