@@ -91,16 +91,22 @@ def effect_table(groups: Sequence[Group]) -> Table:
 def confirm_table(groups: Sequence[Group]) -> Table:
     """The primary and the secondary comparisons of docs/study.md."""
     (cost, verdict), rows = primary(groups), []
-    for each in (cost, *secondary(groups)):
+    paired = compare(cost.name, groups, ("SM+G", "SM+LN+G"), log_score, paired=True)
+    for each in (cost, paired, *secondary(groups)):
         (low, high), (lowest, highest) = each.interval(), each.interval(0.9)
-        holm = "-" if each is cost else f"{each.holm:.4f}"
-        answer = verdict if each is cost else "differs" if each.holm < 0.05 else "open"
+        answer = verdict if each is cost else "open" if math.isnan(each.holm) or each.holm >= 0.05 else "differs"
+        p_values = ("-", "-") if each is cost or each is paired else (f"{each.p:.4f}", f"{each.holm:.4f}")
         numbers = (f"{each.mean:+.3f}", f"{low:+.3f} to {high:+.3f}", f"{lowest:+.3f} to {highest:+.3f}")
-        kind = "paired" if each.paired else "Welch"
-        rows.append((each.name, kind, *numbers, f"{each.p:.4f}", holm, str(each.n), str(each.dropped), answer))
-    titles = ("Comparison", "Test", "Difference", "95 % interval", "90 % interval", "p", "p, Holm", "Seeds", "Diverged")
+        signs, kind = (f"{each.sign_p:.4f}", "paired") if each.paired else ("-", "Welch")
+        answer = "beside" if each is paired else answer
+        rows.append((each.name, kind, *numbers, *p_values, signs, str(each.n), str(each.dropped), answer))
+    titles = ("Comparison", "Test", "Difference", "95 % interval", "90 % interval", "p", "p, Holm", "p, signs")
+    notes = [
+        f"Intervals are not corrected. The pairs of the primary comparison correlate by {paired.correlation:+.2f}."
+    ]
     caption = "The primary comparison, then the five secondary ones"
-    return Table("confirm", caption, (*titles, "Verdict"), rows, words=("Comparison", "Test", "Verdict"))
+    titles += ("Seeds", "Diverged", "Verdict")
+    return Table("confirm", caption, titles, rows, notes, words=("Comparison", "Test", "Verdict"))
 
 
 def _percent_of_part(run: Run, part: int, line: float = OVERLOAD_SHARE) -> float:

@@ -37,10 +37,13 @@ def test_welch_and_paired_tests_are_those_of_scipy(tmp_path: Path) -> None:
     welch = stats.ttest_ind(_logs(groups, "SM+G"), _logs(groups, "SM+LN+G"), equal_var=False)
     np.testing.assert_allclose([cost.p, cost.degrees], [welch.pvalue, welch.df])
     np.testing.assert_allclose(cost.interval(0.9), welch.confidence_interval(0.9))
-    assert verdict == "the cost is reproduced"
+    assert verdict == "the cost is reproduced (above 5 %)"
     paired = stats.ttest_rel(_logs(groups, "SM+R"), _logs(groups, "SM+G"))
     relu = secondary(groups)[0]
     np.testing.assert_allclose([relu.p, *relu.interval()], [paired.pvalue, *paired.confidence_interval()])
+    signs = stats.permutation_test((relu.differences_P,), np.mean, permutation_type="samples", n_resamples=np.inf)
+    assert relu.sign_p == pytest.approx(signs.pvalue)
+    assert relu.correlation == pytest.approx(stats.pearsonr(_logs(groups, "SM+R"), _logs(groups, "SM+G")).statistic)
 
 
 def test_holm_is_the_step_down_of_the_sorted_values(tmp_path: Path) -> None:
@@ -52,7 +55,13 @@ def test_holm_is_the_step_down_of_the_sorted_values(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mean", "verdict"), [(0.0, "equivalent within 5 %"), (MARGIN, "open"), (0.2, "the cost is reproduced")]
+    ("mean", "verdict"),
+    [
+        (0.0, "equivalent within 5 %"),
+        (MARGIN, "open"),
+        (0.2, "the cost is reproduced (above 5 %)"),
+        (-0.2, "a gain above 5 %"),
+    ],
 )
 def test_the_primary_verdict_follows_its_margins(tmp_path: Path, mean: float, verdict: str) -> None:
     assert primary(_groups(tmp_path, {"SM+G": mean}))[1] == verdict
@@ -60,7 +69,8 @@ def test_the_primary_verdict_follows_its_margins(tmp_path: Path, mean: float, ve
 
 def test_one_diverged_seed_is_dropped_and_two_leave_it_open(tmp_path: Path) -> None:
     one = primary(_groups(tmp_path / "one", {"SM+G": 0.2}, (("SM+G", 11),)))
-    assert (one[0].n, one[0].dropped, one[1]) == (7, 1, "the cost is reproduced")
+    assert (one[0].n, one[0].dropped, one[1]) == (7, 1, "the cost is reproduced (above 5 %)")
+    assert primary(_groups(tmp_path / "alike", {}, (("SM+G", 11),)))[1] == "open"  # SM+G that trained flatters it
     groups = _groups(tmp_path / "two", {"SM+G": 0.2}, (("SM+G", 11), ("SM+LN+G", 12)))
     cost, verdict = primary(groups)
     assert math.isnan(cost.mean)
@@ -72,3 +82,10 @@ def test_one_diverged_seed_is_dropped_and_two_leave_it_open(tmp_path: Path) -> N
     assert with_norm.holm == pytest.approx(min(1.0, 5 * with_norm.p))
     with pytest.raises(ValueError, match="no run of SM among these has a result"):
         compare("", groups, ("SM", "SM+G"), lambda run: run.score, paired=True)
+
+
+def test_nothing_is_judged_before_all_runs_have_ended(tmp_path: Path) -> None:
+    groups = [group for group in _groups(tmp_path, {}) if group.label != "SM+R"]
+    some = group_runs([write_run(tmp_path, "SM+R", study="more", seed=10, data_seed=10)])
+    with pytest.raises(ValueError, match=r"1 of 8 runs of SM\+R have a result"):
+        primary([*groups, *some])
