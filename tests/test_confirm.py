@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from docs.confirm import MARGIN, compare, primary, secondary
+from docs.study_tables import confirm_table
 from normfree.analysis.groups import Group, group_runs
 from tests.synthetic import write_run
 
@@ -41,6 +42,9 @@ def test_welch_and_paired_tests_are_those_of_scipy(tmp_path: Path) -> None:
     paired = stats.ttest_rel(_logs(groups, "SM+R"), _logs(groups, "SM+G"))
     relu = secondary(groups)[0]
     np.testing.assert_allclose([relu.p, *relu.interval()], [paired.pvalue, *paired.confidence_interval()])
+    rows = confirm_table(groups).rows
+    assert [row[-1] for row in rows[:3]] == [verdict, "beside", "differs"]
+    assert len(rows) == 7
     signs = stats.permutation_test((relu.differences_P,), np.mean, permutation_type="samples", n_resamples=np.inf)
     assert relu.sign_p == pytest.approx(signs.pvalue)
     assert relu.correlation == pytest.approx(stats.pearsonr(_logs(groups, "SM+R"), _logs(groups, "SM+G")).statistic)
