@@ -265,13 +265,16 @@ def test_runs_that_declare_it_are_compared_across_rates(tmp_path: Path) -> None:
     runs = [with_own_rate(tmp_path, "SM+G", 1.4e-3, seed=seed) for seed in (0, 1)]
     runs += [with_own_rate(tmp_path, "SM+R", 2e-3, seed=seed) for seed in (0, 1)]
     (pair,) = all_pairs(group_runs(runs))
-    assert (pair.name, len(pair.seeds)) == ("SM+R (2e-3) against SM+G (1.4e-3)", 2)
+    assert (pair.name, len(pair.seeds)) == ("SM+R (lr 2e-3) against SM+G (lr 1.4e-3)", 2)
     older = write_run(tmp_path, "SM+LN+G", train={"peak_learning_rate": 2e-3})
     del older.spec["compare_across"]  # as in records from before there was such a key
     with pytest.raises(ValueError, match=r"rate: 0\.002 in quick/sm-ln-g-seed0, by variant in quick/sm-g-seed0"):
         group_runs([*runs, older])
     parts = parts_of([*runs, older], mix=True)
-    assert [[group.name for group in part.groups] for part in parts] == [["SM+G (1.4e-3)", "SM+R (2e-3)"], ["SM+LN+G"]]
+    assert [[group.name for group in part.groups] for part in parts] == [
+        ["SM+G (lr 1.4e-3)", "SM+R (lr 2e-3)"],
+        ["SM+LN+G"],
+    ]
     assert [part.recipe for part in parts] == ["peak_learning_rate=by variant", "peak_learning_rate=0.002"]
     undeclared = write_run(tmp_path / "other", "SM+G", train={"peak_learning_rate": 2.8e-3})
     with pytest.raises(ValueError, match="mix=true"):
@@ -283,7 +286,7 @@ def test_seeds_of_one_variant_have_one_rate(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"seed0 and quick/sm-g-seed1 are .*: 0\.0014} and {.*: 0\.002}: give"):
         group_runs(runs)
     tagged = with_own_rate(tmp_path, "SM+G", 2e-3, seed=1, tag="fast")
-    assert [group.name for group in group_runs([runs[0], tagged])] == ["SM+G (1.4e-3)", "SM+G (fast) (2e-3)"]
+    assert [group.name for group in group_runs([runs[0], tagged])] == ["SM+G (fast) (lr 2e-3)", "SM+G (lr 1.4e-3)"]
 
 
 OBSERVED_MAX_NATS = 3.87  # the highest published head; the paper's ranges are quarters of it

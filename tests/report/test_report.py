@@ -257,10 +257,10 @@ def test_variants_with_own_rates_or_starts_are_compared(tmp_path: Path) -> None:
     across: dict[str, Any] = {"compare_across": ["train.peak_learning_rate"]}
     runs = [write_run(tmp_path, name, train={"peak_learning_rate": rate}, **across) for name, rate in rates.items()]
     page = build_report(runs, tmp_path / "out").read_text()
-    assert "Without LayerNorm (2e-3), ReLU ends 4.2 % below GELU (1.4e-3) in perplexity" in page
+    assert "Without LayerNorm (lr 2e-3), ReLU ends 4.2 % below GELU (lr 1.4e-3) in perplexity" in page
     assert "<dd>peak learning rates differ by variant</dd>" in page
     rows = pd.read_csv(tmp_path / "out" / "tables" / "perplexity.csv")
-    assert rows.Variant.tolist() == ["SM+LN+G (2.8e-3)", "SM+G (1.4e-3)", "SM+R (2e-3)", "Unigram"]
+    assert rows.Variant.tolist() == ["SM+LN+G (lr 2.8e-3)", "SM+G (lr 1.4e-3)", "SM+R (lr 2e-3)", "Unigram"]
     assert rows["Against SM+LN+G"].tolist()[:2] == ["baseline", "+10.2 %"]
     own: dict[str, Any] = {"root": tmp_path / "2", "compare_across": ["start_name"]}
     runs = [write_run(label=label, start_name=f"quick/{label[-1]}", **own) for label in ("SM+G", "SM+R")]

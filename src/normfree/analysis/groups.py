@@ -238,7 +238,8 @@ def _names(runs: Sequence[Run]) -> list[str]:
         same_label = _differing([other for other in runs if other.label == run.label], ignored=())
         same_tag = _differing([other for other in runs if _tag(other) == _tag(run)])
         own = own_values(run.spec)
-        name = f"{run.label} ({', '.join(map(compact, own.values()))})" if own else run.label
+        values = ", ".join("lr " * (key == _RATE) + compact(value) for key, value in own.items())
+        name = f"{run.label} ({values})" if own else run.label
         settings = _settings_text(run, sorted({*same_label, *same_tag} - set_by_preset - own.keys()))
         names.append(f"{name} [{settings}]" if settings else name)
     return [
