@@ -13,6 +13,7 @@ def stage(folder: Path, step: int) -> None:
     staged = folder / STAGING / f"checkpoint-{step}"
     staged.mkdir(parents=True)
     (staged / "model.safetensors").write_bytes(bytes([step % 256]) * 100)
+    (staged / "config.json").write_text("{}")
     (staged / "optimizer.pt").write_bytes(b"adam")
 
 
