@@ -94,11 +94,10 @@ def confirm_table(groups: Sequence[Group]) -> Table:
     paired = compare(cost.name, groups, ("SM+G", "SM+LN+G"), log_score, paired=True)
     for each in (cost, paired, *secondary(groups)):
         (low, high), (lowest, highest) = each.interval(), each.interval(0.9)
-        answer = verdict if each is cost else "open" if math.isnan(each.holm) or each.holm >= 0.05 else "differs"
+        answer = verdict if each is cost else "beside" if each is paired else "differs" if each.holm < 0.05 else "open"
         p_values = ("-", "-") if each is cost or each is paired else (f"{each.p:.4f}", f"{each.holm:.4f}")
         numbers = (f"{each.mean:+.3f}", f"{low:+.3f} to {high:+.3f}", f"{lowest:+.3f} to {highest:+.3f}")
         signs, kind = (f"{each.sign_p:.4f}", "paired") if each.paired else ("-", "Welch")
-        answer = "beside" if each is paired else answer
         rows.append((each.name, kind, *numbers, *p_values, signs, str(each.n), str(each.dropped), answer))
     titles = ("Comparison", "Test", "Difference", "95 % interval", "90 % interval", "p", "p, Holm", "p, signs")
     notes = [
@@ -153,15 +152,15 @@ def pilot_table(groups: Sequence[Group]) -> Table:
     rows = []
     runs = [run for group in groups for run in group.runs]  # finished or diverged
     for weight, of_weight in groupby(sorted(runs, key=_weight), _weight):
-        found = [(run, None if run.status == "diverged" else reached(run, _donors(run))) for run in of_weight]
-        hits = sum(each is not None and each.is_target_hit for _, each in found)
-        for run, each in found:
+        distances = [(run, None if run.status == "diverged" else reached(run, _donors(run))) for run in of_weight]
+        hits = sum(each is not None and each.is_target_hit for _, each in distances)
+        for run, each in distances:
             name = f"{run.spec['label']} {run.spec['tag'].partition('-weight')[0]}, seed {run.seed}"
             numbers = ("diverged", "-", "-", "no")
             if each is not None:
                 nearness = (f"{each.distance_L.mean():.3f}", f"{each.distance_L.max():.3f}", f"{each.points:+.1f}")
                 numbers = (*nearness, "yes" if each.is_target_hit else "no")
-            rows.append((f"{weight:g}", name, *numbers, f"{hits} of {len(found)}", f"{run.score:.2f}"))
+            rows.append((f"{weight:g}", name, *numbers, f"{hits} of {len(distances)}", f"{run.score:.2f}"))
     titles = ("Weight", "Run", "Distance (nats)", "Largest layer", "Near uniform (points)", "Hit", "Of its weight")
     caption = "Distance from the target entropies, and heads near uniform less the donors'"
     return Table("pilot", caption, (*titles, "Perplexity"), rows, words=("Run", "Hit", "Of its weight"))
