@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import normfree
 
 PAGES = [(Path(__file__).parents[1] / name).read_text() for name in ("docs/python.md", "README.md")]
@@ -21,6 +23,7 @@ def test_every_public_name_exists() -> None:
     assert not modules & set(normfree.__all__), "`import normfree.train` would put a module in place of the function"
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_pages_run(trained: Path, tiny: list[str], cache: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "runs" / "quick" / "sm-r-seed0")
     code = CODE.replace('"preset=cpu-quick"', ", ".join(map(repr, tiny)))

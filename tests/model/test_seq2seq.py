@@ -164,5 +164,6 @@ def test_spans_are_spread_evenly_over_a_block() -> None:
     assert (masked_BT.sum(1) == 5).all()
 
 
+@pytest.mark.slow
 def test_a_saved_model_loads_where_normfree_is_missing(tmp_path) -> None:
     check_loading_elsewhere(build(norm="none", position="relative"), "AutoModelForSeq2SeqLM", PAIR, tmp_path)

@@ -80,5 +80,6 @@ def test_what_does_not_fit_images_is_refused(fields, message: str) -> None:
         build(**fields)(PIXELS)
 
 
+@pytest.mark.slow
 def test_a_saved_classifier_loads_where_normfree_is_missing(tmp_path) -> None:
     check_loading_elsewhere(build(norm="none"), "AutoModelForImageClassification", {"pixel_values": PIXELS}, tmp_path)

@@ -71,7 +71,7 @@ def test_open_figures_and_every_table_are_also_files(report: Path) -> None:
     assert set(json.loads((report / "report.json").read_text())) == set(contents(report)) - {"report.json"}
 
 
-@pytest.mark.parametrize("mix", [False, True])
+@pytest.mark.parametrize("mix", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_all_figures_can_be_files(tmp_path: Path, mix: bool) -> None:
     another: dict[str, Any] = {"train": {"peak_learning_rate": 7e-3}} if mix else {}
     runs = [write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+R", **another)]

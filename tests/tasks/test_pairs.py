@@ -102,6 +102,7 @@ def digest() -> str:
     return hashlib.sha256(repr(pairs).encode()).hexdigest()
 
 
+@pytest.mark.slow
 def test_pairs_do_not_depend_on_the_hash_seed() -> None:
     command = [sys.executable, "-c", "from tests.tasks.test_pairs import digest; print(digest())"]
     environment, root = os.environ | {"PYTHONHASHSEED": "1"}, Path(__file__).parents[2]

@@ -71,6 +71,7 @@ def tune(train_tiny: Callable[..., Run], code: str) -> Callable[..., Run]:
     return run
 
 
+@pytest.mark.slow
 def test_saved_models_have_the_recorded_accuracy(tune: Callable[..., Run], cache: Path) -> None:
     runs = {task: tune(f"train.objective={task}", f"tag={task}") for task in AUTO}
     tests = {}

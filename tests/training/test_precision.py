@@ -74,6 +74,7 @@ def test_variables_that_lower_fp32_precision_are_refused(tmp_path, train_tiny, m
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_command_undoes_the_tf32_of_an_image() -> None:
     code = """
 import torch
