@@ -1,9 +1,10 @@
-"""Power of the rule about the cause (docs/study.md): the share of each verdict, if a row were the truth.
+"""Power of the rules about the cost of removing LayerNorm and about the cause of the gap (docs/study.md).
 
 `python -m docs.power`
 
-ln perplexities of eight seeds: the spread of SM+G and SM+R is that of five recorded seeds of `cpu-lr1e-3`, arms with
-GELU take that of SM+G, and the gap is that of seed 0 in `cpu-rate-screen` at 2e-3. Seeds share nothing between arms.
+ln perplexities of eight seeds, normal and independent: the spread of each variant is that of its recorded seeds in
+`cpu-lr1e-3`. Of the cause: the share of each verdict if a row were the truth; arms with GELU take the spread of SM+G,
+and the gap is that of seed 0 in `cpu-rate-screen` at 2e-3.
 """
 
 from __future__ import annotations
@@ -12,18 +13,23 @@ import math
 from collections import Counter
 
 import numpy as np
+from scipy.stats import ttest_ind
 
 from docs.cause import ARMS, judge_scores
+from docs.confirm import MARGIN
 from normfree.analysis.groups import Group, group_runs
 from normfree.store.runs import find_runs
 
 SEEDS, DRAWS = 8, 2000
+COST = 0.057
+"""In ln perplexity: the mean of the two seeds of the screen."""
 VERDICTS = ("confirmed", "refuted", "one-way", "partial", "open")
 
 
 def main() -> None:
-    """Print a row for each truth: how much of the gap entropy moves down and up, and the share of each verdict."""
+    """Print the verdicts on the cost, then a row for each truth: how much of the gap entropy moves down and up."""
     spread = {group.label: np.std(_logs(group), ddof=1) for group in _groups("results/cpu-lr1e-3")}
+    _print_power_of_cost(spread["SM+G"], spread["SM+LN+G"])
     at_2e3 = {group.label: _logs(group)[0] for group in _groups("results/cpu-rate-screen") if "lr2e-3" in group.name}
     gap = at_2e3["SM+G"] - at_2e3["SM+R"]
     print(f"gap {gap:.3f}; standard deviations SM+G {spread['SM+G']:.3f}, SM+R {spread['SM+R']:.3f}; {SEEDS} seeds")
@@ -39,6 +45,17 @@ def main() -> None:
             }
             verdicts[judge_scores(arms).verdict] += 1
         print(f"| {down} | {up} | " + " | ".join(f"{verdicts[name] / DRAWS:.0%}" for name in VERDICTS) + " |")
+
+
+def _print_power_of_cost(spread: float, spread_of_baseline: float) -> None:
+    random, shape = np.random.default_rng(0), (10 * DRAWS, SEEDS)
+    ours, baseline = random.normal(COST, spread, shape), random.normal(0, spread_of_baseline, shape)
+    welch = ttest_ind(ours, baseline, axis=1, equal_var=False)
+    low, (lowest, highest) = welch.confidence_interval(0.95).low, welch.confidence_interval(0.9)
+    reproduced, equivalent = low > MARGIN, (lowest > -MARGIN) & (highest < MARGIN)
+    shares = {"reproduced": reproduced, "equivalent": equivalent, "open": ~(reproduced | equivalent)}
+    print(f"cost {COST}; standard deviations SM+G {spread:.3f}, SM+LN+G {spread_of_baseline:.3f}; {SEEDS} seeds")
+    print(", ".join(f"{name} {share.mean():.0%}" for name, share in shares.items()))
 
 
 def _groups(folder: str) -> list[Group]:

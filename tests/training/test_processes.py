@@ -1,4 +1,4 @@
-"""Runs in processes of their own: two ranks on the CPU, and trackers."""
+"""Several processes of one run: two ranks on the CPU, variables that announce others, and trackers."""
 
 import logging
 import shutil
@@ -48,8 +48,7 @@ def run_command(words: list[str], folder: Path) -> str:
 
 def test_leftover_variables_that_announce_processes_are_named(train_tiny, monkeypatch, caplog) -> None:
     monkeypatch.setattr(PartialState, "_shared_state", {})
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):  # without MASTER_ADDR it fails instead of waiting
-        monkeypatch.setenv(name, "4")
+    monkeypatch.setenv("WORLD_SIZE", "4")  # without MASTER_ADDR it fails instead of waiting
     with caplog.at_level(logging.WARNING, logger="normfree"), pytest.raises(ValueError, match="MASTER_ADDR"):
         train_tiny()
     message = "waiting for the other processes, because WORLD_SIZE=4: start them all with torchrun, or unset it"
