@@ -1,6 +1,7 @@
 """Several processes of one run: two ranks on the CPU, variables that announce others, and trackers."""
 
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import psutil
 import pytest
@@ -48,9 +50,9 @@ def run_command(words: list[str], folder: Path) -> str:
 
 def test_leftover_variables_that_announce_processes_are_named(train_tiny, monkeypatch, caplog) -> None:
     monkeypatch.setattr(PartialState, "_shared_state", {})
-    monkeypatch.setenv("WORLD_SIZE", "4")  # without MASTER_ADDR it fails instead of waiting
-    with caplog.at_level(logging.WARNING, logger="normfree"), pytest.raises(ValueError, match="MASTER_ADDR"):
-        train_tiny()
+    failure = pytest.raises(ValueError, match="MASTER_ADDR")  # without which it waits for the others
+    with patch.dict(os.environ, WORLD_SIZE="4"), caplog.at_level(logging.WARNING, logger="normfree"), failure:
+        train_tiny()  # Accelerate sets LOCAL_RANK and others before it fails: patch.dict takes them back
     message = "waiting for the other processes, because WORLD_SIZE=4: start them all with torchrun, or unset it"
     assert message in caplog.text
 
