@@ -230,7 +230,7 @@ WEIGHTS = {"paper-gpt2": 12 * 12 * 768**2 + 768 * 50257, "paper-pythia": 6 * 12 
 ATTENTION = {"paper-gpt2": 12 * 12 * 768 * 128, "paper-pythia": 12 * 6 * 512 * 128}
 
 
-@pytest.mark.parametrize(("name", "hours"), [("paper-gpt2", "4.5"), ("paper-pythia", "1.6")])
+@pytest.mark.parametrize(("name", "hours"), [("paper-gpt2", "4.53"), ("paper-pythia", "1.64")])
 def test_a_paper_study_states_its_gpu_hours(name: str, hours: str) -> None:
     study = load_study(name)
     jobs = study.jobs()

@@ -56,7 +56,7 @@ def describe_training_cost(jobs: Sequence[Job], tokens_per_epoch: int | None = N
     )
     if not jobs[0].spec.preset.startswith("cpu"):
         hours = flops / (UTILISATION * H100_FLOPS) / 3600
-        line += f"; {hours:.1f} GPU-hours at {UTILISATION:.0%} of an H100's bf16 peak ({H100_FLOPS / 1e12:.0f} TFLOP/s)"
+        line += f"; {hours:.2f} GPU-hours at {UTILISATION:.0%} of an H100's bf16 peak ({H100_FLOPS / 1e12:.0f} TFLOP/s)"
     if 0 < tokens_done < tokens:
         line += f"; about {duration((tokens / tokens_done - 1) * seconds)} left at recorded speed, one run at a time"
     return line
