@@ -207,6 +207,7 @@ def test_a_gpu_that_is_too_small_is_refused_with_numbers(tiny_spec) -> None:
         check_memory(spec, 20, name="x")
     with pytest.raises(ValueError, match=r"workers=9: 9 runs of 1\.0 GiB need 9\.\d GiB, .*: give workers=3 or fewer"):
         check_memory(tiny_spec(), 4, name="x", runs=9)
+    check_memory(compose_run(["preset=fashion-vit"]).spec, 4, name="x", runs=9)  # not known of other families
 
 
 def test_training_on_a_gpu_says_what_it_needs(tiny_spec, monkeypatch: pytest.MonkeyPatch, caplog) -> None:

@@ -22,7 +22,7 @@ from normfree.report.figures import heatmap_figure, layers_over_training
 from normfree.report.plots.curves import layer_curves, loss_curves, overload_series, seed_curves
 from normfree.report.plots.points import order_of_names, score_points, trade_off_points
 from normfree.report.plots.style import variant_styles
-from normfree.store.quantities import QUANTITIES
+from normfree.store.quantities import QUANTITIES, describe
 from tests.synthetic import rewritten, write_run
 
 
@@ -241,6 +241,17 @@ def test_a_comparison_begins_with_the_largest_difference(tmp_path: Path) -> None
     image = plot_heads(first, minus=second, ax=Figure().subplots()).images[0]
     assert np.allclose(image.get_array(), difference_LH)
     assert image.get_clim() == pytest.approx((-abs(top.difference), abs(top.difference)))
+
+
+def test_differences_of_several_stacks_keep_the_order_of_layers(tmp_path: Path) -> None:
+    stacks = ["encoder 0", "encoder 1", "decoder 0", "cross 0"]
+    described = describe(["entropy_nats"])["entropy_nats"] | {"layers": stacks, "ceiling": None}
+    facts = {"quantities": {"entropy_nats": described}}
+    first, second = (write_run(tmp_path, label, facts=facts) for label in ("SM+G", "SM+R"))
+    ax = plot_heads(first, minus=second, ax=Figure().subplots())
+    difference_LH = newest_values(first, "entropy_nats") - newest_values(second, "entropy_nats")
+    assert np.allclose(ax.images[0].get_array(), difference_LH)
+    assert [label.get_text() for label in ax.get_yticklabels()][1:-1] == stacks  # a tick above and one below
 
 
 def test_models_with_other_heads_are_not_compared(tmp_path: Path) -> None:

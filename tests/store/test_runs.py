@@ -125,6 +125,8 @@ def test_a_run_prints_as_one_line(tmp_path: Path) -> None:
     finished, stopped = write_run(tmp_path, "SM+R"), write_run(tmp_path, "SM+G", status="interrupted")
     assert repr(finished) == f"Run {finished.folder}: SM+R, seed 0, finished, perplexity 36.10"
     assert repr(stopped) == f"Run {stopped.folder}: SM+G, seed 0, interrupted, step 100"
+    measured = write_run(tmp_path, "SM+LN+G", facts={"kind": "measurement"})
+    assert repr(measured) == f"Run {measured.folder}: a measurement of SM+LN+G"
 
 
 def test_a_run_named_twice_is_found_once(tmp_path: Path) -> None:

@@ -145,17 +145,17 @@ def test_exported_pairs_are_read_back(text: Path, tmp_path: Path, output) -> Non
 
 
 def test_mistakes_are_one_line(copied: Path, cache: Path, text: Path, tmp_path: Path, run) -> None:
-    words = ["evaluate", str(copied), f"text={text}", f"cache_dir={cache}", "items=4"]
+    words = ["evaluate", str(copied), f"text={text}", f"cache_dir={cache}"]
     mistakes = {
         "tasks=[keywords]": "tasks: 'keywords' is no task; did you mean keyword?",
         "tasks=humaneval": "task humaneval: its problems are not on this machine; pip install 'normfree[tasks]'",
-        "export=out": "export= writes the items of tasks: give tasks= too",
+        "export=out": "export= is for tasks: give tasks= too",
     }
     for word, message in mistakes.items():
         status, _, err = run(*words, word)
         assert (status, err) == (1, f"normfree: {message}\n")
-    assert "stride= is for the windows" in run(*words, "tasks=name", "stride=4")[2]
-    assert "tasks need at least 4" in run(*words, "tasks=name", "context=3")[2]
+    assert "heads= is not for tasks: leave it or tasks= out" in run(*words, "tasks=name", "heads=[[0,1]]")[2]
+    assert "tasks need at least 4" in run(*words, "tasks=name", "context=3", "items=4")[2]
     encoder = saved_model(tmp_path / "encoder", "bert", is_decoder=False)
     status, _, err = run("evaluate", str(encoder), f"text={text}", "tasks=name", "items=4")
     assert status == 1

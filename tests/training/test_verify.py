@@ -102,6 +102,11 @@ def test_a_checkpoint_of_another_run_is_damaged(root: Path, run_folder: Path) ->
     assert (finding.state, finding.detail) == ("damaged", "it belongs to a run with another spec")
 
 
+def test_a_measurement_of_a_model_is_verified() -> None:
+    parts = verify(Path(__file__).parents[2] / "results" / "smollm2" / "t8192")
+    assert [(finding.part, finding.state) for finding in parts] == [("run.json", "sound"), ("metrics.jsonl", "sound")]
+
+
 def test_a_measurement_written_twice_is_found(root: Path, run_folder: Path) -> None:
     record, metrics = run_folder / "run.json", run_folder / "metrics.jsonl"
     record.write_text(record.read_text().replace('"metrics_file"', '"not_recorded"'))

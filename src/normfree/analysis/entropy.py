@@ -152,14 +152,14 @@ def recorded_quantities(groups: Sequence[Group], *, drawn: str) -> list[Quantity
 
 def probed_heads(run: Run, split: str = "probe") -> list[Heads]:
     """The entropies of every probe of a run, oldest first; `final` is the large sample after training."""
-    ceilings = dict(run.series(split, "ceiling_nats"))
+    ceilings, uniform_nats = dict(run.series(split, "ceiling_nats")), causal_ceiling if _is_causal(run) else math.log
     rows, nonfinite = (
         dict(run.series(split, name) if run.kind == "measurement" else ()) for name in ("rows", "nonfinite_rows")
     )
     heads = []
     for step, value in run.series(split, "entropy_nats"):
         ceiling_L = np.array(ceilings[step], dtype=float)
-        ceiling_L[np.isnan(ceiling_L)] = run.family.ceiling(run.spec["data"]["context"])  # no finite row in this layer
+        ceiling_L[np.isnan(ceiling_L)] = uniform_nats(run.spec["data"]["context"])  # no finite row in this layer
         layers = run.layer_numbers("entropy_nats", len(value))
         exists_LH = None if step not in rows else np.array(rows[step]) + np.array(nonfinite[step]) > 0
         heads.append(Heads(np.array(value, dtype=float), ceiling_L, step, layers, exists_LH))

@@ -17,6 +17,9 @@ from normfree.store.runs import RUN_FILE, Run, read_run
 if TYPE_CHECKING:
     from normfree.measures.perplexity import Evaluation
 
+_OF_TEXT = {"stride", "sequences", "against", "heads", "how"}
+_OF_TASKS = {"items", "item_seed", "export"}
+
 
 class EvaluateOptions(ModelOptions):
     stride: int | None = None
@@ -52,11 +55,13 @@ class EvaluateOptions(ModelOptions):
 
 def evaluate(name: str, options: EvaluateOptions) -> None:
     """Print token-weighted perplexity and bits per byte, of changed heads too, or with tasks= what the model can do."""
+    unread = _OF_TEXT if options.tasks else _OF_TASKS
+    if unused := sorted(unread & options.model_fields_set):
+        needed = "is not for tasks: leave it or tasks= out" if options.tasks else "is for tasks: give tasks= too"
+        raise ValueError(f"{unused[0]}= {needed}")
     if options.tasks:
         _evaluate_tasks(name, options)
         return
-    if options.export:
-        raise ValueError("export= writes the items of tasks: give tasks= too")
     from normfree.entropy import intervene
     from normfree.training.precision import products_for
 
@@ -182,8 +187,6 @@ def _evaluate_tasks(name: str, options: EvaluateOptions) -> None:
     from normfree.tasks.evaluate import evaluate_items, export_pairs, make_items
     from normfree.training.precision import products_for
 
-    if unused := [key for key in ("stride", "sequences") if getattr(options, key) is not None]:
-        raise ValueError(f"{unused[0]}= is for the windows of a text, and tasks have none: leave it out")
     names = [word.strip() for word in options.tasks.strip("[]").split(",")]
     items = make_items(names, partial(_documents, options.text), seed=options.item_seed, count=options.items)
     model, tokenizer = _load(name, options, causal=True)

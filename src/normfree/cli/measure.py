@@ -95,7 +95,7 @@ def _read_inputs(
         raise ValueError(f"{unused[0]}= cuts a text, and {type(model).__name__} reads none: leave it out")
     if own:
         inputs = model.batch_of(spread(held_out_blocks(name, cache=options.cache_dir), options.sequences))
-        text = f"the run's own held-out {'blocks' if kinds == {'text'} else 'images'}"
+        text = f"the run's own held-out {'images' if 'images' in kinds else 'blocks'}"
         return inputs, {"text": text, "leading_tokens": []}
     inputs: dict[str, Tensor] = {}
     sources, leading = [], []

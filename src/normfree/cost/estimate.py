@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from normfree.cost.families import NORMFREE_DEFAULTS
 from normfree.cost.training import SIZES, UTILISATION, config_of, training_flops
+from normfree.spec.families import family_of
 from normfree.spec.run import RunSpec
 from normfree.spec.variants import spread_over_layers
 from normfree.store.progress import duration
@@ -281,7 +282,9 @@ def not_counted(spec: RunSpec) -> list[str]:
 
 
 def check_memory(spec: RunSpec, memory_gib: float, *, name: str, processes: int = 1, runs: int = 1) -> None:
-    """Raise ValueError if one run, or `runs` at once, need more than each GPU has."""
+    """Raise ValueError if one run, or `runs` at once, need more than each GPU has; only decoders are checked."""
+    if not family_of(spec.to_dict()).causal:
+        return
     _, parts = peak_memory(spec, processes=processes)
     each = (sum(parts.values()) + CONTEXT_BYTES) / GIB
     if runs * each <= memory_gib:

@@ -85,14 +85,16 @@ class ImageFolders:
             raise ValueError(f"data.validation_paths has the class {min(unknown)!r}, which data.paths has not")
         hashes = sorted(train, key=lambda sha256: sha256_bytes(f"{spec.shuffle_seed}:{sha256}".encode()))
         validation = validation or {sha256: train[sha256] for sha256 in hashes[HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY]}
-        chosen = [train[sha256] for sha256 in hashes if sha256 not in validation]
-        held_out = [validation[sha256] for sha256 in sorted(validation)]
-        self._of_split: dict[Split, list[tuple[str, Path]]] = {"train": chosen, "validation": held_out}
+        files: dict[Split, dict[str, tuple[str, Path]]] = {
+            "train": {sha256: train[sha256] for sha256 in hashes if sha256 not in validation},
+            "validation": dict(sorted(validation.items())),
+        }
+        self._of_split = {split: list(labelled.values()) for split, labelled in files.items()}
         if not all(self._of_split.values()):
             raise ValueError(f"data=images: {len(train)} images are too few: give more, or data.validation_paths")
         self.versions = {
-            split: fingerprint([[name, sha256_file(path)] for name, path in files])
-            for split, files in self._of_split.items()
+            split: fingerprint([[name, sha256] for sha256, (name, _) in labelled.items()])
+            for split, labelled in files.items()
         }
 
     def _labelled(self, key: str, places: tuple[str, ...]) -> dict[str, tuple[str, Path]]:

@@ -106,7 +106,11 @@ def _by_definition(request: Request) -> AttentionEntropy:
     """Compute -sum_j p_j ln p_j in the obvious lines: slow, T x S memory, differentiable."""
     q_BHTD, visibility = request.q, request.visibility
     block = visibility.whole()
-    scores_BHTS = request.scores(block)
+    scores_BHTS = q_BHTD @ request.k.repeat_interleave(request.groups, dim=1).mT * request.scale
+    if request.softcap is not None:
+        scores_BHTS = request.softcap * torch.tanh(scores_BHTS / request.softcap)
+    if block.bias is not None:
+        scores_BHTS = scores_BHTS + block.bias
     visible_BHTS = block.visible.expand_as(scores_BHTS)
     # A finite stand-in for -inf: rows without a key would otherwise poison the gradient of every row.
     scores_BHTS = scores_BHTS.masked_fill(~visible_BHTS, torch.finfo(scores_BHTS.dtype).min)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from normfree.entropy.visibility import Block, Visibility
+from normfree.entropy.visibility import Visibility
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,6 @@ class Request:
     def groups(self) -> int:
         """Query heads that share one key head."""
         return self.q.shape[1] // self.k.shape[1]
-
-    def scores(self, block: Block) -> Tensor:
-        """(B, H, R, C) scores before softmax, with soft-capping and bias; hidden keys have a score too."""
-        k_BHCD = self.k[:, :, block.first : block.last].repeat_interleave(self.groups, dim=1)
-        scores_BHRC = self.q[:, :, block.start : block.stop] @ k_BHCD.mT * self.scale
-        if self.softcap is not None:
-            scores_BHRC = self.softcap * torch.tanh(scores_BHRC / self.softcap)
-        return scores_BHRC if block.bias is None else scores_BHRC + block.bias
 
 
 @dataclass(frozen=True)

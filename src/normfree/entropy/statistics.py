@@ -89,7 +89,7 @@ class HeadEntropy:
             raise ValueError("cannot merge a measurement with patterns=True and one without")
         return HeadEntropy(self.layers, self.heads, **{name: value + others[name] for name, value in names.items()})
 
-    def all_reduce(self, device: torch.device | str = "cpu") -> None:
+    def all_reduce(self, device: torch.device | str | None = "cpu") -> None:
         """Add up over the processes of torch.distributed, in place. Under NCCL `device` is the process's own GPU."""
         for tensor in self._tensors().values():
             tensor.copy_(over_processes(tensor, device))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from normfree.measures.measure import Measure, Total
+from normfree.measures.measure import Measure, mean_over_processes
 from normfree.measures.places import blocks_of
 
 
@@ -17,9 +17,10 @@ class Gradients(Measure):
     gives = ("block_gradient_norm", "clipped_block_gradient_norm")
     needs_training = True
 
-    def totals(self) -> dict[str, Total]:
+    def pooled(self, device: torch.device | str | None) -> dict[str, Tensor]:
         norms: tuple[Tensor, ...] = getattr(self.model, "block_gradient_norms", ())
-        return {name: (norm_L, torch.ones_like(norm_L)) for name, norm_L in zip(self.gives, norms, strict=False)}
+        means = (mean_over_processes(norm_L, torch.ones_like(norm_L), device) for norm_L in norms)
+        return dict(zip(self.gives, means, strict=False))
 
 
 def block_gradient_norms(model: nn.Module) -> Tensor:
@@ -43,9 +44,6 @@ class Slopes(Measure):
     def layers(self) -> list[int] | None:
         return getattr(self.model, "slope_layers", list)() or None
 
-    def totals(self) -> dict[str, Total]:
-        slopes = getattr(self.model, "negative_slopes", dict)()
-        if not slopes:
-            return {}
-        slope_S = torch.stack(list(slopes.values())).detach().double()
-        return {"negative_slope": (slope_S, torch.ones_like(slope_S))}  # every process has the same slopes
+    def pooled(self, device: torch.device | str | None) -> dict[str, Tensor]:
+        slopes = getattr(self.model, "negative_slopes", dict)()  # every process has the same
+        return {"negative_slope": torch.stack(list(slopes.values())).detach().double().cpu()} if slopes else {}

@@ -11,7 +11,7 @@ from normfree.entropy import EntropyProbe
 from normfree.entropy.layers import HeadLayer, Layer
 from normfree.entropy.probe import ProbeMethod, measured_rows
 from normfree.entropy.routing import AttentionCall, compresses_keys
-from normfree.measures.measure import Measure, Total
+from normfree.measures.measure import Measure
 from normfree.measures.reading import CallMeasure
 
 SINK_MASS = 0.3  # mass that makes a sink (Gu et al., arXiv 2410.10781)
@@ -39,18 +39,14 @@ class Heads(Measure):
     def attach(self) -> list[EntropyProbe]:
         return [self.probe]
 
-    def totals(self) -> dict[str, Total]:
+    def pooled(self, device: torch.device | str | None) -> dict[str, Tensor]:
         entropy = self.probe.statistics()
-        totals: dict[str, Total] = {
-            "entropy_nats": (entropy.sum_nats, entropy.rows),
-            "ceiling_nats": (entropy.sum_ceiling_nats, entropy.ceiling_rows),
-            "rows": entropy.rows,
-            "nonfinite_rows": entropy.nonfinite_rows,
-        }
-        if entropy.sum_first_mass is not None and entropy.sum_distance is not None:
-            totals["first_token_mass"] = (entropy.sum_first_mass, entropy.rows)
-            totals["distance_tokens"] = (entropy.sum_distance, entropy.rows)
-        return totals
+        entropy.all_reduce(device)
+        values = {"entropy_nats": entropy.mean_nats(), "ceiling_nats": entropy.ceiling_nats()}
+        values |= {"rows": entropy.rows, "nonfinite_rows": entropy.nonfinite_rows}
+        if entropy.sum_distance is not None:
+            values |= {"first_token_mass": entropy.mean_first_mass(), "distance_tokens": entropy.mean_distance()}
+        return values
 
     @property
     def layers(self) -> list[Layer]:

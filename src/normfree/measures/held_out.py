@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from normfree.entropy.statistics import over_processes
 from normfree.measures.measure import Measure
 
 LARGEST_LOGITS = 2**26  # elements of a batch's logits: 256 MiB in float32
@@ -51,7 +52,10 @@ def measure_batches(
         raise ValueError("there is nothing to measure: give at least one sequence")
     for measure in measures:
         measure.check(first)
-    passes_to_add = _passes_of_others(total, device) if isinstance(model, FSDPModule) else 0
+    passes_to_add = 0
+    if isinstance(model, FSDPModule):
+        assert total is not None, "a sharded model is measured on a list of batches"
+        passes_to_add = int(over_processes(torch.tensor(total), device, "MAX")) - total
     arguments: dict[str, Tensor] = {}
     with in_evaluation_mode(model), ExitStack() as contexts:
         for measure in measures:
@@ -68,14 +72,6 @@ def measure_batches(
             call(**arguments)
     if isinstance(model, FSDPModule):
         model.reshard()  # a forward pass leaves the weights outside the blocks whole
-
-
-def _passes_of_others(own: int | None, device: torch.device) -> int:
-    """How many passes the process with most of them makes beyond this one's."""
-    assert own is not None, "a sharded model is measured on a list of batches"
-    most = torch.tensor(own, device=device)
-    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-    return int(most) - own
 
 
 def _without_cache(model: nn.Module) -> dict[str, bool]:

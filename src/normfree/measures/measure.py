@@ -13,10 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from normfree.entropy.statistics import over_processes
 from normfree.measures.places import Label
-from normfree.store.quantities import QUANTITIES
 
-Total = Tensor | tuple[Tensor, Tensor]
-"""A running sum or maximum, or the sum and the count of a mean."""
 LARGEST_ON_DEVICE = 2**20
 """Elements of a layer's sums (8 MiB) that may stay on a GPU; the second moments of wide layers would fill it."""
 
@@ -59,13 +56,13 @@ class Measure:
     def check(self, inputs: Mapping[str, Tensor]) -> None:
         """Raise ValueError if these first inputs cannot be measured, before anything runs."""
 
-    def totals(self) -> dict[str, Total]:
-        """Sums over all passes so far, by quantity, but for pooled ones. What this model does not have is left out."""
-        return {}
-
     def pooled(self, device: torch.device | str | None) -> dict[str, Tensor]:
-        """Values that no merging of values gives, computed from sums over all processes (`over_processes`)."""
-        return {}
+        """The quantities, from sums over all passes and processes; what this model does not have is left out.
+
+        `device` is where the backend of the processes adds: under NCCL the process's own GPU. None means that each
+        process measured everything.
+        """
+        raise NotImplementedError
 
     def mask_of(self, label: Label) -> Tensor | None:
         """Padding mask (0 is padding) of the tokens in a block: the decoder's own; None for patches and frames."""
@@ -120,7 +117,7 @@ class LayerMeasure(Measure):
         """The quantities of a layer over all processes; none if no pass reached it."""
         kept = {name: over_processes(part, device) for name, part in self.sums.get(layer, {}).items()}
         maxima = self.maxima.get(layer, {})
-        kept |= {name: merged("maximum", value, device) for name, value in maxima.items()}
+        kept |= {name: maximum_over_processes(value, device) for name, value in maxima.items()}
         return self.values(**kept) if kept else {}
 
     def pooled(self, device: torch.device | str | None) -> dict[str, Tensor]:
@@ -142,38 +139,19 @@ def stacked(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def values_of(measures: Sequence[Measure], device: torch.device | str | None = None) -> dict[str, Tensor]:
-    """The value of every quantity of the measures, added up over processes and divided once; a mean of nothing is NaN.
-
-    `device` is where the backend of the processes adds: under NCCL the process's own GPU. None means that each process
-    measured everything.
-    """
-    values = {}
-    for measure in measures:
-        totals = measure.totals().items()
-        values |= {name: merged(QUANTITIES[name].merges, total, device) for name, total in totals}
-        values |= measure.pooled(device)
-    return values
+    """The value of every quantity of the measures, over all passes and processes; see `Measure.pooled`."""
+    return {name: value for measure in measures for name, value in measure.pooled(device).items()}
 
 
-def merged(how: str, total: Total, device: torch.device | str | None) -> Tensor:
-    """One quantity over all processes; `how` is one of `Merge`."""
-    if isinstance(total, tuple):
-        summed, count = (over_processes(part, device) for part in total)
-        mean = torch.where(count > 0, summed / count.clamp(min=1), torch.nan)
-        if how == "root of the mean":
-            return mean.sqrt()
-        if how == "exponential of the mean":
-            return torch.tensor(exponential(mean.item()), dtype=torch.float64)
-        assert how == "mean"
-        return mean
-    if how == "sum":
-        return over_processes(total, device)
-    if how == "minimum":
-        assert isinstance(total, Tensor)
-        return -merged("maximum", -total, device)
-    assert how == "maximum"
-    is_nan = over_processes(total.isnan().long(), device) > 0  # backends treat NaN differently
-    highest = over_processes(torch.where(total.isnan(), -torch.inf, total), device, "MAX")
+def mean_over_processes(total: Tensor, count: Tensor, device: torch.device | str | None) -> Tensor:
+    """The mean of what all processes counted; NaN where that is nothing."""
+    total, count = over_processes(total, device), over_processes(count, device)
+    return torch.where(count > 0, total / count.clamp(min=1), torch.nan)
+
+
+def maximum_over_processes(value: Tensor, device: torch.device | str | None) -> Tensor:
+    is_nan = over_processes(value.isnan().long(), device) > 0  # backends treat NaN differently
+    highest = over_processes(torch.where(value.isnan(), -torch.inf, value), device, "MAX")
     return torch.where(is_nan, torch.nan, highest)
 
 

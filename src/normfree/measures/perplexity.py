@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from normfree.entropy.statistics import over_processes
 from normfree.measures.held_out import blocks_of, in_evaluation_mode, measure_batches
-from normfree.measures.measure import Measure, Total, exponential, values_of
+from normfree.measures.measure import Measure, exponential, mean_over_processes
 
 IGNORED = -100
 _LARGEST_BLOCK = 2**22  # elements of the logits in float64 at once: 32 MiB, of which cross-entropy holds two
@@ -207,8 +207,9 @@ class Perplexity(NextToken):
         self.nats, self.tokens = self.nats + nats, self.tokens + tokens
         self.passes.append((nats, tokens))
 
-    def totals(self) -> dict[str, Total]:
-        return dict.fromkeys(self.gives, (self.nats, self.tokens))
+    def pooled(self, device: torch.device | str | None) -> dict[str, Tensor]:
+        loss = mean_over_processes(self.nats, self.tokens, device)
+        return {"loss": loss, "perplexity": torch.tensor(exponential(loss.item()), dtype=torch.float64)}
 
     def evaluation(self, *, predicted_bytes: int, device: torch.device | str | None = None) -> Evaluation:
         """Sums over processes that share the text on `device`, and the passes of this one.
@@ -250,8 +251,8 @@ class Accuracy(NextToken):
         self.right = self.right + right_BT[counts_BT].sum().cpu()
         self.predictions = self.predictions + counts_BT.sum().cpu()
 
-    def totals(self) -> dict[str, Total]:
-        return {"accuracy": (self.right, self.predictions)}
+    def pooled(self, device: torch.device | str | None) -> dict[str, Tensor]:
+        return {"accuracy": mean_over_processes(self.right, self.predictions, device)}
 
 
 def evaluate_blocks(
@@ -276,7 +277,7 @@ def evaluate_blocks(
     device = next(model.parameters()).device
     result = measure.evaluation(predicted_bytes=predicted_bytes, device=device)
     if accuracy in measures:
-        result = replace(result, accuracy=values_of([accuracy], device)["accuracy"].item())
+        result = replace(result, accuracy=accuracy.pooled(device)["accuracy"].item())
     if documents_NT is not None:
         numbers = np.unique(documents_NT[:, 1:], return_inverse=True)[1].reshape(-1)
         nats_P = np.bincount(numbers, weights=np.concatenate(losses.rows))

@@ -58,7 +58,7 @@ def _extremes(scores_BHRC: Tensor, hiding: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scores(request: Request, block: Block) -> Tensor:
-    """(B, H, R, C) as `Request.scores`; scaling the queries, and no copies of shared keys, halve the time."""
+    """(B, H, R, C) scores, of hidden keys too; scaling the queries, and no copies of shared keys, halve the time."""
     q_BHRD = request.q[:, :, block.start : block.stop] * request.scale
     k_BGCD = request.k[:, :, block.first : block.last]
     grouped_BGND = q_BHRD.unflatten(1, (k_BGCD.shape[1], -1)).flatten(2, 3)

@@ -145,7 +145,7 @@ def token_windows(
     see `leading_ids`) begins each window and is one of the `context`. Raises ValueError for fewer than two tokens, a
     context that the model does not allow, ids outside its vocabulary, and a BOS token that does not exist.
     """
-    context = checked_context(model, context or min(checked_context(model, None), DEFAULT_CONTEXT))
+    context = min(checked_context(model, None), DEFAULT_CONTEXT) if context is None else checked_context(model, context)
     encoded, leading, room = encode(model, tokenizer, text, context, bos)
     ids = encoded["input_ids"]
     room = min(room, len(ids))

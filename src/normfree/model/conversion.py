@@ -58,8 +58,6 @@ _T5_NAMES = {
 }
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 _OWN_TYPES = tuple(kind.model_type for kind in (NormFreeConfig, NormFreeVisionConfig, NormFreeSeq2SeqConfig))
-_NOT_WEIGHTS = re.compile(r"\.(attn|attention)\.(masked_)?bias$|inv_freq$")
-"""Buffers that older versions saved."""
 
 
 def fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,8 +225,6 @@ def _converted_weights(weights: Mapping[str, Tensor], heads: int) -> dict[str, T
     """The weights under our names, in our layout."""
     converted = {}
     for name, weight in weights.items():
-        if _NOT_WEIGHTS.search(name):
-            continue
         if re.search(r"\.c_(attn|proj|fc)\.weight$", name):
             weight = weight.t()  # GPT-2 stores (input, output)
         if "query_key_value" in name:  # rows from (H, 3, D), by head, to (3, H, D): all queries first

@@ -3,34 +3,18 @@
 # E hidden size, R rows of a matrix
 
 from copy import deepcopy
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .configuration import NormFreeConfig
+from .linears import Projection
 from .modeling import NormFreeForCausalLM
 from .norms import FakeLayerNorm, TaperedNorm
 
 FOLDABLE = ("fake", "taper")
 """Names of `NormFreeConfig.norm` that end in a fixed scale."""
-
-
-@dataclass(frozen=True)
-class LinearNorm:
-    """What a norm computes whose scale is fixed: scale * (x - mean(x)) + offset, or without subtracting the mean."""
-
-    scale_E: Tensor
-    offset_E: Tensor
-    centres: bool
-
-    def fold(self, weight_RE: Tensor, bias_R: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the linear map that computes weight @ norm(x) + bias, in float64."""
-        folded_RE = weight_RE.double() * self.scale_E
-        if self.centres:  # W (I - 11^T / E) subtracts each row's mean
-            folded_RE = folded_RE - folded_RE.mean(1, keepdim=True)
-        return folded_RE, bias_R.double() + weight_RE.double() @ self.offset_E
 
 
 @torch.no_grad()
@@ -60,11 +44,9 @@ def fold_norms(model: NormFreeForCausalLM) -> NormFreeForCausalLM:
     places += [("model.", "final_norm")] if folds_final else []
     for prefix, norm_name in places:
         reader = "lm_head" if norm_name == "final_norm" else prefix + _READERS[norm_name]
-        norm = linear_norm(model.get_submodule(prefix + norm_name), place=prefix + norm_name)
-        weight_RE, bias_R = state[f"{reader}.weight"], _bias(model.get_submodule(reader))
-        folded = norm.fold(weight_RE, bias_R)
+        folded = _folded(model.get_submodule(prefix + norm_name), model.get_submodule(reader), prefix + norm_name)
         for name, value in zip(("weight", "bias"), folded, strict=True):
-            state[f"{reader}.{name}"] = value.to(weight_RE.dtype)
+            state[f"{reader}.{name}"] = value.to(model.dtype)
         state = {name: value for name, value in state.items() if not name.startswith(f"{prefix}{norm_name}.")}
     with torch.random.fork_rng(devices=[]):
         result: Any = NormFreeForCausalLM._from_config(folded_config, dtype=model.dtype)
@@ -88,20 +70,18 @@ _READERS = {"attention_norm": "attention.qkv", "feed_forward_norm": "feed_forwar
 """The matrix that reads a norm, by the names of both in a block."""
 
 
-def linear_norm(norm: nn.Module, *, place: str) -> LinearNorm:
-    """The map of a norm whose scale is fixed. Raises ValueError, with its `place`, if it is not."""
+def _folded(norm: nn.Module, reader: nn.Module, place: str) -> tuple[Tensor, Tensor]:
+    """Weight (R, E) and bias (R,) of the linear map that computes reader(norm(x)), in float64.
+
+    Raises ValueError, with the `place` of the norm, if its scale is not fixed.
+    """
+    weight_RE = reader.get_parameter("weight").double()
+    bias_R = reader.used_bias() if isinstance(reader, Projection) else cast(nn.Linear, reader).bias
+    bias_R = weight_RE.new_zeros(len(weight_RE)) if bias_R is None else bias_R.double()
     if isinstance(norm, FakeLayerNorm) and norm.is_fixed > 0 and norm.sigma_first == norm.sigma_rest:
-        scale_E = norm.weight.double() / norm.sigma_rest.double()
-        return LinearNorm(scale_E, norm.bias.double(), centres=True)
+        folded_RE = weight_RE * (norm.weight.double() / norm.sigma_rest.double())
+        folded_RE -= folded_RE.mean(1, keepdim=True)  # W (I - 11^T / E) subtracts the mean of x
+        return folded_RE, bias_R + weight_RE @ norm.bias.double()
     if isinstance(norm, TaperedNorm) and norm.share == 0:
-        scale_E = norm.gain.double() * norm.mean_inverse_rms.double()
-        return LinearNorm(scale_E, torch.zeros_like(scale_E), centres=False)
+        return weight_RE * (norm.gain.double() * norm.mean_inverse_rms.double()), bias_R
     raise ValueError(f"{place} still depends on each token's scale: train to the end of its schedule first")
-
-
-def _bias(linear: nn.Module) -> Tensor:
-    """(R,): the bias of a linear map, 0 where it has none; a shorter one is that of its first rows."""
-    weight, bias = linear.get_parameter("weight"), getattr(linear, "bias", None)
-    if bias is None:
-        return weight.new_zeros(len(weight))
-    return nn.functional.pad(bias, (0, len(weight) - len(bias)))

@@ -22,7 +22,7 @@ from .attention import Attention
 from .blocks import BLOCKS, Block, NormSums
 from .configuration import NormFreeConfig
 from .embeddings import EMBEDDINGS, PatchEmbedding
-from .linears import Projection, ResidualProjection
+from .linears import Projection, ResidualProjection, SpectralNorm
 from .loss import next_token_loss
 from .norms import NORMS, NormSite
 from .positions import POSITIONS
@@ -94,7 +94,7 @@ class NormFreePreTrainedModel(PreTrainedModel):
     @property
     def has_state(self) -> bool:
         """True if `advance` changes anything."""
-        return any(hasattr(each, "sums") or (isinstance(each, Projection) and each.maps) for each in self.modules())
+        return any(hasattr(each, "sums") or isinstance(each, SpectralNorm) for each in self.modules())
 
     def advance(self, step: int, norm_sums: Tensor | None = None) -> None:
         """Move state that changes while training to its state after optimiser step `step`.
@@ -195,54 +195,54 @@ class NormFreeModel(NormFreePreTrainedModel):
         )
         if use_cache and past_key_values is None and not (self.gradient_checkpointing and self.training):
             past_key_values = DynamicCache(config=self.config)
-        if (positions_BT := position_ids) is None:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-            positions_BT = (torch.arange(tokens_BTE.shape[1], device=tokens_BTE.device) + seen)[None]
         return self._outputs(
             tokens_BTE,
-            positions_BT,
+            position_ids,
             sigma_variance=sigma_variance,
             attention_mask=mask,
             past_key_values=past_key_values,
-            position_ids=position_ids,
             entropy_layers=entropy_layers,
             **kwargs,
         )
 
     def _outputs(
-        self, tokens_BTE: Tensor, positions_BT: Tensor, *, sigma_variance: bool, **context: Any
+        self,
+        tokens_BTE: Tensor,
+        position_ids: Tensor | None = None,
+        *,
+        past_key_values: Cache | None = None,
+        sigma_variance: bool = False,
+        **context: Any,
     ) -> NormFreeModelOutput:
         """What tokens become, from their positions to the final norm."""
+        positions_BT = position_ids
+        if positions_BT is None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            positions_BT = (torch.arange(tokens_BTE.shape[1], device=tokens_BTE.device) + seen)[None]
         if self.embedding_scale is not None:
             tokens_BTE = tokens_BTE * self.embedding_scale
         placed_BTE, rotation = self.positions(tokens_BTE, positions_BT)
-        hidden_BTE, entropies, sums = self._through_blocks(
-            self.dropout(placed_BTE), rotation=rotation, token_positions=positions_BT, **context
-        )
-        final_sums = NormSums()
-        last_BTE = final_sums.apply(self.final_norm, hidden_BTE)
-        sums += [torch.stack(final_sums)] if final_sums else []
-        return NormFreeModelOutput(
-            last_hidden_state=last_BTE,
-            past_key_values=context["past_key_values"],
-            head_entropies=torch.stack(entropies) if entropies else None,
-            norm_sums=torch.cat(sums) if sums else None,
-            sigma_variance=hidden_BTE.float().std(-1, correction=0).var(1, correction=0).mean()
-            if sigma_variance
-            else None,
-        )
-
-    def _through_blocks(self, hidden_BTE: Tensor, **context: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """The stream after the last block, the entropies that were asked for, and the sums of norms that have some."""
-        entropies, sums = [], []
+        hidden_BTE = self.dropout(placed_BTE)
         # Positional, as they may need gradients.
         tensors = [context.pop(name, None) for name in ("attention_mask", "encoded_BSE", "encoder_mask")]
+        context |= {"past_key_values": past_key_values, "position_ids": position_ids}
+        context |= {"rotation": rotation, "token_positions": positions_BT}
+        entropies, sums = [], NormSums()
         for block in self.layers:
             outputs = block(hidden_BTE, self.shared_negative_slope, *tensors, **context)
             hidden_BTE, entropies_H, norm_sums = outputs if isinstance(outputs, tuple) else (outputs, None, None)
             entropies += [] if entropies_H is None else [entropies_H]
-            sums += [] if norm_sums is None else [norm_sums]
-        return hidden_BTE, entropies, sums
+            sums.extend([] if norm_sums is None else norm_sums)
+        last_BTE = sums.apply(self.final_norm, hidden_BTE)
+        return NormFreeModelOutput(
+            last_hidden_state=last_BTE,
+            past_key_values=past_key_values,
+            head_entropies=torch.stack(entropies) if entropies else None,
+            norm_sums=torch.stack(sums) if sums else None,
+            sigma_variance=hidden_BTE.float().std(-1, correction=0).var(1, correction=0).mean()
+            if sigma_variance
+            else None,
+        )
 
     def _check_entropy_layers(self, entropy_layers: Collection[int], *, whole_blocks: bool) -> None:
         if not whole_blocks:

@@ -4,7 +4,6 @@
 
 from typing import Any, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin
@@ -35,9 +34,8 @@ class Stack(Seq2SeqPreTrainedModel, NormFreeModel):
         if tokens > longest:
             what = "target" if self.is_causal else "source"
             raise ValueError(f"a {what} of {tokens} tokens, but max_position_embeddings={longest}: shorten it")
-        positions_BT = torch.arange(tokens, device=tokens_BTE.device)[None]
         context["attention_mask"] = self.positions.add_to(mask, tokens, is_causal=self.is_causal)
-        return self._outputs(tokens_BTE, positions_BT, past_key_values=None, sigma_variance=False, **context)
+        return self._outputs(tokens_BTE, **context)
 
 
 class NormFreeEncoder(Stack):

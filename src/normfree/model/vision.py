@@ -6,7 +6,6 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
@@ -35,15 +34,12 @@ class NormFreeVisionModel(NormFreeModel):
 
     @capture_outputs
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, pixel_values: Tensor, entropy_layers: Collection[int] = (), sigma_variance: bool = False, **kwargs: Any
+        self, pixel_values: Tensor, entropy_layers: Collection[int] = (), **kwargs: Any
     ) -> NormFreeModelOutput:
         """Final hidden states (B, T, E) of images (B, C, P, P)."""
         if entropy_layers:
             self._check_entropy_layers(entropy_layers, whole_blocks=True)
-        tokens_BTE = self.embed_tokens(pixel_values)
-        positions_BT = torch.arange(tokens_BTE.shape[1], device=tokens_BTE.device)[None]
-        context = {"attention_mask": None, "past_key_values": None, "entropy_layers": entropy_layers, **kwargs}
-        return self._outputs(tokens_BTE, positions_BT, sigma_variance=sigma_variance, **context)
+        return self._outputs(self.embed_tokens(pixel_values), entropy_layers=entropy_layers, **kwargs)
 
 
 class NormFreeForImageClassification(NormFreePreTrainedModel):

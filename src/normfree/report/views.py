@@ -28,7 +28,7 @@ def plot_heads(
     if minus is None:
         scale = values_LH if ceiling is None else np.asarray(ceiling)
         return draw_with_bar(Heatmap(title, values_LH, layers, (0, highest_finite(scale))), described.label, ax)
-    table = compare(model, minus, quantity).pivot(index="layer", columns="head", values="difference")
+    table = compare(model, minus, quantity).pivot(index="layer", columns="head", values="difference").loc[layers]
     limit = highest_finite(table.abs().to_numpy())
     drawing = Heatmap(title, table.to_numpy(), layers, (-limit, limit), DIFFERENCE_COLOURS)
     return draw_with_bar(drawing, f"Difference: {described.label}", ax)

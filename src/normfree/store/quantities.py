@@ -13,7 +13,6 @@ import yaml
 from normfree.spec.keys import build
 
 Axis = Literal["layer", "head"]
-Merge = Literal["mean", "root of the mean", "exponential of the mean", "sum", "maximum", "minimum", "pooled"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +27,6 @@ class Quantity:
     axes: tuple[Axis, ...] = ()
     meaning: str
     """One sentence."""
-    merges: Merge = "mean"
-    """How values of batches and processes are combined. Means are kept as sums and counts until the end; a pooled
-    quantity is computed once, from the sums of all."""
     ceiling: float | str | None = None
     """The highest possible value: a number, or the name of another quantity. Colour scales end there."""
     mark: tuple[float, str] | None = None

@@ -78,6 +78,8 @@ class Run:
         return str(self.folder)
 
     def __repr__(self) -> str:
+        if self.kind == "measurement":
+            return f"Run {self.folder}: a measurement of {self.label}"
         score = f"{self.headline.name} {self.score:.2f}"
         result = score if self.status == "finished" else f"step {self.steps_done}"
         return f"Run {self.folder}: {self.label}, seed {self.seed}, {self.status}, {result}"
@@ -237,7 +239,8 @@ def read_run(folder: RunFolder) -> Run:
         raise ValueError(f"{path} has format {facts['format']}; this version reads format {FORMAT}: see CHANGELOG.md")
     if facts.get("status") not in STATUSES:
         raise DamagedRunError(f"{path} has no known status: {repair}")
-    missing = [f"{part}.{key}" for part, keys in _REQUIRED.items() for key in keys if key not in facts.get(part, ())]
+    parts = {part: facts.get(part) or {} for part in _REQUIRED}
+    missing = [f"{part}.{key}" for part, keys in _REQUIRED.items() for key in keys if key not in parts[part]]
     if missing or "steps" not in facts:
         raise DamagedRunError(f"{path} lacks {', '.join(missing) or 'steps'}: {repair}")
     return Run(folder=folder, facts=facts)

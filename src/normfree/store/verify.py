@@ -37,6 +37,8 @@ def verify(folder: Path | str, *, cache: Path | None = None) -> list[Finding]:
         run = read_run(folder)
     except DamagedRunError as error:
         return [Finding(RUN_FILE, "damaged", str(error)), *_checkpoints(folder, None)]
+    if run.kind == "measurement":
+        return [Finding(RUN_FILE, "sound", f"a measurement of {run.label}"), _metrics(run)]
     try:
         spec = RunSpec.from_dict(run.spec)
     except ValueError as error:
