@@ -331,11 +331,15 @@ def probe_seconds(model: Any, job: Any) -> float:
     """One measurement of every head over 64 sequences, as the training callback makes it."""
     import torch
 
-    from normfree.training.callbacks import measurements
+    from normfree.measures import open_measures
+    from normfree.measures.held_out import blocks_of, measure_batches
+    from normfree.measures.measure import values_of
 
     blocks_NT = torch.randint(0, job.vocabulary, (64, job.context))
     began = time.perf_counter()
-    list(measurements(model, blocks_NT, ["heads", "slopes"], batch_sequences=job.batch))
+    measures = open_measures(["heads", "slopes"], model)
+    measure_batches(model, blocks_of(model, blocks_NT, job.batch, measures), measures)
+    values_of(measures)
     return time.perf_counter() - began
 
 

@@ -28,7 +28,7 @@ from benchmarks.records import read_options
 from normfree.cli.options import read_text
 from normfree.cost.constants import CONSTANTS_FILE
 from normfree.cost.counts import Matmul
-from normfree.cost.totals import Cost, of_run
+from normfree.cost.totals import Cost, config_of_run, of_config
 from normfree.measures.text_perplexity import token_windows
 from normfree.pretrained.load import load_pretrained
 from normfree.report.tables.table import Table, to_markdown
@@ -77,7 +77,8 @@ def main(arguments: list[str]) -> None:
         raise ValueError("name a run folder first, e.g. runs/quick/sm-r-seed0 python=spu/bin/python")
     run, options = arguments[0], read_options(arguments[1:], DEFAULTS)
     protocol, layer, context = options["protocol"], int(options["layer"]), int(options["context"])
-    cost = of_run(read_run(run), context=context, protocol=protocol, constants=options["constants"] or CONSTANTS_FILE)
+    prices = {"protocol": protocol, "constants": options["constants"] or CONSTANTS_FILE}
+    cost = of_config(config_of_run(read_run(run)), context=context, **prices)
     if not 0 <= layer < cost.architecture.layers:
         raise ValueError(f"layer={layer} must be 0 to {cost.architecture.layers - 1}")
     check_python(options["python"])

@@ -121,7 +121,7 @@ def paper_table() -> Table:
             config = paper_config(model, label, context)
             known = published.get((label, context)) if model == "GPT-2 125M" else None
             cheetah, semi2k = (of_config(config, context=context, protocol=name) for name in ("cheetah", "semi2k"))
-            values = (f"{cheetah.gigabytes:.2f}", f"{semi2k.gigabytes:.2f}", f"{cheetah.rounds}")
+            values = (f"{cheetah.bytes / 1e9:.2f}", f"{semi2k.bytes / 1e9:.2f}", f"{cheetah.rounds}")
             rows.append((f"{model}, T={context}", label, f"{known:.2f}" if known else "-", *values))
     titles = ("Model", "Variant", "Published GB", "CHEETAH GB", "SEMI2K GB", "Rounds")
     caption = "Communication of one forward pass, both directions"

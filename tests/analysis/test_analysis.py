@@ -315,12 +315,6 @@ def test_only_gelu_without_layernorm_is_overloaded_in_the_paper() -> None:
     assert verdicts == {"SM+LN+G": False, "SM+LN+R": False, "SM+G": True, "SM+R": False}
 
 
-def test_the_headline_is_8_2_percent() -> None:
-    difference = published.relative_difference("GPT-2 125M, T=128", "SM+R", "SM+G")
-    assert difference == pytest.approx(-0.082, abs=5e-4)
-    assert published.relative_difference("GPT-2 125M, T=128", "leaky", "SM+G") is None
-
-
 @pytest.mark.parametrize(
     ("position", "context", "model"),
     [("learned", 128, "GPT-2 125M, T=128"), ("rotary", 128, "Pythia-70M, T=128"), ("rotary", 256, "Pythia-70M, T=256")],

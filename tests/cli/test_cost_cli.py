@@ -37,25 +37,6 @@ def test_cost_of_a_preset(words: list[str], expected: str, output) -> None:
     assert expected in out
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["cpu", "variant="], "unknown variant ''"),
-        (["cpu", "variant=sm-r", "activation="], "activation='' has no known cost"),
-        (["gpt2-t18"], "presets and shapes: did you mean gpt2-t128"),
-        (["gpt2", "activation=relu"], "activation=relu is for a preset, and gpt2 is none of"),
-        (["cpu", "output=cost.txt"], "output=cost.txt: name a file that ends in .json or .csv"),
-        (["gpt2", "protocol=shaft"], "protocol=shaft has no prices: no bytes per element"),
-        (["gpt2", "protocol=bumblebee"], "allowed: cheetah, semi2k"),
-        (["cpu", "activation=[relu]"], "activation lists 1 names, but num_hidden_layers is 12"),
-    ],
-)
-def test_what_no_preset_is_or_has_is_refused(words: list[str], message: str, run) -> None:
-    status, _, err = run("cost", *words)
-    assert status == 1
-    assert message in err
-
-
 def test_a_short_model_is_priced_at_its_own_length(tmp_path: Path, run) -> None:
     GPT2Config(n_positions=64, n_embd=32, n_head=2, n_layer=2).save_pretrained(tmp_path)
     assert "One sequence of 64 tokens" in run("cost", str(tmp_path))[1]

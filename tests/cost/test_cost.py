@@ -192,7 +192,7 @@ def test_tables_add_up() -> None:
     for table in tables:
         *rows, total = table.rows
         assert sum(int(row[-1]) for row in rows) == int(total[-1]) == price.rounds
-        assert sum(float(row[-3]) for row in rows) == pytest.approx(price.gigabytes, rel=0.002)
+        assert sum(float(row[-3]) for row in rows) == pytest.approx(price.bytes / 1e9, rel=0.002)
         assert sum(float(row[-2]) for row in rows) == pytest.approx(100, abs=0.05 * len(rows))
     shapes = {row[0]: row[1] for row in products.rows}
     assert shapes.pop("1 x (128 x 50257)(50257 x 768)") == shapes.pop("1 x (128 x 768)(768 x 50257)") == "1"

@@ -171,24 +171,6 @@ def test_estimate_prints_the_parts_without_torch() -> None:
     assert sum(parts) == pytest.approx(together, abs=0.05)
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["gpu=l40"], "gpu=l40; did you mean l40s?"),
-        (["gpus=0"], "gpus=0 must be above 0"),
-        (["utilisation=2"], "utilisation=2.0 must be above 0 and at most 1"),
-        (["train.sharding=fsdp"], "train.sharding=fsdp with gpus=1: give gpus=2 or more, or leave it out"),
-        (["model.hidden_size=wide"], "model.hidden_size='wide' must be a whole number above 0"),
-        (["model.bias=some"], "model.bias='some'; allowed: none, qk, all"),
-        (["train.lr=1"], "unknown key 'train.lr'; did you mean train.peak_learning_rate?"),
-    ],
-)
-def test_mistakes_are_one_line(words: list[str], message: str, run) -> None:
-    status, out, err = run("estimate", *words)
-    assert (status, out) == (1, "")
-    assert err == f"normfree: {message}\n"
-
-
 def test_what_is_not_counted_is_named(run) -> None:
     assert "not counted" not in run("estimate")[1]
     out = run("estimate", "variant=sm-qk-g", "train.objective=entropy_band", "train.entropy_weight=1")[1]

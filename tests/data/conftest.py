@@ -30,10 +30,14 @@ def spec(text_folder: Path) -> DataSpec:
     return DataSpec(source="files", paths=(str(text_folder),), vocab_size=300, context=16)
 
 
-@pytest.fixture
-def hub_folder(tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A data set with CodeParrot's columns, on disk as the hub stores it."""
+@pytest.fixture(autouse=True)
+def no_cache_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub-cache")
+
+
+@pytest.fixture
+def hub_folder(tmp_path: Path, texts: list[str]) -> Path:
+    """A data set with CodeParrot's columns, on disk as the hub stores it."""
     folder = tmp_path / "hub"
     folder.mkdir()
     for split, part in (("train", texts[:50]), ("validation", texts[50:])):

@@ -2,10 +2,10 @@
 
 import pytest
 
-from normfree.spec.compose import CONF, compose_run
+from normfree.spec.compose import compose_run
 from normfree.spec.variants import part_names, read_variant
 
-PARTS = part_names(CONF / "variant")
+PARTS = part_names()
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ PARTS = part_names(CONF / "variant")
     ],
 )
 def test_a_name_is_composed_of_parts(name, label, fields):
-    variant = read_variant(name, CONF / "variant")
+    variant = read_variant(name)
     assert variant["label"] == label
     assert fields.items() <= variant["model"].items()
 

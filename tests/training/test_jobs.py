@@ -56,12 +56,6 @@ def test_a_signal_ends_many_runs(tmp_path: Path, tiny_jobs, monkeypatch) -> None
     assert [path.parent.name for path in tmp_path.glob("single/*/run.json")] == ["sm-r-seed0"]
 
 
-@pytest.mark.parametrize("workers", [0, 10_000])
-def test_more_workers_than_cores_are_refused(workers: int) -> None:
-    with pytest.raises(ValueError, match=f"workers={workers}: this machine has"):
-        Launch(workers=workers)
-
-
 @pytest.mark.usefixtures("two_cores")
 def test_workers_that_do_not_fit_a_gpu_are_refused(tiny_jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU more of them than cores are allowed."""

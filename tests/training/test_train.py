@@ -129,15 +129,6 @@ def test_a_log_line_covers_the_same_steps_after_resume(train_tiny, tiny_folder: 
     assert [step for step, _ in resumed.series("train", "loss")] == [1, 3, 6, 9, 12]
 
 
-def test_a_diverged_run_is_a_result(train_tiny) -> None:
-    words = "variant=sm", "train.peak_learning_rate=1e30", "train.warmup_share=0.0"
-    run = train_tiny(*words)
-    assert (run.status, run.facts["divergence"]["step"], run.facts["steps_done"]) == ("diverged", 2, 1)
-    assert run.facts["divergence"]["kind"] in ("weight", "activation", "loss", "gradient")
-    assert math.isnan(run.perplexity)
-    assert train_tiny(*words).facts == run.facts
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

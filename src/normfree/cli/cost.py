@@ -3,11 +3,14 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from normfree.cli.options import Options
 from normfree.files import write_atomically
 from normfree.spec.keys import build, nearest
+from normfree.spec.run import Count, Positive
 from normfree.store.runs import RUN_FILE, read_run
 
 
@@ -63,7 +66,7 @@ def cost(name: str, options: CostOptions) -> None:
 
 def _config_of_preset(name: str, options: CostOptions) -> tuple[Any, int, dict[str, str]]:
     """(config, context, the model's name and a note on its vocabulary)."""
-    from normfree.cost.families import NORMFREE_DEFAULTS
+    from normfree.cost.training import config_of
     from normfree.spec.compose import compose_unchecked
 
     variant = "sm-ln-g" if options.variant is None else options.variant
@@ -71,17 +74,14 @@ def _config_of_preset(name: str, options: CostOptions) -> tuple[Any, int, dict[s
         raise ValueError("variant=custom says no norm: take another variant with activation=, or price a saved run")
     spec = compose_unchecked({"preset": name, "variant": variant})
     context = spec.data.context if options.context is None else options.context
-    longest = max(context, spec.data.context)  # learned positions cost nothing
-    config: dict[str, Any] = {"model_type": "normfree", "max_position_embeddings": longest}
-    config |= {"vocab_size": spec.data.vocab_size, **spec.model}
+    config = config_of(spec) | {"max_position_embeddings": max(context, spec.data.context)}  # positions cost nothing
     facts = {"name": f"{name} {spec.label}"}
     if (activation := options.activation) is not None:
         several = activation.strip().startswith("[")
         config["activation"] = [each.strip() for each in activation.strip()[1:-1].split(",")] if several else activation
         facts["name"] = f"{name} variant={variant} activation={activation}"
     if spec.data.tokenizer:
-        config["vocab_size"] = vocab_size = NORMFREE_DEFAULTS["vocab_size"]
-        facts["note"] = f"Assumed GPT-2's {vocab_size:,} tokens because the real tokenizer is not downloaded."
+        facts["note"] = f"Assumed GPT-2's {config['vocab_size']:,} tokens because the real tokenizer is not downloaded."
     return config, context, facts
 
 
@@ -114,13 +114,13 @@ def _config_of_model(name: str, options: CostOptions) -> tuple[Any, int, dict[st
 class EstimateOptions(Options):
     """Keys of `normfree estimate` beside those of a run."""
 
-    gpus: int = 1
+    gpus: Count = 1
     """GPUs that share every batch, one process each."""
     gpu: str = "h100"
     """Name of the GPU, as NVIDIA's data sheets have it."""
-    utilisation: float = 0.4
+    utilisation: Annotated[float, Field(gt=0, le=1)] = 0.4
     """Share of the GPU's peak that is assumed for the time."""
-    tokens: float | None = None
+    tokens: Positive | None = None
     """Tokens of the whole run, where it counts epochs."""
 
 
@@ -134,11 +134,6 @@ def estimate(words: Sequence[str]) -> None:
     options = build(EstimateOptions, own)
     if options.gpu not in GPUS:
         raise ValueError(f"gpu={options.gpu}; {nearest(options.gpu, list(GPUS))}")
-    for name, low in (("gpus", options.gpus < 1), ("tokens", (options.tokens or 1) <= 0)):
-        if low:
-            raise ValueError(f"{name}={getattr(options, name)} must be above 0")
-    if not 0 < options.utilisation <= 1:
-        raise ValueError(f"utilisation={options.utilisation} must be above 0 and at most 1")
     spec = compose_unchecked(values)
     if spec.train.sharding != "none" and options.gpus == 1:
         raise ValueError(f"train.sharding={spec.train.sharding} with gpus=1: give gpus=2 or more, or leave it out")

@@ -174,7 +174,7 @@ def help_for(name: str, verb: Verb) -> str:
 def _key_help(verb: Verb) -> list[str]:
     if verb.options is not None:
         return [_key_line(key, *row) for key, row in describe_keys(verb.options).items()]
-    from normfree.spec.compose import CONF, GROUPS, describe_run, members, variants
+    from normfree.spec.compose import GROUPS, describe_run, members, variants
     from normfree.spec.variants import part_names
 
     text = Path(__file__).with_name("run_keys.txt").read_text(encoding="utf-8")
@@ -183,7 +183,7 @@ def _key_help(verb: Verb) -> list[str]:
     return [
         text.format(
             groups="\n".join(f"  {name:<12}{', '.join(names)}" for name, names in rows),
-            parts="\n".join(f"  {kind:<12}{', '.join(names)}" for kind, names in part_names(CONF / "variant").items()),
+            parts="\n".join(f"  {kind:<12}{', '.join(names)}" for kind, names in part_names().items()),
             keys="\n".join(_key_line(*row) for row in describe_run()),
         ).rstrip()
     ]

@@ -27,10 +27,6 @@ class Network:
     bandwidth_mbps: Positive  # megabits per second in each direction
     delay_ms: NotNegative  # time from sending a message to its arrival
 
-    def seconds_at_least(self, transferred_bytes: float, rounds: int) -> float:
-        """Lower bound: the busier direction carries at least half of the bytes, and every round waits once."""
-        return transferred_bytes / 2 * 8 / (self.bandwidth_mbps * 1e6) + rounds * self.delay_ms / 1e3
-
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from normfree.spec.keys import nearest
+from normfree.spec.keys import fields_of_model, nearest
 
 SHAPES: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("shapes.json").read_bytes())["configs"]
 """Published configs by short name, which need no network."""
@@ -95,15 +95,7 @@ NORMFREE_FREE = {
 
 NORM_FREE_EPSILON = 1e6  # as in normfree.model.conversion (a test compares them)
 
-_CONFIGURATION = ast.parse((Path(__file__).parents[1] / "model" / "configuration.py").read_text(encoding="utf-8"))
-NORMFREE_DEFAULTS: dict[str, Any] = {
-    ast.unparse(field.target): ast.literal_eval(field.value)
-    for kind in _CONFIGURATION.body
-    if isinstance(kind, ast.ClassDef) and kind.name == "NormFreeConfig"
-    for field in kind.body
-    if isinstance(field, ast.AnnAssign) and field.value
-}
-"""Defaults of NormFreeConfig, from its text: importing it loads torch."""
+NORMFREE_DEFAULTS: dict[str, Any] = {name: ast.literal_eval(default) for name, _, default, _ in fields_of_model()}
 
 
 def read_architecture(config: Any) -> Architecture:

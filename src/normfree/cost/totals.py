@@ -40,19 +40,17 @@ class Cost:
         return math.fsum(item.bytes for item in self.items)  # the same for the same items in any order
 
     @property
-    def gigabytes(self) -> float:
-        """1e9 bytes, over both directions."""
-        return self.bytes / 1e9
-
-    @property
     def rounds(self) -> int:
         """Messages that wait for each other if operations run one after another."""
         return sum(item.rounds for item in self.items)
 
     @property
     def seconds_at_least(self) -> float:
-        """Lower bound of the time for network traffic; computing is extra."""
-        return self.network.seconds_at_least(self.bytes, self.rounds)
+        """Lower bound of the time for network traffic; computing is extra.
+
+        The busier direction carries at least half of the bytes, and every round waits once.
+        """
+        return self.bytes / 2 * 8 / (self.network.bandwidth_mbps * 1e6) + self.rounds * self.network.delay_ms / 1e3
 
     @property
     def assumptions(self) -> str:
@@ -89,12 +87,9 @@ def of_config(
     return Cost(**facts, architecture=architecture, protocol=prices, network=link, items=items)
 
 
-def of_run(
-    run: Run, *, context: int | None = None, protocol: str = "cheetah", constants: Path | str = CONSTANTS_FILE
-) -> Cost:
-    """The cost of a run's model on its own context (or a shorter one) and vocabulary, from run.json alone."""
-    tokens = run.spec["data"]["context"] if context is None else context
-    return of_config(config_of_run(run), context=tokens, protocol=protocol, constants=constants)
+def of_run(run: Run) -> Cost:
+    """The cost of a run's model on its own context and vocabulary, from run.json alone."""
+    return of_config(config_of_run(run), context=run.spec["data"]["context"])
 
 
 def config_of_run(run: Run) -> dict[str, Any]:

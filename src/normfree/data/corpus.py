@@ -90,15 +90,10 @@ class Corpus:
         return np.array(self.validation["predicted_bytes"])
 
     def held_out_documents(self) -> np.ndarray | None:
-        """(N, T) the number of each held-out token's document; None for docstrings.
-
-        None with a warning for a corpus that was prepared before documents were numbered.
-        """
-        if "document" in self.validation.column_names:
-            return np.stack(self.validation.with_format("numpy")["document"][:])
-        if self.facts()["packing"] != "docstring":
-            log.warning("%s was prepared before documents were numbered: remove it to prepare it again", self.folder)
-        return None
+        """(N, T) the number of each held-out token's document; None for docstrings and images."""
+        if "document" not in self.validation.column_names:
+            return None
+        return np.stack(self.validation.with_format("numpy")["document"][:])
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer behind the blocks."""
@@ -144,9 +139,6 @@ class ImageCorpus(Corpus):
     def predicted_bytes(self) -> np.ndarray:
         """(N,) zeros: classes have no bytes."""
         return np.zeros(len(self.validation), dtype=np.int64)
-
-    def held_out_documents(self) -> None:
-        """None: images are no documents."""
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Raises ValueError: images have none."""

@@ -15,10 +15,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from normfree.spec.families import image_tokens
-from normfree.spec.keys import describe_keys, nearest
-from normfree.spec.run import NOT_SET_ALONE, RunSpec
+from normfree.spec.keys import describe_keys, fields_of_model, nearest
+from normfree.spec.run import NOT_SET_ALONE, REMOVAL_FIELDS, RunSpec
 from normfree.spec.start import REMOVALS, Start, check_start, read_start
 from normfree.spec.variants import (
+    CONF,
     MAIN,
     check_fields_are_read,
     check_label,
@@ -28,14 +29,12 @@ from normfree.spec.variants import (
     spread_over_layers,
 )
 
-CONF = Path(__file__).parent / "conf"
 DEFAULTS: dict[str, Any] = yaml.safe_load((CONF / "defaults.yaml").read_text(encoding="utf-8"))
 GROUPS = tuple(key for key in DEFAULTS if (CONF / key).is_dir())
 """Folders of `conf` from which a run takes one file each."""
 NAMES = ("study", "tag")
 """Keys whose value is text, whatever it looks like: tag=1e-3."""
 _FROM_CORPUS = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id")
-_MODEL_FIELD = re.compile(r'^    (\w+): (.+) = (.+)\n    """(.+)"""$', re.MULTILINE)
 _WHOLE_OR_BRACKETED = re.compile(r"""(?:\[[^]]*\]|\{[^}]*\}|'[^']*'|"[^"]*"|[^,\[\]{}'"])+""")
 _HINTS = {
     "lr": "did you mean train.peak_learning_rate?",
@@ -129,10 +128,8 @@ def control_of(values: Mapping[str, Any], job: Job) -> Job | None:
     """The same start, data and steps without removing norms, from a run's `values`; None if `job` removes none."""
     if job.spec.start == "random" or job.spec.model.get("norm") not in REMOVALS:
         return None
-    fields = ("norm", "final_norm", "fake_start_step", "fake_gap_steps", "taper_start_step", "taper_end_step")
-    return compose(
-        {key: value for key, value in values.items() if key not in ("variant", *(f"model.{f}" for f in fields))}
-    )
+    removed = ("variant", *(f"model.{field}" for field in ("norm", "final_norm", *REMOVAL_FIELDS)))
+    return compose({key: value for key, value in values.items() if key not in removed})
 
 
 def compose_unchecked(values: Mapping[str, Any]) -> RunSpec:
@@ -174,18 +171,14 @@ def variants() -> list[str]:
 
 def declared_by(variant: str) -> dict[str, Any]:
     """The fields of the model that define a variant. The value of a slope does not: a tag tells such runs apart."""
-    fields = read_variant(variant, CONF / "variant").get("model", {})
+    fields = read_variant(variant).get("model", {})
     return {key: value for key, value in fields.items() if key != "negative_slope"}
 
 
 def describe_run() -> list[tuple[str, Any, str]]:
-    """(key, its value in a run without words, its meaning) of every key that can be set, for --help.
-
-    Fields of the model are read from the text of their module: importing it loads torch, which takes seconds.
-    """
+    """(key, its value in a run without words, its meaning) of every key that can be set, for --help."""
     rows = describe_keys(RunSpec)
-    source = (CONF.parents[1] / "model" / "configuration.py").read_text(encoding="utf-8")
-    for name, kind, default, meaning in _MODEL_FIELD.findall(source):
+    for name, kind, default, meaning in fields_of_model():
         if kind.startswith("Literal["):
             meaning += f" {kind.removeprefix('Literal')}".replace('"', "").replace(", ", " | ")
         rows[f"model.{name}"] = (None if name in _FROM_CORPUS else default.strip('"'), meaning)
@@ -242,7 +235,7 @@ def _merge(values: Mapping[str, Any], start: Start | None = None) -> dict[str, A
         presets.insert(0, _read_member("preset", presets[0].pop("extends")))
     corpora = [preset.pop("corpus") for preset in presets if "corpus" in preset]
     corpus = values.get("data", corpora[-1] if corpora else DEFAULTS["data"])
-    variant = read_variant(str(chosen["variant"]), CONF / "variant")
+    variant = read_variant(str(chosen["variant"]))
     layers = [
         {"data": _read_member("data", corpus)},
         *presets,

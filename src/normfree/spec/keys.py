@@ -1,12 +1,16 @@
 """Checked dataclasses from plain values, the meaning of every key, and the nearest name to a wrong one."""
 
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 Built = TypeVar("Built")
+_MODEL = Path(__file__).parents[1] / "model" / "configuration.py"
+_MODEL_FIELD = re.compile(r'^    (\w+): (.+) = (.+)\n    """(.+)"""$', re.MULTILINE)
 
 
 def build(kind: type[Built], values: Mapping[str, Any]) -> Built:
@@ -31,6 +35,11 @@ def _explain(problem: Any, kind: type) -> str:
         case "tuple_type":
             return f"{key}={problem['input']!r} must be a list, e.g. {key}=[{problem['input']}]"
     return f"{key}={problem['input']!r}: {problem['msg'].replace('Input should', 'it should')}"
+
+
+def fields_of_model() -> list[tuple[str, str, str, str]]:
+    """(name, type, default, meaning) of the fields of NormFreeConfig, from its text: importing it loads torch."""
+    return _MODEL_FIELD.findall(_MODEL.read_text(encoding="utf-8"))
 
 
 def describe_keys(kind: type) -> dict[str, tuple[Any, str]]:

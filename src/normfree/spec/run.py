@@ -27,15 +27,8 @@ LABEL_FIELDS = (
     *("norm", "final_norm", "activation", "learnable_slope", "placement", "query_key_norm", "branch"),
     *("embedding_scale", "linear", "linear_groups", "attention_temperature", "attention_sink", "attention_gate"),
 )
-VALUE_FIELDS = (
-    "negative_slope",
-    "norm_steepness",
-    "taper_start_step",
-    "taper_end_step",
-    "post_share",
-    "fake_start_step",
-    "fake_gap_steps",
-)
+REMOVAL_FIELDS = ("taper_start_step", "taper_end_step", "fake_start_step", "fake_gap_steps")
+VALUE_FIELDS = ("negative_slope", "norm_steepness", "post_share", *REMOVAL_FIELDS)
 # What tells one variant from another under one recipe: tables compare over these and nothing else.
 VARIANT_FIELDS = (
     *(f"model.{name}" for name in (*LABEL_FIELDS, *VALUE_FIELDS)),

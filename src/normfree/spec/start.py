@@ -8,16 +8,10 @@ from typing import Any
 
 from normfree.files import describe_files, fingerprint
 from normfree.spec.families import CLASSIFICATIONS
+from normfree.spec.run import REMOVAL_FIELDS
 
 MAY_CHANGE = ("embedding_dropout", "attention_dropout", "residual_dropout", "use_cache", "max_position_embeddings")
-MAY_CHANGE += (
-    "initializer_range",
-    "residual_init",
-    "fake_start_step",
-    "fake_gap_steps",
-    "taper_start_step",
-    "taper_end_step",
-)
+MAY_CHANGE += ("initializer_range", "residual_init", *REMOVAL_FIELDS)
 """Fields of the model that a run need not share with its start, besides the norms of `REMOVALS`."""
 REMOVALS = {"fake": "layernorm", "taper": "rmsnorm"}
 """Norms that leave a trained model, and what they replace."""

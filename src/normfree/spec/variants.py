@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from normfree.spec.keys import nearest
 from normfree.spec.run import LABEL_FIELDS, RunSpec
 
+CONF = Path(__file__).parent / "conf"
 Fields = Mapping[str, Any]
 
 
@@ -29,14 +30,14 @@ MAIN = ("sm-ln-g", "sm-ln-r", "sm-g", "sm-r", "sm-ln", "sm", "sm-rg", "sm-gr")
 """Composed variants that help and advice name; any other order-preserving choice of parts works too."""
 
 
-def read_variant(name: str, folder: Path) -> dict[str, Any]:
-    """A variant's name, label and fields of the model: a file of `folder`, or composed of the parts in parts.yaml.
+def read_variant(name: str) -> dict[str, Any]:
+    """A variant's name, label and fields of the model: a file, or composed of the parts in parts.yaml.
 
     Raises ValueError for a name that is neither, or whose parts contradict each other or stand in another order.
     """
-    if name in (files := sorted(path.stem for path in folder.glob("*.yaml"))):
-        return read_yaml(folder / f"{name}.yaml")
-    table = _read_parts(folder)
+    if name in (files := sorted(path.stem for path in (CONF / "variant").glob("*.yaml"))):
+        return read_yaml(CONF / "variant" / f"{name}.yaml")
+    table = read_yaml(CONF / "parts.yaml")
     parts, activations = table["parts"], table["activations"]
     first, *codes = name.split("-")
     unknown = [code for code in codes if code not in parts | activations]
@@ -57,14 +58,10 @@ def read_variant(name: str, folder: Path) -> dict[str, Any]:
     return {"variant": name, "label": "+".join(entry["label"] for entry in entries), "model": model}
 
 
-def part_names(folder: Path) -> dict[str, list[str]]:
+def part_names() -> dict[str, list[str]]:
     """What `read_variant` composes names of: `parts` in their order, and `activations`."""
-    table = _read_parts(folder)
+    table = read_yaml(CONF / "parts.yaml")
     return {kind: list(table[kind]) for kind in ("parts", "activations")}
-
-
-def _read_parts(folder: Path) -> dict[str, Any]:
-    return read_yaml(folder.parent / "parts.yaml")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -133,20 +130,16 @@ def check_fields_are_read(spec: RunSpec) -> None:
         **dict.fromkeys(("relative_buckets", "relative_distance"), relative),
         "tie_word_embeddings": (not vision[0], "a family of text"),
         "output_bias": decoder,
-        "rotary_share": rotary,
-        "rotary_base": rotary,
+        **dict.fromkeys(("rotary_share", "rotary_base"), rotary),
         "norm_epsilon": (not used_norms <= {"none", *squashing}, "a norm that divides"),
         "norm_steepness": (not used_norms <= {"none", *dividing}, "model.norm=dyt or derf"),
-        "taper_start_step": tapers,
-        "taper_end_step": tapers,
-        "fake_start_step": removes,
-        "fake_gap_steps": removes,
+        **dict.fromkeys(("taper_start_step", "taper_end_step"), tapers),
+        **dict.fromkeys(("fake_start_step", "fake_gap_steps"), removes),
         "placement": (config.norm != "none", "a norm"),
         "post_share": (config.placement == "mix", "model.placement=mix"),
         "linear_groups": (config.linear != "plain", "model.linear=weight_norm or spectral_norm"),
         "negative_slope": (own_activation or "leaky_relu" in names, "model.activation=leaky_relu"),
-        "decay_slopes": learned,
-        "slope_learning_rate_factor": learned,
+        **dict.fromkeys(("decay_slopes", "slope_learning_rate_factor"), learned),
     }
     defaults = NormFreeConfig()
     for name, (is_read, reader) in needs.items():

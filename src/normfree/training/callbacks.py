@@ -74,10 +74,8 @@ class RecordMetrics(TrainerCallback):
     def _measure(
         self, state: TrainerState, control: TrainerControl, due: list[Schedule], model: NormFreePreTrainedModel
     ) -> None:
-        size, tokenizer = self.record.spec.train.micro_batch_sequences, self.record.corpus.tokenizer
-        how = {"batch_sequences": size, "tokenizer": tokenizer, "record": self.record}
         for schedule in due:
-            values = measurements(model, schedule.blocks_NT, schedule.measures, **how)
+            values = measurements(self.record, model, schedule.blocks_NT, schedule.measures)
             self.record.log(state.global_step, schedule.split, values)
             if scalars := {f"eval_{name}": value for name, value in values if isinstance(value, float)}:
                 training_loss_due = control.should_log
@@ -137,18 +135,11 @@ class ShowProgress(TrainerCallback):
 
 
 def measurements(
-    model: NormFreePreTrainedModel,
-    blocks_NT: Tensor,
-    names: Sequence[str],
-    *,
-    batch_sequences: int,
-    tokenizer: Callable[[], Any] | None = None,
-    record: Record | None = None,
+    record: Record, model: NormFreePreTrainedModel, blocks_NT: Tensor, names: Sequence[str]
 ) -> list[tuple[str, Any]]:
     """Measure full blocks in evaluation mode and the run's precision, over all processes; `record` names the layers."""
-    measures = open_measures(names, model, tokenizer)
-    measure_batches(model, blocks_of(model, blocks_NT, batch_sequences, measures), measures)
-    if record is not None:
-        record.name_layers(measures)
+    measures = open_measures(names, model, record.corpus.tokenizer)
+    measure_batches(model, blocks_of(model, blocks_NT, record.spec.train.micro_batch_sequences, measures), measures)
+    record.name_layers(measures)
     values = values_of(measures, next(model.parameters()).device)
     return [(name, value if value.dim() else value.item()) for name, value in values.items()]

@@ -72,11 +72,6 @@ class UnreadSteps:
         return (len(batches) - 1 - finite, batches[finite]) if finite < len(batches) else None
 
 
-def takes_found_inf(optimizer: Optimizer) -> bool:
-    """True if the optimiser leaves out a step whose `found_inf` is 1: torch's fused ones, by GradScaler's own test."""
-    return getattr(optimizer, "_step_supports_amp_scaling", False)
-
-
 def locate(model: nn.Module, batches: list[dict[str, Tensor]], *, step: int) -> Divergence:
     """Find where a step became non-finite: in a weight, else in a forward pass, else in a gradient.
 

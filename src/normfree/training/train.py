@@ -199,8 +199,8 @@ def _finish(record: Record, model: NormFreePreTrainedModel, trainer: NormFreeTra
     spec, corpus, size = record.spec, record.corpus, record.spec.train.micro_batch_sequences
     logger.info("%s: measuring the trained model", spec.name)
     for measures, sequences in _final_measures(spec):
-        how = {"batch_sequences": size, "tokenizer": corpus.tokenizer, "record": record}
-        record.log(record.steps, "final", measurements(model, spread(record.held_out_NT, sequences), measures, **how))
+        blocks_NT = spread(record.held_out_NT, sequences)
+        record.log(record.steps, "final", measurements(record, model, blocks_NT, measures))
     bytes_of_text = int(corpus.predicted_bytes().sum())
     result = evaluate_blocks(model, record.held_out_NT, predicted_bytes=bytes_of_text, batch_sequences=size)
     whole_model = gather(model) if spec.train.sharding == "fsdp" else model

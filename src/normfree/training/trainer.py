@@ -21,7 +21,7 @@ from normfree.measures import periods_of
 from normfree.measures.gradients import block_gradient_norms
 from normfree.model.modeling import NormFreePreTrainedModel
 from normfree.store.checkpoints import CheckpointError
-from normfree.training.guard import Divergence, NonFiniteError, UnreadSteps, earliest, locate, takes_found_inf
+from normfree.training.guard import Divergence, NonFiniteError, UnreadSteps, earliest, locate
 from normfree.training.optimizers import OPTIMIZERS, parameter_groups
 from normfree.training.precision import use_fp32_products
 from normfree.training.record import Record
@@ -91,7 +91,9 @@ class NormFreeTrainer(Trainer):
         if self.optimizer is None:
             groups = parameter_groups(self.network, self.spec.train, self.objective)
             self.optimizer = OPTIMIZERS[self.spec.train.optimizer](self.network, groups, self.spec.train)
-            if self.args.device.type in RUNS_AHEAD and takes_found_inf(self.optimizer) and not self._needs_host():
+            # torch's fused optimisers leave out a step whose `found_inf` is 1; this is GradScaler's own test
+            leaves_out = getattr(self.optimizer, "_step_supports_amp_scaling", False)
+            if self.args.device.type in RUNS_AHEAD and leaves_out and not self._needs_host():
                 self._unread = UnreadSteps(self.optimizer, self.args.device)
         return self.optimizer
 
