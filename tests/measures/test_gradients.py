@@ -11,7 +11,6 @@ from normfree.measures import MEASURES
 from normfree.training.trainer import NormFreeTrainer
 from tests.small_model import small_model
 from tests.training.runs import act_in
-from tests.training.test_processes import TORCHRUN, run_command
 
 BEFORE, AFTER = MEASURES["gradients"].gives
 WORDS = ["variant=sm-ln-g", "train.max_gradient_norm=0.5"]
@@ -65,18 +64,3 @@ def test_a_skipped_step_has_no_gradient(tmp_path: Path, cache: Path, tiny: list[
 def test_gradients_outside_training_are_refused() -> None:
     with pytest.raises(ValueError, match="measure gradients: only a training run has it"):
         measure(small_model(), torch.arange(24).view(2, 12), ["heads", "gradients"])
-
-
-@pytest.mark.slow
-def test_two_processes_measure_what_one_does(tiny: list[str], cache: Path, tmp_path: Path) -> None:
-    """All of residual, propagation, losses and gradients; the first probe is of the same weights."""
-    names = ("residual", "propagation", "losses", "gradients")
-    words = ["-m", "normfree", "train", *tiny, *WORDS, "train.micro_batch_sequences=4", f"cache_dir={cache}"]
-    words.append(f"probe.measures=[{','.join(names)}]")
-    run_command([*words, "runs_dir=one"], tmp_path)
-    run_command([*TORCHRUN, *words, "runs_dir=two"], tmp_path)
-    one, two = (read_run(tmp_path / name / "single" / "sm-ln-g-seed0") for name in ("one", "two"))
-    for quantity in (quantity for name in names for quantity in MEASURES[name].gives):
-        first = [dict(run.series("probe", quantity)) for run in (one, two)]
-        step = min(first[0])
-        assert first[1][step] == pytest.approx(first[0][step], rel=1e-4)

@@ -11,33 +11,23 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForC
 
 from normfree.model import NormFreeForCausalLM
 from normfree.model.conversion import convert, fields_of
+from tests.small_model import SIZES, with_noise
 
-SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
-SIZES |= {"max_position_embeddings": 64}
 TOLERANCE = {"atol": 1e-5, "rtol": 0.0}
 ACTIVATIONS = ("gelu", "gelu_new", "leaky_relu", "linear", "relu")
 
 
-def randomised(model: Any) -> Any:
-    """Every weight far from its start, so that a swapped bias or norm shows."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            around_one = "norm" in name.lower() or ".ln_" in name
-            parameter.copy_(1 + 0.3 * noise if around_one and parameter.ndim == 1 else 0.2 * noise)
-    return model.eval()
-
-
 def gpt2_pair(activation: str = "gelu_new", *, epsilon: float = 1e-5, **fields: Any) -> tuple[Any, NormFreeForCausalLM]:
     config = GPT2Config(**SIZES, activation_function=activation, layer_norm_epsilon=epsilon, **fields)
-    theirs = randomised(GPT2LMHeadModel(config))
+    torch.manual_seed(7)
+    theirs = with_noise(GPT2LMHeadModel(config))
     return theirs, convert(theirs)
 
 
 def neox_pair(share: float = 0.25, *, parallel: bool = True, base: float = 10000.0, **fields: Any) -> Any:
     fields |= {"rotary_pct": share, "use_parallel_residual": parallel, "rotary_emb_base": base}
-    theirs = randomised(GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES, intermediate_size=96, **fields)))
+    torch.manual_seed(7)
+    theirs = with_noise(GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES, intermediate_size=96, **fields)))
     return theirs, convert(theirs)
 
 
@@ -75,7 +65,8 @@ def test_logits_are_equal(pair) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_layernorms_with_a_huge_epsilon_are_folded(tied: bool) -> None:
-    theirs = randomised(GPT2LMHeadModel(GPT2Config(**SIZES, layer_norm_epsilon=1e12, tie_word_embeddings=tied)))
+    torch.manual_seed(7)
+    theirs = with_noise(GPT2LMHeadModel(GPT2Config(**SIZES, layer_norm_epsilon=1e12, tie_word_embeddings=tied)))
     with torch.no_grad():
         for name, weight in theirs.named_parameters():
             if ".ln_" in name and name.endswith("weight"):
