@@ -72,7 +72,8 @@ def test_identity_changes_with_everything_that_decides_the_numbers() -> None:
     assert (alike.identity(), alike.recipe()) == (base.identity(), base.recipe())
     rarely = replace(base, train=replace(base.train, evaluate_every=7), probe=replace(base.probe, every_steps=7))
     assert (rarely.identity(), rarely.recipe() == base.recipe()) == (base.identity(), False)
-    here, there = (replace(base, data=DataSpec(source="files", paths=(path,))) for path in ("a.txt", "/b/a.txt"))
+    places = [{"paths": (path,), "tokenizer": path} for path in ("a.txt", "/b/a.txt")]
+    here, there = (replace(base, data=DataSpec(source="files", **place)) for place in places)
     assert (here.identity(), here.recipe()) == (there.identity(), there.recipe())
     skips = replace(base, train=replace(base.train, on_nonfinite="skip:1"))
     for changed in (replace(base, seed=1), replace(base, tag="b"), replace(base, model={"norm": "none"}), skips):

@@ -14,9 +14,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from normfree import Run, compose_run, read_run
+from normfree import Run, compose_run, measure, read_run
 from normfree.data import prepare
 from normfree.files import write_atomically
+from normfree.model.classification import Classifier
 from normfree.spec.run import RunSpec
 from normfree.spec.study import load_study
 from normfree.spec.variants import MAIN
@@ -25,6 +26,7 @@ from normfree.tasks.functions import functions_of
 from normfree.tasks.labels import CLASSES
 from normfree.training.corpora import LabelledCorpus
 from tests.elsewhere import WITHOUT_NORMFREE
+from tests.small_model import small_model
 from tests.training.runs import check_equal_runs, killed_in_step, losses, weights
 
 ELSEWHERE = f"""{WITHOUT_NORMFREE}
@@ -114,6 +116,16 @@ def test_a_kill_in_fine_tuning_resumes_to_the_bit(tune: Callable[..., Run]) -> N
     assert killed.facts["resumed"] == 1
     check_equal_runs(killed.folder, whole.folder)
     assert read_tasks(killed.folder) == read_tasks(whole.folder)
+
+
+def test_a_classifier_is_measured_in_the_precision_of_its_run() -> None:
+    plain, classifier = small_model(norm="none"), Classifier(small_model(norm="none").config)
+    classifier.load_state_dict(plain.state_dict(), strict=False)
+    for model in (plain, classifier):  # as Accelerate wraps them
+        model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    ids_BT = torch.arange(40).view(2, 20)
+    expected, entropies = (measure(model, ids_BT, "heads")["entropy_nats"] for model in (plain, classifier))
+    np.testing.assert_array_equal(entropies, expected)
 
 
 def test_micro_batches_do_not_change_the_loss(tune: Callable[..., Run]) -> None:

@@ -13,7 +13,7 @@ from normfree.training.objectives import EntropyBand, EntropyTarget, build_objec
 from normfree.training.optimizers import MuonWithAdamW, parameter_groups
 from normfree.training.study import run_study
 from tests.small_model import small_model
-from tests.training.runs import losses
+from tests.training.runs import act_in, losses
 
 CEILING = math.lgamma(17) / 16
 TARGET = ["train.objective=entropy_target", "train.entropy_weight=0.5", "train.entropy_share=0.5"]
@@ -48,6 +48,20 @@ def test_a_resumed_run_is_the_same_to_the_bit(train_tiny, name):
     again = train_tiny(*words)
     assert again.facts["sessions"][0]["from_step"] == 4
     assert (losses(again), again.perplexity, again.last("final", "entropy_nats")) == before
+
+
+def test_a_skipped_first_step_can_be_saved(train_tiny, monkeypatch):
+    def spoil(trainer):
+        if trainer.state.global_step == 0:
+            next(trainer.network.parameters()).grad.fill_(torch.nan)
+
+    act_in("_is_finite", spoil, monkeypatch)
+    run = train_tiny(*TARGET, "train.on_nonfinite=skip:1", "train.checkpoint_every=1", "train.checkpoints_kept=9")
+    (run.folder / "run.json").unlink()
+    for step in range(2, 7):
+        shutil.rmtree(run.folder / "checkpoints" / f"checkpoint-{step}")
+    again = train_tiny(*TARGET, "train.on_nonfinite=skip:1", "train.checkpoint_every=1", "train.checkpoints_kept=9")
+    assert (again.facts["sessions"][0]["from_step"], again.perplexity) == (1, run.perplexity)
 
 
 def test_weight_zero_is_the_plain_objective_to_the_bit(train_tiny):

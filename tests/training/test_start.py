@@ -51,6 +51,16 @@ def test_a_run_begins_with_a_vit_of_transformers(train_tiny: Callable[..., Run],
     assert again.series("validation", "loss")[0][1] == pytest.approx(first.last("validation", "loss"), abs=1e-6)
 
 
+def test_a_shorter_context_cuts_what_is_learned_by_position(train_tiny: Callable[..., Run]) -> None:
+    first = train_tiny("variant=sm-temps-g", "tag=long", "train.steps=2")
+    start = f"start=run:{first.folder}"
+    run = train_tiny(start, "variant=sm-temps-g", "tag=short", "data.context=8", "train.frozen=['*temperature*']")
+    long, short = (weights(each.folder)["model.layers.1.attention.temperature.value"] for each in (first, run))
+    assert torch.equal(short, long.view(2, 16)[:, :8].flatten())
+    with pytest.raises(ValueError, match=r"data\.context=32 is beyond the 16 learned positions"):
+        train_tiny(start, "variant=sm-temps-g", "tag=longer", "data.context=32")
+
+
 def test_norms_leave_a_trained_model(train_tiny: Callable[..., Run], trained: Run) -> None:
     start = f"start=run:{trained.folder}"
     control, run = train_tiny(start, "variant=sm-ln-g", *CONTROL), train_tiny(start, *REMOVE)

@@ -135,7 +135,7 @@ def test_a_log_line_covers_the_same_steps_after_resume(train_tiny, tiny_folder: 
         (["train.steps=null", "train.epochs=0.001"], r"epochs=0.001 of \d+ training blocks do not fill one batch"),
         (["train.steps=100000"], r"train.steps=100000 needs .* blocks, but the corpus has .*train.epochs="),
         (["model.max_position_embeddings=8"], "longer than model.max_position_embeddings=8"),
-        (["model.vocab_size=10"], "model.vocab_size=10 is below the tokenizer's 300"),
+        (["model.vocab_size=10"], "model.vocab_size=10 is below the 300 tokens of this corpus"),
     ],
 )
 def test_a_refused_run_leaves_no_record(tmp_path: Path, train_tiny, overrides: list[str], message: str) -> None:

@@ -42,14 +42,19 @@ class Classifier(NormFreeForCausalLM):
         self.post_init()
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, input_ids: Tensor | None = None, *, classes: bool = False, **kwargs: Any
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        classes: bool = False,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
     ) -> Any:
         """With `classes`: logits (B, T, C) and their loss in nats on `labels` (B, T), -100 where there is none."""
         if not classes:
-            return super().forward(input_ids, **kwargs)
+            return super().forward(input_ids, logits_to_keep=logits_to_keep, **kwargs)
         labels_BT, items = kwargs.pop("labels"), kwargs.pop("num_items_in_batch", None)
         outputs = self.model(input_ids, **kwargs)
         logits_BTC = self.score(outputs.last_hidden_state)
         sum_nats = F.cross_entropy(logits_BTC.float().mT, labels_BT, reduction="sum")
         loss = sum_nats / ((labels_BT >= 0).sum() if items is None else items)
-        return NormFreeCausalLMOutput(loss=loss, logits=logits_BTC, sigma_variance=outputs.sigma_variance)
+        return NormFreeCausalLMOutput(loss=loss, logits=logits_BTC)

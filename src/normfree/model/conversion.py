@@ -80,7 +80,7 @@ def fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _normfree(config: Mapping[str, Any]) -> dict[str, Any]:
     default = NormFreeConfig()
-    own = {name: config[name] for name in NormFreeConfig.__annotations__ if name in config}
+    own = {name: config[name] for name in NormFreeConfig.__annotations__ if name in config and name != "target_tokens"}
     fields = {name: value for name, value in own.items() if value != getattr(default, name, None)}
     return {"norm": config["norm"], "activation": config["activation"], **fields}
 

@@ -14,7 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from normfree.spec.families import image_tokens
+from normfree.spec.families import FAMILIES, image_tokens
 from normfree.spec.keys import describe_keys, fields_of_model, nearest
 from normfree.spec.run import NOT_SET_ALONE, REMOVAL_FIELDS, RunSpec
 from normfree.spec.start import REMOVALS, Start, check_start, read_start
@@ -148,7 +148,9 @@ def _set_image_tokens(merged: dict[str, Any]) -> None:
     """Set data.context to the tokens of an image. Raises ValueError if it is set to another number."""
     if merged["model"].get("family") == "vision":
         tokens = image_tokens(merged["model"])
-        if (context := merged["data"].setdefault("context", tokens)) != tokens:
+        if "context" not in merged["data"] or merged["data"].get("source") not in FAMILIES["vision"].sources:
+            merged["data"]["context"] = tokens  # RunSpec refuses a source of text
+        elif (context := merged["data"]["context"]) != tokens:
             raise ValueError(f"data.context={context}, but an image of this model has {tokens} tokens: give these")
 
 

@@ -36,8 +36,8 @@ VARIANT_FIELDS = (
 )
 # Names, and the seeds: other weights and another order of the data are replicates of one recipe.
 NOT_RECIPE_FIELDS = ("study", "variant", "label", "tag", "seed", "data_seed", "start", "start_sha256")
-# Where the text lies: what it is, the fingerprint of its corpus says.
-PLACES_OF_TEXT = ("data.paths", "data.validation_paths")
+# Where the text and its tokenizer lie: what they are, the fingerprint of the corpus says.
+PLACES_OF_TEXT = ("data.paths", "data.validation_paths", "data.tokenizer")
 # How a run is watched, placed and cut into passes: its numbers depend on these by rounding and dropout masks only.
 NOT_DECIDING = (
     *(f"train.{name}" for name in ("trackers", "threads", "log_every", "checkpoint_every", "checkpoints_kept")),
@@ -60,8 +60,10 @@ NOT_SET_ALONE = ("model", "preset", "variant", "label", "data.source", "start_na
 _SOURCES_THAT_READ = {
     "paths": ("files", "images", "fashion_mnist"),
     "validation_paths": ("files", "images"),
-    **dict.fromkeys(("tokenizer", "max_bytes", "max_bytes_per_package"), FAMILIES["decoder"].sources),
+    **dict.fromkeys(("tokenizer", "packing", "max_bytes", "max_bytes_per_package"), FAMILIES["decoder"].sources),
+    "column": ("files", "hub", "codeparrot"),
     **dict.fromkeys(("dataset", "dataset_config", "validation_dataset"), ("hub", "hub_images", "codeparrot")),
+    **dict.fromkeys(("train_split", "validation_split"), ("hub", "hub_images", "codeparrot")),
 }
 
 
@@ -69,7 +71,7 @@ _SOURCES_THAT_READ = {
 class DataSpec:
     """Which text, cut into which tokens, or which images: what decides the corpus fingerprint, and the expected one.
 
-    `paths` and `validation_paths` decide by what their files hold, wherever these lie.
+    `paths`, `validation_paths` and `tokenizer` decide by what their files hold, wherever these lie.
     """
 
     source: Literal["installed", "codeparrot", "hub", "files", "fashion_mnist", "images", "hub_images"] = "installed"
@@ -123,7 +125,7 @@ class DataSpec:
             example = examples[self.source]
             raise ValueError(f"data={self.source} needs data.dataset, e.g. data.dataset={example}")
         for name, sources in _SOURCES_THAT_READ.items():
-            if getattr(self, name) and self.source not in sources:
+            if getattr(self, name) != getattr(type(self), name) and self.source not in sources:
                 allowed = " or ".join(f"data={source}" for source in sources)
                 raise ValueError(f"data.{name} is not read with data={self.source}: give {allowed}")
         if self.packing == "docstring" and self.context < 8:
@@ -289,7 +291,7 @@ class RunSpec:
     data_seed: Seed = 0
     """Order of the training blocks, so that variants and seeds can share it."""
     start: str = "random"
-    """Weights to begin with: random, run:FOLDER, or model:NAME (one of ours, a GPT-2 or a GPT-NeoX)."""
+    """Weights to begin with: random, run:FOLDER, or model:NAME (one of ours, a GPT-2, GPT-NeoX, ViT or T5)."""
     start_name: str = "random"
     """Which run, without its seed, or model `start` is; read from it."""
     start_sha256: str = ""
@@ -317,8 +319,9 @@ class RunSpec:
         if (objective := self.train.objective) not in family.objectives:
             allowed = " or ".join(other for other, kind in FAMILIES.items() if objective in kind.objectives)
             raise ValueError(f"train.objective={objective} is for model.family={allowed}, not {name}")
-        if name == "encoder_decoder" and self.train.sigma_weight:
-            raise ValueError(f"train.sigma_weight={self.train.sigma_weight} needs one final norm, and {name} has two")
+        if self.train.sigma_weight and (name == "encoder_decoder" or objective in CLASSIFICATIONS):
+            work = f"model.family={name}" if name == "encoder_decoder" else f"train.objective={objective}"
+            raise ValueError(f"train.sigma_weight={self.train.sigma_weight} does not work with {work}: leave it out")
         chosen = f"norm={self.model.get('norm')}", f"sharding={self.train.sharding}"
         if objective in CLASSIFICATIONS and (bad := {"norm=fake", "norm=taper", "sharding=fsdp"}.intersection(chosen)):
             raise ValueError(f"train.objective={objective} does not work with {bad.pop()}: run the two after another")

@@ -131,7 +131,7 @@ def check_fields_are_read(spec: RunSpec) -> None:
         "tie_word_embeddings": (not vision[0], "a family of text"),
         "output_bias": decoder,
         **dict.fromkeys(("rotary_share", "rotary_base"), rotary),
-        "norm_epsilon": (not used_norms <= {"none", *squashing}, "a norm that divides"),
+        "norm_epsilon": (not {*used_norms, config.query_key_norm} <= {"none", *squashing}, "a norm that divides"),
         "norm_steepness": (not used_norms <= {"none", *dividing}, "model.norm=dyt or derf"),
         **dict.fromkeys(("taper_start_step", "taper_end_step"), tapers),
         **dict.fromkeys(("fake_start_step", "fake_gap_steps"), removes),
@@ -140,6 +140,10 @@ def check_fields_are_read(spec: RunSpec) -> None:
         "linear_groups": (config.linear != "plain", "model.linear=weight_norm or spectral_norm"),
         "negative_slope": (own_activation or "leaky_relu" in names, "model.activation=leaky_relu"),
         **dict.fromkeys(("decay_slopes", "slope_learning_rate_factor"), learned),
+        "sigma_weight": (
+            own_norm or config.final_norm in ("layernorm", "lns", "fake"),
+            "a final norm that divides by a standard deviation",
+        ),
     }
     defaults = NormFreeConfig()
     for name, (is_read, reader) in needs.items():

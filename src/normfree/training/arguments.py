@@ -173,8 +173,8 @@ def is_done(folder: Path, spec: RunSpec, corpus: Corpus | None = None) -> bool:
             f"{folder} holds a run with another spec ({_differences(recorded, spec)}); to keep both, give tag=NAME, or "
             "study=NAME for another data_seed, or move that folder away"
         )
-    recorded_paths, paths = ((data.paths, data.validation_paths) for data in (recorded.data, spec.data))
-    if recorded_paths != paths:
+    places = ((data.paths, data.validation_paths, data.tokenizer) for data in (recorded.data, spec.data))
+    if len({*places}) > 1:
         if corpus is None:
             return False
         if run.corpus != corpus.fingerprint:
@@ -220,8 +220,9 @@ def model_config(spec: RunSpec, corpus: Corpus) -> NormFreeConfig:
     tokenizer, kind = corpus.tokenizer(), HEADS[spec.model.get("family", "decoder")].config_class
     needed, targets = corpus.vocab_size, corpus.facts().get("target_tokens")
     has_sentinels = kind is NormFreeSeq2SeqConfig and not targets
-    if has_sentinels and FIRST_SENTINEL not in tokenizer.get_vocab():  # else it is that of a run to start with
-        needed += 1 + masked_and_spans(spec.data.context, kind(**spec.model))[1]
+    sentinels = 1 + masked_and_spans(spec.data.context, kind(**spec.model))[1] if has_sentinels else 0
+    first = tokenizer.get_vocab().get(FIRST_SENTINEL, needed)  # known to the tokenizer of a run to start with
+    needed = max(needed, first + sentinels)
     fields = {
         "vocab_size": needed,
         "max_position_embeddings": spec.data.context,
@@ -231,7 +232,7 @@ def model_config(spec: RunSpec, corpus: Corpus) -> NormFreeConfig:
     }
     vocabulary, positions = fields["vocab_size"], fields["max_position_embeddings"]
     if vocabulary < needed:
-        raise ValueError(f"model.vocab_size={vocabulary} is below the tokenizer's {needed}; leave it out")
+        raise ValueError(f"model.vocab_size={vocabulary} is below the {needed} tokens of this corpus; leave it out")
     if positions < spec.data.context:
         raise ValueError(f"data.context={spec.data.context} is longer than model.max_position_embeddings={positions}")
     if has_sentinels:

@@ -83,8 +83,10 @@ class TargetCorpus(Corpus):
 
     def processor(self) -> PreTrainedTokenizerFast:
         """The tokenizer, with the sentinels `<span_0>`, `<span_1>`, ...; the last of them ends a target."""
-        tokenizer, behind = self.tokenizer(), range(self.config.vocab_size - self.vocab_size)
-        tokenizer.add_tokens([FIRST_SENTINEL.replace("0", str(number)) for number in behind], special_tokens=True)
+        tokenizer = self.tokenizer()
+        first = tokenizer.get_vocab().get(FIRST_SENTINEL, self.vocab_size)  # known to that of a run to start with
+        names = [FIRST_SENTINEL.replace("0", str(number)) for number in range(self.config.vocab_size - first)]
+        tokenizer.add_tokens(names, special_tokens=True)
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(self.config.vocab_size - 1)
         return tokenizer
 

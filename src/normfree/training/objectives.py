@@ -101,11 +101,15 @@ class EntropyObjective(Objective):
         return {name: [of_layer.get(layer, math.nan) for layer in layers] for name, of_layer in values.items()}
 
     def state(self) -> dict[str, Any]:
+        if not self.step:  # as it was made
+            return {}
         parameters = {name: parameter.tolist() for name, parameter in self.named_parameters()}
         return {"step": self.step, "previous": self.previous_LH.tolist(), "parameters": parameters}
 
     @torch.no_grad()
     def restore(self, state: dict[str, Any]) -> None:
+        if not state:
+            return
         self.step = state["step"]
         self.previous_LH.copy_(torch.tensor(state["previous"]))
         for name, values in state["parameters"].items():

@@ -6,6 +6,7 @@ from fnmatch import fnmatch
 
 import torch
 import transformers
+from torch import Tensor
 
 from normfree.data import Corpus
 from normfree.data.tokenizer import load_tokenizer, tokenizer_hash
@@ -56,14 +57,12 @@ def _load_start(model: NormFreePreTrainedModel, spec: RunSpec, corpus: Corpus) -
         )
     auto = getattr(transformers, HEADS[model.config.family].__name__.replace("NormFreeFor", "AutoModelFor"))
     theirs = auto.from_pretrained(start.folder, dtype=torch.float32)
+    if reads_text and theirs.config.vocab_size < model.config.vocab_size:  # more sentinels for a longer block
+        raise ValueError(f"data.context={spec.data.context} masks more spans than start={spec.start} has sentinels for")
     weights = (theirs if isinstance(theirs, NormFreePreTrainedModel) else convert(theirs)).state_dict()
     if not reads_text and theirs.config.id2label != model.config.id2label:  # other classes have a new head
         weights = {name: weight for name, weight in weights.items() if not name.startswith("classifier.")}
-    for positions in [name for name in weights if name.endswith("positions.vectors.weight")]:
-        wanted, known = model.config.max_position_embeddings, len(weights[positions])
-        if wanted > known:
-            raise ValueError(f"data.context={wanted} is beyond the {known} learned positions of start={spec.start}")
-        weights[positions] = weights[positions][:wanted]
+    _cut_positions(weights, model.config, spec.start)
     if model.config.norm == "taper":  # an RMSNorm calls its gain weight
         weights = {re.sub(r"(\.layers\..*norm\.)weight", r"\1gain", name): each for name, each in weights.items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
@@ -72,3 +71,18 @@ def _load_start(model: NormFreePreTrainedModel, spec: RunSpec, corpus: Corpus) -
     if wrong := sorted((set(missing) - new) | set(unexpected)):
         raise ValueError(f"start={spec.start} does not fit this model: {', '.join(wrong[:3])}")
     logger.info("%s: weights of %s", spec.name, start.name)
+
+
+def _cut_positions(weights: dict[str, Tensor], config: NormFreeConfig, start: str) -> None:
+    """Cut what is learned for each position to the positions of `config`. Raises ValueError where these are more."""
+    wanted = config.max_position_embeddings
+    for name, weight in weights.items():
+        if name.endswith("positions.vectors.weight"):
+            rows_PX = weight
+        elif name.endswith("temperature.value") and config.attention_temperature == "position":
+            rows_PX = weight.view(config.num_attention_heads, -1).T
+        else:
+            continue
+        if wanted > len(rows_PX):
+            raise ValueError(f"data.context={wanted} is beyond the {len(rows_PX)} learned positions of start={start}")
+        weights[name] = rows_PX[:wanted] if weight.dim() == 2 else rows_PX[:wanted].T.flatten()
