@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
+from pathlib import Path
 from statistics import fmean
 
 import numpy as np
@@ -171,7 +172,10 @@ def _weight(run: Run) -> float:
 
 
 def _donors(run: Run) -> list[Run]:
-    return find_runs(run.spec["train"]["entropy_profile"])
+    """The records of its donors: as STUDY/NAME beside those of its own study, else where they were."""
+    places = [Path(place) for place in run.spec["train"]["entropy_profile"]]
+    beside = [run.folder.parents[1] / place.parent.name / place.name for place in places]
+    return find_runs([kept if kept.exists() else place for kept, place in zip(beside, places, strict=True)])
 
 
 CAUSE_ROWS = {

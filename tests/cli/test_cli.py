@@ -75,6 +75,9 @@ def test_cfg_prints_the_composed_run_and_trains_nothing(output, tmp_path: Path, 
     assert not list(tmp_path.iterdir())
 
 
+MEASURED = str(Path(__file__).parents[2] / "results" / "smollm2" / "t8192")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -120,7 +123,14 @@ def test_cfg_prints_the_composed_run_and_trains_nothing(output, tmp_path: Path, 
         (["cost", "gpt2", "protocol=shaft"], "protocol=shaft has no prices: no bytes per element"),
         (["cost", "gpt2", "protocol=bumblebee"], "allowed: cheetah, semi2k"),
         (["cost", "cpu", "activation=[relu]"], "activation lists 1 names, but num_hidden_layers is 12"),
+        (
+            ["cost", MEASURED],
+            "t8192 holds a measurement of SmolLM2-135M-Instruct, not the model: give that model itself",
+        ),
         (["estimate", "gpu=l40"], "gpu=l40; did you mean l40s?"),
+        (["estimate", "preset=gpt2-t128", "gpus=8"], "must be a multiple of 1024, which is gpus=8 times"),
+        (["estimate", "preset=cpu", "tokens=2e9"], "tokens= is of runs that count epochs"),
+        (["measure", MEASURED, "target=README.md"], "target= needs its source: give text=FILE too"),
         (["estimate", "gpus=0"], "gpus=0: it should be greater than 0"),
         (["estimate", "utilisation=2"], "utilisation=2: it should be less than or equal to 1"),
         (["estimate", "train.sharding=fsdp"], "train.sharding=fsdp with gpus=1: give gpus=2 or more, or leave it out"),

@@ -34,7 +34,8 @@ def test_evaluating_a_run_gives_its_recorded_perplexity(trained, cache, tmp_path
 def test_runs_of_other_families_are_evaluated_too(family: str, trained: Path, cache: Path, run, output) -> None:
     out = output("evaluate", str(trained), f"cache_dir={cache}")
     recorded = read_run(trained).facts["final"]
-    assert f"perplexity     {recorded['perplexity']:.4f} (over {recorded['tokens']} predicted tokens" in out
+    unit = "images" if "accuracy" in recorded else "tokens"
+    assert f"perplexity     {recorded['perplexity']:.4f} (over {recorded['tokens']} predicted {unit}" in out
     if family == "vision":
         assert f"accuracy       {100 * recorded['accuracy']:.2f} %" in out
     assert "no causal language-model head" in run("evaluate", str(trained), "tasks=keyword")[2]

@@ -58,6 +58,7 @@ def test_incomplete_files_are_refused_in_one_line(saved, harm, message):
 
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+GPT2 = transformers.GPT2Config(vocab_size=256, n_embd=32, n_layer=2, n_head=2)
 BERT = transformers.BertConfig(vocab_size=256, **SIZES)
 T5 = transformers.T5Config(vocab_size=256, d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=2)
 VIT = transformers.ViTConfig(image_size=32, patch_size=16, **SIZES)
@@ -78,8 +79,9 @@ def test_an_encoder_is_said_to_lack_a_head(kind, config, tmp_path, monkeypatch, 
     [
         (lambda _: byte_gpt2(), None),
         *((BertModel, BERT), (BertForMaskedLM, BERT), (T5EncoderModel, T5), (T5ForConditionalGeneration, T5)),
+        (transformers.GPT2ForSequenceClassification, GPT2),
     ],
-    ids=["gpt2", "bert", "masked", "t5-encoder", "t5"],
+    ids=["gpt2", "bert", "masked", "t5-encoder", "t5", "classifier"],
 )
 def test_any_model_of_texts_is_loaded_whole(kind, config, tmp_path):
     saved = kind(config)

@@ -21,6 +21,7 @@ from normfree import Run, build_report, find_runs
 from normfree.analysis import published
 from normfree.analysis.entropy import causal_ceiling
 from normfree.analysis.groups import group_runs
+from normfree.report.build import number_frames
 from normfree.report.figures import PageFigure
 from normfree.report.sections import figures_of
 from normfree.report.summary import sentences
@@ -28,6 +29,25 @@ from normfree.report.tables.results import range_table
 from tests.synthetic import rewritten, write_run
 
 FOUR = ("SM+LN+G", "SM+LN+R", "SM+G", "SM+R")
+
+
+def test_each_score_has_a_table_of_rates(tmp_path: Path) -> None:
+    vision = find_runs(Path(__file__).parents[2] / "results" / "fashion-vit-rates")
+    text = [write_run(tmp_path, "SM+R", tag=f"{rate}", train={"peak_learning_rate": rate}) for rate in (1e-3, 2e-3)]
+    build_report([*vision, *text], tmp_path / "page", mix=True)
+    files = (tmp_path / "page" / "tables").glob("rates*.md")
+    titles = {re.findall("Validation perplexity|Accuracy", file.read_text())[0] for file in files}
+    assert titles == {"Accuracy", "Validation perplexity"}
+    assert (tmp_path / "page" / "index.html").read_text().count("at each peak learning rate") == 2
+
+
+def test_models_in_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    facts = {"kind": "measurement"}
+    runs = [write_run(tmp_path / name, label, facts=facts) for name, label in (("a", "SM+R"), ("b", "SM+R"))]
+    assert [group.name for group in group_runs(runs)] == [f"SM+R ({n}/quick/sm-r-seed0)" for n in "ab"]
+    frame = number_frames(runs)["heads"]
+    assert len(frame) == 2 * 16
+    assert frame["run"].nunique() == 2
 
 
 class Page(HTMLParser):

@@ -117,15 +117,15 @@ def test_humaneval_is_read_from_its_package(copied: Path, cache: Path, human_eva
     assert "its problems are not on this machine; pip install 'normfree[tasks]'" in run(*words)[2]
 
 
-def test_a_measured_model_has_its_record_there(text: Path, tmp_path: Path, run, output, monkeypatch) -> None:
+def test_a_measured_model_has_its_record_there(text: Path, tmp_path: Path, output, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ["evaluate", str(saved_model(tmp_path / "model")), f"text={text}", "tasks=name", "items=2"]
-    out = output(*words)
+    one, two = ([str(saved_model(tmp_path / parent / "model")), f"text={text}"] for parent in ("one", "two"))
+    out = output("evaluate", *one, "tasks=name", "items=2")
     assert "without a unigram: only a run has training tokens on record" in out
     assert "not recorded, as measured/model has no run.json" in out
-    (tmp_path / "measured" / "model").mkdir(parents=True)
-    (tmp_path / "measured" / "model" / "run.json").write_text("{}")
-    assert run(*words)[0] == 0
+    output("measure", *one, "context=32", "sequences=1")
+    assert "as measured/model is of another model" in output("evaluate", *two, "tasks=name", "items=2")
+    assert "recorded in measured/model/tasks.json.gz" in output("evaluate", *one, "tasks=name", "items=2")
     assert read_tasks(tmp_path / "measured" / "model")["name"]["values"].keys() == {"model", "untrained"}
 
 

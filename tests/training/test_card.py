@@ -61,6 +61,17 @@ def test_a_classifier_of_images_can_be_used_and_measured(trained: Path, tmp_path
     assert f"accuracy       {record.score:.2f} %" in run("evaluate", str(trained), f"cache_dir={cache}")[1]
 
 
+def test_a_card_describes_the_model_that_was_saved() -> None:
+    results = Path(__file__).parents[2] / "results"
+    tuned, cut = (read_run(results / name) for name in ("fine-tune/sm-r-syntax-seed0", "removal/sm-fake-g-seed0"))
+    card = ModelCard(model_card(tuned, tuned.facts["final"]))
+    assert [(each.task_type, each.metric_type) for each in card.data.eval_results] == [
+        ("text-classification", "accuracy")
+    ]
+    assert "Perplexity" not in card.text
+    assert "norm `none`" in model_card(cut, cut.facts["final"])
+
+
 def test_a_run_without_finite_perplexity_has_a_card(tmp_path: Path) -> None:
     run = write_run(tmp_path, "SM")
     text = model_card(run, run.facts["final"] | {"perplexity": float("nan")})

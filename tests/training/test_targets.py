@@ -8,9 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration, set_seed
 
+from normfree.analysis.groups import group_runs
 from normfree.data import prepare
 from normfree.model.conversion import convert
 from normfree.pretrained.load import corpus_of_run
+from normfree.report.figures import heatmaps
+from normfree.store.quantities import QUANTITIES
 from normfree.store.runs import read_run
 from normfree.training.trainer import BlockOrder
 from tests.training.runs import weights
@@ -47,6 +50,8 @@ def test_layers_are_recorded_by_group(trained: Path) -> None:
     assert np.shape(run.last("final", "entropy_nats")) == (6, 2)
     ceilings = run.last("final", "ceiling_nats")  # 15 tokens of the source, 4 of the target
     assert ceilings == pytest.approx(np.repeat([np.log(15), np.log([1, 2, 3, 4]).mean(), np.log(15)], 2))
+    figure = heatmaps(group_runs([run]), QUANTITIES["entropy_nats"])
+    assert "on one colour scale as shares of each layer's ceiling" in figure.caption
 
 
 def test_the_saved_tokenizer_knows_the_sentinels(trained: Path, model: Any) -> None:

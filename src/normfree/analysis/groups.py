@@ -242,10 +242,23 @@ def _names(runs: Sequence[Run]) -> list[str]:
         name = f"{run.label} ({values})" if own else run.label
         settings = _settings_text(run, sorted({*same_label, *same_tag} - set_by_preset - own.keys()))
         names.append(f"{name} [{settings}]" if settings else name)
-    return [
-        f"{name} ({run.folder.name})" if run.kind == "measurement" and names.count(name) > 1 else name
-        for run, name in zip(runs, names, strict=True)
-    ]
+    measured = [number for number, run in enumerate(runs) if run.kind == "measurement"]
+    distinct = tell_apart([names[number] for number in measured], [runs[number] for number in measured])
+    for number, name in zip(measured, distinct, strict=True):
+        names[number] = name
+    return names
+
+
+def tell_apart(names: Sequence[str], runs: Sequence[Run]) -> list[str]:
+    """The names of runs; where several share one, with the shortest end of their folder's path that differs."""
+    distinct = list(names)
+    for name in {name for name in names if names.count(name) > 1}:
+        paths = {n: runs[n].folder.absolute().parts for n, other in enumerate(names) if other == name}
+        ends = (["/".join(path[-length:]) for path in paths.values()] for length in range(1, 99))
+        shortest = next(each for each in ends if len({*each}) == len(paths))
+        for number, end in zip(paths, shortest, strict=True):
+            distinct[number] = f"{name} ({end})"
+    return distinct
 
 
 def _set_by_preset(runs: Sequence[Run]) -> set[str]:

@@ -36,8 +36,8 @@ class EvaluateOptions(ModelOptions):
     """Chooses the pairs; also the seed of the untrained model, unless MODEL is a run and has its own."""
     export: Path | None = None
     """Folder for the pairs as JSON lines and as tasks of lm-eval."""
-    heads: list[tuple[int, int]] | None = None
-    """[[LAYER,HEAD],...]: evaluate a second time with these heads changed, and print the difference."""
+    heads: list[tuple[int | str, int]] | None = None
+    """[[LAYER,HEAD],...], LAYER also "cross 0": evaluate a second time with these heads changed, and compare."""
     how: str = "average"
     """What changed heads write: average (the mean of the visible values), zero, or a number that scales them."""
 
@@ -48,7 +48,7 @@ class EvaluateOptions(ModelOptions):
             pairs = [(layer, head) for layer, head in json.loads(word)]
         except (TypeError, ValueError):
             pairs = []
-        if not pairs or not all(isinstance(number, int) for pair in pairs for number in pair):
+        if not pairs or not all(isinstance(layer, (int, str)) and isinstance(head, int) for layer, head in pairs):
             raise ValueError(f"heads={word!r}; give one or more pairs, e.g. heads=[[0,3],[1,2]]")
         return pairs
 
@@ -82,28 +82,30 @@ def evaluate(name: str, options: EvaluateOptions) -> None:
             with intervene(model, options.heads, how):
                 changed, _, _ = _evaluate(name, options, model, tokenizer, text)
         result, source, note = _evaluate(name, options, model, tokenizer, text)
-    print(f"text           {source}")
-    _print_evaluation(result, f"{result.tokens} predicted tokens{note}")
+    unit = "token" if result.accuracy is None else "image"
+    print(f"{'text' if result.accuracy is None else 'images':<15}{source}")
+    _print_evaluation(result, f"{result.tokens} predicted {unit}s{note}")
     if changed:
         difference, error = changed.minus(result)
         what = {"average": "averaged", "zero": "silenced"}.get(str(how), f"times {how}")
-        heads = ", ".join(f"layer {layer} head {head}" for layer, head in options.heads or [])
+        layers = [layer if isinstance(layer, str) else f"layer {layer}" for layer, _ in options.heads or []]
+        heads = ", ".join(f"{layer} head {head}" for layer, (_, head) in zip(layers, options.heads or [], strict=True))
         print(f"\nheads          {heads} {what}")
-        _print_evaluation(changed, "the same tokens")
+        _print_evaluation(changed, f"the same {unit}s")
         parts = f"over {len(result.parts)} {result.parts_are}"
         spread = f"standard error {error:.6f} {parts}" if len(result.parts) > 1 else "one pass, no standard error"
-        print(f"difference     {difference:+.6f} nats per token ({spread})")
+        print(f"difference     {difference:+.6f} nats per {unit} ({spread})")
     if options.against:
         model, _ = _load(options.against, options)
         with products_for(options.dtype, model.device):
             other, _, note = _evaluate(options.against, options, model, None, "")
         print(f"\nagainst        {options.against}")
-        _print_evaluation(other, f"the same tokens{note}")
+        _print_evaluation(other, f"the same {unit}s{note}")
         spread = "one part, so no interval"
         if len(other.parts) > 1:
             low, high = result.interval(other)
             spread = f"95 % [{low:+.4f}, {high:+.4f}], bootstrap over {len(other.parts)} {other.parts_are}"
-        print(f"difference     {result.minus(other)[0]:+.4f} nats per token ({spread})")
+        print(f"difference     {result.minus(other)[0]:+.4f} nats per {unit} ({spread})")
 
 
 def _check_against(name: str, options: EvaluateOptions, own: bool) -> None:
@@ -154,7 +156,8 @@ def _evaluate(
         )
         whole = len(chosen) == len(blocks_NT)
         note = f"; run.json, in {run.spec['train']['precision']}, has {run.perplexity:.4f}" if whole else ""
-        source = "the run's own held-out blocks (text=FILE takes another)"
+        source = f"the run's own held-out {'blocks' if result.accuracy is None else 'images'}"
+        source += " (text=FILE takes another)" if run.family.causal else ""
         return result, source if whole else f"{len(chosen)} of {len(blocks_NT)} of {source}", note
     cut = {"context": options.context, "stride": options.stride, "bos": options.bos, "sequences": options.sequences}
     result = perplexity(model, tokenizer, text, **cut, progress=True)
@@ -170,7 +173,7 @@ def _print_evaluation(result: Evaluation, tokens: str) -> None:
     if result.parts_are == "documents" and len(result.parts) > 1:
         low, high = (exponential(nats) for nats in result.interval())
         print(f"95 % interval  [{low:.4f}, {high:.4f}] (bootstrap over {len(result.parts)} documents)")
-    print(f"cross-entropy  {result.loss_nats:.4f} nats per token")
+    print(f"cross-entropy  {result.loss_nats:.4f} nats per {'token' if result.accuracy is None else 'image'}")
     if result.accuracy is not None:
         print(f"accuracy       {100 * result.accuracy:.2f} %")
     elif result.bytes:
@@ -205,10 +208,12 @@ def _evaluate_tasks(name: str, options: EvaluateOptions) -> None:
     label = run.place if run else Path(name).name if Path(name).exists() else name
     print(to_markdown(without_empty_columns(tasks_table({label: [records]}))))
     folder = run.folder if run else Path("measured") / label.replace("/", "--")
-    if (folder / RUN_FILE).is_file():
-        print(f"recorded in {write_tasks(folder, records)}; `normfree report` shows it")
-    else:
+    if not (folder / RUN_FILE).is_file():
         print(f"not recorded, as {folder} has no {RUN_FILE}: `normfree measure {name}` makes it")
+    elif not run and Path(read_run(folder).facts["measurement"]["name"]).resolve() != Path(name).resolve():
+        print(f"not recorded, as {folder} is of another model: move it away, and `normfree measure {name}` makes it")
+    else:
+        print(f"recorded in {write_tasks(folder, records)}; `normfree report` shows it")
 
 
 def _documents(text: Path | None) -> list[str]:

@@ -44,10 +44,10 @@ def measure(name: str, options: MeasureOptions) -> None:
     from normfree.training.processes import prepare_process
 
     own = uses_own_text(name, options)
-    measures = list(periods_of([word.strip() for word in options.measures.split(",")], 1))
+    measures = list(periods_of([word.strip() for word in options.measures.strip("[]").split(",")], 1))
     if options.sequences < 1 or options.batch < 1:
         raise ValueError(f"sequences={options.sequences} and batch={options.batch} must be at least 1")
-    label = Path(name).name if Path(name).exists() else name
+    label = Path(name).resolve().name if Path(name).exists() else name
     output = options.output or Path("measured") / label.replace("/", "--")
     check_writable(output)  # before the work, not after it
     prepare_process()

@@ -46,6 +46,8 @@ def uses_own_text(name: str, options: ModelOptions) -> bool:
         raise ValueError("cache_dir= is read for the text of a run only: leave it out")
     if ignored := [key for key in ("context", "stride", "bos") if own and getattr(options, key, None) is not None]:
         raise ValueError(f"{ignored[0]}= cuts a text, and a run's own is cut already: give text=FILE too")
+    if own and getattr(options, "target", None) is not None:
+        raise ValueError("target= needs its source: give text=FILE too, or leave target= out for the run's own blocks")
     return own
 
 

@@ -93,9 +93,11 @@ def of_run(run: Run) -> Cost:
 
 
 def config_of_run(run: Run) -> dict[str, Any]:
-    """The content of the config.json of a run's model, from run.json alone."""
+    """The content of the config.json of a run's saved model, from run.json. Raises ValueError for a measurement."""
+    if run.kind == "measurement":
+        raise ValueError(f"{run.folder} holds a measurement of {run.label}, not the model: give that model itself")
     facts = {"vocab_size": run.facts["corpus"]["vocab_size"], "max_position_embeddings": run.spec["data"]["context"]}
-    return {"model_type": "normfree", **facts, **run.spec["model"]}
+    return {"model_type": "normfree", **facts, **run.spec["model"], **(run.facts.get("folded") or {}).get("model", {})}
 
 
 @dataclass(frozen=True)

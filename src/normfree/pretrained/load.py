@@ -36,6 +36,7 @@ _UNUSED = re.compile(
 )
 """Weights that no prediction of a next token uses: masks, BERT's other heads, multi-token prediction, images, audio."""
 _NO_HEAD = "has no causal language-model head, so it predicts no next token; `normfree measure` measures its heads"
+_OTHER_HEAD = re.compile("For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice)$")
 _LOADING_LOG = logging.getLogger("transformers.modeling_utils")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -129,6 +130,8 @@ def _load(name: str, loader: Any, source: dict[str, Any], dtype: str, device: st
             raise NoCausalHead(f"{name} {_NO_HEAD}")
         raise ValueError(f"{name} lacks {len(missing)} weights of its model, e.g. {missing[0]}")
     if extra := sorted(key for key in info["unexpected_keys"] if not _UNUSED.search(key)):
+        if loader is AutoModelForCausalLM and _OTHER_HEAD.search("".join(model.config.architectures or [])):
+            raise NoCausalHead(f"{name} {_NO_HEAD}")
         raise ValueError(f"{name} holds {len(extra)} weight(s) without a place in its model, e.g. {extra[0]}")
     return model
 
@@ -157,14 +160,15 @@ def corpus_of_run(run: Run, cache: Path | None) -> Corpus:
 
     if corpus := prepared(run.facts["corpus"], cache=cache):
         return corpus
+    advice = "give text=FILE" if run.family.causal else "its cache_dir= would have it"
     try:
         corpus = prepare(RunSpec.from_dict(run.spec).data, cache=cache)
     except ValueError as error:
-        raise ValueError(f"the text of {run.folder} is not here ({error}); give text=FILE") from error
+        raise ValueError(f"the text of {run.folder} is not here ({error}); {advice}") from error
     if corpus.fingerprint != run.corpus:
         raise ValueError(
             f"{run.folder} has corpus {run.corpus[:12]}, and its data settings give {corpus.fingerprint[:12]} here "
-            "(another Python, other packages or files): give text=FILE"
+            f"(another Python, other packages or files): {advice}"
         )
     return corpus
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from normfree import __version__
 from normfree.analysis.entropy import ceiling_words, recorded_quantities, shares_of_ceiling, trained_heads
-from normfree.analysis.groups import Part, all_runs, parts_of
+from normfree.analysis.groups import Part, all_runs, parts_of, tell_apart
 from normfree.files import write_atomically
 from normfree.report.figures import PageFigure
 from normfree.report.plots.style import COLOURS, to_file, to_svg
@@ -44,6 +44,7 @@ _HARDWARE = {"processor": "{}", **_HARDWARE, "memory_gib": "{:g} GiB", "device":
 _SOFTWARE = {name: name + " {}" for name in ("normfree", "python", "torch", "transformers", "datasets")}
 _SOFTWARE |= {"git_commit": "commit {:.12}"}
 _MODEL = "{type}: {layers} layers of {heads} heads, width {hidden_size}, {parameters:,} parameters"
+_STACKS = _MODEL.replace("{layers} layers", "{layers} + {layers} layers")
 _PARTS = "{type}: {parameters:,} parameters"  # a model of several stacks
 
 
@@ -77,8 +78,12 @@ def build_report(
     members = [run for part in parts for run in all_runs(part.groups)]
     for name, frame in number_frames(members).items():
         write(f"numbers/{name}.csv", frame.to_csv(index=False, na_rep="NaN", lineterminator="\n"))
-    rates = rate_table([group for part in parts for group in part.groups])
-    every_table = [rates] if rates.rows else []
+    groups = [group for part in parts for group in part.groups]
+    scores = dict.fromkeys(group.score for group in groups)
+    rates = [rate_table([group for group in groups if group.score == score]) for score in scores]
+    rates = [replace(table, name=f"rates-{place}" if place > 1 else "rates") for place, table in enumerate(rates, 1)]
+    rates = [table for table in rates if table.rows]
+    every_table = list(rates)
     shown: list[list[dict[str, Any]]] = [[] for _ in parts]
     steps = [(place, section) for place, part in enumerate(parts) for section in sections_of(part.groups)]
     for place, section in tqdm(steps, desc="report", disable=None if progress else True, leave=False):
@@ -104,7 +109,7 @@ def build_report(
 def number_frames(runs: Sequence[Run]) -> dict[str, pd.DataFrame]:
     """Frames `runs`, `layers` and `heads`, with a row for each of them."""
     of_runs = run_frame(runs).drop(columns="folder")  # a path of this machine
-    of_runs.insert(0, "run", [run.place for run in runs])
+    of_runs.insert(0, "run", tell_apart([run.place for run in runs], runs))
     scalars = {name for run in runs for name, quantity in run.quantities.items() if not quantity.axes}
     for name in sorted(scalars - set(of_runs.columns)):
         if any(run.last("final", name) is not None for run in runs):
@@ -115,11 +120,12 @@ def number_frames(runs: Sequence[Run]) -> dict[str, pd.DataFrame]:
 def quantity_frame(runs: Sequence[Run], *axes: str) -> pd.DataFrame:
     """Every quantity with these axes, one per column, of runs that were measured at their end.
 
-    One row per layer (axes `layer`) or head (`layer`, `head`). `run` is study/name; layers have the model's
-    own numbers, heads count from 0. NaN is a value that is not finite; a missing value was not recorded.
+    One row per layer (axes `layer`) or head (`layer`, `head`). `run` is study/name, with the end of the folder's path
+    where several are called so; layers have the model's own numbers, heads count from 0. NaN is a value that is not
+    finite; a missing value was not recorded.
     """
     rows: dict[Any, dict[str, float]] = {}
-    for run in runs:
+    for run, label in zip(runs, tell_apart([run.place for run in runs], runs), strict=True):
         finals = {name: run.last("final", name) for name, quantity in run.quantities.items() if quantity.axes == axes}
         columns = {name: np.array(value) for name, value in finals.items() if run.status == "finished" and value}
         if axes == ("layer", "head") and (heads := trained_heads(run)) is not None:
@@ -127,7 +133,7 @@ def quantity_frame(runs: Sequence[Run], *axes: str) -> pd.DataFrame:
         for name, values in columns.items():
             numbers = run.layer_numbers("entropy_nats" if name == "share_of_ceiling" else name, len(values))
             for index, value in np.ndenumerate(values):
-                place = (run.place, run.label, run.seed, numbers[index[0]], *index[1:])
+                place = (label, run.label, run.seed, numbers[index[0]], *index[1:])
                 rows.setdefault((values.shape, place), {})[name] = float(value)  # a shared slope has its own row
     keys = ["run", "label", "seed", *axes]
     records = [
@@ -148,7 +154,7 @@ def _earlier_files(output: Path) -> set[str]:
     return set()
 
 
-def render_page(parts: Sequence[Part], sections: Sequence[Sequence[dict[str, Any]]], rates: Table) -> str:
+def render_page(parts: Sequence[Part], sections: Sequence[Sequence[dict[str, Any]]], rates: Sequence[Table]) -> str:
     """The text of index.html: for each part its question, answer and sections (their `section_values`); facts."""
     runs = [run for part in parts for run in all_runs(part.groups)]
     names = _distinct(runs, lambda run: run.spec["study"] if run.kind == "run" else run.label)
@@ -170,7 +176,7 @@ def render_page(parts: Sequence[Part], sections: Sequence[Sequence[dict[str, Any
             }
             for place, (part, of_part) in enumerate(zip(parts, sections, strict=True))
         ],
-        rates=Markup(to_html(rates)) if rates.rows else "",
+        rates=[Markup(to_html(table)) for table in rates],
         trained=any(run.kind == "run" for run in runs),
         facts=_facts(parts),
         script=Markup(script),
@@ -215,15 +221,19 @@ def _facts(parts: Sequence[Part]) -> dict[str, list[str]]:
         + [f"{key.split('.')[-1].replace('_', ' ')}s differ by variant" for key in across],
         "Model": _distinct(
             [run for run in runs if run.facts.get("model")],
-            lambda run: (_MODEL if run.facts["model"]["layers"] else _PARTS).format(
-                **{"type": "normfree"} | run.facts["model"]
-            ),
+            lambda run: _model_words(run).format(**{"type": "normfree"} | run.facts["model"]),
         ),
         "Corpus": _distinct(trained, lambda run: run.family.corpus.format(**run.facts["corpus"])),
         "Hardware": _distinct(runs, lambda run: _environment(run, _HARDWARE)),
         "Software": _distinct(runs, lambda run: _environment(run, _SOFTWARE)),
     }
     return {name: values for name, values in facts.items() if any(values)}
+
+
+def _model_words(run: Run) -> str:
+    if run.spec["model"].get("family") == "encoder_decoder":
+        return _STACKS
+    return _MODEL if run.facts["model"]["layers"] else _PARTS
 
 
 def _measurement(run: Run) -> str:

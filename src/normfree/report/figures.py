@@ -120,9 +120,12 @@ def heatmaps(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
         if mark and all((share_LH >= mark[0]).all() for share_LH in shares):
             values, limit, mark, colours = [100 * (1 - share_LH) for share_LH in shares], None, None, REVERSED_COLOURS
             scale, label = "in percent below the ceiling; all are near it", f"{quantity.title} (% below the ceiling)"
-        elif len({run.spec["data"]["context"] for _, run, *_ in measured}) > 1 and isinstance(quantity.ceiling, str):
+        elif isinstance(quantity.ceiling, str) and (
+            len({run.spec["data"]["context"] for _, run, *_ in measured}) > 1
+            or limit > 1.01 * min(float(np.nanmin(top)) for top in bounded)
+        ):
             values, limit = shares, 1.0
-            scale, label = "as shares of each model's ceiling", f"{quantity.title} (share of the ceiling)"
+            scale, label = "as shares of each layer's ceiling", f"{quantity.title} (share of the ceiling)"
     unfinished = ", ".join(
         f"{group.name} (step {values_over_training(run, quantity.name)[-1][0]})"
         for group, run, *_ in measured

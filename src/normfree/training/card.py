@@ -12,17 +12,17 @@ _SOURCES |= {"fashion_mnist": "Fashion-MNIST", "images": "images of the user"}
 WORDS = {
     "decoder": {
         **{"kind": "decoder", "reads": "text", "auto": "AutoTokenizer", "beside": "tokenizer"},
-        **{"task": "CausalLM", "hub_task": "text-generation"},
+        **{"task": "CausalLM", "pipeline": "text-generation"},
         "data": "{origin}, tokenized into {vocab_size:,} pieces",
     },
     "vision": {
         **{"kind": "vision transformer", "reads": "images", "auto": "AutoImageProcessor", "beside": "processor"},
-        **{"task": "ImageClassification", "hub_task": "image-classification"},
+        **{"task": "ImageClassification", "pipeline": "image-classification"},
         "data": "{origin}: {image_size} x {image_size} pixels, {num_channels} channel(s), {vocab_size:,} classes",
     },
     "encoder_decoder": {
         **{"kind": "encoder-decoder", "reads": "text", "auto": "AutoTokenizer", "beside": "tokenizer"},
-        **{"task": "Seq2SeqLM", "hub_task": "text2text-generation"},
+        **{"task": "Seq2SeqLM", "pipeline": "text2text-generation"},
         "data": "{origin}, tokenized into {vocab_size:,} pieces; targets are {spans} masked spans of each block",
     },
 }
@@ -35,22 +35,26 @@ def model_card(run: Run, final: dict[str, Any]) -> str:
     words, corpus = WORDS[run.spec["model"].get("family", "decoder")], run.facts["corpus"]
     if run.spec["data"].get("packing") == "docstring":
         words = words | {"data": _DOCSTRINGS}
-    own = words["task"], words["hub_task"]
+    own = words["task"], words["pipeline"]
     task, pipeline = CLASSIFICATIONS.get(run.spec["train"].get("objective", ""), own)
     source = run.spec["data"].get("dataset") or corpus["source"]
     origin = _SOURCES.get(source, f"`{source}` of the Hugging Face hub")
     start = run.spec.get("start_name", "random")
-    metrics = {name: final[name] for name in ("perplexity", run.headline.beside[0])}
-    results = {"Perplexity": final["perplexity"], "Perplexity of token frequencies alone": corpus["unigram_perplexity"]}
-    results[run.headline.beside[1]] = final[run.headline.beside[0]]
-    if "majority_accuracy" in corpus:
-        metrics = {"accuracy": final["accuracy"], "loss": final["loss_nats"]}
-        results = {"Accuracy": final["accuracy"], "Accuracy of the most frequent class": corpus["majority_accuracy"]}
+    if run.headline.name == "accuracy":
+        majority = {**corpus, **final}["majority_accuracy"]
+        metrics = {"accuracy": final["accuracy"]}
+        results = {"Accuracy": final["accuracy"], "Accuracy of the most frequent class": majority}
+    else:
+        beside, title = run.headline.beside
+        metrics = {name: final[name] for name in ("perplexity", beside)}
+        results = {"Perplexity": final["perplexity"], title: final[beside]}
+        results["Perplexity of token frequencies alone"] = corpus["unigram_perplexity"]
     return (Path(__file__).with_name("card.md").read_text(encoding="utf-8")).format(
         run=run,
         weights="random weights" if start == "random" else f"the weights of {start}",
         model={"norm": "layernorm", "final_norm": "layernorm", "activation": "gelu"}
         | run.spec["model"]
+        | (run.facts.get("folded") or {}).get("model", {})
         | run.facts["model"],
         source=source,
         tokens=run.facts["steps"] * run.spec["train"]["batch_sequences"] * run.spec["data"]["context"],

@@ -213,9 +213,9 @@ def _finish(record: Record, model: NormFreePreTrainedModel, trainer: NormFreeTra
             for who, name in (("model", "accuracy"), ("majority", "majority_accuracy"), ("unigram", "token_accuracy")):
                 final[name] = sum(right["values"][who]) / sum(right["sizes"])
             saved = corpus.saved(whole_model)
+        record.update(**folded)
         card = model_card(read_run(record.folder), final)
         _save_model(saved, corpus, card, record.folder / "model")
-        record.update(**folded)
     record.update(status="finished", final=final, **record.progress_at(record.steps))
     scores = {name: final[name] for name in ("perplexity", "accuracy") if name in final}
     try:

@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from normfree.analysis.entropy import layer_means, probed_heads, top_quarter_share, values_over_training
 from normfree.analysis.groups import Group
 from normfree.report.plots.style import INK, MUTED, RED, Styles, empty, wrapped
+from normfree.spec.families import CLASSIFICATIONS
 from normfree.store.runs import Run
 
 # Lightness rises with depth from 39 to 68, the range that is visible on both white and the page's dark background.
@@ -114,7 +115,9 @@ def loss_curves(groups: Sequence[Group], *, ax: Axes, split: str, styles: Styles
         return steps, loss_N
 
     of_tokens = all(group.members[0].family.causal for group in groups)
-    seed_curves(groups, smoothed, ax=ax, label=f"loss (nats{' per token' * of_tokens})", styles=styles)
+    tasks = {group.members[0].spec["train"].get("objective") for group in groups} & CLASSIFICATIONS.keys()
+    what = " of classes" if tasks and split == "train" else " per token" * of_tokens
+    seed_curves(groups, smoothed, ax=ax, label=f"loss (nats{what})", styles=styles)
     if not ax.lines:
         return empty(ax, f"no {split} loss recorded")
     late = [np.array([])]

@@ -89,8 +89,9 @@ def claim_table(groups: Sequence[Group]) -> Table:
         "number of seeds was fixed in advance, and for its own claim: one in twenty misses a true 0.",
         f"Share of heads: those at or above 3/4 of the {ceiling}; the difference is in percentage points.",
     ]
-    if not score.relative:
-        notes.append("The paper's claims are about perplexities of decoders; here they are put to accuracies.")
+    if not all(group.members[0].family.causal for group in groups) or not score.relative:
+        others = f"{score.name} of targets" if score.relative else "accuracies"
+        notes.append(f"The paper's claims are about perplexities of decoders; here they are put to {others}.")
     return Table("claims", "The paper's claims at this scale", titles, rows, notes, words=titles[:4])
 
 
@@ -225,6 +226,8 @@ def gap_table(groups: Sequence[Group]) -> Table:
     """Paired difference of the validation score at shares of the training."""
     pairs, score = main_pairs(groups), score_of(groups)
     rows = [(pair.name, *(_gap(pair, share) for share in SHARES_OF_TRAINING), str(len(pair.seeds))) for pair in pairs]
+    if not any(run.series("validation", score.name) for run in all_runs(groups)):  # of classifiers of text
+        rows = []
     notes = [
         "Validation during training, on part of the held-out data if train.evaluation_sequences is set. In brackets: "
         f"95 % Student-t interval over paired seeds, in {'percent' if score.relative else 'points'}.",
