@@ -129,7 +129,7 @@ MEASURED = str(Path(__file__).parents[2] / "results" / "smollm2" / "t8192")
         ),
         (["estimate", "gpu=l40"], "gpu=l40; did you mean l40s?"),
         (["estimate", "preset=gpt2-t128", "gpus=8"], "must be a multiple of 1024, which is gpus=8 times"),
-        (["estimate", "preset=cpu", "tokens=2e9"], "tokens= is of runs that count epochs"),
+        (["estimate", "preset=cpu", "tokens=2e9"], "tokens= is for runs that count epochs"),
         (["measure", MEASURED, "target=README.md"], "target= needs its source: give text=FILE too"),
         (["estimate", "gpus=0"], "gpus=0: it should be greater than 0"),
         (["estimate", "utilisation=2"], "utilisation=2: it should be less than or equal to 1"),

@@ -45,6 +45,14 @@ def test_bytes_add_up_with_added_words() -> None:
     assert {token: size for token, size in document_SC.tolist() if token >= 320} == {326: 8, 327: 9}
 
 
+def test_a_blank_that_the_tokenizer_adds_is_no_byte() -> None:
+    tokenizer = train_tokenizer(TEXTS, 320)
+    blank = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(), blank])
+    [document_SC] = Encoder(tokenizer).encode_with_bytes(["import json"])
+    assert document_SC[:, 1].sum() == 11
+
+
 def test_the_vocabulary_reaches_to_the_highest_id() -> None:
     inner = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 7}, unk_token="[UNK]"))
     assert vocabulary_size(PreTrainedTokenizerFast(tokenizer_object=inner)) == 8

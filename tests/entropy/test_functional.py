@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from normfree.entropy import AttentionEntropy, attention_entropy, functional
+from normfree.entropy import AttentionEntropy, attention_entropy, functional, fused
 from normfree.entropy.layers import HeadLayer
 from normfree.entropy.statistics import HeadSums, sums_of
 from tests.entropy.truths import causal, check, random_heads, truth
@@ -230,6 +230,26 @@ def test_gradients_are_those_of_the_definition(options, visible, key_heads, widt
     torch.where(result.counted, result.nats * weights, 0.0).sum().backward()
     for mine, theirs in zip(ours, exact, strict=True):
         assert (mine.grad.double() - theirs.grad).abs().max() < tolerance * theirs.grad.abs().max()
+
+
+@pytest.mark.parametrize("rows", [1, 33, 257])
+@pytest.mark.parametrize("width", [20, 33])
+@pytest.mark.parametrize("kind", ["full", "causal", "mask"])
+def test_the_private_kernel_answers_with_its_log_sum_exp(rows, width, kind, device):
+    """The private operator of torch: its place, its arguments, the shapes of its answers."""
+    q, k = heads(queries=rows, width=width)
+    assert fused.has_kernel(q.to(device))
+    visible = causal(rows, rows) if kind == "causal" else torch.ones(rows, rows, dtype=torch.bool)
+    additive = None
+    if kind == "mask":
+        visible = (torch.rand(rows, rows, generator=torch.Generator().manual_seed(2)) < 0.5).fill_diagonal_(True)
+        additive = torch.zeros(1, 1, rows, rows).masked_fill_(~visible, -torch.inf).to(device)
+    options = {"scale": 0.2, "causal": kind == "causal", "additive_mask": additive}
+    output, lse = fused.kernel(q.to(device), k.to(device), **options)
+    k = k.double().repeat_interleave(2, dim=1)
+    scores = (0.2 * q.double() @ k.mT).masked_fill(~visible, -torch.inf)
+    check(lse, scores.logsumexp(-1))
+    check(output, scores.softmax(-1) @ k)
 
 
 LAYOUTS = {

@@ -184,6 +184,14 @@ def test_a_reparametrised_model_starts_as_the_plain_one(linear, ids):
     torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("fields", "changes"),
+    [({}, False), ({"linear": "weight_norm"}, False), ({"linear": "spectral_norm"}, True), (TAPER, True)],
+)
+def test_training_advances_only_models_with_state(fields, changes):
+    assert small_model(**fields).has_state == changes
+
+
 def test_power_iterations_find_the_largest_singular_value():
     projection = small_model(linear="spectral_norm").double().model.layers[0].feed_forward.input
     spectral = projection.maps["ffn"]

@@ -59,7 +59,7 @@ SKIPS = "allowed: stop, or skip:N"
         ("data.column=text", "data.column is not read with data=installed"),
         (
             "variant=sm-dyt-g train.sigma_weight=1",
-            "=1.0 is read with a final norm that divides by a",
+            "=1.0 is read with model.final_norm=layernorm, lns or fake only",
         ),
         ("preset=fashion-vit data.context=49", "data.context=49, but an image of this model has 50 tokens"),
         ("preset=fashion-vit train.objective=token_type", "=token_type is for model.family=decoder, not vision"),

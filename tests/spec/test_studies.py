@@ -70,6 +70,8 @@ def test_variants_of_a_study_may_have_rates_of_their_own(tmp_path: Path) -> None
     assert len({spec.recipe() for spec in (*specs, *undeclared)}) == 5
     with pytest.raises(ValueError, match="add mix: true"):
         jobs(compare_across=[])
+    with pytest.raises(ValueError, match="add mix: true"):  # another tokenizer gives another corpus
+        jobs(groups=[*groups[1:], {**groups[0], "set": groups[0]["set"] | {"data.tokenizer": "gpt2"}}])
     with pytest.raises(ValueError, match=r"compare_across=train\.lr is no setting of a run; did you mean train"):
         jobs(compare_across=["train.lr"])
     more = {"variants": ["sm-g"], "seeds": [9], "set": {"train.peak_learning_rate": 3e-3}}

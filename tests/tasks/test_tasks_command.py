@@ -149,12 +149,12 @@ def test_mistakes_are_one_line(copied: Path, cache: Path, text: Path, tmp_path: 
     mistakes = {
         "tasks=[keywords]": "tasks: 'keywords' is no task; did you mean keyword?",
         "tasks=humaneval": "task humaneval: its problems are not on this machine; pip install 'normfree[tasks]'",
-        "export=out": "export= is for tasks: give tasks= too",
+        "export=out": "export= is read with tasks= only: give it too",
     }
     for word, message in mistakes.items():
         status, _, err = run(*words, word)
         assert (status, err) == (1, f"normfree: {message}\n")
-    assert "heads= is not for tasks: leave it or tasks= out" in run(*words, "tasks=name", "heads=[[0,1]]")[2]
+    assert "heads= is not read with tasks=: leave one of them out" in run(*words, "tasks=name", "heads=[[0,1]]")[2]
     assert "tasks need at least 4" in run(*words, "tasks=name", "context=3", "items=4")[2]
     encoder = saved_model(tmp_path / "encoder", "bert", is_decoder=False)
     status, _, err = run("evaluate", str(encoder), f"text={text}", "tasks=name", "items=4")

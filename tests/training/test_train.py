@@ -218,3 +218,12 @@ def test_a_run_out_of_memory_names_the_keys_to_resume(tmp_path, cache, tiny, mon
     advised = ["train.gradient_checkpointing=true", "train.micro_batch_sequences=4"]
     assert run(*words, *advised)[0] == 0
     assert read_run(tmp_path / "single" / "sm-r-seed0").facts["sessions"][-1]["from_step"] == 2
+
+
+def test_a_diverged_run_is_a_result(train_tiny) -> None:
+    words = "variant=sm", "train.peak_learning_rate=1e30", "train.warmup_share=0.0"
+    run = train_tiny(*words)
+    assert (run.status, run.facts["divergence"]["step"], run.facts["steps_done"]) == ("diverged", 2, 1)
+    assert run.facts["divergence"]["kind"] in ("weight", "activation", "loss", "gradient")
+    assert math.isnan(run.perplexity)
+    assert train_tiny(*words).facts == run.facts

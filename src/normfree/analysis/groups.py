@@ -255,7 +255,7 @@ def tell_apart(names: Sequence[str], runs: Sequence[Run]) -> list[str]:
     for name in {name for name in names if names.count(name) > 1}:
         paths = {n: runs[n].folder.absolute().parts for n, other in enumerate(names) if other == name}
         ends = (["/".join(path[-length:]) for path in paths.values()] for length in range(1, 99))
-        shortest = next(each for each in ends if len({*each}) == len(paths))
+        shortest = next(each for each in ends if len({*each}) == len({*paths.values()}))
         for number, end in zip(paths, shortest, strict=True):
             distinct[number] = f"{name} ({end})"
     return distinct

@@ -136,12 +136,12 @@ def estimate(words: Sequence[str]) -> None:
         raise ValueError(f"gpu={options.gpu}; {nearest(options.gpu, list(GPUS))}")
     spec = compose_unchecked(values)
     if options.tokens and spec.train.steps:
-        raise ValueError("tokens= is of runs that count epochs, and this one has train.steps: leave one of them out")
+        raise ValueError(f"tokens= is for runs that count epochs, and this one has train.steps={spec.train.steps}")
     batch, micro = spec.train.batch_sequences, spec.train.micro_batch_sequences
     if batch % (together := micro * options.gpus):
         raise ValueError(
             f"train.batch_sequences={batch} must be a multiple of {together}, which is gpus={options.gpus} times "
-            f"train.micro_batch_sequences={micro}"
+            f"train.micro_batch_sequences={micro}: give a smaller one, or fewer gpus"
         )
     if spec.train.sharding != "none" and options.gpus == 1:
         raise ValueError(f"train.sharding={spec.train.sharding} with gpus=1: give gpus=2 or more, or leave it out")

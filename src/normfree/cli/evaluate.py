@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import field_validator
 
-from normfree.cli.options import ModelOptions, read_text, uses_own_text
+from normfree.cli.options import ModelOptions, measured_place, read_text, uses_own_text
 from normfree.store.runs import RUN_FILE, Run, read_run
 
 if TYPE_CHECKING:
@@ -48,8 +48,10 @@ class EvaluateOptions(ModelOptions):
             pairs = [(layer, head) for layer, head in json.loads(word)]
         except (TypeError, ValueError):
             pairs = []
-        if not pairs or not all(isinstance(layer, (int, str)) and isinstance(head, int) for layer, head in pairs):
-            raise ValueError(f"heads={word!r}; give one or more pairs, e.g. heads=[[0,3],[1,2]]")
+        if not pairs or not all(type(layer) in (int, str) and type(head) is int for layer, head in pairs):
+            raise ValueError(
+                f'heads={word!r}; give one or more pairs, e.g. heads=[[0,3],[1,2]] or heads=[["cross 0",3]]'
+            )
         return pairs
 
 
@@ -57,8 +59,10 @@ def evaluate(name: str, options: EvaluateOptions) -> None:
     """Print token-weighted perplexity and bits per byte, of changed heads too, or with tasks= what the model can do."""
     unread = _OF_TEXT if options.tasks else _OF_TASKS
     if unused := sorted(unread & options.model_fields_set):
-        needed = "is not for tasks: leave it or tasks= out" if options.tasks else "is for tasks: give tasks= too"
-        raise ValueError(f"{unused[0]}= {needed}")
+        needed = (
+            "not read with tasks=: leave one of them out" if options.tasks else "read with tasks= only: give it too"
+        )
+        raise ValueError(f"{unused[0]}= is {needed}")
     if options.tasks:
         _evaluate_tasks(name, options)
         return
@@ -125,7 +129,10 @@ def _load(name: str, options: EvaluateOptions, *, causal: bool = False) -> tuple
 
     prepare_process()
     if not causal and uses_own_text(name, options):  # a run of any family
-        return load_measurable(name, **options.loading)[:2]
+        model, tokenizer, _ = load_measurable(name, **options.loading)
+        if model.main_input_name != "pixel_values" and model.get_output_embeddings() is None:
+            raise ValueError(f"{name} has no language-model head: `normfree measure` measures its heads")
+        return model, tokenizer
     return load_pretrained(name, **options.loading)
 
 
@@ -205,15 +212,21 @@ def _evaluate_tasks(name: str, options: EvaluateOptions) -> None:
     with products_for(options.dtype, model.device):
         records = evaluate_items(model, tokenizer, items, controls, **cut, bos=options.bos)
     records = {task: facts | record for task, record in records.items()}
-    label = run.place if run else Path(name).name if Path(name).exists() else name
+    label, folder = (run.place, run.folder) if run else measured_place(name)
     print(to_markdown(without_empty_columns(tasks_table({label: [records]}))))
-    folder = run.folder if run else Path("measured") / label.replace("/", "--")
     if not (folder / RUN_FILE).is_file():
         print(f"not recorded, as {folder} has no {RUN_FILE}: `normfree measure {name}` makes it")
-    elif not run and Path(read_run(folder).facts["measurement"]["name"]).resolve() != Path(name).resolve():
+    elif not run and not _is_of(folder, name):
         print(f"not recorded, as {folder} is of another model: move it away, and `normfree measure {name}` makes it")
     else:
         print(f"recorded in {write_tasks(folder, records)}; `normfree report` shows it")
+
+
+def _is_of(folder: Path, name: str) -> bool:
+    """True if a folder holds a measurement of this model."""
+    with suppress(ValueError, KeyError):
+        return Path(read_run(folder).facts["measurement"]["name"]).resolve() == Path(name).resolve()
+    return False
 
 
 def _documents(text: Path | None) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from normfree.cli.options import ModelOptions, check_writable, read_text, uses_own_text
+from normfree.cli.options import ModelOptions, check_writable, measured_place, read_text, uses_own_text
 from normfree.files import sha256_bytes
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ def measure(name: str, options: MeasureOptions) -> None:
     measures = list(periods_of([word.strip() for word in options.measures.strip("[]").split(",")], 1))
     if options.sequences < 1 or options.batch < 1:
         raise ValueError(f"sequences={options.sequences} and batch={options.batch} must be at least 1")
-    label = Path(name).resolve().name if Path(name).exists() else name
-    output = options.output or Path("measured") / label.replace("/", "--")
+    label, output = measured_place(name)
+    output = options.output or output
     check_writable(output)  # before the work, not after it
     prepare_process()
     loaded = load_measurable(name, **options.loading, attention="eager" if options.method == "eager" else None)

@@ -51,6 +51,12 @@ def uses_own_text(name: str, options: ModelOptions) -> bool:
     return own
 
 
+def measured_place(name: str) -> tuple[str, Path]:
+    """The label of a model that is no run, and the folder of its measurement."""
+    label = Path(name).resolve().name if Path(name).exists() else name
+    return label, Path("measured") / label.replace("/", "--")
+
+
 def read_text(path: Path | None, key: str = "text") -> str:
     """The content of text=, or held-out Python code of this machine. Raises ValueError for what cannot be read.
 

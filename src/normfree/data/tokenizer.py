@@ -103,7 +103,7 @@ def _bytes_of_pieces(tokenizer: Tokenizer) -> np.ndarray | None:
     if (
         not isinstance(tokenizer.decoder, decoders.ByteLevel)
         or tokenizer.normalizer is not None
-        or getattr(tokenizer.pre_tokenizer, "add_prefix_space", False)
+        or '"add_prefix_space": true' in json.dumps(json.loads(tokenizer.to_str())["pre_tokenizer"])
         or not all(token.special for token in added.values())
         or not set(pre_tokenizers.ByteLevel.alphabet()).issuperset("".join(pieces))
     ):

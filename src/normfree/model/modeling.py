@@ -22,7 +22,7 @@ from .attention import Attention
 from .blocks import BLOCKS, Block, NormSums
 from .configuration import NormFreeConfig
 from .embeddings import EMBEDDINGS, PatchEmbedding
-from .linears import Projection, ResidualProjection, SpectralNorm
+from .linears import Projection, ResidualProjection
 from .loss import next_token_loss
 from .norms import NORMS, NormSite
 from .positions import POSITIONS
@@ -94,7 +94,9 @@ class NormFreePreTrainedModel(PreTrainedModel):
     @property
     def has_state(self) -> bool:
         """True if `advance` changes anything."""
-        return any(hasattr(each, "sums") or isinstance(each, SpectralNorm) for each in self.modules())
+        projections = [each for each in self.modules() if isinstance(each, Projection)]
+        maps = [map_ for each in projections if each.maps is not None for map_ in each.maps.values()]
+        return any(hasattr(each, "sums") for each in self.modules()) or any(hasattr(map_, "advance") for map_ in maps)
 
     def advance(self, step: int, norm_sums: Tensor | None = None) -> None:
         """Move state that changes while training to its state after optimiser step `step`.

@@ -160,7 +160,7 @@ def corpus_of_run(run: Run, cache: Path | None) -> Corpus:
 
     if corpus := prepared(run.facts["corpus"], cache=cache):
         return corpus
-    advice = "give text=FILE" if run.family.causal else "its cache_dir= would have it"
+    advice = "give text=FILE" if run.family.causal else "give the cache_dir= that it was trained with"
     try:
         corpus = prepare(RunSpec.from_dict(run.spec).data, cache=cache)
     except ValueError as error:

@@ -81,8 +81,8 @@ def build_report(
     groups = [group for part in parts for group in part.groups]
     scores = dict.fromkeys(group.score for group in groups)
     rates = [rate_table([group for group in groups if group.score == score]) for score in scores]
-    rates = [replace(table, name=f"rates-{place}" if place > 1 else "rates") for place, table in enumerate(rates, 1)]
     rates = [table for table in rates if table.rows]
+    rates = [replace(table, name=f"rates-{place}" if place > 1 else "rates") for place, table in enumerate(rates, 1)]
     every_table = list(rates)
     shown: list[list[dict[str, Any]]] = [[] for _ in parts]
     steps = [(place, section) for place, part in enumerate(parts) for section in sections_of(part.groups)]

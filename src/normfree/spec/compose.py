@@ -151,7 +151,7 @@ def _set_image_tokens(merged: dict[str, Any]) -> None:
         if "context" not in merged["data"] or merged["data"].get("source") not in FAMILIES["vision"].sources:
             merged["data"]["context"] = tokens  # RunSpec refuses a source of text
         elif (context := merged["data"]["context"]) != tokens:
-            raise ValueError(f"data.context={context}, but an image of this model has {tokens} tokens: give these")
+            raise ValueError(f"data.context={context}, but an image of this model has {tokens} tokens: leave it out")
 
 
 def check_folders_differ(jobs: Iterable[Job], *, advice: str) -> None:

@@ -127,7 +127,7 @@ class DataSpec:
         for name, sources in _SOURCES_THAT_READ.items():
             if getattr(self, name) != getattr(type(self), name) and self.source not in sources:
                 allowed = " or ".join(f"data={source}" for source in sources)
-                raise ValueError(f"data.{name} is not read with data={self.source}: give {allowed}")
+                raise ValueError(f"data.{name} is not read with data={self.source}: leave it out, or give {allowed}")
         if self.packing == "docstring" and self.context < 8:
             raise ValueError(f"data.packing=docstring needs data.context of 8 or more, got {self.context}")
         if self.tokenizer is None and self.vocab_size < 257:

@@ -142,7 +142,7 @@ def check_fields_are_read(spec: RunSpec) -> None:
         **dict.fromkeys(("decay_slopes", "slope_learning_rate_factor"), learned),
         "sigma_weight": (
             own_norm or config.final_norm in ("layernorm", "lns", "fake"),
-            "a final norm that divides by a standard deviation",
+            "model.final_norm=layernorm, lns or fake",
         ),
     }
     defaults = NormFreeConfig()

@@ -152,7 +152,8 @@ def training_arguments(spec: RunSpec, *, steps: int, output: Path) -> TrainingAr
 def is_done(folder: Path, spec: RunSpec, corpus: Corpus | None = None) -> bool:
     """True if the folder holds this run and it is over.
 
-    A run with a damaged run.json is not done, nor is one whose text has another path until `corpus` is given.
+    A run with a damaged run.json is not done, nor is one whose text or tokenizer has another path until
+    `corpus` is given.
     Raises ValueError if the folder holds another run.
     """
     if not (folder / RUN_FILE).exists():
@@ -179,8 +180,8 @@ def is_done(folder: Path, spec: RunSpec, corpus: Corpus | None = None) -> bool:
             return False
         if run.corpus != corpus.fingerprint:
             raise ValueError(
-                f"{folder} holds a run on another text (corpus {run.corpus[:12]}, not {corpus.fingerprint[:12]}); "
-                "give tag=NAME or another runs_dir to keep both, or move that folder away"
+                f"{folder} holds a run on another text or tokenizer (corpus {run.corpus[:12]}, not "
+                f"{corpus.fingerprint[:12]}); give tag=NAME or another runs_dir to keep both, or move that folder away"
             )
     return run.status in OVER
 

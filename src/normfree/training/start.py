@@ -57,8 +57,11 @@ def _load_start(model: NormFreePreTrainedModel, spec: RunSpec, corpus: Corpus) -
         )
     auto = getattr(transformers, HEADS[model.config.family].__name__.replace("NormFreeFor", "AutoModelFor"))
     theirs = auto.from_pretrained(start.folder, dtype=torch.float32)
-    if reads_text and theirs.config.vocab_size < model.config.vocab_size:  # more sentinels for a longer block
-        raise ValueError(f"data.context={spec.data.context} masks more spans than start={spec.start} has sentinels for")
+    needed = model.config.vocab_size
+    if reads_text and (known := theirs.config.vocab_size) < needed:  # a longer block has more sentinels
+        raise ValueError(
+            f"start={spec.start} has {known} tokens, and data.context={spec.data.context} needs {needed}: shorten it"
+        )
     weights = (theirs if isinstance(theirs, NormFreePreTrainedModel) else convert(theirs)).state_dict()
     if not reads_text and theirs.config.id2label != model.config.id2label:  # other classes have a new head
         weights = {name: weight for name, weight in weights.items() if not name.startswith("classifier.")}

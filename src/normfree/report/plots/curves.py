@@ -116,8 +116,8 @@ def loss_curves(groups: Sequence[Group], *, ax: Axes, split: str, styles: Styles
 
     of_tokens = all(group.members[0].family.causal for group in groups)
     tasks = {group.members[0].spec["train"].get("objective") for group in groups} & CLASSIFICATIONS.keys()
-    what = " of classes" if tasks and split == "train" else " per token" * of_tokens
-    seed_curves(groups, smoothed, ax=ax, label=f"loss (nats{what})", styles=styles)
+    label = "loss of classes (nats)" if tasks and split == "train" else f"loss (nats{' per token' * of_tokens})"
+    seed_curves(groups, smoothed, ax=ax, label=label, styles=styles)
     if not ax.lines:
         return empty(ax, f"no {split} loss recorded")
     late = [np.array([])]

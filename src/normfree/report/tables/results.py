@@ -90,8 +90,8 @@ def claim_table(groups: Sequence[Group]) -> Table:
         f"Share of heads: those at or above 3/4 of the {ceiling}; the difference is in percentage points.",
     ]
     if not all(group.members[0].family.causal for group in groups) or not score.relative:
-        others = f"{score.name} of targets" if score.relative else "accuracies"
-        notes.append(f"The paper's claims are about perplexities of decoders; here they are put to {others}.")
+        others = "perplexities of targets" if score.relative else "accuracies"
+        notes.append(f"The paper's claims are about perplexities of decoders; here they are tested on {others}.")
     return Table("claims", "The paper's claims at this scale", titles, rows, notes, words=titles[:4])
 
 
