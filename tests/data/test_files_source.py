@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from normfree.data.sources import find_text_files, limited
+from normfree.data.sources import find_text_files, limited, read_texts
 from normfree.spec.run import DataSpec
 from tests.data.prepare import make, token_ids
 
@@ -148,9 +148,12 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path: Path, name: str) -> None:
 
 
 def test_a_bad_row_or_column_of_parquet_is_named(tmp_path: Path) -> None:
+    pd.DataFrame({"body": [["text"]] * 2}).to_parquet(tmp_path / "lists.parquet")
+    with pytest.raises(ValueError, match=r"lists.parquet row 1: column 'body' holds list"):
+        make(replace(spec_of(tmp_path / "lists.parquet"), column="body"), tmp_path)
     pd.DataFrame({"body": ["text"] * 1500 + [None]}).to_parquet(tmp_path / "rows.parquet")
-    with pytest.raises(ValueError, match=r"rows.parquet row 1501: column 'body' holds NoneType"):
-        make(replace(spec_of(tmp_path / "rows.parquet"), column="body"), tmp_path)
+    rows = read_texts(tmp_path / "rows.parquet", "body")
+    assert [*rows][-2:] == ["text", ""]
     with pytest.raises(ValueError, match=r"no column .content.; set data.column to one of: body"):
         make(spec_of(tmp_path / "rows.parquet"), tmp_path)
 

@@ -126,6 +126,7 @@ def test_a_data_set_of_texts_has_no_images(tmp_path: Path) -> None:
         (draw("0/glass.png", "RGBA"), "glass.png is an image of mode RGBA; allowed: 1, L, P, RGB"),
         (lambda folder: (folder / "0" / "0.png").write_text("no"), "0.png cannot be read as an image"),
         (lambda folder: [shutil.rmtree(folder / name) for name in "123"], "has only the class '0'"),
+        (lambda folder: shutil.copy(folder / "0" / "0.png", folder / "1" / "copy.png"), "are one image of two classes"),
         (shutil.rmtree, "holds no image; give one with a subfolder of images for each class"),
     ],
 )

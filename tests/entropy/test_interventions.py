@@ -240,7 +240,7 @@ def test_wrong_heads_layers_and_ways_are_named(heads, how, message):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (partial(tiny_model, "bloom"), "not all heads of bloom are routed"),
+        (partial(tiny_model, "bloom"), "BloomForCausalLM does not route its attention"),
         (partial(torch.nn.Linear, 2, 2), "Linear is no Hugging Face model"),
     ],
 )

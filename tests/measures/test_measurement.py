@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from normfree.measures.measurement import MeasureCallback, measure
+from tests.measures.byte_model import byte_tokenizer
 
 
 def test_measures_agree_with_the_models_own_attention_matrices(model):
@@ -78,3 +79,17 @@ def test_the_callback_measures_in_any_trainer(model, tmp_path):
     assert np.allclose(callback.history[0]["entropy_nats"], before, atol=1e-6)
     assert np.allclose(callback.history[4]["entropy_nats"], measure(model, ids_NT)["entropy_nats"], atol=1e-6)
     assert len(callback.to_frame()) == 3 * 3 * 2
+    early = MeasureCallback("heads", inputs=ids_NT.numpy(), every=100)
+    Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[early, Stop()]).train()
+    assert list(early.history) == [0, 1]
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        control.should_training_stop = True
+
+
+@pytest.mark.parametrize("inputs", ["", ["a", "b"], torch.zeros(0, 4, dtype=torch.long)], ids=["none", "list", "rows"])
+def test_inputs_that_are_no_tokens_are_refused(model, inputs):
+    with pytest.raises(ValueError, match=r"nothing to measure|give a text, token ids"):
+        measure(model, inputs, tokenizer=byte_tokenizer())

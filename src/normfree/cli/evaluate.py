@@ -205,6 +205,8 @@ def _evaluate_tasks(name: str, options: EvaluateOptions) -> None:
         for file, count in export_pairs(options.export, items, model, tokenizer, **cut).items():
             print(f"{count} pairs in {file}")
     run = read_run(name) if (Path(name) / RUN_FILE).is_file() else None
+    if run is None and options.cache_dir is not None:
+        raise ValueError("cache_dir= is read for a run only: leave it out")
     seed = run.seed if run else options.item_seed
     facts = {"item_seed": options.item_seed, "untrained_seed": seed, "precision": options.dtype}
     facts |= {"text": str(options.text or "held-out Python code of this machine")}

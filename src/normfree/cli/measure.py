@@ -45,6 +45,8 @@ def measure(name: str, options: MeasureOptions) -> None:
 
     own = uses_own_text(name, options)
     measures = list(periods_of([word.strip() for word in options.measures.strip("[]").split(",")], 1))
+    if ":" in options.measures:
+        raise ValueError(f"measures={options.measures}: periods such as heads:100 are for probe.measures of a training")
     if options.sequences < 1 or options.batch < 1:
         raise ValueError(f"sequences={options.sequences} and batch={options.batch} must be at least 1")
     label, output = measured_place(name)

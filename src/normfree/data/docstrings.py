@@ -21,7 +21,7 @@ def parse(text: str) -> ast.Module | Exception:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of strings such as "\d"
         try:
-            return ast.parse(text)
+            return ast.parse(text.removeprefix("\ufeff"))
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # null bytes; nested too deep
             return error
 

@@ -7,6 +7,7 @@ the number of the class, its high byte first.
 import gzip
 import zlib
 from collections import Counter
+from collections.abc import Collection
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -67,6 +68,12 @@ def _read_idx(path: Path, axes: int) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=start).reshape(lengths)
 
 
+def visible_images(folder: Path, endings: Collection[str]) -> list[Path]:
+    """The images in a folder and the folders in it, sorted by path, without hidden files and folders."""
+    paths = (path for path in folder.rglob("*") if path.suffix.lower() in endings)
+    return sorted(path for path in paths if not any(part[0] == "." for part in path.relative_to(folder).parts))
+
+
 class ImageFolders:
     """Folders with a subfolder of images for each class, whose name is the class.
 
@@ -101,15 +108,20 @@ class ImageFolders:
         """The class and file of each image, by the sha256 of the file."""
         from PIL.Image import registered_extensions
 
-        endings, labelled = registered_extensions(), {}
+        endings = registered_extensions()
+        labelled: dict[str, tuple[str, Path]] = {}
         for folder in (Path(place).expanduser() for place in places):
-            paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings)
+            paths = visible_images(folder, endings)
             if not paths:
                 raise ValueError(f"{key}: {folder} holds no image; give one with a subfolder of images for each class")
             if unlabelled := [path for path in paths if path.parent == folder]:
                 raise ValueError(f"{key}: {unlabelled[0]} has no class; put it into a subfolder of its class's name")
             self._found += len(paths)
-            labelled |= {sha256_file(path): (path.relative_to(folder).parts[0], path) for path in paths}
+            for path in paths:
+                name, sha256 = path.relative_to(folder).parts[0], sha256_file(path)
+                other, twin = labelled.setdefault(sha256, (name, path))
+                if other != name:
+                    raise ValueError(f"{key}: {twin} and {path} are one image of two classes: remove one of them")
         return labelled
 
     def read(self, split: Split, most: int | None, dropped: Counter[str]) -> tuple[np.ndarray, np.ndarray]:

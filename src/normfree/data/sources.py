@@ -211,7 +211,7 @@ def read_texts(path: Path, column: str) -> Iterator[str]:
 def _rows(path: Path, column: str) -> Iterator[Any]:
     """The rows of a .jsonl or .parquet file; None for a blank line."""
     if path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:
             yield from (json.loads(line) if line.strip() else None for line in lines)
     else:
         with pyarrow.parquet.ParquetFile(path) as file:
@@ -225,7 +225,9 @@ def text_of(row: Any, column: str, *, where: str) -> str:
     names = sorted(row) if isinstance(row, dict) else []
     if column not in names:
         raise ValueError(f"{where} has no column {column!r}; set data.column to one of: {', '.join(names)}")
-    if not isinstance(text := row[column], str):
+    if (text := row[column]) is None:  # counted as empty
+        return ""
+    if not isinstance(text, str):
         raise ValueError(f"{where}: column {column!r} holds {type(text).__name__}, not text; set data.column")
     try:
         text.encode()

@@ -44,7 +44,10 @@ def intervene(model: nn.Module, heads: Sequence[tuple[Layer, int]], how: How = "
         raise ValueError(f"how={how!r}; allowed: 'average', 'zero' or a finite number that scales the heads")
     if not hasattr(model, "config"):
         raise UnsupportedModel(f"{type(model).__name__} is no Hugging Face model; give the one that it wraps")
-    tap = AttentionTap(model, lambda layer, call: None)
+    try:
+        tap = AttentionTap(model, lambda layer, call: None)
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"{type(model).__name__} does not route its attention, so no head is changed") from error
     edits = [(module, _Edit(layer, chosen, how)) for module, layer, chosen in _chosen_modules(model, heads)]
     with tap:
         for module, edit in edits:

@@ -139,7 +139,11 @@ class MeasureCallback(TrainerCallback):
         self._measure(state.global_step, more["model"])
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **more: Any) -> None:
-        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+        if state.global_step % self.every == 0:
+            self._measure(state.global_step, more["model"])
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **more: Any) -> None:
+        if state.global_step not in self.history:  # stopped early
             self._measure(state.global_step, more["model"])
 
     def _measure(self, step: int, model: PreTrainedModel) -> None:
@@ -157,9 +161,19 @@ def _batches(model: PreTrainedModel, inputs: Inputs, batch: int, tokenizer: Any)
         raise ValueError(f"{type(model).__name__} reads {reads}, no text: give {{'{reads}': ...}}")
     if isinstance(inputs, str):
         inputs = cast(Tensor, _tokenizer(model, tokenizer)(inputs, return_tensors="pt")["input_ids"])
+    if isinstance(inputs, np.ndarray):
+        inputs = torch.from_numpy(inputs)
     if isinstance(inputs, Tensor):
+        if not inputs.numel():
+            raise ValueError("there is nothing to measure: the text has no tokens")
         return [{"input_ids": ids_BT} for ids_BT in torch.atleast_2d(inputs).split(batch)]
-    return [inputs] if isinstance(inputs, Mapping) else cast(Sequence[Batch], inputs)
+    if isinstance(inputs, Mapping):
+        return [inputs]
+    if isinstance(inputs, Sequence) and not all(isinstance(each, Mapping) for each in inputs):
+        raise ValueError(
+            "inputs: give a text, token ids (N, T) as a tensor or array, or dicts of the model's arguments"
+        )
+    return cast(Sequence[Batch], inputs)
 
 
 def _tokenizer(model: PreTrainedModel, tokenizer: Any) -> Any:

@@ -54,8 +54,9 @@ def read_images(folder: Path, processor: Any, count: int, channels: int = 3) -> 
     from PIL.Image import open as decode_image
     from PIL.Image import registered_extensions
 
-    endings = registered_extensions()
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings)[:count]
+    from normfree.data.images import visible_images
+
+    paths = visible_images(folder, registered_extensions())[:count]
     if not paths:
         raise ValueError(f"images={folder} holds no image; give a folder of files such as .png or .jpg")
     images = []

@@ -213,7 +213,8 @@ def profile(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
     for group, _, values, layers in _measured(groups, quantity):
         for heads, (places, numbers) in _by_group(layers).items():
             profiles[f"{group.name}{heads and f', {heads}'}"] = (numbers, entropy.layer_means(values)[places])
-    styles = variant_styles(list(profiles) if len(profiles) > len(groups) else [group.name for group in groups])
+    names = [group.name for group in groups]
+    styles = variant_styles(names if {*profiles} <= {*names} else list(profiles))
     figure = PageFigure(
         panels=[partial(depth_profile, profiles, label=quantity.label, styles=styles)],
         name=f"{quantity.name}-depth",

@@ -6,6 +6,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import field
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field
@@ -124,6 +125,9 @@ class DataSpec:
         if self.source in examples and not self.dataset:
             example = examples[self.source]
             raise ValueError(f"data={self.source} needs data.dataset, e.g. data.dataset={example}")
+        for name in ("tokenizer", "dataset", "validation_dataset"):
+            if (place := getattr(self, name) or "").startswith("~"):
+                object.__setattr__(self, name, str(Path(place).expanduser()))
         for name, sources in _SOURCES_THAT_READ.items():
             if getattr(self, name) != getattr(type(self), name) and self.source not in sources:
                 allowed = " or ".join(f"data={source}" for source in sources)

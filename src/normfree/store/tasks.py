@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ def read_tasks(folder: Path) -> dict[str, dict[str, Any]]:
         return decode(json.loads(gzip.decompress(path.read_bytes())))
     except FileNotFoundError:
         return {}
-    except (ValueError, EOFError, gzip.BadGzipFile):
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error):
         raise ValueError(f"{path} is not readable as JSON: remove it and evaluate again") from None
 
 
