@@ -85,7 +85,7 @@ def test_the_same_text_elsewhere_is_the_same_run(finished: Run, train_again, tmp
     before = record.stat().st_mtime_ns
     assert train_again(spec) == train_again(replace(spec, data=data)) == finished.folder
     (tmp_path / "text" / "0.py").write_text("another = 'text'\n" * 500)
-    with pytest.raises(ValueError, match=r"another text \(corpus .*give tag=NAME"):
+    with pytest.raises(ValueError, match=r"another text or tokenizer \(corpus .*give tag=NAME"):
         train_again(replace(spec, data=data))
     assert record.stat().st_mtime_ns == before
 
