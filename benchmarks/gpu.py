@@ -34,11 +34,9 @@ from torch import nn
 
 from benchmarks.contenders import CONTENDERS, HEADS, Job
 from benchmarks.records import read_options, refuse_unknown, write_record
+from normfree import measure
 from normfree.cost.estimate import peak_memory
 from normfree.data import prepare
-from normfree.measures import open_measures
-from normfree.measures.held_out import blocks_of, measure_batches
-from normfree.measures.measure import values_of
 from normfree.spec.compose import compose_run
 from normfree.store.runs import OVER, find_runs
 from normfree.training.precision import products_for
@@ -183,9 +181,7 @@ def probe_seconds(model: Any, size: Size, device: torch.device) -> float:
         wait_for(device)
         began = time.monotonic()
         with torch.autocast(device.type, torch.bfloat16):
-            measures = open_measures(["heads", "slopes"], model)
-            measure_batches(model, blocks_of(model, blocks_NT, min(64, size.batch), measures), measures)
-            values_of(measures, device)
+            measure(model, blocks_NT, ["heads", "slopes"], batch=min(64, size.batch))
     return time.monotonic() - began
 
 

@@ -331,15 +331,11 @@ def probe_seconds(model: Any, job: Any) -> float:
     """One measurement of every head over 64 sequences, as the training callback makes it."""
     import torch
 
-    from normfree.measures import open_measures
-    from normfree.measures.held_out import blocks_of, measure_batches
-    from normfree.measures.measure import values_of
+    from normfree import measure
 
     blocks_NT = torch.randint(0, job.vocabulary, (64, job.context))
     began = time.perf_counter()
-    measures = open_measures(["heads", "slopes"], model)
-    measure_batches(model, blocks_of(model, blocks_NT, job.batch, measures), measures)
-    values_of(measures)
+    measure(model, blocks_NT, ["heads", "slopes"], batch=job.batch)
     return time.perf_counter() - began
 
 

@@ -69,7 +69,7 @@ def test_a_run_begins_with_another_or_a_t5(train_tiny, trained: Path, tmp_path: 
     words = (f"start=run:{trained}", "data=files", f"data.paths=['{Path(__file__).parent}/*.py']", "tag=other")
     assert train_tiny(*words, "data.context=16", "train.steps=1").status == "finished"
     words = (f"start=run:{trained}", "data=files", f"data.paths=['{Path(__file__).parent}/*.py']", "tag=longer")
-    with pytest.raises(ValueError, match=r"data\.context=256 needs 3\d\d: shorten it"):  # its sentinels would be words
+    with pytest.raises(ValueError, match="tokens with its sentinels, and"):  # its sentinels would be words
         train_tiny(*words, "data.context=256", "train.steps=1")
     sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 310}
     t5 = T5ForConditionalGeneration(T5Config(**sizes, initializer_factor=0.3))

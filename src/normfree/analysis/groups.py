@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +255,7 @@ def tell_apart(names: Sequence[str], runs: Sequence[Run]) -> list[str]:
     distinct = list(names)
     for name in {name for name in names if names.count(name) > 1}:
         paths = {n: runs[n].folder.absolute().parts for n, other in enumerate(names) if other == name}
-        ends = (["/".join(path[-length:]) for path in paths.values()] for length in range(1, 99))
+        ends = (["/".join(path[-length:]) for path in paths.values()] for length in count(1))
         shortest = next(each for each in ends if len({*each}) == len({*paths.values()}))
         for number, end in zip(paths, shortest, strict=True):
             distinct[number] = f"{name} ({end})"

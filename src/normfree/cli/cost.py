@@ -136,7 +136,8 @@ def estimate(words: Sequence[str]) -> None:
         raise ValueError(f"gpu={options.gpu}; {nearest(options.gpu, list(GPUS))}")
     spec = compose_unchecked(values)
     if options.tokens and spec.train.steps:
-        raise ValueError(f"tokens= is for runs that count epochs, and this one has train.steps={spec.train.steps}")
+        steps = spec.train.steps
+        raise ValueError(f"tokens= is for runs that count epochs, and this one has train.steps={steps}: leave it out")
     batch, micro = spec.train.batch_sequences, spec.train.micro_batch_sequences
     if batch % (together := micro * options.gpus):
         raise ValueError(

@@ -37,7 +37,8 @@ class EvaluateOptions(ModelOptions):
     export: Path | None = None
     """Folder for the pairs as JSON lines and as tasks of lm-eval."""
     heads: list[tuple[int | str, int]] | None = None
-    """[[LAYER,HEAD],...], LAYER also "cross 0": evaluate a second time with these heads changed, and compare."""
+    """[[LAYER,HEAD],...]: evaluate again with these heads changed, and print the difference. LAYER is a number, or a
+    name such as "cross 0" in an encoder-decoder."""
     how: str = "average"
     """What changed heads write: average (the mean of the visible values), zero, or a number that scales them."""
 
@@ -59,10 +60,9 @@ def evaluate(name: str, options: EvaluateOptions) -> None:
     """Print token-weighted perplexity and bits per byte, of changed heads too, or with tasks= what the model can do."""
     unread = _OF_TEXT if options.tasks else _OF_TASKS
     if unused := sorted(unread & options.model_fields_set):
-        needed = (
-            "not read with tasks=: leave one of them out" if options.tasks else "read with tasks= only: give it too"
-        )
-        raise ValueError(f"{unused[0]}= is {needed}")
+        if options.tasks:
+            raise ValueError(f"{unused[0]}= is not read with tasks=: leave one of them out")
+        raise ValueError(f"{unused[0]}= is read with tasks= only: give it too")
     if options.tasks:
         _evaluate_tasks(name, options)
         return
@@ -86,30 +86,29 @@ def evaluate(name: str, options: EvaluateOptions) -> None:
             with intervene(model, options.heads, how):
                 changed, _, _ = _evaluate(name, options, model, tokenizer, text)
         result, source, note = _evaluate(name, options, model, tokenizer, text)
-    unit = "token" if result.accuracy is None else "image"
-    print(f"{'text' if result.accuracy is None else 'images':<15}{source}")
-    _print_evaluation(result, f"{result.tokens} predicted {unit}s{note}")
+    print(f"{'text' if result.unit == 'token' else 'images':<15}{source}")
+    _print_evaluation(result, f"{result.tokens} predicted {result.unit}s{note}")
     if changed:
         difference, error = changed.minus(result)
         what = {"average": "averaged", "zero": "silenced"}.get(str(how), f"times {how}")
         layers = [layer if isinstance(layer, str) else f"layer {layer}" for layer, _ in options.heads or []]
         heads = ", ".join(f"{layer} head {head}" for layer, (_, head) in zip(layers, options.heads or [], strict=True))
         print(f"\nheads          {heads} {what}")
-        _print_evaluation(changed, f"the same {unit}s")
+        _print_evaluation(changed, f"the same {result.unit}s")
         parts = f"over {len(result.parts)} {result.parts_are}"
         spread = f"standard error {error:.6f} {parts}" if len(result.parts) > 1 else "one pass, no standard error"
-        print(f"difference     {difference:+.6f} nats per {unit} ({spread})")
+        print(f"difference     {difference:+.6f} nats per {result.unit} ({spread})")
     if options.against:
         model, _ = _load(options.against, options)
         with products_for(options.dtype, model.device):
             other, _, note = _evaluate(options.against, options, model, None, "")
         print(f"\nagainst        {options.against}")
-        _print_evaluation(other, f"the same {unit}s{note}")
+        _print_evaluation(other, f"the same {result.unit}s{note}")
         spread = "one part, so no interval"
         if len(other.parts) > 1:
             low, high = result.interval(other)
             spread = f"95 % [{low:+.4f}, {high:+.4f}], bootstrap over {len(other.parts)} {other.parts_are}"
-        print(f"difference     {result.minus(other)[0]:+.4f} nats per {unit} ({spread})")
+        print(f"difference     {result.minus(other)[0]:+.4f} nats per {result.unit} ({spread})")
 
 
 def _check_against(name: str, options: EvaluateOptions, own: bool) -> None:
@@ -163,7 +162,7 @@ def _evaluate(
         )
         whole = len(chosen) == len(blocks_NT)
         note = f"; run.json, in {run.spec['train']['precision']}, has {run.perplexity:.4f}" if whole else ""
-        source = f"the run's own held-out {'blocks' if result.accuracy is None else 'images'}"
+        source = f"the run's own held-out {'blocks' if result.unit == 'token' else 'images'}"
         source += " (text=FILE takes another)" if run.family.causal else ""
         return result, source if whole else f"{len(chosen)} of {len(blocks_NT)} of {source}", note
     cut = {"context": options.context, "stride": options.stride, "bos": options.bos, "sequences": options.sequences}
@@ -180,7 +179,7 @@ def _print_evaluation(result: Evaluation, tokens: str) -> None:
     if result.parts_are == "documents" and len(result.parts) > 1:
         low, high = (exponential(nats) for nats in result.interval())
         print(f"95 % interval  [{low:.4f}, {high:.4f}] (bootstrap over {len(result.parts)} documents)")
-    print(f"cross-entropy  {result.loss_nats:.4f} nats per {'token' if result.accuracy is None else 'image'}")
+    print(f"cross-entropy  {result.loss_nats:.4f} nats per {result.unit}")
     if result.accuracy is not None:
         print(f"accuracy       {100 * result.accuracy:.2f} %")
     elif result.bytes:

@@ -49,8 +49,8 @@ def measure(name: str, options: MeasureOptions) -> None:
         raise ValueError(f"measures={options.measures}: periods such as heads:100 are for probe.measures of a training")
     if options.sequences < 1 or options.batch < 1:
         raise ValueError(f"sequences={options.sequences} and batch={options.batch} must be at least 1")
-    label, output = measured_place(name)
-    output = options.output or output
+    label, folder = measured_place(name)
+    output = options.output or folder
     check_writable(output)  # before the work, not after it
     prepare_process()
     loaded = load_measurable(name, **options.loading, attention="eager" if options.method == "eager" else None)

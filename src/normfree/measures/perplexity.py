@@ -38,6 +38,11 @@ class Evaluation:
     accuracy: float | None = None  # share of right predictions, if it was measured
 
     @property
+    def unit(self) -> str:
+        """What is predicted."""
+        return "token" if self.accuracy is None else "image"
+
+    @property
     def loss_nats(self) -> float:
         """Mean cross-entropy per predicted token; NaN if there is none."""
         return self.nats / self.tokens if self.tokens else math.nan

@@ -94,9 +94,8 @@ class NormFreePreTrainedModel(PreTrainedModel):
     @property
     def has_state(self) -> bool:
         """True if `advance` changes anything."""
-        projections = [each for each in self.modules() if isinstance(each, Projection)]
-        maps = [map_ for each in projections if each.maps is not None for map_ in each.maps.values()]
-        return any(hasattr(each, "sums") for each in self.modules()) or any(hasattr(map_, "advance") for map_ in maps)
+        callers = NormFreePreTrainedModel, Projection  # their `advance` calls those of norms and linear maps
+        return any(hasattr(each, "advance") and not isinstance(each, callers) for each in self.modules())
 
     def advance(self, step: int, norm_sums: Tensor | None = None) -> None:
         """Move state that changes while training to its state after optimiser step `step`.

@@ -115,7 +115,7 @@ def _overload(groups: Groups) -> PageFigure | None:
         draws=[partial(curves.seed_curves, series=curves.overload_series, label="heads in the top quarter (%)")],
         caption=f"Heads at or above 3/4 of the {ceiling}, in percent of all heads. "
         f"{begin if from_random else ''}The verdict of overload counts only the "
-        "first third of the layers, of each group of heads.",
+        "first third of the layers in each group of heads.",
     )
 
 

@@ -148,10 +148,10 @@ def _set_image_tokens(merged: dict[str, Any]) -> None:
     """Set data.context to the tokens of an image. Raises ValueError if it is set to another number."""
     if merged["model"].get("family") == "vision":
         tokens = image_tokens(merged["model"])
-        if "context" not in merged["data"] or merged["data"].get("source") not in FAMILIES["vision"].sources:
-            merged["data"]["context"] = tokens  # RunSpec refuses a source of text
-        elif (context := merged["data"]["context"]) != tokens:
+        reads_images = merged["data"].get("source") in FAMILIES["vision"].sources  # RunSpec refuses others
+        if reads_images and (context := merged["data"].get("context", tokens)) != tokens:
             raise ValueError(f"data.context={context}, but an image of this model has {tokens} tokens: leave it out")
+        merged["data"]["context"] = tokens
 
 
 def check_folders_differ(jobs: Iterable[Job], *, advice: str) -> None:

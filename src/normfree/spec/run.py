@@ -335,6 +335,12 @@ class RunSpec:
         """Name of the run's folder, unique within its study."""
         return "-".join(part for part in (self.variant, self.tag, f"seed{self.seed}") if part)
 
+    @property
+    def places_of_text(self) -> tuple[Any, ...]:
+        """Values of `PLACES_OF_TEXT`, but for the tokenizer of a start, whose weights decide."""
+        keys = [key.removeprefix("data.") for key in PLACES_OF_TEXT]
+        return tuple(getattr(self.data, key) for key in keys if key != "tokenizer" or self.start == "random")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for run.json."""
         return to_jsonable_python(self)

@@ -68,10 +68,7 @@ class Study:
         for spec in (job.spec for job in jobs):
             earlier = first.setdefault((spec.variant, spec.tag, spec.recipe()), spec)
             check_own_values({run.name: run.to_dict() for run in (earlier, spec)})
-        recipes = set()
-        for spec in (job.spec for job in jobs):
-            tokenizer = spec.data.tokenizer if spec.start == "random" else None  # else that of the start
-            recipes.add((spec.recipe(), spec.data.paths, spec.data.validation_paths, tokenizer))
+        recipes = {(job.spec.recipe(), *job.spec.places_of_text) for job in jobs}
         if not self.mix and len(recipes) > 1:
             raise ValueError(
                 f"the runs of {self.name} differ in more than variant and seed, so one table cannot compare them: add "

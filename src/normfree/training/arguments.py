@@ -152,8 +152,8 @@ def training_arguments(spec: RunSpec, *, steps: int, output: Path) -> TrainingAr
 def is_done(folder: Path, spec: RunSpec, corpus: Corpus | None = None) -> bool:
     """True if the folder holds this run and it is over.
 
-    A run with a damaged run.json is not done, nor is one whose text or tokenizer has another path until
-    `corpus` is given.
+    A run with a damaged run.json is not done, nor is one whose text or tokenizer has another path until `corpus` is
+    given.
     Raises ValueError if the folder holds another run.
     """
     if not (folder / RUN_FILE).exists():
@@ -174,8 +174,7 @@ def is_done(folder: Path, spec: RunSpec, corpus: Corpus | None = None) -> bool:
             f"{folder} holds a run with another spec ({_differences(recorded, spec)}); to keep both, give tag=NAME, or "
             "study=NAME for another data_seed, or move that folder away"
         )
-    places = ((data.paths, data.validation_paths, data.tokenizer) for data in (recorded.data, spec.data))
-    if len({*places}) > 1:
+    if recorded.places_of_text != spec.places_of_text:
         if corpus is None:
             return False
         if run.corpus != corpus.fingerprint:

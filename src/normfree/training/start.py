@@ -60,7 +60,8 @@ def _load_start(model: NormFreePreTrainedModel, spec: RunSpec, corpus: Corpus) -
     needed = model.config.vocab_size
     if reads_text and (known := theirs.config.vocab_size) < needed:  # a longer block has more sentinels
         raise ValueError(
-            f"start={spec.start} has {known} tokens, and data.context={spec.data.context} needs {needed}: shorten it"
+            f"data.context={spec.data.context} needs {needed} tokens with its sentinels, and start={spec.start} has "
+            f"{known}: give a shorter data.context"
         )
     weights = (theirs if isinstance(theirs, NormFreePreTrainedModel) else convert(theirs)).state_dict()
     if not reads_text and theirs.config.id2label != model.config.id2label:  # other classes have a new head
