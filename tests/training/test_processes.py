@@ -75,6 +75,16 @@ TAPER = ["model.taper_start_step=1", "model.taper_end_step=5"]
 BAND = ["train.objective=entropy_band", "train.entropy_weight=0.5"]
 
 
+PRINTS_THREADS = """
+import glob, sys
+from normfree.cli.main import main
+
+status = main(sys.argv[1:])
+print([open(name).read() for name in glob.glob("/proc/self/task/*/comm")])
+sys.exit(status)
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "variant", "words"),
@@ -95,7 +105,8 @@ def test_two_processes_train_the_model_of_one(tiny: list[str], cache: Path, tmp_
     words = ["-m", "normfree", "train", *tiny, f"variant={variant}", *words]
     run_command([*words, "runs_dir=one"], tmp_path)
     output = run_command([*TORCHRUN, *words, "runs_dir=two"], tmp_path)
-    assert output.count(f"{variant}-seed0: training on cpu, 2 processes, 1 thread each, precision fp32") == 1
+    for once in ("training on cpu, 2 processes, 1 thread each, precision fp32", "measuring the trained model"):
+        assert output.count(f"{variant}-seed0: {once}") == 1
     assert "find_unused_parameters" not in output  # which each step would pay for
     one, two = (read_run(tmp_path / name / "single" / f"{variant}-seed0") for name in ("one", "two"))
     assert two.perplexity == pytest.approx(one.perplexity, rel=1e-4)
@@ -111,17 +122,18 @@ def test_two_processes_train_the_model_of_one(tiny: list[str], cache: Path, tmp_
     assert losses(one) == pytest.approx(losses(two), rel=1e-4)
     (two.folder / "run.json").unlink()
     shutil.rmtree(two.folder / "checkpoints" / "checkpoint-6")
-    run_command([*TORCHRUN, *words, "runs_dir=two"], tmp_path)
+    (tmp_path / "print_threads.py").write_text(PRINTS_THREADS)
+    output = run_command([*TORCHRUN, "print_threads.py", *words[2:], "runs_dir=two"], tmp_path)
+    assert "gloo" not in output  # such a thread may abort the interpreter's end
     again = read_run(two.folder)
-    assert again.facts["command"].startswith("torchrun --nproc_per_node 2 -m normfree train ")
+    assert two.facts["command"].startswith("torchrun --nproc_per_node 2 -m normfree train ")
     assert (one.facts["environment"]["processes"], again.facts["environment"]["processes"]) == (1, 2)
     assert (again.status, again.facts["sessions"][0]["from_step"], again.perplexity) == ("finished", 4, two.perplexity)
 
 
 SAVES_ITS_FIRST_MASK = """
 import os, sys, torch
-from normfree.spec.compose import compose_run
-from normfree.training import train
+from normfree.cli.main import main
 
 masks, forward = [], torch.nn.Dropout.forward
 
@@ -132,8 +144,7 @@ def recording(self, values):
     return dropped
 
 torch.nn.Dropout.forward = recording
-run = compose_run(sys.argv[1:])
-train(run.spec, runs_dir=run.runs_dir, cache=run.cache_dir)
+main(["train", *sys.argv[1:]])
 torch.save(masks[0], f"mask{os.environ['RANK']}.pt")
 """
 

@@ -1,5 +1,6 @@
 """The command line: `normfree VERB OBJECT... key=value`. Flags: --help, --version, --debug, -m, --cfg."""
 
+import gc
 import logging
 import os
 import select
@@ -67,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("normfree").setLevel(logging.INFO)
+    # torchrun's other processes would print each line again
+    logging.getLogger("normfree").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without ± gets \xb1 instead of a stack trace
     os.environ.pop("MPLBACKEND", None)  # set by notebooks; matplotlib fails where that backend is missing
@@ -91,7 +93,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         distributed = sys.modules.get("torch.distributed")
         if distributed and distributed.is_available() and distributed.is_initialized():
-            distributed.destroy_process_group()  # gloo's threads abort an interpreter that ends inside torchrun's group
+            # Gloo's threads may abort an interpreter that ends before them. They live as long as the wrapped model,
+            # which is part of a reference cycle.
+            distributed.destroy_process_group()
+            gc.collect()
     return 0
 
 
