@@ -2,7 +2,8 @@
 
 Without training, the near-uniform heads of a finished run are replaced by the exact mean of the values that they may
 see: the most uniform fifth of them, then two fifths, up to all. The control replaces as many of the other heads, drawn
-at random from the same layers, and from other layers where these have too few. The rise of the loss on held-out blocks
+at random from the same layers, and from other layers where these have too few (`in_same_layers` counts the former; the
+first layers of models without LayerNorm have hardly any). The rise of the loss on held-out blocks
 goes into averaging.json beside run.json; `make tables` knows the table `averaging`.
 """
 
@@ -52,7 +53,8 @@ def average_heads(folder: Path) -> dict[str, Any]:
         draws = [draw_others(chosen, others, random) for _ in range(DRAWS)]
         controls = [cost(heads) for heads in tqdm(draws, desc=f"{folder.name} {share:.0%}", disable=None)]
         rows.append({"share": share, "heads": len(chosen), "cost_nats": cost(chosen)})
-        rows[-1] |= {"control_heads": len(draws[0]), "control_nats": controls}
+        rows[-1] |= {"control_heads": len(draws[0]), "in_same_layers": count_in_same_layers(chosen, others)}
+        rows[-1]["control_nats"] = controls
     return {"loss_nats": loss, "sequences": SEQUENCES, "seed": SEED, "shares": rows}
 
 
@@ -63,6 +65,12 @@ def split_heads(folder: Path) -> tuple[list[Head], list[Head]]:
     ranked = [divmod(int(place), share_LH.shape[1]) for place in np.argsort(-share_LH, axis=None, kind="stable")]
     count = int((share_LH >= OVERLOAD_SHARE).sum())
     return ranked[:count], ranked[count:]
+
+
+def count_in_same_layers(chosen: list[Head], others: list[Head]) -> int:
+    """How many of the drawn heads match a chosen one by layer."""
+    wanted, available = (Counter(layer for layer, _ in heads) for heads in (chosen, others))
+    return (wanted & available).total()
 
 
 def draw_others(chosen: list[Head], others: list[Head], random: np.random.Generator) -> list[Head]:

@@ -5,12 +5,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 import numpy as np
 
+from docs.confirm import SEEDS
 from normfree.analysis.entropy import Heads, top_quarter_share, trained_heads
 from normfree.analysis.seeds import Difference, finite_together, paired_difference, student_t
 from normfree.store.runs import Run
@@ -25,6 +26,8 @@ ARMS = {
     "placebo": ("SM+G", "like-r-reversed"),
 }
 """Label and tag of each arm: `like-r` has the entropies of SM+R as targets, `reversed` those of other layers."""
+DECIDING = ("sham G", "sham R", "G>R", "R>G")
+"""The arms of the verdict: a seed that diverged in one of them counts in none."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class Ratio:
 class Cause:
     """The numbers of the rule; None where more than one seed diverged, which leaves a comparison open."""
 
+    missed: tuple[str, ...]
+    """Arms that did not reach their targets."""
     gap: Difference | None
     """ln perplexity, sham G less sham R."""
     down: Ratio | None
@@ -53,14 +58,23 @@ class Cause:
 
     @property
     def verdict(self) -> str:
-        """`confirmed`, `refuted`, `one-way`, `partial` or `open`."""
-        if self.gap is None or self.down is None or self.up is None or not self.gap.low > 0:
+        """`confirmed`, `refuted`, `one-way`, `partial`, `open` or `not achieved`."""
+        if self.gap is None or self.down is None or self.up is None:
+            return "open"
+        if set(self.missed) & set(DECIDING):
+            return "not achieved"
+        if not self.gap.low > 0:
             return "open"
         above = [share.low > 0.5 for share in (self.down, self.up)]
         below = [share.high < 0.5 for share in (self.down, self.up)]
         if all(above) or all(below):
             return "confirmed" if all(above) else "refuted"
         return "one-way" if any(above) and any(below) else "partial"
+
+    @property
+    def is_specific(self) -> bool:
+        """True if it matters which layers have the targets, and the placebo reached its own."""
+        return self.specific is not None and self.specific.high < 0 and "placebo" not in self.missed
 
 
 @dataclass(frozen=True)
@@ -78,18 +92,22 @@ class Reached:
         return bool((self.distance_L <= 0.1).all() and abs(self.points) <= 6)
 
 
-def arms_of(runs: Sequence[Run]) -> dict[str, dict[Hashable, float]]:
-    """ln perplexity by arm and seed, NaN for a diverged run; unfinished ones are left out.
-
-    Raises ValueError for an arm without a run that has a result.
-    """
-    arms: dict[str, dict[Hashable, float]] = {}
+def runs_by_arm(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The finished or diverged runs of each arm. Raises ValueError before all runs of every arm have a result."""
+    arms: dict[str, list[Run]] = {}
     results = [run for run in runs if run.has_result]
     for arm, names in ARMS.items():
-        arms[arm] = {run.seed: math.log(run.score) for run in results if (run.spec["label"], run.spec["tag"]) == names}
-        if not arms[arm]:
-            raise ValueError(f"no run of the arm {arm} ({names[0]}, tag {names[1]!r}) among these has a result")
+        arms[arm] = [run for run in results if (run.spec["label"], run.spec["tag"]) == names]
+        if (ended := len(arms[arm])) != SEEDS:
+            name = f"the arm {arm} ({names[0]}, tag {names[1]!r})"
+            raise ValueError(f"{ended} of {SEEDS} runs of {name} have a result: nothing is judged before all have")
     return arms
+
+
+def average(of_seeds: Sequence[Reached]) -> Reached:
+    """The mean over seeds."""
+    distances_L = np.mean([each.distance_L for each in of_seeds], axis=0)
+    return Reached(distances_L, fmean(each.points for each in of_seeds))
 
 
 def reached(run: Run, donors: Sequence[Run]) -> Reached:
@@ -109,20 +127,27 @@ def reached(run: Run, donors: Sequence[Run]) -> Reached:
     return Reached(distances_L, share(heads, layers) - theirs)
 
 
-def judge_scores(arms: Mapping[str, Mapping[Hashable, float]]) -> Cause:
-    """Apply the rule to ln perplexities by arm of `ARMS` and by seed, NaN for a run that diverged."""
+def judge_scores(arms: Mapping[str, Mapping[Hashable, float]], missed: Collection[str] = ()) -> Cause:
+    """Apply the rule to ln perplexities by arm of `ARMS` and by seed, NaN for a run that diverged.
+
+    `missed` names the arms that did not reach their targets.
+    """
 
     def together(*names: str) -> list[np.ndarray] | None:
         values, diverged = finite_together(*(arms[name] for name in names))
         return None if diverged > 1 or values.shape[1] < 2 else list(values)
 
-    shams = ("sham G", "sham R")
-    gap, down, up, kept = (together(*shams, *others) for others in ((), ("G>R",), ("R>G",), ("G", "R")))
-    specific = together("sham G", "placebo", "G>R")
+    deciding, kept = together(*DECIDING), together("sham G", "sham R", "G", "R")
+    specific, gap, down, up = together("sham G", "placebo", "G>R"), None, None, None
+    if deciding is not None:
+        sham_g, sham_r, lowered, raised = deciding
+        gap = _less(sham_g, sham_r)
+        down, up = fieller(sham_g - lowered, sham_g - sham_r), fieller(raised - sham_r, sham_g - sham_r)
     return Cause(
-        gap=None if gap is None else _less(gap[0], gap[1]),
-        down=None if down is None else fieller(down[0] - down[2], down[0] - down[1]),
-        up=None if up is None else fieller(up[2] - up[1], up[0] - up[1]),
+        missed=tuple(missed),
+        gap=gap,
+        down=down,
+        up=up,
         kept=None if kept is None else fieller(kept[0] - kept[1], kept[2] - kept[3]),
         specific=None if specific is None else _less((specific[0] + specific[2]) / 2, specific[1]),
     )

@@ -57,10 +57,13 @@ class Comparison:
 
     @property
     def sign_p(self) -> float:
-        """Two-sided exact p-value: the share of all choices of signs whose mean is at least as far from 0."""
+        """Two-sided exact p-value: the share of all choices of signs whose mean is at least as far from 0.
+
+        NaN for an open comparison, and for one that is not paired.
+        """
         signs = np.array(list(product((1, -1), repeat=len(self.differences_P))))
         sums = np.abs(signs @ self.differences_P)
-        return float(np.mean(sums >= sums[0] - 1e-12)) if self.n > 1 else math.nan
+        return float(np.mean(sums >= sums[0] - 1e-12)) if self.paired and len(self.differences_P) else math.nan
 
 
 def compare(

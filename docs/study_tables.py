@@ -12,8 +12,9 @@ from statistics import fmean
 
 import numpy as np
 
-from docs.cause import Ratio, arms_of, judge_scores, reached
+from docs.cause import Ratio, average, judge_scores, reached, runs_by_arm
 from docs.confirm import compare, log_score, primary, secondary
+from docs.family_rules import judge
 from normfree.analysis.entropy import OVERLOAD_SHARE, probed_heads, shares_by_depth, top_quarter_share, trained_heads
 from normfree.analysis.groups import Group, all_runs
 from normfree.analysis.seeds import Difference, paired_difference, summarise
@@ -98,15 +99,27 @@ def confirm_table(groups: Sequence[Group]) -> Table:
         answer = verdict if each is cost else "beside" if each is paired else "differs" if each.holm < 0.05 else "open"
         p_values = ("-", "-") if each is cost or each is paired else (f"{each.p:.4f}", f"{each.holm:.4f}")
         numbers = (f"{each.mean:+.3f}", f"{low:+.3f} to {high:+.3f}", f"{lowest:+.3f} to {highest:+.3f}")
-        signs, kind = (f"{each.sign_p:.4f}", "paired") if each.paired else ("-", "Welch")
+        signs = f"{each.sign_p:.4f}" if "near uniform" in each.name else "-"
+        kind = "paired" if each.paired else "Welch"
         rows.append((each.name, kind, *numbers, *p_values, signs, str(each.n), str(each.dropped), answer))
-    titles = ("Comparison", "Test", "Difference", "95 % interval", "90 % interval", "p", "p, Holm", "p, signs")
+    titles = ("Comparison", "Test", "Difference", "95 % interval", "90 % interval", "p", "p, Holm", "p, exact")
     notes = [
-        f"Intervals are not corrected. The pairs of the primary comparison correlate by {paired.correlation:+.2f}."
+        f"Intervals are not corrected. The pairs of the primary comparison correlate by {paired.correlation:+.2f}.",
+        "p, exact: the share of all choices of signs of the differences whose mean is at least as far from 0.",
     ]
     caption = "The primary comparison, then the five secondary ones"
     titles += ("Seeds", "Diverged", "Verdict")
     return Table("confirm", caption, titles, rows, notes, words=("Comparison", "Test", "Verdict"))
+
+
+def family_table(groups: Sequence[Group]) -> Table:
+    """Overload and ReLU in vision transformers or encoder-decoders, by the rules of docs/study.md."""
+    rows = []
+    for each, verdict in judge(groups):
+        interval = "{:+.3f} to {:+.3f}".format(*each.interval())
+        rows.append((each.name, f"{each.mean:+.3f}", interval, str(each.n), str(each.dropped), verdict))
+    titles = ("Comparison", "Difference", "95 % interval", "Seeds", "Diverged", "Verdict")
+    return Table("families", "Is it a decoder's disease?", titles, rows, words=("Comparison", "Verdict"))
 
 
 def _percent_of_part(run: Run, part: int, line: float = OVERLOAD_SHARE) -> float:
@@ -143,9 +156,15 @@ def averaging_table(groups: Sequence[Group]) -> Table:
             control = f"{fmean(each['control_nats']):+.3f} ({low:+.3f} to {high:+.3f})"
             heads = f"{each['heads']} ({each['share']:.0%})".replace("%", " %")
             of_run = f"{run.label}, seed {run.seed}" if each is shares[0] else ""
-            rows.append((of_run, heads, f"{each['cost_nats']:+.3f}", str(each["control_heads"]), control))
+            others = f"{each['control_heads']} ({each['in_same_layers']})"
+            rows.append((of_run, heads, f"{each['cost_nats']:+.3f}", others, control))
     titles = ("Run", "Near-uniform heads", "Rise of the loss (nats)", "Other heads", "Rise with these")
-    return Table("averaging", "Heads replaced by the exact mean of what they may see", titles, rows, words=("Run",))
+    notes = [
+        "Other heads, in brackets: those in the layers of the near-uniform ones; the rest lie in other layers, mostly "
+        "later ones. Rise with these: the mean, and 95 % of the draws of heads in one model; no confidence interval."
+    ]
+    caption = "Heads replaced by the exact mean of what they may see"
+    return Table("averaging", caption, titles, rows, notes, words=("Run",))
 
 
 def pilot_table(groups: Sequence[Group]) -> Table:
@@ -183,18 +202,31 @@ CAUSE_ROWS = {
     "Share of it that goes with the entropies of SM+R": "down",
     "Share of it that comes with those of SM+G": "up",
     "Gap of the shams as a share of the plain one": "kept",
-    "Placebo: below 0 if layers matter": "specific",
+    "Placebo, by the rule of layers": "specific",
 }
 
 
 def cause_table(groups: Sequence[Group]) -> Table:
-    """The rule of docs/study.md: each arm's perplexity, the shares of the gap, the verdict."""
-    arms = arms_of(all_runs(groups))
-    judged = judge_scores(arms)
-    rows = [(f"ln perplexity of {arm}", summarise(list(scores.values())).text(4), "") for arm, scores in arms.items()]
-    rows += [(name, *_number_and_interval(getattr(judged, field))) for name, field in CAUSE_ROWS.items()]
-    rows.append(("Verdict", judged.verdict, ""))
-    return Table("cause", "Does entropy cause the gap?", ("", "Value", "95 % interval"), rows, words=("",))
+    """The rule of docs/study.md: each arm's perplexity, its distance from its targets, the shares of the gap, the
+    verdict."""
+    arms, rows, missed = runs_by_arm(all_runs(groups)), [], []
+    scores = {arm: {run.seed: log_score(run) for run in of_arm} for arm, of_arm in arms.items()}
+    for arm, of_arm in arms.items():
+        distance, finished = "", [run for run in of_arm if run.status == "finished"]
+        if finished and finished[0].spec["train"]["entropy_profile"]:
+            found = average([reached(run, _donors(run)) for run in finished])
+            hit = "hit" if found.is_target_hit else "missed"
+            distance = f"{hit}: {found.distance_L.max():.3f} nats, {found.points:+.1f} points"
+            missed += [] if found.is_target_hit else [arm]
+        rows.append((f"ln perplexity of {arm}", summarise(list(scores[arm].values())).text(4), "", distance))
+    judged = judge_scores(scores, missed)
+    rows += [(name, *_number_and_interval(getattr(judged, field)), "") for name, field in CAUSE_ROWS.items()]
+    only = " (of models with the term)" if judged.kept is not None and judged.kept.value < 0.5 else ""
+    rows.append(("Layers matter", "yes" if judged.is_specific else "open", "", ""))
+    rows.append(("Verdict", judged.verdict + only, "", ""))
+    titles = ("", "Value", "95 % interval", "Targets")
+    notes = ["Targets: the largest distance of a layer, and heads near uniform less the donors'; means over seeds."]
+    return Table("cause", "Does entropy cause the gap?", titles, rows, notes, words=("", "Targets"))
 
 
 def _number_and_interval(value: Difference | Ratio | None) -> tuple[str, str]:
@@ -231,7 +263,9 @@ def zoo_table(groups: Sequence[Group]) -> Table:
               "Largest activation", "Step (ms)", "Sent (MB)", "Seeds", "Diverged")  # fmt: skip
     notes = [
         "Differences: 95 % interval (Welch). Thirds of the layers: heads near uniform. On the first token: mean "
-        "attention to it. Largest activation: as a multiple of the median. Sent: private inference, CHEETAH.",
+        "attention to it. Largest activation: as a multiple of the median. Step: the median, beside whatever else the "
+        "machine did. Sent: private inference, CHEETAH. All differences share the runs of SM+LN+G, so they miss "
+        "together.",
     ]
     return Table("zoo", "Norms and what stands in for them", titles, rows, notes)
 
@@ -248,6 +282,7 @@ STUDY_TABLES: dict[str, Callable[[Sequence[Group]], Table]] = {
     "unfinished": unfinished_table,
     "effects": effect_table,
     "confirm": confirm_table,
+    "families": family_table,
     "lines": line_table,
     "averaging": averaging_table,
     "pilot": pilot_table,

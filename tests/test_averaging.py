@@ -19,6 +19,7 @@ def test_controls_come_from_the_same_layers_where_possible() -> None:
         assert len(set(drawn)) == 4
         assert set(drawn) <= set(others)
         assert (0, 3) in drawn  # layer 0 has one other head, so two are from elsewhere
+    assert averaging.count_in_same_layers(chosen, others) == 2
     assert sorted(averaging.draw_others([*chosen, (2, 1), (2, 2)], others, np.random.default_rng(0))) == others
 
 
@@ -43,3 +44,5 @@ def test_costs_of_averaging_are_those_of_the_intervention(trained: Path, cache: 
     assert last["heads"] == len(near_uniform)
     assert last["cost_nats"] == pytest.approx(changed - result["loss_nats"], abs=1e-5)
     assert [len(each["control_nats"]) for each in result["shares"]] == 5 * [3]
+    of_layers = [[sum(head[0] == layer for head in heads) for layer in range(2)] for heads in (near_uniform, others)]
+    assert last["in_same_layers"] == sum(map(min, *of_layers))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from docs.cause import ARMS, arms_of, fieller, judge_scores, reached
+from docs.cause import ARMS, fieller, judge_scores, reached, runs_by_arm
 from docs.study_tables import cause_table, pilot_table
 from normfree.analysis.entropy import causal_ceiling
 from normfree.analysis.groups import group_runs
@@ -63,20 +63,34 @@ def test_a_second_diverged_seed_leaves_it_open():
     arms["G>R"][3] = math.nan
     judged = judge_scores(arms)
     assert judged.verdict == "confirmed"
-    arms["sham R"][5] = math.nan
+    arms["R>G"][5] = math.nan
     assert judge_scores(arms).down is None
     assert judge_scores(arms).verdict == "open"
     assert judge_scores(_arms(1, 1, gap=0.0)).verdict == "open"
 
 
+def test_a_missed_target_gives_no_verdict():
+    assert judge_scores(_arms(0, 0), missed=["G>R"]).verdict == "not achieved"
+    placebo = judge_scores(_arms(1, 1), missed=["placebo"])
+    assert placebo.verdict == "confirmed"
+    assert judge_scores(_arms(1, 1)).is_specific > placebo.is_specific
+
+
 TERM: dict[str, Any] = {"objective": "entropy_target", "entropy_weight": 0.1, "entropy_layers": (0, 1)}
 
 
-def _aimed(folder: Path, donors: list[Run], seed: int, errors: dict[int, float]) -> Run:
-    """A run of SM+G with target entropies: the squared error of its layers 0 and 1 at some steps."""
+def _aimed(
+    folder: Path,
+    donors: list[Run],
+    seed: int,
+    errors: dict[int, float],
+    arm: tuple[str, str] = ("SM+G", "like-r-weight0.1"),
+    perplexity: float = 36.0,
+) -> Run:
+    """A run of an arm with target entropies: the squared error of its layers 0 and 1 at some steps."""
     profile = tuple(str(donor.folder) for donor in donors)
-    tag = "like-r-weight0.1"
-    run = write_run(folder, "SM+G", seed=seed, tag=tag, train=TERM | {"entropy_profile": profile})
+    train = TERM | {"entropy_profile": profile}
+    run = write_run(folder, arm[0], seed=seed, tag=arm[1], train=train, perplexity=perplexity)
     writer = RunWriter(run.folder, run.facts)
     for step, error in errors.items():
         writer.log(step, "probe", [("target_error_nats2", [error, error / 4, math.nan, math.nan])])
@@ -107,18 +121,29 @@ def test_a_target_is_hit_within_both_bounds(tmp_path: Path):
 
 
 def test_the_table_of_the_cause_has_arms_and_verdict(tmp_path: Path):
-    values = _arms(1, 1)
-    runs = []
+    values, errors, arms = _arms(1, 1), {100: 0.0025, 200: 0.0025}, {}
     for arm, (label, tag) in ARMS.items():
+        donors = arms["G" if label == "SM+G" else "R"] if tag else []  # with as many heads near uniform
         for seed, value in values[arm].items():
-            runs.append(write_run(tmp_path / arm, label, tag=tag, seed=seed, perplexity=math.exp(value)))
-    runs.append(write_run(tmp_path / "unfinished", "SM+R", seed=9, status="interrupted"))
-    assert 9 not in arms_of(runs)["R"]
-    assert arms_of(runs)["placebo"] == pytest.approx(values["placebo"])
-    rows = {row[0]: row[1:] for row in cause_table(group_runs(runs)).rows}
-    assert rows["Verdict"][0] == judge_scores(values).verdict == "confirmed"
-    share = judge_scores(values).down
-    assert share is not None
-    assert rows["Share of it that goes with the entropies of SM+R"][0] == f"{share.value:+.3f}"
-    with pytest.raises(ValueError, match=r"no run of the arm placebo \(SM\+G, tag 'like-r-reversed'\)"):
-        arms_of(runs[:-9])
+            study, score = tmp_path / arm, math.exp(value)
+            run = _aimed(study, donors, seed, errors, (label, tag), score) if tag else None
+            arms.setdefault(arm, []).append(run or write_run(study, label, seed=seed, perplexity=score))
+    runs = [run for of_arm in arms.values() for run in of_arm]
+    unfinished = write_run(tmp_path / "unfinished", "SM+R", seed=9, status="interrupted")
+    rows = {row[0]: row[1:] for row in cause_table(group_runs([*runs, unfinished], mix=True)).rows}
+    judged = judge_scores(values)
+    assert rows["Verdict"][0] == judged.verdict == "confirmed"
+    assert rows["Layers matter"][0] == "yes"
+    assert judged.down is not None
+    assert rows["Share of it that goes with the entropies of SM+R"][0] == f"{judged.down.value:+.3f}"
+    assert rows["ln perplexity of placebo"][2] == "hit: 0.050 nats, +0.0 points"
+    assert not rows["ln perplexity of R"][2]
+    far = [_aimed(tmp_path / "far", arms["R"], seed, {200: 0.04}, ARMS["R>G"], 20.0) for seed in range(8)]
+    others = [run for run in runs if run not in arms["R>G"]]
+    rows = {row[0]: row[1:] for row in cause_table(group_runs([*others, *far], mix=True)).rows}
+    assert rows["ln perplexity of R>G"][2] == "missed: 0.200 nats, +0.0 points"
+    assert rows["Verdict"][0] == "not achieved"
+    with pytest.raises(
+        ValueError, match=r"7 of 8 runs of the arm placebo \(SM\+G, tag 'like-r-reversed'\) have a result"
+    ):
+        runs_by_arm(runs[:-1])
