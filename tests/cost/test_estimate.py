@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from normfree.cost import estimate
 from normfree.cost.estimate import GIB, NORMS, check_memory, find_gpu, peak_memory, sizes_of
@@ -206,6 +207,19 @@ def test_training_on_a_gpu_says_what_it_needs(tiny_spec, monkeypatch: pytest.Mon
     facts.total_memory = GIB
     with pytest.raises(ValueError, match=r"NVIDIA H100 80GB HBM3 has 1\.0"):
         arguments.announce_needs(tiny_spec(), corpus, torch.device("cuda"))
+
+
+def test_the_gate_of_a_gated_part_is_trained_too() -> None:
+    estimated, counted = [], []
+    for form in ("plain", "gated"):
+        spec = compose_run(["preset=cpu-quick", f"model.feed_forward={form}"]).spec
+        model = NormFreeForCausalLM(NormFreeConfig(**spec.model, vocab_size=61))
+        with FlopCounterMode(display=False) as counter:
+            model(torch.arange(50)[None])
+        estimated.append(training_flops(spec, 50))
+        counted.append(3 * counter.get_total_flops())  # the backward pass has twice the products of the forward one
+    assert estimated[1] - estimated[0] == pytest.approx(counted[1] - counted[0], rel=1e-12)
+    assert counted[1] > counted[0]
 
 
 RESULTS = Path(__file__).parents[2] / "results"

@@ -138,7 +138,7 @@ def test_the_error_of_bins_is_half_the_shared_pairs() -> None:
     measure = Selectivity(model, classes=torch.arange(61) % 2)
     labels = torch.randint(0, 2, (4000,), generator=generator)
     magnitude = torch.randn(4000, 128, generator=generator).abs() * (1 + labels[:, None] / 2)
-    measure._labels = [labels, labels]
+    measure._labels = {"input_ids": [labels, labels]}
     for layer in range(3):
         measure.read_after(layer, magnitude)
     exact, shared = [], []
@@ -159,7 +159,7 @@ def test_shuffled_labels_lose_a_class_that_the_unit_tells() -> None:
     model = small_model()
     measure = Selectivity(model, classes=torch.arange(61) % 3)
     with measure:
-        model.get_input_embeddings()(IDS)
+        measure._read_ids(model, (IDS,), {})
         labels = (IDS % 3).flatten()
         for layer in range(3):
             measure.read_after(layer, (labels == 1).float()[:, None] * torch.ones(128))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import bootstrap
-from tokenizers import processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedConfig, PreTrainedTokenizerFast
 
 from normfree.measures.perplexity import Evaluation, evaluate_blocks, next_token_nats, sees_later_tokens
@@ -97,6 +97,17 @@ def test_bytes_do_not_depend_on_trimmed_offsets(model, tokenizer, stride):
     trimmed = perplexity(model, tokenizer, text, context=8, stride=stride)
     assert (trimmed.nats, trimmed.tokens) == (plain.nats, plain.tokens)
     assert trimmed.bytes == plain.bytes
+
+
+def test_blanks_at_the_end_of_a_text_are_bytes(model):
+    """Their offsets are empty, and at their beginning, where a tokenizer trims offsets."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[:255]
+    vocabulary = {letter: number for number, letter in enumerate(letters)} | {"\u0120\u0120": 255}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[("\u0120", "\u0120")]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.post_processor = processors.ByteLevel(trim_offsets=True)
+    result = perplexity(model, PreTrainedTokenizerFast(tokenizer_object=inner), "for word:  ", context=16)
+    assert (result.tokens, result.bytes) == (9, 10)
 
 
 def test_a_tokenizer_without_offsets_gives_a_perplexity_and_no_bytes():

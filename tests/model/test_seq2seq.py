@@ -29,8 +29,8 @@ build = partial(family_model, "encoder_decoder", vocab_size=61, max_position_emb
 @pytest.mark.parametrize(("form", "tied"), [("relu", True), ("gated-gelu", False)], ids=["original", "v1.1"])
 def test_a_t5_of_transformers_has_equal_logits(form: str, tied: bool, tmp_path) -> None:
     torch.manual_seed(0)
-    sizes = {"num_decoder_layers": 3, "d_kv": 8, "d_ff": 48, "decoder_start_token_id": 0, "initializer_factor": 0.3}
-    sizes |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 12}
+    sizes = {"num_decoder_layers": 3, "d_kv": 8, "d_ff": 48, "decoder_start_token_id": 0, "pad_token_id": 1}
+    sizes |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 12, "initializer_factor": 0.3}
     config = T5Config(**SMALL, vocab_size=61, **sizes, feed_forward_proj=form, tie_word_embeddings=tied)
     theirs = with_noise(T5ForConditionalGeneration(config))
     ours = convert(theirs)

@@ -45,8 +45,7 @@ def measure(request: Request) -> AttentionEntropy:
         q_BHTD, values_BGSE = (torch.nn.functional.pad(value, (0, 2)) for value in (q_BHTD, k_BGSD))
         position_S = torch.arange(visibility.keys, device=k_BGSD.device)
         values_BGSE[..., width] = position_S / visibility.keys
-        # A mask that differs between heads still has one first token per sequence.
-        first_B = visibility.first_key().amin(-1).expand(len(k_BGSD))
+        first_B = visibility.first_key()[:, 0].expand(len(k_BGSD))
         values_BGSE[..., width + 1] = (position_S == first_B[:, None])[:, None]
     output_BHTE, lse_BHT = _attend(q_BHTD, values_BGSE, request)
     counts_BHT = visibility.counts().expand(request.q.shape[:3]).contiguous()

@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -38,7 +38,8 @@ def intervene(model: nn.Module, heads: Sequence[tuple[Layer, int]], how: How = "
     everything is as before.
 
     Raises ValueError for layers that are not there and other values of `how`, and in the first forward pass for heads
-    that are not there; UnsupportedModel (a ValueError) for a model that does not route its attention.
+    that are not there; UnsupportedModel (a ValueError) for a model that does not route its attention, on leaving if it
+    ran past a changed layer.
     """
     if how not in ("average", "zero") and not _is_number(how):
         raise ValueError(f"how={how!r}; allowed: 'average', 'zero' or a finite number that scales the heads")
@@ -49,11 +50,16 @@ def intervene(model: nn.Module, heads: Sequence[tuple[Layer, int]], how: How = "
     except UnsupportedModel as error:
         raise UnsupportedModel(f"{type(model).__name__} does not route its attention, so no head is changed") from error
     edits = [(module, _Edit(layer, chosen, how)) for module, layer, chosen in _chosen_modules(model, heads)]
-    with tap:
+    passes: set[int] = set()
+    with tap, model.register_forward_hook(lambda ran, *_: passes.add(id(ran))):
         for module, edit in edits:
             setattr(module, EDITS, (*getattr(module, EDITS, ()), edit))
         try:
             yield
+            if id(model) in passes and (unused := [edit.layer for _, edit in edits if not edit.calls]):
+                raise UnsupportedModel(
+                    f"the model ran, but nothing in layer {unused[0]} changed: it routes its attention past"
+                )
         finally:
             for module, edit in edits:
                 others = tuple(other for other in getattr(module, EDITS) if other is not edit)
@@ -94,11 +100,13 @@ class _Edit:
     layer: Layer
     heads: list[int]
     how: How
+    calls: list[object] = field(default_factory=list)
 
     @torch.compiler.disable(reason="normfree.intervene works between graphs: compile without fullgraph=True")
     def __call__(self, call: AttentionCall, value_BGSD: Tensor, result: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
         """The result of an attention function, (B, T, H, D) and weights, with other outputs of the chosen heads."""
         output_BTHD, weights = result
+        self.calls.append(None)
         count = call.q.shape[1]
         if wrong := [head for head in self.heads if not 0 <= head < count]:
             raise ValueError(f"layer {self.layer} has no head {wrong[0]}; allowed: 0 to {count - 1}")

@@ -183,4 +183,6 @@ def _with_bias(mask: Tensor | None, bias: Tensor | None, keys: int) -> Tensor | 
     if bias is None:
         return mask
     bias = bias[..., :keys].to(torch.promote_types(bias.dtype, torch.float32))
-    return bias if mask is None else torch.where(shown(mask), bias, -torch.inf)
+    if mask is None:
+        return bias
+    return torch.where(shown(mask), bias if mask.dtype == torch.bool else bias + mask, -torch.inf)

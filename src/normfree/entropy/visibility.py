@@ -79,7 +79,7 @@ class Visibility:
         return torch.cat([block.visible.sum(-1, dtype=torch.int32) for block in self.blocks(ROWS)], dim=-1)
 
     def first_key(self) -> Tensor:
-        """The first key that any row may see, (B or 1, H or 1): the first real token under left padding.
+        """The first key that any row of any head may see, (B or 1, 1): the first real token under left padding.
 
         Windows are ignored: the first token stays the first where no row of this call reaches it any more.
         """
@@ -91,7 +91,7 @@ class Visibility:
                 seen = block.visible.any(-2)
                 index = seen.to(torch.int8).argmax(-1) + block.first
                 first = torch.minimum(first, torch.where(seen.any(-1), index, self.keys))
-        return first
+        return first.amin(-1, keepdim=True)
 
     def whole(self) -> Block:
         """All rows and keys, for callers that need the matrix."""

@@ -66,10 +66,10 @@ class Measure:
 
     def mask_of(self, label: Label) -> Tensor | None:
         """Padding mask (0 is padding) of the tokens in a block: the decoder's own; None for patches and frames."""
-        stack = label.split()[0] if isinstance(label, str) else ""
-        if stack in ("vision", "audio"):
+        stack, config = label.split()[0] if isinstance(label, str) else "", getattr(self.model, "config", None)
+        if stack in ("vision", "audio", "qformer") or (stack == "encoder" and "input_features" in self.inputs):
             return None
-        has_encoder: bool = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        has_encoder: bool = getattr(config, "is_encoder_decoder", False)
         mask = self.inputs.get("decoder_attention_mask" if stack == "decoder" and has_encoder else "attention_mask")
         return mask if mask is not None and mask.dim() == 2 else None
 

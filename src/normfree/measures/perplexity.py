@@ -160,7 +160,7 @@ class NextToken(Measure):
     def check(self, inputs: Mapping[str, Tensor]) -> None:
         model = cast(PreTrainedModel, self.model)
         if model.main_input_name == "pixel_values":
-            if "labels" not in inputs:
+            if "labels" not in inputs and "input_ids" not in inputs:
                 raise ValueError("losses of images need their classes as `labels`: leave this measure out")
             return
         has_head, is_seq2seq = model.get_output_embeddings() is not None, "decoder_input_ids" in inputs
@@ -177,12 +177,12 @@ class NextToken(Measure):
             )
 
     def _read(self, _model: torch.nn.Module, positional: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        if "pixel_values" in named or "decoder_input_ids" in named:
+        if "decoder_input_ids" in named or output.logits.dim() == 2:
             # The labels do not begin with the token that starts the target. Images are one row of classes.
             logits, labels = F.pad(output.logits, (0, 0, 0, 1)), F.pad(self.inputs["labels"], (1, 0), value=IGNORED)
             self.add(logits.view(-1, *logits.shape[-2:]), torch.atleast_2d(labels))
             return
-        labels_BT = self.inputs.get("labels", named["input_ids"])
+        labels_BT = self.inputs["labels"] if "labels" in self.inputs else named["input_ids"]
         if (mask_BT := self.mask_of(0)) is not None:  # padding is not predicted, nor is anything predicted from it
             known_BT = mask_BT != 0
             known_BT = torch.cat([known_BT[:, :1], known_BT[:, 1:] & known_BT[:, :-1]], dim=1)

@@ -59,6 +59,8 @@ def stream_of(positional: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
 def blocks_of(model: nn.Module) -> dict[Label, nn.Module]:
     """The blocks of all stacks, by label. Raises ValueError for a model without a list of blocks."""
     names, stacks = _names(), dict[str, nn.ModuleList]()
+    if reason := names["unreadable"].get(getattr(getattr(model, "config", None), "model_type", None)):
+        raise ValueError(f"{type(model).__name__} {reason}, so its tokens cannot be told apart here")
     for path, part in model.named_modules():
         inside = any(path.startswith(f"{outer}.") for outer in stacks)
         if isinstance(part, nn.ModuleList) and len(part) and path.split(".")[-1] in names["block_lists"] and not inside:
@@ -99,6 +101,8 @@ def _place(model: nn.Module, label: Label, block: nn.Module) -> Place:
             f"no feed-forward part in block {label} of {type(model).__name__} ({type(block).__name__}); looked for "
             f"the linear maps {looked_for}"
         )
+    if type(block).__name__ in names["scaled_features"]:
+        raise ValueError(f"{type(block).__name__} multiplies what enters its nonlinearity inside its feed-forward part")
     no_output = type(block).__name__ in names["without_branches"] or any(hasattr(block, a) for a in names["scaled_by"])
     branches = None if no_output else _first_pair(block, names["branches"])
     return Place(label, block, *(branches or (None, None)), *linears)

@@ -46,9 +46,14 @@ class Ranges(FeatureMeasure):
         norms = {module: name for name, module in model.named_modules() if is_norm(name, module)}
         self._norms, self._of_encoder = [*norms], {norm for norm, name in norms.items() if "encoder" in name.split(".")}
         inside = {module for place in self.places for module in place.block.modules()}
-        one_stack = all(isinstance(place.label, int) for place in self.places)
-        # Candidates for the final norm: a norm that a map of a block reads leaves them.
-        self._outside = [norm for norm in self._norms if one_stack and norm not in inside]
+        one_stack, base = (
+            all(isinstance(place.label, int) for place in self.places),
+            getattr(model, "base_model", model),
+        )
+        outside = {module for module in base.modules() if one_stack and module not in inside}
+        # Candidates for the final norm: not of a head, and a norm that a map of a block reads leaves them.
+        self._outside = [norm for norm in self._norms if norm in outside]
+        self._beside = {norm: maps for place in self.places for norm, maps in _norms_of_maps(place.block).items()}
         # The newest outputs of norms: the norm, its output, its input, and the sites that were counted.
         self._outputs: deque[tuple[nn.Module, Tensor, Tensor, set[str]]] = deque(maxlen=4)
 
@@ -83,8 +88,10 @@ class Ranges(FeatureMeasure):
             else:
                 self._add_values(norm, "final_norm_input", real_tokens(inputs[0], mask_BT))
 
-    def _read_consumer(self, site: str, label: Label, _linear: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def _read_consumer(self, site: str, label: Label, linear: nn.Module, inputs: tuple[Any, ...]) -> None:
         for norm, output, features, counted in self._outputs:
+            if linear in self._beside.get(norm, ()):
+                continue
             if inputs and inputs[0].data_ptr() == output.data_ptr() and inputs[0].numel() == output.numel():
                 if norm in self._outside:
                     self._outside.remove(norm)
@@ -105,7 +112,8 @@ class Ranges(FeatureMeasure):
 
     def values(self, below: Tensor, highest: Tensor, counts: Tensor) -> dict[str, Tensor]:
         low, high = quantiles(counts, [*QUANTILES.values()]).clamp(-below, highest)
-        return {"min": -below, "max": highest, "low": low, "high": high}
+        values = {"min": -below, "max": highest, "low": low, "high": high}
+        return {name: value.masked_fill(counts.sum() == 0, torch.nan) for name, value in values.items()}
 
     def pooled(self, device: torch.device | str | None) -> dict[str, Tensor]:
         heads = dict(zip(labels(self._heads), sorted(self._heads), strict=True))
@@ -134,11 +142,29 @@ def _readers(place: Place) -> dict[nn.Module, str]:
     part = names[place.reads].rpartition(".")[0]  # empty where the maps are the block's own
     readers = {}
     for module, name in names.items():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and weight.dim() == 2:
+        if _is_map(module):
             of_feed_forward = module is place.reads or (part and name.startswith(f"{part}."))
             readers[module] = "feed_forward_norm_input" if of_feed_forward else "attention_norm_input"
     return readers
+
+
+def _norms_of_maps(block: nn.Module) -> dict[nn.Module, set[nn.Module]]:
+    """Norms inside a part that read what linear maps there wrote, e.g. low-rank queries, and all maps of that part."""
+    found = {}
+    for part in block.modules():
+        children = dict(part.named_children()) if part is not block else {}
+        maps = {child for child in children.values() if _is_map(child)}
+        before = False
+        for name, child in children.items():
+            before = before or child in maps
+            if before and is_norm(name, child):
+                found[child] = maps
+    return found
+
+
+def _is_map(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.dim() == 2
 
 
 def is_norm(name: str, module: nn.Module) -> bool:

@@ -31,7 +31,9 @@ class StreamMeasure(LayerMeasure):
             yield block.register_forward_pre_hook(partial(self._read, layer, label), with_kwargs=True)
 
     def _read(self, layer: int, label: Label, _block: nn.Module, inputs: Any, named: dict[str, Any]) -> None:
-        self.read_stream(layer, stream_of(inputs, named).detach().flatten(1, -2), self.mask_of(label))
+        stream = stream_of(inputs, named).detach()
+        stream = stream[None] if stream.dim() == 2 else stream  # patches of all images in one row
+        self.read_stream(layer, stream.flatten(1, -2), self.mask_of(label))
 
     def read_stream(self, layer: int, stream_BTE: Tensor, mask_BT: Tensor | None) -> None:
         """Read the stream before a block; `layer` counts `blocks`, and the mask is 0 at padding."""
@@ -57,7 +59,8 @@ class FeatureMeasure(LayerMeasure):
             yield place.reads.register_forward_hook(partial(self._before, layer, place.width))
             yield place.writes.register_forward_pre_hook(partial(self._after, layer))
 
-    def _before(self, layer: int, width: int, _linear: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> None:
+    def _before(self, layer: int, width: int, _linear: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
+        output = output if isinstance(output, Tensor) else output[0]
         self.read_before(layer, real_tokens(output.detach()[..., :width], self.mask_of(self.places[layer].label)))
 
     def _after(self, layer: int, _linear: nn.Module, inputs: tuple[Any, ...]) -> None:

@@ -25,8 +25,9 @@ class Residual(StreamMeasure):
     """Sizes of the residual stream before each block and of what its branches add, over all tokens but padding.
 
     Sums are in float64. The median of |x| and the counts above it come from one histogram of all passes, whose bins are
-    0.4 % wide (`float_counts`); those of a token are exact, the middle of two as numpy's. Branches are left out, with a
-    warning, in models whose branches are not found. Raises ValueError for a model without a list of blocks.
+    0.4 % wide (`float_counts`); those of a token are exact, the middle of two as numpy's, of tokens that are not 0.
+    Branches are left out, with a warning, in models whose branches are not found. Raises ValueError for a model without
+    a list of blocks, or whose stream cannot be read as sequences of tokens (`unreadable` in places.yaml).
     """
 
     gives = (
@@ -61,13 +62,16 @@ class Residual(StreamMeasure):
         self.add(layer, counts=float_counts(sizes_NE), tokens=len(stream_NE))
         sorted_NE = _sort(sizes_NE)
         largest_N, median_N = sorted_NE[:, -1], sorted_NE[:, (width - 1) // 2 : width // 2 + 1].mean(1)
-        self.add(layer, ratios=(largest_N / median_N).sum(dtype=torch.float64))
+        has_length_N = largest_N != 0  # a class token may begin at 0
+        ratios_N = (largest_N / median_N)[has_length_N]
+        self.add(layer, ratios=ratios_N.sum(dtype=torch.float64), with_ratio=has_length_N.sum())
         self.add(layer, squares=stream_NE.square().sum(0, dtype=torch.float64))
         self.raise_to(layer, largest=largest_N.amax())
 
     def _read_added(self, part: str, layer: int, label: Label, added: Tensor) -> None:
         added_NE = real_tokens(added.detach(), self.mask_of(label)).float()
-        self.add(layer, **{part: added_NE.square().sum(dtype=torch.float64)})
+        if len(added_NE):
+            self.add(layer, **{part: added_NE.square().sum(dtype=torch.float64)})
 
     def values(self, squares: Tensor, tokens: Tensor, counts: Tensor, **kept: Tensor) -> dict[str, Tensor]:
         rms = (squares.sum() / (tokens * len(squares))).sqrt()
@@ -78,7 +82,7 @@ class Residual(StreamMeasure):
             "largest_activation": kept["largest"],
             "median_activation": median,
             "largest_to_median": kept["largest"] / median,
-            "largest_to_median_of_token": kept["ratios"] / tokens,
+            "largest_to_median_of_token": kept["ratios"] / kept["with_ratio"],
         }
         for part in BRANCHES if self._places else ():
             values[f"{part}_rms"] = (kept[part] / (tokens * len(squares))).sqrt()
@@ -102,10 +106,10 @@ def _sort(values_NE: Tensor) -> Tensor:
 class Propagation(StreamMeasure):
     """Likeness of the tokens of a sequence, rank collapse and effective rank of the stream before each block.
 
-    No T x T matrix is made: the sum of all x_i x_j is |sum of x|^2. Everything is in float64. The effective rank is
-    exp(-sum p ln p), p the singular values of all tokens of a measurement together, over their sum. They are roots of
-    the eigenvalues of the second moment, which takes 8 E^2 bytes a layer; below 1e-8 of the largest they are rounding.
-    Raises ValueError for a model without a list of blocks.
+    No T x T matrix is made: the sum of all x_i x_j is |sum of x|^2. A token that is 0 has no cosine. Everything is in
+    float64. The effective rank is exp(-sum p ln p), p the singular values of all tokens of a measurement together, over
+    their sum. They are roots of the eigenvalues of the second moment, which takes 8 E^2 bytes a layer; below 1e-8 of
+    the largest they are rounding. Raises ValueError as `Residual` does.
     """
 
     gives = ("token_cosine", "token_correlation", "rank_collapse_residual", "effective_rank")
@@ -116,18 +120,24 @@ class Propagation(StreamMeasure):
         real_BT1 = (torch.ones_like(stream_BTE[..., 0]) if mask_BT is None else mask_BT)[..., None] != 0
         tokens_B = real_BT1.sum((1, 2))
         stream_BTE = stream_BTE.where(real_BT1, 0.0)
-        directions_BTE = (stream_BTE / stream_BTE.norm(dim=-1, keepdim=True)).where(real_BT1, 0.0)
+        norms_BT1 = stream_BTE.norm(dim=-1, keepdim=True)
+        has_length_BT1 = norms_BT1 != 0  # a class token may begin at 0
+        directions_BTE = (stream_BTE / norms_BT1).where(has_length_BT1, 0.0)
+        directed_B = has_length_BT1.sum((1, 2))
         mean_B1E = stream_BTE.sum(1, keepdim=True) / tokens_B[:, None, None]
         residual_BTE = (stream_BTE - mean_B1E).where(real_BT1, 0.0)
         residuals_B = residual_BTE.norm(dim=(1, 2)) / stream_BTE.norm(dim=(1, 2))
         self.add(layer, moment=tokens_NE.mT @ tokens_NE, tokens=tokens_B.sum(), sequences=(tokens_B > 0).sum())
         self.add(layer, pairs=(tokens_B * (tokens_B - 1)).sum(), residuals=residuals_B[tokens_B > 0].sum())
         self.add(layer, cosines=_sum_over_pairs(directions_BTE), products=_sum_over_pairs(stream_BTE))
+        self.add(layer, directed_pairs=(directed_B * (directed_B - 1)).sum())
 
     def values(self, moment: Tensor, **sums: Tensor) -> dict[str, Tensor]:
-        pairs = sums["pairs"].double().masked_fill(sums["pairs"] == 0, torch.nan)  # sequences of one token
+        pairs, directed_pairs = (  # none in sequences of one token
+            sums[name].double().masked_fill(sums[name] == 0, torch.nan) for name in ("pairs", "directed_pairs")
+        )
         return {
-            "token_cosine": sums["cosines"] / pairs,
+            "token_cosine": sums["cosines"] / directed_pairs,
             "token_correlation": sums["products"] / pairs / (moment.trace() / sums["tokens"]),
             "rank_collapse_residual": sums["residuals"] / sums["sequences"],
             "effective_rank": _effective_rank(moment),

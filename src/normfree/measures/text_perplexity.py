@@ -58,7 +58,8 @@ def perplexity(
         labels_BT[:, : len(leading) + first - start] = IGNORED
         windows.append({"input_ids": ids_BT, "labels": labels_BT})
         # Counted from the end of the token before: some offsets leave out the blank before a word.
-        sizes.append(len(text[spans[first - 1][1] if first else 0 : spans[end - 1][1]].encode()) if spans else 0)
+        last = len(text) if end == len(ids) or not spans else spans[end - 1][1]  # some leave out blanks at the end
+        sizes.append(len(text[spans[first - 1][1] if first else 0 : last].encode()) if spans else 0)
     chosen = range(len(windows)) if sequences is None else spread_places(len(windows), sequences)
     measure = Perplexity(model)
     batches = [windows[place] for place in chosen]

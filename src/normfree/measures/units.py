@@ -64,8 +64,12 @@ class Selectivity(FeatureMeasure):
 
     def __init__(self, model: nn.Module, classes: Tensor | None = None, tokenizer: Any = None) -> None:
         super().__init__(model)
-        self._embedding: nn.Module = cast(Any, model).get_input_embeddings()
-        rows = len(cast(Tensor, self._embedding.weight))
+        weight = getattr(cast(Any, model).get_input_embeddings(), "weight", None)
+        if not isinstance(weight, Tensor) or weight.dim() != 2:
+            raise ValueError(
+                f"{type(model).__name__} has no vocabulary, so no classes of tokens: leave this measure out"
+            )
+        rows = len(weight)
         if classes is None:
             if tokenizer is None:
                 raise ValueError("give tokenizer=, or selectivity={'classes': a tensor with the class of each id}")
@@ -77,21 +81,27 @@ class Selectivity(FeatureMeasure):
             )
         self._classes_V, self._number = classes.long(), int(classes.max()) + 1
         self._shuffling = torch.Generator().manual_seed(0)
-        self._labels: list[Tensor] = []  # of the current pass: real and shuffled, each (N,)
+        # Of the current pass, by the argument that has the ids: real and shuffled, each (N,).
+        self._labels: dict[str, list[Tensor]] = {}
 
     def attach(self) -> Iterator[AbstractContextManager[Any]]:
         yield from super().attach()
-        yield self._embedding.register_forward_pre_hook(self._read_ids)
+        base: nn.Module = getattr(self.model, "base_model", self.model)  # which runs alone where no logits are needed
+        yield base.register_forward_pre_hook(self._read_ids, with_kwargs=True)
 
-    def _read_ids(self, _embedding: nn.Module, inputs: tuple[Any, ...]) -> None:
-        ids_N = real_tokens(inputs[0][..., None], self.mask_of(0)).flatten().cpu()
-        labels_N = self._classes_V[ids_N]
-        self._labels = [labels_N, labels_N[torch.randperm(len(labels_N), generator=self._shuffling)]]
+    def _read_ids(self, _model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given, self._labels = dict(zip(["input_ids"], inputs, strict=False)) | named, {}
+        for name, stack in (("input_ids", "encoder"), ("decoder_input_ids", "decoder")):
+            if isinstance(ids := given.get(name), Tensor):
+                labels_N = self._classes_V[real_tokens(ids[..., None], self.mask_of(f"{stack} 0")).flatten().cpu()]
+                self._labels[name] = [labels_N, labels_N[torch.randperm(len(labels_N), generator=self._shuffling)]]
 
     def read_after(self, layer: int, features_NF: Tensor) -> None:
-        if not self._labels or len(self._labels[0]) != len(features_NF):
+        has_own = str(self.layers[layer]).startswith("decoder") and "decoder_input_ids" in self._labels
+        labels_2N = self._labels.get("decoder_input_ids" if has_own else "input_ids", [])
+        if not labels_2N or len(labels_2N[0]) != len(features_NF):
             raise ValueError(
-                f"selectivity knows the class of {len(self._labels[0]) if self._labels else 0} tokens, but layer "
+                f"selectivity knows the class of {len(labels_2N[0]) if labels_2N else 0} tokens, but layer "
                 f"{self.layers[layer]} has {len(features_NF)}: run the model on input_ids"
             )
         magnitude_NF = features_NF.float().abs()
@@ -102,14 +112,12 @@ class Selectivity(FeatureMeasure):
             sums["counts"] = torch.zeros(2, self._number, width, BINS, dtype=torch.int64)
         codes_NF = (magnitude_NF.contiguous().view(torch.int32) >> 20).sub_(LOWEST).clamp_(0, BINS - 1)
         codes_NF += torch.arange(0, width * BINS, BINS, dtype=torch.int32, device=codes_NF.device)
-        for labelling, labels_N in enumerate(self._labels):
+        for labelling, labels_N in enumerate(labels_2N):
             for label in labels_N.unique().tolist():
                 rows = (labels_N == label).nonzero().flatten().to(codes_NF.device)
                 sums["magnitudes"][labelling, label] += magnitude_NF[rows].sum(0, dtype=torch.float64).cpu()
                 counts_FB = counts_of(codes_NF[rows], width * BINS).view(width, BINS)
                 sums["counts"][labelling, label] += counts_FB.cpu()
-        if layer == len(self.places) - 1:
-            self._labels = []  # the next pass has its own
 
     def values(self, magnitudes: Tensor, counts: Tensor) -> dict[str, Tensor]:
         values_22 = torch.stack([_selectivity(*of_labels) for of_labels in zip(magnitudes, counts, strict=True)])

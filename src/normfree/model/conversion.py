@@ -131,6 +131,7 @@ def _vit(vit: Any) -> dict[str, Any]:
 def _t5(t5: Any) -> dict[str, Any]:
     if t5.num_decoder_layers != t5.num_layers or t5.d_kv * t5.num_heads != t5.d_model:
         raise ValueError("a T5 whose stacks differ in depth, or whose heads together are not as wide as the model")
+    start = getattr(t5, "decoder_start_token_id", None)
     return {
         **{"family": "encoder_decoder", "position": "relative", "norm": "rmsnorm", "final_norm": "rmsnorm"},
         **_same(t5, "vocab_size", "eos_token_id"),
@@ -143,7 +144,7 @@ def _t5(t5: Any) -> dict[str, Any]:
         "feed_forward": "gated" if t5.is_gated_act else "plain",
         "bias": "none",
         "tie_word_embeddings": t5.scale_decoder_outputs,  # false in T5 v1.1
-        "decoder_start_token_id": getattr(t5, "decoder_start_token_id", None) or t5.pad_token_id,
+        "decoder_start_token_id": t5.pad_token_id if start is None else start,
     }
 
 
