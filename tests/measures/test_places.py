@@ -140,7 +140,8 @@ def standing(model_type: str) -> str:
     try:
         places = places_of(model)
     except ValueError as error:
-        return "mixture of experts" if "experts" in str(error) else "no feed-forward part"
+        reasons = {"experts": "mixture of experts", "told apart": "unreadable stream"}
+        return next((name for word, name in reasons.items() if word in str(error)), "no feed-forward part")
     if any(place.attention is None for place in places):
         return "feed-forward part alone"
     if model.num_parameters() > LARGEST:
