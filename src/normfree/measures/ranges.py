@@ -46,10 +46,8 @@ class Ranges(FeatureMeasure):
         norms = {module: name for name, module in model.named_modules() if is_norm(name, module)}
         self._norms, self._of_encoder = [*norms], {norm for norm, name in norms.items() if "encoder" in name.split(".")}
         inside = {module for place in self.places for module in place.block.modules()}
-        one_stack, base = (
-            all(isinstance(place.label, int) for place in self.places),
-            getattr(model, "base_model", model),
-        )
+        one_stack = all(isinstance(place.label, int) for place in self.places)
+        base: nn.Module = getattr(model, "base_model", model)
         outside = {module for module in base.modules() if one_stack and module not in inside}
         # Candidates for the final norm: not of a head, and a norm that a map of a block reads leaves them.
         self._outside = [norm for norm in self._norms if norm in outside]
