@@ -3,8 +3,8 @@
 Without training, the near-uniform heads of a finished run are replaced by the exact mean of the values that they may
 see: the most uniform fifth of them, then two fifths, up to all. The control replaces as many of the other heads, drawn
 at random from the same layers, and from other layers where these have too few (`in_same_layers` counts the former; the
-first layers of models without LayerNorm have hardly any). The rise of the loss on held-out blocks
-goes into averaging.json beside run.json; `make tables` knows the table `averaging`.
+first layers of models without LayerNorm have hardly any). The rise of the loss on held-out blocks goes into
+averaging.json beside run.json; `make tables` knows the table `averaging`.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def split_heads(folder: Path) -> tuple[list[Head], list[Head]]:
 
 
 def count_in_same_layers(chosen: list[Head], others: list[Head]) -> int:
-    """How many of the drawn heads match a chosen one by layer."""
+    """Count the controls that lie in the layers of the chosen heads, one for one."""
     wanted, available = (Counter(layer for layer, _ in heads) for heads in (chosen, others))
     return (wanted & available).total()
 

@@ -11,7 +11,7 @@ from statistics import fmean
 
 import numpy as np
 
-from docs.confirm import SEEDS
+from docs.confirm import SEEDS, check_all_ended
 from normfree.analysis.entropy import Heads, top_quarter_share, trained_heads
 from normfree.analysis.seeds import Difference, finite_together, paired_difference, student_t
 from normfree.store.runs import Run
@@ -98,9 +98,7 @@ def runs_by_arm(runs: Sequence[Run]) -> dict[str, list[Run]]:
     results = [run for run in runs if run.has_result]
     for arm, names in ARMS.items():
         arms[arm] = [run for run in results if (run.spec["label"], run.spec["tag"]) == names]
-        if (ended := len(arms[arm])) != SEEDS:
-            name = f"the arm {arm} ({names[0]}, tag {names[1]!r})"
-            raise ValueError(f"{ended} of {SEEDS} runs of {name} have a result: nothing is judged before all have")
+        check_all_ended(f"the arm {arm} ({names[0]}, tag {names[1]!r})", arms[arm], SEEDS)
     return arms
 
 

@@ -3,7 +3,7 @@
 # P seeds
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -17,6 +17,7 @@ from normfree.store.runs import Run
 
 MARGIN = math.log(1.05)
 """Below this difference in ln perplexity two variants count as equivalent."""
+LABELS = ("SM+LN+G", "SM+LN+R", "SM+G", "SM+R")
 SEEDS = 8
 """Of each variant; nothing is judged before all of them finished or diverged."""
 
@@ -66,6 +67,12 @@ class Comparison:
         return float(np.mean(sums >= sums[0] - 1e-12)) if self.paired and len(self.differences_P) else math.nan
 
 
+def check_all_ended(name: str, runs: Sized, seeds: int) -> None:
+    """Raise ValueError unless a study has a result for each of its seeds."""
+    if len(runs) != seeds:
+        raise ValueError(f"{len(runs)} of {seeds} runs of {name} have a result: nothing is judged before all have")
+
+
 def compare(
     name: str, groups: Sequence[Group], labels: tuple[str, str], value: Callable[[Run], float], *, paired: bool
 ) -> Comparison:
@@ -96,9 +103,8 @@ def primary(groups: Sequence[Group]) -> tuple[Comparison, str]:
 
     Raises ValueError before all runs of the study have a result.
     """
-    for label in ("SM+LN+G", "SM+LN+R", "SM+G", "SM+R"):
-        if (ended := len(_by_seed(groups, label, log_score))) != SEEDS:
-            raise ValueError(f"{ended} of {SEEDS} runs of {label} have a result: nothing is judged before all have")
+    for label in LABELS:
+        check_all_ended(label, _by_seed(groups, label, log_score), SEEDS)
     cost = compare("SM+G less SM+LN+G, ln perplexity", groups, ("SM+G", "SM+LN+G"), log_score, paired=False)
     (low, high), (lowest, highest) = cost.interval(), cost.interval(0.9)
     if low > MARGIN or high < -MARGIN:

@@ -99,8 +99,7 @@ def confirm_table(groups: Sequence[Group]) -> Table:
         answer = verdict if each is cost else "beside" if each is paired else "differs" if each.holm < 0.05 else "open"
         p_values = ("-", "-") if each is cost or each is paired else (f"{each.p:.4f}", f"{each.holm:.4f}")
         numbers = (f"{each.mean:+.3f}", f"{low:+.3f} to {high:+.3f}", f"{lowest:+.3f} to {highest:+.3f}")
-        signs = f"{each.sign_p:.4f}" if "near uniform" in each.name else "-"
-        kind = "paired" if each.paired else "Welch"
+        signs, kind = (f"{each.sign_p:.4f}", "paired") if each.paired else ("-", "Welch")
         rows.append((each.name, kind, *numbers, *p_values, signs, str(each.n), str(each.dropped), answer))
     titles = ("Comparison", "Test", "Difference", "95 % interval", "90 % interval", "p", "p, Holm", "p, exact")
     notes = [
@@ -212,13 +211,14 @@ def cause_table(groups: Sequence[Group]) -> Table:
     arms, rows, missed = runs_by_arm(all_runs(groups)), [], []
     scores = {arm: {run.seed: log_score(run) for run in of_arm} for arm, of_arm in arms.items()}
     for arm, of_arm in arms.items():
-        distance, finished = "", [run for run in of_arm if run.status == "finished"]
-        if finished and finished[0].spec["train"]["entropy_profile"]:
-            found = average([reached(run, _donors(run)) for run in finished])
-            hit = "hit" if found.is_target_hit else "missed"
-            distance = f"{hit}: {found.distance_L.max():.3f} nats, {found.points:+.1f} points"
-            missed += [] if found.is_target_hit else [arm]
-        rows.append((f"ln perplexity of {arm}", summarise(list(scores[arm].values())).text(4), "", distance))
+        aimed = [run for run in of_arm if run.status == "finished" and run.spec["train"]["entropy_profile"]]
+        words = ""
+        if aimed:
+            mean = average([reached(run, _donors(run)) for run in aimed])
+            missed += [] if mean.is_target_hit else [arm]
+            hit = "hit" if mean.is_target_hit else "missed"
+            words = f"{hit}: {mean.distance_L.max():.3f} nats, {mean.points:+.1f} points"
+        rows.append((f"ln perplexity of {arm}", summarise(list(scores[arm].values())).text(4), "", words))
     judged = judge_scores(scores, missed)
     rows += [(name, *_number_and_interval(getattr(judged, field)), "") for name, field in CAUSE_ROWS.items()]
     only = " (of models with the term)" if judged.kept is not None and judged.kept.value < 0.5 else ""

@@ -73,7 +73,8 @@ def test_a_missed_target_gives_no_verdict():
     assert judge_scores(_arms(0, 0), missed=["G>R"]).verdict == "not achieved"
     placebo = judge_scores(_arms(1, 1), missed=["placebo"])
     assert placebo.verdict == "confirmed"
-    assert judge_scores(_arms(1, 1)).is_specific > placebo.is_specific
+    assert judge_scores(_arms(1, 1)).is_specific
+    assert not placebo.is_specific
 
 
 TERM: dict[str, Any] = {"objective": "entropy_target", "entropy_weight": 0.1, "entropy_layers": (0, 1)}

@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from docs.confirm import MARGIN, compare, primary, secondary
+from docs.confirm import LABELS, MARGIN, compare, primary, secondary
 from docs.study_tables import confirm_table
 from normfree.analysis.groups import Group, group_runs
 from tests.synthetic import write_run
 
-LABELS = ("SM+LN+G", "SM+LN+R", "SM+G", "SM+R")
 SPREAD = {"SM+LN+G": 0.004, "SM+LN+R": 0.005, "SM+G": 0.03, "SM+R": 0.009}
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from docs.family_rules import LABELS, judge
+from docs.confirm import LABELS
+from docs.family_rules import judge
 from docs.study_tables import family_table
 from normfree.analysis.groups import Group, group_runs
 from normfree.store.runs import RunWriter, read_run

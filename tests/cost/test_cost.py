@@ -63,6 +63,15 @@ def test_neox_rotates_a_quarter_and_has_the_erf_form() -> None:
     assert elements({**old, "rotary_pct": 0.25}, 10) == counts
 
 
+def test_our_gated_part_costs_what_llamas_does() -> None:
+    norms = {"norm": "rmsnorm", "final_norm": "rmsnorm", "query_key_norm": "none"}
+    ours = small(
+        model_type="normfree", feed_forward="gated", activation="silu", position="rotary", rotary_share=1.0, **norms
+    )
+    sizes = {"intermediate_size": 96, "max_position_embeddings": 16}
+    assert elements(ours | sizes, 16) == elements(LlamaConfig(**small(**sizes)), 16)
+
+
 def test_llama_has_gates_rms_norms_and_fewer_keys() -> None:
     config = LlamaConfig(**LLAMA)
     counts = elements(config, 10)

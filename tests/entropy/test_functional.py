@@ -136,6 +136,16 @@ def test_window_sees_itself_and_the_keys_just_before(method, entropy_of):
     assert (last.first_mass == 0).all()
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_all_heads_of_a_text_have_one_first_token(method, entropy_of):
+    q, k = heads(queries=9, batch=1)
+    mask = torch.ones(1, q.shape[1], 1, 9, dtype=torch.bool)
+    mask[:, 1, :, 0] = False
+    first_mass = entropy_of(q, k, causal=True, mask=mask, method=method, patterns=True).first_mass
+    assert (first_mass[:, 1, 1:] == 0).all()  # this head never sees it
+    assert (first_mass[:, 0] > 0).all()
+
+
 @pytest.mark.parametrize("method", ["auto", "reference"])
 def test_softcap_bias_sinks_and_scales_match_their_formulas(method, entropy_of):
     q, k = heads()

@@ -18,7 +18,6 @@ from transformers import (
 
 from normfree import intervene, measure
 from normfree.entropy.support import UnsupportedModel
-from normfree.measures.ranges import Ranges
 from normfree.measures.residual import Residual
 from normfree.measures.units import Units
 from tests.entropy.families import tiny_model
@@ -71,9 +70,9 @@ def test_patches_of_all_images_in_one_row_are_read() -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("xlnet", "has tokens before sequences in its stream"),
-        ("longformer", "fills its stream with padding of its own"),
-        ("mobilevit", "has channels before pixels in its stream"),
+        ("xlnet", "its stream has tokens first"),
+        ("longformer", "it adds padding of its own"),
+        ("mobilevit", "its stream has channels first"),
     ],
 )
 def test_streams_that_cannot_be_read_are_refused(kind: str, message: str) -> None:
@@ -82,7 +81,7 @@ def test_streams_that_cannot_be_read_are_refused(kind: str, message: str) -> Non
 
 
 def test_maps_that_multiply_inside_are_refused() -> None:
-    with pytest.raises(ValueError, match="multiplies what enters its nonlinearity"):
+    with pytest.raises(ValueError, match="scales its features before the nonlinearity"):
         Units(tiny_kind("falcon_h1", mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8))
 
 
@@ -148,7 +147,6 @@ def test_padding_alone_has_no_ranges() -> None:
     model = tiny_model("gpt2")
     measured = measure(model, {"input_ids": IDS, "attention_mask": torch.zeros_like(IDS)}, "ranges")
     assert np.isnan(measured["softmax_input_max"]).all()
-    assert set(measured.values) <= set(Ranges.gives)
 
 
 def test_a_token_of_length_zero_has_no_direction() -> None:
@@ -174,7 +172,7 @@ def test_a_token_of_length_zero_has_no_direction() -> None:
 def test_heads_that_the_model_runs_past_are_named() -> None:
     config = GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, reorder_and_upcast_attn=True)
     model = GPT2LMHeadModel._from_config(config, attn_implementation="eager").eval()
-    with pytest.raises(UnsupportedModel, match="nothing in layer 1 changed"), intervene(model, [(1, 2)], "zero"):
+    with pytest.raises(UnsupportedModel, match="layer 1 was not changed"), intervene(model, [(1, 2)], "zero"):
         model(IDS)
     with intervene(model, [(1, 2)], "zero"):
         pass  # no pass, so nothing to say

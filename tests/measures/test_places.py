@@ -140,7 +140,7 @@ def standing(model_type: str) -> str:
     try:
         places = places_of(model)
     except ValueError as error:
-        reasons = {"experts": "mixture of experts", "told apart": "unreadable stream"}
+        reasons = {"experts": "mixture of experts", "cannot be measured": "unreadable stream"}
         return next((name for word, name in reasons.items() if word in str(error)), "no feed-forward part")
     if any(place.attention is None for place in places):
         return "feed-forward part alone"

@@ -84,7 +84,6 @@ NORMFREE_NORMS: dict[str, tuple[str, ...]] = {
 NORMFREE_FREE = {
     "family": ("decoder",),
     "placement": ("pre", "post", "mix", "peri"),
-    "feed_forward": ("plain",),
     "branch": ("plain", "fixed", "layerscale", "rezero"),
     "linear": ("plain", "weight_norm", "spectral_norm"),
     "embedding_scale": ("none", "learned"),
@@ -126,7 +125,8 @@ def _normfree(values: Mapping[str, Any]) -> Architecture:
     norms: dict[str, Any] = {name: _operations(NORMFREE_NORMS, name, values[name]) for name in names}
     if values["placement"] == "peri":
         norms["post_norm"] = norms["norm"]
-    model = _decoder(values, activation="activation", known=known, **norms)
+    gated = values["feed_forward"] == "gated"
+    model = _decoder(values, activation="activation", known=known, gated=gated, **norms)
     rotary_share = values["rotary_share"] if values["position"] == "rotary" else 0
     return replace(model, rotary_dim=round(model.head_dim * rotary_share))
 

@@ -33,13 +33,9 @@ def training_flops(spec: RunSpec, tokens: float) -> float:
     Gates of heads are left out; an encoder-decoder counts as a decoder of its size.
     """
     context, model = spec.data.context, config_of(spec)
-    config = {name: model[name] for name in ("model_type", "max_position_embeddings", *SIZES)}
+    config = {name: model[name] for name in ("model_type", "max_position_embeddings", "feed_forward", *SIZES)}
     products = [each for each in count(read_architecture(config), context) if isinstance(each, Matmul)]
-    flops = 6 * tokens / context * sum(each.elements * each.k for each in products if each.operation != "embedding")
-    if model["feed_forward"] == "gated":
-        width = model["intermediate_size"] or 4 * model["hidden_size"]
-        flops += 6 * tokens * model["num_hidden_layers"] * model["hidden_size"] * width
-    return flops
+    return 6 * tokens / context * sum(each.elements * each.k for each in products if each.operation != "embedding")
 
 
 def describe_training_cost(jobs: Sequence[Job], tokens_per_epoch: int | None = None) -> str:

@@ -38,8 +38,8 @@ def intervene(model: nn.Module, heads: Sequence[tuple[Layer, int]], how: How = "
     everything is as before.
 
     Raises ValueError for layers that are not there and other values of `how`, and in the first forward pass for heads
-    that are not there; UnsupportedModel (a ValueError) for a model that does not route its attention, on leaving if it
-    ran past a changed layer.
+    that are not there; UnsupportedModel (a ValueError) for a model that does not route its attention, and on leaving
+    if passes did not use a changed layer.
     """
     if how not in ("average", "zero") and not _is_number(how):
         raise ValueError(f"how={how!r}; allowed: 'average', 'zero' or a finite number that scales the heads")
@@ -58,7 +58,7 @@ def intervene(model: nn.Module, heads: Sequence[tuple[Layer, int]], how: How = "
             yield
             if id(model) in passes and (unused := [edit.layer for _, edit in edits if not edit.calls]):
                 raise UnsupportedModel(
-                    f"the model ran, but nothing in layer {unused[0]} changed: it routes its attention past"
+                    f"layer {unused[0]} was not changed: its attention does not go through transformers' registry"
                 )
         finally:
             for module, edit in edits:

@@ -67,7 +67,8 @@ class Measure:
     def mask_of(self, label: Label) -> Tensor | None:
         """Padding mask (0 is padding) of the tokens in a block: the decoder's own; None for patches and frames."""
         stack, config = label.split()[0] if isinstance(label, str) else "", getattr(self.model, "config", None)
-        if stack in ("vision", "audio", "qformer") or (stack == "encoder" and "input_features" in self.inputs):
+        is_whisper = getattr(config, "model_type", None) == "whisper"  # its encoder attends to all frames
+        if stack in ("vision", "audio", "qformer") or (is_whisper and stack == "encoder"):
             return None
         has_encoder: bool = getattr(config, "is_encoder_decoder", False)
         mask = self.inputs.get("decoder_attention_mask" if stack == "decoder" and has_encoder else "attention_mask")

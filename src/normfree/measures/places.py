@@ -60,7 +60,7 @@ def blocks_of(model: nn.Module) -> dict[Label, nn.Module]:
     """The blocks of all stacks, by label. Raises ValueError for a model without a list of blocks."""
     names, stacks = _names(), dict[str, nn.ModuleList]()
     if reason := names["unreadable"].get(getattr(getattr(model, "config", None), "model_type", None)):
-        raise ValueError(f"{type(model).__name__} {reason}, so its tokens cannot be told apart here")
+        raise ValueError(f"blocks of {type(model).__name__} cannot be measured: {reason}")
     for path, part in model.named_modules():
         inside = any(path.startswith(f"{outer}.") for outer in stacks)
         if isinstance(part, nn.ModuleList) and len(part) and path.split(".")[-1] in names["block_lists"] and not inside:
@@ -102,7 +102,7 @@ def _place(model: nn.Module, label: Label, block: nn.Module) -> Place:
             f"the linear maps {looked_for}"
         )
     if type(block).__name__ in names["scaled_features"]:
-        raise ValueError(f"{type(block).__name__} multiplies what enters its nonlinearity inside its feed-forward part")
+        raise ValueError(f"{type(block).__name__} scales its features before the nonlinearity, in no module")
     no_output = type(block).__name__ in names["without_branches"] or any(hasattr(block, a) for a in names["scaled_by"])
     branches = None if no_output else _first_pair(block, names["branches"])
     return Place(label, block, *(branches or (None, None)), *linears)

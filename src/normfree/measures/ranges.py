@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
+from itertools import dropwhile
 from typing import Any
 
 import torch
@@ -147,17 +148,13 @@ def _readers(place: Place) -> dict[nn.Module, str]:
 
 
 def _norms_of_maps(block: nn.Module) -> dict[nn.Module, set[nn.Module]]:
-    """Norms inside a part that read what linear maps there wrote, e.g. low-rank queries, and all maps of that part."""
-    found = {}
-    for part in block.modules():
-        children = dict(part.named_children()) if part is not block else {}
-        maps = {child for child in children.values() if _is_map(child)}
-        before = False
-        for name, child in children.items():
-            before = before or child in maps
-            if before and is_norm(name, child):
-                found[child] = maps
-    return found
+    """Norms inside a part that come after one of its linear maps, as those of low-rank queries, and the part's maps."""
+    maps_beside: dict[nn.Module, set[nn.Module]] = {}
+    for part in [*block.modules()][1:]:
+        maps = {child for child in part.children() if _is_map(child)}
+        behind = dropwhile(lambda child: not _is_map(child[1]), part.named_children())
+        maps_beside |= dict.fromkeys((child for name, child in behind if is_norm(name, child)), maps)
+    return maps_beside
 
 
 def _is_map(module: nn.Module) -> bool:

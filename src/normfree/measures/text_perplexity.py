@@ -47,6 +47,7 @@ def perplexity(
     stride = room if stride is None else stride
     if not 1 <= stride <= room:
         raise ValueError(f"stride={stride} must be between 1 and the tokens of text in a window, {room}")
+    ends = [*(stop for _, stop in spans[:-1]), len(text)] if spans else []  # some spans leave out blanks
     windows, sizes, end = [], [], 0
     for start in range(0, max(0, len(ids) - room) + stride, stride):
         # Nothing predicts the first token of the text, or of a window without overlap, but a leading token.
@@ -58,8 +59,7 @@ def perplexity(
         labels_BT[:, : len(leading) + first - start] = IGNORED
         windows.append({"input_ids": ids_BT, "labels": labels_BT})
         # Counted from the end of the token before: some offsets leave out the blank before a word.
-        last = len(text) if end == len(ids) or not spans else spans[end - 1][1]  # some leave out blanks at the end
-        sizes.append(len(text[spans[first - 1][1] if first else 0 : last].encode()) if spans else 0)
+        sizes.append(len(text[ends[first - 1] if first else 0 : ends[end - 1]].encode()) if ends else 0)
     chosen = range(len(windows)) if sequences is None else spread_places(len(windows), sequences)
     measure = Perplexity(model)
     batches = [windows[place] for place in chosen]
