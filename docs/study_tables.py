@@ -15,6 +15,7 @@ import numpy as np
 from docs.cause import Ratio, average, judge_scores, reached, runs_by_arm
 from docs.confirm import compare, log_score, primary, secondary
 from docs.family_rules import judge
+from docs.kept import kept_bytes
 from normfree.analysis.entropy import OVERLOAD_SHARE, probed_heads, shares_by_depth, top_quarter_share, trained_heads
 from normfree.analysis.groups import Group, all_runs
 from normfree.analysis.seeds import Difference, paired_difference, summarise
@@ -255,17 +256,18 @@ def zoo_table(groups: Sequence[Group]) -> Table:
             "baseline" if group.label == "SM+LN+G" else f"{cost.mean:+.3f} ({low:+.3f} to {high:+.3f})",
             *measured,
             f"{1000 * group.runs[0].tokens_per_step / fmean(speeds):.0f}",
+            f"{kept_bytes(group.runs[0]) / 1e6:.1f}",
             _megabytes_sent(group.runs[0]),
             f"{cost.n}",
             f"{cost.dropped}",
         ))  # fmt: skip
     titles = ("Variant", "ln perplexity less SM+LN+G", "First third (%)", "Middle", "Last", "On the first token",
-              "Largest activation", "Step (ms)", "Sent (MB)", "Seeds", "Diverged")  # fmt: skip
+              "Largest activation", "Step (ms)", "Kept (MB)", "Sent (MB)", "Seeds", "Diverged")  # fmt: skip
     notes = [
-        "Differences: 95 % interval (Welch). Thirds of the layers: heads near uniform. On the first token: mean "
-        "attention to it. Largest activation: as a multiple of the median. Step: the median, beside whatever else the "
-        "machine did. Sent: private inference, CHEETAH. All differences share the runs of SM+LN+G, so they miss "
-        "together.",
+        "Differences: 95 % interval (Welch). All share the runs of SM+LN+G, so they miss together. Thirds of the "
+        "layers: heads near uniform. On the first token: mean attention to it. Largest activation: as a multiple of "
+        "the median. Step: the median, beside whatever else the machine did. Kept: what autograd saves in a forward "
+        "pass, without the head. Sent: private inference, CHEETAH.",
     ]
     return Table("zoo", "Norms and what stands in for them", titles, rows, notes)
 

@@ -17,6 +17,7 @@ from scipy import stats
 from docs.study_tables import unfinished_table, zoo_table
 from normfree.analysis.entropy import causal_ceiling
 from normfree.analysis.groups import group_runs
+from normfree.cost.estimate import sizes_of
 from normfree.cost.totals import of_run
 from normfree.report.tables.results import (
     claim_table,
@@ -29,6 +30,7 @@ from normfree.report.tables.results import (
 )
 from normfree.report.tables.runs import run_table, slope_table, verdict_table
 from normfree.report.tables.table import Table, to_csv, to_html, to_latex, to_markdown
+from normfree.spec.run import RunSpec
 from normfree.store.runs import Run, RunWriter, read_run
 from tests.synthetic import rewritten, study, write_run
 
@@ -327,16 +329,16 @@ def test_skipped_steps_are_shown(tmp_path: Path) -> None:
 
 
 def test_the_zoo_compares_every_arm_with_layernorm(tmp_path: Path) -> None:
-    runs = []
+    runs, sizes = [], {"hidden_size": 64, "num_attention_heads": 4}
     for label, perplexities in {"SM+LN+G": (20.0, 21.0), "SM+G": (22.0, 24.0)}.items():
         for seed, perplexity in enumerate(perplexities):
-            run = write_run(tmp_path, label, seed=seed, perplexity=perplexity)
+            run = write_run(tmp_path, label, seed=seed, perplexity=perplexity, model=sizes)
             writer = RunWriter(run.folder, run.facts)
             measured = [("first_token_mass", [[0.1 + seed, 0.3]]), ("largest_to_median", [[5.0, 9.0 + seed]])]
             writer.log(200, "final", measured)
             writer.update(status="finished")
             runs.append(read_run(run.folder))
-    runs += [write_run(tmp_path, "SM", seed=seed, status="diverged") for seed in (0, 1)]
+    runs += [write_run(tmp_path, "SM", seed=seed, status="diverged", model=sizes) for seed in (0, 1)]
     rows = rows_by_name(zoo_table, runs)
     assert rows["SM+LN+G"]["ln perplexity less SM+LN+G"] == "baseline"
     assert [rows["SM"][name] for name in ("Middle", "Largest activation", "Diverged")] == ["-", "-", "2"]
@@ -345,6 +347,9 @@ def test_the_zoo_compares_every_arm_with_layernorm(tmp_path: Path) -> None:
     difference = logs[0].mean() - logs[1].mean()
     assert rows["SM+G"]["ln perplexity less SM+LN+G"] == f"{difference:+.3f} ({low:+.3f} to {high:+.3f})"
     assert (rows["SM+G"]["On the first token"], rows["SM+G"]["Largest activation"]) == ("0.45", "10")
+    size = sizes_of(RunSpec.from_dict(runs[2].spec), "cpu")
+    in_layers = size.layer_keeps * size.layers * size.width * 32 * runs[2].spec["data"]["context"]
+    assert float(rows["SM+G"]["Kept (MB)"]) == pytest.approx(in_layers / 1e6, abs=0.5)
     assert rows["SM+G"]["Sent (MB)"] == f"{of_run(runs[2]).bytes / 1e6:,.0f}"
 
 
