@@ -99,9 +99,7 @@ def compose(values: Mapping[str, Any], *, command: str | None = None) -> Job:
 
     Raises ValueError, with the nearest valid names, for an unknown key, preset, variant or value.
     """
-    _check_keys(values)
-    start = read_start(_start_of(values))
-    merged = _merge(values, start)
+    merged, start = _merge(values)
     runs_dir, cache_dir = merged.pop("runs_dir", "runs"), merged.pop("cache_dir", None)
     if not runs_dir:
         raise ValueError(f"runs_dir={runs_dir}: name a folder, e.g. runs_dir=runs")
@@ -118,12 +116,6 @@ def compose(values: Mapping[str, Any], *, command: str | None = None) -> Job:
     return Job(spec, Path(runs_dir), Path(cache_dir) if cache_dir else None, command)
 
 
-def _start_of(values: Mapping[str, Any]) -> str:
-    """`start`; a study may have one for all runs: run:runs/quick/${variant}-seed${seed}."""
-    start, known = str(values.get("start", "random")), {**DEFAULTS, **values}
-    return re.sub(r"\$\{(variant|seed)\}", lambda name: str(known[name[1]]), start)
-
-
 def control_of(values: Mapping[str, Any], job: Job) -> Job | None:
     """The same start, data and steps without removing norms, from a run's `values`; None if `job` removes none."""
     if job.spec.start == "random" or job.spec.model.get("norm") not in REMOVALS:
@@ -134,14 +126,11 @@ def control_of(values: Mapping[str, Any], job: Job) -> Job | None:
 
 def compose_unchecked(values: Mapping[str, Any]) -> RunSpec:
     """Compose a run as `compose` does, with the model's fields unchecked: their check loads torch."""
-    _check_keys(values)
-    merged = _merge(values, read_start(_start_of(values)))
-    for place in ("runs_dir", "cache_dir"):
-        merged.pop(place, None)
+    merged, _ = _merge(values)
     model = merged["model"]
     model["activation"] = spread_over_layers(model["activation"], model["num_hidden_layers"])
     _set_image_tokens(merged)
-    return RunSpec.from_dict(merged)
+    return RunSpec.from_dict({key: merged[key] for key in merged if key not in ("runs_dir", "cache_dir")})
 
 
 def _set_image_tokens(merged: dict[str, Any]) -> None:
@@ -184,7 +173,7 @@ def describe_run() -> list[tuple[str, Any, str]]:
         if kind.startswith("Literal["):
             meaning += f" {kind.removeprefix('Literal')}".replace('"', "").replace(", ", " | ")
         rows[f"model.{name}"] = (None if name in _FROM_CORPUS else default.strip('"'), meaning)
-    parts = {part: values for part, values in _merge({}).items() if isinstance(values, dict)}
+    parts = {part: values for part, values in _merge({})[0].items() if isinstance(values, dict)}
     shown = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
     rows = {key: row for key, row in rows.items() if key not in NOT_SET_ALONE}
     return [(key, shown.get(key, default), meaning) for key, (default, meaning) in rows.items()]
@@ -193,12 +182,6 @@ def describe_run() -> list[tuple[str, Any, str]]:
 @cache
 def allowed_keys() -> frozenset[str]:
     return frozenset([*GROUPS, "runs_dir", "cache_dir", *(key for key, _, _ in describe_run())])
-
-
-def _check_keys(values: Iterable[str]) -> None:
-    for key in values:
-        if key not in allowed_keys():
-            raise ValueError(f"unknown key {key!r}; {_advice_on_key(key)}")
 
 
 def _texts_by_key(words: Sequence[str]) -> dict[str, list[str]]:
@@ -225,12 +208,18 @@ def _read_value(key: str, text: str) -> Any:
         raise ValueError(f'cannot read {f"{key}={text}"!r}; quote special characters: "{key}={quoted}"') from None
 
 
-def _merge(values: Mapping[str, Any], start: Start | None = None) -> dict[str, Any]:
-    """The corpus, then the preset over it, then the variant, then single values, with ${...} resolved.
+def _merge(values: Mapping[str, Any]) -> tuple[dict[str, Any], Start | None]:
+    """The corpus, then the preset over it, then the variant, then single values, with ${...} resolved; and the start.
 
     A start's settings come before the variant, and in place of a corpus and a preset that `values` do not name.
     """
-    groups = {key: value for key, value in values.items() if key in GROUPS}
+    for key in values:
+        if key not in allowed_keys():
+            raise ValueError(f"unknown key {key!r}; {_advice_on_key(key)}")
+    groups, known = {key: value for key, value in values.items() if key in GROUPS}, {**DEFAULTS, **values}
+    # One start for all runs of a study: run:runs/quick/${variant}-seed${seed}
+    start_of_run = re.sub(r"\$\{(variant|seed)\}", lambda name: str(known[name[1]]), str(values.get("start", "random")))
+    start = read_start(start_of_run)
     chosen = DEFAULTS | (start.names() if start else {}) | groups
     presets = [_read_member("preset", chosen["preset"])]
     while "extends" in presets[0]:
@@ -238,21 +227,18 @@ def _merge(values: Mapping[str, Any], start: Start | None = None) -> dict[str, A
     corpora = [preset.pop("corpus") for preset in presets if "corpus" in preset]
     corpus = values.get("data", corpora[-1] if corpora else DEFAULTS["data"])
     variant = read_variant(str(chosen["variant"]))
-    layers = [
-        {"data": _read_member("data", corpus)},
-        *presets,
-        *(start.layers(groups, variant) if start else [variant]),
-    ]
+    own = start.layers(groups, variant) if start else [variant]
     try:
         # Names and seeds too, so that ${seed} in a tag resolves.
-        merged = OmegaConf.merge({key: DEFAULTS[key] for key in DEFAULTS if key not in GROUPS}, *layers)
+        names = {key: DEFAULTS[key] for key in DEFAULTS if key not in GROUPS}
+        merged = OmegaConf.merge(names, {"data": _read_member("data", corpus)}, *presets, *own)
         for key, value in values.items():
             if key not in GROUPS:
                 OmegaConf.update(merged, key, value, merge=False)
         container: Any = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         raise ValueError(str(error).strip().splitlines()[0]) from error
-    return container
+    return container, start
 
 
 def _read_member(group: str, name: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ class Score:
     """What it is multiplied by where it is shown: 100 shows a share in percent."""
     unit: str
     """Of a difference: `%`, as a share of the score, or percentage `points`."""
-    beside: tuple[str, str]
+    beside: tuple[str, str] = ("loss_nats", "Loss (nats)")
     """Another number of the evaluation for its table, and that number's title."""
 
     @property
@@ -55,14 +55,7 @@ class Family:
     """The corpus in words, of its facts."""
 
 
-_ACCURACY = Score(
-    name="accuracy",
-    axis="accuracy on held-out images (%)",
-    better="higher",
-    scale=100.0,
-    unit="points",
-    beside=("loss_nats", "Loss (nats)"),
-)
+_ACCURACY = Score(name="accuracy", axis="accuracy on held-out images (%)", better="higher", scale=100.0, unit="points")
 CLASSIFICATIONS = {
     "syntax_error": ("SequenceClassification", "text-classification"),
     "token_type": ("TokenClassification", "token-classification"),

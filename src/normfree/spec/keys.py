@@ -52,11 +52,10 @@ def describe_keys(kind: type) -> dict[str, tuple[Any, str]]:
         keys |= {f"{name}.{key}": about for key, about in inner.items()} or {name: facts}
     rows = {}
     for key, about in keys.items():
-        choices = about.get("enum") or about.get("items", {}).get("enum")
-        rows[key] = (
-            about.get("default"),
-            about.get("description", "") + (f" [{' | '.join(map(str, choices))}]" if choices else ""),
-        )
+        meaning = about.get("description", "")
+        if choices := about.get("enum") or about.get("items", {}).get("enum"):
+            meaning += f" [{' | '.join(map(str, choices))}]"
+        rows[key] = about.get("default"), meaning
     return rows
 
 

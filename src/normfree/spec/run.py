@@ -220,10 +220,8 @@ class TrainSpec:
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError(
-                f"give exactly one of train.steps and train.epochs, got steps={self.steps} and epochs={self.epochs}; "
-                "train.steps=null or train.epochs=null frees what a preset sets"
-            )
+            given = f"got steps={self.steps} and epochs={self.epochs}; train.steps=null or train.epochs=null frees one"
+            raise ValueError(f"give exactly one of train.steps and train.epochs, {given}")
         batch, micro = self.batch_sequences, self.micro_batch_sequences
         if batch % micro:
             raise ValueError(f"train.batch_sequences={batch} must be a multiple of train.micro_batch_sequences={micro}")
@@ -235,23 +233,19 @@ class TrainSpec:
             raise ValueError(f"train.on_nonfinite={self.on_nonfinite!r}; allowed: stop, or skip:N with N of 1 or more")
 
     def _check_objective(self) -> None:
-        targets = ("entropy_share", "entropy_nats", "entropy_profile")
-        readers = {"entropy_weight": ("entropy_target", "entropy_band"), **dict.fromkeys(targets, ("entropy_target",))}
-        readers["entropy_layers"], readers["entropy_profile_layers"] = readers["entropy_weight"], ("entropy_target",)
-        for name, objectives in readers.items():
-            if (value := getattr(self, name)) not in (None, ()) and self.objective not in objectives:
-                raise ValueError(
-                    f"train.{name}={value} is not read with train.objective={self.objective}: give "
-                    f"train.objective={' or '.join(objectives)}"
-                )
+        both, targets = ("entropy_weight", "entropy_layers"), ("entropy_share", "entropy_nats", "entropy_profile")
+        for name in (*both, *targets, "entropy_profile_layers"):
+            readers = ("entropy_target", "entropy_band") if name in both else ("entropy_target",)
+            if (value := getattr(self, name)) not in (None, ()) and self.objective not in readers:
+                advice = f"give train.objective={' or '.join(readers)}"
+                raise ValueError(f"train.{name}={value} is not read with train.objective={self.objective}: {advice}")
         if self.objective.startswith("entropy") and self.entropy_weight is None:
             raise ValueError(f"train.objective={self.objective} needs train.entropy_weight, e.g. 0.03")
         chosen = [f"train.{name}" for name in targets if getattr(self, name)]
         if self.objective == "entropy_target" and len(chosen) != 1:
-            raise ValueError(
-                "train.objective=entropy_target needs exactly one of train.entropy_share, train.entropy_nats and "
-                f"train.entropy_profile, got {' and '.join(chosen) or 'none'}"
-            )
+            names = "train.entropy_share, train.entropy_nats and train.entropy_profile"
+            got = " and ".join(chosen) or "none"
+            raise ValueError(f"train.objective=entropy_target needs exactly one of {names}, got {got}")
         if self.entropy_profile_layers and not self.entropy_profile:
             raise ValueError("train.entropy_profile_layers is read with train.entropy_profile: give both")
 
@@ -351,7 +345,7 @@ class RunSpec:
         return build(cls, values)
 
     def recipe(self) -> str:
-        """Fingerprint of all that must be equal for two runs to share a table: `recipe_of` this spec."""
+        """`recipe_of` this spec."""
         return recipe_of(self.to_dict())
 
     def identity(self) -> str:

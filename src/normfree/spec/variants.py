@@ -38,24 +38,22 @@ def read_variant(name: str) -> dict[str, Any]:
     if name in (files := sorted(path.stem for path in (CONF / "variant").glob("*.yaml"))):
         return read_yaml(CONF / "variant" / f"{name}.yaml")
     table = read_yaml(CONF / "parts.yaml")
-    parts, activations = table["parts"], table["activations"]
+    parts = table["parts"] | table["activations"]
     first, *codes = name.split("-")
-    unknown = [code for code in codes if code not in parts | activations]
+    unknown = [code for code in codes if code not in parts]
     if first != "sm" or unknown:
-        part = f"; part {unknown[0]!r}: {nearest(unknown[0], [*parts, *activations])}" if first == "sm" else ""
+        part = f"; part {unknown[0]!r}: {nearest(unknown[0], [*parts])}" if first == "sm" else ""
         raise ValueError(f"unknown variant {name!r}; {nearest(name, [*MAIN, *files])}{part}")
-    entries = [table["sm"], *((parts | activations)[code] for code in codes)]
-    ordered = [code for code in [*parts, *activations] if code in codes]
-    model: dict[str, Any] = dict(table["sm"]["model"])
-    set_by: dict[str, str] = {}
-    for code, entry in zip(codes, entries[1:], strict=True):
-        for field, value in entry["model"].items():
+    label, model, set_by = table["sm"]["label"], table["sm"]["model"], {}
+    for code in codes:
+        label += f"+{parts[code]['label']}"
+        for field, value in parts[code]["model"].items():
             if field in set_by:
                 raise ValueError(f"variant={name}: {set_by[field]} and {code} both set model.{field}; leave one out")
             set_by[field], model[field] = code, value
-    if codes != ordered:
+    if codes != (ordered := [code for code in parts if code in codes]):
         raise ValueError(f"variant={name}: parts have an order: give variant={'-'.join(['sm', *ordered])}")
-    return {"variant": name, "label": "+".join(entry["label"] for entry in entries), "model": model}
+    return {"variant": name, "label": label, "model": model}
 
 
 def part_names() -> dict[str, list[str]]:
@@ -105,53 +103,44 @@ def check_fields_are_read(spec: RunSpec) -> None:
     """Raises ValueError for a setting, other than the default, that nothing reads, and norms that leave too late."""
     from normfree.model import NormFreeConfig, activations, norms
 
-    config = NormFreeConfig(**spec.model)
+    config, defaults = NormFreeConfig(**spec.model), NormFreeConfig()
     if spec.train.steps:
         norms.check_removal(config, spec.train.steps)
-    names, used_norms = set(config.layer_activations), {config.norm, config.final_norm}
+    family, used_norms, used_activations = config.family, {config.norm, config.final_norm}, {*config.layer_activations}
     # What a user registered may read and learn whatever it likes.
-    own_activation = bool(names - activations.IN_THIS_FILE.keys())
+    own_activation = bool(used_activations - activations.IN_THIS_FILE.keys())
     own_norm = bool(used_norms - norms.IN_THIS_FILE.keys())
-    rotary = config.position == "rotary", "model.position=rotary"
-    vision, decoder, pairs = (
-        (config.family == name, f"model.family={name}") for name in ("vision", "decoder", "encoder_decoder")
+    divides = not {*used_norms, config.query_key_norm} <= {"none", "dyt", "derf"}
+    squashes = not used_norms <= {"none", "layernorm", "rmsnorm", "lns", "bhyt", "taper", "fake"}
+    learns_slopes = own_activation or config.learnable_slope != "none"
+    masks_spans = family == "encoder_decoder" and spec.data.packing != "docstring"
+    variance = own_norm or config.final_norm in ("layernorm", "lns", "fake")
+    readers = (
+        ("image_size patch_size num_channels pooling", family == "vision", "model.family=vision"),
+        ("noise_share span_tokens span_seed", masks_spans, "masked spans (model.family=encoder_decoder)"),
+        ("decoder_start_token_id", family == "encoder_decoder", "model.family=encoder_decoder"),
+        ("target_tokens", False, "data.packing=docstring, which sets it,"),
+        ("relative_buckets relative_distance", config.position == "relative", "model.position=relative"),
+        ("tie_word_embeddings", family != "vision", "a family of text"),
+        ("output_bias", family == "decoder", "model.family=decoder"),
+        ("rotary_share rotary_base", config.position == "rotary", "model.position=rotary"),
+        ("norm_epsilon", divides, "a norm that divides"),
+        ("norm_steepness", squashes, "model.norm=dyt or derf"),
+        ("taper_start_step taper_end_step", own_norm or config.norm == "taper", "model.norm=taper"),
+        ("fake_start_step fake_gap_steps", own_norm or config.norm == "fake", "model.norm=fake"),
+        ("placement", config.norm != "none", "a norm"),
+        ("post_share", config.placement == "mix", "model.placement=mix"),
+        ("linear_groups", config.linear != "plain", "model.linear=weight_norm or spectral_norm"),
+        ("negative_slope", own_activation or "leaky_relu" in used_activations, "model.activation=leaky_relu"),
+        ("decay_slopes slope_learning_rate_factor", learns_slopes, "model.learnable_slope=per_layer or shared"),
+        ("sigma_weight", variance, "model.final_norm=layernorm, lns or fake"),
     )
-    spans = pairs[0] and spec.data.packing != "docstring", "masked spans (model.family=encoder_decoder)"
-    relative = config.position == "relative", "model.position=relative"
-    learned = own_activation or config.learnable_slope != "none", "model.learnable_slope=per_layer or shared"
-    tapers = own_norm or config.norm == "taper", "model.norm=taper"
-    removes = own_norm or config.norm == "fake", "model.norm=fake"
-    squashing, dividing = {"dyt", "derf"}, {"layernorm", "rmsnorm", "lns", "bhyt", "taper", "fake"}
-    needs = {
-        **dict.fromkeys(("image_size", "patch_size", "num_channels", "pooling"), vision),
-        **dict.fromkeys(("noise_share", "span_tokens", "span_seed"), spans),
-        "decoder_start_token_id": pairs,
-        "target_tokens": (False, "data.packing=docstring, which sets it,"),
-        **dict.fromkeys(("relative_buckets", "relative_distance"), relative),
-        "tie_word_embeddings": (not vision[0], "a family of text"),
-        "output_bias": decoder,
-        **dict.fromkeys(("rotary_share", "rotary_base"), rotary),
-        "norm_epsilon": (not {*used_norms, config.query_key_norm} <= {"none", *squashing}, "a norm that divides"),
-        "norm_steepness": (not used_norms <= {"none", *dividing}, "model.norm=dyt or derf"),
-        **dict.fromkeys(("taper_start_step", "taper_end_step"), tapers),
-        **dict.fromkeys(("fake_start_step", "fake_gap_steps"), removes),
-        "placement": (config.norm != "none", "a norm"),
-        "post_share": (config.placement == "mix", "model.placement=mix"),
-        "linear_groups": (config.linear != "plain", "model.linear=weight_norm or spectral_norm"),
-        "negative_slope": (own_activation or "leaky_relu" in names, "model.activation=leaky_relu"),
-        **dict.fromkeys(("decay_slopes", "slope_learning_rate_factor"), learned),
-        "sigma_weight": (
-            own_norm or config.final_norm in ("layernorm", "lns", "fake"),
-            "model.final_norm=layernorm, lns or fake",
-        ),
-    }
-    defaults = NormFreeConfig()
-    for name, (is_read, reader) in needs.items():
-        part, owner, default = (
-            ("model", config, defaults) if hasattr(config, name) else ("train", spec.train, type(spec.train))
-        )
-        if not is_read and (value := getattr(owner, name)) != getattr(default, name):
-            raise ValueError(f"{part}.{name}={value} is read with {reader} only: leave it out")
+    for names, is_read, reader in readers:
+        for name in names.split():
+            of_model = "model", config, defaults
+            part, owner, default = of_model if hasattr(config, name) else ("train", spec.train, type(spec.train))
+            if not is_read and (value := getattr(owner, name)) != getattr(default, name):
+                raise ValueError(f"{part}.{name}={value} is read with {reader} only: leave it out")
 
 
 def spread_over_layers(names: str | list[str], layers: int) -> list[str]:
