@@ -89,7 +89,7 @@ def test_heads_move_to_their_target(train_tiny):
 def test_the_term_has_the_gradient_of_the_squared_distance():
     config = NormFreeConfig(num_attention_heads=3, hidden_size=48)
     ascending = np.array([[0.5, 1.0, 2.0]])
-    objective = EntropyTarget(0.7, (4,), config, lambda step: ascending)
+    objective = EntropyTarget(config, 0.7, (4,), targets=lambda step: ascending)
     entropies = torch.tensor([[1.9, 0.2, 0.4]], requires_grad=True)
     assert objective.term(entropies, 1.0).item() == 0
     objective.advance(1, lambda values: values)
@@ -102,7 +102,7 @@ def test_the_term_has_the_gradient_of_the_squared_distance():
 
 def test_the_band_has_a_dead_zone_and_a_learnable_centre():
     config = NormFreeConfig(num_attention_heads=3, hidden_size=48)
-    objective = EntropyBand(1.0, (0,), config, ceiling=2.0)
+    objective = EntropyBand(config, 1.0, (0,), ceiling=2.0)
     entropies = torch.tensor([[1.0, 1.39, 1.9]], requires_grad=True)  # the band is 1.0 +- 0.4
     objective.term(entropies, 1.0)
     objective.advance(1, lambda values: values)

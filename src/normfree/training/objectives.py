@@ -26,37 +26,12 @@ BAND_START = 0.5
 
 
 class Objective(nn.Module):
-    """The loss of the next token and nothing else."""
+    """The loss of the next token, and for the heads of `layers` a term of their entropies; without layers that alone.
 
-    layers: tuple[int, ...] = ()
-    """Layers whose head entropies `term` needs."""
+    The term is weight * mean over heads of 2 (M - t) E, whose gradient is that of (M - t)^2; 0 in the first step.
+    """
 
-    def term(self, entropies_LH: Tensor, share: float) -> Tensor:
-        """What a micro-batch adds to the loss; `share` is its share of the step's sequences."""
-        raise NotImplementedError
-
-    def advance(self, step: int, sum_over_processes: Callable[[Tensor], Tensor]) -> None:
-        """Move to the state after optimiser step `step`."""
-
-    def discard_step(self) -> None:
-        """Discard a skipped step's measurements."""
-
-    def values(self) -> dict[str, list[float]]:
-        """What to record: quantities by layer, NaN for layers that the objective does not read."""
-        return {}
-
-    def state(self) -> dict[str, Any]:
-        """Plain values that bring the objective back on a resume."""
-        return {}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take over what `state` returned."""
-
-
-class EntropyObjective(Objective):
-    """weight * mean over heads of 2 (M - t) E, whose gradient is that of (M - t)^2; 0 in the first step."""
-
-    def __init__(self, weight: float, layers: tuple[int, ...], config: NormFreeConfig) -> None:
+    def __init__(self, config: NormFreeConfig, weight: float = 0.0, layers: tuple[int, ...] = ()) -> None:
         super().__init__()
         self.weight, self.layers, self.layer_count = weight, layers, config.num_hidden_layers
         self.step = 0
@@ -73,22 +48,25 @@ class EntropyObjective(Objective):
         return entropies_LH
 
     def term(self, entropies_LH: Tensor, share: float) -> Tensor:
+        """What a micro-batch adds to the loss; `share` is its share of the step's sequences."""
         self.sum_LH += entropies_LH.detach() * share
         if not self.step:
             return entropies_LH.new_zeros(())
         return self.weight * share * (2 * self.deviations() * self.penalised(entropies_LH)).mean()
 
     def advance(self, step: int, sum_over_processes: Callable[[Tensor], Tensor]) -> None:
+        """Move to the state after optimiser step `step`."""
         self.previous_LH.copy_(sum_over_processes(self.sum_LH))
-        self.sum_LH.zero_()
-        self.zero_grad()  # Trainer knows the model's parameters only
+        self.discard_step()
         self.step = step
 
     def discard_step(self) -> None:
+        """Discard a step's measurements and gradients."""
         self.sum_LH.zero_()
-        self.zero_grad()
+        self.zero_grad()  # Trainer knows the model's parameters only
 
     def values(self) -> dict[str, list[float]]:
+        """What to record: quantities by layer, NaN for layers that the objective does not read."""
         if not self.step:
             return {}
         deviations_LH = self.deviations()
@@ -101,6 +79,7 @@ class EntropyObjective(Objective):
         return {name: [of_layer.get(layer, math.nan) for layer in layers] for name, of_layer in values.items()}
 
     def state(self) -> dict[str, Any]:
+        """Plain values that bring the objective back on a resume."""
         if not self.step:  # as it was made
             return {}
         parameters = {name: parameter.tolist() for name, parameter in self.named_parameters()}
@@ -108,6 +87,7 @@ class EntropyObjective(Objective):
 
     @torch.no_grad()
     def restore(self, state: dict[str, Any]) -> None:
+        """Take over what `state` returned."""
         if not state:
             return
         self.step = state["step"]
@@ -116,13 +96,11 @@ class EntropyObjective(Objective):
             self.get_parameter(name).copy_(torch.tensor(values))
 
 
-class EntropyTarget(EntropyObjective):
+class EntropyTarget(Objective):
     """Heads of a layer, ordered by M, are pulled to ascending targets."""
 
-    def __init__(
-        self, weight: float, layers: tuple[int, ...], config: NormFreeConfig, targets: Callable[[int], np.ndarray]
-    ) -> None:
-        super().__init__(weight, layers, config)
+    def __init__(self, *of_objective: Any, targets: Callable[[int], np.ndarray]) -> None:
+        super().__init__(*of_objective)
         self.targets = targets
 
     def deviations(self) -> Tensor:
@@ -131,14 +109,14 @@ class EntropyTarget(EntropyObjective):
         return self.previous_LH - ascending_LH.gather(1, ranks_LH)
 
 
-class EntropyBand(EntropyObjective):
+class EntropyBand(Objective):
     """Heads are pulled to theta * ceiling where they lie outside of a band around it; theta is learnable.
 
     The regulariser of Entropy-Guided Attention (arXiv 2501.03489), with M for the entropies of the batch in the factor.
     """
 
-    def __init__(self, weight: float, layers: tuple[int, ...], config: NormFreeConfig, ceiling: float) -> None:
-        super().__init__(weight, layers, config)
+    def __init__(self, *of_objective: Any, ceiling: float) -> None:
+        super().__init__(*of_objective)
         self.ceiling = ceiling
         self.theta_LH = nn.Parameter(torch.full_like(self.previous_LH, BAND_START))
 
@@ -158,31 +136,25 @@ def build_objective(spec: RunSpec, config: NormFreeConfig, steps: int) -> Object
     """
     train, tokens = spec.train, spec.data.context
     if train.objective in ("next_token", *CLASSIFICATIONS):
-        return Objective()
+        return Objective(config)
     layers = tuple(range(config.num_hidden_layers)) if train.entropy_layers is None else train.entropy_layers
     last = config.num_hidden_layers - 1
     if not layers or list(layers) != sorted(set(layers) & set(range(last + 1))):
-        raise ValueError(
-            f"train.entropy_layers={list(layers)}; give layers of 0 to {last}, each once and in ascending order"
-        )
+        advice = f"give layers of 0 to {last}, each once and in ascending order"
+        raise ValueError(f"train.entropy_layers={list(layers)}; {advice}")
     if config.attention_sink != "none":
-        raise ValueError(
-            f"train.objective={train.objective} with model.attention_sink={config.attention_sink}: entropies of rows "
-            "that do not sum to 1 have no target; leave one of them out"
-        )
+        both = f"train.objective={train.objective} with model.attention_sink={config.attention_sink}"
+        raise ValueError(f"{both}: entropies of rows that do not sum to 1 have no target; leave one of them out")
     weight, ceiling = train.entropy_weight, FAMILIES[config.family].ceiling(tokens)
     assert weight is not None, "RunSpec asks for it"
     if train.objective == "entropy_band":
-        return EntropyBand(weight, layers, config, ceiling)
-    heads = config.num_attention_heads
+        return EntropyBand(config, weight, layers, ceiling=ceiling)
     if train.entropy_profile:
         profile_steps, profile_PLH = read_profile(train.entropy_profile, spec, config, steps)
         sources = train.entropy_profile_layers or layers
         if len(sources) != len(layers) or not set(sources) <= set(range(last + 1)):
-            raise ValueError(
-                f"train.entropy_profile_layers={list(sources)}; give {len(layers)} layers of 0 to {last}, one for each "
-                "of train.entropy_layers"
-            )
+            advice = f"give {len(layers)} layers of 0 to {last}, one for each of train.entropy_layers"
+            raise ValueError(f"train.entropy_profile_layers={list(sources)}; {advice}")
         profile_PLH = profile_PLH[:, sources]
 
         def targets(step: int) -> np.ndarray:
@@ -191,15 +163,14 @@ def build_objective(spec: RunSpec, config: NormFreeConfig, steps: int) -> Object
             position = (step - before) / (after - before)
             return (1 - position) * profile_PLH[later - 1] + position * profile_PLH[later]
 
-        return EntropyTarget(weight, layers, config, targets)
+        return EntropyTarget(config, weight, layers, targets=targets)
     nats = train.entropy_nats or [share * ceiling for share in (train.entropy_share,) * len(layers) if share]
     if len(nats) != len(layers) or not all(0 <= value <= ceiling for value in nats):
-        raise ValueError(
-            f"train.entropy_nats={list(nats)}; give a number for each of the {len(layers)} layers of "
-            f"train.entropy_layers, from 0 to the ceiling of {ceiling:.3f} nats at data.context={tokens}"
-        )
-    constant_LH = np.repeat(np.array(nats, dtype=float)[:, None], heads, axis=1)
-    return EntropyTarget(weight, layers, config, lambda step: constant_LH)
+        of_layers = f"a number for each of the {len(layers)} layers of train.entropy_layers"
+        highest = f"from 0 to the ceiling of {ceiling:.3f} nats at data.context={tokens}"
+        raise ValueError(f"train.entropy_nats={list(nats)}; give {of_layers}, {highest}")
+    constant_LH = np.repeat(np.array(nats, dtype=float)[:, None], config.num_attention_heads, axis=1)
+    return EntropyTarget(config, weight, layers, targets=lambda step: constant_LH)
 
 
 def read_profile(

@@ -50,8 +50,7 @@ class NormFreeTrainer(Trainer):
         self.skipped = [Divergence(**facts) for facts in manifest.get("skipped_steps", [])]
         self._unlogged: dict[str, Any] | None = manifest.get("unlogged")
         self.objective = record.objective.to(args.device)
-        if "objective" in manifest:
-            self.objective.restore(manifest["objective"])
+        self.objective.restore(manifest.get("objective", {}))
         self._next_token_loss: Tensor | None = None
         self._norm_sums: Tensor | None = None
         self._has_state = model.has_state
@@ -63,9 +62,9 @@ class NormFreeTrainer(Trainer):
         self._gradients_every = measured_every.get("gradients")
         train = self.spec.train
         self._periods = {train.log_every, train.evaluate_every, train.checkpoint_every, *measured_every.values()}
-        self.sharded = self.spec.train.sharding == "fsdp"
+        self.sharded = train.sharding == "fsdp"
         if self.sharded:
-            shard(model, self.spec.train.precision, args.device)
+            shard(model, train.precision, args.device)
         super().__init__(model=model, args=args, **rest)
         self.is_distributed_loading_by_transformers = self.sharded  # Trainer then adds autocast, and no DDP
         self.add_callback(_Advance(self))
@@ -91,16 +90,13 @@ class NormFreeTrainer(Trainer):
         if self.optimizer is None:
             groups = parameter_groups(self.network, self.spec.train, self.objective)
             self.optimizer = OPTIMIZERS[self.spec.train.optimizer](self.network, groups, self.spec.train)
+            # The host must know of each step whether it was finite: to skip it, or to advance other states.
+            of_host = self.spec.train.skips_allowed, self.accelerator.scaler, self._has_state, self.objective.layers
             # torch's fused optimisers leave out a step whose `found_inf` is 1; this is GradScaler's own test
             leaves_out = getattr(self.optimizer, "_step_supports_amp_scaling", False)
-            if self.args.device.type in RUNS_AHEAD and leaves_out and not self._needs_host():
+            if self.args.device.type in RUNS_AHEAD and leaves_out and not any(of_host):
                 self._unread = UnreadSteps(self.optimizer, self.args.device)
         return self.optimizer
-
-    def _needs_host(self) -> bool:
-        """True if the host must know of each step whether it was finite: to skip it, or to advance other states."""
-        reasons = self.spec.train.skips_allowed, self.accelerator.scaler, self._has_state, self.objective.layers
-        return any(reasons)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -128,7 +124,8 @@ class NormFreeTrainer(Trainer):
         """Move the objective, and norms and linear maps that have state, to their state after this step."""
         if self.skipped and self.skipped[-1].step == step:
             return
-        self.objective.advance(step, self._sum_over_processes)
+        if self.objective.layers:
+            self.objective.advance(step, self._sum_over_processes)
         if self._has_state:
             sums = None if self._norm_sums is None else self._sum_over_processes(self._norm_sums)
             self.network.advance(step, sums)
@@ -277,10 +274,9 @@ class NormFreeTrainer(Trainer):
             self.record.publish_checkpoint(step, self.skipped, unlogged)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch.save reports a full disk as RuntimeError
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise CheckpointError(
-                f"saving the checkpoint of step {step} failed ({reason}); older ones are unchanged: remove "
-                "the cause, often a full disk, and the same command resumes from the newest"
-            ) from error
+            advice = "remove the cause, often a full disk, and the same command resumes from the newest"
+            message = f"saving the checkpoint of step {step} failed ({reason}); older ones are unchanged: {advice}"
+            raise CheckpointError(message) from error
 
 
 class _Advance(TrainerCallback):
