@@ -1,7 +1,5 @@
-"""Several processes of one run: two ranks on the CPU, variables that announce others, and trackers."""
+"""Several processes of one run: two ranks on the CPU, and trackers."""
 
-import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -10,13 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import patch
 
 import numpy as np
 import psutil
 import pytest
 import torch
-from accelerate import PartialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from normfree.store.runs import RunWriter, read_run
@@ -47,15 +43,6 @@ def run_command(words: list[str], folder: Path) -> str:
     output = (folder / "output").read_text()
     assert status == 0, output[-3000:]
     return output
-
-
-def test_leftover_variables_that_announce_processes_are_named(train_tiny, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(PartialState, "_shared_state", {})
-    failure = pytest.raises(ValueError, match="MASTER_ADDR")  # without which it waits for the others
-    with patch.dict(os.environ, WORLD_SIZE="4"), caplog.at_level(logging.WARNING, logger="normfree"), failure:
-        train_tiny()  # Accelerate sets LOCAL_RANK and others before it fails: patch.dict takes them back
-    message = "waiting for the other processes, because WORLD_SIZE=4: start them all with torchrun, or unset it"
-    assert message in caplog.text
 
 
 def test_the_wandb_project_is_normfree_unless_named(tiny_spec, monkeypatch) -> None:

@@ -20,8 +20,6 @@ from normfree.training.precision import check_fp32_variables, use_fp32_products
 Value = TypeVar("Value")
 logger = logging.getLogger("normfree")
 
-# Variables from which Accelerate takes the number of processes.
-WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 # Names and numbers of mallopt(3), from glibc's malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 LARGEST_INT = 2**31 - 1
@@ -46,11 +44,7 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def guard_process_variables() -> Iterator[None]:
-    """Hide ACCELERATE_* variables, which may train fp32 in bf16; warn of variables that wait for other processes."""
-    sizes = [f"{name}={os.environ[name]}" for name in WORLD_SIZES if os.environ.get(name, "1") != "1"]
-    if sizes and "TORCHELASTIC_RUN_ID" not in os.environ:  # set by torchrun
-        advice = "start them all with torchrun, or unset it to train in one"
-        logger.warning("waiting for the other processes, because %s: %s", ", ".join(sizes), advice)
+    """Hide ACCELERATE_* variables, which may train fp32 in bf16."""
     variables = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
     if variables:
         words = ", ".join(f"{name}={value}" for name, value in sorted(variables.items()))
