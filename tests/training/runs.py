@@ -1,4 +1,4 @@
-"""Helpers of the training tests: compare runs, act inside a step, damage a file."""
+"""Helpers of the training tests: compare runs, act inside a step or watch it, damage a file."""
 
 import os
 import signal
@@ -56,6 +56,30 @@ def check_equal_runs(folder: Path, whole: Path) -> None:
         assert run.series(split, name) == expected.series(split, name)
     assert not any(damages(checkpoint) for checkpoint in checkpoints_in(folder / "checkpoints"))
     assert not (folder / "checkpoints" / ".staging").exists()
+
+
+class Observed:
+    """Weights and Adam's moments at the beginning of each step, and its batch."""
+
+    def __init__(self) -> None:
+        self.states: dict[int, list[torch.Tensor]] = {}
+        self.batches: dict[int, torch.Tensor] = {}
+
+    def record(self, trainer: NormFreeTrainer, inputs: dict[str, Any]) -> int:
+        """Returns the step, counted from 1."""
+        step = trainer.state.global_step + 1
+        self.states[step] = [tensor.detach().clone() for tensor in (*trainer.network.parameters(), *moments(trainer))]
+        self.batches[step] = inputs.get("input_ids", inputs.get("pixel_values")).clone()
+        return step
+
+    def changed_in(self, step: int) -> bool:
+        """True if the step changed a weight or a moment."""
+        before, after = self.states[step], self.states[step + 1]
+        return not all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
+def moments(trainer: NormFreeTrainer) -> list[torch.Tensor]:
+    return [value for state in trainer.optimizer.state_dict().get("state", {}).values() for value in state.values()]
 
 
 def act_in(method: str, action: Callable[[NormFreeTrainer], Any], monkeypatch: pytest.MonkeyPatch) -> None:
