@@ -104,11 +104,10 @@ def compare_surroundings(checkpoint: Path, now: dict[str, Any]) -> None:
     Facts missing in an older manifest are not compared. Raises ValueError when the corpus has changed.
     """
     then = read_manifest(checkpoint)
+    old, new = then["corpus"][:12], now["corpus"][:12]
     if then["corpus"] != now["corpus"]:
-        raise ValueError(
-            f"{checkpoint} was trained on corpus {then['corpus'][:12]}, but the text now gives {now['corpus'][:12]}: "
-            "restore the old text, or give tag=NAME to train on the new one"
-        )
+        advice = "restore the old text, or give tag=NAME to train on the new one"
+        raise ValueError(f"{checkpoint} was trained on corpus {old}, but the text now gives {new}: {advice}")
     changed = [f"{name} was {then[name]}, now {value}" for name, value in now.items() if then.get(name, value) != value]
     if changed:
         logger.warning("resuming %s in another environment, numbers may differ: %s", checkpoint, "; ".join(changed))

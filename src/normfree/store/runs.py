@@ -188,10 +188,8 @@ class Run:
         """
         path = self.folder / METRICS_FILE
         if not self.metrics_match_record():
-            raise DamagedRunError(
-                f"{path} does not match the sha256 in {RUN_FILE}: restore it, or, if you edited it, remove "
-                f"metrics_file from {RUN_FILE}"
-            )
+            advice = "restore it, or, if you edited it, remove metrics_file there"
+            raise DamagedRunError(f"{path} does not match the sha256 in {RUN_FILE}: {advice}")
         return pd.DataFrame(read_lines(path), columns=_COLUMNS)
 
     def metrics_match_record(self) -> bool:

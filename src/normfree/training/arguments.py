@@ -37,15 +37,11 @@ def check_machine(spec: RunSpec, device: torch.device) -> None:
     _check_gpus(processes)
     batch, micro = train.batch_sequences, train.micro_batch_sequences
     if batch % (micro * processes):
-        raise ValueError(
-            f"train.batch_sequences={batch} must be a multiple of train.micro_batch_sequences={micro} times the "
-            f"{processes} processes"
-        )
+        per_pass = f"train.micro_batch_sequences={micro} times the {processes} processes"
+        raise ValueError(f"train.batch_sequences={batch} must be a multiple of {per_pass}")
     if train.sharding != "none" and processes == 1:
-        raise ValueError(
-            f"train.sharding={train.sharding} needs several processes, and this is 1: start it with torchrun "
-            "(docs/training.md), or leave the key out"
-        )
+        advice = "start it with torchrun (docs/training.md), or leave the key out"
+        raise ValueError(f"train.sharding={train.sharding} needs several processes, and this is 1: {advice}")
     if train.sharding == "fsdp":
         check_can_shard(spec)
     measured = {"probe.sequences": spec.probe.sequences, "probe.final_sequences": spec.probe.final_sequences}
@@ -64,30 +60,24 @@ def check_machine(spec: RunSpec, device: torch.device) -> None:
     if train.compile == "cuda_graph" and device.type != "cuda":
         raise ValueError("train.compile=cuda_graph needs an NVIDIA GPU; train.compile=true compiles on this device too")
     if train.compile == "cuda_graph" and batch != micro:  # pytorch issues 169545 and 96693
-        raise ValueError(
-            "train.compile=cuda_graph needs a step in one pass of one process, because torch loses gradients that add "
-            f"up over passes: give train.micro_batch_sequences={batch}, or train.compile=true"
-        )
+        advice = f"give train.micro_batch_sequences={batch}, or train.compile=true"
+        reason = "torch loses gradients that add up over passes"
+        raise ValueError(f"train.compile=cuda_graph needs a step in one pass of one process, as {reason}: {advice}")
     if train.compile and needs_fp32_units(train.precision, device):
-        raise ValueError(
-            "train.precision=bf16 with train.compile=true needs a processor with bf16 units; leave one of them out"
-        )
+        raise ValueError("train.precision=bf16 with train.compile=true needs a processor with bf16 units; drop one")
 
 
 def _check_gpus(processes: int) -> None:
     """Raise ValueError if a GPU would stay unused, or one process would use several."""
     chosen_cpu = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if torch.version.cuda and not chosen_cpu and not torch.cuda.is_available() and list(DEVICES.glob("nvidia[0-9]*")):
+        advice = "install one for the CUDA version of nvidia-smi, or set CUDA_VISIBLE_DEVICES=-1 to train on the CPU"
         raise ValueError(
-            f"this machine has a GPU that torch {torch.__version__}, built for CUDA {torch.version.cuda}, cannot use: "
-            "install a torch for the CUDA version that nvidia-smi shows, or set CUDA_VISIBLE_DEVICES=-1 to train on "
-            "the CPU"
+            f"this machine has a GPU that torch, built for CUDA {torch.version.cuda}, cannot use: {advice}"
         )
-    if processes == 1 and torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:  # set by torchrun
-        raise ValueError(
-            f"this process sees {torch.cuda.device_count()} GPUs but trains on one: set CUDA_VISIBLE_DEVICES=0, or "
-            "start it with torchrun (docs/training.md)"
-        )
+    if processes == 1 and (count := torch.cuda.device_count()) > 1 and "LOCAL_RANK" not in os.environ:  # of torchrun
+        advice = "set CUDA_VISIBLE_DEVICES=0, or start it with torchrun (docs/training.md)"
+        raise ValueError(f"this process sees {count} GPUs but trains on one: {advice}")
 
 
 def announce_needs(spec: RunSpec, corpus: Corpus, device: torch.device) -> None:
@@ -150,11 +140,9 @@ def training_arguments(spec: RunSpec, *, steps: int, output: Path) -> TrainingAr
 
 
 def is_done(folder: Path, spec: RunSpec, corpus: Corpus | None = None) -> bool:
-    """True if the folder holds this run and it is over.
+    """True if the folder holds this run and it is over. Raises ValueError if it holds another run.
 
-    A run with a damaged run.json is not done, nor is one whose text or tokenizer has another path until `corpus` is
-    given.
-    Raises ValueError if the folder holds another run.
+    Without `corpus` a run whose text or tokenizer has another path is not done; nor is one with a damaged run.json.
     """
     if not (folder / RUN_FILE).exists():
         return False
@@ -165,9 +153,9 @@ def is_done(folder: Path, spec: RunSpec, corpus: Corpus | None = None) -> bool:
     try:
         recorded = RunSpec.from_dict(run.spec)
     except ValueError as error:
+        advice = "move the file away to resume from the checkpoints, or give tag=NAME"
         raise ValueError(
-            f"{folder / RUN_FILE} holds a spec that this version cannot read ({error}): move the file away to resume "
-            "from the checkpoints, or give tag=NAME"
+            f"{folder / RUN_FILE} holds a spec that this version cannot read ({error}): {advice}"
         ) from None
     if recorded.identity() != spec.identity():
         raise ValueError(
@@ -198,10 +186,8 @@ def total_steps(spec: RunSpec, corpus: Corpus) -> int:
     if train.epochs is not None:
         steps = int(train.epochs * blocks / train.batch_sequences)
         if steps < 1:
-            raise ValueError(
-                f"train.epochs={train.epochs} of {blocks} training blocks do not fill one batch of "
-                f"{train.batch_sequences}; give more epochs, more text or a smaller train.batch_sequences"
-            )
+            advice = "give more epochs, more text or a smaller train.batch_sequences"
+            raise ValueError(f"train.epochs={train.epochs} of {blocks} training blocks do not fill one batch; {advice}")
         return steps
     steps = train.steps or 0
     if steps > blocks // train.batch_sequences:
@@ -220,9 +206,9 @@ def model_config(spec: RunSpec, corpus: Corpus) -> NormFreeConfig:
     tokenizer, kind = corpus.tokenizer(), HEADS[spec.model.get("family", "decoder")].config_class
     needed, targets = corpus.vocab_size, corpus.facts().get("target_tokens")
     has_sentinels = kind is NormFreeSeq2SeqConfig and not targets
-    sentinels = 1 + masked_and_spans(spec.data.context, kind(**spec.model))[1] if has_sentinels else 0
-    first = tokenizer.get_vocab().get(FIRST_SENTINEL, needed)  # known to the tokenizer of a run to start with
-    needed = max(needed, first + sentinels)
+    if has_sentinels:
+        first = tokenizer.get_vocab().get(FIRST_SENTINEL, needed)  # known to the tokenizer of a run to start with
+        needed = max(needed, first + 1 + masked_and_spans(spec.data.context, kind(**spec.model))[1])
     fields = {
         "vocab_size": needed,
         "max_position_embeddings": spec.data.context,
@@ -249,7 +235,6 @@ def _vision_config(spec: RunSpec, facts: Mapping[str, Any]) -> NormFreeConfig:
     names = dict(enumerate(facts["classes"]))
     config = HEADS["vision"].config_class(**spec.model, id2label=names, label2id={v: k for k, v in names.items()})
     for name in ("image_size", "num_channels"):
-        if getattr(config, name) != facts[name]:
-            sizes = f"{facts['image_size']} x {facts['image_size']} pixels and {facts['num_channels']} channel(s)"
-            raise ValueError(f"the images have {sizes}: give model.{name}={facts[name]}, not {getattr(config, name)}")
+        if (value := getattr(config, name)) != facts[name]:
+            raise ValueError(f"the images have another {name}: give model.{name}={facts[name]}, not {value}")
     return config

@@ -56,9 +56,8 @@ class Launch:
         if self.submit and self.workers > 1:
             raise ValueError(f"workers={self.workers} and submit={self.submit}: give one of them")
         if self.submit_options and not self.submit:
-            raise ValueError(
-                f"submit.{next(iter(self.submit_options))}= is read with submit=slurm or submit=local only"
-            )
+            name = next(iter(self.submit_options))
+            raise ValueError(f"submit.{name}= is read with submit=slurm or submit=local only")
 
 
 def read_launch(words: Sequence[str]) -> tuple[Launch, list[str]]:

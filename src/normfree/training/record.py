@@ -164,8 +164,9 @@ def _first_facts(
     }
     measures = dict.fromkeys([*FAMILIES[model.config.family].measures, *periods_of(spec.probe.measures, 1)])
     quantities = describe([*TRAINING_LOG, *(name for measure in measures for name in MEASURES[measure].gives)])
-    if "negative_slope" in quantities and model.slope_layers():
-        quantities["negative_slope"]["layers"] = model.slope_layers()
+    config, slope_layers = model.config, model.slope_layers()
+    if "negative_slope" in quantities and slope_layers:
+        quantities["negative_slope"]["layers"] = slope_layers
     return {
         "started": earlier.get("started", session["began"]),
         "wall_seconds": earlier.get("wall_seconds", manifest.get("wall_seconds", 0.0)),
@@ -175,7 +176,12 @@ def _first_facts(
         "corpus": corpus.facts(),
         "environment": session["environment"],
         "sessions": [*earlier.get("sessions", []), session],
-        "model": _model_facts(model),
+        "model": {
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "layers": config.num_hidden_layers,
+            "heads": config.num_attention_heads,
+            **{"head_dim": config.head_dim, "hidden_size": config.hidden_size, "slope_layers": slope_layers},
+        },
         "quantities": quantities,
         "steps_done": step,
         "tokens_seen": step * spec.train.batch_sequences * spec.data.context,
@@ -197,17 +203,6 @@ def _read_earlier_facts(folder: Path) -> dict[str, Any]:
         (folder / RUN_FILE).replace(copy)
         logger.warning("%s; kept as %s and written anew", error, copy)
         return {}
-
-
-def _model_facts(model: NormFreePreTrainedModel) -> dict[str, Any]:
-    return {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "layers": model.config.num_hidden_layers,
-        "heads": model.config.num_attention_heads,
-        "head_dim": model.config.head_dim,
-        "hidden_size": model.config.hidden_size,
-        "slope_layers": model.slope_layers(),
-    }
 
 
 def wandb_run(record: Record) -> AbstractContextManager[Any]:

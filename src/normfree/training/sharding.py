@@ -35,10 +35,8 @@ def check_can_shard(spec: RunSpec) -> None:
         f"probe.measures={','.join(others)}": bool(others),
         f"model.linear={spec.model.get('linear')}": spec.model.get("linear", "plain") != "plain",
     }
-    if chosen := [key for key, is_chosen in refused.items() if is_chosen]:
-        raise ValueError(
-            f"train.sharding=fsdp does not work with {' and '.join(chosen)}: leave that out, or give train.sharding=ddp"
-        )
+    if chosen := " and ".join(key for key, is_chosen in refused.items() if is_chosen):
+        raise ValueError(f"train.sharding=fsdp does not work with {chosen}: leave that out, or give train.sharding=ddp")
 
 
 def shard(model: NormFreePreTrainedModel, precision: str, device: torch.device) -> None:

@@ -52,17 +52,14 @@ def _load_start(model: NormFreePreTrainedModel, spec: RunSpec, corpus: Corpus) -
     reads_text = model.main_input_name == "input_ids"
     known = [tokenizer_hash(each()) for each in (corpus.tokenizer, corpus.processor)] if reads_text else []
     if reads_text and tokenizer_hash(load_tokenizer(str(start.folder))) not in known:
-        raise ValueError(
-            f"start={spec.start} has another tokenizer than this corpus: give data.tokenizer={start.folder}"
-        )
+        advice = f"give data.tokenizer={start.folder}"
+        raise ValueError(f"start={spec.start} has another tokenizer than this corpus: {advice}")
     auto = getattr(transformers, HEADS[model.config.family].__name__.replace("NormFreeFor", "AutoModelFor"))
     theirs = auto.from_pretrained(start.folder, dtype=torch.float32)
     needed = model.config.vocab_size
     if reads_text and (known := theirs.config.vocab_size) < needed:  # a longer block has more sentinels
-        raise ValueError(
-            f"data.context={spec.data.context} needs {needed} tokens with its sentinels, and start={spec.start} has "
-            f"{known}: give a shorter data.context"
-        )
+        needs = f"data.context={spec.data.context} needs {needed} tokens with its sentinels"
+        raise ValueError(f"{needs}, and start={spec.start} has {known}: give a shorter data.context")
     weights = (theirs if isinstance(theirs, NormFreePreTrainedModel) else convert(theirs)).state_dict()
     if not reads_text and theirs.config.id2label != model.config.id2label:  # other classes have a new head
         weights = {name: weight for name, weight in weights.items() if not name.startswith("classifier.")}

@@ -61,7 +61,6 @@ def _check_earlier_results(study: Study, folder: Path, jobs: Sequence[Job]) -> N
         corpus = corpus or prepare(spec.data, cache=jobs[0].cache_dir).fingerprint
         same_recipe = RunSpec.from_dict(run.spec).recipe() == spec.recipe()
         if not same_recipe or run.corpus != corpus:
-            raise ValueError(
-                f"{run.folder} has another {'corpus' if same_recipe else 'recipe'}, and one report cannot hold both: "
-                "give study=NAME for a folder of its own, or move that run away"
-            )
+            advice = "give study=NAME for a folder of its own, or move that run away"
+            kind = "corpus" if same_recipe else "recipe"
+            raise ValueError(f"{run.folder} has another {kind}, and one report cannot hold both: {advice}")

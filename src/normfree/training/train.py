@@ -140,10 +140,11 @@ def _train_to_an_end(record: Record, model: NormFreePreTrainedModel, *, progress
             record.write_divergence(error.divergence)
             outcome = "diverged in the step of signal {}: the run is over"
         except torch.OutOfMemoryError as error:
-            raise torch.OutOfMemoryError(
-                f"{record.folder} ran out of memory on {device_name(device)}: the same command resumes with "
-                "train.gradient_checkpointing=true or a smaller train.micro_batch_sequences"
-            ) from error
+            advice = "train.gradient_checkpointing=true or a smaller train.micro_batch_sequences"
+            message = (
+                f"{record.folder} ran out of memory on {device_name(device)}: the same command resumes with {advice}"
+            )
+            raise torch.OutOfMemoryError(message) from error
         except KeyboardInterrupt:
             record.update(status="interrupted")
             number = stop.received or signal.SIGINT
@@ -186,21 +187,16 @@ def _run_steps(trainer: NormFreeTrainer, record: Record, stop: StopOnSignal, *, 
         trainer.train(resume_from_checkpoint=str(record.checkpoint) if record.checkpoint else None)
 
 
-def _final_measures(spec: RunSpec) -> list[tuple[list[str], int]]:
-    """Measures of the trained model, and on how many sequences: on those of a probe if they are rarer than probes."""
-    probe, often, rarely = spec.probe, [], []
-    for name, every in periods_of(probe.measures, probe.every_steps).items():
-        (rarely if every > probe.every_steps else often).append(name)
-    parts = [(often, probe.final_sequences), (rarely, probe.sequences)]
-    return [(names, sequences) for names, sequences in parts if names]
-
-
 def _finish(record: Record, model: NormFreePreTrainedModel, trainer: NormFreeTrainer) -> None:
     spec, corpus, size = record.spec, record.corpus, record.spec.train.micro_batch_sequences
     logger.info("%s: measuring the trained model", spec.name)
-    for measures, sequences in _final_measures(spec):
-        blocks_NT = spread(record.held_out_NT, sequences)
-        record.log(record.steps, "final", measurements(record, model, blocks_NT, measures))
+    periods = periods_of(spec.probe.measures, spec.probe.every_steps)
+    rare = [name for name, every in periods.items() if every > spec.probe.every_steps]
+    others = [name for name in periods if name not in rare]
+    for measures, sequences in ((others, spec.probe.final_sequences), (rare, spec.probe.sequences)):
+        if measures:
+            blocks_NT = spread(record.held_out_NT, sequences)
+            record.log(record.steps, "final", measurements(record, model, blocks_NT, measures))
     bytes_of_text = int(corpus.predicted_bytes().sum())
     result = evaluate_blocks(model, record.held_out_NT, predicted_bytes=bytes_of_text, batch_sequences=size)
     whole_model = gather(model) if spec.train.sharding == "fsdp" else model
