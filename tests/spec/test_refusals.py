@@ -6,6 +6,8 @@ from normfree.spec.compose import compose_run
 
 LABEL = "would have the wrong label: use variant=custom"
 SKIPS = "allowed: stop, or skip:N"
+FAKE = "variant=sm-fake-r model.fake_start_step=1 model.fake_gap_steps=1"
+BAND = "train.objective=entropy_band train.entropy_weight=1"
 
 
 @pytest.mark.parametrize(
@@ -41,40 +43,25 @@ SKIPS = "allowed: stop, or skip:N"
         *((f"train.on_nonfinite={policy}", SKIPS) for policy in ("skip", "skip:0", "skip:-1", "skip:x", "''")),
         ("train.objective=entropy_band", "needs train.entropy_weight"),
         ("train.objective=token_type train.sharding=fsdp", "objective=token_type does not work with sharding=fsdp"),
-        (
-            "train.objective=token_type variant=sm-fake-r model.fake_start_step=1 model.fake_gap_steps=1",
-            "objective=token_type does not work with norm=fake",
-        ),
+        (f"train.objective=token_type {FAKE}", "objective=token_type does not work with norm=fake"),
         # Images.
         ("preset=fashion-vit data=files data.paths=[x]", "data=files is not read with model.family=vision: give data="),
         ("preset=fashion-vit data=images", "data=images needs data.paths"),
         ("preset=fashion-vit data=hub_images", "data=hub_images needs data.dataset"),
         ("preset=fashion-vit data.tokenizer=gpt2", "data.tokenizer is not read with data=fashion_mnist"),
         ("preset=fashion-vit data.packing=concatenate", "data.packing is not read with data=fashion_mnist"),
-        (
-            "preset=fashion-vit data=images data.paths=[x] data.validation_split=test",
-            "give data=hub or data=hub_images",
-        ),
+        ("preset=fashion-vit data=images data.paths=[x] data.validation_split=test", "give data=hub or data=hub_image"),
         ("preset=fashion-vit data=installed", "data=installed is not read with model.family=vision"),
         ("data.column=text", "data.column is not read with data=installed"),
-        (
-            "variant=sm-dyt-g train.sigma_weight=1",
-            "=1.0 is read with model.final_norm=layernorm, lns or fake only",
-        ),
+        ("variant=sm-dyt-g train.sigma_weight=1", "=1.0 is read with model.final_norm=layernorm, lns or fake only"),
         ("preset=fashion-vit data.context=49", "data.context=49, but an image of this model has 50 tokens"),
         ("preset=fashion-vit train.objective=token_type", "=token_type is for model.family=decoder, not vision"),
         ("preset=fashion-vit model.family=decoder", "data=fashion_mnist is not read with model.family=decoder"),
         ("preset=fashion-vit model.position=rotary", "position='rotary' is for family='decoder'"),
         # Sources and targets.
         ("preset=denoise train.objective=token_type", "=token_type is for model.family=decoder, not encoder_decoder"),
-        (
-            "preset=denoise train.objective=entropy_band train.entropy_weight=1",
-            "entropy_band is for model.family=decoder or vision",
-        ),
-        (
-            "preset=denoise train.sigma_weight=1",
-            "train.sigma_weight=1.0 does not work with model.family=encoder_decoder",
-        ),
+        (f"preset=denoise {BAND}", "entropy_band is for model.family=decoder or vision"),
+        ("preset=denoise train.sigma_weight=1", "sigma_weight=1.0 does not work with model.family=encoder_decoder"),
         ("preset=cpu data.packing=docstring", "is for model.family=encoder_decoder"),
         ("preset=denoise data.packing=docstring data.context=7", "needs data.context of 8 or more, got 7"),
         ("preset=denoise data.packing=docstring model.span_seed=1", "model.span_seed=1 is read with masked spans"),

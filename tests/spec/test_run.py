@@ -35,10 +35,7 @@ def test_a_spec_survives_its_own_json_and_names_of_digits() -> None:
         ({"data": {"source": "files"}}, "data.paths"),
         ({"data": {"source": "hub"}}, "data.dataset"),
         ({"data": {"paths": ["a"]}}, "data.paths is not read with data=installed: leave it out, or give data=files"),
-        (
-            {"data": {"dataset": "a/b"}},
-            "data.dataset is not read with .*: leave it out, or give data=hub or data=hub_images or data",
-        ),
+        ({"data": {"dataset": "a/b"}}, "not read with .*: leave it out, or give data=hub or data=hub_images or data"),
         ({"data": {"vocab_size": 100}}, "257 or more"),
         ({"study": "../elsewhere"}, "no slash"),
         ({"sed": 3}, "did you mean seed"),

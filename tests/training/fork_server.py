@@ -5,7 +5,6 @@ Requests are JSON lines on standard input, answers JSON lines on standard output
 {"wait": process id} -> exit status, negative for a signal.
 """
 
-import io
 import json
 import os
 import signal
@@ -91,21 +90,15 @@ def _die(step: int, place: str) -> None:
     import torch
 
     from normfree.store import checkpoints
-    from normfree.training.trainer import NormFreeTrainer
 
     assert place in PLACES
-    save, write, save_whole = NormFreeTrainer._save_optimizer_and_scheduler, checkpoints.write_manifest, torch.save
+    write, save = checkpoints.write_manifest, torch.save
 
-    def save_half(trainer: NormFreeTrainer, folder: str | None) -> None:
-        if trainer.state.global_step == step:
-            torch.save = half
-        save(trainer, folder)
-
-    def half(content: object, path: str, *_: object, **__: object) -> None:
-        with io.BytesIO() as whole, Path(path).open("wb") as file:
-            save_whole(content, whole)
-            file.write(whole.getvalue()[: whole.tell() // 2])
-        os.kill(os.getpid(), signal.SIGKILL)
+    def save_half(content: object, path: str, *rest: Any, **named: Any) -> None:
+        save(content, path, *rest, **named)
+        if place == "half of optimizer.pt" and Path(path).match(f"checkpoint-{step}/optimizer.pt"):
+            os.truncate(path, Path(path).stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
         if facts["step"] == step and place == "before the manifest":
@@ -114,10 +107,7 @@ def _die(step: int, place: str) -> None:
         if facts["step"] == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    if place == "half of optimizer.pt":
-        NormFreeTrainer._save_optimizer_and_scheduler = save_half
-    else:
-        checkpoints.write_manifest = write_manifest
+    torch.save, checkpoints.write_manifest = save_half, write_manifest
 
 
 if __name__ == "__main__":

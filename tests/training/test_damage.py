@@ -44,15 +44,6 @@ def resume(train_tiny: Callable, broken: Path, trained: Path) -> Callable[[], No
     return check
 
 
-@of_every_family
-def test_a_checkpoint_holds_a_whole_model(trained: Path) -> None:
-    model, checkpoint = (
-        {path.name for path in (trained / folder).iterdir()} for folder in ("model", "checkpoints/checkpoint-6")
-    )
-    assert model - {"README.md"} < checkpoint
-    assert {"modeling.py", "optimizer.pt", "rng_state.pth"} <= checkpoint
-
-
 @pytest.mark.parametrize("how", DAMAGES)
 @pytest.mark.parametrize("name", CHECKPOINT_FILES)
 def test_each_damaged_checkpoint_file_is_named(broken: Path, tiny_spec, name: str, how: str, caplog) -> None:

@@ -68,11 +68,7 @@ def losses(preset: str, variant: str, runs: Path, cache: Path) -> list[float]:
     return [loss for _, loss in read_run(folder).series("train", "loss")]
 
 
-def pairs() -> list[tuple[str, str]]:
-    return [(preset, VARIANTS[preset]) for preset in members("preset")]
-
-
-@pytest.mark.parametrize(("preset", "variant"), pairs())
+@pytest.mark.parametrize(("preset", "variant"), [(preset, VARIANTS[preset]) for preset in members("preset")])
 def test_the_first_losses_are_those_committed(preset: str, variant: str, tmp_path: Path, cache: Path) -> None:
     committed = json.loads(LOSSES.read_text())[f"{preset} {variant}"]
     measured = losses(preset, variant, tmp_path, cache)
@@ -83,7 +79,7 @@ def test_the_first_losses_are_those_committed(preset: str, variant: str, tmp_pat
 def write() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        values = {" ".join(pair): losses(*pair, folder, folder / "cache") for pair in pairs()}
+        values = {" ".join(pair): losses(*pair, folder, folder / "cache") for pair in VARIANTS.items()}
     LOSSES.write_text(json.dumps(values, indent=1) + "\n")
 
 

@@ -18,11 +18,12 @@ from tests.training.runs import act_in, losses
 CEILING = math.lgamma(17) / 16
 TARGET = ["train.objective=entropy_target", "train.entropy_weight=0.5", "train.entropy_share=0.5"]
 BAND = ["train.objective=entropy_band", "train.entropy_weight=0.5"]
+TAPER = ["model.taper_start_step=1", "model.taper_end_step=5"]
 STATES = {
     "plain": ["variant=sm-r"],
     "target": ["variant=sm-r", *TARGET],
     "band": ["variant=sm-r", *BAND],
-    "taper": ["variant=sm-taper-r", "model.taper_start_step=1", "model.taper_end_step=5"],
+    "taper": ["variant=sm-taper-r", *TAPER],
     "spectral": ["variant=sm-sn-r"],
     "muon": ["variant=sm-r", "train.optimizer=muon"],
 }

@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from normfree.store.runs import RunWriter, read_run
 from normfree.training.record import wandb_run
 from tests.training.runs import losses
+from tests.training.test_objectives import BAND, TAPER, TARGET
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
@@ -55,11 +55,6 @@ def test_the_wandb_project_is_normfree_unless_named(tiny_spec, monkeypatch) -> N
     assert wandb_run(record) == "normfree"
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     assert wandb_run(record) == "mine"
-
-
-TARGET = ["train.objective=entropy_target", "train.entropy_weight=0.5", "train.entropy_share=0.5"]
-TAPER = ["model.taper_start_step=1", "model.taper_end_step=5"]
-BAND = ["train.objective=entropy_band", "train.entropy_weight=0.5"]
 
 
 PRINTS_THREADS = """
@@ -144,27 +139,6 @@ def test_two_processes_drop_different_features(tiny: list[str], cache: Path, tmp
     first, second = (torch.load(tmp_path / f"mask{rank}.pt") for rank in (0, 1))
     assert first.shape == second.shape
     assert (first == second).float().mean().item() == pytest.approx(0.5, abs=0.1)  # as independent masks agree
-
-
-@pytest.mark.slow
-def test_a_signal_to_one_process_stops_both(tiny: list[str], cache: Path, tmp_path: Path) -> None:
-    """The second process alone receives it; the first, which keeps the records, saves and says so."""
-    words = ["train", *tiny, "variant=sm-r", "train.micro_batch_sequences=4", "train.steps=null", "train.epochs=100"]
-    words += ["train.checkpoint_every=100000", "train.evaluate_every=100000", "probe.every_steps=100000"]
-    folder = tmp_path / "runs" / "single" / "sm-r-seed0"
-    metrics = folder / "metrics.jsonl"
-    with started([*TORCHRUN, "-m", "normfree", *words, f"cache_dir={cache}"], tmp_path) as launcher:
-        deadline = time.monotonic() + 200
-        while not (metrics.exists() and '"step": 3, "split": "train"' in metrics.read_text()):
-            assert launcher.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        (second,) = (child for child in psutil.Process(launcher.pid).children() if child.environ().get("RANK") == "1")
-        second.terminate()
-        launcher.wait(timeout=120)
-    run = read_run(folder)
-    assert run.status == "interrupted"
-    assert (folder / "checkpoints" / f"checkpoint-{run.facts['steps_done']}" / "manifest.json").exists()
 
 
 @pytest.mark.slow

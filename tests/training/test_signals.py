@@ -42,10 +42,15 @@ def handler(number: signal.Signals, action: Any) -> Iterator[None]:
 def interrupt(train_tiny, tiny_folder: Path) -> Callable[..., Run]:
     """`interrupt(message, *overrides)`: train until a signal ends the run with that message, and read the folder."""
 
+    def handlers() -> list[Any]:
+        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+
     def run(message: str, *overrides: str) -> Run:
+        before = handlers()
         with pytest.raises(InterruptedRunError, match=message) as stopped:
             train_tiny(*overrides)
         assert stopped.value.folder == tiny_folder
+        assert handlers() == before, "training gives handlers back"
         return read_run(tiny_folder)
 
     return run
@@ -90,10 +95,14 @@ def test_a_signal_after_the_last_step_repeats_only_the_end(interrupt, train_tiny
     check_equal_runs(run.folder, trained)
 
 
-def test_a_request_that_arrives_twice_is_one(interrupt, train_tiny, trained, monkeypatch) -> None:
-    """A parent may pass on a SIGTERM that the process received already."""
+@pytest.mark.parametrize(
+    ("method", "after", "numbers"),
+    [("training_step", 5, [signal.SIGTERM]), ("_save_optimizer_and_scheduler", 2, [signal.SIGTERM, signal.SIGTERM])],
+    ids=["last step", "twice"],  # a parent may pass on a SIGTERM that the process received already
+)
+def test_a_signal_is_one_request_to_stop(method, after, numbers, interrupt, train_tiny, trained, monkeypatch) -> None:
     with monkeypatch.context() as patch:
-        act_in("_save_optimizer_and_scheduler", lambda _: send(signal.SIGTERM, signal.SIGTERM), patch)
+        act_in(method, lambda trainer: send(*numbers) if trainer.state.global_step == after else None, patch)
         run = interrupt("and saved")
     train_tiny()
     check_equal_runs(run.folder, trained)
@@ -137,31 +146,6 @@ def test_a_warning_of_slurm_without_handler_saves(number, interrupt, monkeypatch
     assert run.facts["steps_done"] == 4
 
 
-def test_a_signal_in_the_last_step_is_honoured(interrupt, train_tiny, trained, monkeypatch) -> None:
-    with monkeypatch.context() as patch:
-        send_in_step(5, patch)
-        run = interrupt("and saved")
-    train_tiny()
-    check_equal_runs(run.folder, trained)
-
-
-def test_a_signal_while_processes_agree_counts_next_step(interrupt, train_tiny, trained, monkeypatch) -> None:
-    steps: list[int] = []
-
-    def agree(received: int, _device: torch.device) -> int:
-        steps.append(received)
-        if len(steps) == 3:
-            send(signal.SIGTERM)
-        return received
-
-    with monkeypatch.context() as patch:
-        patch.setattr("normfree.training.signals.highest_of_all_processes", agree)
-        run = interrupt("and saved")
-    assert run.facts["steps_done"] == 4
-    train_tiny()
-    check_equal_runs(run.folder, trained)
-
-
 def test_a_run_that_diverges_on_a_signal_is_over(interrupt, monkeypatch) -> None:
     def diverge(trainer: Any) -> None:
         if trainer.state.global_step == 3:
@@ -193,18 +177,6 @@ def test_a_closed_terminal_does_not_stop_nohup(train_tiny, monkeypatch) -> None:
     send_in_step(1, monkeypatch, signal.SIGHUP)
     with handler(signal.SIGHUP, signal.SIG_IGN):
         assert train_tiny("train.steps=2").status == "finished"
-
-
-def test_training_restores_signal_handlers(train_tiny, interrupt, monkeypatch) -> None:
-    def handlers() -> list[Any]:
-        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
-
-    before = handlers()
-    train_tiny("train.steps=1", runs="finished")
-    assert handlers() == before
-    send_in_step(1, monkeypatch)
-    interrupt("and saved")
-    assert handlers() == before
 
 
 def test_other_threads_can_train(train_tiny) -> None:

@@ -58,7 +58,6 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """Where the run's records go."""
         return self.runs_dir / self.spec.study / self.spec.name
 
 
@@ -248,7 +247,6 @@ def _read_member(group: str, name: str) -> dict[str, Any]:
 
 
 def _advice_on_key(key: str) -> str:
-    """The end of an error line about a key that does not exist."""
     last = key.rpartition(".")[2]
     if last in _HINTS:
         return _HINTS[last]

@@ -49,11 +49,7 @@ class Start:
 
 
 def read_start(start: str) -> Start | None:
-    """The start of that name, None for `random`.
-
-    Raises ValueError for another form, a run without a saved model, and a model other than ours, GPT-2, GPT-NeoX, ViT
-    or T5.
-    """
+    """The start of that name, None for `random`. Raises ValueError for another form, and what cannot be begun with."""
     if start == "random":
         return None
     kind, _, place = start.partition(":")
@@ -68,9 +64,7 @@ def _run(start: str, folder: Path) -> Start:
     except FileNotFoundError:
         raise ValueError(f"start={start}: {folder} is not a run folder, it has no run.json") from None
     if not (folder / "model" / "config.json").is_file():
-        raise ValueError(
-            f"start={start}: no folder model/ there, and the run is {facts['status']}; give a finished run"
-        )
+        raise ValueError(f"start={start}: no model/ there, and the run is {facts['status']}; give a finished run")
     spec = facts["spec"]
     if spec["train"].get("objective") in CLASSIFICATIONS:
         raise ValueError(f"start={start}: a classifier has no head for tokens; give the run that it began with")
@@ -103,10 +97,8 @@ def _downloaded(start: str, name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt"]))
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"start={start}: no such folder, and the hub cannot give it ({type(error).__name__}: needs the network, or "
-            "HF_HOME with a copy)"
-        ) from None
+        reason = f"{type(error).__name__}: needs the network, or HF_HOME with a copy"
+        raise ValueError(f"start={start}: no such folder, and the hub cannot give it ({reason})") from None
 
 
 def _hash(start: str, folder: Path) -> str:

@@ -49,10 +49,7 @@ class Study:
     """More `key: value` for all runs."""
 
     def jobs(self, values: Mapping[str, Any] | None = None) -> list[Job]:
-        """The study's runs, the first seed of every group before the next, each with `values` on top.
-
-        Raises ValueError for what cannot be a study.
-        """
+        """The study's runs, the first seed of every group before the next, each with `values` on top."""
         jobs, across = [], {"compare_across": list(self.compare_across)}
         for group in self.groups:
             common = {"study": self.name, "preset": self.preset, "tag": group.tag} | across | self.set | group.set
@@ -70,10 +67,8 @@ class Study:
             check_own_values({run.name: run.to_dict() for run in (earlier, spec)})
         recipes = {(job.spec.recipe(), *job.spec.places_of_text) for job in jobs}
         if not self.mix and len(recipes) > 1:
-            raise ValueError(
-                f"the runs of {self.name} differ in more than variant and seed, so one table cannot compare them: add "
-                "mix: true to the study's file, make it two studies, or declare compare_across: [KEY]"
-            )
+            advice = "add mix: true to the study's file, make it two studies, or declare compare_across: [KEY]"
+            raise ValueError(f"runs of {self.name} differ in more than variant and seed, for one table: {advice}")
         return sorted(jobs, key=lambda job: job.spec.seed)
 
 

@@ -44,7 +44,6 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the number of optimiser steps taken before this checkpoint."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 

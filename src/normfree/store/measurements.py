@@ -41,7 +41,9 @@ def write_measurement(
     for name, numbers in layers.items():
         if list(numbers) != list(range(len(numbers))):
             descriptions[name]["layers"] = list(numbers)
-    label, context = facts["label"], facts["context"] or _most_keys(values)
+    # For inputs that are not counted in tokens: keys that a row of heads sees, 1 where heads were not measured.
+    ceilings = [float(nats) for nats in values.get("ceiling_nats", ()) if math.isfinite(nats)]
+    label, context = facts["label"], facts["context"] or round(math.exp(max(ceilings, default=0.0)))
     record = {
         "kind": "measurement",
         "spec": {
@@ -65,9 +67,3 @@ def write_measurement(
     writer.log(0, "final", values.items())
     writer.update(status="finished")
     return read_run(folder)
-
-
-def _most_keys(values: Mapping[str, Any]) -> int:
-    """Keys that a row of heads sees, for inputs that are not counted in tokens; 1 where heads were not measured."""
-    ceilings = [float(nats) for nats in values.get("ceiling_nats", ()) if math.isfinite(nats)]
-    return round(math.exp(max(ceilings, default=0.0)))

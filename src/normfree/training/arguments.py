@@ -3,11 +3,9 @@
 import logging
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -46,11 +44,9 @@ def check_machine(spec: RunSpec, device: torch.device) -> None:
         check_can_shard(spec)
     measured = {"probe.sequences": spec.probe.sequences, "probe.final_sequences": spec.probe.final_sequences}
     measured |= {"train.evaluation_sequences": train.evaluation_sequences or processes}
-    for name, sequences in measured.items():
-        if sequences < processes:
-            raise ValueError(
-                f"{name}={sequences} gives some of the {processes} processes nothing to measure: give more"
-            )
+    for name, count in measured.items():
+        if count < processes:
+            raise ValueError(f"{name}={count} gives some of the {processes} processes nothing to measure: give more")
     if missing := [name for name in train.trackers if find_spec(name) is None]:
         raise ValueError(f"train.trackers needs {', '.join(missing)}, not installed: pip install -e '.[trackers]'")
     if train.precision == "fp16" and device.type == "cpu":
@@ -72,9 +68,7 @@ def _check_gpus(processes: int) -> None:
     chosen_cpu = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if torch.version.cuda and not chosen_cpu and not torch.cuda.is_available() and list(DEVICES.glob("nvidia[0-9]*")):
         advice = "install one for the CUDA version of nvidia-smi, or set CUDA_VISIBLE_DEVICES=-1 to train on the CPU"
-        raise ValueError(
-            f"this machine has a GPU that torch, built for CUDA {torch.version.cuda}, cannot use: {advice}"
-        )
+        raise ValueError(f"there is a GPU that torch, built for CUDA {torch.version.cuda}, cannot use: {advice}")
     if processes == 1 and (count := torch.cuda.device_count()) > 1 and "LOCAL_RANK" not in os.environ:  # of torchrun
         advice = "set CUDA_VISIBLE_DEVICES=0, or start it with torchrun (docs/training.md)"
         raise ValueError(f"this process sees {count} GPUs but trains on one: {advice}")
@@ -158,26 +152,19 @@ def is_done(folder: Path, spec: RunSpec, corpus: Corpus | None = None) -> bool:
             f"{folder / RUN_FILE} holds a spec that this version cannot read ({error}): {advice}"
         ) from None
     if recorded.identity() != spec.identity():
-        raise ValueError(
-            f"{folder} holds a run with another spec ({_differences(recorded, spec)}); to keep both, give tag=NAME, or "
-            "study=NAME for another data_seed, or move that folder away"
-        )
+        old, new = (pd.json_normalize(each.deciding(), max_level=1).iloc[0].to_dict() for each in (recorded, spec))
+        keys = [key for key in old | new if old.get(key) != new.get(key)]
+        differences = ", ".join(f"{key} is {old.get(key)} there and {new.get(key)} here" for key in keys)
+        advice = "to keep both, give tag=NAME, or study=NAME for another data_seed, or move that folder away"
+        raise ValueError(f"{folder} holds a run with another spec ({differences}); {advice}")
     if recorded.places_of_text != spec.places_of_text:
         if corpus is None:
             return False
         if run.corpus != corpus.fingerprint:
-            raise ValueError(
-                f"{folder} holds a run on another text or tokenizer (corpus {run.corpus[:12]}, not "
-                f"{corpus.fingerprint[:12]}); give tag=NAME or another runs_dir to keep both, or move that folder away"
-            )
+            corpora = f"corpus {run.corpus[:12]}, not {corpus.fingerprint[:12]}"
+            advice = "give tag=NAME or another runs_dir to keep both, or move that folder away"
+            raise ValueError(f"{folder} holds a run on another text or tokenizer ({corpora}); {advice}")
     return run.status in OVER
-
-
-def _differences(recorded: RunSpec, spec: RunSpec) -> str:
-    old, new = (pd.json_normalize(each.deciding(), max_level=1).iloc[0].to_dict() for each in (recorded, spec))
-    return ", ".join(
-        f"{key} is {old.get(key)} there and {new.get(key)} here" for key in old | new if old.get(key) != new.get(key)
-    )
 
 
 def total_steps(spec: RunSpec, corpus: Corpus) -> int:
@@ -192,17 +179,22 @@ def total_steps(spec: RunSpec, corpus: Corpus) -> int:
     steps = train.steps or 0
     if steps > blocks // train.batch_sequences:
         passes = math.ceil(100 * steps * train.batch_sequences / blocks + 1) / 100
-        raise ValueError(
-            f"train.steps={steps} needs {steps * train.batch_sequences} blocks, but the corpus has {blocks}: give "
-            f"fewer steps, more text (data.max_bytes), or repeat it with train.steps=null train.epochs={passes}"
-        )
+        needed = f"train.steps={steps} needs {steps * train.batch_sequences} blocks, but the corpus has {blocks}"
+        repeat = f"repeat it with train.steps=null train.epochs={passes}"
+        raise ValueError(f"{needed}: give fewer steps, more text (data.max_bytes), or {repeat}")
     return steps
 
 
 def model_config(spec: RunSpec, corpus: Corpus) -> NormFreeConfig:
     """Build the configuration of the run's model. Raises ValueError if it does not fit the corpus."""
     if isinstance(corpus, ImageCorpus):
-        return _vision_config(spec, corpus.facts())
+        facts = corpus.facts()
+        names = dict(enumerate(facts["classes"]))
+        config = HEADS["vision"].config_class(**spec.model, id2label=names, label2id={v: k for k, v in names.items()})
+        for name in ("image_size", "num_channels"):
+            if (value := getattr(config, name)) != facts[name]:
+                raise ValueError(f"the images have another {name}: give model.{name}={facts[name]}, not {value}")
+        return config
     tokenizer, kind = corpus.tokenizer(), HEADS[spec.model.get("family", "decoder")].config_class
     needed, targets = corpus.vocab_size, corpus.facts().get("target_tokens")
     has_sentinels = kind is NormFreeSeq2SeqConfig and not targets
@@ -228,13 +220,4 @@ def model_config(spec: RunSpec, corpus: Corpus) -> NormFreeConfig:
         fields = {"decoder_start_token_id": end, **fields, "eos_token_id": end, "target_tokens": targets}
     config = kind(**fields)
     check_removal(config, total_steps(spec, corpus))
-    return config
-
-
-def _vision_config(spec: RunSpec, facts: Mapping[str, Any]) -> NormFreeConfig:
-    names = dict(enumerate(facts["classes"]))
-    config = HEADS["vision"].config_class(**spec.model, id2label=names, label2id={v: k for k, v in names.items()})
-    for name in ("image_size", "num_channels"):
-        if (value := getattr(config, name)) != facts[name]:
-            raise ValueError(f"the images have another {name}: give model.{name}={facts[name]}, not {value}")
     return config

@@ -9,33 +9,26 @@ from normfree.store.runs import Run
 
 _SOURCES = {"installed": "Python code of the packages on one machine", "files": "text files of the user"}
 _SOURCES |= {"fashion_mnist": "Fashion-MNIST", "images": "images of the user"}
-WORDS = {
-    "decoder": {
-        **{"kind": "decoder", "reads": "text", "auto": "AutoTokenizer", "beside": "tokenizer"},
-        **{"task": "CausalLM", "pipeline": "text-generation"},
-        "data": "{origin}, tokenized into {vocab_size:,} pieces",
-    },
-    "vision": {
-        **{"kind": "vision transformer", "reads": "images", "auto": "AutoImageProcessor", "beside": "processor"},
-        **{"task": "ImageClassification", "pipeline": "image-classification"},
-        "data": "{origin}: {image_size} x {image_size} pixels, {num_channels} channel(s), {vocab_size:,} classes",
-    },
-    "encoder_decoder": {
-        **{"kind": "encoder-decoder", "reads": "text", "auto": "AutoTokenizer", "beside": "tokenizer"},
-        **{"task": "Seq2SeqLM", "pipeline": "text2text-generation"},
-        "data": "{origin}, tokenized into {vocab_size:,} pieces; targets are {spans} masked spans of each block",
-    },
+_OF_TEXT = {"reads": "text", "auto": "AutoTokenizer", "beside": "tokenizer"}
+_OF_IMAGES = {"reads": "images", "auto": "AutoImageProcessor", "beside": "processor"}
+_PIECES = "{origin}, tokenized into {vocab_size:,} pieces"
+_PIXELS = "{origin}: {image_size} x {image_size} pixels, {num_channels} channel(s), {vocab_size:,} classes"
+_SPANS = _PIECES + "; targets are {spans} masked spans of each block"
+_DOCSTRINGS = _PIECES + "; sources are functions, targets first lines of docstrings"
+_WORDS_OF_FAMILY = {
+    "decoder": (_OF_TEXT, "decoder", "CausalLM", "text-generation", _PIECES),
+    "vision": (_OF_IMAGES, "vision transformer", "ImageClassification", "image-classification", _PIXELS),
+    "encoder_decoder": (_OF_TEXT, "encoder-decoder", "Seq2SeqLM", "text2text-generation", _SPANS),
 }
-"""What a card says of each family, and the classes of transformers that load its models."""
-_DOCSTRINGS = "{origin}, tokenized into {vocab_size:,} pieces; sources are functions, targets first lines of docstrings"
+"""Of each family: its words, kind, class of transformers, pipeline of the hub, and data."""
 
 
 def model_card(run: Run, final: dict[str, Any]) -> str:
     """Write the card, with the metadata that the hub reads. `final` is the evaluation after training."""
-    words, corpus = WORDS[run.spec["model"].get("family", "decoder")], run.facts["corpus"]
+    words, kind, *own, data = _WORDS_OF_FAMILY[run.spec["model"].get("family", "decoder")]
     if run.spec["data"].get("packing") == "docstring":
-        words = words | {"data": _DOCSTRINGS}
-    own = words["task"], words["pipeline"]
+        data = _DOCSTRINGS
+    corpus = run.facts["corpus"]
     task, pipeline = CLASSIFICATIONS.get(run.spec["train"].get("objective", ""), own)
     source = run.spec["data"].get("dataset") or corpus["source"]
     origin = _SOURCES.get(source, f"`{source}` of the Hugging Face hub")
@@ -62,5 +55,5 @@ def model_card(run: Run, final: dict[str, Any]) -> str:
         metrics="\n".join(f"    - {{type: {name}, value: {value}}}" for name, value in metrics.items()),
         results="\n".join(f"| {name} | {value:.3f} |" for name, value in results.items()),
         Reads=words["reads"].capitalize(),
-        **words | {"task": task, "pipeline": pipeline, "data": words["data"].format(origin=origin, **corpus)},
+        **words | {"kind": kind, "task": task, "pipeline": pipeline, "data": data.format(origin=origin, **corpus)},
     )

@@ -90,7 +90,10 @@ def train_jobs(jobs: Sequence[Job], launch: Launch | None = None) -> None:
                 check_memory(job.spec, gpu.total_memory / GIB, name=gpu.name, runs=min(launch.workers, len(jobs)))
         _prepare_texts(jobs)
     if launch.workers > 1:
-        jobs = [_with_threads(job, max(1, usable_cores() // launch.workers)) for job in jobs]
+        threads = max(1, usable_cores() // launch.workers)
+        for number, job in enumerate(jobs):
+            train_spec = replace(job.spec.train, threads=job.spec.train.threads or threads)
+            jobs[number] = replace(job, spec=replace(job.spec, train=train_spec))
         failures = _share(jobs, launch.workers)
         left = [n for n, job in enumerate(jobs) if n not in failures and not is_done(job.folder, job.spec)]
     failures |= _train_each(jobs, left)
@@ -134,12 +137,6 @@ def _train_each(jobs: Sequence[Job], numbers: Iterable[int], *, progress: bool =
             # The message of a ValueError is complete; other errors need their stack trace.
             logger.error("%s failed: %s", name, error, exc_info=not isinstance(error, ValueError))
             yield number, f"{name} ({type(error).__name__}: {error})"
-
-
-def _with_threads(job: Job, threads: int) -> Job:
-    """The job with this many threads, unless its run sets train.threads itself."""
-    train = job.spec.train
-    return job if train.threads else replace(job, spec=replace(job.spec, train=replace(train, threads=threads)))
 
 
 def _share(jobs: Sequence[Job], workers: int) -> dict[int, str]:

@@ -72,7 +72,6 @@ def usable_cores() -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the name of a GPU, or `cpu`."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 

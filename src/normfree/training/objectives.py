@@ -69,14 +69,10 @@ class Objective(nn.Module):
         """What to record: quantities by layer, NaN for layers that the objective does not read."""
         if not self.step:
             return {}
-        deviations_LH = self.deviations()
-        by_layer = {
-            "target_error_nats2": deviations_LH.square().mean(1),
-            "target_distance_nats": deviations_LH.abs().amax(1),
-        }
-        values = {name: dict(zip(self.layers, each.tolist(), strict=True)) for name, each in by_layer.items()}
-        layers = range(self.layer_count)
-        return {name: [of_layer.get(layer, math.nan) for layer in layers] for name, of_layer in values.items()}
+        errors_LH = self.previous_LH.new_full((self.layer_count, self.previous_LH.shape[1]), math.nan)
+        errors_LH[[*self.layers]] = self.deviations()
+        squares_L, distances_L = errors_LH.square().mean(1), errors_LH.abs().amax(1)
+        return {"target_error_nats2": squares_L.tolist(), "target_distance_nats": distances_L.tolist()}
 
     def state(self) -> dict[str, Any]:
         """Plain values that bring the objective back on a resume."""
@@ -131,8 +127,7 @@ class EntropyBand(Objective):
 def build_objective(spec: RunSpec, config: NormFreeConfig, steps: int) -> Objective:
     """Build the objective of a run with this many steps.
 
-    Raises ValueError for layers that the model lacks, targets out of range, and donor runs that are missing, damaged,
-    or of another shape.
+    Raises ValueError for layers that the model lacks, targets out of range, and donors as `read_profile` does.
     """
     train, tokens = spec.train, spec.data.context
     if train.objective in ("next_token", *CLASSIFICATIONS):
@@ -164,7 +159,7 @@ def build_objective(spec: RunSpec, config: NormFreeConfig, steps: int) -> Object
             return (1 - position) * profile_PLH[later - 1] + position * profile_PLH[later]
 
         return EntropyTarget(config, weight, layers, targets=targets)
-    nats = train.entropy_nats or [share * ceiling for share in (train.entropy_share,) * len(layers) if share]
+    nats = train.entropy_nats or [ceiling * (train.entropy_share or 0.0)] * len(layers)
     if len(nats) != len(layers) or not all(0 <= value <= ceiling for value in nats):
         of_layers = f"a number for each of the {len(layers)} layers of train.entropy_layers"
         highest = f"from 0 to the ceiling of {ceiling:.3f} nats at data.context={tokens}"
@@ -180,10 +175,25 @@ def read_profile(
 
     Raises ValueError for donors that are missing, damaged, without probes, or of another shape.
     """
-    profiles = [_sorted_entropies(donor, spec, config, steps) for donor in find_donors(places)]
-    if len({tuple(probed) for probed, _ in profiles}) > 1:
+    probed_at, profiles = [], []
+    for donor in find_donors(places):
+        series = donor.series("probe", "entropy_nats")
+        if len(series) < 2:
+            raise ValueError(f"train.entropy_profile: {donor} has no probes of entropy over training")
+        entropies_PLH = np.sort(np.array([value for _, value in series], dtype=float), axis=2)
+        both = {
+            "model.num_hidden_layers": (entropies_PLH.shape[1], config.num_hidden_layers),
+            "model.num_attention_heads": (entropies_PLH.shape[2], config.num_attention_heads),
+            "data.context": (donor.spec["data"]["context"], spec.data.context),
+            "train.steps": (donor.steps_done, steps),
+        }
+        if differing := [f"{key} is {then} there and {now} here" for key, (then, now) in both.items() if then != now]:
+            raise ValueError(f"train.entropy_profile: {donor} has another shape: {', '.join(differing)}")
+        probed_at.append([step for step, _ in series])
+        profiles.append(entropies_PLH)
+    if any(probed != probed_at[0] for probed in probed_at):
         raise ValueError("train.entropy_profile: the donors were probed at different steps (probe.every_steps)")
-    return profiles[0][0], np.mean([entropies_PLH for _, entropies_PLH in profiles], axis=0)
+    return probed_at[0], np.mean(profiles, axis=0)
 
 
 def find_donors(places: tuple[str, ...]) -> list[Run]:
@@ -195,19 +205,3 @@ def find_donors(places: tuple[str, ...]) -> list[Run]:
     if unfinished := [donor.place for donor in donors if donor.status != "finished"]:
         raise ValueError(f"train.entropy_profile: not finished: {', '.join(unfinished)}")
     return donors
-
-
-def _sorted_entropies(donor: Run, spec: RunSpec, config: NormFreeConfig, steps: int) -> tuple[list[int], np.ndarray]:
-    series = donor.series("probe", "entropy_nats")
-    if len(series) < 2:
-        raise ValueError(f"train.entropy_profile: {donor} has no probes of entropy over training")
-    entropies_PLH = np.sort(np.array([value for _, value in series], dtype=float), axis=2)
-    both = {
-        "model.num_hidden_layers": (entropies_PLH.shape[1], config.num_hidden_layers),
-        "model.num_attention_heads": (entropies_PLH.shape[2], config.num_attention_heads),
-        "data.context": (donor.spec["data"]["context"], spec.data.context),
-        "train.steps": (donor.steps_done, steps),
-    }
-    if differing := [f"{key} is {then} there and {now} here" for key, (then, now) in both.items() if then != now]:
-        raise ValueError(f"train.entropy_profile: {donor} has another shape: {', '.join(differing)}")
-    return [step for step, _ in series], entropies_PLH

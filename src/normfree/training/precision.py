@@ -11,12 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 logger = logging.getLogger("normfree")
 
-_PRODUCTS = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.aten.baddbmm.default,
-}
+_ATEN = torch.ops.aten
+_PRODUCTS = {_ATEN.mm.default, _ATEN.addmm.default, _ATEN.bmm.default, _ATEN.baddbmm.default}
 """The operators behind linear layers, eager attention and the loss, forward and backward."""
 FP32_VARIABLES = {
     "NVIDIA_TF32_OVERRIDE": "0",
@@ -34,12 +30,10 @@ def check_fp32_variables() -> None:
 
 
 def use_fp32_products() -> None:
-    """Turn TF32 off for this process.
-
-    The first line undoes TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1, which some images set, and Accelerate's choice for
-    compiled fp32; the second undoes the choice of TrainingArguments for compiled bf16.
-    """
+    """Turn TF32 off for this process."""
+    # Undoes TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1, which some images set, and Accelerate's choice for compiled fp32;
     torch.set_float32_matmul_precision("highest")
+    # undoes the choice of TrainingArguments for compiled bf16.
     torch.backends.fp32_precision = "ieee"  # pyright: ignore[reportAttributeAccessIssue]
 
 

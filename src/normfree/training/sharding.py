@@ -4,12 +4,12 @@ A checkpoint holds the parts in torch's distributed format, which a resume on an
 """
 
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -113,14 +113,9 @@ def _states(model: NormFreePreTrainedModel, optimizer: Optimizer) -> dict[str, T
 
 def gather(model: NormFreePreTrainedModel) -> NormFreePreTrainedModel | None:
     """A whole copy on the CPU, free of FSDP's classes, in process 0, and None elsewhere; all processes must call it."""
-    first = torch.distributed.get_rank() == 0
-    weights = {}
-    for name, value in model.state_dict().items():
-        complete = whole(value)
-        if first:
-            weights[name] = complete.cpu()
-    if not first:
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if torch.distributed.get_rank():
         return None
     copy = HEADS[model.config.family](model.config)
-    copy.load_state_dict(cast(dict[str, Tensor], weights))
+    copy.load_state_dict(weights)
     return copy

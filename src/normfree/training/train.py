@@ -34,7 +34,7 @@ from normfree.spec.run import RunSpec
 from normfree.store import checkpoints
 from normfree.store.runs import read_run
 from normfree.store.tasks import write_tasks
-from normfree.training import arguments
+from normfree.training import arguments, signals
 from normfree.training.callbacks import RecordMetrics, ShowProgress, measurements
 from normfree.training.card import model_card
 from normfree.training.corpora import LabelledCorpus, TargetCorpus
@@ -45,13 +45,6 @@ from normfree.training.precision import products_for, restore_fp32_precision
 from normfree.training.processes import broadcast_from_rank_zero, guard_process_variables, training_device
 from normfree.training.record import Record, open_record, wandb_run
 from normfree.training.sharding import gather
-from normfree.training.signals import (
-    InterruptedRunError,
-    StopOnSignal,
-    handle_signals,
-    stopping_signals,
-    warning_signals,
-)
 from normfree.training.start import initial_model
 from normfree.training.trainer import NormFreeTrainer
 
@@ -111,8 +104,8 @@ def train(
         try:
             with wandb_run(record):
                 _train_to_an_end(record, model, progress=progress)
-        except InterruptedRunError as stopped:
-            if stopped.signal_number in warning_signals():
+        except signals.InterruptedRunError as stopped:
+            if stopped.signal_number in signals.warning_signals():
                 signal.raise_signal(stopped.signal_number)  # now the handler may act, e.g. submitit's requeues the job
             raise
         except BaseException as error:
@@ -124,10 +117,11 @@ def train(
 
 def _train_to_an_end(record: Record, model: NormFreePreTrainedModel, *, progress: bool) -> None:
     """Train until the run is finished, has diverged or a signal stops it, and record which of them."""
-    device, stop, signals = training_device(), StopOnSignal(), (*stopping_signals(), *warning_signals())
+    device, stop = training_device(), signals.StopOnSignal()
+    numbers = (*signals.stopping_signals(), *signals.warning_signals())
     resumes = "the same command resumes from its newest checkpoint"
     outcome = f"was stopped by signal {{}} and saved; {resumes}"
-    with products_for(record.spec.train.precision, device), handle_signals(stop.receive, signals):
+    with products_for(record.spec.train.precision, device), signals.handle_signals(stop.receive, numbers):
         try:
             trainer = _make_trainer(record, model)
             _run_steps(trainer, record, stop, progress=progress)
@@ -149,11 +143,11 @@ def _train_to_an_end(record: Record, model: NormFreePreTrainedModel, *, progress
             record.update(status="interrupted")
             number = stop.received or signal.SIGINT
             outcome = f"was stopped at once by signal {number}; {resumes}"
-            raise InterruptedRunError(record.folder, number, outcome) from None
+            raise signals.InterruptedRunError(record.folder, number, outcome) from None
         finally:
             checkpoints.drop_staged(record.checkpoints)
     if stop.received is not None:
-        raise InterruptedRunError(record.folder, stop.received, outcome.format(stop.received))
+        raise signals.InterruptedRunError(record.folder, stop.received, outcome.format(stop.received))
 
 
 def _make_trainer(record: Record, model: NormFreePreTrainedModel) -> NormFreeTrainer:
@@ -173,7 +167,7 @@ def _make_trainer(record: Record, model: NormFreePreTrainedModel) -> NormFreeTra
     return trainer
 
 
-def _run_steps(trainer: NormFreeTrainer, record: Record, stop: StopOnSignal, *, progress: bool) -> None:
+def _run_steps(trainer: NormFreeTrainer, record: Record, stop: signals.StopOnSignal, *, progress: bool) -> None:
     spec, state = record.spec, PartialState()
     if rank := state.process_index:  # otherwise all ranks would draw the same dropout masks
         torch.manual_seed(int(np.random.SeedSequence((spec.seed, rank)).generate_state(1)[0]))
