@@ -1,6 +1,5 @@
 import json
 import math
-import re
 from pathlib import Path
 
 import pytest
@@ -74,17 +73,6 @@ def test_folders_without_readable_runs_are_refused(tmp_path: Path) -> None:
         (tmp_path / "run.json").write_text(content)
         with pytest.raises(ValueError, match=message):
             find_runs([tmp_path])
-
-
-@pytest.mark.parametrize("key", ["steps", "corpus.vocab_size", "spec.data"])
-def test_a_record_without_a_needed_key_is_damaged(tmp_path: Path, key: str) -> None:
-    begin(tmp_path)
-    facts = json.loads((tmp_path / "run.json").read_text())
-    part, _, name = key.rpartition(".")
-    del (facts[part] if part else facts)[name]
-    (tmp_path / "run.json").write_text(json.dumps(facts))
-    with pytest.raises(DamagedRunError, match=rf"{tmp_path}/run\.json lacks {re.escape(key)}: restore it"):
-        find_runs([tmp_path])
 
 
 def test_changed_metrics_of_a_finished_run_are_refused(tmp_path: Path) -> None:

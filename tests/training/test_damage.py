@@ -220,17 +220,3 @@ def test_a_failed_save_leaves_older_files_and_the_run_resumes(train_tiny, tiny_f
     assert max(line["step"] for line in read_lines(tiny_folder / METRICS_FILE) if line["name"] == "loss") == 4
     train_tiny()
     check_equal_runs(tiny_folder, trained)
-
-
-@pytest.mark.parametrize("room", [0, 1, 40, 5000])
-def test_a_metrics_file_that_may_not_grow_stays_unchanged(tmp_path: Path, room: int) -> None:
-    writer = RunWriter(tmp_path, {"spec": {}})
-    writer.log(1, "train", [("loss", 2.0)])
-    path = tmp_path / METRICS_FILE
-    before = path.read_bytes()
-    long_line = ("entropy_nats", list(range(3000)))
-    with largest_file(len(before) + room), pytest.raises(OSError, match="File too large"):
-        writer.log(2, "probe", [long_line])
-    assert path.read_bytes() == before
-    writer.log(2, "probe", [long_line])
-    assert [line["step"] for line in read_lines(path)] == [1, 2]

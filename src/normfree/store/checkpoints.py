@@ -55,8 +55,6 @@ def publish(folder: Path, step: int, facts: dict[str, Any], *, keep: int) -> Pat
     write_manifest(staged, {"step": step, **facts})
     if problems := damages(staged):
         raise OSError(f"checkpoint {step} is damaged on disk: {'; '.join(problems)}")
-    if published.exists():
-        set_aside(published)
     staged.rename(published)
     sync(folder)
     (folder / STAGING).mkdir(exist_ok=True)
@@ -98,10 +96,7 @@ def check_sharding(checkpoint: Path, sharding: str) -> None:
 
 
 def compare_surroundings(checkpoint: Path, now: dict[str, Any]) -> None:
-    """Warn when a resume may not be bit-identical: compare `now` with the same facts in the checkpoint's manifest.
-
-    Facts missing in an older manifest are not compared. Raises ValueError when the corpus has changed.
-    """
+    """Warn of facts other than the checkpoint's, which may change numbers. Raises ValueError for another corpus."""
     then = read_manifest(checkpoint)
     old, new = then["corpus"][:12], now["corpus"][:12]
     if then["corpus"] != now["corpus"]:

@@ -30,11 +30,6 @@ STATUSES = ("running", "finished", "diverged", "interrupted", "failed")
 OVER = ("finished", "diverged")
 """Statuses of a run that has a result."""
 
-_REQUIRED = {
-    "spec": ("study", "variant", "label", "seed", "model", "data", "train"),
-    "corpus": ("fingerprint", "unigram_perplexity", "vocab_size"),
-}
-"""Keys that every reader of run.json relies on."""
 _COLUMNS = ["step", "split", "name", "value"]
 _TEXT_OF = {math.inf: "Infinity", -math.inf: "-Infinity"}
 _FLOAT_OF = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -237,10 +232,6 @@ def read_run(folder: RunFolder) -> Run:
         raise ValueError(f"{path} has format {facts['format']}; this version reads format {FORMAT}: see CHANGELOG.md")
     if facts.get("status") not in STATUSES:
         raise DamagedRunError(f"{path} has no known status: {repair}")
-    parts = {part: facts.get(part) or {} for part in _REQUIRED}
-    missing = [f"{part}.{key}" for part, keys in _REQUIRED.items() for key in keys if key not in parts[part]]
-    if missing or "steps" not in facts:
-        raise DamagedRunError(f"{path} lacks {', '.join(missing) or 'steps'}: {repair}")
     return Run(folder=folder, facts=facts)
 
 
@@ -306,28 +297,23 @@ def run_frame(runs: Iterable[Run]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a metrics file, without a torn last line (a kill during a write). A missing file has none.
+def read_lines(path: Path, damaged: list[int] | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a metrics file without a torn last one (of a kill). A missing file has none.
 
-    Raises ValueError for damage anywhere else.
+    The numbers of other damaged lines are added to `damaged`; without it they raise ValueError.
     """
-    for number, line in _parsed_lines(path):
-        if line is None:
-            raise ValueError(f"{path} is damaged: line {number} is not a metric")
-        yield line
-
-
-def _parsed_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """Yield (number, line), with None for a damaged line; without a torn last line."""
-    if not path.exists():
-        return
-    *whole, _torn = path.read_bytes().split(b"\n")
+    *whole, _torn = path.read_bytes().split(b"\n") if path.exists() else [b""]
     for number, text in enumerate(whole, start=1):
         try:
             line = decode(json.loads(text))
         except ValueError:
             line = None
-        yield number, line if isinstance(line, dict) and line.keys() == set(_COLUMNS) else None
+        if isinstance(line, dict) and line.keys() == set(_COLUMNS):
+            yield line
+        elif damaged is None:
+            raise ValueError(f"{path} is damaged: line {number} is not a metric")
+        else:
+            damaged.append(number)
 
 
 class RunWriter:
@@ -336,7 +322,7 @@ class RunWriter:
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         self.folder = folder
         self.facts = {"format": FORMAT, "status": "running", **facts}
-        self._write_facts()
+        self.update()
 
     def update(self, **facts: Any) -> None:
         """Change facts of run.json. The end of a run also records the sha256 and size of its metrics."""
@@ -345,26 +331,18 @@ class RunWriter:
             self.sync()  # a power cut must not take metrics whose hash is recorded
             facts["metrics_file"] = describe_files(self.folder, [metrics])[METRICS_FILE]
         self.facts |= facts
-        self._write_facts()
+        write_atomically(self.folder / RUN_FILE, json.dumps(encode(self.facts), indent=1, allow_nan=False) + "\n")
 
     def sync(self) -> None:
         """Make the metrics written so far survive a power cut."""
         sync(self.folder / METRICS_FILE)
 
     def log(self, step: int, split: str, values: Iterable[tuple[str, Any]]) -> None:
-        """Append one line per metric, all or none: after an OSError (a full disk) the file is as it was."""
+        """Append one line per metric. After an OSError (a full disk) the last may be torn, which readers leave out."""
         lines = [{"step": step, "split": split, "name": name, "value": encode(value)} for name, value in values]
         content = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode()
-        descriptor = os.open(self.folder / METRICS_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        size = os.fstat(descriptor).st_size
-        try:
-            while content:  # on an almost full disk, os.write writes a part and returns its size
-                content = content[os.write(descriptor, content) :]
-        except BaseException:
-            os.ftruncate(descriptor, size)
-            raise
-        finally:
-            os.close(descriptor)
+        with (self.folder / METRICS_FILE).open("ab") as file:
+            file.write(content)
 
     def forget_after(self, step: int) -> list[int]:
         """Drop what a resumed run measures again: later steps, the final measurement, a torn last line.
@@ -372,13 +350,10 @@ class RunWriter:
         Returns the numbers of damaged lines, which are dropped too; the old file is kept as metrics.jsonl.damaged.
         """
         path = self.folder / METRICS_FILE
-        lines = list(_parsed_lines(path))
-        damaged = [number for number, line in lines if line is None]
+        damaged: list[int] = []
+        lines = list(read_lines(path, damaged))
         if damaged:
             write_atomically(path.with_name(f"{METRICS_FILE}.damaged"), path.read_bytes())
-        earlier = [line for _, line in lines if line and line["step"] <= step and line["split"] != "final"]
+        earlier = [line for line in lines if line["step"] <= step and line["split"] != "final"]
         write_atomically(path, "".join(json.dumps(encode(line), allow_nan=False) + "\n" for line in earlier))
         return damaged
-
-    def _write_facts(self) -> None:
-        write_atomically(self.folder / RUN_FILE, json.dumps(encode(self.facts), indent=1, allow_nan=False) + "\n")
