@@ -219,7 +219,8 @@ def _merge(values: Mapping[str, Any]) -> tuple[dict[str, Any], Start | None]:
     # One start for all runs of a study: run:runs/quick/${variant}-seed${seed}
     start_of_run = re.sub(r"\$\{(variant|seed)\}", lambda name: str(known[name[1]]), str(values.get("start", "random")))
     start = read_start(start_of_run)
-    chosen = DEFAULTS | (start.names() if start else {}) | groups
+    of_start = start.settings if start else {}
+    chosen = DEFAULTS | {key: of_start[key] for key in ("preset", "variant") if key in of_start} | groups
     presets = [_read_member("preset", chosen["preset"])]
     while "extends" in presets[0]:
         presets.insert(0, _read_member("preset", presets[0].pop("extends")))

@@ -30,10 +30,6 @@ class Start:
     settings: dict[str, Any]
     """Settings of a run by part, as in run.json: all of them, or `variant`, `label`, `model` and `data`."""
 
-    def names(self) -> dict[str, str]:
-        """Its preset, if it is a run, and its variant."""
-        return {name: self.settings[name] for name in ("preset", "variant") if name in self.settings}
-
     def layers(self, groups: Mapping[str, Any], variant: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         """What lies over a corpus and a preset: its settings, but for what `groups` choose, then another variant."""
         reads_text = self.settings["model"].get("family") != "vision"

@@ -94,10 +94,6 @@ class TargetCorpus(Corpus):
         """(N,) zeros: sentinels have no bytes."""
         return np.zeros(len(self.validation), dtype=np.int64)
 
-    @cached_property
-    def _unigram_perplexity(self) -> float:
-        return unigram_perplexity(self._counts(self.train), self._counts(self.validation))
-
     def _counts(self, blocks: Dataset) -> np.ndarray:
         """(V,) how often each token is in the targets."""
         chosen = blocks.select(spread_places(len(blocks), MOST_BLOCKS)).with_format("numpy")
@@ -108,5 +104,6 @@ class TargetCorpus(Corpus):
         """What run.json records of the corpus: of perplexities the unigram's of targets alone."""
         facts = super().facts()
         masked, spans = masked_and_spans(facts["context"], self.config)
-        own = {"masked_tokens": masked, "spans": spans, "unigram_perplexity": self._unigram_perplexity}
-        return {**facts, **own, "ngram_perplexity": {}}
+        unigram = unigram_perplexity(self._counts(self.train), self._counts(self.validation))
+        own = {"masked_tokens": masked, "spans": spans, "unigram_perplexity": unigram, "ngram_perplexity": {}}
+        return {**facts, **own}

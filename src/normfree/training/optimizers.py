@@ -49,17 +49,12 @@ class MuonWithAdamW(Optimizer):
         }
         self._parts = {weight: list(weight.detach().split(rows)) for weight, rows in self._matrices.items()}
         parts = [part for weight_parts in self._parts.values() for part in weight_parts]
-        lr = train.peak_learning_rate
-        self._muon = Muon(parts, lr, weight_decay=train.weight_decay, adjust_lr_fn="match_rms_adamw")
+        rate, decay = train.peak_learning_rate, train.weight_decay
+        self._muon = Muon(parts, rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
         others = [
             {**group, "params": [p for p in group["params"] if p not in self._matrices]} for group in self.param_groups
         ]
-        self._adamw = AdamW(
-            [group for group in others if group["params"]],
-            lr,
-            betas=(train.adam_beta1, train.adam_beta2),
-            eps=train.adam_epsilon,
-        )
+        self._adamw = _adamw([group for group in others if group["params"]], train)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -92,12 +87,12 @@ class MuonWithAdamW(Optimizer):
             group.update(rates)
 
 
-def _adamw(model: nn.Module, groups: list[dict[str, Any]], train: TrainSpec) -> Optimizer:
+def _adamw(groups: list[dict[str, Any]], train: TrainSpec, *, fused: bool | None = None) -> AdamW:
     betas = train.adam_beta1, train.adam_beta2
-    return AdamW(groups, train.peak_learning_rate, betas=betas, eps=train.adam_epsilon, fused=True)
+    return AdamW(groups, train.peak_learning_rate, betas=betas, eps=train.adam_epsilon, fused=fused)
 
 
 OPTIMIZERS: dict[str, Callable[[nn.Module, list[dict[str, Any]], TrainSpec], Optimizer]] = {
-    "adamw": _adamw,
+    "adamw": lambda _model, groups, train: _adamw(groups, train, fused=True),
     "muon": MuonWithAdamW,
 }

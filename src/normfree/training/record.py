@@ -206,10 +206,9 @@ def _read_earlier_facts(folder: Path) -> dict[str, Any]:
 
 
 def wandb_run(record: Record) -> AbstractContextManager[Any]:
-    """Open or resume the wandb run of a training run; leaving the context finishes it.
+    """Open or resume the run's wandb run, or take the one that the caller opened; leaving the context finishes ours.
 
-    Its id follows from the spec, the corpus and the time of the first start. WANDB_RUN_ID, WANDB_RESUME and
-    WANDB_PROJECT are respected, and a wandb run that the caller opened is used and left open.
+    Its id follows from the spec, the corpus and the time of the first start, unless WANDB_RUN_ID names another.
     """
     if record.writer is None or "wandb" not in record.spec.train.trackers:
         return nullcontext()

@@ -62,11 +62,6 @@ def free_gathered_weights(model: nn.Module) -> None:
         model.reshard()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded; all processes must call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def own_part(tensor: Tensor) -> Tensor:
     """This process's part of a tensor that may be sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

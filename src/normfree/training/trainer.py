@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
@@ -25,7 +26,7 @@ from normfree.training.guard import Divergence, NonFiniteError, UnreadSteps, ear
 from normfree.training.optimizers import OPTIMIZERS, parameter_groups
 from normfree.training.precision import use_fp32_products
 from normfree.training.record import Record
-from normfree.training.sharding import load_states, load_weights, save_shards, shard, whole
+from normfree.training.sharding import load_states, load_weights, save_shards, shard
 
 MINIMUM_SCALE = 1e-4
 """Lowest scale of fp16's gradient scaler, which starts at 65,536 and halves with each overflow."""
@@ -177,7 +178,8 @@ class NormFreeTrainer(Trainer):
         total = self._tr_loss + loss  # with the earlier micro-batches
         if self.accelerator.scaler is None:  # fp16's scaler expects infinite gradients and skips them itself
             gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-            self._gradient_norm = whole(nn.utils.get_total_norm(gradients))
+            norm = nn.utils.get_total_norm(gradients)
+            self._gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             total = total + self._gradient_norm
         total = cast(Tensor, self.accelerator.reduce(total))  # every process must take the same branch
         return torch.isfinite(total)
@@ -185,19 +187,16 @@ class NormFreeTrainer(Trainer):
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip, and leave norms of the blocks' gradients to the measure `gradients` in the steps where it is due."""
         step, every = self.state.global_step + 1, self._gradients_every
-        if every is None or (step % every and step != self.state.max_steps):
-            return self._clip(model)
+        is_due = every is not None and (step % every == 0 or step == self.state.max_steps)
         scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0  # fp16's gradients have it
-        before_L = block_gradient_norms(self.network) / scale
-        norm = self._clip(model)
-        vars(self.network)["block_gradient_norms"] = before_L, block_gradient_norms(self.network)
+        before_L = block_gradient_norms(self.network) / scale if is_due else None
+        if (norm := self._gradient_norm) is None:
+            norm = cast(Tensor, super()._clip_grad_norm(model))
+        else:
+            nn.utils.clip_grads_with_norm_(self.network.parameters(), self.args.max_grad_norm, norm)
+        if before_L is not None:
+            vars(self.network)["block_gradient_norms"] = before_L, block_gradient_norms(self.network)
         return norm
-
-    def _clip(self, model: nn.Module) -> Tensor:
-        if self._gradient_norm is None:
-            return cast(Tensor, super()._clip_grad_norm(model))
-        nn.utils.clip_grads_with_norm_(self.network.parameters(), self.args.max_grad_norm, self._gradient_norm)
-        return self._gradient_norm
 
     def _skip_or_stop(self, step: int, batches: list[dict[str, Tensor]]) -> None:
         """Keep a step out of weights, Adam and the logged mean loss, or raise NonFiniteError."""
@@ -232,9 +231,8 @@ class NormFreeTrainer(Trainer):
         if not self.sharded:  # else `shard` has done it
             super()._move_model_to_device(model, device)
 
-    @contextmanager
-    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
-        yield  # each micro-batch is reduced: whole gradients until the last would take 4 bytes a parameter
+    # Each micro-batch is reduced: whole gradients until the last would take 4 bytes a parameter.
+    _defer_fsdp_gradient_reduction: Any = nullcontext
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not self.sharded:  # else `_save_optimizer_and_scheduler` saves both
