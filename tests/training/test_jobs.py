@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,9 @@ from normfree.spec.compose import Job, compose_runs
 from normfree.store.runs import RunWriter, find_runs, read_run
 from normfree.training import InterruptedRunError, jobs
 from normfree.training.jobs import Launch, progress_table, train_jobs
+from tests.machine import wait_for
 from tests.training.runs import send_in_step
+from tests.training.test_signals import handler
 
 
 @pytest.fixture
@@ -118,36 +119,23 @@ def test_runs_left_by_dead_workers_are_trained_here(tiny_jobs, two_cores, tmp_pa
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_reaches_every_worker_once(tiny_jobs, two_cores, tmp_path, work_in_forks, number) -> None:
-    def count_signals(*_: Any) -> None:
+    def count_signals(_jobs: list[Job], numbers: Any, _failures: Any) -> None:
         counted: list[int] = []
         signal.signal(number, lambda number, _: counted.append(number))
         (tmp_path / f"{os.getpid()}.ready").touch()
-        deadline = time.monotonic() + 60
-        while not counted and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_for(lambda: len(list(tmp_path.glob("*.ready"))) == 2)
+        if numbers.get() == 0:  # in one of the two
+            os.kill(os.getppid(), number)
+        wait_for(lambda: counted)
         time.sleep(0.5)
         (tmp_path / f"{os.getpid()}.signals").write_text(str(len(counted)))
-
-    def stop_when_ready() -> None:
-        while not over.wait(0.02):
-            if len(list(tmp_path.glob("*.ready"))) == 2:
-                os.kill(os.getpid(), number)
-                return
 
     def earlier(*_: object) -> None:
         """Harmless where the signal comes too late, and not SIG_IGN, which a test run under nohup has."""
 
-    outer, over = signal.signal(number, earlier), threading.Event()
-    thread = threading.Thread(target=stop_when_ready, daemon=True)
     work_in_forks(count_signals)
-    thread.start()
-    try:
+    with handler(number, earlier):
         with pytest.raises(InterruptedRunError, match=rf"single was stopped by signal {int(number)}") as stopped:
             train_jobs(tiny_jobs("seed=0,1"), two_cores)
         assert stopped.value.signal_number == number
         assert [path.read_text() for path in tmp_path.glob("*.signals")] == ["1", "1"]
-        assert signal.getsignal(number) is earlier
-    finally:
-        over.set()
-        thread.join()  # a signal after the next line would be deadly
-        signal.signal(number, outer)

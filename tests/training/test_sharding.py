@@ -1,6 +1,5 @@
-"""train.sharding=fsdp: two and four gloo processes against one, kills, signals, damage, and what is refused."""
+"""train.sharding=fsdp: two and four gloo processes against one, kills, signals, and what is refused."""
 
-import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from normfree import Run, compose_run, read_run
 from normfree.spec.run import ProbeSpec
-from normfree.store.checkpoints import check_sharding, checkpoints_in, newest_sound
+from normfree.store.checkpoints import check_sharding, checkpoints_in
 from normfree.training import arguments, sharding, train
 from tests.small_model import small_model
-from tests.training.runs import DAMAGES, check_equal_runs, damage, losses, weights
+from tests.training.runs import check_equal_runs, losses, weights
 from tests.training.test_processes import started
 
 # A command of which a process acts at a step: dies, gets a signal, or has a loss of NaN; or from then on, run ahead.
@@ -164,18 +163,6 @@ def test_sharded_steps_report_a_nan_late(sharded: Command, tmp_path: Path) -> No
     divergence = run.facts["divergence"]
     assert (status, run.status, divergence["step"], divergence["kind"]) == (0, "diverged", 5, "gradient"), output
     assert divergence["module"] != "gradient norm"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("how", DAMAGES)
-@pytest.mark.parametrize("name", ["__0_0.distcp", "__1_0.distcp", ".metadata"])
-def test_each_damaged_part_is_named(two: Path, words, tmp_path: Path, name: str, how: str, caplog) -> None:
-    shutil.copytree(two / "checkpoints", tmp_path / "checkpoints")
-    damage(tmp_path / "checkpoints" / "checkpoint-20" / "shards" / name, how)
-    with caplog.at_level(logging.WARNING, "normfree"):
-        taken = newest_sound(tmp_path / "checkpoints", spec=compose_run([*words, "train.sharding=fsdp"]).spec)
-    assert taken == tmp_path / "checkpoints" / "checkpoint-10"
-    assert f"rejected checkpoint-20: shards/{name}" in caplog.text
 
 
 @pytest.mark.parametrize("value", ["ddp", "fsdp"])

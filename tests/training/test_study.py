@@ -54,7 +54,6 @@ def test_a_second_time_nothing_is_trained_again(done: tuple[Path, list[str], Pat
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("preset: cpu\ngroups: []", "not a study: groups=.*at least 1 item"),
         ("preset: cpu\ngroups: [{variants: []}]", "not a study: groups.variants=.*at least 1 item"),
         ("preset: caf\u00e9", r"s.yaml is not a study: 'utf-8' codec"),
         ("preset: cpu\ngroups: [{variants: [sm], data_seed: other}]", "groups.data_seed.*='other': it should be"),
