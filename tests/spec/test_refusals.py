@@ -17,7 +17,6 @@ BAND = "train.objective=entropy_band train.entropy_weight=1"
         ("variant=sm-r model.negative_slope=0.3", "read with model.activation=leaky_relu only: leave it out"),
         ("variant=sm-r train.decay_slopes=true", "read with model.learnable_slope=per_layer or shared only"),
         ("variant=leaky-per-layer train.decay_slopes=-1", r"; train\.decay_slopes=-1: it should be greater than 0"),
-        ("variant=leaky-fixed train.slope_learning_rate_factor=7", "read with model.learnable_slope=per_layer"),
         ("variant=sm-dyt-g model.norm_epsilon=0.1", "is read with a norm that divides only"),
         ("variant=sm-rms-g model.norm_steepness=0.5", "is read with model.norm=dyt or derf only"),
         ("variant=sm-ln-g model.taper_end_step=5", "is read with model.norm=taper only"),
@@ -32,7 +31,6 @@ BAND = "train.objective=entropy_band train.entropy_weight=1"
         ("variant=sm-ln-rms-g", "ln and rms both set model.norm; leave one out"),
         ("variant=sm-lnn-g", "unknown variant 'sm-lnn-g'; did you mean sm-ln-g"),
         ("variant=ln-g", "unknown variant 'ln-g'"),
-        ("variant=sm-ln-g model.placement=post", LABEL),
         ("variant=sm-ln-g model.final_norm=none", LABEL),
         ("variant=sm-rg model.num_hidden_layers=x", "num_hidden_layers='x'"),
         ("variant=sm-rg model.num_hidden_layers=4 model.activation=[relu,gelu,gelu,gelu]", "the wrong label"),
@@ -52,7 +50,6 @@ BAND = "train.objective=entropy_band train.entropy_weight=1"
         ("variant=sm-dyt-g train.sigma_weight=1", "=1.0 is read with model.final_norm=layernorm, lns or fake only"),
         ("preset=fashion-vit data.context=49", "data.context=49, but an image of this model has 50 tokens"),
         ("preset=fashion-vit train.objective=token_type", "=token_type is for model.family=decoder, not vision"),
-        ("preset=fashion-vit model.family=decoder", "data=fashion_mnist is not read with model.family=decoder"),
         ("preset=fashion-vit model.position=rotary", "position='rotary' is for family='decoder'"),
         # Sources and targets.
         (f"preset=denoise {BAND}", "entropy_band is for model.family=decoder or vision"),

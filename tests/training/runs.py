@@ -19,6 +19,7 @@ from normfree.training.trainer import NormFreeTrainer
 DAMAGES = ("flip", "cut", "remove")
 of_every_family = pytest.mark.parametrize("family", ["decoder", "vision", "encoder_decoder"], indirect=True)
 """A test of `tiny` runs for each family."""
+TRAINING_STEP = NormFreeTrainer.training_step
 
 
 def damage(path: Path, how: str) -> None:
@@ -80,6 +81,20 @@ class Observed:
 
 def moments(trainer: NormFreeTrainer) -> list[torch.Tensor]:
     return [value for state in trainer.optimizer.state_dict().get("state", {}).values() for value in state.values()]
+
+
+def watch_steps(begin: Callable[[NormFreeTrainer, dict[str, Any]], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Call `begin(trainer, inputs)` before each pass and what it returns after it, in place of an earlier `begin`."""
+
+    def watching(trainer: NormFreeTrainer, model: Any, inputs: dict[str, Any], *rest: Any) -> torch.Tensor:
+        end = begin(trainer, inputs)
+        try:
+            return TRAINING_STEP(trainer, model, inputs, *rest)
+        finally:
+            if end is not None:
+                end()
+
+    monkeypatch.setattr(NormFreeTrainer, "training_step", watching)
 
 
 def act_in(method: str, action: Callable[[NormFreeTrainer], Any], monkeypatch: pytest.MonkeyPatch) -> None:

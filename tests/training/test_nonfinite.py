@@ -6,22 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from normfree.training.trainer import NormFreeTrainer
-from tests.training.runs import Observed, act_in, moments, of_every_family
-
-TRAINING_STEP = NormFreeTrainer.training_step
+from tests.training.runs import Observed, act_in, moments, of_every_family, watch_steps
 
 
 def matrix_of_layer_1(model: torch.nn.Module) -> torch.nn.Parameter:
     return next(p for name, p in model.named_parameters() if ".1." in name and p.ndim == 2)
 
 
-def nan_weight(model: torch.nn.Module) -> Callable[[], None]:
+def nan_weight(model: torch.nn.Module) -> None:
     with torch.no_grad():
         matrix_of_layer_1(model)[0, 0] = math.nan
-    return lambda: None
 
 
 def nan_gradient(model: torch.nn.Module) -> Callable[[], None]:
@@ -37,17 +33,13 @@ def nan_embedding(model: torch.nn.Module) -> Callable[[], None]:
 def inject(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Observed]:
     """`inject(injection, *steps)`: apply an injection in these steps of the runs that follow."""
 
-    def install(injection: Callable[[torch.nn.Module], Callable[[], None]], *steps: int) -> Observed:
+    def install(injection: Callable[[torch.nn.Module], Callable[[], None] | None], *steps: int) -> Observed:
         observed = Observed()
 
-        def injecting(trainer: NormFreeTrainer, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-            undo = injection(trainer.network) if observed.record(trainer, inputs) in steps else lambda: None
-            try:
-                return TRAINING_STEP(trainer, model, inputs, num_items_in_batch)
-            finally:
-                undo()
+        def begin(trainer: NormFreeTrainer, inputs: dict[str, Any]) -> Callable[[], None] | None:
+            return injection(trainer.network) if observed.record(trainer, inputs) in steps else None
 
-        monkeypatch.setattr(NormFreeTrainer, "training_step", injecting)
+        watch_steps(begin, monkeypatch)
         return observed
 
     return install

@@ -151,7 +151,6 @@ def test_a_study_stops_before_its_first_run_without_donors(tmp_path, monkeypatch
         ([], "needs exactly one of train.entropy_share, train.entropy_nats and train.entropy_profile, got none"),
         (["train.entropy_share=0.5", "train.entropy_layers=[2]"], "give layers of 0 to 1, each once"),
         (["train.entropy_nats=[1,1.5]", "train.entropy_layers=[1,0]"], "give layers of 0 to 1, each once"),
-        (["train.entropy_share=0.5", "train.entropy_layers=[-1]"], "give layers of 0 to 1, each once"),
         (["train.entropy_profile=['{donor}']", "train.entropy_profile_layers=[1]"], "give 2 layers of 0 to 1, one for"),
         (["train.entropy_share=0.5", "train.entropy_profile_layers=[1,0]"], "is read with train.entropy_profile"),
         (["variant=sm-sink-r", "train.entropy_share=0.5"], "train.objective=entropy_target with model.attention_sink"),

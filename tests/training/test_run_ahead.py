@@ -15,7 +15,7 @@ from normfree.store.runs import Run, read_run
 from normfree.training import trainer as trainer_module
 from normfree.training.signals import InterruptedRunError
 from normfree.training.trainer import NormFreeTrainer
-from tests.training.runs import Observed, act_in, killed_in_step, same_weights, send_in_step, weights
+from tests.training.runs import Observed, act_in, killed_in_step, same_weights, send_in_step, watch_steps, weights
 
 RARELY = [
     *("train.steps=8", "train.log_every=6", "train.checkpoint_every=100", "train.evaluate_every=100"),
@@ -38,7 +38,7 @@ class Watched(Observed):
         self.broken, self.kind = broken, kind
         self._network: Any = None
 
-    def begin(self, trainer: NormFreeTrainer, _model: Any, inputs: dict[str, Any], *_: Any) -> None:
+    def begin(self, trainer: NormFreeTrainer, inputs: dict[str, Any]) -> None:
         self.record(trainer, inputs)
         if trainer.network is not self._network:
             self._network = trainer.network
@@ -59,14 +59,9 @@ class Watched(Observed):
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[[Watched], Watched]:
     """`watch(watched)`: of the runs that follow."""
-    original = NormFreeTrainer.training_step
 
     def install(watched: Watched) -> Watched:
-        def watching(trainer: NormFreeTrainer, *arguments: Any) -> Tensor:
-            watched.begin(trainer, *arguments)
-            return original(trainer, *arguments)
-
-        monkeypatch.setattr(NormFreeTrainer, "training_step", watching)
+        watch_steps(watched.begin, monkeypatch)
         return watched
 
     return install

@@ -209,8 +209,8 @@ def test_moments_come_back_without_a_step_before(tmp_path: Path) -> None:
         parameter.grad = torch.ones_like(parameter)
     optimizers[0].step()
     sharding.save_shards(tmp_path, models[0], optimizers[0])
-    sharding.load_weights(tmp_path, models[1])
-    sharding.load_states(tmp_path, models[1], optimizers[1])
+    sharding.load_shards(tmp_path, models[1])
+    sharding.load_shards(tmp_path, models[1], optimizers[1])
     for theirs, ours in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(theirs, ours, rtol=0, atol=0)
         torch.testing.assert_close(optimizers[0].state[theirs], optimizers[1].state[ours], rtol=0, atol=0)

@@ -63,7 +63,6 @@ def test_a_second_time_nothing_is_trained_again(done: tuple[Path, list[str], Pat
             "more than one run would be .*/s/sm-seed0: give each group its own tag",
         ),
         ("preset: cpu\ngroups: [{variants: [smm]}]", "did you mean sm"),
-        ("[1, 2", "not a study"),
         ("", "not a study: preset is missing"),
         (FILE.replace("mix: true\n", ""), "add mix: true"),
         (

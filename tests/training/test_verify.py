@@ -8,6 +8,8 @@ from normfree import compose_run, train
 from normfree.store.verify import Finding, verify
 from tests.training.runs import DAMAGES, damage
 
+RUN = "runs/single/sm-r-seed0"
+
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
@@ -24,13 +26,8 @@ def root(original: Path, tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
-@pytest.fixture
-def run_folder(root: Path) -> Path:
-    return root / "runs" / "single" / "sm-r-seed0"
-
-
 def findings(root: Path) -> dict[str, Finding]:
-    return {finding.part: finding for finding in verify(root / "runs/single/sm-r-seed0", cache=root / "cache")}
+    return {finding.part: finding for finding in verify(root / RUN, cache=root / "cache")}
 
 
 def test_a_whole_run_is_sound_and_stays_unchanged(root: Path) -> None:
@@ -45,7 +42,7 @@ def test_a_whole_run_is_sound_and_stays_unchanged(root: Path) -> None:
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_every_damaged_file_is_found(root: Path, run_folder: Path, how: str) -> None:
+def test_every_damaged_file_is_found(root: Path, how: str) -> None:
     """Each file of run, checkpoints, model and corpus in turn; only the part it belongs to is damaged."""
     files = [path for path in sorted(root.rglob("*")) if path.is_file() and path.name not in (".lock", "run.json")]
     assert len(files) > 25
@@ -68,8 +65,8 @@ def test_every_damaged_file_is_found(root: Path, run_folder: Path, how: str) -> 
         ('"status"', "status", "not readable as JSON"),
     ],
 )
-def test_a_damaged_record_is_found(root: Path, run_folder: Path, old: str, new: str, detail: str) -> None:
-    record = run_folder / "run.json"
+def test_a_damaged_record_is_found(root: Path, old: str, new: str, detail: str) -> None:
+    record = root / RUN / "run.json"
     text = record.read_text()
     assert old in text
     record.write_text(text.replace(old, new))
@@ -81,22 +78,22 @@ def test_a_damaged_record_is_found(root: Path, run_folder: Path, old: str, new: 
         findings(root)
 
 
-def test_missing_parts_are_absent_not_damaged(root: Path, run_folder: Path) -> None:
-    record = run_folder / "run.json"
-    shutil.rmtree(run_folder / "model")
+def test_missing_parts_are_absent_not_damaged(root: Path) -> None:
+    record = root / RUN / "run.json"
+    shutil.rmtree(root / RUN / "model")
     record.write_text(re.sub(r'("fingerprint": )"[0-9a-f]+"', r'\1"another"', record.read_text(), count=1))
     assert (findings(root)["corpus"].state, findings(root)["model"].state) == ("absent", "absent")
     shutil.rmtree(root / "cache")
     assert findings(root)["corpus"].state == "absent"
 
 
-def test_a_checkpoint_of_another_run_is_damaged(root: Path, run_folder: Path) -> None:
+def test_a_checkpoint_of_another_run_is_damaged(root: Path) -> None:
     """One that was set aside is absent."""
-    checkpoints = run_folder / "checkpoints"
+    checkpoints = root / RUN / "checkpoints"
     (checkpoints / "damaged").mkdir()
     (checkpoints / "checkpoint-4").rename(checkpoints / "damaged" / "checkpoint-4")
     assert findings(root)["checkpoint-4"].state == "absent"
-    record = run_folder / "run.json"
+    record = root / RUN / "run.json"
     record.write_text(record.read_text().replace('"seed": 0', '"seed": 7'))
     finding = findings(root)["checkpoint-6"]
     assert (finding.state, finding.detail) == ("damaged", "it belongs to a run with another spec")
@@ -107,8 +104,8 @@ def test_a_measurement_of_a_model_is_verified() -> None:
     assert [(finding.part, finding.state) for finding in parts] == [("run.json", "sound"), ("metrics.jsonl", "sound")]
 
 
-def test_a_measurement_written_twice_is_found(root: Path, run_folder: Path) -> None:
-    record, metrics = run_folder / "run.json", run_folder / "metrics.jsonl"
+def test_a_measurement_written_twice_is_found(root: Path) -> None:
+    record, metrics = root / RUN / "run.json", root / RUN / "metrics.jsonl"
     record.write_text(record.read_text().replace('"metrics_file"', '"not_recorded"'))
     metrics.write_text(metrics.read_text() + metrics.read_text().splitlines()[-1] + "\n")
     assert "twice" in findings(root)["metrics.jsonl"].detail

@@ -71,9 +71,8 @@ def read_words(words: Sequence[str]) -> dict[str, Any]:
     texts = _texts_by_key(words)
     for key, alternatives in texts.items():
         if len(alternatives) > 1:
-            raise ValueError(
-                f"'{key}={','.join(alternatives)}' has several values: `normfree train -m` trains one run for each"
-            )
+            word = f"'{key}={','.join(alternatives)}'"
+            raise ValueError(f"{word} has several values: `normfree train -m` trains one run for each")
     return {key: _read_value(key, text) for key, (text,) in texts.items()}
 
 

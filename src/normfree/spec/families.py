@@ -19,7 +19,7 @@ class Score:
     """Its name on the axis of a figure."""
     better: str
     """`higher` or `lower`."""
-    scale: float
+    scale: float = 1.0
     """What it is multiplied by where it is shown: 100 shows a share in percent."""
     unit: str
     """Of a difference: `%`, as a share of the score, or percentage `points`."""
@@ -63,12 +63,7 @@ CLASSIFICATIONS = {
 """Objectives that train a classification head; the end of its Auto class, and the hub's name of that."""
 
 _PERPLEXITY = Score(
-    name="perplexity",
-    axis="validation perplexity",
-    better="lower",
-    scale=1.0,
-    unit="%",
-    beside=("bits_per_byte", "Bits per byte"),
+    name="perplexity", axis="validation perplexity", better="lower", unit="%", beside=("bits_per_byte", "Bits per byte")
 )
 _ENTROPY = ("entropy_target", "entropy_band")
 _OF_TEXT = ("installed", "codeparrot", "hub", "files")

@@ -43,11 +43,7 @@ PLACES_OF_TEXT = ("data.paths", "data.validation_paths", "data.tokenizer")
 NOT_DECIDING = (
     *(f"train.{name}" for name in ("trackers", "threads", "log_every", "checkpoint_every", "checkpoints_kept")),
     *(f"train.{name}" for name in ("micro_batch_sequences", "gradient_checkpointing", "sharding")),
-    "data.expected_fingerprint",
-    "probe.measures",
-    "compare_across",
-    "start",
-    *PLACES_OF_TEXT,
+    *("data.expected_fingerprint", "probe.measures", "compare_across", "start", *PLACES_OF_TEXT),
 )
 # They may change within a run; tables over training compare runs that were measured at the same steps.
 WHEN_MEASURED = ("train.evaluate_every", "probe.every_steps")
@@ -373,9 +369,7 @@ def check_own_values(specs: Mapping[str, Mapping[str, Any]]) -> None:
     (first, spec), *others = specs.items()
     for name, other in others:
         if (theirs := own_values(other)) != (ours := own_values(spec)):
-            raise ValueError(
-                f"{first} and {name} are one variant with one tag, but have {ours} and {theirs}: give one another tag"
-            )
+            raise ValueError(f"{first} and {name} are one variant and tag, but have {ours} and {theirs}: change a tag")
 
 
 def _without(spec: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:

@@ -74,9 +74,16 @@ def _run(start: str, folder: Path) -> Start:
 
 
 def _model(start: str, place: str) -> Start:
+    from huggingface_hub import snapshot_download
+
     from normfree.model.conversion import fields_of
 
-    folder = Path(place) if Path(place).is_dir() else _downloaded(start, place)
+    if not (folder := Path(place)).is_dir():
+        try:
+            folder = Path(snapshot_download(place, allow_patterns=["*.safetensors", "*.json", "*.txt"]))
+        except (OSError, ValueError) as error:
+            reason = f"{type(error).__name__}: needs the network, or HF_HOME with a copy"
+            raise ValueError(f"start={start}: no such folder, and the hub cannot give it ({reason})") from None
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     try:
         fields = fields_of(config)
@@ -85,16 +92,6 @@ def _model(start: str, place: str) -> Start:
     data = {} if fields.get("family") == "vision" else {"tokenizer": str(folder)}
     settings = {"variant": "custom", "label": Path(place).name, "model": fields, "data": data}
     return Start(folder, place, _hash(start, folder), settings)
-
-
-def _downloaded(start: str, name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt"]))
-    except (OSError, ValueError) as error:
-        reason = f"{type(error).__name__}: needs the network, or HF_HOME with a copy"
-        raise ValueError(f"start={start}: no such folder, and the hub cannot give it ({reason})") from None
 
 
 def _hash(start: str, folder: Path) -> str:
@@ -115,6 +112,4 @@ def check_start(start: Start, fields: Mapping[str, Any]) -> None:
         removes = name in ("norm", "final_norm") and now in REMOVALS and REMOVALS[now] == before
         if before != now and name not in MAY_CHANGE and not removes:
             hint = f"; norm={now} replaces {REMOVALS[now]}" if name == "norm" and now in REMOVALS else ""
-            raise ValueError(
-                f"model.{name}={now} differs from {before} of start={start.name}, and it cannot change{hint}"
-            )
+            raise ValueError(f"model.{name}={now} differs from {before} of start={start.name} and cannot change{hint}")

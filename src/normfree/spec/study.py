@@ -55,10 +55,12 @@ class Study:
             common = {"study": self.name, "preset": self.preset, "tag": group.tag} | across | self.set | group.set
             if group.data_seed is not None:
                 common["data_seed"] = "${seed}" if group.data_seed == "same" else group.data_seed
+            for key, value in common.items():
+                if isinstance(value, str) and key not in NAMES and _EXPONENT.fullmatch(value):
+                    common[key] = float(value)  # PyYAML reads 1e-3 as text
             for seed in group.seeds:
                 for variant in group.variants:
-                    settings = {key: _number(key, value) for key, value in common.items()}
-                    job = compose(settings | {"variant": variant, "seed": seed} | dict(values or {}))
+                    job = compose(common | {"variant": variant, "seed": seed} | dict(values or {}))
                     jobs.append(replace(job, note=self.note))
         check_folders_differ(jobs, advice="give each group its own tag")
         first: dict[tuple[str, ...], RunSpec] = {}
@@ -84,8 +86,3 @@ def load_study(name: str) -> Study:
         return build(Study, {"name": path.stem, **values})
     except (yaml.YAMLError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a study: {str(error).splitlines()[0]}; {EXAMPLE}") from None
-
-
-def _number(key: str, value: Any) -> Any:
-    """1e-3 as a number: PyYAML reads it as text."""
-    return float(value) if isinstance(value, str) and key not in NAMES and _EXPONENT.fullmatch(value) else value

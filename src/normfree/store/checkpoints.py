@@ -89,9 +89,9 @@ def check_sharding(checkpoint: Path, sharding: str) -> None:
     in_parts = (checkpoint / SHARDS).is_dir()
     if in_parts != (sharding == "fsdp"):
         kind, key = ("in parts", "fsdp") if in_parts else ("whole", "none or ddp")
+        advice = f"give train.sharding={key}, or tag=NAME for a run of its own"
         raise ValueError(
-            f"{checkpoint} holds the model {kind}, and train.sharding={sharding} cannot resume from it: give "
-            f"train.sharding={key}, or tag=NAME for a run of its own"
+            f"{checkpoint} holds the model {kind}, and train.sharding={sharding} cannot resume it: {advice}"
         )
 
 

@@ -32,7 +32,13 @@ def check_machine(spec: RunSpec, device: torch.device) -> None:
     """Raise ValueError if this device or number of processes cannot train the spec."""
     train, processes = spec.train, PartialState().num_processes
     check_fp32_variables()
-    _check_gpus(processes)
+    chosen_cpu = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if torch.version.cuda and not chosen_cpu and not torch.cuda.is_available() and list(DEVICES.glob("nvidia[0-9]*")):
+        advice = "install one for the CUDA version of nvidia-smi, or set CUDA_VISIBLE_DEVICES=-1 to train on the CPU"
+        raise ValueError(f"there is a GPU that torch, built for CUDA {torch.version.cuda}, cannot use: {advice}")
+    if processes == 1 and (count := torch.cuda.device_count()) > 1 and "LOCAL_RANK" not in os.environ:  # of torchrun
+        advice = "set CUDA_VISIBLE_DEVICES=0, or start it with torchrun (docs/training.md)"
+        raise ValueError(f"this process sees {count} GPUs but trains on one: {advice}")
     batch, micro = train.batch_sequences, train.micro_batch_sequences
     if batch % (micro * processes):
         per_pass = f"train.micro_batch_sequences={micro} times the {processes} processes"
@@ -61,17 +67,6 @@ def check_machine(spec: RunSpec, device: torch.device) -> None:
         raise ValueError(f"train.compile=cuda_graph needs a step in one pass of one process, as {reason}: {advice}")
     if train.compile and needs_fp32_units(train.precision, device):
         raise ValueError("train.precision=bf16 with train.compile=true needs a processor with bf16 units; drop one")
-
-
-def _check_gpus(processes: int) -> None:
-    """Raise ValueError if a GPU would stay unused, or one process would use several."""
-    chosen_cpu = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if torch.version.cuda and not chosen_cpu and not torch.cuda.is_available() and list(DEVICES.glob("nvidia[0-9]*")):
-        advice = "install one for the CUDA version of nvidia-smi, or set CUDA_VISIBLE_DEVICES=-1 to train on the CPU"
-        raise ValueError(f"there is a GPU that torch, built for CUDA {torch.version.cuda}, cannot use: {advice}")
-    if processes == 1 and (count := torch.cuda.device_count()) > 1 and "LOCAL_RANK" not in os.environ:  # of torchrun
-        advice = "set CUDA_VISIBLE_DEVICES=0, or start it with torchrun (docs/training.md)"
-        raise ValueError(f"this process sees {count} GPUs but trains on one: {advice}")
 
 
 def announce_needs(spec: RunSpec, corpus: Corpus, device: torch.device) -> None:
@@ -148,9 +143,8 @@ def is_done(folder: Path, spec: RunSpec, corpus: Corpus | None = None) -> bool:
         recorded = RunSpec.from_dict(run.spec)
     except ValueError as error:
         advice = "move the file away to resume from the checkpoints, or give tag=NAME"
-        raise ValueError(
-            f"{folder / RUN_FILE} holds a spec that this version cannot read ({error}): {advice}"
-        ) from None
+        problem = f"{folder / RUN_FILE} holds a spec that this version cannot read ({error})"
+        raise ValueError(f"{problem}: {advice}") from None
     if recorded.identity() != spec.identity():
         old, new = (pd.json_normalize(each.deciding(), max_level=1).iloc[0].to_dict() for each in (recorded, spec))
         keys = [key for key in old | new if old.get(key) != new.get(key)]

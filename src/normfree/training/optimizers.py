@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from normfree.model.blocks import Block
@@ -42,13 +42,12 @@ class MuonWithAdamW(Optimizer):
     def __init__(self, model: nn.Module, groups: list[dict[str, Any]], train: TrainSpec) -> None:
         super().__init__(groups, {"lr": train.peak_learning_rate})
         linears = [module for block in model.modules() if isinstance(block, Block) for module in block.modules()]
-        self._matrices = {
-            module.weight: getattr(module, "row_counts", [module.out_features])
-            for module in linears
-            if isinstance(module, nn.Linear) and module.weight.requires_grad
-        }
-        self._parts = {weight: list(weight.detach().split(rows)) for weight, rows in self._matrices.items()}
-        parts = [part for weight_parts in self._parts.values() for part in weight_parts]
+        self._matrices: dict[Tensor, tuple[list[int], list[Tensor]]] = {}
+        for module in linears:
+            if isinstance(module, nn.Linear) and module.weight.requires_grad:
+                rows = getattr(module, "row_counts", [module.out_features])
+                self._matrices[module.weight] = rows, list(module.weight.detach().split(rows))
+        parts = [part for _, parts in self._matrices.values() for part in parts]
         rate, decay = train.peak_learning_rate, train.weight_decay
         self._muon = Muon(parts, rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
         others = [
@@ -61,8 +60,7 @@ class MuonWithAdamW(Optimizer):
         """Make one step. The learning rates are those of `param_groups`, which a schedule changes."""
         assert closure is None
         rates = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
-        for weight, parts in self._parts.items():
-            rows = self._matrices[weight]
+        for weight, (rows, parts) in self._matrices.items():
             gradients = (None,) * len(parts) if weight.grad is None else weight.grad.split(rows)
             for part, values, gradient in zip(parts, weight.detach().split(rows), gradients, strict=True):
                 part.data, part.grad = values, gradient  # anew: DistributedDataParallel may have moved the weight

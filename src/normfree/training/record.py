@@ -62,7 +62,7 @@ class Record:
 
     def update(self, **facts: Any) -> None:
         if self.writer is not None:
-            self.writer.update(wall_seconds=self._wall_seconds(), **facts)
+            self.writer.update(wall_seconds=time.perf_counter() - self.began, **facts)
 
     def name_layers(self, measures: Iterable[Measure]) -> None:
         """Record the layers of what was measured, where they are not 0, 1, 2, ..., e.g. `encoder 0`."""
@@ -98,14 +98,11 @@ class Record:
             "skipped_steps": [asdict(divergence) for divergence in skipped],
             "unlogged": unlogged,
             "objective": self.objective.state(),
-            "wall_seconds": self._wall_seconds(),
+            "wall_seconds": time.perf_counter() - self.began,
         }
         self.writer.sync()  # a power cut must not take metrics from before the checkpoint
         checkpoints.publish(self.checkpoints, step, facts, keep=self.spec.train.checkpoints_kept)
         self.update(**self.progress_at(step))
-
-    def _wall_seconds(self) -> float:
-        return time.perf_counter() - self.began
 
 
 def open_record(

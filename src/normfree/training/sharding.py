@@ -75,14 +75,10 @@ def save_shards(folder: Path, model: NormFreePreTrainedModel, optimizer: Optimiz
         raise OSError("; ".join(f"process {rank}: {failure[0]}" for rank, failure in error.failures.items())) from error
 
 
-def load_weights(folder: Path, model: NormFreePreTrainedModel) -> None:
-    """Read this process's part of the weights and buffers, in place."""
-    state_dict_loader.load(_weights(model), checkpoint_id=folder / SHARDS)
-
-
-def load_states(folder: Path, model: NormFreePreTrainedModel, optimizer: Optimizer) -> None:
-    """Read this process's part of AdamW's states, in place."""
-    state_dict_loader.load(_states(model, optimizer), checkpoint_id=folder / SHARDS)
+def load_shards(folder: Path, model: NormFreePreTrainedModel, optimizer: Optimizer | None = None) -> None:
+    """Read this process's part of the weights and buffers, or of the states of `optimizer`, in place."""
+    parts = _weights(model) if optimizer is None else _states(model, optimizer)
+    state_dict_loader.load(parts, checkpoint_id=folder / SHARDS)
 
 
 def _weights(model: NormFreePreTrainedModel) -> dict[str, Tensor]:

@@ -135,15 +135,12 @@ def _train_to_an_end(record: Record, model: NormFreePreTrainedModel, *, progress
             outcome = "diverged in the step of signal {}: the run is over"
         except torch.OutOfMemoryError as error:
             advice = "train.gradient_checkpointing=true or a smaller train.micro_batch_sequences"
-            message = (
-                f"{record.folder} ran out of memory on {device_name(device)}: the same command resumes with {advice}"
-            )
-            raise torch.OutOfMemoryError(message) from error
+            problem = f"{record.folder} ran out of memory on {device_name(device)}"
+            raise torch.OutOfMemoryError(f"{problem}: the same command resumes with {advice}") from error
         except KeyboardInterrupt:
             record.update(status="interrupted")
-            number = stop.received or signal.SIGINT
-            outcome = f"was stopped at once by signal {number}; {resumes}"
-            raise signals.InterruptedRunError(record.folder, number, outcome) from None
+            stop.received = stop.received or signal.SIGINT
+            outcome = f"was stopped at once by signal {{}}; {resumes}"
         finally:
             checkpoints.drop_staged(record.checkpoints)
     if stop.received is not None:
@@ -172,8 +169,7 @@ def _run_steps(trainer: NormFreeTrainer, record: Record, stop: signals.StopOnSig
     if rank := state.process_index:  # otherwise all ranks would draw the same dropout masks
         torch.manual_seed(int(np.random.SeedSequence((spec.seed, rank)).generate_state(1)[0]))
     without_bar = None if progress and state.is_main_process else True  # None: where standard error is no terminal
-    first = trainer.start_step
-    with tqdm(total=record.steps, initial=first, desc=spec.name, unit="step", disable=without_bar) as bar:
+    with tqdm(total=record.steps, initial=trainer.start_step, desc=spec.name, unit="step", disable=without_bar) as bar:
         trainer.add_callback(RecordMetrics(record, log_to_trackers=trainer.log))
         if state.is_main_process:
             trainer.add_callback(ShowProgress(spec.name, bar))

@@ -26,7 +26,7 @@ from normfree.training.guard import Divergence, NonFiniteError, UnreadSteps, ear
 from normfree.training.optimizers import OPTIMIZERS, parameter_groups
 from normfree.training.precision import use_fp32_products
 from normfree.training.record import Record
-from normfree.training.sharding import load_states, load_weights, save_shards, shard
+from normfree.training.sharding import load_shards, save_shards, shard
 
 MINIMUM_SCALE = 1e-4
 """Lowest scale of fp16's gradient scaler, which starts at 65,536 and halves with each overflow."""
@@ -181,8 +181,7 @@ class NormFreeTrainer(Trainer):
             norm = nn.utils.get_total_norm(gradients)
             self._gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             total = total + self._gradient_norm
-        total = cast(Tensor, self.accelerator.reduce(total))  # every process must take the same branch
-        return torch.isfinite(total)
+        return torch.isfinite(cast(Tensor, self.accelerator.reduce(total)))  # every process must take the same branch
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip, and leave norms of the blocks' gradients to the measure `gradients` in the steps where it is due."""
@@ -248,7 +247,7 @@ class NormFreeTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.sharded:
-            load_weights(Path(resume_from_checkpoint), self.network)
+            load_shards(Path(resume_from_checkpoint), self.network)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -257,7 +256,7 @@ class NormFreeTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         optimizer, scheduler = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
-        load_states(Path(checkpoint), self.network, optimizer.optimizer)
+        load_shards(Path(checkpoint), self.network, optimizer.optimizer)
         scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
         for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
