@@ -30,7 +30,6 @@ BAND = "train.objective=entropy_band train.entropy_weight=1"
         ("variant=sm-g-ln", "parts have an order: give variant=sm-ln-g"),
         ("variant=sm-ln-rms-g", "ln and rms both set model.norm; leave one out"),
         ("variant=sm-lnn-g", "unknown variant 'sm-lnn-g'; did you mean sm-ln-g"),
-        ("variant=ln-g", "unknown variant 'ln-g'"),
         ("variant=sm-ln-g model.final_norm=none", LABEL),
         ("variant=sm-rg model.num_hidden_layers=x", "num_hidden_layers='x'"),
         ("variant=sm-rg model.num_hidden_layers=4 model.activation=[relu,gelu,gelu,gelu]", "the wrong label"),
@@ -43,7 +42,6 @@ BAND = "train.objective=entropy_band train.entropy_weight=1"
         # Images.
         ("preset=fashion-vit data=files data.paths=[x]", "data=files is not read with model.family=vision: give data="),
         ("preset=fashion-vit data=images", "data=images needs data.paths"),
-        ("preset=fashion-vit data=hub_images", "data=hub_images needs data.dataset"),
         ("preset=fashion-vit data.tokenizer=gpt2", "data.tokenizer is not read with data=fashion_mnist"),
         ("preset=fashion-vit data=images data.paths=[x] data.validation_split=test", "give data=hub or data=hub_image"),
         ("data.column=text", "data.column is not read with data=installed"),

@@ -373,7 +373,6 @@ def check_own_values(specs: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _without(spec: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    """A spec without these dotted keys."""
     return {
         name: {k: v for k, v in value.items() if f"{name}.{k}" not in keys} if isinstance(value, Mapping) else value
         for name, value in spec.items()

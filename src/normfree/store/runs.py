@@ -134,7 +134,6 @@ class Run:
 
     @property
     def tokens_seen(self) -> int:
-        """Tokens trained on in `steps_done` steps."""
         return self.steps_done * self.tokens_per_step
 
     @property

@@ -83,7 +83,6 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over what `state` returned."""
         if not state:
             return
         self.step = state["step"]
