@@ -240,8 +240,7 @@ def find_runs(folders: RunFolder | Iterable[RunFolder]) -> list[Run]:
     for folder in map(Path, [folders] if isinstance(folders, (str, os.PathLike)) else folders):
         if not folder.exists():
             raise ValueError(f"{folder} does not exist; give a run folder or a folder of runs")
-        files = sorted(folder.rglob(RUN_FILE))
-        if not files:
+        if not (files := sorted(folder.rglob(RUN_FILE))):
             raise ValueError(f"{folder} holds no run: no {RUN_FILE} in it or below it")
         for file in files:
             runs.setdefault(file.parent.resolve(), read_run(file.parent))

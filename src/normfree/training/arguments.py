@@ -75,10 +75,9 @@ def announce_needs(spec: RunSpec, corpus: Corpus, device: torch.device) -> None:
         return
     state, facts = PartialState(), torch.cuda.get_device_properties(device)
     spec = replace(spec, model={"vocab_size": corpus.vocab_size, **spec.model})
-    steps = total_steps(spec, corpus)
     memory_gib, processes = facts.total_memory / GIB, state.num_processes
     if (key := find_gpu(facts.name)) and state.is_main_process:
-        tokens = steps * spec.train.batch_sequences * spec.data.context
+        tokens = total_steps(spec, corpus) * spec.train.batch_sequences * spec.data.context
         gpu = replace(GPUS[key], memory_gib=round(memory_gib, 1))
         logger.info("%s", describe_estimate(spec, gpu, name=facts.name, processes=processes, tokens=tokens))
     check_memory(spec, memory_gib, name=facts.name, processes=processes)

@@ -35,11 +35,7 @@ class Divergence:
 
 
 class NonFiniteError(ArithmeticError):
-    """Raised before the optimiser sees a non-finite gradient."""
-
-    def __init__(self, divergence: Divergence) -> None:
-        super().__init__(str(divergence))
-        self.divergence = divergence
+    """Raised with a `Divergence` before the optimiser sees a non-finite gradient."""
 
 
 class UnreadSteps:

@@ -131,7 +131,7 @@ def _train_to_an_end(record: Record, model: NormFreePreTrainedModel, *, progress
             else:
                 record.update(status="interrupted")
         except NonFiniteError as error:
-            record.write_divergence(error.divergence)
+            record.write_divergence(*error.args)
             outcome = "diverged in the step of signal {}: the run is over"
         except torch.OutOfMemoryError as error:
             advice = "train.gradient_checkpointing=true or a smaller train.micro_batch_sequences"
