@@ -94,8 +94,10 @@ class Objective(nn.Module):
 class EntropyTarget(Objective):
     """Heads of a layer, ordered by M, are pulled to ascending targets."""
 
-    def __init__(self, *of_objective: Any, targets: Callable[[int], np.ndarray]) -> None:
-        super().__init__(*of_objective)
+    def __init__(
+        self, config: NormFreeConfig, weight: float, layers: tuple[int, ...], *, targets: Callable[[int], np.ndarray]
+    ) -> None:
+        super().__init__(config, weight, layers)
         self.targets = targets
 
     def deviations(self) -> Tensor:
@@ -110,8 +112,8 @@ class EntropyBand(Objective):
     The regulariser of Entropy-Guided Attention (arXiv 2501.03489), with M for the entropies of the batch in the factor.
     """
 
-    def __init__(self, *of_objective: Any, ceiling: float) -> None:
-        super().__init__(*of_objective)
+    def __init__(self, config: NormFreeConfig, weight: float, layers: tuple[int, ...], *, ceiling: float) -> None:
+        super().__init__(config, weight, layers)
         self.ceiling = ceiling
         self.theta_LH = nn.Parameter(torch.full_like(self.previous_LH, BAND_START))
 
