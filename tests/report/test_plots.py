@@ -20,7 +20,7 @@ from normfree.analysis.groups import group_runs
 from normfree.cost.totals import Point
 from normfree.report.figures import heatmap_figure, layers_over_training
 from normfree.report.plots.curves import layer_curves, loss_curves, overload_series, seed_curves
-from normfree.report.plots.points import order_of_names, score_points, trade_off_points
+from normfree.report.plots.points import score_points, trade_off_points
 from normfree.report.plots.style import variant_styles
 from normfree.store.quantities import QUANTITIES, describe
 from tests.synthetic import rewritten, write_run
@@ -184,13 +184,6 @@ def test_a_trade_off_joins_each_front_and_names_what_diverged() -> None:
     assert missing.get_position()[1] < 0
     assert " ".join(missing.get_text().split()).endswith("(start5), SM+leaky, per layer (start6)")
     assert texts(trade_off([math.nan], [1.0])) == ["no variant has a finite perplexity"]
-
-
-@pytest.mark.parametrize(("height", "expected"), [(0.6, [0, 1, 2]), (0.285, [0, 2, 1])])
-def test_no_line_to_a_name_crosses_another_marker(height: float, expected: list[int]) -> None:
-    """The line from (0.1, 0.12) to a second name at (1.02, 0.5) passes (0.5, 0.285)."""
-    places = np.array([[0.9, 0.05], [0.1, 0.12], [0.5, height]])
-    assert order_of_names(places, np.array([0.02, 0.5, 0.98])) == expected
 
 
 IN_PYPLOT = """

@@ -13,13 +13,6 @@ from normfree.analysis.seeds import decimals, summarise
 from normfree.cost.totals import Point
 from normfree.report.plots.style import GREEN, GRID, INK, MUTED, RED, Styles, empty, plain_ticks, wrapped
 
-_CLEARANCE = 0.02
-"""Least distance of a marker from the line of another point's name, in parts of the axes."""
-_HEAP = 0.06
-"""Markers so near to each other are passed by each other's lines whatever the order of the names."""
-_PRICE_OF_A_PLACE = 0.02
-"""What moving a name by one place may at most cost, where 1 is a line through a marker."""
-
 
 def score_points(groups: Sequence[Group], *, ax: Axes, styles: Styles) -> Axes:
     """Final score, e.g. perplexity: one row per variant, a dot per seed, and the mean with the sample deviation below.
@@ -82,8 +75,8 @@ def _is_wide(values: Sequence[float]) -> bool:
 def trade_off_points(points: Sequence[Point], *, ax: Axes) -> Axes:
     """Perplexity over communication: one point per variant, and the Pareto front of each corpus as steps.
 
-    Names stand in a column at the right, about in the order of perplexity, each with a line to its point. A variant
-    without a finite perplexity is only named. With one far above the others the axis is logarithmic.
+    Names stand in a column at the right in the order of perplexity, each with a line to its point. A variant without a
+    finite perplexity is only named. With one far above the others the axis is logarithmic.
     """
     finite = sorted((point for point in points if math.isfinite(point.perplexity)), key=lambda point: point.perplexity)
     if not finite:
@@ -93,10 +86,11 @@ def trade_off_points(points: Sequence[Point], *, ax: Axes) -> Axes:
         ax.step([x for x, _ in front], [y for _, y in front], where="post", color=GREEN, linewidth=1, zorder=1)
     to_point = {"arrowstyle": "-", "color": GRID, "linewidth": 0.7, "relpos": (0, 0.5), "shrinkA": 0}
     column = {"textcoords": "axes fraction", "va": "center", "fontsize": 8, "color": INK, "arrowprops": to_point}
-    places = [(point.bytes / 1e9, point.perplexity) for point in finite]
-    for point, place in zip(finite, places, strict=True):
+    for point, height in zip(finite, np.linspace(0.02, 0.98, len(finite)), strict=True):
+        place = (point.bytes / 1e9, point.perplexity)
         marker, colour = ("o", GREEN) if point.on_front else ("x", MUTED)
         ax.plot(*place, marker=marker, color=colour, linestyle="none", clip_on=False)
+        ax.annotate(name_in_column(point), place, xytext=(1.02, height), **column)
     if missing := [point.name for point in points if not math.isfinite(point.perplexity)]:
         text = textwrap.fill(f"NaN: {', '.join(missing)}", 70, break_on_hyphens=False)
         ax.text(0, -0.2, text, transform=ax.transAxes, va="top", fontsize=7.5, color=RED)
@@ -104,11 +98,6 @@ def trade_off_points(points: Sequence[Point], *, ax: Axes) -> Axes:
         ax.set_yscale("log")
         plain_ticks(ax.yaxis)
     ax.margins(x=0.08)
-    ax.autoscale_view()
-    heights = np.linspace(0.02, 0.98, len(finite))
-    order = order_of_names((ax.transScale + ax.transLimits).transform(places), heights)
-    for number, height in zip(order, heights, strict=True):
-        ax.annotate(name_in_column(finite[number]), places[number], xytext=(1.02, height), **column)
     ax.grid(visible=False)  # its lines look like those of the names
     ax.set(xlabel="sent in private inference (GB)", ylabel="validation perplexity")
     return ax
@@ -117,31 +106,3 @@ def trade_off_points(points: Sequence[Point], *, ax: Axes) -> Axes:
 def name_in_column(point: Point) -> str:
     """Its name, on lines short enough for a narrow figure."""
     return wrapped(point.name, 22)
-
-
-def order_of_names(places_N2: np.ndarray, heights_N: np.ndarray) -> list[int]:
-    """Which point is named at each height of a column at x = 1.02, all in parts of the axes.
-
-    The order is that of the points' own heights, but for names that move so that their lines do not run through the
-    markers of other points.
-    """
-    ends_N2 = np.column_stack([np.full(len(heights_N), 1.02), heights_N])
-
-    def cost(order: Sequence[int]) -> float:
-        starts_N2 = places_N2[order]
-        lines_N2, to_markers_NM2 = ends_N2 - starts_N2, places_N2[None] - starts_N2[:, None]
-        shares_NM = (to_markers_NM2 * lines_N2[:, None]).sum(-1) / (lines_N2**2).sum(-1, keepdims=True)
-        gaps_NM2 = to_markers_NM2 - np.clip(shares_NM, 0, 1)[..., None] * lines_N2[:, None]
-        hits_NM = np.clip(1 - np.linalg.norm(gaps_NM2, axis=-1) / _CLEARANCE, 0, None)
-        moves = np.abs(np.argsort(order) - np.argsort(by_height)).sum()
-        return float(hits_NM[np.linalg.norm(to_markers_NM2, axis=-1) > _HEAP].sum() + _PRICE_OF_A_PLACE * moves)
-
-    order = by_height = np.argsort(places_N2[:, 1], kind="stable").tolist()
-    least = cost(order)
-    while True:
-        others = [(number, order[:place] + order[place + 1 :]) for place, number in enumerate(order)]
-        moved = [[*rest[:place], number, *rest[place:]] for number, rest in others for place in range(len(order))]
-        costs = list(map(cost, moved))
-        if min(costs) >= least - 1e-9:
-            return order
-        least, order = min(costs), moved[int(np.argmin(costs))]
