@@ -238,18 +238,6 @@ def test_a_running_run_is_in_curves_but_not_in_results(tmp_path: Path) -> None:
     assert "leaky" not in (tmp_path / "out" / "tables" / "perplexity.csv").read_text()
 
 
-def test_an_unfinished_run_of_another_recipe_needs_mix(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path, "SM+G"), write_run(tmp_path, "SM+R", status="failed", data={"context": 64})]
-    figures = {figure.name: figure for figure in figures_of(group_runs(runs))}
-    assert len(figures["entropy_nats-heads"].panels) == 1
-    assert "shares" not in figures["entropy_nats-heads"].caption
-    assert "open circle" not in figures["losses"].caption
-    left_out = "Not finished and of another recipe or corpus, so left out: quick/sm-r-seed0 (failed at step 100)."
-    assert left_out in sentences(group_runs(runs))
-    mixed = {figure.name: figure for figure in figures_of(group_runs(runs, mix=True))}
-    assert len(mixed["entropy_nats-heads"].panels) == 2
-
-
 def test_a_table_on_the_page_contains_its_csv(report: Path) -> None:
     links = {a["download"]: a["href"] or "" for a in Page(report / "index.html").all("a") if "download" in a}
     for name in ("perplexity.csv", "claims.tex", "runs.csv"):

@@ -8,7 +8,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from normfree.analysis.groups import Group
+from normfree.analysis.groups import Group, all_runs
 from normfree.spec.families import FAMILIES
 from normfree.store.quantities import Quantity
 from normfree.store.runs import Run
@@ -145,7 +145,7 @@ def newest_values(run: Run, name: str) -> Floats | None:
 
 def recorded_quantities(groups: Sequence[Group], *, drawn: str) -> list[Quantity]:
     """Quantities that runs of these groups recorded and the report draws in this place (`open` or `folded`)."""
-    runs = [run for group in groups for run in group.curve_runs]
+    runs = all_runs(groups)
     by_name = {q.name: q for run in runs for q in run.quantities.values() if q.drawn == drawn}
     return [q for q in by_name.values() if any(newest_values(run, q.name) is not None for run in runs)]
 

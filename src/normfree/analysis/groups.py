@@ -1,10 +1,10 @@
 """Group runs into seeds of one variant and recipe, and decide which groups may be compared."""
 
 import math
+import os
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,6 @@ class Group:
     """Running, interrupted or failed runs, which have no result."""
     repeated: tuple[Run, ...]
     """Further runs of a seed that `runs` already contains."""
-    is_left_out: bool = False
-    """True if no run is drawn: they are unfinished, and no run with a result has their recipe."""
     is_baseline: bool = False
     """True for the group that `baseline=` names: all others are compared with it."""
 
@@ -68,14 +66,9 @@ class Group:
         return _comparison_key(self.members[0])
 
     @property
-    def curve_runs(self) -> tuple[Run, ...]:
-        """Runs whose curves are drawn."""
-        return () if self.is_left_out else self.members
-
-    @property
-    def heatmap_run(self) -> Run | None:
+    def heatmap_run(self) -> Run:
         """The run whose heads are drawn: the first finished seed, else the first diverged one, else any."""
-        return next((run for run in self.runs if run.status == "finished"), next(iter(self.curve_runs), None))
+        return next((run for run in self.runs if run.status == "finished"), self.members[0])
 
     @property
     def scores(self) -> dict[Hashable, float]:
@@ -124,19 +117,16 @@ def group_runs(runs: Sequence[Run], *, mix: bool = False, baseline: str = "") ->
     # Named separately, so that an unfinished run does not change the names of groups with a result.
     with_result = [run for run in first_runs if run.has_result]
     names = _names(with_result) + _names(first_runs)[len(with_result) :]
-    keys_with_result = {_comparison_key(run) for run in with_result}
     groups = []
     for name, alike in zip(names, of_key.values(), strict=True):
         check_own_values({run.place: run.spec for run in alike})
-        # The check of the recipes skipped unfinished runs.
-        is_left_out = bool(with_result) and not mix and _comparison_key(alike[0]) not in keys_with_result
         is_baseline = bool(baseline) and baseline in (name, alike[0].spec["label"], alike[0].spec.get("variant"))
         of_seed: dict[Hashable, Run] = {}
         for run in sorted((run for run in alike if run.has_result), key=_seed):
             of_seed.setdefault(_seed(run), run)
         chosen, unfinished = tuple(of_seed.values()), tuple(run for run in alike if not run.has_result)
         repeated = tuple(run for run in alike if run not in (*chosen, *unfinished))
-        groups.append(Group(name, chosen, unfinished, repeated, is_left_out, is_baseline))
+        groups.append(Group(name, chosen, unfinished, repeated, is_baseline))
     return sorted(groups, key=_paper_first)
 
 
@@ -251,14 +241,13 @@ def _names(runs: Sequence[Run]) -> list[str]:
 
 
 def tell_apart(names: Sequence[str], runs: Sequence[Run]) -> list[str]:
-    """The names of runs; where several share one, with the shortest end of their folder's path that differs."""
+    """The names of runs; where several share one, with their folder's path below the folder that holds them all."""
     distinct = list(names)
     for name in {name for name in names if names.count(name) > 1}:
-        paths = {n: runs[n].folder.absolute().parts for n, other in enumerate(names) if other == name}
-        ends = (["/".join(path[-length:]) for path in paths.values()] for length in count(1))
-        shortest = next(each for each in ends if len({*each}) == len({*paths.values()}))
-        for number, end in zip(paths, shortest, strict=True):
-            distinct[number] = f"{name} ({end})"
+        folders = {number: runs[number].folder.absolute() for number, other in enumerate(names) if other == name}
+        shared = os.path.commonpath(folders.values())
+        for number, folder in folders.items():
+            distinct[number] = f"{name} ({folder.relative_to(shared)})"
     return distinct
 
 

@@ -98,9 +98,9 @@ def seed_figure(
     Each of `draws` is called for every six groups, with these and the `styles` of all. `words`: caption, name, title.
     """
     styles = variant_styles([group.name for group in groups])
-    groups = [group for group in groups if any(series(run)[0] for run in group.curve_runs)]
+    groups = [group for group in groups if any(series(run)[0] for run in group.members)]
     sixes = [groups[start : start + _LINES_PER_PANEL] for start in range(0, len(groups), _LINES_PER_PANEL)]
-    if any(not run.has_result for group in groups for run in group.curve_runs):
+    if any(not run.has_result for group in groups for run in group.members):
         words["caption"] += " An open circle ends the line of an unfinished run."
     panels = [partial(draw, six, styles=styles) for six in sixes for draw in draws]
     return PageFigure(panels=panels, **words) if panels else None
@@ -258,7 +258,7 @@ def _measured(groups: Sequence[Group], quantity: Quantity) -> list[tuple[Group, 
     measured = []
     for group in groups:
         run = group.heatmap_run
-        if run and (values := newest_values(run, quantity.name)) is not None:
+        if (values := newest_values(run, quantity.name)) is not None:
             layers = run.layer_numbers(quantity.name, len(values))
             heads = entropy.final_heads(run)
             if heads is not None and heads.existing.shape == values.shape and not heads.existing.all():

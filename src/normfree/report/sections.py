@@ -90,7 +90,7 @@ def _published(groups: Groups) -> PageFigure | None:
     ceiling = entropy.causal_ceiling(published.HEATMAP_CONTEXT)
     titled = []
     for group in groups:
-        final = entropy.trained_heads(group.heatmap_run) if group.heatmap_run else None
+        final = entropy.trained_heads(group.heatmap_run)
         paper_LH = published.heatmaps().get(group.label)
         if final is not None and paper_LH is not None and published.is_gpt2(group.members[0].spec):
             titled.append((f"{group.label}, paper's GPT-2 125M", paper_LH / ceiling, range(len(paper_LH))))

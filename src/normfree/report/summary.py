@@ -38,7 +38,7 @@ def sentences(groups: Sequence[Group]) -> list[str]:
     if trained := [group for group in groups if group.is_trained]:
         learned = _learned(trained)
         findings.insert(0 if LEARNED_WORDS[None] in learned else len(findings), learned)
-        findings += [*map(_diverged, trained), _one_seed(trained), *_unfinished(trained)]
+        findings += [*map(_diverged, trained), _one_seed(trained), _unfinished(trained)]
     return [sentence for sentence in findings if sentence]
 
 
@@ -153,13 +153,6 @@ def _one_seed(groups: Sequence[Group]) -> str:
     return f"{whose}: there is no error bar, and a small difference may be chance."
 
 
-def _unfinished(groups: Sequence[Group]) -> list[str]:
-    texts = []
-    for is_left_out, start in (
-        (False, "Not finished, so only in the curves"),
-        (True, "Not finished and of another recipe or corpus, so left out"),
-    ):
-        runs = [run for group in groups if group.is_left_out is is_left_out for run in group.unfinished]
-        places = [f"{run.place} ({run.state} at step {run.steps_done})" for run in runs]
-        texts += [f"{start}: {', '.join(places)}."] if places else []
-    return texts
+def _unfinished(groups: Sequence[Group]) -> str:
+    places = [f"{run.place} ({run.state} at step {run.steps_done})" for group in groups for run in group.unfinished]
+    return f"Not finished, so only in the curves: {', '.join(places)}." if places else ""

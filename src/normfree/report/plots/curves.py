@@ -89,7 +89,7 @@ def seed_curves(
                 average = np.array([[line[step] for step in steps] for line in lines], dtype=float).mean(axis=0)
                 _line(ax, steps, average, zorder=3, gid=f"title:{name}, mean", **legend, **style)
                 legend, style = {}, style | {"linewidth": 0.6, "linestyle": "-", "alpha": 0.55}
-        for run in group.curve_runs:
+        for run in group.members:
             steps, values = series(run)
             if not steps:
                 continue
@@ -121,7 +121,7 @@ def loss_curves(groups: Sequence[Group], *, ax: Axes, split: str, styles: Styles
     if not ax.lines:
         return empty(ax, f"no {split} loss recorded")
     late = [np.array([])]
-    for run, colour in ((run, styles[group.name]["color"]) for group in groups for run in group.curve_runs):
+    for run, colour in ((run, styles[group.name]["color"]) for group in groups for run in group.members):
         steps, loss_N = smoothed(run)
         late += [loss_N[np.array(steps) >= run.facts["steps"] / 5], loss_N[-1:] if not run.has_result else loss_N[:0]]
         _cross_divergence(run, split, ax=ax, colour=colour)

@@ -134,8 +134,7 @@ def _has_leaky_relu(run: Run) -> bool:
 
 def rows_are_finite(groups: Sequence[Group]) -> bool:
     """Whether attention was probed, and no probe found a row with NaN or infinity."""
-    runs = [run for group in groups for run in group.curve_runs]
-    counts = [value for run in runs for _, value in run.series("probe", "nonfinite_rows")]
+    counts = [value for run in all_runs(groups) for _, value in run.series("probe", "nonfinite_rows")]
     return bool(counts) and not any(np.sum(rows_LH) for rows_LH in counts)
 
 
