@@ -2,7 +2,6 @@
 
 import csv
 import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,10 +20,6 @@ _MARKDOWN = str.maketrans(
 _HTML = Template(
     Path(__file__).with_name("table.html.j2").read_text(encoding="utf-8"), autoescape=True, trim_blocks=True
 )
-
-_NUMBER = r"[-+]?\d+(\.\d+)?( ?%| points)?"
-_INTERVAL = rf"{_NUMBER} to {_NUMBER}"
-_FORMULA = re.compile(rf"(?!-$|({_INTERVAL}|{_NUMBER}( \(({_INTERVAL}|n = \d+)\))?)$)[=+\-@\t\r]")
 
 
 @dataclass(frozen=True)
@@ -68,24 +63,17 @@ def to_latex(table: Table) -> str:
     layout = "".join("r" if is_numeric else "l" for is_numeric in table.is_numeric)
     cells = ([cell.translate(_LATEX) for cell in row] for row in (table.titles, *table.rows))
     titles, *rows = (" & ".join(row) + r" \\" for row in cells)
-    lines = [
-        *(r"\begin{table}", r"\centering", rf"\caption{{{table.caption.translate(_LATEX)}}}"),
-        *(rf"\label{{tab:{table.name}}}", rf"\begin{{tabular}}{{{layout}}}"),
-        *(r"\toprule", titles, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}"),
-        *(rf"\par\smallskip\footnotesize {note.translate(_LATEX)}" for note in table.notes),
-        *(r"\end{table}", ""),
-    ]
-    return "\n".join(lines).replace("+-", r"$\pm$")
+    lines = [r"\begin{table}", r"\centering", rf"\caption{{{table.caption.translate(_LATEX)}}}"]
+    lines += [rf"\label{{tab:{table.name}}}", rf"\begin{{tabular}}{{{layout}}}"]
+    lines += [r"\toprule", titles, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}"]
+    lines += [rf"\par\smallskip\footnotesize {note.translate(_LATEX)}" for note in table.notes]
+    return "\n".join([*lines, r"\end{table}", ""]).replace("+-", r"$\pm$")
 
 
 def to_csv(table: Table) -> str:
-    """Comma-separated cells below a header line, without caption and notes.
-
-    Text that a spreadsheet would run as a formula gets a leading apostrophe; numbers and intervals stay as they are.
-    """
+    """Comma-separated cells below a header line, without caption and notes."""
     file = io.StringIO()
-    rows = [[f"'{cell}" if _FORMULA.match(cell) else cell for cell in row] for row in (table.titles, *table.rows)]
-    csv.writer(file, lineterminator="\n").writerows(rows)
+    csv.writer(file, lineterminator="\n").writerows([table.titles, *table.rows])
     return file.getvalue()
 
 
