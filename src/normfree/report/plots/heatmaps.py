@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
 from normfree.report.plots.style import MUTED, axes_to_draw_in, wrapped
-from normfree.store.quantities import QUANTITIES, Quantity
+from normfree.store.quantities import QUANTITIES
 
 HEATMAP_COLOURS, REVERSED_COLOURS, DIFFERENCE_COLOURS = "viridis", "viridis_r", "RdBu_r"
 _SMALLEST_POINTS = 4.5
@@ -46,31 +46,22 @@ class Heatmap:
 
 
 def heatmap(
-    values_LH: ArrayLike,
-    *,
-    quantity: Quantity | str = "entropy_nats",
-    ax: Axes | None = None,
-    ceiling: ArrayLike | None = None,
-    title: str = "",
-    layers: Sequence[int] | None = None,
+    values_LH: ArrayLike, *, quantity: str = "entropy_nats", ax: Axes | None = None, ceiling: ArrayLike | None = None
 ) -> Axes:
     """Draw one number per head, [layers, heads]. Non-finite heads are hatched and labelled NaN.
 
     `ceiling`: the value of the brightest colour (one number, or the highest of one per layer), by default the highest
-    finite value; heatmaps with the same ceiling are comparable. `layers`: the numbers of the rows if not 0, 1, ...
-    Without `ax` it is drawn with a colour bar into pyplot's current axes or, unless pyplot was imported, into a new
-    figure, which is `.figure` of the result.
+    finite value; heatmaps with the same ceiling are comparable. Without `ax` it is drawn with a colour bar into
+    pyplot's current axes or, unless pyplot was imported, into a new figure, which is `.figure` of the result.
 
     Raises ValueError for values of another shape.
     """
     values_LH = np.asarray(values_LH, dtype=float)
     if values_LH.ndim != 2 or values_LH.size == 0:
         raise ValueError(f"values have shape {values_LH.shape}; give [layers, heads]")
-    if isinstance(quantity, str):
-        quantity = QUANTITIES[quantity]
     highest = highest_finite(values_LH if ceiling is None else np.asarray(ceiling, dtype=float))
-    drawing = Heatmap(title, values_LH, range(len(values_LH)) if layers is None else layers, (0.0, highest))
-    return draw_with_bar(drawing, quantity.label) if ax is None else draw_heatmap(drawing, ax=ax)
+    drawing = Heatmap("", values_LH, range(len(values_LH)), (0.0, highest))
+    return draw_with_bar(drawing, QUANTITIES[quantity].label) if ax is None else draw_heatmap(drawing, ax=ax)
 
 
 def draw_with_bar(drawing: Heatmap, label: str, ax: Axes | None = None) -> Axes:

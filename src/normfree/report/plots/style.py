@@ -25,12 +25,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-Panel = Callable[..., Any]
-"""Draws into the Axes `ax`."""
-Key = Callable[[Figure, list[Axes]], Any]
-"""Draws the colour bar that the panels of a figure share."""
-Styles = Mapping[str, Mapping[str, Any]]
-"""Colour and dash of each variant's line, by its name."""
+Panel = Callable[..., Any]  # draws into the Axes `ax`
+Key = Callable[[Figure, list[Axes]], Any]  # draws the colour bar that the panels of a figure share
+Styles = Mapping[str, Mapping[str, Any]]  # colour and dash of each variant's line, by its name
 
 COLOURS = {
     "ink": ("#1b2027", "#e6e9ee"),
