@@ -15,8 +15,7 @@ from normfree.store.runs import Run
 
 Floats = NDArray[np.float64]
 
-OVERLOAD_SHARE = 0.75
-"""A head at or above this share of the causal ceiling is nearly uniform."""
+OVERLOAD_SHARE = 0.75  # a head at or above this share of the causal ceiling is nearly uniform
 RANGES = ("[0, 1/4)", "[1/4, 1/2)", "[1/2, 3/4)", "[3/4, 1]")
 NORMALISERS = {
     "observed": "the highest entropy measured here (the paper's Max)",
@@ -31,10 +30,8 @@ NORMALISERS = {
 class Heads:
     """The entropies of every head of one run at one step."""
 
-    entropy_LH: Floats
-    """Nats; NaN for a head with non-finite rows."""
-    ceiling_L: Floats
-    """Entropy in nats of a head that attends uniformly to every visible token."""
+    entropy_LH: Floats  # nats; NaN for a head with non-finite rows
+    ceiling_L: Floats  # entropy in nats of a head that attends uniformly to every visible token
     step: int
     layers: Sequence[int | str]
     """The model's own numbers of the layers, or `encoder 0`, `cross 0` in a model with several groups of heads."""
@@ -66,8 +63,7 @@ class RangeCounts:
 
     finite_R: tuple[int, ...]
     nonfinite: int
-    maximum_nats: float
-    """The entropy that counts as 1, averaged over layers."""
+    maximum_nats: float  # the entropy that counts as 1, averaged over layers
 
     @property
     def heads(self) -> int:

@@ -32,14 +32,10 @@ class Group:
 
     name: str
     """The variant in the paper's notation, its values of `compare_across`, and what distinguishes it from others."""
-    runs: tuple[Run, ...]
-    """Finished and diverged runs, one per seed."""
-    unfinished: tuple[Run, ...]
-    """Running, interrupted or failed runs, which have no result."""
-    repeated: tuple[Run, ...]
-    """Further runs of a seed that `runs` already contains."""
-    is_baseline: bool = False
-    """True for the group that `baseline=` names: all others are compared with it."""
+    runs: tuple[Run, ...]  # finished and diverged runs, one per seed
+    unfinished: tuple[Run, ...]  # running, interrupted or failed runs, which have no result
+    repeated: tuple[Run, ...]  # further runs of a seed that `runs` already contains
+    is_baseline: bool = False  # true for the group that `baseline=` names: all others are compared with it
 
     @property
     def members(self) -> tuple[Run, ...]:
@@ -85,10 +81,8 @@ class Part:
     """Groups that are shown together: those of one recipe, or all if the report does not mix recipes."""
 
     groups: list[Group]
-    title: str = ""
-    """Its studies, with the settings that distinguish it from other parts of these studies."""
-    recipe: str = ""
-    """All settings that distinguish it from the other parts."""
+    title: str = ""  # its studies, with the settings that distinguish it from other parts of these studies
+    recipe: str = ""  # all settings that distinguish it from the other parts
 
 
 def group_runs(runs: Sequence[Run], *, mix: bool = False, baseline: str = "") -> list[Group]:

@@ -16,17 +16,14 @@ from numpy.typing import NDArray
 from normfree.spec.families import family_of
 
 BASELINE = "SM+LN+G"
-ORDER = (BASELINE, "SM+LN+R", "SM+G", "SM+R", "SM+LN", "SM")
-"""The paper's variants, in the order of its tables."""
+ORDER = (BASELINE, "SM+LN+R", "SM+G", "SM+R", "SM+LN", "SM")  # the paper's variants, in the order of its tables
 GELU_OF = {"SM+R": "SM+G", "SM+LN+R": "SM+LN+G"}
 """The GELU variant that differs from a ReLU variant only in its activation."""
 SETTING = {"SM+R": "Without LayerNorm", "SM+LN+R": "With LayerNorm"}
-COMPARISONS = (*GELU_OF.items(), ("SM+G", BASELINE), ("SM+R", BASELINE))
-"""Pairs of variants that the paper compares."""
+COMPARISONS = (*GELU_OF.items(), ("SM+G", BASELINE), ("SM+R", BASELINE))  # pairs of variants that the paper compares
 
 SOURCE = "Jha and Reagen, arXiv 2410.09637 (SM+LN: arXiv 2501.03489); one seed each"
-HEATMAP_CONTEXT = 128
-"""Block length of the published heatmaps; their causal ceiling is ln(128!)/128 = 3.878 nats."""
+HEATMAP_CONTEXT = 128  # block length of the published heatmaps; their causal ceiling is ln(128!)/128 = 3.878 nats
 
 PERPLEXITY: dict[str, dict[str, float]] = {
     "GPT-2 125M, T=128": {"SM+LN+G": 2.688, "SM+LN+R": 2.757, "SM+G": 3.197, "SM+R": 2.936, "SM+LN": 3.38},

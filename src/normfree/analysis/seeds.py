@@ -14,10 +14,8 @@ import numpy as np
 class Summary:
     """Mean and spread of a number over n seeds."""
 
-    mean: float
-    """NaN as soon as one seed is not finite, so that it is never a mean of the survivors."""
-    standard_deviation: float
-    """Of the sample (n - 1); NaN for fewer than two seeds."""
+    mean: float  # NaN as soon as one seed is not finite, so that it is never a mean of the survivors
+    standard_deviation: float  # of the sample (n - 1); NaN for fewer than two seeds
     n: int
     nonfinite: int
 

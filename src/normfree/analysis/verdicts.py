@@ -16,14 +16,10 @@ from normfree.store.runs import Run
 WORDS = {True: "yes", False: "no", None: "undecided"}
 CLAIM_WORDS = {True: "holds", False: "does not hold", None: "undecided"}
 LEARNED_WORDS = {True: "learned", False: "did not learn", None: "too short to judge"}
-COLLAPSE_NATS = 0.1
-"""A head below this many nats attends to a single token."""
-SLOPE_SPREAD = 0.1
-"""Per-layer slopes have moved apart if the highest is this far above the lowest."""
-SLOPE_NEAR_ZERO = 0.05
-"""A slope that began farther from 0 than this has gone to zero if it ends within it."""
-DEFAULT_SLOPE = 0.01
-"""Slope of a leaky ReLU whose run does not name one: the default of torch and of NormFreeConfig."""
+COLLAPSE_NATS = 0.1  # a head below this many nats attends to a single token
+SLOPE_SPREAD = 0.1  # per-layer slopes have moved apart if the highest is this far above the lowest
+SLOPE_NEAR_ZERO = 0.05  # a slope that began farther from 0 than this has gone to zero if it ends within it
+DEFAULT_SLOPE = 0.01  # slope of a leaky ReLU whose run does not name one: the default of torch and of NormFreeConfig
 
 Rule = Callable[[Heads], tuple[bool | None, str]]
 """Whether something holds for these heads (None: some are NaN and could change it), with the evidence in words."""
@@ -37,8 +33,7 @@ class Verdict:
     evidence: str
     first_step: int | None = None
     """First probe at which it held. Untrained heads are nearly uniform, so for overload this is often step 0."""
-    since_step: int | None = None
-    """Start of the stretch of probes that lasts to the end, if it holds at the end."""
+    since_step: int | None = None  # start of the stretch of probes that lasts to the end, if it holds at the end
 
     def __str__(self) -> str:
         text = f"{WORDS[self.holds]}{self.evidence and ': '}{self.evidence}"
@@ -53,10 +48,8 @@ class Slopes:
 
     first_S: tuple[float, ...]
     final_S: tuple[float, ...]
-    are_apart: bool
-    """The spread is at least 0.1 at the end, or a slope is not finite."""
-    text: str
-    """The lowest and the highest at the end, and when they were first apart."""
+    are_apart: bool  # the spread is at least 0.1 at the end, or a slope is not finite
+    text: str  # the lowest and the highest at the end, and when they were first apart
 
     @property
     def gone_to_zero(self) -> bool:

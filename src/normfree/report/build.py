@@ -28,8 +28,7 @@ from normfree.spec.run import own_values
 from normfree.store.progress import duration
 from normfree.store.runs import Run, run_frame
 
-WRITTEN = "report.json"
-"""Lists the files of a report, so that the next one can remove those that it does not replace."""
+WRITTEN = "report.json"  # lists the files of a report, so that the next one can remove those that it does not replace
 _FOLDERS = {"figures", "tables", "numbers"}
 _PAGES = Environment(
     loader=PackageLoader("normfree.report"),

@@ -40,13 +40,11 @@ class PageFigure:
 
     caption: str
     panels: Sequence[Panel]
-    name: str = ""
-    """Unless given, the section's, as is the title."""
+    name: str = ""  # unless given, the section's, as is the title
     title: str = ""
     panel_inches: tuple[float, float] = PANEL_INCHES
     key: Key | None = None
-    drawings: Sequence[Markup] = ()
-    """Hand-written panels for the page, instead of drawn ones."""
+    drawings: Sequence[Markup] = ()  # hand-written panels for the page, instead of drawn ones
 
     def whole(self) -> Figure:
         """All panels and the colour bar in one figure."""

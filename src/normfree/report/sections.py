@@ -24,16 +24,12 @@ _SPLITS = {"train": "Training", "validation": "Validation"}
 class Section:
     """One part of the page. It is left out if it has no figure and no table with a row."""
 
-    name: str
-    """Its anchor on the page."""
+    name: str  # its anchor on the page
     title: str
-    menu: str = ""
-    """Its name in the menu, if that is shorter than the title."""
+    menu: str = ""  # its name in the menu, if that is shorter than the title
     figures: Sequence[Callable[[Groups], PageFigure | None]] = ()
-    tables: Mapping[str, Callable[[Groups], Table]] = field(default_factory=dict)
-    """By the name of their files."""
-    measurements: bool = False
-    """Whether it includes models that were only measured, besides those trained here."""
+    tables: Mapping[str, Callable[[Groups], Table]] = field(default_factory=dict)  # by the name of their files
+    measurements: bool = False  # whether it includes models that were only measured, besides those trained here
     folded: bool = True
 
     def contents(self, groups: Groups, prefix: str = "") -> tuple[list[PageFigure], list[Table]]:

@@ -12,8 +12,7 @@ from normfree.analysis.seeds import summarise
 from normfree.analysis.verdicts import LEARNED_WORDS, WORDS, bar_to_learn, overload
 from normfree.store.runs import divergence_text
 
-_LISTED = 8
-"""A sentence names at most this many variants; of more it gives the extremes or a count."""
+_LISTED = 8  # a sentence names at most this many variants; of more it gives the extremes or a count
 
 
 def question(groups: Sequence[Group]) -> str:

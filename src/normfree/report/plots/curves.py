@@ -21,8 +21,7 @@ LAYER_COLOURS = LinearSegmentedColormap.from_list(
 _MOST_POINTS = 100
 _TRAIN_WINDOWS = 50
 
-Series = tuple[list[int], np.ndarray]
-"""Steps and values of one line."""
+Series = tuple[list[int], np.ndarray]  # steps and values of one line
 
 
 def layer_curves(

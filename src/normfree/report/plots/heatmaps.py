@@ -27,10 +27,8 @@ class Heatmap:
     """The heads of one model, on a scale that heatmaps side by side share."""
 
     title: str
-    values_LH: np.ndarray
-    """Masked where a layer has fewer heads than another."""
-    layers: Sequence[int | str]
-    """Numbers or names of the rows."""
+    values_LH: np.ndarray  # masked where a layer has fewer heads than another
+    layers: Sequence[int | str]  # numbers or names of the rows
     limits: tuple[float, float]
     colours: str = HEATMAP_COLOURS
 

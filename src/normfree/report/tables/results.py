@@ -15,8 +15,7 @@ from normfree.report.tables.table import Table
 from normfree.store.runs import Run
 
 SHARES_OF_TRAINING = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
-_REACH = 0.05
-"""A measurement at most this share of training away counts."""
+_REACH = 0.05  # a measurement at most this share of training away counts
 _DEPTHS = ("Early third", "Middle third", "Late third")
 
 

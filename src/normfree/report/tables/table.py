@@ -26,14 +26,12 @@ _HTML = Template(
 class Table:
     """Rows of finished text. The first cell of a row names the row."""
 
-    name: str
-    """Name of its files."""
+    name: str  # name of its files
     caption: str
     titles: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
     notes: Sequence[str] = ()
-    words: tuple[str, ...] = ()
-    """Titles of columns of words, beside the first. They are aligned left, numbers right."""
+    words: tuple[str, ...] = ()  # Titles of columns of words, beside the first. They are aligned left, numbers right.
 
     @property
     def is_numeric(self) -> list[bool]:
