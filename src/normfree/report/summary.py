@@ -10,6 +10,7 @@ from normfree.analysis.groups import Group, all_runs, score_of
 from normfree.analysis.pairs import Pair, all_pairs, baseline_label
 from normfree.analysis.seeds import summarise
 from normfree.analysis.verdicts import LEARNED_WORDS, WORDS, bar_to_learn, overload
+from normfree.report.tables.results import interval_text
 from normfree.store.runs import divergence_text
 
 _LISTED = 8  # a sentence names at most this many variants; of more it gives the extremes or a count
@@ -71,10 +72,8 @@ def _comparison(pair: Pair) -> str:
     text = f"{subject} ends {_above_or_below(difference.mean, score.unit)} {other} in {score.name} ({numbers})"
     if difference.n < 2:
         return f"{text}."
-    interval = f"{100 * difference.low:+z.1f} {score.unit} to {100 * difference.high:+z.1f} {score.unit}"
-    if difference.low < 0 < difference.high:
-        return f"{text}; the 95 % interval, {interval}, includes 0."
-    return f"{text}; 95 % interval {interval}."
+    includes = ", includes 0" if difference.low < 0 < difference.high else ""
+    return f"{text}; 95 % interval {interval_text(difference)} {score.unit}{includes}."
 
 
 def _above_or_below(share: float, unit: str) -> str:
@@ -122,9 +121,9 @@ def _learned(groups: Sequence[Group]) -> str:
     ended = [(run, group.name) for group in groups for run in group.runs if run.status == "finished"]
     if not ended:
         return "No run finished." if groups else ""
-    if broken := [f"{name}, seed {run.seed}" for run, name in ended if not math.isfinite(run.score)]:
-        return f"Finished without a finite {score_of(groups).name}: {'; '.join(broken)}."
     score = score_of(groups)
+    if broken := [f"{name}, seed {run.seed}" for run, name in ended if not math.isfinite(run.score)]:
+        return f"Finished without a finite {score.name}: {'; '.join(broken)}."
     shares = [(run.score / bar_to_learn(run)[1], name, run) for run, name in ended]
     _, name, run = (min if score.higher_is_better else max)(shares, key=lambda entry: entry[0])
     yardstick, bar = bar_to_learn(run)
@@ -134,11 +133,7 @@ def _learned(groups: Sequence[Group]) -> str:
     if not failed:
         return f"Every finished run {LEARNED_WORDS[True]}: {weakest}."
     if len(failed) == len({name for _, name, _ in shares}):
-        ends = ", ".join(
-            f"{name} {summarise([run.score for _, n, run in shares if n == name]).mean:.1f}" for name in failed
-        )
-        ends = f"the {yardstick} has {score.name} {bar:.1f}, {ends}" if 1 < len(failed) <= _LISTED else weakest
-        return f"These runs are {LEARNED_WORDS[None]}: {ends}."
+        return f"These runs are {LEARNED_WORDS[None]}: {weakest}."
     return f"{', '.join(failed)} {LEARNED_WORDS[False]}: {weakest}."
 
 

@@ -53,9 +53,7 @@ def difference_table(groups: Sequence[Group]) -> Table:
     rows, score = [], score_of(groups)
     for pair in all_pairs(groups):
         difference = pair.score()
-        low, high = (percent(end, score.unit) for end in (difference.low, difference.high))
-        interval = f"{low} to {high}" if math.isfinite(difference.low) else "-"
-        numbers = (mean_text(difference, score.unit), interval, str(difference.n), percent(pair.published))
+        numbers = (*_difference_cells(difference, score.unit), percent(pair.published))
         rows.append((pair.name, "the paper's" if pair.is_the_papers else "exploratory", *numbers))
     titles = ("Comparison", "Kind", f"Difference in {score.name}", "95 % interval", "Pairs", "Paper")
     notes = [
@@ -75,11 +73,8 @@ def claim_table(groups: Sequence[Group]) -> Table:
         above = claim.above != (of_score and score.higher_is_better)
         for pair in pairs_of(groups, [claim.labels]):
             difference = claim.measure(pair)
-            low, high = f"{100 * difference.low:+z.1f}", percent(difference.high, unit)
-            interval = f"{low} to {high}" if math.isfinite(difference.low) else "-"
             verdict = CLAIM_WORDS[claim_holds(difference, above=above)]
-            numbers = (mean_text(difference, unit), interval, str(difference.n))
-            rows.append((claim.text, verdict, pair.name, measured, *numbers))
+            rows.append((claim.text, verdict, pair.name, measured, *_difference_cells(difference, unit)))
     ceiling = entropy.ceiling_words(run for group in groups for run in group.runs)
     titles = ("Claim", "Verdict", "Compared", "Measured", "Difference", "95 % interval", "Pairs")
     notes = [
@@ -149,9 +144,19 @@ def rate_table(groups: Sequence[Group]) -> Table:
 
 def percent_with_interval(difference: Difference, unit: str = "%") -> str:
     """`-5.1 % (-8.6 to -1.6)`: a relative difference, and its 95 % interval if it has one."""
+    interval = interval_text(difference)
+    return mean_text(difference, unit) + (f" ({interval})" if interval else "")
+
+
+def interval_text(difference: Difference) -> str:
+    """`-8.6 to -1.6`: the 95 % interval in percent or points; empty if there is none."""
     low, high = difference.low, difference.high
-    interval = f" ({100 * low:+z.1f} to {100 * high:+z.1f})" if math.isfinite(low) else ""
-    return mean_text(difference, unit) + interval
+    return f"{100 * low:+z.1f} to {100 * high:+z.1f}" if math.isfinite(low) else ""
+
+
+def _difference_cells(difference: Difference, unit: str) -> tuple[str, ...]:
+    interval = interval_text(difference)
+    return mean_text(difference, unit), f"{interval} {unit}" if interval else "-", str(difference.n)
 
 
 def mean_text(difference: Difference, unit: str = "%") -> str:
