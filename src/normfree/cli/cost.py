@@ -47,16 +47,9 @@ def cost(name: str, options: CostOptions) -> None:
         raise ValueError(f"output={options.output}: name a file that ends in .json or .csv")
     read_config = _config_of_preset if name in members("preset") else _config_of_model
     config, own_context, facts = read_config(name, options)
-    model_cost = of_config(
-        config,
-        **facts,
-        context=own_context if options.context is None else options.context,
-        protocol=options.protocol,
-        network=options.network,
-        bandwidth_mbps=options.bandwidth_mbps,
-        delay_ms=options.delay_ms,
-        constants=options.constants or CONSTANTS_FILE,
-    )
+    facts |= options.model_dump(include={"protocol", "network", "bandwidth_mbps", "delay_ms"})
+    context = own_context if options.context is None else options.context
+    model_cost = of_config(config, **facts, context=context, constants=options.constants or CONSTANTS_FILE)
     print(cost_markdown(model_cost), end="")
     if options.output:
         as_json = json.dumps(cost_record(model_cost), indent=1) + "\n"
@@ -64,7 +57,7 @@ def cost(name: str, options: CostOptions) -> None:
         print(f"\nThe numbers: {options.output}")
 
 
-def _config_of_preset(name: str, options: CostOptions) -> tuple[Any, int, dict[str, str]]:
+def _config_of_preset(name: str, options: CostOptions) -> tuple[Any, int, dict[str, Any]]:
     """(config, context, the model's name and a note on its vocabulary)."""
     from normfree.cost.training import config_of
     from normfree.spec.compose import compose_unchecked
@@ -85,7 +78,7 @@ def _config_of_preset(name: str, options: CostOptions) -> tuple[Any, int, dict[s
     return config, context, facts
 
 
-def _config_of_model(name: str, options: CostOptions) -> tuple[Any, int, dict[str, str]]:
+def _config_of_model(name: str, options: CostOptions) -> tuple[Any, int, dict[str, Any]]:
     """(config, context, the model's name) of a run, a folder, a published shape or a name on the hub."""
     from normfree.cost.families import SHAPES, read_architecture
     from normfree.cost.totals import config_of_run

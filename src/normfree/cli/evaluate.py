@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
-from pydantic import field_validator
+from pydantic import Field, StrictInt, StrictStr, TypeAdapter, ValidationError, field_validator
 
 from normfree.cli.options import ModelOptions, measured_place, read_text, uses_own_text
+from normfree.spec.run import Count
 from normfree.store.runs import RUN_FILE, Run, read_run
 
 if TYPE_CHECKING:
@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 
 _OF_TEXT = {"stride", "sequences", "against", "heads", "how"}
 _OF_TASKS = {"items", "item_seed", "export"}
+_HEADS = TypeAdapter(Annotated[list[tuple[StrictInt | StrictStr, StrictInt]], Field(min_length=1)])
 
 
 class EvaluateOptions(ModelOptions):
     stride: int | None = None
     """Tokens by which windows advance; smaller gives each token more context and costs more."""
-    sequences: int | None = None
+    sequences: Count | None = None
     """At most this many windows or blocks, spread evenly over the text; unless given, all."""
     against: str = ""
     """Another run of the same corpus: evaluate it too, and print the difference with its interval over documents."""
@@ -39,30 +40,24 @@ class EvaluateOptions(ModelOptions):
     heads: list[tuple[int | str, int]] | None = None
     """[[LAYER,HEAD],...]: evaluate again with these heads changed, and print the difference. LAYER is a number, or a
     name such as "cross 0" in an encoder-decoder."""
-    how: str = "average"
+    how: Annotated[float | str, Field(union_mode="left_to_right")] = "average"
     """What changed heads write: average (the mean of the visible values), zero, or a number that scales them."""
 
     @field_validator("heads", mode="before")
     @classmethod
     def _read_heads(cls, word: str) -> Any:
         try:
-            pairs = [(layer, head) for layer, head in json.loads(word)]
-        except (TypeError, ValueError):
-            pairs = []
-        if not pairs or not all(type(layer) in (int, str) and type(head) is int for layer, head in pairs):
-            raise ValueError(
-                f'heads={word!r}; give one or more pairs, e.g. heads=[[0,3],[1,2]] or heads=[["cross 0",3]]'
-            )
-        return pairs
+            return _HEADS.validate_json(word)
+        except ValidationError:
+            text = f'heads={word!r}; give one or more pairs, e.g. heads=[[0,3],[1,2]] or heads=[["cross 0",3]]'
+            raise ValueError(text) from None
 
 
 def evaluate(name: str, options: EvaluateOptions) -> None:
     """Print token-weighted perplexity and bits per byte, of changed heads too, or with tasks= what the model can do."""
-    unread = _OF_TEXT if options.tasks else _OF_TASKS
-    if unused := sorted(unread & options.model_fields_set):
-        if options.tasks:
-            raise ValueError(f"{unused[0]}= is not read with tasks=: leave one of them out")
-        raise ValueError(f"{unused[0]}= is read with tasks= only: give it too")
+    if unused := sorted(options.model_fields_set & (_OF_TEXT if options.tasks else _OF_TASKS)):
+        rule = "not read with tasks=: leave one of them out" if options.tasks else "read with tasks= only: give it too"
+        raise ValueError(f"{unused[0]}= is {rule}")
     if options.tasks:
         _evaluate_tasks(name, options)
         return
@@ -70,17 +65,13 @@ def evaluate(name: str, options: EvaluateOptions) -> None:
     from normfree.training.precision import products_for
 
     own = uses_own_text(name, options)
-    if options.sequences is not None and options.sequences < 1:
-        raise ValueError(f"sequences={options.sequences} must be at least 1")
     if "how" in options.model_fields_set and not options.heads:
         raise ValueError("how= needs the heads to change, e.g. heads=[[0,3],[1,2]]")
     if options.against:
         _check_against(name, options, own)
     text = "" if own else read_text(options.text)
     model, tokenizer = _load(name, options)
-    changed, how = None, cast(Any, options.how)
-    with suppress(ValueError):
-        how = float(how)  # `intervene` refuses other words
+    changed, how = None, cast(Any, options.how)  # `intervene` refuses other words
     with products_for(options.dtype, model.device):
         if options.heads:  # first, so that a wrong head is named at once
             with intervene(model, options.heads, how):
@@ -114,11 +105,10 @@ def evaluate(name: str, options: EvaluateOptions) -> None:
 def _check_against(name: str, options: EvaluateOptions, own: bool) -> None:
     if not own or options.heads:
         raise ValueError("against= compares two runs on their held-out text: MODEL is a run, without text= or heads=")
-    run, other = read_run(name), read_run(options.against)
-    if run.corpus != other.corpus:
+    ours, theirs = read_run(name).corpus[:12], read_run(options.against).corpus[:12]
+    if ours != theirs:
         raise ValueError(
-            f"{name} has corpus {run.corpus[:12]}, and against={options.against} has {other.corpus[:12]}: give runs of "
-            "one corpus"
+            f"{name} has corpus {ours}, and against={options.against} has {theirs}: give runs of one corpus"
         )
 
 

@@ -20,8 +20,8 @@ from normfree.cli.measure import measure
 from normfree.spec.keys import build, describe_keys, nearest
 
 HELP = ("-h", "--help")
-FLAGS = {"many": ("-m", "--multirun"), "show": ("--cfg", "--cfg=job")}
-"""Spellings of each flag, by the command's keyword argument. `--cfg job` is read too."""
+FLAGS = {"-m": "many", "--cfg": "show", "--cfg=job": "show"}
+"""Keyword argument of the command behind each flag. `--cfg job` is read too."""
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,9 @@ def dispatch(words: Sequence[str]) -> None:
     if any(word in HELP for word in arguments):
         print(help_for(name, verb))
         return
-    accepted = {flag: words for flag, words in FLAGS.items() if flag in get_type_hints(verb.run)}
-    flags = {flag: True for flag, spellings in accepted.items() if any(word in spellings for word in arguments)}
-    arguments = [word for word in arguments if not any(word in FLAGS[flag] for flag in flags)]
+    accepted = get_type_hints(verb.run)
+    flags = {FLAGS[word]: True for word in arguments if FLAGS.get(word) in accepted}
+    arguments = [word for word in arguments if FLAGS.get(word) not in flags]
     if "show" in flags and "job" in arguments:
         arguments.remove("job")
     if unknown := [word for word in arguments if word.startswith("-")]:

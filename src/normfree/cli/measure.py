@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from normfree.cli.options import ModelOptions, check_writable, measured_place, read_text, uses_own_text
 from normfree.files import sha256_bytes
+from normfree.spec.run import Count
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,13 +19,13 @@ if TYPE_CHECKING:
 class MeasureOptions(ModelOptions):
     measures: str = "heads"
     """What is measured: names with commas between them (docs/quantities.md)."""
-    sequences: int = 16
+    sequences: Count = 16
     """At most this many windows, spread evenly over the text, or images."""
     images: Path | None = None
     """Folder of images, for a model that reads images; sorted by path."""
     target: Path | None = None
     """UTF-8 text file that the decoder of an encoder-decoder reads."""
-    batch: int = 1
+    batch: Count = 1
     """Windows or images per forward pass."""
     method: Literal["auto", "eager"] = "auto"
     """eager asks the model for its attention matrices (O(T^2) memory): for families that do not route."""
@@ -47,8 +48,6 @@ def measure(name: str, options: MeasureOptions) -> None:
     measures = list(periods_of([word.strip() for word in options.measures.strip("[]").split(",")], 1))
     if ":" in options.measures:
         raise ValueError(f"measures={options.measures}: periods such as heads:100 are for probe.measures of a training")
-    if options.sequences < 1 or options.batch < 1:
-        raise ValueError(f"sequences={options.sequences} and batch={options.batch} must be at least 1")
     label, folder = measured_place(name)
     output = options.output or folder
     check_writable(output)  # before the work, not after it
@@ -58,14 +57,14 @@ def measure(name: str, options: MeasureOptions) -> None:
     inputs, facts = _read_inputs(name, loaded, options, own=own)
     facts |= {"name": name, "label": label, "measures": measures} | _facts(model, inputs, options)
     check_output(output, facts)
-    watching: dict[str, Any] = {"heads": {"method": options.method}} if "heads" in measures else {}
     with products_for(options.dtype, model.device):
         batches = [
             {key: value[start : start + options.batch] for key, value in inputs.items()}
             for start in range(0, facts["sequences"], options.batch)
         ]
-        watching |= {"progress": True, "skip_refused": True}
-        measured = measure_model(model, batches, measures, tokenizer=loaded[1], **watching)
+        of_heads: dict[str, Any] = {"heads": {"method": options.method}} if "heads" in measures else {}
+        more = {"tokenizer": loaded[1], "progress": True, "skip_refused": True}
+        measured = measure_model(model, batches, measures, **more, **of_heads)
     run = write_measurement(
         output,
         facts | {"peak_memory_mib": measured.peak_memory_mib},
