@@ -133,7 +133,6 @@ MEASURED = str(Path(__file__).parents[2] / "results" / "smollm2" / "t8192")
         (["measure", MEASURED, "target=README.md"], "target= needs its source: give text=FILE too"),
         (["estimate", "gpus=0"], "gpus=0: it should be greater than 0"),
         (["estimate", "utilisation=2"], "utilisation=2: it should be less than or equal to 1"),
-        (["estimate", "train.sharding=fsdp"], "train.sharding=fsdp with gpus=1: give gpus=2 or more, or leave it out"),
         (["estimate", "model.hidden_size=wide"], "model.hidden_size='wide' must be a whole number above 0"),
         (["estimate", "model.bias=some"], "model.bias='some'; allowed: none, qk, all"),
         (["estimate", "train.lr=1"], "unknown key 'train.lr'; did you mean train.peak_learning_rate?"),

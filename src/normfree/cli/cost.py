@@ -137,7 +137,5 @@ def estimate(words: Sequence[str]) -> None:
             f"train.batch_sequences={batch} must be a multiple of {together}, which is gpus={options.gpus} times "
             f"train.micro_batch_sequences={micro}: give a smaller one, or fewer gpus"
         )
-    if spec.train.sharding != "none" and options.gpus == 1:
-        raise ValueError(f"train.sharding={spec.train.sharding} with gpus=1: give gpus=2 or more, or leave it out")
     facts = {"processes": options.gpus, "utilisation": options.utilisation, "tokens": options.tokens}
     print(describe_estimate(spec, GPUS[options.gpu], name=options.gpu, **facts))

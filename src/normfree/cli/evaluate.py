@@ -82,9 +82,8 @@ def evaluate(name: str, options: EvaluateOptions) -> None:
     if changed:
         difference, error = changed.minus(result)
         what = {"average": "averaged", "zero": "silenced"}.get(str(how), f"times {how}")
-        layers = [layer if isinstance(layer, str) else f"layer {layer}" for layer, _ in options.heads or []]
-        heads = ", ".join(f"{layer} head {head}" for layer, (_, head) in zip(layers, options.heads or [], strict=True))
-        print(f"\nheads          {heads} {what}")
+        heads = [f"{'layer ' * isinstance(layer, int)}{layer} head {head}" for layer, head in options.heads or []]
+        print(f"\nheads          {', '.join(heads)} {what}")
         _print_evaluation(changed, f"the same {result.unit}s")
         parts = f"over {len(result.parts)} {result.parts_are}"
         spread = f"standard error {error:.6f} {parts}" if len(result.parts) > 1 else "one pass, no standard error"
@@ -107,9 +106,7 @@ def _check_against(name: str, options: EvaluateOptions, own: bool) -> None:
         raise ValueError("against= compares two runs on their held-out text: MODEL is a run, without text= or heads=")
     ours, theirs = read_run(name).corpus[:12], read_run(options.against).corpus[:12]
     if ours != theirs:
-        raise ValueError(
-            f"{name} has corpus {ours}, and against={options.against} has {theirs}: give runs of one corpus"
-        )
+        raise ValueError(f"{name} has corpus {ours}, and against= has {theirs}: give runs of one corpus")
 
 
 def _load(name: str, options: EvaluateOptions, *, causal: bool = False) -> tuple[Any, Any]:
