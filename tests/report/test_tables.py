@@ -278,15 +278,6 @@ def test_verdicts_name_layers_heads_and_steps(tmp_path: Path) -> None:
     assert slopes.startswith("apart: from -0.090 (layer 3) to 0.210 (layer 0)")
 
 
-def test_many_runs_have_one_verdict_a_variant(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path, label, seed=seed) for label in ("SM+G", "SM+R") for seed in range(12)]
-    runs += [write_run(tmp_path, "SM+G", seed=12, broken_probe=True)]
-    rows = rows_by_name(verdict_table, runs)
-    assert list(rows) == ["SM+G", "SM+R"]
-    assert (rows["SM+G"]["Overload"], rows["SM+G"]["Collapse"]) == ("yes", "12 no, 1 undecided")
-    assert (rows["SM+R"]["Overload"], rows["SM+R"]["Slopes apart"]) == ("no", "-")
-
-
 def test_runs_say_where_they_diverged_and_their_speed(tmp_path: Path) -> None:
     rows = rows_by_name(run_table, study(tmp_path))
     place = "step 100, layer 1 (model.layers.1.attention)"

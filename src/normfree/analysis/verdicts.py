@@ -21,25 +21,20 @@ SLOPE_SPREAD = 0.1  # per-layer slopes have moved apart if the highest is this f
 SLOPE_NEAR_ZERO = 0.05  # a slope that began farther from 0 than this has gone to zero if it ends within it
 DEFAULT_SLOPE = 0.01  # slope of a leaky ReLU whose run does not name one: the default of torch and of NormFreeConfig
 
-Rule = Callable[[Heads], tuple[bool | None, str]]
-"""Whether something holds for these heads (None: some are NaN and could change it), with the evidence in words."""
+Rule = Callable[[Heads], tuple[bool | None, str]]  # whether it holds (None: NaN heads could change it), and evidence
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether something holds at the end of a run, and at which probes it did."""
+    """Whether something holds at the end of a run, and since when."""
 
     holds: bool | None
     evidence: str
-    first_step: int | None = None
-    """First probe at which it held. Untrained heads are nearly uniform, so for overload this is often step 0."""
     since_step: int | None = None  # start of the stretch of probes that lasts to the end, if it holds at the end
 
     def __str__(self) -> str:
-        text = f"{WORDS[self.holds]}{self.evidence and ': '}{self.evidence}"
-        if self.holds:
-            return text if self.since_step is None else f"{text}, since step {self.since_step}"
-        return text if self.first_step is None else f"{text}; it did at step {self.first_step}"
+        since = "" if self.since_step is None else f", since step {self.since_step}"
+        return f"{WORDS[self.holds]}{self.evidence and ': '}{self.evidence}{since}"
 
 
 @dataclass(frozen=True)
@@ -140,11 +135,9 @@ def fixed_slope(run: Run) -> float | None:
 
 
 def _judge(rule: Rule, heads: Heads, probes: Sequence[Heads]) -> Verdict:
-    history = [(probe.step, rule(probe)[0]) for probe in probes]
     holds, evidence = rule(heads)
-    lasting = [step for step, held in takewhile(lambda probe: probe[1], reversed(history if holds else []))]
-    first_step = next((step for step, held in history if held), None)
-    return Verdict(holds, evidence, first_step, lasting[-1] if lasting else None)
+    lasting = list(takewhile(lambda probe: holds and rule(probe)[0], reversed(probes)))
+    return Verdict(holds, evidence, lasting[-1].step if lasting else None)
 
 
 def _is_overloaded(heads: Heads) -> tuple[bool | None, str]:

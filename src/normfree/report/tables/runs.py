@@ -2,7 +2,6 @@
 
 import math
 import statistics
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,49 +13,29 @@ from normfree.report.tables.table import Table
 from normfree.store.progress import duration
 from normfree.store.runs import Run, divergence_text
 
-SHOWN = 10
-_MANY_RUNS = 24
-
 
 def verdict_table(groups: Sequence[Group]) -> Table:
-    """Overload, collapse and slopes of every run; of many runs, how often each verdict holds in every variant."""
-    in_one_stack = all(len(heads.groups) == 1 for run in all_runs(groups) if (heads := entropy.final_heads(run)))
+    """Overload, collapse and slopes of every run."""
     notes = [
-        f"Overload: at least half of the heads in the first third of the layers are at or above "
-        f"{100 * entropy.OVERLOAD_SHARE:.0f} % of the {entropy.ceiling_words(all_runs(groups))}"
-        f"{'' if in_one_stack else ', judged in each group of heads'}.",
+        "Overload, in any group of heads: at least half of those in the first third of its layers are at or above "
+        f"{100 * entropy.OVERLOAD_SHARE:.0f} % of the {entropy.ceiling_words(all_runs(groups))}.",
         f"Collapse: a head below {verdicts.COLLAPSE_NATS} nats.",
         f"Slopes: apart if the highest is {verdicts.SLOPE_SPREAD} or more above the lowest.",
         "Undecided: some heads are NaN and could change the verdict. Layers and heads count from 0.",
     ]
     if rows_are_finite(groups):
         notes.append("No probe of any run found an attention row with NaN or infinity.")
-    if len(all_runs(groups)) > _MANY_RUNS:
-        titles = ("Variant", "Overload", "Collapse", "Slopes apart", "Runs")
-        rows = [(group.name, *_verdict_counts(group.members), str(len(group.members))) for group in groups]
-        return Table("verdicts", "Verdicts on every variant", titles, rows, notes, words=titles[1:4])
     rows = []
     for run in all_runs(groups):
         cells = ("-", "not measured", "not measured", "-")
         if heads := entropy.final_heads(run):
             probes, slopes = entropy.probed_heads(run), verdicts.slopes(run)
             step = str(heads.step) if run.kind == "run" else "-"
-            cells = (step, *(f"{judge(heads, probes)}" for judge in _JUDGES), slopes.text if slopes else "-")
+            judged = (str(verdicts.overload(heads, probes)), str(verdicts.collapse(heads, probes)))
+            cells = (step, *judged, slopes.text if slopes else "-")
         rows.append((run.place, *cells))
     titles = ("Run", "Measured at step", "Overload", "Collapse", "Slopes")
     return Table("verdicts", "Verdicts on every run", titles, rows, notes, words=titles[2:])
-
-
-_JUDGES = (verdicts.overload, verdicts.collapse)
-
-
-def _verdict_counts(runs: Sequence[Run]) -> list[str]:
-    """Overload, collapse and slopes apart, each as `yes`, `no`, or `4 yes, 1 undecided`."""
-    heads = [measured for run in runs if (measured := entropy.final_heads(run))]
-    holds = [[judge(measured).holds for measured in heads] for judge in _JUDGES]
-    holds += [[slopes.are_apart for run in runs if (slopes := verdicts.slopes(run))]]
-    counts = (Counter(verdicts.WORDS[of_run] for of_run in of_runs) for of_runs in holds)
-    return [", ".join(f"{n} {word}" if len(c) > 1 else word for word, n in c.items()) or "-" for c in counts]
 
 
 def run_table(groups: Sequence[Group]) -> Table:
@@ -171,7 +150,7 @@ def extreme_head_table(groups: Sequence[Group]) -> Table:
         shares = np.ndenumerate(entropy.shares_of_ceiling(heads))
         finite = [(float(share), index) for index, share in shares if np.isfinite(share)]
         ordered = sorted(finite, reverse=True)
-        count = min(SHOWN, len(ordered) // 2) or len(ordered)
+        count = min(10, len(ordered) // 2) or len(ordered)
         values = [entropy.newest_values(run, q.name) for q in others]
         for kind, extremes in (("highest", ordered[:count]), ("lowest", ordered[::-1][:count])):
             for share, (layer, head) in extremes:
