@@ -1,12 +1,15 @@
 """Colours tell lines apart for readers who see fewer of them, on white paper and on the page's dark ground."""
 
 import itertools
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from numpy.typing import NDArray
 
+import normfree.report
 from normfree.report.plots.curves import LAYER_COLOURS
 from normfree.report.plots.style import COLOURS, variant_styles
 
@@ -56,6 +59,14 @@ def test_lines_differ_for_every_sight_on_both_backgrounds(ground: int) -> None:
     colours = [COLOURS[name][ground] for name in LINES]
     assert min(distance(a, b) for a, b in itertools.combinations(colours, 2)) > 20
     assert min(contrast(colour, GROUNDS[ground]) for colour in colours) > 3
+
+
+@pytest.mark.parametrize("ground", [0, 1])
+def test_text_of_the_page_is_legible(ground: int) -> None:
+    css = (Path(normfree.report.__file__).parent / "templates" / "style.css").read_text()
+    paper, card, link = re.findall(r"--paper: (#\w+); --card: (#\w+); --link: (#\w+);", css)[ground]
+    texts = [link, *(COLOURS[name][ground] for name in ("ink", "muted", "red"))]
+    assert min(contrast(text, behind) for text in texts for behind in (paper, card)) > 4.5
 
 
 def test_lines_have_no_other_colours() -> None:
