@@ -13,7 +13,6 @@ from normfree.cost.families import read_architecture
 from normfree.spec.compose import compose_run, compose_unchecked, members, variants
 
 ROOT = Path(__file__).parents[2]
-SCOPES = ("total", "operation", "layer")
 
 
 @pytest.mark.parametrize(
@@ -26,16 +25,13 @@ SCOPES = ("total", "operation", "layer")
         (["gpt2-t128", "protocol=semi2k", "network=lan"], "on lan ("),
         (["gpt2-t128", "bandwidth_mbps=8", "delay_ms=5"], "(8 Mbps each way, 5 ms one way"),
         (["cpu", "variant=sm-rg"], "| layers 6-11 |"),
-        (["gpt2-t128", "activation=silu"], "| silu | activation |"),
         (["gpt2-t128", "activation=relu"], "**gpt2-t128 variant=sm-ln-g activation=relu, T=128"),
         (["cpu-quick", "variant=sm-g", "activation=[relu,gelu,gelu,gelu,gelu,gelu]"], "relu"),
-        (["pythia70m-t256"], "T=256"),
         (["gpt2-t128"], "Assumed GPT-2's 50,257 tokens because the real tokenizer is not downloaded."),
     ],
 )
 def test_cost_of_a_preset(words: list[str], expected: str, output) -> None:
-    out = output("cost", *words)
-    assert expected in out
+    assert expected in output("cost", *words)
 
 
 def test_a_short_model_is_priced_at_its_own_length(tmp_path: Path, run) -> None:
@@ -87,10 +83,9 @@ def test_csv_holds_the_numbers_of_the_json(tmp_path: Path, run) -> None:
     rows = list(csv.DictReader((tmp_path / "cost.csv").read_text().splitlines()))
     assert {row["model"] for row in rows} == {"gpt2-t128 SM+LN+G"}
     assert {(row["protocol"], row["network"], row["bandwidth_mbps"]) for row in rows} == {("cheetah", "wan", "100.0")}
-    bytes_of = {scope: [float(row["bytes"]) for row in rows if row["scope"] == scope] for scope in SCOPES}
-    assert bytes_of["total"] == [record["total"]["bytes"]]
-    assert bytes_of["operation"] == [row["bytes"] for row in record["operations"]]
-    assert bytes_of["layer"] == [row["bytes"] for row in record["layers"]]
+    scopes = {"total": [record["total"]], "operation": record["operations"], "layer": record["layers"]}
+    bytes_of = [(scope, row["bytes"]) for scope, of_scope in scopes.items() for row in of_scope]
+    assert [(row["scope"], float(row["bytes"])) for row in rows] == bytes_of
 
 
 @pytest.mark.parametrize("preset", sorted({*members("preset")} - {"fashion-vit", "denoise"}))

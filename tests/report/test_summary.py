@@ -101,14 +101,13 @@ def test_all_variants_that_did_not_learn_are_named(tmp_path: Path) -> None:
 
 
 def test_what_all_variants_share_is_said_once(tmp_path: Path) -> None:
-    sentence = {}
-    for name, labels in {"all": ("SM+G", "SM+G"), "none": ("SM+R", "SM+LN+G"), "some": ("SM+G", "SM+R")}.items():
-        pairs = zip(labels, "ab", strict=True)
-        groups = group_runs([write_run(tmp_path / name, label, tag=tag) for label, tag in pairs])
-        (sentence[name],) = (text for text in sentences(groups) if text.startswith("Early layers are overloaded"))
-    assert sentence["all"].endswith("at the end in all 2 runs.")
-    assert sentence["none"].endswith("at the end in none of the 2 runs.")
-    assert sentence["some"].endswith("at the end: SM+G (a) 1 of 1 runs; SM+R (b) 0 of 1 runs.")
+    some = "at the end: SM+G (a) 1 of 1 runs; SM+R (b) 0 of 1 runs."
+    ends = {"SM+G SM+G": "in all 2 runs.", "SM+R SM+LN+G": "in none of the 2 runs.", "SM+G SM+R": some}
+    for labels, end in ends.items():
+        pairs = zip(labels.split(), "ab", strict=True)
+        groups = group_runs([write_run(tmp_path / labels, label, tag=tag) for label, tag in pairs])
+        (sentence,) = (text for text in sentences(groups) if text.startswith("Early layers are overloaded"))
+        assert sentence.endswith(end)
 
 
 def test_a_model_has_learned_if_it_beats_the_2_gram(tmp_path: Path) -> None:

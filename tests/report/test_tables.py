@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,14 +45,6 @@ def rows_by_name(make: Callable[..., Table], runs: Sequence[Run]) -> dict[str, d
     return rows_of(make(group_runs(runs)))
 
 
-def with_perplexity(run: Run, step: int, value: float) -> Run:
-    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        if (line["split"], line["name"], line["step"]) == ("validation", "perplexity", step):
-            line["value"] = value
-    return rewritten(run, "".join(json.dumps(line) + "\n" for line in lines))
-
-
 NASTY_TABLE = Table("nasty", NASTY, ("Variant", NASTY), ((NASTY, "+1.0 %"), ("-", "-4.2 %")), (NASTY,))
 
 
@@ -87,7 +79,6 @@ def test_a_sweep_has_no_column_of_the_paper(tmp_path: Path) -> None:
 def test_without_the_baseline_nothing_is_compared_with_it(tmp_path: Path) -> None:
     table = score_table(group_runs([write_run(tmp_path, label) for label in ("SM+G", "SM+R")]))
     assert table.titles == ("Variant", "Perplexity", "Seeds", "Bits per byte")
-    assert {len(row) for row in table.rows} == {4}
 
 
 def test_another_corpus_than_expected_is_said(tmp_path: Path) -> None:
@@ -112,9 +103,7 @@ def test_differences_pair_seeds(tmp_path: Path) -> None:
 def test_rates_are_compared_on_common_seeds_and_edges_said(tmp_path: Path) -> None:
     def runs(label: str, tag: str, rate: float, *perplexities: float, **more: Any) -> list[Run]:
         train = {"peak_learning_rate": rate, **more}
-        ends: list[dict[str, Any]] = [
-            {"status": "diverged"} if math.isnan(end) else {"perplexity": end} for end in perplexities
-        ]
+        ends: Any = [{"status": "diverged"} if math.isnan(end) else {"perplexity": end} for end in perplexities]
         places = enumerate(ends)
         return [write_run(tmp_path, label, tag=tag, seed=seed, train=dict(train), **end) for seed, end in places]
 
@@ -174,7 +163,8 @@ def test_unfinished_runs_are_compared_at_their_last_common_step(tmp_path: Path) 
     runs = [write_run(tmp_path, "SM+G", seed=0), write_run(tmp_path, "SM+G", seed=1, status="interrupted")]
     for seed in (0, 1):
         run = write_run(tmp_path, "SM+R", seed=seed, status="interrupted")
-        runs.append(with_perplexity(run, 100, 20.0))
+        text = (run.folder / "metrics.jsonl").read_text()
+        runs.append(rewritten(run, re.sub(r'("step": 100, .* "perplexity", "value": ).*', r"\1 20.0}", text)))
     table = unfinished_table(group_runs(runs))
     losses = [3.5 + 3.5 * math.exp(-100 / 60) + 0.05 * math.sin(100 + seed) for seed in (0, 1)]
     change = np.mean([20 / math.exp(loss) - 1 for loss in losses])
@@ -202,11 +192,8 @@ def test_a_diverged_seed_makes_the_gap_nan_from_then_on(tmp_path: Path, steps: i
 
 
 def test_a_diverged_run_leaves_a_claim_undecided(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path, label, seed=seed) for label in ("SM+G", "SM+R") for seed in (0, 1, 2)]
-    folder = runs[1].folder
-    facts = json.loads((folder / "run.json").read_text()) | {"status": "diverged", "divergence": {"step": 200}}
-    (folder / "run.json").write_text(json.dumps(facts))
-    runs[1] = read_run(folder)
+    runs = [write_run(tmp_path, label, seed=seed) for label in ("SM+G", "SM+R") for seed in (0, 1)]
+    runs += [write_run(tmp_path, "SM+G", seed=2, status="diverged"), write_run(tmp_path, "SM+R", seed=2)]
     row = rows_by_name(claim_table, runs)["(c) GELU puts more heads into the top quarter"]
     assert (row["Difference"], row["Verdict"]) == ("NaN (1/3)", "undecided")
 
@@ -223,14 +210,16 @@ def test_overload_is_told_by_depth_and_over_training(tmp_path: Path) -> None:
     runs = study(tmp_path)
     rows = rows_by_name(overload_table, runs)
     row = rows["SM+G"]
-    final = [np.array(run.series("final", "entropy_nats")[-1][1]) for run in runs if run.label == "SM+G"]
-    early = [100 * (entropy_LH[:2] >= 0.75 * causal_ceiling(32)).mean() for entropy_LH in final]
+
+    def early_percents(label: str) -> list[float]:
+        finals = [np.array(run.last("final", "entropy_nats")) for run in runs if run.label == label]
+        return [100 * (entropy_LH[:2] >= 0.75 * causal_ceiling(32)).mean() for entropy_LH in finals]
+
+    early, of_norm = early_percents("SM+G"), early_percents("SM+LN+G")
     assert row["Early third"] == f"{np.mean(early):.1f} +- {np.std(early, ddof=1):.1f}"
     assert (row["Middle third"], row["Late third"]) == ("0.0 +- 0.0", "0.0 +- 0.0")
     assert row["At 10 %"] == "100.0 +- 0.0"
     assert row["Seeds"] == "3"
-    with_norm = [np.array(run.series("final", "entropy_nats")[-1][1]) for run in runs if run.label == "SM+LN+G"]
-    of_norm = [100 * (entropy_LH[:2] >= 0.75 * causal_ceiling(32)).mean() for entropy_LH in with_norm]
     common = min(len(early), len(of_norm))
     assert row["Early, less SM+LN+G"] == f"{np.mean(early[:common]) - np.mean(of_norm[:common]):+.1f} points"
     assert rows["SM"]["Early third"] == "NaN (1/2)"
@@ -252,10 +241,8 @@ def test_shares_of_training_are_told_in_tokens_too(tmp_path: Path) -> None:
     train = {"batch_sequences": 512, "micro_batch_sequences": 512}  # of 32 tokens
     runs = [write_run(tmp_path, label, train=train) for label in ("SM+G", "SM+R")]
     assert "At 40 % (1.3 M)" in gap_table(group_runs(runs)).titles
-    assert (
-        "At 40 %"
-        in gap_table(group_runs([*runs, write_run(tmp_path, "SM+R", seed=1, steps=100, tag="x")], mix=True)).titles
-    )
+    runs += [write_run(tmp_path, "SM+R", seed=1, steps=100, tag="x")]
+    assert "At 40 %" in gap_table(group_runs(runs, mix=True)).titles
 
 
 def test_a_killed_run_is_as_far_as_its_metrics(tmp_path: Path) -> None:
