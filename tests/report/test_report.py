@@ -30,16 +30,6 @@ from tests.synthetic import rewritten, write_run
 FOUR = ("SM+LN+G", "SM+LN+R", "SM+G", "SM+R")
 
 
-def test_each_score_has_a_table_of_rates(tmp_path: Path) -> None:
-    vision = find_runs(Path(__file__).parents[2] / "results" / "fashion-vit-rates")
-    text = [write_run(tmp_path, "SM+R", tag=f"{rate}", train={"peak_learning_rate": rate}) for rate in (1e-3, 2e-3)]
-    build_report([*vision, *text], tmp_path / "page", mix=True)
-    files = (tmp_path / "page" / "tables").glob("rates*.md")
-    titles = {re.findall("Validation perplexity|Accuracy", file.read_text())[0] for file in files}
-    assert titles == {"Accuracy", "Validation perplexity"}
-    assert (tmp_path / "page" / "index.html").read_text().count("at each peak learning rate") == 2
-
-
 def test_models_in_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
     facts = {"kind": "measurement"}
     runs = [write_run(tmp_path / name, label, facts=facts) for name, label in (("a", "SM+R"), ("b", "SM+R"))]

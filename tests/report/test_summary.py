@@ -145,6 +145,16 @@ def classify(root: Path, label: str, **words: Any) -> Run:
     return write_run(root / "runs", label, perplexity=1.5, facts={"corpus": CORPUS}, **family | words)
 
 
+def test_each_score_has_a_table_of_rates(tmp_path: Path) -> None:
+    rates = [{"tag": f"{rate}", "train": {"peak_learning_rate": rate}} for rate in (1e-3, 2e-3)]
+    runs = [classify(tmp_path, "SM+R", accuracy=0.8, **rate) for rate in rates]
+    runs += [write_run(tmp_path / "text", "SM+R", **rate) for rate in rates]
+    page = build_report(runs, tmp_path / "page", mix=True).read_text()
+    for score in ("Accuracy on held-out images (%)", "Validation perplexity"):
+        assert page.count(f"{score} at each peak learning rate") == 1
+    assert {path.name for path in (tmp_path / "page" / "tables").glob("rates*.md")} == {"rates.md", "rates-2.md"}
+
+
 def test_scores_and_claims_are_those_of_accuracies(tmp_path: Path) -> None:
     of_all = ((label, seed, accuracies[seed]) for label, accuracies in ACCURACY.items() for seed in range(3))
     runs = [classify(tmp_path, label, seed=seed, accuracy=accuracy) for label, seed, accuracy in of_all]
