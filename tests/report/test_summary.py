@@ -100,16 +100,6 @@ def test_all_variants_that_did_not_learn_are_named(tmp_path: Path) -> None:
     assert f"SM+G, SM+R did not learn: {weakest}" in sentences(group_runs(runs))
 
 
-def test_what_all_variants_share_is_said_once(tmp_path: Path) -> None:
-    some = "at the end: SM+G (a) 1 of 1 runs; SM+R (b) 0 of 1 runs."
-    ends = {"SM+G SM+G": "in all 2 runs.", "SM+R SM+LN+G": "in none of the 2 runs.", "SM+G SM+R": some}
-    for labels, end in ends.items():
-        pairs = zip(labels.split(), "ab", strict=True)
-        groups = group_runs([write_run(tmp_path / labels, label, tag=tag) for label, tag in pairs])
-        (sentence,) = (text for text in sentences(groups) if text.startswith("Early layers are overloaded"))
-        assert sentence.endswith(end)
-
-
 def test_a_model_has_learned_if_it_beats_the_2_gram(tmp_path: Path) -> None:
     corpus = {**write_run(tmp_path, "SM+G").facts["corpus"], "ngram_perplexity": {"2": 96.3, "5": 60.3}}
     for perplexity, verdict in ((97.0, "These runs are too short to judge"), (90.0, "Every finished run learned")):

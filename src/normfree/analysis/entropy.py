@@ -33,10 +33,8 @@ class Heads:
     entropy_LH: Floats  # nats; NaN for a head with non-finite rows
     ceiling_L: Floats  # entropy in nats of a head that attends uniformly to every visible token
     step: int
-    layers: Sequence[int | str]
-    """The model's own numbers of the layers, or `encoder 0`, `cross 0` in a model with several groups of heads."""
-    exists_LH: NDArray[np.bool_] | None = None
-    """False where a layer has fewer heads than the widest one; None: every layer has all."""
+    layers: Sequence[int | str]  # the model's own numbers, or `encoder 0`, `cross 0` with several groups of heads
+    exists_LH: NDArray[np.bool_] | None = None  # False where a layer has fewer heads than the widest one
 
     @property
     def existing(self) -> NDArray[np.bool_]:

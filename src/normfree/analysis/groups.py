@@ -30,8 +30,7 @@ _RATE = "train.peak_learning_rate"
 class Group:
     """The seeds of one variant under one recipe, or one measured model."""
 
-    name: str
-    """The variant in the paper's notation, its values of `compare_across`, and what distinguishes it from others."""
+    name: str  # the variant in the paper's notation, its values of `compare_across`, and what distinguishes it
     runs: tuple[Run, ...]  # finished and diverged runs, one per seed
     unfinished: tuple[Run, ...]  # running, interrupted or failed runs, which have no result
     repeated: tuple[Run, ...]  # further runs of a seed that `runs` already contains
@@ -89,10 +88,8 @@ def group_runs(runs: Sequence[Run], *, mix: bool = False, baseline: str = "") ->
     """Group the runs of one variant, recipe and corpus; the paper's variants come first, in its order.
 
     `baseline`: the label, variant or name of the groups to compare all others with. With `mix` each recipe becomes a
-    group whose name says how it differs.
-
-    Raises ValueError if runs with a result differ in corpus, precision or any other part of the recipe without `mix`,
-    and if runs of one variant and tag differ in a key of `compare_across`.
+    group whose name says how it differs. Raises ValueError if runs with a result differ in corpus, precision or any
+    other part of the recipe without `mix`, and if runs of one variant and tag differ in a key of `compare_across`.
     """
     if not runs:
         raise ValueError("no runs given: give a run folder or a folder of runs")
@@ -227,11 +224,7 @@ def _names(runs: Sequence[Run]) -> list[str]:
         name = f"{run.label} ({values})" if own else run.label
         settings = _settings_text(run, sorted({*same_label, *same_tag} - set_by_preset - own.keys()))
         names.append(f"{name} [{settings}]" if settings else name)
-    measured = [number for number, run in enumerate(runs) if run.kind == "measurement"]
-    distinct = tell_apart([names[number] for number in measured], [runs[number] for number in measured])
-    for number, name in zip(measured, distinct, strict=True):
-        names[number] = name
-    return names
+    return tell_apart(names, runs)
 
 
 def tell_apart(names: Sequence[str], runs: Sequence[Run]) -> list[str]:

@@ -128,28 +128,23 @@ def dispatch(words: Sequence[str]) -> None:
     if (name == "study" or "many" in flags) and "show" not in flags and "TORCHELASTIC_RUN_ID" in os.environ:
         raise UsageError("torchrun starts one run; start a study or `train -m` without it")
     pairs = [word for word in arguments if _is_pair(word)]
-    objects = _check_objects(name, verb, [word for word in arguments if not _is_pair(word)])
+    objects, many = [word for word in arguments if not _is_pair(word)], verb.objects.endswith("...")
+    if bool(objects) != bool(verb.objects) or (len(objects) > 1 and not many):
+        takes, got = verb.objects or "key=value only", " ".join(objects) or "nothing"
+        raise UsageError(f"normfree {name} takes {takes}, got {got}; example: {verb.example}")
     options: Any = pairs
     if verb.options is not None:
         try:
             options = build(verb.options, dict(pair.split("=", 1) for pair in pairs))
         except ValueError as error:
             raise UsageError(str(error)) from None
-    verb.run(*objects, options, **flags)
+    verb.run(*([objects] if many else objects), options, **flags)
 
 
 def _is_pair(word: str) -> bool:
     """True for key=value. A path may contain an equals sign too, but no key contains a slash."""
     key, equals, _ = word.partition("=")
     return bool(equals) and "/" not in key
-
-
-def _check_objects(name: str, verb: Verb, objects: list[str]) -> list[Any]:
-    many = verb.objects.endswith("...")
-    if bool(objects) != bool(verb.objects) or (len(objects) > 1 and not many):
-        takes, got = verb.objects or "key=value only", " ".join(objects) or "nothing"
-        raise UsageError(f"normfree {name} takes {takes}, got {got}; example: {verb.example}")
-    return [objects] if many else objects
 
 
 def overview() -> str:

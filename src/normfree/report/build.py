@@ -42,9 +42,6 @@ _HARDWARE = {name: "{:g} " + name for name in ("cores", "threads", "processes")}
 _HARDWARE = {"processor": "{}", **_HARDWARE, "memory_gib": "{:g} GiB", "device": "{}", "platform": "{}"}
 _SOFTWARE = {name: name + " {}" for name in ("normfree", "python", "torch", "transformers", "datasets")}
 _SOFTWARE |= {"git_commit": "commit {:.12}"}
-_MODEL = "{type}: {layers} layers of {heads} heads, width {hidden_size}, {parameters:,} parameters"
-_STACKS = _MODEL.replace("{layers} layers", "{layers} + {layers} layers")
-_PARTS = "{type}: {parameters:,} parameters"  # a model of several stacks
 
 
 def build_report(
@@ -60,11 +57,9 @@ def build_report(
 
     With `mix`, each recipe has its own part of the page. `baseline` is the label or variant to compare all others with,
     by default every pair is. Figures of folded sections, and all of a page with several parts, are files only with
-    `all_figures`: files take most of the time. `progress` shows a bar on a terminal. The same runs give the same bytes;
-    files are replaced atomically, index.html last, and files of an earlier report are removed.
-
-    Raises ValueError for no run, for runs of several recipes without `mix`, for a baseline that no run has, and for an
-    output folder that contains anything but a report.
+    `all_figures`: files take most of the time. The same runs give the same bytes; files are replaced atomically, and
+    those of an earlier report removed. Raises ValueError for no run, for runs of several recipes without `mix`, for a
+    baseline that no run has, and for an output folder that contains anything but a report.
     """
     parts = parts_of(runs, mix=mix, baseline=baseline)
     earlier = _earlier_files(output)
@@ -119,9 +114,8 @@ def number_frames(runs: Sequence[Run]) -> dict[str, pd.DataFrame]:
 def quantity_frame(runs: Sequence[Run], *axes: str) -> pd.DataFrame:
     """Every quantity with these axes, one per column, of runs that were measured at their end.
 
-    One row per layer (axes `layer`) or head (`layer`, `head`). `run` is study/name, with the end of the folder's path
-    where several are called so; layers have the model's own numbers, heads count from 0. NaN is a value that is not
-    finite; a missing value was not recorded.
+    One row per layer (axes `layer`) or head (`layer`, `head`). Layers have the model's own numbers, heads count from 0.
+    NaN is a value that is not finite; a missing value was not recorded.
     """
     rows: dict[Any, dict[str, float]] = {}
     for run, label in zip(runs, tell_apart([run.place for run in runs], runs), strict=True):
@@ -218,10 +212,7 @@ def _facts(parts: Sequence[Part]) -> dict[str, list[str]]:
         "Recorded, not drawn": ["; ".join(dict.fromkeys(undrawn)) + " (numbers/*.csv)"] if undrawn else [],
         "Recipes": [f"{part.title}: {part.recipe}" for part in parts if part.recipe]
         + [f"{key.split('.')[-1].replace('_', ' ')}s differ by variant" for key in across],
-        "Model": _distinct(
-            [run for run in runs if run.facts.get("model")],
-            lambda run: _model_words(run).format(**{"type": "normfree"} | run.facts["model"]),
-        ),
+        "Model": _distinct([run for run in runs if run.facts.get("model")], _model_words),
         "Corpus": _distinct(trained, lambda run: run.family.corpus.format(**run.facts["corpus"])),
         "Hardware": _distinct(runs, lambda run: _environment(run, _HARDWARE)),
         "Software": _distinct(runs, lambda run: _environment(run, _SOFTWARE)),
@@ -230,9 +221,10 @@ def _facts(parts: Sequence[Part]) -> dict[str, list[str]]:
 
 
 def _model_words(run: Run) -> str:
-    if run.spec["model"].get("family") == "encoder_decoder":
-        return _STACKS
-    return _MODEL if run.facts["model"]["layers"] else _PARTS
+    facts = {"type": "normfree"} | run.facts["model"]
+    stacks = "{layers} + {layers}" if run.spec["model"].get("family") == "encoder_decoder" else "{layers}"
+    sizes = f"{stacks} layers of {{heads}} heads, width {{hidden_size}}, " if facts["layers"] else ""
+    return f"{{type}}: {sizes}{{parameters:,}} parameters".format(**facts)
 
 
 def _measurement(run: Run) -> str:

@@ -29,8 +29,6 @@ from normfree.report.plots.style import PANEL_INCHES, Key, Panel, colour_key, pa
 from normfree.store.quantities import Quantity
 from normfree.store.runs import Run
 
-_LINES_PER_PANEL = 6
-_KEY_INCHES = 0.75
 _HARDLY = 0.05
 
 
@@ -56,8 +54,7 @@ class PageFigure:
 
     def key_part(self) -> Figure | None:
         """The colour bar alone."""
-        size = (PANEL_INCHES[0], _KEY_INCHES)
-        return panel_figure([lambda ax: ax], panel_inches=size, key=self.key) if self.key else None
+        return panel_figure([lambda ax: ax], panel_inches=(PANEL_INCHES[0], 0.75), key=self.key) if self.key else None
 
 
 def heatmap_figure(
@@ -97,7 +94,7 @@ def seed_figure(
     """
     styles = variant_styles([group.name for group in groups])
     groups = [group for group in groups if any(series(run)[0] for run in group.members)]
-    sixes = [groups[start : start + _LINES_PER_PANEL] for start in range(0, len(groups), _LINES_PER_PANEL)]
+    sixes = [groups[start : start + 6] for start in range(0, len(groups), 6)]
     if any(not run.has_result for group in groups for run in group.members):
         words["caption"] += " An open circle ends the line of an unfinished run."
     panels = [partial(draw, six, styles=styles) for six in sixes for draw in draws]

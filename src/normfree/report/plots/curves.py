@@ -18,9 +18,6 @@ from normfree.store.runs import Run
 LAYER_COLOURS = LinearSegmentedColormap.from_list(
     "layers", ["#005cab", "#5e5bb2", "#9e55ad", "#d34e89", "#e95c67", "#ea7945", "#d49c2a"]
 )
-_MOST_POINTS = 100
-_TRAIN_WINDOWS = 50
-
 Series = tuple[list[int], np.ndarray]  # steps and values of one line
 
 
@@ -110,7 +107,7 @@ def loss_curves(groups: Sequence[Group], *, ax: Axes, split: str, styles: Styles
     def smoothed(run: Run) -> Series:
         steps, loss_N = loss_series(run, split)
         if split == "train" and steps:
-            loss_N = _running_mean(loss_N, max(1, len(loss_N) // _TRAIN_WINDOWS))
+            loss_N = _running_mean(loss_N, max(1, len(loss_N) // 50))
         return steps, loss_N
 
     of_tokens = all(group.members[0].family.causal for group in groups)
@@ -151,7 +148,7 @@ def overload_series(run: Run) -> Series:
 
 def _line(ax: Axes, steps: Sequence[int], values: np.ndarray, **style: Any) -> None:
     """Draw about 100 of the points, including the last one."""
-    stride = max(1, -(-len(steps) // _MOST_POINTS))
+    stride = max(1, -(-len(steps) // 100))
     drawn = sorted({*range(0, len(steps), stride), *range(len(steps))[-1:]})
     ax.plot([steps[i] for i in drawn], np.asarray(values)[drawn], **style)
 

@@ -18,7 +18,6 @@ from normfree.report.plots.style import MUTED, axes_to_draw_in, wrapped
 from normfree.store.quantities import QUANTITIES
 
 HEATMAP_COLOURS, REVERSED_COLOURS, DIFFERENCE_COLOURS = "viridis", "viridis_r", "RdBu_r"
-_SMALLEST_POINTS = 4.5
 _HEIGHT, _LEFT, _BOTTOM = 20, 26, 18
 
 
@@ -101,7 +100,7 @@ def _write_values(drawing: Heatmap, image: AxesImage) -> None:
     box = image.axes.get_window_extent()
     points = 72 / image.axes.get_figure(root=True).dpi  # pyright: ignore[reportOptionalMemberAccess]
     size = min(8.0, box.width * points / heads / 2.7, box.height * points / layers / 1.5)
-    if size < _SMALLEST_POINTS:
+    if size < 4.5:
         return
     style = {"ha": "center", "va": "center", "fontsize": size, "in_layout": False, "clip_on": True}
     for (layer, head), is_light in np.ndenumerate(drawing.colour_cells()[1]):

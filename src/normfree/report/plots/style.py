@@ -55,9 +55,7 @@ _VARIANTS = {
     "SM+R": {"color": GREEN, "linestyle": (0, (8, 1.5))},
 }
 _OTHERS = tuple(_ON_WHITE[name] for name in ("purple", "gold", "violet", "olive", "grey"))
-_KEY_INCHES = 0.3
 PANEL_INCHES = (3.9, 3.1)
-_LEGEND_LETTERS = 20
 _COMMENT = re.compile(r"<!--.*?-->|<metadata>.*?</metadata>", re.DOTALL)
 _ID = re.compile(r' id="([^"]*)"')
 _COORDINATES = re.compile(r' (?:d|x|y)="[^"]*"')
@@ -110,7 +108,7 @@ def panel_figure(
         if key is not None:
             key(figure, grid)
         labelled = [pair for ax in grid for pair in zip(*ax.get_legend_handles_labels(), strict=True)]
-        if entries := {wrapped(label, _LEGEND_LETTERS): handle for handle, label in labelled}:
+        if entries := {wrapped(label, 20): handle for handle, label in labelled}:
             figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=2 * columns)
         # Run once here: a figure that keeps its layout engine is drawn twice by every savefig.
         ConstrainedLayoutEngine().execute(figure)
@@ -130,7 +128,7 @@ def colour_key(
     def draw(figure: Figure, axes: list[Axes]) -> None:
         scale = ScalarMappable(Normalize(*limit), colours)
         alone = len(axes) == 1 and not axes[0].has_data()
-        fraction = _KEY_INCHES / figure.get_figheight()
+        fraction = 0.3 / figure.get_figheight()
         shared = {"ax": axes, "shrink": 0.6, "aspect": 40, "fraction": fraction, "pad": 0.02, "use_gridspec": False}
         place: dict[str, Any] = {"cax": axes[0]} if alone else shared
         ticks = MaxNLocator(integer=True) if whole else None

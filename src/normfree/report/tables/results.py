@@ -16,7 +16,6 @@ from normfree.store.runs import Run
 
 SHARES_OF_TRAINING = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 _REACH = 0.05  # a measurement at most this share of training away counts
-_DEPTHS = ("Early third", "Middle third", "Late third")
 
 
 def score_table(groups: Sequence[Group]) -> Table:
@@ -273,7 +272,8 @@ def overload_table(groups: Sequence[Group]) -> Table:
         notes.append(f"Paper: {published.SOURCE}; its published heatmaps of 12 x 12 heads.")
     ceiling = entropy.ceiling_words(run for group in groups for run in group.runs)
     caption = f"Heads in the top quarter of the {ceiling}, by depth and over training (%)"
-    titles = ("Variant", *_DEPTHS, f"Early, less {baseline}", "All layers", *_share_titles(groups), "Seeds")
+    depths = ("Early third", "Middle third", "Late third", f"Early, less {baseline}", "All layers")
+    titles = ("Variant", *depths, *_share_titles(groups), "Seeds")
     return Table("overload", caption, titles, rows, notes)
 
 
