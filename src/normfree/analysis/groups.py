@@ -96,10 +96,8 @@ def group_runs(runs: Sequence[Run], *, mix: bool = False, baseline: str = "") ->
     results = [run for run in runs if run.has_result and run.kind == "run"]
     if not mix and (differing := _differing(results)):
         values = "; ".join(f"{key}: {_name_a_run_per_value(key, results)}" for key in differing)
-        raise ValueError(
-            f"these runs differ in their recipe ({values}): "
-            "give runs of one recipe, or mix=true to show them side by side"
-        )
+        advice = "give runs of one recipe, or mix=true to show them side by side"
+        raise ValueError(f"these runs differ in their recipe ({values}): {advice}")
     of_key: dict[Hashable, list[Run]] = {}
     for run in sorted(runs, key=lambda run: not run.has_result):
         folder = run.folder if run.kind == "measurement" else None  # measurements are never seeds of each other

@@ -17,8 +17,7 @@ from normfree.spec.families import family_of
 
 BASELINE = "SM+LN+G"
 ORDER = (BASELINE, "SM+LN+R", "SM+G", "SM+R", "SM+LN", "SM")  # the paper's variants, in the order of its tables
-GELU_OF = {"SM+R": "SM+G", "SM+LN+R": "SM+LN+G"}
-"""The GELU variant that differs from a ReLU variant only in its activation."""
+GELU_OF = {"SM+R": "SM+G", "SM+LN+R": "SM+LN+G"}  # differ only in their activation
 SETTING = {"SM+R": "Without LayerNorm", "SM+LN+R": "With LayerNorm"}
 COMPARISONS = (*GELU_OF.items(), ("SM+G", BASELINE), ("SM+R", BASELINE))  # pairs of variants that the paper compares
 

@@ -19,8 +19,7 @@ from normfree.cli.measure import measure
 from normfree.spec.keys import build, describe_keys, nearest
 
 HELP = ("-h", "--help")
-FLAGS = {"-m": "many", "--cfg": "show", "--cfg=job": "show"}
-"""Keyword argument of the command behind each flag. `--cfg job` is read too."""
+FLAGS = {"-m": "many", "--cfg": "show", "--cfg=job": "show"}  # keyword arguments; `--cfg job` is read too
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,7 @@ class Verb:
     """One verb: the command it calls, what it takes and an example."""
 
     run: Callable[..., None]
-    objects: str
-    """Names of what follows the verb; a trailing "..." takes one or more; empty takes none."""
+    objects: str  # names of what follows the verb; a trailing "..." takes one or more; empty takes none
     example: str
 
     @property

@@ -58,10 +58,7 @@ def measured_place(name: str) -> tuple[str, Path]:
 
 
 def read_text(path: Path | None, key: str = "text") -> str:
-    """The content of text=, or held-out Python code of this machine. Raises ValueError for what cannot be read.
-
-    `key` is the option that gave the path, for errors.
-    """
+    """The file that `key`= names, or held-out Python code of this machine. Raises ValueError if it cannot be read."""
     if path is None:
         from normfree.data import held_out_text
 

@@ -69,10 +69,9 @@ def build_report(
         write_atomically(output / name, content)
         written.append(name)
 
-    members = [run for part in parts for run in all_runs(part.groups)]
-    for name, frame in number_frames(members).items():
-        write(f"numbers/{name}.csv", frame.to_csv(index=False, na_rep="NaN", lineterminator="\n"))
     groups = [group for part in parts for group in part.groups]
+    for name, frame in number_frames(all_runs(groups)).items():
+        write(f"numbers/{name}.csv", frame.to_csv(index=False, na_rep="NaN", lineterminator="\n"))
     scores = dict.fromkeys(group.score for group in groups)
     rates = [rate_table([group for group in groups if group.score == score]) for score in scores]
     rates = [table for table in rates if table.rows]

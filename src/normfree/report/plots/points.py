@@ -17,8 +17,7 @@ from normfree.report.plots.style import GREEN, GRID, INK, MUTED, RED, Styles, em
 def score_points(groups: Sequence[Group], *, ax: Axes, styles: Styles) -> Axes:
     """Final score, e.g. perplexity: one row per variant, a dot per seed, and the mean with the sample deviation below.
 
-    A row without a mean says `NaN (1/3)` if 1 of 3 seeds diverged. With a seed far above the others the axis is
-    logarithmic.
+    A row without a mean says e.g. `NaN (1/3)`. With a seed far above the others the axis is logarithmic.
     """
     rows = [group for group in groups if group.runs]
     for row, group in enumerate(rows):

@@ -82,9 +82,8 @@ def axes_to_draw_in(size: tuple[float, float]) -> Axes:
 
 def variant_styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Line colour and dash of each name. The paper's four variants always look the same."""
-    free = itertools.cycle(
-        {"color": colour, "linestyle": dash} for dash in ("-", "--", "-.", ":") for colour in _OTHERS
-    )
+    looks = itertools.product(("-", "--", "-.", ":"), _OTHERS)
+    free = itertools.cycle({"color": colour, "linestyle": dash} for dash, colour in looks)
     labels = {name: name.partition(" (")[0] for name in names}  # SM+G (2e-3) looks like SM+G if it is the only one
     unique = {name: label for name, label in labels.items() if list(labels.values()).count(label) == 1}
     return {name: _VARIANTS.get(unique.get(name, name)) or next(free) for name in names}
@@ -155,23 +154,19 @@ def empty(ax: Axes, text: str) -> Axes:
     return ax
 
 
-def to_svg(figure: Figure, prefix: str) -> str:
-    """Inline SVG without prologue: text stays text, colours follow the page, ids begin with `prefix`.
-
-    An artist whose gid is `title:TEXT` shows the text on hover.
-    """
-    with drawing_settings(**{"svg.fonttype": "none", "svg.hashsalt": "normfree"}):
+def to_svg(figure: Figure, name: str) -> str:
+    """Inline SVG: text stays text, colours follow the page, `name` decides ids; a gid `title:TEXT` is shown on hover."""
+    with drawing_settings(**{"svg.fonttype": "none", "svg.hashsalt": name}):
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = _COMMENT.sub("", file.getvalue())
     text = text[text.index("<svg") :]
     text = _TITLE.sub(r"><title>\1</title>", text)
     text = _COORDINATES.sub(lambda match: _DECIMALS.sub(r"\1", match[0]), _SUPERFLUOUS.sub("", text))
-    used = {name: f"{prefix}-{place}" for place, name in enumerate(dict.fromkeys(_USED.findall(text)))}
-    text = _ID.sub(lambda match: f' id="{used[match[1]]}"' if match[1] in used else "", text)
-    text = _USED.sub(lambda match: match[0][: -len(match[1])] + used[match[1]], text)
-    for name, (on_white, _) in COLOURS.items():  # the page defines them for light and dark mode
-        text = text.replace(on_white, f"var(--{name})")
+    used = set(_USED.findall(text))
+    text = _ID.sub(lambda match: match[0] if match[1] in used else "", text)
+    for colour, (on_white, _) in COLOURS.items():  # the page defines them for light and dark mode
+        text = text.replace(on_white, f"var(--{colour})")
     # As wide as the box around it, and hidden from screen readers, which read the name of the figure.
     head, _, drawing = text.partition(">")
     head = re.sub(r' (?:width|height|xmlns(?::\w+)?|version)="[^"]*"', "", head)

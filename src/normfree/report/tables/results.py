@@ -204,8 +204,8 @@ def _score_notes(groups: Sequence[Group], baseline: str, *, has_paper: bool) -> 
     if several := [group.name for group in groups if group.runs and len(counterparts(group, baseline, groups)) > 1]:
         notes.append(f"No change is shown for {', '.join(several)}: more than one {baseline} has the same recipe.")
     if not all(math.isfinite(run.score) for run in runs):
-        what = f"NaN (k/n): k of n seeds diverged or have no finite {score_of(groups).name}."
-        notes.append(f"{what} The others are not averaged.")
+        name = score_of(groups).name
+        notes.append(f"NaN (k/n): k of n seeds diverged or have no finite {name}. The others are not averaged.")
     if has_paper:
         notes.append(f"Paper: {published.SOURCE}; another corpus and size, so only changes can be compared.")
     expected = {
