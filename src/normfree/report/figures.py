@@ -126,11 +126,9 @@ def heatmaps(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
         for group, run, *_ in measured
         if run.status != "finished"
     )
+    titles = [group.name + _unchanged(run, quantity) for group, run, *_ in measured]
     return heatmap_figure(
-        [
-            (group.name + _unchanged(run, quantity), values_LH, layers)
-            for (group, run, _, layers), values_LH in zip(measured, values, strict=True)
-        ],
+        list(zip(titles, values, [layers for *_, layers in measured], strict=True)),
         label=label,
         limit=limit,
         mark=mark,

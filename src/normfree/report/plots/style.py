@@ -155,7 +155,7 @@ def empty(ax: Axes, text: str) -> Axes:
 
 
 def to_svg(figure: Figure, name: str) -> str:
-    """Inline SVG: text stays text, colours follow the page, `name` decides ids; a gid `title:TEXT` is shown on hover."""
+    """Inline SVG: text stays text, colours follow the page, `name` makes the ids; a gid `title:TEXT` shows on hover."""
     with drawing_settings(**{"svg.fonttype": "none", "svg.hashsalt": name}):
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

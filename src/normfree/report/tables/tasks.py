@@ -16,8 +16,7 @@ from normfree.report.tables.table import Table
 from normfree.store.tasks import read_tasks
 
 Records = Sequence[Mapping[str, Any]]  # records of one task, one a seed
-Score = Callable[[NDArray[np.float64]], NDArray[np.float64]]
-"""(I,) scores of items from recorded values. Two mirrored pairs are one item, as they are not independent."""
+Score = Callable[[NDArray[np.float64]], NDArray[np.float64]]  # (I,) scores of items; mirrored pairs are one item
 CONTROLS = ("untrained", "unigram", "majority")
 
 
