@@ -15,16 +15,7 @@ from normfree.analysis.groups import Group
 from normfree.analysis.pairs import Pair, main_pairs
 from normfree.analysis.verdicts import slope_layers
 from normfree.report.plots.curves import LAYER_COLOURS, Series, depth_profile, layer_curves, mean_series, seed_curves
-from normfree.report.plots.heatmaps import (
-    DIFFERENCE_COLOURS,
-    HEATMAP_COLOURS,
-    REVERSED_COLOURS,
-    Heatmap,
-    draw_heatmap,
-    heatmap_size,
-    heatmap_svg,
-    highest_finite,
-)
+from normfree.report.plots.heatmaps import DIFFERENCE_COLOURS, HEATMAP_COLOURS, Heatmap, heatmap_size, highest_finite
 from normfree.report.plots.style import PANEL_INCHES, Key, Panel, colour_key, panel_figure, variant_styles
 from normfree.store.quantities import Quantity
 from normfree.store.runs import Run
@@ -77,10 +68,10 @@ def heatmap_figure(
     drawings = [Heatmap(title, values_LH, layers, limits, colours) for title, values_LH, layers in titled]
     edge = (mark[0] * limit, f"{mark[1]} from {mark[0] * limit:.2f}") if mark else None
     return PageFigure(
-        panels=[partial(draw_heatmap, drawing) for drawing in drawings],
+        panels=[drawing.draw for drawing in drawings],
         panel_inches=heatmap_size(drawings),
         key=colour_key(colours, limit=limits, label=label, mark=edge),
-        drawings=[heatmap_svg(drawing) for drawing in drawings],
+        drawings=[drawing.svg() for drawing in drawings],
         **words,
     )
 
@@ -113,7 +104,8 @@ def heatmaps(groups: Sequence[Group], quantity: Quantity) -> PageFigure | None:
         limit, mark = max(map(highest_finite, bounded)), quantity.mark
         scale = f"up to the ceiling of {limit:.2f} {quantity.unit}".rstrip()
         if mark and all((share_LH >= mark[0]).all() for share_LH in shares):
-            values, limit, mark, colours = [100 * (1 - share_LH) for share_LH in shares], None, None, REVERSED_COLOURS
+            values, limit, mark = [100 * (1 - share_LH) for share_LH in shares], None, None
+            colours = f"{HEATMAP_COLOURS}_r"
             scale, label = "in percent below the ceiling; all are near it", f"{quantity.title} (% below the ceiling)"
         elif isinstance(quantity.ceiling, str) and (
             len({run.spec["data"]["context"] for _, run, *_ in measured}) > 1
