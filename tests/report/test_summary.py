@@ -23,6 +23,7 @@ def test_the_summary_counts_in_words(tmp_path: Path) -> None:
     result = "Without LayerNorm, ReLU ends 4.2 % below GELU in perplexity"
     assert found[0] == f"{result} (36.1 against 37.7, 1 seed; the paper: 8.2 % below)."
     assert found[1].startswith("With LayerNorm, ReLU ends 2.0 % above GELU")
+    assert any(text.endswith("at the end in none of the 2 runs.") for text in sentences(one[:2]))
     assert "One seed per variant: there is no error bar, and a small difference may be chance." in found
 
 

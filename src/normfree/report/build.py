@@ -31,11 +31,7 @@ from normfree.store.runs import Run, run_frame
 WRITTEN = "report.json"  # lists the files of a report, so that the next one can remove those that it does not replace
 _FOLDERS = {"figures", "tables", "numbers"}
 _PAGES = Environment(
-    loader=PackageLoader("normfree.report"),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
+    loader=PackageLoader("normfree.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
 )
 _PAGES.globals["colours"] = COLOURS
 _HARDWARE = {name: "{:g} " + name for name in ("cores", "threads", "processes")}

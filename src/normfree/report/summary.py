@@ -97,8 +97,12 @@ def _overloaded(heads: Mapping[str, Sequence[Heads | None]]) -> str:
         name: Counter("not measured" if h is None else WORDS[overload(h).holds] for h in of_group)
         for name, of_group in heads.items()
     }
+    whole = sum(counts.values(), Counter())
+    if len(counts) > 1 and set(whole) in ({"yes"}, {"no"}):
+        runs = f"in all {whole.total()} runs" if whole["yes"] else f"in none of the {whole.total()} runs"
+        return f"Early layers are overloaded with near-uniform heads at the end {runs}."
     if len(counts) > _LISTED:
-        counts = {"all variants": sum(counts.values(), Counter())}
+        counts = {"all variants": whole}
     parts = []
     for name, verdicts in counts.items():
         others = [f"{verdicts[word]} {word}" for word in ("undecided", "not measured") if verdicts[word]]

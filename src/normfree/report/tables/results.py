@@ -25,17 +25,15 @@ def score_table(groups: Sequence[Group]) -> Table:
     a variant more than once, as in a sweep.
     """
     with_runs, baseline, score = [group for group in groups if group.runs], baseline_label(groups), score_of(groups)
-    has_baseline = any(group.label == baseline for group in with_runs)
-    paper = _changes_in_paper(with_runs, baseline) if has_baseline else {}
-    titles = ("Variant", score.name.capitalize(), "Seeds", *[f"Against {baseline}"] * has_baseline, score.beside[1])
-    if paper:
-        titles += (f"Paper, against {baseline}", "Paper's model")
+    paper = _changes_in_paper(with_runs, baseline) if any(group.label == baseline for group in with_runs) else {}
+    titles = ("Variant", score.name.capitalize(), "Seeds", f"Against {baseline}", score.beside[1])
+    titles += (f"Paper, against {baseline}", "Paper's model")
     rows = []
     for group in with_runs:
         summary = summarise(list(group.scores.values()))
         beside = summarise([(run.facts.get("final") or {}).get(score.beside[0], math.nan) for run in group.runs])
-        change = [_against_baseline(group, baseline, groups)] * has_baseline
-        rows.append((group.name, summary.text(), str(summary.n), *change, beside.text(3), *paper.get(group.name, "--")))
+        cells = (summary.text(), str(summary.n), _against_baseline(group, baseline, groups), beside.text(3))
+        rows.append((group.name, *cells, *paper.get(group.name, "--")))
     corpora = {run.corpus: run for group in with_runs for run in group.runs}
     for fingerprint, run in sorted(corpora.items()):
         more = "" if len(corpora) == 1 else f" (corpus {fingerprint[:12]})"
@@ -43,7 +41,6 @@ def score_table(groups: Sequence[Group]) -> Table:
     what = score.axis[0].upper() + score.axis[1:]
     caption = f"{what} after training: mean and sample standard deviation over seeds, {score.better} is better"
     notes = _score_notes(groups, baseline, has_paper=bool(paper))
-    rows = [row[: len(titles)] for row in rows]
     return Table(score.name, caption, titles, rows, notes, words=("Paper's model",))
 
 
@@ -94,8 +91,7 @@ def range_table(groups: Sequence[Group]) -> Table:
     pooled = entropy.pooled_ranges(groups)
     missing = [run.place for group in groups for run in group.runs if trained_heads(run) is None]
     for group in groups:
-        measured = sum(run.place not in missing for run in group.runs)
-        seeds = f"{measured}" + ("" if measured == len(group.runs) else f" of {len(group.runs)}")
+        seeds = str(sum(run.place not in missing for run in group.runs))
         for normaliser, counts in pooled.get(group.name, {}).items():
             shares = (f"{100 * share:.1f} %" for share in counts.shares)
             cells = (f"{counts.maximum_nats:.3f}", *shares, seeds, str(counts.heads), str(counts.nonfinite))
