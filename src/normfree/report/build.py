@@ -1,7 +1,5 @@
 """Build a report: one page with its facts, and figures, tables and numbers as files."""
 
-import base64
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -146,7 +144,6 @@ def render_page(parts: Sequence[Part], sections: Sequence[Sequence[dict[str, Any
     """The text of index.html: for each part its question, answer and sections (their `section_values`); facts."""
     runs = [run for part in parts for run in all_runs(part.groups)]
     names = _distinct(runs, lambda run: run.spec["study"] if run.kind == "run" else run.label)
-    script = _PAGES.loader.get_source(_PAGES, "script.js")[0]  # pyright: ignore[reportOptionalMemberAccess]
     return _PAGES.get_template("index.html.j2").render(
         version=__version__,
         is_causal=ceiling_words(runs) == "causal ceiling",
@@ -167,8 +164,6 @@ def render_page(parts: Sequence[Part], sections: Sequence[Sequence[dict[str, Any
         rates=[Markup(to_html(table)) for table in rates],
         trained=any(run.kind == "run" for run in runs),
         facts=_facts(parts),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
 
 

@@ -133,7 +133,7 @@ def _private_inference(groups: Groups) -> PageFigure | None:
     priced, _ = trade_off(groups)
     if not priced:
         return None
-    lines = [line for point in priced for line in points.name_in_column(point).split("\n")]
+    lines = [line for point in priced for line in wrapped(point.name, points.NAME_LETTERS).split("\n")]
     return PageFigure(
         caption="One point per variant: bytes sent in one forward pass over one block under CHEETAH, and perplexity "
         "(the table says over which seeds). Further left and lower is better. Circles are on the Pareto front, "

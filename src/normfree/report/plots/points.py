@@ -13,6 +13,8 @@ from normfree.analysis.seeds import decimals, summarise
 from normfree.cost.totals import Point
 from normfree.report.plots.style import GREEN, GRID, INK, MUTED, RED, Styles, empty, plain_ticks, wrapped
 
+NAME_LETTERS = 22  # of a line in the column of names of a trade-off
+
 
 def score_points(groups: Sequence[Group], *, ax: Axes, styles: Styles) -> Axes:
     """Final score, e.g. perplexity: one row per variant, a dot per seed, and the mean with the sample deviation below.
@@ -89,7 +91,7 @@ def trade_off_points(points: Sequence[Point], *, ax: Axes) -> Axes:
         place = (point.bytes / 1e9, point.perplexity)
         marker, colour = ("o", GREEN) if point.on_front else ("x", MUTED)
         ax.plot(*place, marker=marker, color=colour, linestyle="none", clip_on=False)
-        ax.annotate(name_in_column(point), place, xytext=(1.02, height), **column)
+        ax.annotate(wrapped(point.name, NAME_LETTERS), place, xytext=(1.02, height), **column)
     if missing := [point.name for point in points if not math.isfinite(point.perplexity)]:
         text = textwrap.fill(f"NaN: {', '.join(missing)}", 70, break_on_hyphens=False)
         ax.text(0, -0.2, text, transform=ax.transAxes, va="top", fontsize=7.5, color=RED)
@@ -100,8 +102,3 @@ def trade_off_points(points: Sequence[Point], *, ax: Axes) -> Axes:
     ax.grid(visible=False)  # its lines look like those of the names
     ax.set(xlabel="sent in private inference (GB)", ylabel="validation perplexity")
     return ax
-
-
-def name_in_column(point: Point) -> str:
-    """Its name, on lines short enough for a narrow figure."""
-    return wrapped(point.name, 22)
