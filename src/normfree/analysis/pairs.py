@@ -88,8 +88,7 @@ def pairs_of(groups: Sequence[Group], labels: Iterable[tuple[str, str]] = publis
 
 
 def all_pairs(groups: Sequence[Group]) -> list[Pair]:
-    """Every variant with the baseline if one was chosen; else the paper's pairs, then every other pair of a recipe
-    with a common seed."""
+    """Every variant with the baseline if one was chosen; else the paper's pairs, then all others with a common seed."""
     if bases := dict.fromkeys(group.label for group in groups if group.is_baseline):
         labels = dict.fromkeys(group.label for group in groups)
         pairs = pairs_of(groups, [(label, base) for label in labels for base in bases])

@@ -64,9 +64,7 @@ def student_t(degrees: float, confidence: float = 0.95) -> float:
 
 
 def finite_together(*arms: Mapping[Hashable, float]) -> tuple[np.ndarray, int]:
-    """(arms, seeds) values over the seeds that all arms have, and how many seeds were dropped: a value that is not
-    finite, as of a diverged run, drops its seed from every arm.
-    """
+    """(arms, seeds) values over the common seeds that are finite in every arm, and how many of the common are not."""
     common = [seed for seed in arms[0] if all(seed in arm for arm in arms)]
     values_AP = np.array([[arm[seed] for seed in common] for arm in arms], dtype=float)
     is_finite_P = np.isfinite(values_AP).all(axis=0)

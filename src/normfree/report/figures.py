@@ -1,6 +1,6 @@
 """Figures of the page: their layout, and heatmaps, curves and profiles drawn from a quantity's description."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -229,13 +229,12 @@ FIGURES: dict[tuple[str, ...], tuple[Callable[..., PageFigure | None], ...]] = {
 }
 
 
-def _by_group(layers: Sequence[int | str]) -> dict[str, tuple[list[int] | slice, list[int]]]:
+def _by_group(layers: Sequence[int | str]) -> Mapping[str, tuple[list[int] | slice, list[int]]]:
     """Places and numbers of the layers of each group of heads; of unnumbered layers all places."""
     of_layer = [group_and_number(layer) for layer in layers]
     places = {heads: [place for place, (name, _) in enumerate(of_layer) if name == heads] for heads, _ in of_layer}
-    return {heads: (part, [of_layer[place][1] for place in part]) for heads, part in places.items()} or {
-        "": (slice(None), [])
-    }
+    parts = {heads: (part, [of_layer[place][1] for place in part]) for heads, part in places.items()}
+    return parts or {"": (slice(None), [])}
 
 
 def _measured(groups: Sequence[Group], quantity: Quantity) -> list[tuple[Group, Run, Floats, list[int | str]]]:

@@ -33,9 +33,9 @@ def layer_curves(
 ) -> Axes:
     """A quantity of every layer over training, averaged over its heads; blue is the first layer, orange the last.
 
-    `history` is (step, values [L] or [L, H]), `label` that of the y axis, `numbers` those of the layers (none: one grey
-    line for all of them), `deepest` the last layer of all models that share the colour bar. The dashed line is the
-    ceiling. The line of a layer ends where a head is not finite, and a vertical line marks the first such step.
+    `history` is (step, values [L] or [L, H]), `numbers` those of the layers (none: one grey line for all of them),
+    `deepest` the last layer of all models that share the colour bar. The dashed line is the ceiling. The line of a
+    layer ends where a head is not finite, and a vertical line marks the first such step.
     """
     steps, mean_LN = [step for step, _ in history], np.array([layer_means(values) for _, values in history]).T
     for place, mean_N in enumerate(mean_LN):

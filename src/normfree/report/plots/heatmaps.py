@@ -94,9 +94,8 @@ def heatmap(
 
     `ceiling`: the value of the brightest colour (one number, or the highest of one per layer), by default the highest
     finite value; heatmaps with the same ceiling are comparable. Without `ax` it is drawn with a colour bar into
-    pyplot's current axes or, unless pyplot was imported, into a new figure, which is `.figure` of the result.
-
-    Raises ValueError for values of another shape.
+    pyplot's current axes or, unless pyplot was imported, into a new figure, which is `.figure` of the result. Raises
+    ValueError for values of another shape.
     """
     values_LH = np.asarray(values_LH, dtype=float)
     if values_LH.ndim != 2 or values_LH.size == 0:

@@ -38,10 +38,8 @@ def difference_points(pairs: Sequence[Pair], *, ax: Axes) -> Axes:
     """Paired differences of the score in percent or points: a dot per seed, and the mean with its 95 % interval."""
     for row, pair in enumerate(pairs):
         ours, theirs, difference, score = pair.ours.scores, pair.theirs.scores, pair.score(), pair.ours.score
-        percents = [
-            100 * (ours[seed] / theirs[seed] - 1) if score.relative else ours[seed] - theirs[seed]
-            for seed in pair.seeds
-        ]
+        scores = [(ours[seed], theirs[seed]) for seed in pair.seeds]
+        percents = [100 * (a / b - 1) if score.relative else a - b for a, b in scores]
         hover = f"{pair.name}: {', '.join(f'{percent:+.1f} {score.unit}' for percent in percents)}"
         reach = 100 * (difference.high - difference.mean)
         _dots_above_mean(ax, row, percents, 100 * difference.mean, reach, MUTED, hover)

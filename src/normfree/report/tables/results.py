@@ -48,8 +48,7 @@ def difference_table(groups: Sequence[Group]) -> Table:
     """Differences of the score for all pairs, paired by seed, with a 95 % Student-t interval."""
     rows, score = [], score_of(groups)
     for pair in all_pairs(groups):
-        difference = pair.score()
-        numbers = (*_difference_cells(difference, score.unit), percent(pair.published))
+        numbers = (*_difference_cells(pair.score(), score.unit), percent(pair.published))
         rows.append((pair.name, "the paper's" if pair.is_the_papers else "exploratory", *numbers))
     titles = ("Comparison", "Kind", f"Difference in {score.name}", "95 % interval", "Pairs", "Paper")
     notes = [

@@ -78,8 +78,8 @@ def slope_table(groups: Sequence[Group]) -> Table:
         "closer to 0 than it began.",
     ]
     caption = f"Slope below zero, {score_of(groups).name} and non-finite values"
-    cells = [row for _, row in rows]
-    return Table("slopes", caption, titles, cells, notes, words=("Slope at the end", "Gone to zero"))
+    words = ("Slope at the end", "Gone to zero")
+    return Table("slopes", caption, titles, [cells for _, cells in rows], notes, words)
 
 
 def _slope_row(group: Group) -> tuple[float, tuple[str, ...]]:
