@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -76,10 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("normfree: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader closed the pipe, as `| head` does; what is left to print is dropped
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_closed_pipe():
+            return 128 + signal.SIGPIPE
         if debug:
             raise
         text = " ".join(str(error).split()) or type(error).__name__
@@ -96,6 +96,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             distributed.destroy_process_group()
             gc.collect()
     return 0
+
+
+def _reader_closed_pipe() -> bool:
+    """True if the reader closed the pipe, as `| head` does; what is left to print is then dropped."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    if closed := bool(output.poll(0)):  # registered for no event, so it reports errors only
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return closed
 
 
 def dispatch(words: Sequence[str]) -> None:
