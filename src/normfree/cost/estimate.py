@@ -33,12 +33,15 @@ NORMS = {
 }
 """Of one norm: parameters per channel, parameters besides, and the bytes that it keeps for the backward pass, per token
 and channel, beside its output, over an fp32 stream."""
-_UNKNOWN_NORM = (0, 0, 0)
+COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of an element of a product
+Device = Literal["cpu", "gpu"]
 ACTIVATION_KEEPS = {"relu": 1, "identity": 1, "gelu": 2, "gelu_tanh": 2, "leaky_relu": 2}
 """Tensors of the feed-forward width that an activation and the projection after it keep."""
 NOT_COUNTED = ("query_key_norm", "branch", "linear", "attention_temperature", "attention_sink", "attention_gate")
 NOT_COUNTED += ("feed_forward", "embedding_scale", "embedding_dropout", "attention_dropout", "residual_dropout")
 """Fields that are reckoned at their default; other values keep more."""
+
+ADVICE = "a smaller train.micro_batch_sequences, train.gradient_checkpointing=true or more GPUs (train.sharding=fsdp)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +83,7 @@ class Sizes:
         return self.block * self.layers + self.root
 
 
-def sizes_of(spec: RunSpec, device: Literal["cpu", "gpu"] = "gpu") -> Sizes:
+def sizes_of(spec: RunSpec, device: Device = "gpu") -> Sizes:
     """The sizes of a run's model. Raises ValueError for a size or choice that no model has."""
     model = config_of(spec)
     if model["family"] != "decoder":
@@ -98,17 +101,17 @@ def sizes_of(spec: RunSpec, device: Literal["cpu", "gpu"] = "gpu") -> Sizes:
     slopes = _chosen(model, "learnable_slope", {"none": 0, "shared": 1, "per_layer": leaky})
     positions = width * model["max_position_embeddings"] * (model["position"] == "learned")
     embeddings = width * model["vocab_size"] * (1 if model["tie_word_embeddings"] else 2)
-    final_norm = _norm_parameters(model["final_norm"], width)
+    norm, final_norm = (NORMS.get(model[name], NORMS["none"]) for name in ("norm", "final_norm"))
     layer_bytes = [_layer_keeps(spec, model, name, sites, device) for name in activations]
     return Sizes(
-        block=projections + bias + sites * _norm_parameters(model["norm"], width),
+        block=projections + bias + sites * (norm[0] * width + norm[1]),
         projections=projections,
-        root=embeddings + positions + final_norm + slopes,
+        root=embeddings + positions + slopes + final_norm[0] * width + final_norm[1],
         layers=layers,
         width=width,
         vocab_size=model["vocab_size"],
         layer_keeps=sum(layer_bytes) / layers,
-        final_norm_keeps=NORMS.get(model["final_norm"], _UNKNOWN_NORM)[2],
+        final_norm_keeps=final_norm[2],
         feed_forward=feed_forward,
     )
 
@@ -119,16 +122,9 @@ def _chosen(model: dict[str, Any], field: str, numbers: dict[str, int]) -> int:
     return numbers[model[field]]
 
 
-def _norm_parameters(name: str, width: int) -> int:
-    per_channel, besides, _ = NORMS.get(name, _UNKNOWN_NORM)
-    return per_channel * width + besides
-
-
-def _layer_keeps(
-    spec: RunSpec, model: dict[str, Any], activation: str, sites: int, device: Literal["cpu", "gpu"]
-) -> float:
+def _layer_keeps(spec: RunSpec, model: dict[str, Any], activation: str, sites: int, device: Device) -> float:
     """Bytes that autograd keeps of one layer, per token and channel."""
-    compute, width, tokens = _compute_bytes(spec), model["hidden_size"], spec.data.context
+    compute, width, tokens = COMPUTE_BYTES[spec.train.precision], model["hidden_size"], spec.data.context
     # Of attention and of the feed-forward part; parallel fp32 branches without norm read one and the same tensor.
     shared = model["residual"] == "parallel" and model["norm"] == "none" and compute == 4
     inputs = compute * (1 if shared else 2)
@@ -140,37 +136,28 @@ def _layer_keeps(
     attention += row_bytes * model["num_attention_heads"] / width
     ratio = (model["intermediate_size"] or 4 * width) / width
     fed = compute * ratio * ACTIVATION_KEEPS.get(activation, 2)
-    return inputs + attention + fed + sites * NORMS.get(model["norm"], _UNKNOWN_NORM)[2]
+    return inputs + attention + fed + sites * NORMS.get(model["norm"], NORMS["none"])[2]
 
 
-def _compute_bytes(spec: RunSpec) -> int:
-    return 4 if spec.train.precision == "fp32" else 2
-
-
-def peak_memory(
-    spec: RunSpec, *, processes: int = 1, device: Literal["cpu", "gpu"] = "gpu"
-) -> tuple[str, dict[str, float]]:
-    """The moment of a run at which each device holds most, and its bytes then, by what they are.
-
-    `processes` share every batch, each on its own device. Raises ValueError as `sizes_of` does.
-    """
-    size, train, compute = sizes_of(spec, device), spec.train, _compute_bytes(spec)
+def peak_memory(spec: RunSpec, *, processes: int = 1, device: Device = "gpu") -> tuple[str, dict[str, float]]:
+    """When each device of `processes` holds most, and its bytes then by part. Raises ValueError as `sizes_of`."""
+    size, train, compute = sizes_of(spec, device), spec.train, COMPUTE_BYTES[spec.train.precision]
     sharded = train.sharding == "fsdp"
     shards = processes if sharded else 1
     pass_tokens = train.micro_batch_sequences * spec.data.context
     stream = pass_tokens * size.width
     head = size.vocab_size * size.width
+    muon = size.projections * size.layers if train.optimizer == "muon" else 0  # one state each, where AdamW has two
     states = {
         "weights": 4 * size.parameters / shards,
-        f"states of {train.optimizer}": _state_bytes(spec, size) / shards,
+        f"states of {train.optimizer}": (8 * size.parameters - 4 * muon) / shards,
     }
     gradients = {"gradients": 4 * size.parameters / shards}
     if processes > 1 and not sharded:
         states["gradients in DDP's buckets"] = 4 * size.parameters
     kept_before = gradients if train.batch_sequences > train.micro_batch_sequences * processes else {}
-    copies = 0 if compute == 4 else 2 * size.projections * size.layers
+    copies = 0 if compute == 4 or sharded else 2 * size.projections * size.layers
     if sharded:  # gathered in the dtype of the products
-        copies = 0
         states["gathered weights"] = 4 * size.root + compute * RING * size.block
         gradients["gathered gradients"] = 4 * RING * size.block
     layer = stream * size.layer_keeps + copies / size.layers
@@ -197,13 +184,7 @@ def peak_memory(
     return moment, {name: value for name, value in moments[moment].items() if value}
 
 
-def _state_bytes(spec: RunSpec, size: Sizes) -> int:
-    """Two moments of AdamW; Muon has one for the matrices of the blocks."""
-    muon = size.projections * size.layers if spec.train.optimizer == "muon" else 0
-    return 8 * size.parameters - 4 * muon
-
-
-def _loss_bytes(size: Sizes, pass_tokens: int, compute: int, device: Literal["cpu", "gpu"]) -> float:
+def _loss_bytes(size: Sizes, pass_tokens: int, compute: int, device: Device) -> float:
     """The gradient of the output matrix, a copy of that, and the logits of a block of rows, or of two in turn."""
     rows = min(max(1, LOSS_LOGITS[device] // size.vocab_size), pass_tokens)
     rows = min(LOSS_ROWS, rows) if device == "cpu" else rows
@@ -213,7 +194,7 @@ def _loss_bytes(size: Sizes, pass_tokens: int, compute: int, device: Literal["cp
     return (4 if compute == 4 else 6) * (head + max(two_blocks, head + of_block))
 
 
-def _evaluation_bytes(spec: RunSpec, size: Sizes, compute: int, device: Literal["cpu", "gpu"]) -> float:
+def _evaluation_bytes(spec: RunSpec, size: Sizes, compute: int, device: Device) -> float:
     tokens = spec.data.context
     fitting = max(1, EVALUATION_LOGITS[device] // (tokens * size.vocab_size))
     elements = min(spec.train.micro_batch_sequences, fitting) * tokens * size.vocab_size
@@ -236,40 +217,32 @@ def describe_estimate(
     utilisation: float = UTILISATION,
     tokens: float | None = None,
 ) -> str:
-    """Parameters, operations, memory by part, and time, in lines. `tokens`: of the whole run, where it counts epochs.
-
-    Raises ValueError as `sizes_of` does.
-    """
+    """Parameters, operations, memory, time; `tokens` of a run that counts epochs. Raises ValueError as `sizes_of`."""
     size, train, flops = sizes_of(spec), spec.train, training_flops(spec, 1)
     moment, parts = peak_memory(spec, processes=processes)
     rows = parts | {"CUDA context, libraries, gaps (assumed)": CONTEXT_BYTES}
     needed = sum(rows.values()) / GIB
-    fits = "fits" if needed <= gpu.memory_gib else f"does not fit; {_advice(spec)}"
+    tflops = gpu.fp32_tflops if train.precision == "fp32" else gpu.bf16_tflops
+    speed = utilisation * tflops * 1e12 / flops
+    time = f"{1e9 / speed / 3600:.2f} GPU-hours a billion tokens (tokens=2.1e9 gives those of a run)"
+    if total := (train.steps or 0) * train.batch_sequences * spec.data.context or tokens:
+        hours = total / speed / 3600
+        time = f"{total / 1e6:,.0f} M tokens: {duration(total / speed / processes)}, {hours:.2f} GPU-hours"
+    fits = "fits" if needed <= gpu.memory_gib else f"does not fit; give {ADVICE}"
     lines = [
         f"{spec.preset} {spec.label}: {size.parameters:,} parameters, {flops:.2e} FLOPs of training a token",
         f"each of {processes} {name}: {train.precision}, train.sharding={train.sharding}, passes of "
         f"{train.micro_batch_sequences} x {spec.data.context} tokens; most is held {moment}",
         *(f"  {part:<41}{value / GIB:8.2f} GiB" for part, value in rows.items()),
         f"  {'together':<41}{needed:8.2f} GiB of {gpu.memory_gib:g} GiB: {fits}",
-        _time_line(spec, gpu, flops, processes, utilisation, tokens),
+        f"{speed * processes:,.0f} tokens/s if {utilisation:.0%} of {tflops:g} TFLOP/s are reached (assumed); {time}",
     ]
-    if uncounted := not_counted(spec):
+    if uncounted := _not_counted(spec):
         lines.append(f"not counted: {', '.join(uncounted)}")
     return "\n".join(lines)
 
 
-def _time_line(spec: RunSpec, gpu: Gpu, flops: float, processes: int, utilisation: float, tokens: float | None) -> str:
-    tflops = gpu.fp32_tflops if spec.train.precision == "fp32" else gpu.bf16_tflops
-    speed = utilisation * tflops * 1e12 / flops
-    total = (spec.train.steps or 0) * spec.train.batch_sequences * spec.data.context or tokens
-    line = f"{speed * processes:,.0f} tokens/s if {utilisation:.0%} of {tflops:g} TFLOP/s are reached (assumed)"
-    if not total:
-        return f"{line}; {1e9 / speed / 3600:.2f} GPU-hours a billion tokens (tokens=2.1e9 gives those of a run)"
-    seconds = total / speed
-    return f"{line}; {total / 1e6:,.0f} M tokens: {duration(seconds / processes)}, {seconds / 3600:.2f} GPU-hours"
-
-
-def not_counted(spec: RunSpec) -> list[str]:
+def _not_counted(spec: RunSpec) -> list[str]:
     """Settings of a run that need memory or parameters beyond the estimate, as key=value."""
     model = config_of(spec)
     fields = [f"model.{name}={model[name]}" for name in NOT_COUNTED if model[name] != NORMFREE_DEFAULTS[name]]
@@ -289,21 +262,9 @@ def check_memory(spec: RunSpec, memory_gib: float, *, name: str, processes: int 
     each = (sum(parts.values()) + CONTEXT_BYTES) / GIB
     if runs * each <= memory_gib:
         return
-    has = f"and {name} has {memory_gib:.1f} (`normfree estimate` shows the parts)"
+    needs, advice = f"this run needs about {each:.1f} GiB", ADVICE
     if runs > 1:
-        raise ValueError(
-            f"workers={runs}: {runs} runs of {each:.1f} GiB need {runs * each:.1f} GiB, {has}: give workers="
-            f"{max(1, int(memory_gib / each))} or fewer"
-        )
-    raise ValueError(f"this run needs about {each:.1f} GiB, {has}: {_advice(spec)}")
-
-
-def _advice(spec: RunSpec) -> str:
-    """What makes a run need less."""
-    train, keys = spec.train, []
-    if train.micro_batch_sequences > 1:
-        keys.append("a smaller train.micro_batch_sequences")
-    if not train.gradient_checkpointing:
-        keys.append("train.gradient_checkpointing=true")
-    keys.append("more GPUs" if train.sharding == "fsdp" else "train.sharding=fsdp on several GPUs")
-    return f"give {', or '.join(keys)}"
+        needs = f"workers={runs}: {runs} runs of {each:.1f} GiB need {runs * each:.1f} GiB"
+        advice = f"workers={max(1, int(memory_gib / each))} or fewer"
+    has = f"{name} has {memory_gib:.1f} (`normfree estimate` shows the parts)"
+    raise ValueError(f"{needs}, and {has}: give {advice}")
