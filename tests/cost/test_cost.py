@@ -65,9 +65,7 @@ def test_neox_rotates_a_quarter_and_has_the_erf_form() -> None:
 
 def test_our_gated_part_costs_what_llamas_does() -> None:
     norms = {"norm": "rmsnorm", "final_norm": "rmsnorm", "query_key_norm": "none"}
-    ours = small(
-        model_type="normfree", feed_forward="gated", activation="silu", position="rotary", rotary_share=1.0, **norms
-    )
+    ours = small(feed_forward="gated", activation="silu", position="rotary", rotary_share=1.0, **norms)
     sizes = {"intermediate_size": 96, "max_position_embeddings": 16}
     assert elements(ours | sizes, 16) == elements(LlamaConfig(**small(**sizes)), 16)
 
@@ -162,7 +160,7 @@ def test_defaults_are_those_of_the_config() -> None:
 
 
 def test_every_choice_of_the_model_has_a_price_with_origin() -> None:
-    assert {*families.NORMFREE_ACTIVATIONS, "leaky_relu"} == {*ACTIVATIONS, "silu"}
+    assert ACTIVATIONS.keys() <= {*families.ACTIVATIONS, "leaky_relu"}
     assert {*families.NORMFREE_NORMS, "taper", "fake"} == set(NORMS)  # a config does not say whether it tapered off
     for name, free in families.NORMFREE_FREE.items():
         assert set(free) <= set(TABLES.get(name) or get_args(NormFreeConfig.__annotations__[name]))
@@ -174,16 +172,13 @@ def test_every_choice_of_the_model_has_a_price_with_origin() -> None:
     assert {price["origin"] for price in [*cheetah.values(), *semi2k.values()]} <= constants["origins"].keys()
 
 
-def test_semi2k_matrix_product_is_what_the_simulator_sends() -> None:
-    """Logged by SPU 0.9.5: (128 x 768)(768 x 1536) sends 11,010,048 bytes each way, in 2 rounds."""
+def test_semi2k_prices_are_what_the_simulator_logged() -> None:
+    """SPU 0.9.5: (128 x 768)(768 x 1536) sends 11,010,048 bytes each way in 2 rounds. The softmax of rows of 128 takes
+    119 rounds, of rows of 768 143."""
     item = Matmul(layer=0, part="", operation="matmul", batch=1, m=128, k=768, n=1536)
     assert find_protocol("semi2k").price(item) == (2 * 11_010_048, 2)
     with pytest.raises(ValueError, match="no price for 'mat_mul'; did you mean matmul"):
         find_protocol("semi2k").price(replace(item, operation="mat_mul"))
-
-
-def test_softmax_rounds_grow_with_the_row() -> None:
-    """Logged by SPU 0.9.5: 119 messages for rows of 128, 143 for rows of 768."""
     config = {**small(norm="none", final_norm="none", activation="identity"), "max_position_embeddings": 768}
     short, long = (of_config(config, context=context).rounds for context in (128, 768))
     assert long - short == 3 * (143 - 119)
@@ -218,22 +213,15 @@ def test_tables_add_up() -> None:
         (small(), {"protocol": "cheeta"}, "did you mean cheetah"),
         (small(), {"network": "wam"}, "did you mean wan"),
         (small(), {"context": 17}, "context=17 must be 1 to 16"),
-        (small(), {"delay_ms": -1}, "delay_ms=-1"),
         (small(), {"bandwidth_mbps": 0}, "bandwidth_mbps=0"),
         (small(activation="geluu"), {}, "'geluu' has no known cost; did you mean gelu"),
         (small(norm="taper"), {}, "norm='taper' has no known cost"),
         (small(attention_sink="learned"), {}, "attention_sink='learned' has no known cost"),
-        (small(attention_gate="head"), {}, "attention_gate='head' has no known cost"),
-        (small(branch="scaled_ffn"), {}, "branch='scaled_ffn' has no known cost"),
-        (small(activation="leaky_relu", learnable_slope="each"), {}, "learnable_slope='each'"),
+        (small(position="rotatory"), {}, "position='rotatory' has no known cost; only position=learned or rotary"),
         (GPT2Config(activation_function="tanh"), {}, "activation='tanh' has no known cost"),
         (transformers.OPTConfig(), {}, "no cost for models of type 'opt'"),
-        ({"model_type": "llama", "hidden_size": 8}, {}, "has no field 'num_hidden_layers'"),
-        ({"model_type": "normfree", "activation": ["relu", "gelu"]}, {}, "lists 2 names, but num_hidden_layers is 12"),
-        ({"model_type": "normfree", "hidden_size": 100}, {}, "hidden_size=100 must be a multiple"),
+        (small(activation=["relu", "gelu"]), {}, "lists 2 names, but num_hidden_layers is 3"),
         (GPT2Config().to_dict() | {"n_embd": 100}, {}, "hidden_size=100 must be a multiple of num_attention_heads=12"),
-        (small(num_attention_heads=0), {}, "must be a multiple of num_attention_heads=0"),
-        ({"model_type": "normfree", "position": "rotatory"}, {}, "position='rotatory': allowed are"),
     ],
 )
 def test_unknown_input_is_refused_by_name(config: Any, options: dict[str, Any], message: str) -> None:
@@ -244,14 +232,9 @@ def test_unknown_input_is_refused_by_name(config: Any, options: dict[str, Any], 
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
-        ("protocols.cheetah.operations.relu.bytes_per_element", -98.5, "cheetah.relu would cost -[0-9,]* bytes"),
-        ("protocols.cheetah.operations.relu.bytes_per_element", math.inf, "cheetah.relu would cost inf bytes"),
-        ("protocols.cheetah.operations.relu.bytes_per_element", "98.5", "cheetah.relu is incomplete or no number"),
-        ("protocols.cheetah.operations.relu.rounds", 2.5, "and 2.5 rounds"),
-        ("protocols.cheetah.operations.relu", {"rounds": 1}, "relu is incomplete or no number: 'bytes_per_elem"),
-        ("protocols.cheetah.about", None, "about=None"),
+        ("protocols.cheetah.operations.relu", {"rounds": 1}, "price of cheetah.relu has no 'bytes_per_element'"),
         ("networks.wan", {"bandwidth_mbps": 100}, "delay_ms is missing"),
-        ("version", 7, "has version 7, not 1"),
+        ("version", 7, r"cannot be read \(version 7, not 1\)"),
     ],
 )
 def test_a_wrong_part_of_a_file_is_named(place: str, value: Any, message: str, tmp_path: Path) -> None:

@@ -10,8 +10,6 @@ from normfree.cost.totals import of_config
 from normfree.report.tables.table import to_markdown
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "private-inference.md"
-
-
 UNSEEN = [row for row in ROWS if row not in FITTED]
 
 

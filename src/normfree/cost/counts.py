@@ -47,8 +47,7 @@ class Matmul:
 
     @property
     def elements(self) -> int:
-        """Elements of the result."""
-        return self.batch * self.m * self.n
+        return self.batch * self.m * self.n  # of the result
 
 
 Count = Rows | Matmul

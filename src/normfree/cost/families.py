@@ -1,7 +1,4 @@
-"""The sizes and operations of a model that decide its cost, from its config; one reader per family. No torch needed.
-
-A reader prices nothing: `constants.py` refuses an operation without a price by name.
-"""
+"""The sizes and operations of a model that decide its cost, from its config; one reader per family. No torch needed."""
 
 import ast
 import json
@@ -47,25 +44,17 @@ class Architecture:
         return len(self.activations)
 
 
-# Operations on every element, by the name of an activation in a config.
-TRANSFORMERS_ACTIVATIONS: dict[str, tuple[str, ...]] = {
+# Operations on every element, by the name of an activation in a config of ours or of transformers.
+ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "gelu": ("gelu_erf",),
-    "gelu_new": ("gelu_tanh",),
-    "gelu_pytorch_tanh": ("gelu_tanh",),
+    **dict.fromkeys(("gelu_tanh", "gelu_new", "gelu_pytorch_tanh"), ("gelu_tanh",)),
     "relu": ("relu",),
-    "silu": ("silu",),
-    "swish": ("silu",),
+    **dict.fromkeys(("silu", "swish"), ("silu",)),
+    "identity": (),
 }
 GPT2_NAMES = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
 GPT2_NAMES |= {"n_inner": "intermediate_size", "n_positions": "max_position_embeddings"}
 GPT2_NAMES |= {"activation_function": "hidden_act"}
-NORMFREE_ACTIVATIONS: dict[str, tuple[str, ...]] = {
-    "gelu": ("gelu_erf",),
-    "gelu_tanh": ("gelu_tanh",),
-    "relu": ("relu",),
-    "identity": (),
-    "silu": ("silu",),  # not built in: `normfree cost PRESET activation=silu` answers what it would cost
-}
 # slope * (x - relu(x)) + relu(x): one product, with a public number or with a secret one (a weight of the model).
 LEAKY_RELU = {"none": ("relu", "public_product"), "per_layer": ("relu", "product"), "shared": ("relu", "product")}
 # cap * tanh(x / cap) is cap * (2 sigmoid(2x / cap) - 1). SiLU is a sigmoid and a product, so its price covers that.
@@ -80,9 +69,10 @@ NORMFREE_NORMS: dict[str, tuple[str, ...]] = {
     "bhyt": ("rmsnorm", *SOFT_CAP),
     "none": (),
 }
-# Choices that cost nothing, because they fold into matrices or move a norm; any other value is refused by name.
+# Choices that fold into matrices, move a norm or are counted (rotary positions); others are refused by name.
 NORMFREE_FREE = {
     "family": ("decoder",),
+    "position": ("learned", "rotary"),
     "placement": ("pre", "post", "mix", "peri"),
     "branch": ("plain", "fixed", "layerscale", "rezero"),
     "linear": ("plain", "weight_norm", "spectral_norm"),
@@ -98,29 +88,20 @@ NORMFREE_DEFAULTS: dict[str, Any] = {name: ast.literal_eval(default) for name, _
 
 
 def read_architecture(config: Any) -> Architecture:
-    """The sizes in a transformers config object, or in the content of a config.json.
-
-    Raises ValueError for an unknown family or a missing field.
-    """
+    """The sizes in a transformers config object, or in the content of a config.json. Raises ValueError for others."""
     values = config if isinstance(config, Mapping) else config.to_dict()
     family = values.get("model_type")
     if family not in READERS:
         raise ValueError(f"no cost for models of type {family!r}; {nearest(str(family), list(READERS))}")
-    try:
-        return READERS[family](values)
-    except KeyError as error:
-        raise ValueError(f"the config of this {family} model has no field {error.args[0]!r}") from None
+    return READERS[family](values)
 
 
 def _normfree(values: Mapping[str, Any]) -> Architecture:
     values = {**NORMFREE_DEFAULTS, **values}
-    known = dict(NORMFREE_ACTIVATIONS)
-    known["leaky_relu"] = _operations(LEAKY_RELU, "learnable_slope", values["learnable_slope"])
+    known = ACTIVATIONS | {"leaky_relu": _operations(LEAKY_RELU, "learnable_slope", values["learnable_slope"])}
     for name, free in NORMFREE_FREE.items():
         if values[name] not in free:
             raise NoPriceError(f"{name}={values[name]!r} has no known cost; only {name}={' or '.join(free)} is priced")
-    if values["position"] not in ("learned", "rotary"):
-        raise ValueError(f"position={values['position']!r}: allowed are learned and rotary")
     names = ("norm", "final_norm", "query_key_norm")
     norms: dict[str, Any] = {name: _operations(NORMFREE_NORMS, name, values[name]) for name in names}
     if values["placement"] == "peri":
@@ -132,8 +113,6 @@ def _normfree(values: Mapping[str, Any]) -> Architecture:
 
 
 def _gpt2(values: Mapping[str, Any]) -> Architecture:
-    if values.get("add_cross_attention"):
-        raise NoPriceError("add_cross_attention=True has no known cost; use add_cross_attention=False")
     values = {GPT2_NAMES.get(name, name): value for name, value in values.items()}
     norm = _layer_norm(values.get("layer_norm_epsilon", 1e-5))
     return _decoder({"intermediate_size": None, **values}, norm=norm, final_norm=norm)
@@ -167,7 +146,7 @@ def _decoder(
     values: Mapping[str, Any],
     *,
     activation: str = "hidden_act",
-    known: Mapping[str, tuple[str, ...]] = TRANSFORMERS_ACTIVATIONS,
+    known: Mapping[str, tuple[str, ...]] = ACTIVATIONS,
     rotary_share: float = 0,
     **parts: Any,
 ) -> Architecture:
@@ -202,11 +181,6 @@ def _operations(known: Mapping[str, tuple[str, ...]], field: str, name: str) -> 
 
 
 READERS: dict[str, Callable[[Mapping[str, Any]], Architecture]] = {
-    "normfree": _normfree,
-    "gpt2": _gpt2,
-    "gpt_neox": _gpt_neox,
-    "llama": _llama,
-    "mistral": _llama,  # sliding windows change the mask only, which is public and saves nothing
-    "qwen2": _llama,
-    "gemma2": _gemma2,
+    **{"normfree": _normfree, "gpt2": _gpt2, "gpt_neox": _gpt_neox, "gemma2": _gemma2},
+    **dict.fromkeys(("llama", "mistral", "qwen2"), _llama),  # sliding windows change the public mask: they save nothing
 }

@@ -46,10 +46,7 @@ class Cost:
 
     @property
     def seconds_at_least(self) -> float:
-        """Lower bound of the time for network traffic; computing is extra.
-
-        The busier direction carries at least half of the bytes, and every round waits once.
-        """
+        """Lower bound of the time for traffic: half of the bytes, in the busier direction, and a delay per round."""
         return self.bytes / 2 * 8 / (self.network.bandwidth_mbps * 1e6) + self.rounds * self.network.delay_ms / 1e3
 
     @property
@@ -80,7 +77,7 @@ def of_config(
     family, protocol or network, and NoPriceError (a ValueError) for an activation or norm without a price.
     """
     prices = find_protocol(protocol, constants)
-    link = find_network(network, bandwidth_mbps=bandwidth_mbps, delay_ms=delay_ms, constants=constants)
+    link = find_network(network, constants, bandwidth_mbps=bandwidth_mbps, delay_ms=delay_ms)
     architecture = read_architecture(config)
     items = tuple(Item(item, *prices.price(item)) for item in count(architecture, context))
     facts = {"name": name or architecture.family, "note": note, "context": context}
@@ -122,10 +119,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
 
 
 def trade_off(groups: Iterable[Group]) -> tuple[list[Point], list[str]]:
-    """One point per group that has a perplexity and a price, cheapest first, and the names of groups without a price.
-
-    Each corpus has its own Pareto front, because perplexities on different text cannot be compared.
-    """
+    """One point per group with a perplexity and a price, cheapest first, and the names of groups without a price."""
     priced, unpriced = [], []
     for group in groups:
         if not group.runs or group.score.name != "perplexity":  # a classifier has an accuracy
@@ -134,7 +128,7 @@ def trade_off(groups: Iterable[Group]) -> tuple[list[Point], list[str]]:
             priced.append((group, of_run(group.runs[0])))
         except NoPriceError:
             unpriced.append(group.name)
-    points = []
+    points = []  # with a front for each corpus, as perplexities on different text cannot be compared
     for corpus in dict.fromkeys(group.runs[0].corpus for group, _ in priced):
         rivals = [(group, cost) for group, cost in priced if group.runs[0].corpus == corpus]
         cells = scores_on_common_seeds([group for group, _ in rivals])

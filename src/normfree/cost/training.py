@@ -16,10 +16,7 @@ SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"
 
 
 def config_of(spec: RunSpec) -> dict[str, Any]:
-    """The fields of a run's model with their defaults, before its corpus is prepared.
-
-    The vocabulary is GPT-2's in place of one that is known once it is downloaded, as `normfree cost` takes it.
-    """
+    """Fields of a run's model before its corpus is prepared, with GPT-2's vocabulary in place of a downloaded one."""
     vocab_size = NORMFREE_DEFAULTS["vocab_size"] if spec.data.tokenizer else spec.data.vocab_size
     if spec.model.get("family") == "vision":  # a patch in place of a vocabulary: as many products at each token
         vocab_size = spec.model.get("num_channels", 1) * spec.model.get("patch_size", 4) ** 2
