@@ -54,17 +54,12 @@ def write_model(
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("rope.scaling.type", "linear"),
         ("rope.scaling.type", "yarn"),
         ("rope.scaling.factor", 4.0),
-        ("rope.scaling.attn_factor", 1.25),
-        ("rope.scale_linear", 4.0),
         ("attention.causal", False),
         ("attention.sliding_window", 16),
         ("attention.scale", 0.5),
         ("attn_logit_softcapping", 50.0),
-        ("final_logit_softcapping", 30.0),
-        ("tokenizer.ggml.pre", "deepseek-llm"),
         ("tokenizer.ggml.pre", "falcon"),
         ("tokenizer.ggml.pre", None),
     ],

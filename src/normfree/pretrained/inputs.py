@@ -16,10 +16,7 @@ _READS = {"text": "a text", "images": "images", "target": "the target of an enco
 
 
 def kinds_read(model: PreTrainedModel) -> set[str]:
-    """What the model's forward pass needs, of text, images and target (the decoder's own text).
-
-    Raises ValueError for a model of something else, such as sound.
-    """
+    """What a forward pass reads: text, images, target (the decoder's text). Raises ValueError for more, e.g. sound."""
     if model.config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not model.config.is_encoder_decoder:
         return {"text"}
     arguments = inspect.signature(model.forward).parameters
@@ -27,10 +24,8 @@ def kinds_read(model: PreTrainedModel) -> set[str]:
     if has_towers and _KINDS.keys() <= arguments.keys():
         return {"text", "images"}
     if model.main_input_name not in _KINDS:
-        raise ValueError(
-            f"{type(model).__name__} reads {model.main_input_name}, which the command has no key for; in Python: "
-            f"normfree.measure(model, {{'{model.main_input_name}': ...}})"
-        )
+        reads = f"{type(model).__name__} reads {model.main_input_name}, which the command has no key for"
+        raise ValueError(f"{reads}; in Python: normfree.measure(model, {{'{model.main_input_name}': ...}})")
     target = {"target"} if model.config.is_encoder_decoder and "decoder_input_ids" in arguments else set()
     return _KINDS[model.main_input_name] | target
 
@@ -47,10 +42,7 @@ def check_kinds(model: PreTrainedModel, given: set[str]) -> None:
 
 
 def read_images(folder: Path, processor: Any, count: int, channels: int = 3) -> dict[str, Tensor]:
-    """What an image processor makes of the first `count` images of a folder and the folders in it, sorted by path.
-
-    Raises ValueError for a folder without images, and a file that is none. Of one of the `channels` it is grey.
-    """
+    """What a processor makes of the first images below a folder, grey for 1 channel. Raises ValueError for no image."""
     from PIL.Image import open as decode_image
     from PIL.Image import registered_extensions
 

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HTTPError, StrictDataclassError  # pyright: i
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.import_utils import is_peft_available, is_vision_available
+from transformers.utils.import_utils import is_peft_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
 import normfree.model  # registers our architecture with the Auto classes
@@ -55,21 +55,20 @@ def load_pretrained(
 ) -> tuple[Any, Any]:
     """Load (model, tokenizer), the model in evaluation mode on `device` (default: the GPU if there is one).
 
-    `name` is a run, its folder, a folder of save_pretrained, a .gguf file or a name on the Hugging Face hub.
-    `attention` is transformers' attn_implementation; None lets the model choose. Raises ValueError, in one line, if
-    there is no such model, it cannot be reached, it is no causal LM, its tokenizer or some of its weights are missing
-    (transformers would fill these with random numbers), or transformers leaves out a part of it: weights without a
-    place, an adapter without peft, keys of a .gguf file.
+    `name` is a run, its folder, a folder of save_pretrained, a .gguf file or a name on the Hugging Face hub, and
+    `attention` transformers' attn_implementation. Raises ValueError, in one line, if there is no such model, it is no
+    causal LM, its tokenizer or a weight is missing (transformers would fill it with random numbers), or transformers
+    leaves out a part of it: weights without a place, an adapter without peft, keys of a .gguf file.
     """
     usable_device(device)  # before anything is looked up
-    options: dict[str, Any] = _source(os.fspath(name)) | {"trust_remote_code": trust_remote_code}
-    if find_adapter_config_file(options["pretrained_model_name_or_path"]) and not is_peft_available():
-        error = ImportError("adapter_config.json: a model with an adapter needs pip install 'peft>=0.17'")
-        raise _cannot_load(os.fspath(name), error)
-    model = _load(os.fspath(name), AutoModelForCausalLM, options, dtype, device, attention)
-    tokenizer = _load_tokenizer(os.fspath(name), options)
-    if file := options.get("gguf_file"):
-        correct_or_refuse(Path(options["pretrained_model_name_or_path"]) / file, model, tokenizer)
+    name = os.fspath(name)
+    source: dict[str, Any] = _source(name) | {"trust_remote_code": trust_remote_code}
+    if find_adapter_config_file(source["pretrained_model_name_or_path"]) and not is_peft_available():
+        raise ValueError(f"{name} has an adapter_config.json, which needs pip install 'peft>=0.17'")
+    model = _load(name, AutoModelForCausalLM, source, dtype, device, attention)
+    tokenizer = _load_tokenizer(name, source)
+    if file := source.get("gguf_file"):
+        correct_or_refuse(Path(source["pretrained_model_name_or_path"]) / file, model, tokenizer)
     return model, tokenizer
 
 
@@ -79,7 +78,8 @@ def load_measurable(name: RunFolder, **options: Any) -> tuple[Any, Any, Any]:
     A causal LM as `load_pretrained` loads it, whose `options` these are; others as the class that saved them, or as
     AutoModel. Raises ValueError as `load_pretrained` does, and for a model without a processor of its images.
     """
-    source = _source(os.fspath(name)) | {"trust_remote_code": options.get("trust_remote_code", False)}
+    name = os.fspath(name)
+    source = _source(name) | {"trust_remote_code": options.get("trust_remote_code", False)}
     try:
         config = AutoConfig.from_pretrained(**source)
     except _UNREADABLE:  # of an adapter, or unreadable: load_pretrained says why
@@ -92,20 +92,16 @@ def load_measurable(name: RunFolder, **options: Any) -> tuple[Any, Any, Any]:
     saved_by = next(iter(getattr(config, "architectures", None) or ()), "")
     loader = getattr(normfree.model, saved_by, None) or getattr(transformers, saved_by, AutoModel)
     chosen = (options.get("dtype", "fp32"), options.get("device"), options.get("attention"))
-    model = _load(os.fspath(name), loader, source, *chosen)
+    model = _load(name, loader, source, *chosen)
     kinds = kinds_read(model)
-    tokenizer = processor = None
-    if {"text", "target"} & kinds:
-        tokenizer = _load_tokenizer(os.fspath(name), source)
+    tokenizer = _load_tokenizer(name, source) if {"text", "target"} & kinds else None
+    processor = None
     if "images" in kinds:
-        if not is_vision_available():
-            raise ValueError(f"{name} reads images: pip install pillow")
         try:
             processor = AutoImageProcessor.from_pretrained(**source)
-        except _UNREADABLE as error:
-            folder, file = Path(name), "preprocessor_config.json"
-            why = f"no {file}" if folder.is_dir() and not (folder / file).is_file() else _first_line(error)
-            raise ValueError(f"{name} has no image processor ({why}); save the model's beside it") from error
+        except _UNREADABLE as error:  # without pillow, too
+            advice = "save the model's preprocessor_config.json beside it"
+            raise ValueError(f"{name} has no image processor ({_first_line(error)}); {advice}") from error
     return model, tokenizer, processor
 
 
@@ -147,10 +143,7 @@ def _load_tokenizer(name: str, source: dict[str, Any]) -> Any:
 
 
 def held_out_blocks(run: RunFolder, *, cache: Path | None = None) -> Tensor:
-    """(N, T) token ids of the held-out text of a run, or (N, B) bytes of its images and their classes.
-
-    `cache` is the folder of corpora. See `corpus_of_run`.
-    """
+    """(N, T) token ids of a run's held-out text, or (N, B) bytes of its images and classes; `cache` has the corpora."""
     return torch.from_numpy(corpus_of_run(read_run(run), cache).held_out_ids())
 
 
@@ -208,7 +201,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _source(name: str) -> dict[str, str]:
-    """Where transformers finds the model. Raises ValueError if it is certain that there is none."""
+    """Where transformers finds the model. Raises ValueError if there is none, here or on the hub."""
     path = Path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -217,26 +210,17 @@ def _source(name: str) -> dict[str, str]:
     if (path / RUN_FILE).is_file():
         run = read_run(path)
         if not (path / "model").is_dir():
-            why = "its folder model/ is not here" if run.status == "finished" else f"the run is {run.status}"
-            raise ValueError(f"{name} has no saved model: {why}; only finished runs save one")
+            raise ValueError(f"{name} is {run.status} and has no folder model/, which only finished runs save")
         return {"pretrained_model_name_or_path": str(path / "model")}
     if not path.exists():
-        beside = {file.parent.name for kind in (RUN_FILE, "config.json") for file in path.parent.glob(f"*/{kind}")}
-        beside_runs = "/" in name and any(path.parent.glob(f"*/{RUN_FILE}"))
+        beside = sorted(file.parent.name for file in path.parent.glob(f"*/{RUN_FILE}"))
         # Names on the hub have one slash at most, and no runs lie beside them.
-        if name.startswith((".", "/")) or name.count("/") > 1 or beside_runs:
-            raise ValueError(f"{name} does not exist{'; ' + nearest(path.name, sorted(beside)) if beside else ''}")
-        _check_hub(name)
-    elif path.is_dir() and not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
-        raise ValueError(f"{name} is neither a run folder nor a saved model: it has no {RUN_FILE} and no config.json")
+        if name.startswith((".", "/")) or name.count("/") > 1 or ("/" in name and beside):
+            raise ValueError(f"{name} does not exist{'; ' + nearest(path.name, beside) if beside else ''}")
+        try:  # fail at the first request: loading retries
+            cached = (try_to_load_from_cache(name, file) for file in ("config.json", "adapter_config.json"))
+            if not any(isinstance(path, str) for path in cached):
+                model_info(name, timeout=10)
+        except (OSError, ValueError, HTTPError) as error:
+            raise _cannot_load(name, error) from error
     return {"pretrained_model_name_or_path": name}
-
-
-def _check_hub(name: str) -> None:
-    """Raise ValueError for a model that is neither cached nor on the hub, at the first failure: loading retries."""
-    try:
-        cached = (try_to_load_from_cache(name, file) for file in ("config.json", "adapter_config.json"))
-        if not any(isinstance(path, str) for path in cached):
-            model_info(name, timeout=10)
-    except (OSError, ValueError, HTTPError) as error:
-        raise _cannot_load(name, error) from error
