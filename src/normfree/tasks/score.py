@@ -1,10 +1,10 @@
-"""Log-likelihoods of whole texts under a model, an untrained copy of it and a unigram.
+"""Log-likelihoods of whole texts under a model, an untrained copy of it and a unigram."""
 
-Shapes: B texts, T tokens, V vocabulary, t tokens of one block of logits.
-"""
+# B texts, T tokens, V vocabulary
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from os.path import commonprefix
 from typing import Any
 
 import numpy as np
@@ -55,15 +55,9 @@ def untrained_copy(model: PreTrainedModel, seed: int) -> PreTrainedModel:
 
 
 def shared_window(good: list[int], bad: list[int], room: int) -> tuple[list[int], list[int]] | None:
-    """Both rows, without the same tokens at both ends if one is longer than `room`; None if that is not enough.
-
-    First their common end is cut, then their common beginning; a quarter of the window is left of each.
-    """
-    shorter = min(len(good), len(bad))
-    same = np.equal(good[:shorter], bad[:shorter])
-    first = shorter if same.all() else int(same.argmin())
-    same_end = np.equal(good[::-1][: shorter - first], bad[::-1][: shorter - first])
-    last = shorter - first if same_end.all() else int(same_end.argmin())
+    """Both rows, cut to `room` at their common end, then beginning, a quarter of it left of each; None if too long."""
+    first = len(commonprefix([good, bad]))  # noqa: RUF071 - of tokens
+    last = len(commonprefix([good[first:][::-1], bad[first:][::-1]]))  # noqa: RUF071
     over, kept = max(0, max(len(good), len(bad)) - room), max(1, room // 4)
     end = min(over, max(0, last - kept))
     start = min(over - end, max(0, first - kept))
@@ -73,10 +67,7 @@ def shared_window(good: list[int], bad: list[int], room: int) -> tuple[list[int]
 
 
 def score_pairs(pairs: Sequence[Pair], encode: Encode, scorers: Mapping[str, Scorer], room: int) -> dict[str, Any]:
-    """Log-likelihood of the good text less that of the bad one in nats, by scorer; without twos that are too long.
-
-    Raises ValueError if all are.
-    """
+    """Nats of the good text less those of the bad one, by scorer, without long twos. Raises ValueError if all are."""
     windows = [shared_window(encode(pair.good)[0], encode(pair.bad)[0], room) for pair in pairs]
     twos = [(one, other) for one, other in zip(windows[::2], windows[1::2], strict=True) if one and other]
     if not twos:
