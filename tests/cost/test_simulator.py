@@ -8,12 +8,15 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from benchmarks.private_inference import calibrate, measure
 from normfree.cli import main as cli
@@ -60,34 +63,20 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["protocol=semi2"], "unknown protocol 'semi2'; did you mean semi2k"),
         (["constants=nowhere.json"], "constants=nowhere.json cannot be read .*; name a file of constants"),
         (["constants=text.json"], "constants=text.json cannot be read"),
-        ([f"python={sys.executable}"], r"python3\.11 -m venv spu && spu/bin/pip install 'spu==0\.9\.5'"),
         (["python=/no/such/python"], r"python3\.11 -m venv spu && spu/bin/pip install 'spu==0\.9\.5'"),
-        (["constants=other.json"], "other.json has version 7"),
-        (["output=."], "output=. exists: .* or name another"),
-        (["output=text.json"], "output=text.json exists: add constants=text.json"),
-        (["output=text.json", "constants=nowhere.json"], "output=text.json exists: add constants=text.json"),
+        (["output=text.json"], "output=text.json exists: add constants=text.json .* or name another"),
+        (["output=text.json/mine.json"], "is a file; name a folder"),
     ],
 )
 def test_wrong_input_is_refused_by_name(words: list[str], message: str, fake: Path) -> None:
     Path("text.json").write_text("text")
-    Path("other.json").write_text('{"version": 7}')
     with pytest.raises(ValueError, match=message):
         calibrate.main([f"python={fake}", *words])
     assert not Path("constants.json").exists()
 
 
-def test_an_unknown_key_or_unwritable_output_is_refused(fake: Path) -> None:
-    with pytest.raises(SystemExit, match="unknown key pyton; allowed: constants, output, protocol, python"):
-        calibrate.main(["pyton=spu/bin/python"])
-    fake.write_text("#!/bin/sh\ntouch measured\n")
-    Path("text").write_text("a file")
-    with pytest.raises(ValueError, match="is a file; name a folder"):
-        calibrate.main([f"python={fake}", "output=text/mine.json"])
-    assert not Path("measured").exists()
-
-
 @pytest.mark.parametrize("protocol", ["semi2k", "cheetah"])
-def test_measured_prices_replace_recorded_ones_with_their_origin(protocol: str, fake: Path, capsys) -> None:
+def test_measured_prices_with_their_origin_are_those_that_count(protocol: str, fake: Path, capsys) -> None:
     calibrate.main([f"python={fake}", f"protocol={protocol}"])
     recorded, content = load_constants(), load_constants(Path("constants.json"))
     changed = content["protocols"][protocol]["operations"]
@@ -101,14 +90,10 @@ def test_measured_prices_replace_recorded_ones_with_their_origin(protocol: str, 
     other = {"semi2k": "cheetah", "cheetah": "semi2k"}[protocol]
     assert content["protocols"][other] == recorded["protocols"][other]
     assert "use them with `normfree cost MODEL constants=constants.json`" in capsys.readouterr().out
-
-
-def test_a_model_is_priced_with_the_constants_given(fake: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    calibrate.main([f"python={fake}", "output=mine.json"])
-    assert cli.main(["cost", "gpt2-t128", "protocol=semi2k", "constants=mine.json"]) == 0
+    assert cli.main(["cost", "gpt2-t128", f"protocol={protocol}", "constants=constants.json"]) == 0
     assert "; calibrated 2" in capsys.readouterr().out
     config = {"model_type": "normfree", "activation": "relu"}
-    items = of_config(config, protocol="semi2k", constants="mine.json").items
+    items = of_config(config, protocol=protocol, constants="constants.json").items
     bytes_by_operation = {item.count.operation: item.bytes for item in items}
     assert bytes_by_operation["layernorm"] == pytest.approx(7 * 128 * 768 + 11 * 128)
     in_rows_of_128 = 7 + 11 / 128  # what a row costs is in the price of an element
@@ -116,16 +101,13 @@ def test_a_model_is_priced_with_the_constants_given(fake: Path, capsys: pytest.C
 
 
 def test_an_operation_without_a_price_is_measured(fake: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As docs/extending.md sends its readers here; a recorded price of 0 has no relative difference either."""
     content = load_constants()
     del content["protocols"]["semi2k"]["operations"]["silu"]
-    content["protocols"]["semi2k"]["operations"]["relu"] |= {"bytes_per_element": 0, "bytes_per_row": 0}
     Path("mine.json").write_text(json.dumps(content))
     calibrate.main([f"python={fake}", "constants=mine.json", f"output={Path('mine.json').resolve()}"])
     assert load_constants(Path("mine.json"))["protocols"]["semi2k"]["operations"]["silu"]["bytes_per_element"] > 0
     rows = {line.split("|")[1].strip(): line.split("|") for line in capsys.readouterr().out.splitlines() if "|" in line}
     assert [cell.strip() for cell in rows["silu"][4:6]] == ["-", "-"]
-    assert [cell.strip() for cell in rows["relu"][4:6]] == ["0.0", "-"]
 
 
 @pytest.mark.slow
@@ -167,49 +149,39 @@ MORE_ROUNDS = dict.fromkeys(VARIANTS, 4) | {"pythia": 4 + 3 - 32}
 IDS_1T = torch.arange(12)[None]
 
 
-def block_in_numpy(arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> np.ndarray:
+def block_in_pytorch(arrays: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> np.ndarray:
     """The block from what the simulator is given, written out."""
+    tensors = {name: torch.tensor(value) for name, value in arrays.items()}
+    slope = np.ravel(arrays.get("slope", settings["negative_slope"])).item()
+    activations = {
+        **{"relu": F.relu, "identity": lambda x: x, "leaky_relu": partial(F.leaky_relu, negative_slope=slope)},
+        **{"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")},
+    }
 
-    def norm(x_TE: np.ndarray, name: str) -> np.ndarray:
+    def norm(x_TE: Tensor, name: str) -> Tensor:
         if settings["norm"] == "none":
             return x_TE
-        scaled_TE = (x_TE - x_TE.mean(-1, keepdims=True)) / np.sqrt(x_TE.var(-1, keepdims=True) + 1e-5)
-        return scaled_TE * arrays[f"{name}.weight"] + arrays[f"{name}.bias"]
+        return F.layer_norm(x_TE, x_TE.shape[1:], tensors[f"{name}.weight"], tensors[f"{name}.bias"])
 
-    def linear(x_TE: np.ndarray, name: str) -> np.ndarray:
-        return x_TE @ arrays[f"{name}.weight"].T + arrays.get(f"{name}.bias", 0)
+    def linear(x_TE: Tensor, name: str) -> Tensor:
+        return F.linear(x_TE, tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))
 
-    def rotated(x_HTD: np.ndarray) -> np.ndarray:
-        if "cosines" not in arrays:
+    def rotated(x_HTD: Tensor) -> Tensor:
+        if "cosines" not in tensors:
             return x_HTD
-        half = arrays["cosines"].shape[1] // 2
-        angles = (arrays["cosines"] + 1j * arrays["sines"])[:, :half]
-        turned = (x_HTD[..., :half] + 1j * x_HTD[..., half : 2 * half]) * angles
-        return np.concatenate([turned.real, turned.imag, x_HTD[..., 2 * half :]], axis=-1)
+        half = tensors["cosines"].shape[1] // 2
+        first, second, rest = x_HTD.tensor_split([half, 2 * half], dim=-1)
+        turned = torch.complex(first, second) * torch.complex(tensors["cosines"], tensors["sines"])[:, :half]
+        return torch.cat([turned.real, turned.imag, rest], dim=-1)
 
-    def activate(x: np.ndarray) -> np.ndarray:
-        slope, tensor = arrays.get("slope", settings["negative_slope"]), torch.tensor(x)
-        known = {
-            "relu": np.maximum(x, 0),
-            "leaky_relu": np.where(x > 0, x, slope * x),
-            "identity": x,
-            "gelu": torch.nn.functional.gelu(tensor).numpy(),
-            "gelu_tanh": torch.nn.functional.gelu(tensor, approximate="tanh").numpy(),
-        }
-        return known[settings["activation"]]
-
-    hidden_TE = arrays["hidden"]
-    tokens, width = hidden_TE.shape
-    qkv_TE = linear(norm(hidden_TE, "attention_norm"), "attention.qkv")
-    query, key, value = (
-        part_TE.reshape(tokens, settings["heads"], -1).swapaxes(0, 1) for part_TE in np.split(qkv_TE, 3, axis=1)
-    )
-    weights_HTT = np.tril(np.exp(rotated(query) @ rotated(key).swapaxes(1, 2)))
-    weights_HTT /= weights_HTT.sum(-1, keepdims=True)
-    attended_TE = hidden_TE + linear((weights_HTT @ value).swapaxes(0, 1).reshape(tokens, width), "attention.output")
+    hidden_TE = tensors["hidden"]
+    parts = linear(norm(hidden_TE, "attention_norm"), "attention.qkv").chunk(3, dim=1)
+    query, key, value = (part_TE.unflatten(1, (settings["heads"], -1)).transpose(0, 1) for part_TE in parts)
+    heads_HTD = F.scaled_dot_product_attention(rotated(query), rotated(key), value, is_causal=True, scale=1.0)
+    attended_TE = hidden_TE + linear(heads_HTD.transpose(0, 1).flatten(1), "attention.output")
     source_TE = hidden_TE if settings["residual"] == "parallel" else attended_TE
-    features_TF = activate(linear(norm(source_TE, "feed_forward_norm"), "feed_forward.input"))
-    return attended_TE + linear(features_TF, "feed_forward.output")
+    features_TF = linear(norm(source_TE, "feed_forward_norm"), "feed_forward.input")
+    return (attended_TE + linear(activations[settings["activation"]](features_TF), "feed_forward.output")).numpy()
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -219,7 +191,7 @@ def test_the_simulator_s_inputs_give_pytorch_s_output(variant: str, layer: int) 
     inputs = measure.block_inputs(model, IDS_1T, layer=layer)
     assert not any(module._forward_hooks for module in model.modules())
     assert inputs.arrays["hidden"].shape == inputs.output_TE.shape == (12, 32)
-    np.testing.assert_allclose(block_in_numpy(inputs.arrays, inputs.settings), inputs.output_TE, atol=2e-5)
+    np.testing.assert_allclose(block_in_pytorch(inputs.arrays, inputs.settings), inputs.output_TE, atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +199,6 @@ def test_the_simulator_s_inputs_give_pytorch_s_output(variant: str, layer: int) 
     [
         (["layer=4"], "layer=4 must be 0 to 3"),
         (["context=33"], "context=33 must be 1 to 32, the longest sequence"),
-        (["python=/no/such/python"], r"cannot run python=/no/such/python \(No such file or directory\); make an"),
         ([f"python={sys.executable}"], r"cannot import spu and jax \(ModuleNotFoundError: .*'spu'\); make an env"),
     ],
 )
@@ -256,7 +227,6 @@ def test_measured_stands_beside_predicted(protocol: str, trained: Path, fake: Pa
     assert int(rows["Rounds (SEMI2K)"][1]) == sum(item.rounds for item in block)
     assert ("another 9.0 MB" in out) == (protocol == "cheetah")
     error = re.search(r"Largest absolute error against PyTorch: (\S+)", out)
-    assert error is not None
     assert float(error[1]) > 1e-3  # this fake block returns its input
 
 
