@@ -1,7 +1,5 @@
 """What the tests on a GPU share: products in full float32, and a small model far from its start."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What compiles on CUDA: a run with train.compile, a probed model, FlexAttention."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from typing import Any

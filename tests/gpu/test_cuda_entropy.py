@@ -1,7 +1,5 @@
 """attention_entropy on CUDA: every test of the CPU, and memory."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,6 +1,4 @@
-"""The model on CUDA: the numbers of the CPU, loss without logits, caches, checkpointing, NaN."""
-
-from __future__ import annotations
+"""The model on CUDA: the numbers of the CPU, loss without logits, checkpointing, NaN."""
 
 from typing import Any
 
@@ -98,16 +96,6 @@ def test_the_loss_in_blocks_matches_all_logits_in_float64():
         for mine, theirs in zip(ours, exact, strict=True):
             error = (mine.grad.cpu().double() - theirs.grad).norm() / theirs.grad.norm()
             assert error < gradient_tolerance, f"{dtype}: gradients are {float(error):.1e} off"
-
-
-@pytest.mark.parametrize("form", list(FORMS))
-def test_greedy_generation_with_a_cache_is_the_one_without(form, build):
-    model = build(**FORMS[form]).to(DEVICE)
-    model.generation_config.eos_token_id = None
-    ids, mask = IDS[:2, :20].to(DEVICE), PADDED[:2, :20].to(DEVICE)
-    options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
-    cached, uncached = (model.generate(ids, attention_mask=mask, use_cache=cache, **options) for cache in (True, False))
-    assert torch.equal(cached, uncached)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])

@@ -1,7 +1,5 @@
 """A run on CUDA that breaks half-way and goes on from its checkpoint."""
 
-from __future__ import annotations
-
 import pytest
 
 from normfree.training.trainer import NormFreeTrainer
