@@ -11,18 +11,7 @@ import torch
 WITHOUT_NORMFREE = """
 import json, sys
 
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "normfree":
-            raise ModuleNotFoundError("normfree is not installed here")
-
-sys.meta_path.insert(0, Blocker())
-try:
-    import normfree
-except ModuleNotFoundError:
-    pass
-else:
-    raise SystemExit("normfree was importable: this test proves nothing")
+sys.modules["normfree"] = None  # so that importing it fails
 """
 LOADING = f"""{WITHOUT_NORMFREE}
 import torch, transformers
@@ -35,7 +24,6 @@ results = [model(**inputs).logits]
 if model.can_generate():
     results.append(model.generate(inputs["input_ids"], max_new_tokens=5, do_sample=False, pad_token_id=0))
 model.save_pretrained(again)
-assert not any(name.partition(".")[0] == "normfree" for name in sys.modules)
 torch.save(results, tensors)
 """
 

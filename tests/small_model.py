@@ -26,11 +26,12 @@ CHOICES: list[dict[str, Any]] = [
 """Models that between them take most entries of the tables of choices."""
 
 
-def with_noise(model: Any) -> Any:
-    """The model in evaluation mode, with noise of standard deviation 0.2 added to every weight."""
+def with_noise(model: Any, spread: float = 0.2) -> Any:
+    """The model in evaluation mode, with noise of standard deviation `spread` on every weight but slopes."""
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+        for name, parameter in model.named_parameters():
+            if not name.endswith("slope"):
+                parameter.add_(torch.randn_like(parameter), alpha=spread)
     return model.eval()
 
 
@@ -45,12 +46,8 @@ def small_model(*, seed: int = 0, attention: str = "sdpa", spread: float = 0.2, 
     """On the CPU, in evaluation mode, with noise of standard deviation `spread` added to its initial weights."""
     torch.manual_seed(seed)
     config = NormFreeConfig(**(SIZES | fields))
-    model = NormFreeForCausalLM._from_config(config, attn_implementation=attention).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not name.endswith("slope"):
-                parameter.add_(torch.randn_like(parameter), alpha=spread)
-        for name, buffer in model.named_buffers():
-            if name.endswith(("share", "mean_inverse_rms")):
-                buffer.fill_(0.6)
+    model = with_noise(NormFreeForCausalLM._from_config(config, attn_implementation=attention), spread)
+    for name, buffer in model.named_buffers():
+        if name.endswith(("share", "mean_inverse_rms")):
+            buffer.fill_(0.6)
     return model

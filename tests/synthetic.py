@@ -112,11 +112,14 @@ def _spec(label: str, seed: int, steps: int, more: dict[str, Any]) -> RunSpec:
 def _facts(spec: RunSpec, shape: tuple[int, int], done: int, more: dict[str, Any]) -> dict[str, Any]:
     corpus = {"fingerprint": "c0ffee" * 10, "source": "installed", "context": CONTEXT, "vocab_size": 2048}
     corpus |= {"train_tokens": 2_000_000, "validation_tokens": 90_000, "unigram_perplexity": 402.5}
+    names, slopes = spec.model.get("activation"), {}
+    if isinstance(names, list):  # others have no record, like runs from before `train` made it
+        slopes = {"slope_layers": [layer for layer, name in enumerate(names) if name == "leaky_relu"]}
     model = {"parameters": 1_234_567, "layers": shape[0], "heads": shape[1], "head_dim": 32, "hidden_size": 128}
     return {
         "spec": spec.to_dict(),
         "corpus": corpus,
-        "model": model | _slope_layers(spec),
+        "model": model | slopes,
         "environment": {"normfree": "0.1.0", "python": "3.11.2", "torch": "2.13.0", "processor": "x86", "cores": 2},
         "started": "2025-01-01T00:00:00",
         **{"steps": spec.train.steps, "steps_done": done, "tokens_seen": done * 4096, "wall_seconds": 95.0},
@@ -124,13 +127,6 @@ def _facts(spec: RunSpec, shape: tuple[int, int], done: int, more: dict[str, Any
         "study_note": "This scale is a demonstration, not evidence.",
         **more,
     }
-
-
-def _slope_layers(spec: RunSpec) -> dict[str, list[int]]:
-    """As `train` records them; runs with one activation have no record, like runs from before `train` did so."""
-    names = spec.model.get("activation")
-    layers = [layer for layer, name in enumerate(names or ()) if name == "leaky_relu"]
-    return {"slope_layers": layers} if isinstance(names, list) else {}
 
 
 def _log_training(

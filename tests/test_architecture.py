@@ -35,23 +35,24 @@ def room_of(path: Path) -> str:
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
-def imported_rooms(path: Path) -> set[str]:
-    """Rooms of ours that a file imports anywhere in it; annotations-only imports count too."""
-    package, found = ("normfree", *path.relative_to(SOURCE).parent.parts), set()
+def imports_of(path: Path) -> set[str]:
+    """Dotted names that a file imports anywhere in it, for annotations only too, or takes from `normfree`."""
+    names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            assert (room_of(path), node.level) == ("model", 1), "relative imports stay inside, in a saved model too"
         elif isinstance(node, ast.ImportFrom):
-            above = package[: len(package) + 1 - node.level] if node.level else ()
-            module = ".".join((*above, *filter(None, [node.module])))
-            names = [f"{module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            names = [f"{node.value.id}.{node.attr}"]
-        else:
-            continue
-        names = [normfree._PUBLIC.get(name.removeprefix("normfree."), name) for name in names]
-        found |= {name.split(".")[1] for name in names if name.startswith("normfree.")}
-    return (found & ROOMS) - {room_of(path)}
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "normfree":
+            names.add(f"normfree.{node.attr}")
+    return names
+
+
+def imported_rooms(path: Path) -> set[str]:
+    names = {normfree._PUBLIC.get(name.removeprefix("normfree."), name) for name in imports_of(path)}
+    return ({name.split(".")[1] for name in names if name.startswith("normfree.")} & ROOMS) - {room_of(path)}
 
 
 FILES = [path for path in sorted(SOURCE.rglob("*.py")) if path != SOURCE / "__init__.py"]
@@ -70,11 +71,7 @@ def test_a_room_imports_only_rooms_before_it_in_the_flow(path: Path) -> None:
 
 
 def packages_of(room: str) -> set[str]:
-    """Packages that the files of a room import anywhere in them."""
-    nodes = [node for path in FILES if room_of(path) == room for node in ast.walk(ast.parse(path.read_text()))]
-    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0}
-    return {name.split(".")[0] for name in names}
+    return {name.split(".")[0] for path in FILES if room_of(path) == room for name in imports_of(path)}
 
 
 @pytest.mark.parametrize("room", WITHOUT_TORCH)

@@ -1,7 +1,5 @@
 """The rule of the study of the cause."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -16,15 +14,6 @@ from normfree.analysis.entropy import causal_ceiling
 from normfree.analysis.groups import group_runs
 from normfree.store.runs import Run, RunWriter, read_run
 from tests.synthetic import write_run
-
-
-def test_fiellers_interval_covers_the_ratio_in_95_percent():
-    random, covered = np.random.default_rng(1), 0
-    for _ in range(2000):
-        common = random.normal(0, 0.02, 8)
-        interval = fieller(random.normal(0.03, 0.01, 8) + common, random.normal(0.1, 0.02, 8) + common)
-        covered += interval.low <= 0.3 <= interval.high
-    assert 0.935 < covered / 2000 < 0.965
 
 
 def test_fiellers_ends_are_where_the_difference_is_just_significant():
@@ -50,11 +39,8 @@ def _arms(down: float, up: float, gap: float = 0.1, noise: float = 0.002) -> dic
 def test_the_verdict_follows_the_rule(down: float, up: float, verdict: str):
     judged = judge_scores(_arms(down, up))
     assert judged.verdict == verdict
-    assert judged.down is not None
     assert judged.down.low < down < judged.down.high
-    assert judged.kept is not None
     assert judged.kept.value == pytest.approx(1, abs=0.05)
-    assert judged.specific is not None
     assert (judged.specific.high < 0) == (down > 0.2)
 
 
@@ -135,7 +121,6 @@ def test_the_table_of_the_cause_has_arms_and_verdict(tmp_path: Path):
     judged = judge_scores(values)
     assert rows["Verdict"][0] == judged.verdict == "confirmed"
     assert rows["Layers matter"][0] == "yes"
-    assert judged.down is not None
     assert rows["Share of it that goes with the entropies of SM+R"][0] == f"{judged.down.value:+.3f}"
     assert rows["ln perplexity of placebo"][2] == "hit: 0.050 nats, +0.0 points"
     assert not rows["ln perplexity of R"][2]
@@ -144,7 +129,5 @@ def test_the_table_of_the_cause_has_arms_and_verdict(tmp_path: Path):
     rows = {row[0]: row[1:] for row in cause_table(group_runs([*others, *far], mix=True)).rows}
     assert rows["ln perplexity of R>G"][2] == "missed: 0.200 nats, +0.0 points"
     assert rows["Verdict"][0] == "not achieved"
-    with pytest.raises(
-        ValueError, match=r"7 of 8 runs of the arm placebo \(SM\+G, tag 'like-r-reversed'\) have a result"
-    ):
+    with pytest.raises(ValueError, match=r"7 of 8 runs of the arm placebo \(SM\+G, tag '.*'\) have a result"):
         runs_by_arm(runs[:-1])

@@ -1,7 +1,5 @@
 """The rules for vision transformers and encoder-decoders."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

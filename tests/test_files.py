@@ -7,30 +7,20 @@ import pytest
 from normfree.files import MANIFEST_NAME, damages, folder_lock, read_manifest, write_atomically, write_manifest
 
 
-@pytest.fixture
-def sealed(tmp_path: Path) -> Path:
+def test_a_manifest_keeps_facts_and_shows_damage_to_itself(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "a.bin").write_bytes(b"0123456789")
     (tmp_path / "sub" / "b.txt").write_text("hello")
-    write_manifest(tmp_path, {"step": 3})
-    return tmp_path
-
-
-def test_a_sealed_folder_keeps_its_facts(sealed: Path) -> None:
-    assert damages(sealed) == []
-    assert read_manifest(sealed)["step"] == 3
-    assert set(read_manifest(sealed)["files"]) == {"a.bin", "sub/b.txt"}
-
-
-def test_a_missing_or_broken_manifest_is_damage(sealed: Path) -> None:
-    (sealed / MANIFEST_NAME).write_text('{"files": ')
-    assert "damaged" in damages(sealed)[0]
-    write_manifest(sealed, {"step": 3})
-    text = (sealed / MANIFEST_NAME).read_text()
-    (sealed / MANIFEST_NAME).write_text(text.replace('"step": 3', '"step": 4'))
-    assert "seal" in damages(sealed)[0]
-    (sealed / MANIFEST_NAME).unlink()
-    assert "never finished" in damages(sealed)[0]
+    manifest = tmp_path / MANIFEST_NAME
+    for content, message in (('{"files": ', "damaged"), (None, "seal")):
+        write_manifest(tmp_path, {"step": 3})
+        assert damages(tmp_path) == []
+        assert read_manifest(tmp_path)["step"] == 3
+        assert set(read_manifest(tmp_path)["files"]) == {"a.bin", "sub/b.txt"}
+        manifest.write_text(content or manifest.read_text().replace('"step": 3', '"step": 4'))
+        assert message in damages(tmp_path)[0]
+    manifest.unlink()
+    assert "never finished" in damages(tmp_path)[0]
 
 
 def test_a_failed_write_leaves_only_the_old_file(tmp_path: Path) -> None:
@@ -49,7 +39,6 @@ def test_a_lock_names_its_process_and_dies_with_it(tmp_path: Path) -> None:
     )
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
-        assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(BlockingIOError, match=f"process {holder.pid} on"), folder_lock(tmp_path):
             pass
