@@ -93,7 +93,10 @@ def read_architecture(config: Any) -> Architecture:
     family = values.get("model_type")
     if family not in READERS:
         raise ValueError(f"no cost for models of type {family!r}; {nearest(str(family), list(READERS))}")
-    return READERS[family](values)
+    try:
+        return READERS[family](values)
+    except KeyError as error:
+        raise ValueError(f"the config of this {family} model has no field {error}") from None
 
 
 def _normfree(values: Mapping[str, Any]) -> Architecture:
@@ -113,6 +116,8 @@ def _normfree(values: Mapping[str, Any]) -> Architecture:
 
 
 def _gpt2(values: Mapping[str, Any]) -> Architecture:
+    if values.get("add_cross_attention"):
+        raise NoPriceError("add_cross_attention=True has no known cost; use add_cross_attention=False")
     values = {GPT2_NAMES.get(name, name): value for name, value in values.items()}
     norm = _layer_norm(values.get("layer_norm_epsilon", 1e-5))
     return _decoder({"intermediate_size": None, **values}, norm=norm, final_norm=norm)
