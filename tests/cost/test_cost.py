@@ -220,6 +220,8 @@ def test_tables_add_up() -> None:
         (small(position="rotatory"), {}, "position='rotatory' has no known cost; only position=learned or rotary"),
         (GPT2Config(activation_function="tanh"), {}, "activation='tanh' has no known cost"),
         (transformers.OPTConfig(), {}, "no cost for models of type 'opt'"),
+        ({"model_type": "llama", "hidden_size": 8}, {}, "has no field 'num_hidden_layers'"),
+        (GPT2Config(add_cross_attention=True), {}, "add_cross_attention=True has no known cost"),
         (small(activation=["relu", "gelu"]), {}, "lists 2 names, but num_hidden_layers is 3"),
         (GPT2Config().to_dict() | {"n_embd": 100}, {}, "hidden_size=100 must be a multiple of num_attention_heads=12"),
     ],
