@@ -14,13 +14,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration import NormFreeConfig
-from .gates import GATES
 from .head_entropy import entropies_of_weights, head_entropies
 from .linears import ResidualProjection, projection, query_key_value_projection
 from .norms import QUERY_KEY_NORMS, NormSite
 from .positions import Rotation, rotate
 from .sinks import SINKS, AttentionInput
-from .temperatures import TEMPERATURES
+from .temperatures_and_gates import GATES, TEMPERATURES
 
 
 def eager_attention_forward(

@@ -15,11 +15,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .activations import ACTIVATIONS
 from .attention import Attention, CrossAttention
-from .branches import BRANCHES, Part
+from .branches import BRANCHES, PLACEMENTS, Part
 from .configuration import NormFreeConfig
 from .linears import ResidualProjection, projection
 from .norms import NORMS, NormSite
-from .placements import PLACEMENTS
 
 
 class FeedForward(nn.Module):

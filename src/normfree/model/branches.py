@@ -1,7 +1,8 @@
-"""How a branch joins the residual stream: a table from names of `NormFreeConfig.branch` to builders.
+"""Where the norms of a branch sit and how it joins the stream: tables for `NormFreeConfig.placement` and `.branch`.
 
-A builder takes the config and the part, and returns a module called as `join(stream, written)`, both (B, T, E), where
-`written` is the output of attention or of the feed-forward part.
+x is the residual stream, F attention or feed-forward. A placement names places, each with a norm of its own: `input` is
+x + F(N(x)), `output` is x + N(F(x)), `stream` is N(x + F(x)). The builder of a branch takes the config and the part,
+and returns a module called as `join(stream, written)`, both (B, T, E), where `written` is what F computes.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,20 @@ from torch import Tensor, nn
 from .configuration import NormFreeConfig
 
 Part = Literal["attention", "feed_forward"]
+
+
+def _mixed(config: NormFreeConfig, layer: int) -> set[str]:
+    layers = config.num_hidden_layers
+    post = min(max(int(config.post_share * layers + 0.5), 1), layers - 1)  # at least one of either
+    return {"stream"} if layer < post else {"input"}
+
+
+PLACEMENTS: dict[str, Callable[[NormFreeConfig, int], set[str]]] = {
+    "pre": lambda config, layer: {"input"},
+    "post": lambda config, layer: {"stream"},
+    "peri": lambda config, layer: {"input", "output"},
+    "mix": _mixed,
+}
 
 
 class Add(nn.Module):

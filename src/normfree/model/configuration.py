@@ -14,18 +14,9 @@ from transformers import PreTrainedConfig
 # Keys that transformers writes to config.json or passes on, besides the fields of PreTrainedConfig and all that start
 # with an underscore.
 TRANSFORMERS_KEYS = {
-    "attn_implementation",
-    "auto_map",
-    "experts_implementation",
-    "model_type",
-    "name_or_path",
-    "num_labels",
-    "output_attentions",
-    "quantization_config",
-    "tie_last_hidden_states",
-    "torch_dtype",
+    *("attn_implementation", "auto_map", "experts_implementation", "model_type", "name_or_path", "num_labels"),
+    *("output_attentions", "quantization_config", "tie_last_hidden_states", "torch_dtype"),
 }
-
 
 LINEAR_GROUPS = ("q", "k", "v", "o", "ffn")
 """Names of `NormFreeConfig.linear_groups`."""
@@ -184,7 +175,8 @@ class NormFreeConfig(PreTrainedConfig):
             self.intermediate_size = 4 * self.hidden_size
         self._check_family()
         if self.family == "vision":
-            self.max_position_embeddings = self.image_tokens
+            patches = (self.image_size // self.patch_size) ** 2
+            self.max_position_embeddings = patches + (self.pooling == "class_token")
         super().__post_init__(**others)
 
     @property
@@ -197,15 +189,8 @@ class NormFreeConfig(PreTrainedConfig):
         return round(self.head_dim * self.rotary_share)
 
     @property
-    def image_tokens(self) -> int:
-        """Tokens of an image (family=vision): its patches and the class token."""
-        return (self.image_size // self.patch_size) ** 2 + (self.pooling == "class_token")
-
-    @property
     def layer_activations(self) -> list[str]:
-        if isinstance(self.activation, list):
-            return self.activation
-        return [self.activation] * self.num_hidden_layers
+        return self.activation if isinstance(self.activation, list) else [self.activation] * self.num_hidden_layers
 
     def _check_type(self, field: Field) -> None:
         value = getattr(self, field.name)
@@ -216,39 +201,29 @@ class NormFreeConfig(PreTrainedConfig):
             type_validator(field.name, value, field.type)
         except TypeError:
             allowed = field.type.__name__ if isinstance(field.type, type) else str(field.type).removeprefix("typing.")
-            example = ", e.g. 'none'" if value is None and field.type is str else ""
-            raise ValueError(f"{field.name}={value!r}; allowed: {allowed}{example}") from None
+            raise ValueError(f"{field.name}={value!r}; allowed: {allowed}") from None
 
     def _check_names(self) -> None:
         from .activations import ACTIVATIONS  # which reads this file, as the tables do
         from .tables import TABLES
 
-        activations = self.layer_activations
-        if len(activations) != self.num_hidden_layers:
-            raise ValueError(
-                f"activation lists {len(activations)} names, but num_hidden_layers is {self.num_hidden_layers}: "
-                "give one name for all layers or one per layer"
-            )
+        activations, layers = self.layer_activations, self.num_hidden_layers
+        if len(activations) != layers:
+            raise ValueError(f"activation lists {len(activations)} names, but num_hidden_layers is {layers}")
         chosen = [(field, getattr(self, field), table) for field, table in TABLES.items()]
         chosen += [("activation", name, ACTIVATIONS) for name in activations]
         for field, name, table in chosen:
             if name not in table:
                 raise ValueError(f"{field}={name!r}; {_nearest(name, list(table))}")
         if self.learnable_slope != "none" and "leaky_relu" not in activations:
-            raise ValueError(
-                f"learnable_slope={self.learnable_slope!r} needs activation='leaky_relu', got {self.activation!r}"
-            )
+            raise ValueError(f"learnable_slope={self.learnable_slope!r} needs activation='leaky_relu' in some layer")
 
     def _check_numbers(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
         sizes += ("image_size", "patch_size", "num_channels", "relative_buckets", "relative_distance", "noise_share")
-        floats = ("norm_epsilon", "initializer_range", "rotary_base")
-        for name in (*sizes, *floats, "intermediate_size"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise ValueError(f"{name}={value} must be above 0")
-        for name in (*floats, "negative_slope"):
-            if not math.isfinite(value := getattr(self, name)):
-                raise ValueError(f"{name}={value} must be finite")
+        for name in (*sizes, "norm_epsilon", "initializer_range", "rotary_base", "intermediate_size"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value} must be above 0 and finite")
         for name in ("embedding_dropout", "attention_dropout", "residual_dropout"):
             if not 0 <= (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name}={value} must be at least 0 and below 1")
@@ -257,37 +232,26 @@ class NormFreeConfig(PreTrainedConfig):
         width, heads, share = self.hidden_size, self.num_attention_heads, self.rotary_share
         if width % heads:
             raise ValueError(f"hidden_size={width} must be a multiple of num_attention_heads={heads}")
-        if self.position != "rotary":
-            return
-        if not 0 < share <= 1:
-            raise ValueError(f"position='rotary' needs rotary_share above 0 and at most 1, got {share}")
-        if abs(self.head_dim * share - self.rotary_dim) > 1e-6 or self.rotary_dim % 2:
-            raise ValueError(
-                f"rotary_share={share} of head_dim={self.head_dim} (hidden_size={width} / num_attention_heads={heads}) "
-                f"is {self.head_dim * share:g}: dimensions rotate in pairs, so it must be an even number"
-            )
+        is_even = abs(self.head_dim * share - self.rotary_dim) <= 1e-6 and self.rotary_dim % 2 == 0
+        if self.position == "rotary" and not (0 < share <= 1 and is_even):
+            dims = f"head_dim={self.head_dim} (hidden_size={width} / num_attention_heads={heads})"
+            raise ValueError(f"rotary_share={share} of {dims} must be an even number of dimensions, from 2 to all")
 
     def _check_parts(self) -> None:
-        if self.placement in ("post", "mix") and self.residual == "parallel":
-            raise ValueError(f"placement={self.placement!r} needs residual='sequential', got 'parallel'")
-        if self.branch == "scaled_ffn" and self.residual == "parallel":
-            raise ValueError("branch='scaled_ffn' needs residual='sequential', got 'parallel'")
+        for name, sequential in (("placement", ("post", "mix")), ("branch", ("scaled_ffn",))):
+            if self.residual == "parallel" and (value := getattr(self, name)) in sequential:
+                raise ValueError(f"{name}={value!r} needs residual='sequential', got 'parallel'")
         if not 0 < self.post_share < 1:
             raise ValueError(f"post_share={self.post_share} must be above 0 and below 1")
         steepness = self.norm_steepness if isinstance(self.norm_steepness, list) else [self.norm_steepness] * 3
         if len(steepness) != 3 or not all(0 < value < math.inf for value in steepness):
-            raise ValueError(
-                f"norm_steepness={self.norm_steepness}; give one number above 0, or three: attention, feed-forward, "
-                "final norm"
-            )
+            parts = "attention, feed-forward, final norm"
+            raise ValueError(f"norm_steepness={self.norm_steepness}; give one number above 0, or three: {parts}")
         if unknown := set(self.linear_groups or ()) - set(LINEAR_GROUPS):
             raise ValueError(f"linear_groups names {', '.join(sorted(unknown))}; allowed: {', '.join(LINEAR_GROUPS)}")
         if self.norm == "fake" and (self.fake_start_step < 1 or self.fake_gap_steps < 0):
-            raise ValueError(
-                f"norm='fake' needs fake_start_step={self.fake_start_step} of at least 1 and "
-                f"fake_gap_steps={self.fake_gap_steps} of at least 0, e.g. model.fake_start_step=100 "
-                "model.fake_gap_steps=10"
-            )
+            steps = f"fake_start_step={self.fake_start_step}, fake_gap_steps={self.fake_gap_steps}"
+            raise ValueError(f"norm='fake' needs at least 1 and 0, e.g. 100 and 10; got {steps}")
         if self.norm == "fake" and self.placement != "pre":
             raise ValueError(f"norm='fake' needs placement='pre', got {self.placement!r}: it folds into what reads it")
         if self.final_norm == "fake" and self.norm != "fake":
@@ -295,10 +259,8 @@ class NormFreeConfig(PreTrainedConfig):
         if self.final_norm == "taper":
             raise ValueError("final_norm='taper': without a final norm the logits run away, so it stays; give another")
         if self.norm == "taper" and not 0 <= self.taper_start_step < self.taper_end_step:
-            raise ValueError(
-                f"norm='taper' needs taper_start_step={self.taper_start_step} below "
-                f"taper_end_step={self.taper_end_step}, e.g. model.taper_end_step=5000"
-            )
+            steps = f"taper_start_step={self.taper_start_step} below taper_end_step={self.taper_end_step}"
+            raise ValueError(f"norm='taper' needs {steps}, e.g. model.taper_end_step=5000")
 
     def _check_family(self) -> None:
         if self.family == "vision" and self.image_size % self.patch_size:

@@ -7,11 +7,12 @@ returns a module that maps its weight to the weight that is used.
 # R rows, C columns
 
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import initialization as init
 
 from .configuration import LINEAR_GROUPS, NormFreeConfig
 
@@ -26,9 +27,9 @@ class WeightNorm(nn.Module):
     def forward(self, weight_RC: Tensor) -> Tensor:
         return weight_RC * (self.gain / weight_RC.norm(dim=1))[:, None]
 
-    def values_from(self, weight_RC: Tensor) -> dict[str, Tensor]:
-        """The values at which the map leaves `weight_RC` as it is."""
-        return {"gain": weight_RC.norm(dim=1)}
+    def start(self, weight_RC: Tensor) -> None:
+        """Take the values at which the map leaves `weight_RC` as it is."""
+        init.copy_(self.gain, weight_RC.norm(dim=1))
 
 
 class SpectralNorm(nn.Module):
@@ -47,11 +48,11 @@ class SpectralNorm(nn.Module):
         sigma = ((weight_RC * self.right).sum(1) * self.left).sum()  # no matmul: autocast would take it to bf16
         return weight_RC * (self.gain / sigma)
 
-    def values_from(self, weight_RC: Tensor) -> dict[str, Tensor]:
-        """The values at which the map leaves `weight_RC` as it is, from a singular value decomposition."""
+    def start(self, weight_RC: Tensor) -> None:
+        """Take the values at which the map leaves `weight_RC` as it is, from a singular value decomposition."""
         left_RK, sigmas_K, right_KC = torch.linalg.svd(weight_RC.double(), full_matrices=False)
-        values = {"gain": sigmas_K[:1], "left": left_RK[:, 0], "right": right_KC[0]}
-        return {name: value.to(weight_RC.dtype) for name, value in values.items()}
+        for tensor, value in ((self.gain, sigmas_K[:1]), (self.left, left_RK[:, 0]), (self.right, right_KC[0])):
+            init.copy_(tensor, value)
 
     @torch.no_grad()
     def advance(self, weight_RC: Tensor) -> None:
@@ -60,7 +61,6 @@ class SpectralNorm(nn.Module):
 
 
 WeightMap = Callable[[int, int], nn.Module]
-"""Builds the map of a matrix from its rows and columns."""
 
 LINEARS: dict[str, WeightMap] = {
     "plain": lambda rows, columns: nn.Identity(),
@@ -70,10 +70,7 @@ LINEARS: dict[str, WeightMap] = {
 
 
 class Projection(nn.Linear):
-    """A linear map whose weight is one or several matrices, stacked by rows, each reparametrised or plain.
-
-    `matrices` gives the number of rows of each matrix, and the builder of its map in `LINEARS`.
-    """
+    """A linear map of one or several `matrices`, stacked by rows: of each its rows and the builder of its map."""
 
     def __init__(self, columns: int, matrices: Mapping[str, tuple[int, WeightMap]], *, bias: bool) -> None:
         super().__init__(columns, sum(rows for rows, _ in matrices.values()), bias=bias)
@@ -97,23 +94,19 @@ class Projection(nn.Linear):
     def used_bias(self) -> Tensor | None:
         return self.bias
 
-    def initial_map_values(self) -> list[tuple[Tensor, Tensor]]:
-        """(tensor, its initial value) of all maps, given the initial weight."""
-        return [
-            (getattr(map_, name), value)
-            for map_, part in self._parts()
-            if not isinstance(map_, nn.Identity)
-            for name, value in cast(WeightNorm | SpectralNorm, map_).values_from(part.detach()).items()
-        ]
+    def start_maps(self) -> None:
+        """Let no map change the initial weight."""
+        for map_, part in self._parts():
+            if not isinstance(map_, nn.Identity):
+                map_.start(part.detach())
 
     def advance(self) -> None:
         """Move the state of the maps to the next optimiser step."""
         for map_, part in self._parts():
-            advance: Callable[[Tensor], None] | None = getattr(map_, "advance", None)
-            if advance is not None:
-                advance(part)
+            if hasattr(map_, "advance"):
+                map_.advance(part)
 
-    def _parts(self) -> list[tuple[nn.Module, Tensor]]:
+    def _parts(self) -> list[tuple[Any, Tensor]]:
         if self.maps is None:
             return []
         return list(zip(self.maps.values(), self.weight.split(self.row_counts), strict=True))

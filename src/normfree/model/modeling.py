@@ -21,7 +21,6 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention import Attention
 from .blocks import BLOCKS, Block, NormSums
 from .configuration import NormFreeConfig
-from .embeddings import EMBEDDINGS, PatchEmbedding
 from .linears import Projection, ResidualProjection
 from .loss import next_token_loss
 from .norms import NORMS, NormSite
@@ -81,11 +80,11 @@ class NormFreePreTrainedModel(PreTrainedModel):
         initial_values: dict[str, float] = getattr(module, "initial_values", {})
         for name, value in initial_values.items():
             init.constant_(getattr(module, name), value)
-        if isinstance(module, PatchEmbedding) and module.class_token is not None:
-            init.normal_(module.class_token, std=self.config.initializer_range)
+        class_token: Tensor | None = getattr(module, "class_token", None)
+        if class_token is not None:
+            init.normal_(class_token, std=self.config.initializer_range)
         if isinstance(module, Projection):
-            for tensor, initial in module.initial_map_values():
-                init.copy_(tensor, initial)
+            module.start_maps()
 
     def batch_of(self, rows_BT: Tensor) -> dict[str, Tensor]:
         """Arguments of forward, and `labels` unless these are the tokens, for rows of a corpus."""
@@ -104,10 +103,6 @@ class NormFreePreTrainedModel(PreTrainedModel):
         for each optimiser step; forward passes change nothing.
         """
         norms_with_state: list[Any] = [module for module in self.modules() if hasattr(module, "sums")]
-        if norms_with_state and norm_sums is None:
-            raise ValueError(
-                f"norm={self.config.norm!r} needs norm_sums, the output of that name of the step's forward passes"
-            )
         for norm, sums in zip(norms_with_state, () if norm_sums is None else norm_sums, strict=True):
             norm.advance(step, sums)
         for module in self.modules():
@@ -143,7 +138,7 @@ class NormFreeModel(NormFreePreTrainedModel):
 
     def __init__(self, config: NormFreeConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = EMBEDDINGS[config.family](config)
+        self.embed_tokens = self.build_embedding()
         learned_scale = config.embedding_scale == "learned"
         self.embedding_scale = nn.Parameter(torch.empty(1)) if learned_scale else None
         self.initial_values = {"embedding_scale": config.hidden_size**0.5} if learned_scale else {}
@@ -161,6 +156,10 @@ class NormFreeModel(NormFreePreTrainedModel):
         )
         self.gradient_checkpointing = False
         self.post_init()
+
+    def build_embedding(self) -> nn.Module:
+        """The first layer, which makes the input (B, T, E)."""
+        return nn.Embedding(self.config.vocab_size, self.config.hidden_size)
 
     @capture_outputs
     def forward(
@@ -308,8 +307,7 @@ class NormFreeForCausalLM(NormFreePreTrainedModel, GenerationMixin):
         else:
             items = kwargs.get("num_items_in_batch")
             loss = next_token_loss(outputs.last_hidden_state, self.lm_head.weight, labels, items)
-        names = ("past_key_values", "hidden_states", "attentions", "head_entropies", "norm_sums", "sigma_variance")
-        passed = {name: getattr(outputs, name) for name in names}
+        passed = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return NormFreeCausalLMOutput(loss=loss, logits=logits_BTV if return_logits else None, **passed)
 
 

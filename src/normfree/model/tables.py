@@ -1,12 +1,10 @@
 """TABLES: fields of NormFreeConfig that name one entry of a table; `activation` names several."""
 
-from .branches import BRANCHES
-from .gates import GATES
+from .branches import BRANCHES, PLACEMENTS
 from .linears import LINEARS
 from .norms import NORMS, QUERY_KEY_NORMS
-from .placements import PLACEMENTS
 from .sinks import SINKS
-from .temperatures import TEMPERATURES
+from .temperatures_and_gates import GATES, TEMPERATURES
 
 TABLES = {
     "norm": NORMS,

@@ -6,13 +6,14 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration import NormFreeVisionConfig
+from .configuration import NormFreeConfig, NormFreeVisionConfig
 from .modeling import NormFreeModel, NormFreeModelOutput, NormFreePreTrainedModel, TrainingTerms
 
 PIXEL_MEAN = PIXEL_STD = 0.5
@@ -24,6 +25,31 @@ class NormFreeImageClassifierOutput(TrainingTerms, ImageClassifierOutput):
     """A classifier's output."""
 
 
+class PatchEmbedding(nn.Module):
+    """A linear map of each patch, row by row, behind a learned class token if `pooling` reads one."""
+
+    def __init__(self, config: NormFreeConfig) -> None:
+        super().__init__()
+        self.shape = (config.num_channels, config.image_size, config.image_size)
+        self.patch_size = config.patch_size
+        self.projection = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size)
+        has_token = config.pooling == "class_token"
+        self.class_token = nn.Parameter(torch.empty(config.hidden_size)) if has_token else None
+
+    def forward(self, pixels_BCPP: Tensor) -> Tensor:
+        """(B, T, E). Raises ValueError for images of another shape."""
+        if pixels_BCPP.shape[1:] != self.shape:
+            given, needed = (" x ".join(map(str, shape)) for shape in (pixels_BCPP.shape[1:], self.shape))
+            raise ValueError(f"images of {given} (channels, height, width), but the model reads {needed}")
+        pixels_BCPP = pixels_BCPP.to(self.projection.weight.dtype)
+        rows = pixels_BCPP.unflatten(3, (-1, self.patch_size)).unflatten(2, (-1, self.patch_size))
+        tokens_BTE = self.projection(rows.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))
+        if self.class_token is None:
+            return tokens_BTE
+        first_B1E = self.class_token.to(tokens_BTE.dtype).expand(len(tokens_BTE), 1, -1)
+        return torch.cat([first_B1E, tokens_BTE], dim=1)
+
+
 class NormFreeVisionModel(NormFreeModel):
     """Patches, blocks and the final norm."""
 
@@ -31,6 +57,9 @@ class NormFreeVisionModel(NormFreeModel):
     main_input_name = "pixel_values"
     input_modalities = "image"
     is_causal = False
+
+    def build_embedding(self) -> nn.Module:
+        return PatchEmbedding(self.config)
 
     @capture_outputs
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -77,6 +106,5 @@ class NormFreeForImageClassification(NormFreePreTrainedModel):
         if labels is not None:
             items = len(labels) if num_items_in_batch is None else num_items_in_batch
             loss = F.cross_entropy(logits_BK.float(), labels, reduction="sum") / items
-        passed_on = ("hidden_states", "attentions", "head_entropies", "norm_sums", "sigma_variance")
-        passed = {name: getattr(outputs, name) for name in passed_on}
+        passed = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return NormFreeImageClassifierOutput(loss=loss, logits=logits_BK, **passed)

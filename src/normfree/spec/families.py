@@ -1,6 +1,6 @@
 """FAMILIES: what each family of models reads, the headline of its runs, and the highest entropy of its heads.
 
-The same names choose the model in `normfree.model.HEADS` and its first layer in `normfree.model.embeddings`.
+The same names choose the model in `normfree.model.HEADS`.
 """
 
 import math
