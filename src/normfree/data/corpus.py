@@ -179,6 +179,7 @@ def prepare(spec: DataSpec, *, cache: Path | None = None, progress: bool = True)
             return corpus
         if folder.exists():
             log.warning("corpus %s is damaged and prepared again: %s", folder, "; ".join(damages(folder)))
+            shutil.rmtree(folder)
         _make(spec, source, folder, progress)
     return _opened(folder, read_manifest(folder))
 
@@ -199,8 +200,6 @@ def _make(spec: DataSpec, source: Source | ImageSource, folder: Path, progress: 
         else:
             facts = _Preparation(spec, source, scratch, quiet=not progress).run()
         write_manifest(scratch, {"format": FORMAT, "corpus": facts})
-        if folder.exists() and damages(folder):
-            shutil.rmtree(folder)
         scratch.rename(folder)
     except OSError as error:
         if _undamaged(folder):
@@ -255,10 +254,9 @@ class _Preparation:
         tokenizer.save_pretrained(self.folder)
         train, validation = writers["train"], writers["validation"]
         sha256, vocab_size = tokenizer_hash(tokenizer), vocabulary_size(tokenizer)
+        hashes = [sha256, self.spec.context, train.content_hash, validation.content_hash]
         facts: dict[str, Any] = {
-            "fingerprint": fingerprint(
-                [FORMAT, sha256, self.spec.context, train.content_hash, validation.content_hash]
-            ),
+            "fingerprint": fingerprint([FORMAT, *hashes]),
             "source": self.spec.source,
             "context": self.spec.context,
             "packing": self.spec.packing,
@@ -295,10 +293,8 @@ class _Preparation:
         else:
             tokenizer = train_tokenizer(self._documents("train", "training the tokenizer"), self.spec.vocab_size)
         if self.spec.packing != "windows" and tokenizer.eos_token_id is None:
-            raise ValueError(
-                f"data.packing={self.spec.packing} needs an end token, and data.tokenizer={self.spec.tokenizer!r} has "
-                "none; use another, or data.packing=windows"
-            )
+            problem = f"needs an end token, and data.tokenizer={self.spec.tokenizer!r} has none"
+            raise ValueError(f"data.packing={self.spec.packing} {problem}; use another, or data.packing=windows")
         return tokenizer
 
     def _documents(self, split: Split, task: str) -> Iterator[str]:
@@ -338,24 +334,21 @@ class _Preparation:
         if split == "validation" and not self.has_targets:
             documents = (np.insert(document_SC, 2, number, axis=1) for number, document_SC in enumerate(documents))
         context, end = self.spec.context, cast(int, tokenizer.eos_token_id)
-        if self.spec.packing == "windows":
-            blocks = windows(documents, context)
-        else:
-            blocks = (paired if self.has_targets else concatenated)(documents, context, end=end)
+        packers = {
+            "windows": windows,
+            "concatenate": partial(concatenated, end=end),
+            "docstring": partial(paired, end=end),
+        }
+        blocks = packers[self.spec.packing](documents, context)
         targets = partial(target_ids, end=end) if self.has_targets else None
         writer = BlockWriter(self.folder / f"{split}.arrow", vocab_size=vocabulary_size(tokenizer), targets=targets)
         writer.write_all(blocks)
         self.dropped[split].update(not_python)
         if not writer.blocks:
-            limits = ["train_documents", "max_bytes"] if split == "train" else ["validation_documents"]
-            raised = [f"data.{key}={most}" for key in limits if (most := getattr(self.spec, key)) is not None]
-            paths = {"train": "data.paths", "validation": "data.validation_paths"}[split]
-            more = f"give more text{f' in {paths}' if self.spec.source == 'files' else ''}"
-            more = f"raise {' or '.join(raised)}" if raised else more
-            lack, advice = f"fills no block of data.context={context} tokens", ", or a shorter context"
-            if self.has_targets:
-                lack, advice = "has no function with a docstring", f"; left out: {_counts(self.dropped[split])}"
-            raise ValueError(f"the {split} text ({self.read[split]['bytes']} bytes) {lack}; {more}{advice}")
+            lack = f"fills no block of data.context={context} tokens (packing {self.spec.packing})"
+            lack = "has no function with a docstring" if self.has_targets else lack
+            text, dropped = f"the {split} text ({self.read[split]['bytes']} bytes)", _counts(self.dropped[split])
+            raise ValueError(f"{text} {lack}; left out: {dropped}; give more text, higher limits or a shorter context")
         return writer
 
 

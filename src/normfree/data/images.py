@@ -7,7 +7,7 @@ the number of the class, its high byte first.
 import gzip
 import zlib
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +25,8 @@ from normfree.spec.run import DataSpec
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 _FILES: dict[Split, str] = {"train": "train", "validation": "t10k"}
 _CHANNELS = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB"}  # modes of Pillow that are read, and what they become
+Labelled = Iterator[tuple[str, np.ndarray, int]]
+"""Where each image comes from, its bytes (C, P, P), and the number of its class."""
 
 
 class FashionMnist:
@@ -46,26 +48,21 @@ class FashionMnist:
             )
         self.versions = {split: fingerprint([*map(sha256_file, files)]) for split, files in self._files.items()}
 
-    def read(self, split: Split, most: int | None, dropped: Counter[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(N, C, P, P) images and (N,) classes in their published order. Raises ValueError for a damaged file."""
+    def read(self, split: Split, dropped: Counter[str]) -> Labelled:
+        """Images in their published order. Raises ValueError for a damaged file."""
         images, labels = self._files[split]
-        pixels_NPP, labels_N = _read_idx(images, 3), _read_idx(labels, 1)
-        if len(pixels_NPP) != len(labels_N) or labels_N.max(initial=0) >= len(self.classes):
-            raise ValueError(f"{labels} does not fit {images}: install them again")
-        return pixels_NPP[:most, None], labels_N[:most]
+        for pixels_PP, label in zip(_read_idx(images, 3), _read_idx(labels, 1), strict=True):
+            yield str(images), pixels_PP[None], label
 
 
 def _read_idx(path: Path, axes: int) -> np.ndarray:
     """The bytes of an IDX file: 0, 0, 8 for bytes, the number of axes, then each length in four bytes."""
+    start = 4 + 4 * axes
     try:
         content = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError, zlib.error) as error:
+        return np.frombuffer(content, np.uint8, offset=start).reshape(np.frombuffer(content[4:start], ">u4"))
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read ({error}): install it again") from None
-    start = 4 + 4 * axes
-    lengths = np.frombuffer(content[4:start], ">u4").tolist()
-    if content[:4] != bytes([0, 0, 8, axes]) or len(content) - start != np.prod(lengths, dtype=np.int64):
-        raise ValueError(f"{path} is no IDX file of {axes} axes of bytes: install it again")
-    return np.frombuffer(content, np.uint8, offset=start).reshape(lengths)
 
 
 def visible_images(folder: Path, endings: Collection[str]) -> list[Path]:
@@ -78,7 +75,7 @@ class ImageFolders:
     """Folders with a subfolder of images for each class, whose name is the class.
 
     Images are ordered by content hash and seed, and each counts once. Without validation paths every twentieth is held
-    out. Raises ValueError for folders without classes, and images of several sizes or with several numbers of channels.
+    out. Raises ValueError for folders without classes.
     """
 
     def __init__(self, spec: DataSpec) -> None:
@@ -124,20 +121,18 @@ class ImageFolders:
                     raise ValueError(f"{key}: {twin} and {path} are one image of two classes: remove one of them")
         return labelled
 
-    def read(self, split: Split, most: int | None, dropped: Counter[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(N, C, P, P) images and (N,) classes. Raises ValueError for what is no image, or of another shape."""
+    def read(self, split: Split, dropped: Counter[str]) -> Labelled:
+        """Raises ValueError for what is no image."""
+        from PIL.Image import open as decode_image
+
         if split == "train":
             dropped["duplicate"] = self._found - sum(map(len, self._of_split.values()))
-        first = self._of_split["train"][0][1]
-        shape = _read_image(first).shape
-        pixels, labels = [], []
-        for name, path in islice(self._of_split[split], most):
-            pixels.append(_read_image(path))
-            labels.append(self.classes.index(name))
-            if pixels[-1].shape != shape:
-                ours, theirs = (f"{c} channel(s) of {h} x {w}" for c, h, w in (pixels[-1].shape, shape))
-                raise ValueError(f"{path} has {ours} pixels, but {first} {theirs}: give images of one size and kind")
-        return np.stack(pixels), np.array(labels)
+        for name, path in self._of_split[split]:
+            try:
+                with decode_image(path) as image:
+                    yield str(path), _pixels(image, str(path)), self.classes.index(name)
+            except OSError as error:
+                raise ValueError(f"{path} cannot be read as an image ({error})") from None
 
 
 class HubImages:
@@ -163,30 +158,17 @@ class HubImages:
             raise ValueError(f"{self._spec.dataset} needs a column of type Image and one of type ClassLabel: {columns}")
         return [names[0] for names in found]
 
-    def read(self, split: Split, most: int | None, dropped: Counter[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(N, C, P, P) images and (N,) classes, shuffled. Raises ValueError for images of several shapes."""
+    def read(self, split: Split, dropped: Counter[str]) -> Labelled:
+        """Images in shuffled order."""
         image, label = self._columns(split)
-        rows = self.hub.load(split).shuffle(seed=self._spec.shuffle_seed)
-        rows = rows.select(range(min(len(rows), most or len(rows))))
         name = f"{self._spec.dataset}, split {split}"
+        rows = self.hub.load(split).shuffle(seed=self._spec.shuffle_seed)
         try:
-            pixels = [_pixels(row[image], f"{name}, row {number}") for number, row in enumerate(cast(Any, rows))]
+            for number, row in enumerate(cast(Any, rows)):
+                where = f"{name}, row {number}"
+                yield where, _pixels(row[image], where), row[label]
         except OSError as error:
             raise ValueError(f"{name} cannot be read as images ({error})") from None
-        if len(shapes := {each.shape for each in pixels}) > 1:
-            raise ValueError(f"{name} has images of shapes {sorted(shapes)}: give images of one size and kind")
-        return np.stack(pixels), np.array(rows[label])
-
-
-def _read_image(path: Path) -> np.ndarray:
-    """(C, height, width) bytes."""
-    from PIL.Image import open as decode_image
-
-    try:
-        with decode_image(path) as image:
-            return _pixels(image, str(path))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read as an image ({error})") from None
 
 
 def _pixels(image: Any, where: str) -> np.ndarray:
@@ -203,16 +185,22 @@ def write_images(spec: DataSpec, source: ImageSource, folder: Path) -> dict[str,
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
     facts: dict[str, Any] = {"source": spec.source, "versions": source.versions, "dropped": {}}
-    counts_K, hashes, channels, size = {}, {}, 0, 0
+    counts_K, hashes, first = {}, {}, None
     limits: dict[Split, int | None] = {"train": spec.train_documents, "validation": spec.validation_documents}
     for split, most in limits.items():
         dropped: Counter[str] = Counter()
-        pixels_NCPP, labels_N = source.read(split, most, dropped)
-        _, channels, size, width = pixels_NCPP.shape
-        if size != width:
-            raise ValueError(f"data={spec.source} has images of {size} x {width} pixels; only squares are read")
-        class_N2 = labels_N.astype(">u2")[:, None].view(np.uint8)
-        rows_NB = np.concatenate([pixels_NCPP.reshape(len(labels_N), -1), class_N2], axis=1)
+        pixels, labels = [], []
+        for where, pixels_CPP, label in islice(source.read(split, dropped), most):
+            first = first or (where, pixels_CPP.shape)
+            if pixels_CPP.shape != first[1]:
+                given, expected = (f"{c} channel(s) of {h} x {w}" for c, h, w in (pixels_CPP.shape, first[1]))
+                raise ValueError(
+                    f"{where} has {given} pixels, but {first[0]} {expected}: give images of one size and kind"
+                )
+            pixels.append(pixels_CPP.reshape(-1))
+            labels.append(label)
+        labels_N = np.array(labels)
+        rows_NB = np.concatenate([np.stack(pixels), labels_N.astype(">u2")[:, None].view(np.uint8)], axis=1)
         table = pyarrow.table({"input_ids": pyarrow.FixedSizeListArray.from_arrays(rows_NB.ravel(), rows_NB.shape[1])})
         path = str(folder / f"{split}.arrow")
         with pyarrow.OSFile(path, "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
@@ -220,6 +208,10 @@ def write_images(spec: DataSpec, source: ImageSource, folder: Path) -> dict[str,
         hashes[split], facts["dropped"][split] = sha256_bytes(rows_NB.tobytes()), dict(+dropped)
         counts_K[split] = np.bincount(labels_N, minlength=len(source.classes))
         facts[f"{split}_blocks"] = facts[f"{split}_documents"] = len(rows_NB)
+    assert first is not None, "every source has images"
+    channels, size, width = first[1]
+    if size != width:
+        raise ValueError(f"data={spec.source} has images of {size} x {width} pixels; only squares are read")
     mean, size_PP = [0.5] * channels, {"height": size, "width": size}
     ViTImageProcessorPil(size=size_PP, image_mean=mean, image_std=mean).save_pretrained(folder)
     facts |= {"image_size": size, "num_channels": channels, "classes": list(source.classes)}

@@ -62,9 +62,7 @@ def written_out_attention(
 ) -> tuple[Tensor, Tensor]:
     """Explicit attention of full blocks, (B, T, H, D), in the inputs' dtype, and its weights (N, T, S).
 
-    The softmax sums in float32. A mask is added to the scores.
-
-    For training in bf16 on the CPU, where the backward pass of fused attention is slow.
+    A mask is added to the scores. For training in bf16 on the CPU, where the backward pass of fused attention is slow.
     """
     (batch, heads, tokens, _), keys = query_BHTD.shape, key_BHSD.shape[2]
     if attention_mask is None:
@@ -153,13 +151,8 @@ class Attention(nn.Module):
         if self.sink is not None:
             kwargs["before_sink"] = (*inputs, self.sink.logits(query_BHTD))  # what a probe measures
             inputs = self.sink.prepend(inputs, self.scaling)
-        mixed_BTHD, weights_BHTS = attend(
-            self,
-            *inputs,
-            scaling=self.scaling,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            **kwargs,
-        )
+        dropout = self.config.attention_dropout if self.training else 0.0
+        mixed_BTHD, weights_BHTS = attend(self, *inputs, scaling=self.scaling, dropout=dropout, **kwargs)
         entropies_H = None
         if attend is written_out_attention:
             if self.layer_idx in entropy_layers:

@@ -27,9 +27,7 @@ def fold_norms(model: NormFreeForCausalLM) -> NormFreeForCausalLM:
     """
     config = model.config
     if config.norm not in FOLDABLE:
-        raise ValueError(
-            f"norm={config.norm!r}: there is nothing to fold; norm='fake' and norm='taper' end in a fixed scale"
-        )
+        raise ValueError(f"norm={config.norm!r}: there is nothing to fold; 'fake' and 'taper' end in a fixed scale")
     if obstacle := obstacle_to_folding(config):
         raise ValueError(obstacle)
     folds_final = config.final_norm == "fake"
@@ -40,14 +38,15 @@ def fold_norms(model: NormFreeForCausalLM) -> NormFreeForCausalLM:
     for name, value in changes.items():
         setattr(folded_config, name, value)
     state = dict(model.state_dict())
-    places = [(f"model.layers.{layer}.", part) for layer in range(config.num_hidden_layers) for part in _READERS]
-    places += [("model.", "final_norm")] if folds_final else []
-    for prefix, norm_name in places:
-        reader = "lm_head" if norm_name == "final_norm" else prefix + _READERS[norm_name]
-        folded = _folded(model.get_submodule(prefix + norm_name), model.get_submodule(reader), prefix + norm_name)
+    readers = {"model.final_norm": "lm_head"} if folds_final else {}
+    for layer in (f"model.layers.{number}" for number in range(config.num_hidden_layers)):
+        readers[f"{layer}.attention_norm"] = f"{layer}.attention.qkv"
+        readers[f"{layer}.feed_forward_norm"] = f"{layer}.feed_forward.input"
+    for norm, reader in readers.items():
+        folded = _folded(model.get_submodule(norm), model.get_submodule(reader), norm)
         for name, value in zip(("weight", "bias"), folded, strict=True):
             state[f"{reader}.{name}"] = value.to(model.dtype)
-        state = {name: value for name, value in state.items() if not name.startswith(f"{prefix}{norm_name}.")}
+        state = {name: value for name, value in state.items() if not name.startswith(f"{norm}.")}
     with torch.random.fork_rng(devices=[]):
         result: Any = NormFreeForCausalLM._from_config(folded_config, dtype=model.dtype)
     for name, module in result.named_modules():  # biases that no norm filled
@@ -64,10 +63,6 @@ def obstacle_to_folding(config: NormFreeConfig) -> str:
         if (value := getattr(config, name)) != allowed:
             return f"{name}={value!r}: norms fold with {name}={allowed!r} only"
     return ""
-
-
-_READERS = {"attention_norm": "attention.qkv", "feed_forward_norm": "feed_forward.input"}
-"""The matrix that reads a norm, by the names of both in a block."""
 
 
 def _folded(norm: nn.Module, reader: nn.Module, place: str) -> tuple[Tensor, Tensor]:

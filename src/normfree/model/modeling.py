@@ -4,7 +4,7 @@
 # H heads, D head dim, V vocabulary
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -110,18 +110,13 @@ class NormFreePreTrainedModel(PreTrainedModel):
                 module.advance()
 
     def negative_slopes(self) -> dict[str, Tensor]:
-        """Copies of all learnable slopes, by parameter name, in layer order: float32 scalars.
-
-        A slope is a parameter of one element whose name ends in `slope`: one for each leaky layer, one in all if it is
-        shared, none if slopes are fixed.
-        """
+        """Copies of all learnable slopes (parameters `...slope` of one element), in layer order: float32 scalars."""
         # FSDP may have sharded them over processes.
         whole: dict[str, Any] = {name: getattr(slope, "full_tensor", slope.detach)() for name, slope in self._slopes()}
         return {name: slope.detach().float().reshape(()).clone() for name, slope in whole.items()}
 
-    def _slopes(self) -> Iterator[tuple[str, nn.Parameter]]:
-        named = self.named_parameters()
-        return ((name, parameter) for name, parameter in named if name.endswith("slope") and parameter.numel() == 1)
+    def _slopes(self) -> list[tuple[str, nn.Parameter]]:
+        return [item for item in self.named_parameters() if item[0].endswith("slope") and item[1].numel() == 1]
 
     def slope_layers(self) -> list[int | str]:
         """The layer of each of `negative_slopes`, without shared slopes; `encoder 0` where there are two stacks."""
@@ -148,12 +143,10 @@ class NormFreeModel(NormFreePreTrainedModel):
         shared = config.learnable_slope == "shared"
         self.shared_negative_slope = nn.Parameter(torch.empty(1)) if shared else None
         block = self.blocks[config.residual]
-        self.layers = nn.ModuleList(
-            block(config, index, is_causal=self.is_causal) for index in range(config.num_hidden_layers)
-        )
-        self.final_norm = NORMS[config.final_norm](
-            config, NormSite("final", config.num_hidden_layers, config.hidden_size)
-        )
+        blocks = (block(config, index, is_causal=self.is_causal) for index in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(blocks)
+        site = NormSite("final", config.num_hidden_layers, config.hidden_size)
+        self.final_norm = NORMS[config.final_norm](config, site)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -234,14 +227,13 @@ class NormFreeModel(NormFreePreTrainedModel):
             entropies += [] if entropies_H is None else [entropies_H]
             sums.extend([] if norm_sums is None else norm_sums)
         last_BTE = sums.apply(self.final_norm, hidden_BTE)
+        variance = hidden_BTE.float().std(-1, correction=0).var(1, correction=0).mean() if sigma_variance else None
         return NormFreeModelOutput(
             last_hidden_state=last_BTE,
             past_key_values=past_key_values,
             head_entropies=torch.stack(entropies) if entropies else None,
             norm_sums=torch.stack(sums) if sums else None,
-            sigma_variance=hidden_BTE.float().std(-1, correction=0).var(1, correction=0).mean()
-            if sigma_variance
-            else None,
+            sigma_variance=variance,
         )
 
     def _check_entropy_layers(self, entropy_layers: Collection[int], *, whole_blocks: bool) -> None:

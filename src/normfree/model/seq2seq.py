@@ -28,17 +28,7 @@ class Seq2SeqPreTrainedModel(NormFreePreTrainedModel):
     _no_split_modules = [CrossBlock.__name__]
 
 
-class Stack(Seq2SeqPreTrainedModel, NormFreeModel):
-    def _from_embeddings(self, tokens_BTE: Tensor, mask: Tensor | None, **context: Any) -> NormFreeModelOutput:
-        tokens, longest = tokens_BTE.shape[1], self.config.max_position_embeddings
-        if tokens > longest:
-            what = "target" if self.is_causal else "source"
-            raise ValueError(f"a {what} of {tokens} tokens, but max_position_embeddings={longest}: shorten it")
-        context["attention_mask"] = self.positions.add_to(mask, tokens, is_causal=self.is_causal)
-        return self._outputs(tokens_BTE, **context)
-
-
-class NormFreeEncoder(Stack):
+class NormFreeEncoder(Seq2SeqPreTrainedModel, NormFreeModel):
     """Embeddings, which the decoder shares, blocks and a final norm."""
 
     is_causal = False
@@ -50,10 +40,11 @@ class NormFreeEncoder(Stack):
         """Final hidden states (B, S, E); `attention_mask` (B, S) is 0 at padding."""
         tokens_BSE = cast(nn.Module, self.embed_tokens)(input_ids)
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=tokens_BSE, attention_mask=attention_mask)
-        return self._from_embeddings(tokens_BSE, cast(Tensor | None, mask), **kwargs)
+        mask = self.positions.add_to(cast(Tensor | None, mask), tokens_BSE.shape[1], is_causal=False)
+        return self._outputs(tokens_BSE, attention_mask=mask, **kwargs)
 
 
-class NormFreeDecoder(Stack):
+class NormFreeDecoder(Seq2SeqPreTrainedModel, NormFreeModel):
     """Blocks with attention to the encoder's states, and a final norm."""
 
     _can_record_outputs = {
@@ -80,11 +71,10 @@ class NormFreeDecoder(Stack):
         """Final hidden states (B, T, E); the masks, (B, T) and (B, S), are 0 at padding."""
         own = {"config": self.config, "inputs_embeds": inputs_embeds}
         mask = create_causal_mask(**own, attention_mask=attention_mask, past_key_values=None)
-        encoder_mask = create_bidirectional_mask(
-            **own, attention_mask=encoder_attention_mask, encoder_hidden_states=encoded_BSE
-        )
-        context = {"encoded_BSE": encoded_BSE, "encoder_mask": encoder_mask, **kwargs}
-        return self._from_embeddings(inputs_embeds, cast(Tensor | None, mask), **context)
+        mask = self.positions.add_to(cast(Tensor | None, mask), inputs_embeds.shape[1], is_causal=True)
+        own |= {"attention_mask": encoder_attention_mask, "encoder_hidden_states": encoded_BSE}
+        masks = {"attention_mask": mask, "encoder_mask": create_bidirectional_mask(**own)}
+        return self._outputs(inputs_embeds, encoded_BSE=encoded_BSE, **masks, **kwargs)
 
 
 class NormFreeSeq2SeqModel(Seq2SeqPreTrainedModel):
