@@ -97,6 +97,6 @@ def test_a_row_is_a_function_and_the_line_about_it(functions: DataSpec, tmp_path
 
 
 def test_text_without_docstrings_is_refused(functions: DataSpec, tmp_path: Path, text_folder: Path) -> None:
-    message = r"the train text \(\d+ bytes\) has no function with a docstring; give more text in data.paths"
+    message = r"the train text \(\d+ bytes\) has no function with a docstring; left out: nothing; give more text"
     with pytest.raises(ValueError, match=message):
         make(replace(functions, paths=(str(text_folder),)), tmp_path / "cache")

@@ -1,6 +1,7 @@
 """Local files: which are found, what is held out, what is left out and counted, and bad input."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -115,7 +116,7 @@ def test_text_stops_at_a_limit(spec: DataSpec, tmp_path: Path, texts: list[str],
     ids=["cut because it alone is too large", "nothing left to cut to", "not cut because it alone fits"],
 )
 def test_only_documents_above_the_limit_are_cut(sizes: list[int], taken: list[int]) -> None:
-    texts = limited(["x" * size for size in sizes], most_documents=None, most_bytes=20)
+    texts = limited(["x" * size for size in sizes], most_documents=None, most_bytes=20, dropped=Counter())
     assert [len(text) for text in texts] == taken
 
 

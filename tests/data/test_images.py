@@ -96,9 +96,11 @@ def test_a_data_set_of_images_goes_through_load_dataset(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (draw("train/0/tall.png", "L", SIZE + 1), r"split train has images of shapes \[\(1, 8, 8\), \(1, 9, 8\)\]"),
+        (
+            draw("train/0/tall.png", "L", SIZE + 1),
+            "has .* of [89] x 8 pixels, but .*, split train, row 0",
+        ),
         (draw("train/0/glass.png", "RGBA"), r"split train, row \d+ is an image of mode RGBA"),
-        (lambda folder: shutil.rmtree(folder / "test"), "split 'test', cannot be loaded"),
         (shutil.rmtree, "cannot be loaded"),
     ],
 )
@@ -121,7 +123,6 @@ def test_a_data_set_of_texts_has_no_images(tmp_path: Path) -> None:
     ("damage", "message"),
     [
         (draw("0/colour.png", "RGB"), "has [13] channel.* pixels, but .* [13] channel.*: give images of one size and"),
-        (draw("0/tall.png", "L", SIZE + 1), "channel.* pixels, but .*: give images of one size and kind"),
         (draw("0.png", "L"), "0.png has no class; put it into a subfolder of its class's name"),
         (draw("0/glass.png", "RGBA"), "glass.png is an image of mode RGBA; allowed: 1, L, P, RGB"),
         (lambda folder: (folder / "0" / "0.png").write_text("no"), "0.png cannot be read as an image"),

@@ -6,7 +6,6 @@ import logging
 import string
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -14,14 +13,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from normfree.data import prepare, tiktoken_encoder
+from normfree.data import tiktoken_encoder
 from normfree.data.tiktoken_encoder import FastEncoder, NotReproducibleError
 from normfree.data.tokenizer import END_TOKEN, Encoder, train_tokenizer
-from normfree.files import damages
-from normfree.spec.run import DataSpec
+from tests.data.prepare import make
 
 CODE = [inspect.getsource(module) for module in (string, json, json.decoder, inspect, logging, pytest)]
 TOKENIZER = train_tokenizer([*CODE, "caf\u00e9 na\u00efve \u4e2d\u6587 " * 50], 1200)
@@ -109,73 +107,36 @@ def test_any_list_of_merges_is_refused_or_reproduced(pairs: list[tuple[int, int]
         assert_equal([*texts, "a" * 40], encoder, Encoder(tokenizer))
 
 
-def with_normalizer() -> PreTrainedTokenizerFast:
-    tokenizer = with_merges("a b")
-    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()  # pyright: ignore[reportAttributeAccessIssue]
-    return tokenizer
-
-
-def with_added_word() -> PreTrainedTokenizerFast:
-    tokenizer = with_merges("a b")
-    tokenizer.add_tokens(["abab"])
-    return tokenizer
-
-
-def of_words() -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
-
-
-OTHERS = {
-    "word level": (of_words, "WordLevel, not a BPE"),
-    "normalizer": (with_normalizer, "has a normalizer"),
-    "added word": (with_added_word, "added tokens that are not special"),
-    "prefix": (lambda: changed(lambda d: d["pre_tokenizer"].update(add_prefix_space=True)), "does not split words"),
-    "no words": (lambda: changed(lambda d: d["pre_tokenizer"].update(use_regex=False)), "does not split words"),
-    "decoder": (lambda: changed(lambda d: d.update(decoder=None)), "only offsets say how many bytes"),
-    "dropout": (lambda: changed(lambda d: d["model"].update(dropout=0.1)), "not a BPE without options"),
-    "two merges": (lambda: with_merges("a b", "b c", "ab c", "a bc"), "two merges of the tokenizer give one piece"),
-    "unreachable": (lambda: with_merges("a b", "b c", "a bc"), "never give its piece 'abc'"),
-}
-
-
-@pytest.mark.parametrize("kind", OTHERS)
-def test_a_tokenizer_of_another_kind_is_refused(kind: str) -> None:
-    build, reason = OTHERS[kind]
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda d: d["model"].update(type="WordLevel", unk_token="a"), "WordLevel, not a BPE"),
+        (lambda d: d["model"].update(dropout=0.1), "not a BPE without options"),
+        (lambda d: d.update(normalizer={"type": "NFC"}), "has a normalizer"),
+        (lambda d: d["added_tokens"][0].update(special=False), "added tokens that are not special"),
+        (lambda d: d["pre_tokenizer"].update(add_prefix_space=True), "does not split words"),
+        (lambda d: d["pre_tokenizer"].update(use_regex=False), "does not split words"),
+        (lambda d: d.update(decoder=None), "only offsets say how many bytes"),
+    ],
+)
+def test_a_tokenizer_of_another_kind_is_refused(change: Callable[[dict[str, Any]], None], reason: str) -> None:
     with pytest.raises(NotReproducibleError, match=reason):
-        FastEncoder(build())
+        FastEncoder(changed(change))
 
 
-def fingerprint_and_log(spec: DataSpec, cache: Path, caplog: pytest.LogCaptureFixture) -> tuple[str, str]:
-    caplog.clear()
-    with caplog.at_level(logging.INFO, logger="normfree"):
-        corpus = prepare(spec, cache=cache, progress=False)
-    assert damages(corpus.folder) == []
-    return corpus.fingerprint, caplog.text
-
-
-NO_EURO = tiktoken_encoder.WORDS.replace(r"\p{L}", r"[\p{L}\u20ac]")
-# An expression that makes the two differ, the reason logged, and whether that shows before any text is encoded.
-DIFFERENCES = {
-    "ASCII": (r"\S+|\s+", "split words differently at U+00", True),
-    "the text": (r" (?=return)|" + tiktoken_encoder.WORDS, "tiktoken gives other ids for", False),
-    "beyond ASCII": (NO_EURO, "split words differently at U+20AC", False),
-}
+def test_two_merges_that_give_one_piece_are_refused() -> None:
+    with pytest.raises(NotReproducibleError, match="two merges of the tokenizer give one piece"):
+        FastEncoder(with_merges("a b", "b c", "ab c", "a bc"))
 
 
 @pytest.mark.parametrize("packing", ["windows", "concatenate"])
-@pytest.mark.parametrize("difference", DIFFERENCES)
-def test_other_ids_fall_back_with_the_same_fingerprint(spec, tmp_path, monkeypatch, caplog, packing, difference):
-    Path(spec.paths[0], "file_0.py").write_text("price = '3 \u20ac 25'\n" * 40)
+def test_other_ids_fall_back_with_the_same_fingerprint(spec, tmp_path, monkeypatch, caplog, packing) -> None:
     spec = replace(spec, packing=packing)
-    usual, line = fingerprint_and_log(spec, tmp_path / "usual", caplog)
-    assert "Tokenizing the text (" in line
-    assert "several times slower" not in line
-    words, reason, at_once = DIFFERENCES[difference]
-    monkeypatch.setattr(tiktoken_encoder, "WORDS", words)
-    if difference != "the text":
-        monkeypatch.setattr(tiktoken_encoder, "COMPARED_CHARACTERS", 0)
-    fallen_back, line = fingerprint_and_log(spec, tmp_path / "other", caplog)
-    assert fallen_back == usual
-    assert "the text is encoded with tokenizers, several times slower than with tiktoken: " in line
-    assert reason in line
-    assert ("Tokenizing the text (" in line) != at_once
+    with caplog.at_level(logging.INFO, logger="normfree"):
+        usual = make(spec, tmp_path / "usual")
+        assert "Tokenizing the text (" in caplog.text
+        assert "several times slower" not in caplog.text
+        monkeypatch.setattr(tiktoken_encoder, "WORDS", r" (?=return)|" + tiktoken_encoder.WORDS)
+        fallen_back = make(spec, tmp_path / "other")
+    assert fallen_back.fingerprint == usual.fingerprint
+    assert "with tokenizers, several times slower than with tiktoken: tiktoken gives other ids for" in caplog.text

@@ -37,16 +37,6 @@ def test_written_out_attention_in_bf16_has_gradients_of_float64():
     assert error.norm() < 0.01 * truth.norm()  # a bf16 number is good to 0.4 %
 
 
-def test_only_short_bf16_training_is_written_out():
-    query = torch.randn(1, 2, 8, 4, dtype=torch.bfloat16, requires_grad=True)
-    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool)
-    assert attention.trains_faster_written_out(query, None)
-    assert not attention.trains_faster_written_out(query, mask)
-    assert not attention.trains_faster_written_out(query.detach(), None)
-    assert not attention.trains_faster_written_out(query.float(), None)
-    assert not attention.trains_faster_written_out(query.repeat(1, 1, 100, 1), None)
-
-
 def test_a_probe_sees_bf16_passes_with_gradients_too(build, ids):
     """Explicit attention would bypass the function that measures."""
     model = build().train()

@@ -27,7 +27,7 @@ build = partial(family_model, "encoder_decoder", vocab_size=61, max_position_emb
 
 
 @pytest.mark.parametrize(("form", "tied"), [("relu", True), ("gated-gelu", False)], ids=["original", "v1.1"])
-def test_a_t5_of_transformers_has_equal_logits(form: str, tied: bool, tmp_path) -> None:
+def test_a_t5_of_transformers_has_equal_logits(form: str, tied: bool) -> None:
     torch.manual_seed(0)
     sizes = {"num_decoder_layers": 3, "d_kv": 8, "d_ff": 48, "decoder_start_token_id": 0, "pad_token_id": 1}
     sizes |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 12, "initializer_factor": 0.3}
@@ -41,9 +41,6 @@ def test_a_t5_of_transformers_has_equal_logits(form: str, tied: bool, tmp_path) 
     torch.testing.assert_close(ours(SOURCE, labels=TARGET).loss, theirs(SOURCE, labels=TARGET).loss, atol=1e-5, rtol=0)
     written = [each.generate(SOURCE, max_new_tokens=6, do_sample=False) for each in (ours, theirs)]
     assert torch.equal(*written)
-    ours.save_pretrained(tmp_path)
-    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
-    assert torch.equal(loaded(**PAIR).logits, ours(**PAIR).logits)
 
 
 @pytest.mark.parametrize("position", ["learned", "rotary", "relative"])
@@ -115,20 +112,6 @@ def test_every_parameter_of_every_choice_has_a_gradient(form, tmp_path) -> None:
     assert torch.equal(loaded(**PAIR).logits, logits)
     loaded.set_attn_implementation("eager")
     torch.testing.assert_close(loaded(**PAIR).logits, logits, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"attention_temperature": "position"}, "attention_temperature='position' is for family='decoder', and this"),
-        ({"norm": "taper", "taper_end_step": 8}, "norm='taper' is for family='decoder', and this"),
-        ({"residual": "parallel"}, "residual='parallel' is for family='decoder' or 'vision', and this"),
-        ({"noise_share": 1.0}, r"noise_share=1.0, span_tokens=3.0: below 1"),
-    ],
-)
-def test_what_does_not_fit_is_refused(fields, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        build(position="relative", **fields)
 
 
 @pytest.mark.parametrize(("tokens", "masked", "spans"), [(32, 5, 2), (128, 19, 6), (2, 1, 1)])

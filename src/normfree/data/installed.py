@@ -56,7 +56,7 @@ def installed_facts() -> dict[str, list[str]]:
 def held_out_text() -> str:
     """At most about 1 MB of Python code from the validation packages, documents joined by blank lines."""
     documents = InstalledSource(DataSpec(source="installed")).documents("validation", Counter())
-    return "\n\n".join(limited(documents, most_documents=None, most_bytes=1_000_000))
+    return "\n\n".join(limited(documents, most_documents=None, most_bytes=1_000_000, dropped=Counter()))
 
 
 def excluded_path(name: str) -> str | None:

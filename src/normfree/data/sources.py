@@ -60,7 +60,7 @@ class Source(ABC):
 
 
 def limited(
-    documents: Iterable[str], *, most_documents: int | None, most_bytes: int | None, dropped: Counter[str] | None = None
+    documents: Iterable[str], *, most_documents: int | None, most_bytes: int | None, dropped: Counter[str]
 ) -> Iterator[str]:
     """Yield documents until one would exceed a limit (None: no limit).
 
@@ -71,8 +71,7 @@ def limited(
     for document in islice(documents, most_documents):
         encoded = document.encode()
         if len(encoded) > remaining:
-            if dropped is not None:
-                dropped["at data.max_bytes and all after it"] += 1
+            dropped["at data.max_bytes and all after it"] += 1
             if remaining and len(encoded) > most:
                 yield encoded[:remaining].decode(errors="ignore")
             return
