@@ -104,10 +104,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ValueError(f"{folder} has no {MANIFEST_NAME}: it was never finished") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
-    except ValueError:
-        raise ValueError(f"{path} is not valid JSON: it is damaged") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): it is damaged") from None
     content = {key: value for key, value in manifest.items() if key != "seal"}
     if manifest.get("seal") != fingerprint(content):
         raise ValueError(f"{path} does not match its own seal: it is damaged")
@@ -167,8 +165,6 @@ def is_locked(folder: Path) -> bool:
     try:
         with (folder / LOCK_NAME).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
     return False

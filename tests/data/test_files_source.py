@@ -54,11 +54,11 @@ def test_links_are_followed_and_files_read_once(tmp_path: Path, pattern: str) ->
     assert left_out == 1  # the broken link
 
 
-@pytest.mark.parametrize("pattern", ["x/[v1]", "x/[v1]/a.txt", "x/[v1]/*.txt", "x/[v1]/**/*.txt", "x/b[2].txt", "x/c?"])
+@pytest.mark.parametrize("pattern", ["x/[v1]", "x/[v1]/a.txt", "x/b[2].txt", "x/c?"])
 def test_an_existing_path_is_no_pattern(tmp_path: Path, pattern: str) -> None:
     write_files(tmp_path, "x/[v1]/a.txt", "x/b[2].txt", "x/b2.txt", "x/v/d.txt", "x/c?/e.txt", "x/cc/f.txt")
     (file,), _ = find_text_files([str(tmp_path / pattern)], key="data.paths")
-    assert file.is_relative_to(tmp_path / pattern.partition("/*")[0])
+    assert file.is_relative_to(tmp_path / pattern)
 
 
 def test_few_files_hold_out_documents_as_suffixes_say(tmp_path: Path, texts: list[str]) -> None:

@@ -42,7 +42,7 @@ def test_defaults_are_the_gpt2_baseline_of_the_paper():
         ({"family": "vision", "norm": "fake", "fake_start_step": 1}, "norm='fake' is for family='decoder', and this"),
         ({"family": "vision", "image_size": 13}, "image_size=13 must be a multiple of patch_size=4"),
         ({"family": "encoder_decoder", "residual": "parallel"}, "is for family='decoder' or 'vision', and this"),
-        ({"family": "encoder_decoder", "noise_share": 1.0}, "noise_share=1.0, span_tokens=3.0: below 1"),
+        ({"family": "encoder_decoder", "noise_share": 1.0}, "noise_share=1.0 must be at least 0 and below 1"),
     ],
 )
 def test_a_wrong_field_is_refused_with_what_is_allowed(fields, words):

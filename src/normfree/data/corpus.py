@@ -163,10 +163,8 @@ def prepare(spec: DataSpec, *, cache: Path | None = None, progress: bool = True)
     """Load the corpus of `spec` from the cache, or prepare it.
 
     Every file is checked against its sha256 before reuse; a damaged corpus is prepared again, with a warning. Of
-    several processes one prepares the corpus, and the others wait for it.
-
-    Raises ValueError for a source that cannot be read or gives too little text; OSError for a disk that is full or has
-    no locks.
+    several processes one prepares the corpus, and the others wait for it. Raises ValueError for a source that cannot be
+    read or gives too little text; OSError for a disk that is full or has no locks.
     """
     source: Source | ImageSource = SOURCES[spec.source](spec)
     cache = cache or default_cache()

@@ -42,10 +42,8 @@ class FashionMnist:
         kinds = ("images-idx3", "labels-idx1")
         self._files = {split: [folder / f"{name}-{kind}-ubyte.gz" for kind in kinds] for split, name in _FILES.items()}
         if missing := [file for files in self._files.values() for file in files if not file.is_file()]:
-            raise ValueError(
-                f"data=fashion_mnist: {missing[0]} is not there; `apt install dataset-fashion-mnist` has it, or give "
-                "data.paths=[FOLDER] with the four files"
-            )
+            advice = "`apt install dataset-fashion-mnist` has it, or give data.paths=[FOLDER] with the four files"
+            raise ValueError(f"data=fashion_mnist: {missing[0]} is not there; {advice}")
         self.versions = {split: fingerprint([*map(sha256_file, files)]) for split, files in self._files.items()}
 
     def read(self, split: Split, dropped: Counter[str]) -> Labelled:
@@ -194,9 +192,8 @@ def write_images(spec: DataSpec, source: ImageSource, folder: Path) -> dict[str,
             first = first or (where, pixels_CPP.shape)
             if pixels_CPP.shape != first[1]:
                 given, expected = (f"{c} channel(s) of {h} x {w}" for c, h, w in (pixels_CPP.shape, first[1]))
-                raise ValueError(
-                    f"{where} has {given} pixels, but {first[0]} {expected}: give images of one size and kind"
-                )
+                problem = f"{where} has {given} pixels, but {first[0]} {expected}"
+                raise ValueError(f"{problem}: give images of one size and kind")
             pixels.append(pixels_CPP.reshape(-1))
             labels.append(label)
         labels_N = np.array(labels)

@@ -34,10 +34,7 @@ def kneser_ney_perplexity(train_NT: Ids, held_out_NT: Ids, *, vocab_size: int, o
 
 
 def _build_orders(ids_NT: Ids, vocab_size: int, order: int) -> list[_Order]:
-    """Build the tables of orders 1 to `order`.
-
-    The longest order counts occurrences; shorter ones count the distinct tokens that precede an n-gram.
-    """
+    """Build orders 1 to `order`: the longest counts occurrences, the others the distinct tokens before an n-gram."""
     numbers_by_order, keys_by_order, counts_by_order = [], [], []
     numbers_NT = np.zeros((len(ids_NT), ids_NT.shape[1] + 1), dtype=np.int64)  # the empty n-gram
     for length in range(1, order + 1):

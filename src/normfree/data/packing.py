@@ -18,20 +18,14 @@ Item = TypeVar("Item", bound=Sized)
 
 
 def windows(documents: Iterable[np.ndarray], context: int) -> Iterator[np.ndarray]:
-    """Cut each (S, C) document into (N, T, C) blocks without overlap; the tail shorter than T is dropped.
-
-    No block has tokens of two documents.
-    """
+    """Cut each (S, C) document by itself into (N, T, C) blocks without overlap; the tail shorter than T is dropped."""
     for document_SC in documents:
         count = len(document_SC) // context
         yield document_SC[: count * context].reshape(count, context, document_SC.shape[1])
 
 
 def concatenated(documents: Iterable[np.ndarray], context: int, *, end: int) -> Iterator[np.ndarray]:
-    """Join all (S, C) documents, with token `end` (0 bytes) after each, and cut them into (N, T, C) blocks.
-
-    Only the last block is dropped, if it is not full.
-    """
+    """Join all (S, C) documents, with token `end` (0 bytes) after each, and cut them into full (N, T, C) blocks."""
     rest_SC = None
     for number, document_SC in enumerate(documents):
         end_1C = np.zeros_like(document_SC, shape=(1, document_SC.shape[1]))

@@ -151,17 +151,15 @@ def find_text_files(patterns: Iterable[str], *, key: str) -> tuple[list[Path], i
     """The text files behind paths, folders and globs, and the number of files of other types.
 
     Symbolic links are followed, and each real file counts once. What is hidden below a folder, such as .git and .venv,
-    is passed over. The part of a pattern that exists is a path, even if it contains brackets. Raises ValueError for a
-    pattern without a text file.
+    is passed over. A pattern that exists is a path, even if it contains brackets. Raises ValueError for one without a
+    text file.
     """
     texts: dict[str, Path] = {}
     reals: set[str] = set()
     for pattern in patterns:
         path = Path(pattern).expanduser()
-        existing = next(place for place in (path, *path.parents) if place.exists())
-        below = str(path.relative_to(existing))
-        names = [""] if below == "." else sorted(glob(below, root_dir=existing, recursive=True))  # noqa: PTH207, finds no hidden
-        files = {os.path.realpath(file): file for name in names for file in _files_at(existing / name)}
+        places = [path] if path.exists() else map(Path, sorted(glob(str(path), recursive=True)))  # noqa: PTH207, finds no hidden
+        files = {os.path.realpath(file): file for place in places for file in _files_at(place)}
         matching = {real: file for real, file in files.items() if file.suffix in SUFFIXES and file.is_file()}
         if not matching:
             kinds = sorted({file.suffix or file.name for file in files.values() if file.is_file()})
@@ -291,9 +289,8 @@ class HubSource(Source):
             while cause.__cause__ is not None:  # `datasets` hides a full disk or a broken file behind its own errors
                 cause = cause.__cause__
             reason = " ".join(f"{type(cause).__name__}: {cause}".split())
-            raise ValueError(
-                f"data set {name!r}, split {part!r}, cannot be loaded ({reason}): check the name, the split and "
-                f"data.dataset_config; without a network download it elsewhere; HF_HOME moves its cache from {cache}"
-            ) from None
+            problem = f"data set {name!r}, split {part!r}, cannot be loaded ({reason})"
+            advice = "check the name, the split and data.dataset_config; without a network download it elsewhere"
+            raise ValueError(f"{problem}: {advice}; HF_HOME moves its cache from {cache}") from None
         self._loaded[split] = cast(datasets.Dataset, loaded)
         return self._loaded[split]

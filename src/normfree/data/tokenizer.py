@@ -28,11 +28,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    if tokenizer.get_vocab_size() != vocab_size:
-        raise ValueError(
-            f"data.vocab_size={vocab_size}: the training text has only {tokenizer.get_vocab_size()} pieces; "
-            "give more text or a smaller vocab_size"
-        )
+    if (pieces := tokenizer.get_vocab_size()) != vocab_size:
+        problem = f"data.vocab_size={vocab_size}: the training text has only {pieces} pieces"
+        raise ValueError(f"{problem}; give more text or a smaller vocab_size")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_TOKEN, bos_token=END_TOKEN)
 
 
@@ -41,10 +39,8 @@ def load_tokenizer(place: str) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"data.tokenizer={place!r} cannot be loaded ({type(error).__name__}): give a folder or hub name (without a "
-            "network: downloaded before, with HF_HOME set), or leave it empty to train one"
-        ) from None
+        advice = "give a folder or hub name (without a network: downloaded before), or leave it empty to train one"
+        raise ValueError(f"data.tokenizer={place!r} cannot be loaded ({type(error).__name__}): {advice}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"data.tokenizer={place!r} is {type(tokenizer).__name__}: give one with a tokenizer.json")
     if tokenizer.bos_token == END_TOKEN:  # ours: the saved one of an encoder-decoder names the end of a target instead

@@ -7,7 +7,7 @@ The constructors choose modules from tables; no forward asks which variant it is
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: NormFreeConfig, layer_idx: int) -> None:
         super().__init__()
-        width = config.intermediate_size
-        assert width is not None, "NormFreeConfig fills intermediate_size"
+        width = cast(int, config.intermediate_size)  # NormFreeConfig fills it
         self.input = projection(config, "ffn", config.hidden_size, width)
         self.activation = ACTIVATIONS[config.layer_activations[layer_idx]](config)
         self.output = projection(config, "ffn", width, config.hidden_size, ResidualProjection)

@@ -224,7 +224,7 @@ class NormFreeConfig(PreTrainedConfig):
         for name in (*sizes, "norm_epsilon", "initializer_range", "rotary_base", "intermediate_size"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}={value} must be above 0 and finite")
-        for name in ("embedding_dropout", "attention_dropout", "residual_dropout"):
+        for name in ("embedding_dropout", "attention_dropout", "residual_dropout", "post_share", "noise_share"):
             if not 0 <= (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name}={value} must be at least 0 and below 1")
 
@@ -241,8 +241,6 @@ class NormFreeConfig(PreTrainedConfig):
         for name, sequential in (("placement", ("post", "mix")), ("branch", ("scaled_ffn",))):
             if self.residual == "parallel" and (value := getattr(self, name)) in sequential:
                 raise ValueError(f"{name}={value!r} needs residual='sequential', got 'parallel'")
-        if not 0 < self.post_share < 1:
-            raise ValueError(f"post_share={self.post_share} must be above 0 and below 1")
         steepness = self.norm_steepness if isinstance(self.norm_steepness, list) else [self.norm_steepness] * 3
         if len(steepness) != 3 or not all(0 < value < math.inf for value in steepness):
             parts = "attention, feed-forward, final norm"
@@ -265,8 +263,8 @@ class NormFreeConfig(PreTrainedConfig):
     def _check_family(self) -> None:
         if self.family == "vision" and self.image_size % self.patch_size:
             raise ValueError(f"image_size={self.image_size} must be a multiple of patch_size={self.patch_size}")
-        if not (self.noise_share < 1 and self.span_tokens >= 1):
-            raise ValueError(f"noise_share={self.noise_share}, span_tokens={self.span_tokens}: below 1, and at least 1")
+        if not self.span_tokens >= 1:
+            raise ValueError(f"span_tokens={self.span_tokens} must be at least 1")
         if not 4 <= (buckets := self.relative_buckets) < (distance := self.relative_distance):
             raise ValueError(f"relative_buckets={buckets} must be at least 4 and below relative_distance={distance}")
         for name, values in NOT_IN[self.family].items():

@@ -25,11 +25,11 @@ class NormSite:
 
 
 class ScaledLayerNorm(nn.LayerNorm):
-    """LayerNorm times 1 / sqrt(layer + 1), layers counted from 0 (LayerNorm scaling, arXiv 2502.05795)."""
+    """LayerNorm times 1 / sqrt(layer + 1) in a block, layers counted from 0 (LayerNorm scaling, arXiv 2502.05795)."""
 
-    def __init__(self, width: int, eps: float, layer: int) -> None:
-        super().__init__(width, eps=eps)
-        self.factor = (layer + 1) ** -0.5
+    def __init__(self, site: NormSite, eps: float) -> None:
+        super().__init__(site.width, eps=eps)
+        self.factor = 1.0 if site.part == "final" else (site.layer + 1) ** -0.5
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) * self.factor
@@ -182,10 +182,8 @@ def check_removal(config: NormFreeConfig, steps: int) -> None:
     """Raises ValueError if norms that leave a model would not be fixed in a run of so many steps."""
     last = last_removal(config) + MERGE_DELAY
     if config.norm == "fake" and last >= steps:
-        raise ValueError(
-            f"model.fake_start_step={config.fake_start_step} and model.fake_gap_steps={config.fake_gap_steps} end at "
-            f"step {last}; this run has {steps} steps"
-        )
+        names = f"model.fake_start_step={config.fake_start_step} and model.fake_gap_steps={config.fake_gap_steps}"
+        raise ValueError(f"{names} end at step {last}; this run has {steps} steps")
     if config.norm == "taper" and config.taper_end_step > steps:
         raise ValueError(f"model.taper_end_step={config.taper_end_step} is beyond the run's {steps} steps")
 
@@ -206,9 +204,7 @@ def _steepness(config: NormFreeConfig, site: NormSite) -> float:
 NORMS: dict[str, Callable[[NormFreeConfig, NormSite], nn.Module]] = {
     "layernorm": lambda config, site: nn.LayerNorm(site.width, eps=config.norm_epsilon),
     "rmsnorm": lambda config, site: nn.RMSNorm(site.width, eps=config.norm_epsilon),
-    "lns": lambda config, site: ScaledLayerNorm(
-        site.width, config.norm_epsilon, layer=0 if site.part == "final" else site.layer
-    ),
+    "lns": lambda config, site: ScaledLayerNorm(site, config.norm_epsilon),
     "dyt": lambda config, site: DynamicTanh(site.width, _steepness(config, site)),
     "derf": lambda config, site: DynamicErf(site.width, _steepness(config, site)),
     "bhyt": lambda config, site: BoundedTanh(site.width, config.norm_epsilon),

@@ -23,10 +23,8 @@ def masked_and_spans(tokens: int, config: NormFreeConfig) -> tuple[int, int]:
     masked = max(1, round(tokens * config.noise_share))
     spans = max(1, round(masked / config.span_tokens))
     if spans > tokens - masked:
-        raise ValueError(
-            f"{tokens} tokens with noise_share={config.noise_share} and span_tokens={config.span_tokens} leave less "
-            "than one token before each span: give a longer data.context, or less noise"
-        )
+        noise = f"noise_share={config.noise_share} and span_tokens={config.span_tokens}"
+        raise ValueError(f"{tokens} tokens are too few for {noise}: give a longer data.context, or less noise")
     return masked, spans
 
 
