@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from normfree.data.ngram import kneser_ney_perplexity
-from normfree.data.packing import BlockWriter, concatenated, unigram_perplexity, windows
+from normfree.data.packing import BlockWriter, concatenated, windows
 
 END = 7
 LENGTHS = st.lists(st.integers(min_value=0, max_value=40), max_size=12)
@@ -57,12 +57,6 @@ def test_time_is_linear_in_documents_that_fill_no_block(cut, tmp_path) -> None:
     began = time.process_time()
     BlockWriter(tmp_path / "blocks.arrow", vocab_size=10).write_all(cut(documents, 128))
     assert time.process_time() - began < 5  # a minute and more where it is quadratic
-
-
-def test_unigram_perplexity_is_add_one_smoothed() -> None:
-    assert unigram_perplexity(np.zeros(50, dtype=int), np.ones(50, dtype=int)) == pytest.approx(50)
-    # Training "aab", vocabulary of 3: p(a) = 3/6, p(c) = 1/6; perplexity of "ac" is sqrt(2 * 6).
-    assert unigram_perplexity(np.array([2, 1, 0]), np.array([1, 0, 1])) == pytest.approx(12**0.5)
 
 
 def slow_perplexity(train: list[list[int]], held_out: list[list[int]], vocabulary: int, order: int) -> float:

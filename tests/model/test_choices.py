@@ -33,12 +33,9 @@ SINGLE = [
     {"linear": "weight_norm"},
     {"linear": "spectral_norm", "bias": "all"},
     {"linear": "spectral_norm", "linear_groups": ["q", "ffn"]},
-    {"attention_temperature": "head"},
-    {"attention_temperature": "position"},
-    {"attention_sink": "softmax_1"},
-    {"attention_sink": "learned"},
-    {"attention_gate": "head"},
-    {"attention_gate": "channel"},
+    *({"attention_temperature": each} for each in ("head", "position")),
+    *({"attention_sink": sink} for sink in ("softmax_1", "learned")),
+    *({"attention_gate": gate} for gate in ("head", "channel")),
 ]
 GOLDEN = Path(__file__).parents[1] / "golden" / "choices.json"
 FORMS = [

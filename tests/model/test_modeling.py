@@ -149,19 +149,6 @@ def test_compiles_without_graph_breaks(build, ids, form):
     torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids).logits)
 
 
-# Importing torch's inductor warns about torch itself.
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
-@pytest.mark.slow
-def test_inductor_gives_the_same_gradients(build, ids):
-    plain = build(activation="leaky_relu", learnable_slope="shared").train()
-    other = build(activation="leaky_relu", learnable_slope="shared").train()
-    torch.compiler.reset()
-    torch.compile(other, fullgraph=True)(ids, labels=ids).loss.backward()
-    plain(ids, labels=ids).loss.backward()
-    for name, parameter in plain.named_parameters():
-        torch.testing.assert_close(other.get_parameter(name).grad, parameter.grad, msg=name)
-
-
 def test_training_builds_no_cache_unless_asked(build, ids):
     model = build().train()
     assert model(ids).past_key_values is None

@@ -50,7 +50,7 @@ class FastEncoder(Encoder):
             if len(tokenizer.backend_tokenizer.model.tokenize(left + right)) != 1:
                 raise NotReproducibleError(f"the merges of the tokenizer never give its piece {left + right!r}")
         self._threads = len(os.sched_getaffinity(0))
-        log.info("Tokenizing the text (%d thread%s)", self._threads, "s" * (self._threads > 1))
+        log.info("Tokenizing the text (%d threads)", self._threads)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One (S, 1) int32 array of token ids for each text."""

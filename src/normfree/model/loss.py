@@ -2,7 +2,6 @@
 
 # N tokens, E hidden size, V vocabulary; n tokens of one block
 
-import functools
 from typing import Any
 
 import torch
@@ -13,24 +12,14 @@ LARGEST_BLOCK = 1024
 LARGEST_LOGITS = 2**24
 """Most elements of a block's logits: 64 MiB in float32."""
 LARGEST_LOGITS_ON_GPU = 2**26
+"""Larger there, since each block adds to the gradient of the whole weight: 0.8 GB with gradients, 12 bytes each."""
 
 
-def block_tokens(vocabulary: int, free_bytes: int | None) -> int:
-    """Tokens whose logits are formed at once. `free_bytes` are those of a GPU, None elsewhere.
-
-    Each block adds to the gradient of the whole weight, which on a GPU takes longer than the products of a small block.
-    So there its logits, 12 bytes each with their gradients, may take a sixteenth of the free memory.
-    """
-    if free_bytes is None:
-        return min(LARGEST_BLOCK, max(1, LARGEST_LOGITS // vocabulary))
-    logits = min(max(LARGEST_LOGITS, free_bytes // (16 * 12)), LARGEST_LOGITS_ON_GPU)
-    return max(1, logits // vocabulary)
-
-
-@functools.cache
-def _free_bytes(device: torch.device) -> int | None:
-    """A GPU's free memory when first asked: blocks stay the same from step to step."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+def block_tokens(vocabulary: int, device: torch.device) -> int:
+    """Tokens whose logits are formed at once."""
+    if device.type == "cuda":
+        return max(1, LARGEST_LOGITS_ON_GPU // vocabulary)
+    return min(LARGEST_BLOCK, max(1, LARGEST_LOGITS // vocabulary))
 
 
 def next_token_loss(
@@ -62,7 +51,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_NE: Tensor, weight_VE: Tensor, labels_N: Tensor, needs_gradients: bool) -> Tensor:
-        size = block_tokens(len(weight_VE), _free_bytes(weight_VE.device))
+        size = block_tokens(len(weight_VE), weight_VE.device)
         cast_VE = weight_VE.to(hidden_NE.dtype)
         hidden_gradient_NE = torch.empty_like(hidden_NE) if needs_gradients else None
         weight_gradient_VE = torch.zeros_like(weight_VE, dtype=torch.float32) if needs_gradients else None

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from .configuration import NormFreeConfig
 
 
-class FixedTemperature(nn.Module):
-    def forward(self, query_BHTD: Tensor, positions_BT: Tensor) -> Tensor:
-        return query_BHTD
+class Unchanged(nn.Module):
+    """No temperature, or no gate."""
+
+    def forward(self, states: Tensor, ignored: Tensor) -> Tensor:
+        return states
 
 
 class LearnedTemperature(nn.Module):
@@ -37,15 +39,10 @@ class LearnedTemperature(nn.Module):
 
 
 TEMPERATURES: dict[str, Callable[[NormFreeConfig], nn.Module]] = {
-    "fixed": lambda config: FixedTemperature(),
+    "fixed": lambda config: Unchanged(),
     "head": lambda config: LearnedTemperature(config.num_attention_heads, 1),
     "position": lambda config: LearnedTemperature(config.num_attention_heads, config.max_position_embeddings),
 }
-
-
-class NoGate(nn.Module):
-    def forward(self, mixed_BTHD: Tensor, hidden_BTE: Tensor) -> Tensor:
-        return mixed_BTHD
 
 
 class SigmoidGate(nn.Module):
@@ -61,7 +58,7 @@ class SigmoidGate(nn.Module):
 
 
 GATES: dict[str, Callable[[NormFreeConfig], nn.Module]] = {
-    "none": lambda config: NoGate(),
+    "none": lambda config: Unchanged(),
     "head": lambda config: SigmoidGate(config.hidden_size, config.num_attention_heads),
     "channel": lambda config: SigmoidGate(config.hidden_size, config.hidden_size),
 }
