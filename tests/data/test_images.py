@@ -96,10 +96,7 @@ def test_a_data_set_of_images_goes_through_load_dataset(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (
-            draw("train/0/tall.png", "L", SIZE + 1),
-            "has .* of [89] x 8 pixels, but .*, split train, row 0",
-        ),
+        (draw("train/0/tall.png", "L", SIZE + 1), "has .* of [89] x 8 pixels, but .*, split train, row 0"),
         (draw("train/0/glass.png", "RGBA"), r"split train, row \d+ is an image of mode RGBA"),
         (shutil.rmtree, "cannot be loaded"),
     ],

@@ -33,10 +33,7 @@ def test_defaults_are_the_gpt2_baseline_of_the_paper():
         ({"intermediate_size": 2.5}, r"intermediate_size=2.5; allowed: int \| None"),
         ({"residual_dropout": 1.0}, "residual_dropout=1.0 must be at least 0 and below 1"),
         ({"initializer_range": float("inf")}, "initializer_range=inf must be above 0 and finite"),
-        (
-            {"position": "rotary", "rotary_share": 1.5},
-            "rotary_share=1.5 of head_dim=64 .* from 2 to all",
-        ),
+        ({"position": "rotary", "rotary_share": 1.5}, "rotary_share=1.5 of head_dim=64 .* from 2 to all"),
         ({"position": "rotary", "rotary_share": 3 / 64}, "rotary_share=0.046875 of head_dim=64 .* even number"),
         ({"family": "vision", "position": "rotary"}, "position='rotary' is for family='decoder' or 'encoder_decoder'"),
         ({"family": "vision", "norm": "fake", "fake_start_step": 1}, "norm='fake' is for family='decoder', and this"),

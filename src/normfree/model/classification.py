@@ -42,12 +42,7 @@ class Classifier(NormFreeForCausalLM):
         self.post_init()
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        input_ids: Tensor | None = None,
-        *,
-        classes: bool = False,
-        logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
+        self, input_ids: Tensor | None = None, *, classes: bool = False, logits_to_keep: int | Tensor = 0, **kwargs: Any
     ) -> Any:
         """With `classes`: logits (B, T, C) and their loss in nats on `labels` (B, T), -100 where there is none."""
         if not classes:

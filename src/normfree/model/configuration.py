@@ -23,16 +23,8 @@ LINEAR_GROUPS = ("q", "k", "v", "o", "ffn")
 
 NOT_IN: dict[str, dict[str, tuple[str, ...]]] = {
     "decoder": {"position": ("relative",)},
-    "vision": {
-        "position": ("rotary", "relative"),
-        "attention_temperature": ("position",),
-        "norm": ("fake", "taper"),
-    },
-    "encoder_decoder": {
-        "residual": ("parallel",),
-        "attention_temperature": ("position",),
-        "norm": ("fake", "taper"),
-    },
+    "vision": {"position": ("rotary", "relative"), "attention_temperature": ("position",), "norm": ("fake", "taper")},
+    "encoder_decoder": {"residual": ("parallel",), "attention_temperature": ("position",), "norm": ("fake", "taper")},
 }
 """Values of fields that a family does not have."""
 
