@@ -1,9 +1,7 @@
 """Packing loses and repeats nothing, whatever the documents are; yardsticks against counts by hand."""
 
 import math
-import time
 from collections import Counter, defaultdict
-from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from normfree.data.ngram import kneser_ney_perplexity
-from normfree.data.packing import BlockWriter, concatenated, windows
+from normfree.data.packing import concatenated, windows
 
 END = 7
 LENGTHS = st.lists(st.integers(min_value=0, max_value=40), max_size=12)
@@ -49,14 +47,6 @@ def test_concatenation_keeps_all_tokens_with_ends_between(lengths: list[int], co
     blocks = list(concatenated(documents, context, end=END))
     assert all_blocks(blocks).tolist() == stream[: len(stream) // context * context]
     assert all((block[block[:, :, 0] == END][:, 1] == 0).all() for block in blocks)  # the end token has no bytes
-
-
-@pytest.mark.parametrize("cut", [windows, partial(concatenated, end=END)])
-def test_time_is_linear_in_documents_that_fill_no_block(cut, tmp_path) -> None:
-    documents = [np.full((3, 1), 1, dtype=np.int32)] * 40_000
-    began = time.process_time()
-    BlockWriter(tmp_path / "blocks.arrow", vocab_size=10).write_all(cut(documents, 128))
-    assert time.process_time() - began < 5  # a minute and more where it is quadratic
 
 
 def slow_perplexity(train: list[list[int]], held_out: list[list[int]], vocabulary: int, order: int) -> float:

@@ -21,8 +21,6 @@ def test_slopes_survive_saving(build, ids, tmp_path, tied, learnable):
     assert loaded.negative_slopes() == model.negative_slopes()
     assert loaded.state_dict().keys() == model.state_dict().keys()
     assert torch.equal(loaded(ids).logits, model(ids).logits)
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(loaded.generate(ids, **options), model.generate(ids, **options))
     assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) == tied
 
 

@@ -164,7 +164,6 @@ class NormFreeModel(NormFreePreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         entropy_layers: Collection[int] = (),
-        sigma_variance: bool = False,
         **kwargs: Any,
     ) -> NormFreeModelOutput:
         """Final hidden states (B, T, E). `position_ids` (B, T) default to 0, 1, ... after the cache.
@@ -179,24 +178,13 @@ class NormFreeModel(NormFreePreTrainedModel):
         tokens_BTE = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        mask = create_causal_mask(  # before the cache exists: with one, this does not separate texts in one row
-            config=self.config,
-            inputs_embeds=tokens_BTE,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=None if tokens_BTE.is_meta else position_ids,
-        )
+        # Before the cache exists: with one, this does not separate texts in one row.
+        positions_BT = None if tokens_BTE.is_meta else position_ids
+        mask = create_causal_mask(self.config, tokens_BTE, attention_mask, past_key_values, positions_BT)
         if use_cache and past_key_values is None and not (self.gradient_checkpointing and self.training):
             past_key_values = DynamicCache(config=self.config)
-        return self._outputs(
-            tokens_BTE,
-            position_ids,
-            sigma_variance=sigma_variance,
-            attention_mask=mask,
-            past_key_values=past_key_values,
-            entropy_layers=entropy_layers,
-            **kwargs,
-        )
+        context = {"attention_mask": mask, "past_key_values": past_key_values, "entropy_layers": entropy_layers}
+        return self._outputs(tokens_BTE, position_ids, **context, **kwargs)
 
     def _outputs(
         self,
