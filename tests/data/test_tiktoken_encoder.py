@@ -112,11 +112,11 @@ def test_any_list_of_merges_is_refused_or_reproduced(pairs: list[tuple[int, int]
     [
         (lambda d: d["model"].update(type="WordLevel", unk_token="a"), "WordLevel, not a BPE"),
         (lambda d: d["model"].update(dropout=0.1), "not a BPE without options"),
-        (lambda d: d.update(normalizer={"type": "NFC"}), "has a normalizer"),
-        (lambda d: d["added_tokens"][0].update(special=False), "added tokens that are not special"),
-        (lambda d: d["pre_tokenizer"].update(add_prefix_space=True), "does not split words"),
+        (lambda d: d.update(normalizer={"type": "NFC"}), "without a normalizer and added words"),
+        (lambda d: d["added_tokens"][0].update(special=False), "without a normalizer and added words"),
+        (lambda d: d["pre_tokenizer"].update(add_prefix_space=True), "is no byte-level one"),
         (lambda d: d["pre_tokenizer"].update(use_regex=False), "does not split words"),
-        (lambda d: d.update(decoder=None), "only offsets say how many bytes"),
+        (lambda d: d.update(decoder=None), "is no byte-level one"),
     ],
 )
 def test_a_tokenizer_of_another_kind_is_refused(change: Callable[[dict[str, Any]], None], reason: str) -> None:

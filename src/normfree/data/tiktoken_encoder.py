@@ -40,13 +40,17 @@ class FastEncoder(Encoder):
     """Encode as `Encoder` does, with the same ids; any call may raise NotReproducibleError instead."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        description = json.loads(tokenizer.backend_tokenizer.to_str())
-        _check_kind(description)
         super().__init__(tokenizer)
         if self.bytes_V is None:
-            raise NotReproducibleError("only offsets say how many bytes a token of the tokenizer has")
-        self._encoding, self._ids_R = _tiktoken(description["model"])
-        for left, right in description["model"]["merges"]:
+            raise NotReproducibleError("the tokenizer is no byte-level one without a normalizer and added words")
+        description = json.loads(tokenizer.backend_tokenizer.to_str())
+        model, splitter = description["model"], description["pre_tokenizer"] or {}
+        if model["type"] != "BPE" or any(model[name] for name in UNSET_OPTIONS):
+            raise NotReproducibleError(f"the tokenizer's model is {model['type']}, not a BPE without options")
+        if not {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}.items() <= splitter.items():
+            raise NotReproducibleError("the tokenizer does not split words as ByteLevel(add_prefix_space=False) does")
+        self._encoding, self._ids_R = _tiktoken(model)
+        for left, right in model["merges"]:
             if len(tokenizer.backend_tokenizer.model.tokenize(left + right)) != 1:
                 raise NotReproducibleError(f"the merges of the tokenizer never give its piece {left + right!r}")
         self._threads = len(os.sched_getaffinity(0))
@@ -67,20 +71,6 @@ class FastEncoder(Encoder):
         except ValueError:
             # The regular expression gives up on hundreds of thousands of blanks in a row; tokenizers does not.
             return super().encode([text])[0]
-
-
-def _check_kind(description: dict[str, Any]) -> None:
-    """Refuse every tokenizer but a byte-level BPE without options that splits words like GPT-2."""
-    model, splitter = description["model"], description["pre_tokenizer"] or {}
-    like_gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    if model["type"] != "BPE" or any(model[name] for name in UNSET_OPTIONS):
-        raise NotReproducibleError(f"the tokenizer's model is {model['type']}, not a BPE without options")
-    if description["normalizer"] is not None:
-        raise NotReproducibleError("the tokenizer has a normalizer")
-    if not like_gpt2.items() <= splitter.items():
-        raise NotReproducibleError("the tokenizer does not split words as ByteLevel(add_prefix_space=False) does")
-    if any(not token["special"] for token in description["added_tokens"]):
-        raise NotReproducibleError("the tokenizer has added tokens that are not special")
 
 
 def _tiktoken(model: dict[str, Any]) -> tuple[tiktoken.Encoding, np.ndarray]:

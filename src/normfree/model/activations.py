@@ -40,10 +40,6 @@ class LearnableLeakyReLU(nn.Module):
         return F.prelu(features, slope.to(features.dtype))  # under autocast the features are bf16, the slope fp32
 
 
-def _elementwise(function: Callable[[Tensor], Tensor]) -> Callable[[NormFreeConfig], nn.Module]:
-    return lambda config: Elementwise(function)
-
-
 LEAKY_RELUS: dict[str, Callable[[NormFreeConfig], nn.Module]] = {
     "none": lambda config: Elementwise(partial(F.leaky_relu, negative_slope=config.negative_slope)),
     "per_layer": lambda config: LearnableLeakyReLU(own_slope=True),
@@ -51,11 +47,11 @@ LEAKY_RELUS: dict[str, Callable[[NormFreeConfig], nn.Module]] = {
 }
 
 ACTIVATIONS: dict[str, Callable[[NormFreeConfig], nn.Module]] = {
-    "gelu": _elementwise(F.gelu),
-    "gelu_tanh": _elementwise(partial(F.gelu, approximate="tanh")),
-    "relu": _elementwise(F.relu),
+    "gelu": lambda config: Elementwise(F.gelu),
+    "gelu_tanh": lambda config: Elementwise(partial(F.gelu, approximate="tanh")),
+    "relu": lambda config: Elementwise(F.relu),
     "leaky_relu": lambda config: LEAKY_RELUS[config.learnable_slope](config),
-    "identity": _elementwise(torch.positive),  # returns its input
+    "identity": lambda config: Elementwise(torch.positive),  # returns its input
 }
 IN_THIS_FILE = dict(ACTIVATIONS)
 """The entries that are saved with a model: those of this file."""

@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration import NormFreeConfig
 from .head_entropy import entropies_of_weights, head_entropies
-from .linears import ResidualProjection, projection, query_key_value_projection
+from .linears import Projection, QueryKeyBiasProjection, ResidualProjection, projection
 from .norms import QUERY_KEY_NORMS, NormSite
 from .positions import Rotation, rotate
 from .sinks import SINKS, AttentionInput
@@ -111,7 +111,8 @@ class Attention(nn.Module):
         self.is_causal = is_causal
         self.head_dim = config.head_dim
         self.scaling = config.head_dim**-0.5
-        self.qkv = query_key_value_projection(config)
+        qkv_kind = QueryKeyBiasProjection if config.bias == "qk" else Projection
+        self.qkv = projection(config, ["q", "k", "v"], config.hidden_size, config.hidden_size, qkv_kind)
         site = NormSite("query_key", layer_idx, config.head_dim)
         self.query_norm, self.key_norm = (QUERY_KEY_NORMS[config.query_key_norm](config, site) for _ in range(2))
         self.temperature = TEMPERATURES[config.attention_temperature](config)

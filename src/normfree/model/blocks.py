@@ -27,9 +27,9 @@ class FeedForward(nn.Module):
     def __init__(self, config: NormFreeConfig, layer_idx: int) -> None:
         super().__init__()
         width = cast(int, config.intermediate_size)  # NormFreeConfig fills it
-        self.input = projection(config, "ffn", config.hidden_size, width)
+        self.input = projection(config, ["ffn"], config.hidden_size, width)
         self.activation = ACTIVATIONS[config.layer_activations[layer_idx]](config)
-        self.output = projection(config, "ffn", width, config.hidden_size, ResidualProjection)
+        self.output = projection(config, ["ffn"], width, config.hidden_size, ResidualProjection)
         self.dropout = nn.Dropout(config.residual_dropout)
 
     def forward(self, hidden_BTE: Tensor, shared_slope: Tensor | None) -> Tensor:
@@ -42,7 +42,7 @@ class GatedFeedForward(FeedForward):
 
     def __init__(self, config: NormFreeConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        self.gate = projection(config, "ffn", config.hidden_size, self.input.out_features)
+        self.gate = projection(config, ["ffn"], config.hidden_size, self.input.out_features)
 
     def forward(self, hidden_BTE: Tensor, shared_slope: Tensor | None) -> Tensor:
         features_BTF = self.activation(self.input(hidden_BTE), shared_slope) * self.gate(hidden_BTE)

@@ -6,7 +6,7 @@ returns a module that maps its weight to the weight that is used.
 
 # R rows, C columns
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,12 +70,12 @@ LINEARS: dict[str, WeightMap] = {
 
 
 class Projection(nn.Linear):
-    """A linear map of one or several `matrices`, stacked by rows: of each its rows and the builder of its map."""
+    """A linear map of one or several matrices (rows, columns), stacked by rows: `builders` make the map of each."""
 
-    def __init__(self, columns: int, matrices: Mapping[str, tuple[int, WeightMap]], *, bias: bool) -> None:
-        super().__init__(columns, sum(rows for rows, _ in matrices.values()), bias=bias)
-        self.row_counts = [rows for rows, _ in matrices.values()]
-        maps = {name: build(rows, columns) for name, (rows, build) in matrices.items()}
+    def __init__(self, columns: int, rows: int, builders: Mapping[str, WeightMap], *, bias: bool) -> None:
+        super().__init__(columns, rows * len(builders), bias=bias)
+        self.row_counts = [rows] * len(builders)
+        maps = {name: build(rows, columns) for name, build in builders.items()}
         self.maps = nn.ModuleDict(maps) if any(not isinstance(each, nn.Identity) for each in maps.values()) else None
 
     def used_weight(self) -> Tensor:
@@ -115,8 +115,8 @@ class Projection(nn.Linear):
 class QueryKeyBiasProjection(Projection):
     """Queries, keys and values in one matmul; only queries and keys have a bias."""
 
-    def __init__(self, columns: int, matrices: Mapping[str, tuple[int, WeightMap]]) -> None:
-        super().__init__(columns, matrices, bias=False)
+    def __init__(self, columns: int, rows: int, builders: Mapping[str, WeightMap], *, bias: bool) -> None:
+        super().__init__(columns, rows, builders, bias=False)
         self.bias = nn.Parameter(torch.empty(2 * columns))
 
     def used_bias(self) -> Tensor:
@@ -127,19 +127,10 @@ class ResidualProjection(Projection):
     """A projection that writes to the residual stream; `residual_init` scales its initial weights."""
 
 
-def query_key_value_projection(config: NormFreeConfig) -> Projection:
-    width = config.hidden_size
-    matrices = {name: (width, _weight_map(config, name)) for name in ("q", "k", "v")}
-    if config.bias == "qk":
-        return QueryKeyBiasProjection(width, matrices)
-    return Projection(width, matrices, bias=config.bias == "all")
-
-
 def projection(
-    config: NormFreeConfig, group: str, columns: int, rows: int, kind: type[Projection] = Projection
+    config: NormFreeConfig, groups: Sequence[str], columns: int, rows: int, kind: type[Projection] = Projection
 ) -> Projection:
-    return kind(columns, {group: (rows, _weight_map(config, group))}, bias=config.bias == "all")
-
-
-def _weight_map(config: NormFreeConfig, group: str) -> WeightMap:
-    return LINEARS[config.linear if group in (config.linear_groups or LINEAR_GROUPS) else "plain"]
+    """A matrix (rows, columns) for each of `groups`, which are names of LINEAR_GROUPS."""
+    chosen = config.linear_groups or LINEAR_GROUPS
+    builders = {group: LINEARS[config.linear if group in chosen else "plain"] for group in groups}
+    return kind(columns, rows, builders, bias=config.bias == "all")
