@@ -105,7 +105,7 @@ def read_call(
     treated as the kind whose masks are registered under its name.
     """
     sinks = arguments.get("s_aux", arguments.get("sinks")) if name != "sdpa" else None
-    if "before_sink" in arguments:  # one of our models put a sink's key in front of the others (model/sinks.py)
+    if "before_sink" in arguments:  # one of our models put a sink's key in front of the others (attention_parts.py)
         q, k, _, mask, sinks = arguments["before_sink"]
     kind = _kind(name)
     _check_mask(name, kind, mask, arguments)

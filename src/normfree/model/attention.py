@@ -13,13 +13,12 @@ from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .attention_parts import GATES, SINKS, TEMPERATURES, AttentionInput
 from .configuration import NormFreeConfig
 from .head_entropy import entropies_of_weights, head_entropies
 from .linears import Projection, QueryKeyBiasProjection, ResidualProjection, projection
 from .norms import QUERY_KEY_NORMS, NormSite
 from .positions import Rotation, rotate
-from .sinks import SINKS, AttentionInput
-from .temperatures_and_gates import GATES, TEMPERATURES
 
 
 def eager_attention_forward(

@@ -1,10 +1,9 @@
 """TABLES: fields of NormFreeConfig that name one entry of a table; `activation` names several."""
 
-from .branches import BRANCHES, PLACEMENTS
+from .attention_parts import GATES, SINKS, TEMPERATURES
+from .blocks import BRANCHES, PLACEMENTS
 from .linears import LINEARS
 from .norms import NORMS, QUERY_KEY_NORMS
-from .sinks import SINKS
-from .temperatures_and_gates import GATES, TEMPERATURES
 
 TABLES = {
     "norm": NORMS,
