@@ -72,10 +72,9 @@ def files_under(folder: Path) -> list[Path]:
 
 def describe_files(folder: Path, paths: Iterable[Path] | None = None) -> dict[str, dict[str, Any]]:
     """`{relative path: {"sha256": ..., "bytes": ...}}` of `paths` (default: every file under `folder`)."""
-    chosen = files_under(folder) if paths is None else paths
     return {
         path.relative_to(folder).as_posix(): {"sha256": sha256_file(path), "bytes": path.stat().st_size}
-        for path in chosen
+        for path in (files_under(folder) if paths is None else paths)
     }
 
 

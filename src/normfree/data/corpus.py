@@ -332,12 +332,8 @@ class _Preparation:
         if split == "validation" and not self.has_targets:
             documents = (np.insert(document_SC, 2, number, axis=1) for number, document_SC in enumerate(documents))
         context, end = self.spec.context, cast(int, tokenizer.eos_token_id)
-        packers = {
-            "windows": windows,
-            "concatenate": partial(concatenated, end=end),
-            "docstring": partial(paired, end=end),
-        }
-        blocks = packers[self.spec.packing](documents, context)
+        with_ends = partial(paired if self.has_targets else concatenated, end=end)
+        blocks = (windows if self.spec.packing == "windows" else with_ends)(documents, context)
         targets = partial(target_ids, end=end) if self.has_targets else None
         writer = BlockWriter(self.folder / f"{split}.arrow", vocab_size=vocabulary_size(tokenizer), targets=targets)
         writer.write_all(blocks)

@@ -23,7 +23,6 @@ from normfree.files import fingerprint, sha256_bytes, sha256_file
 from normfree.spec.run import DataSpec
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
-_FILES: dict[Split, str] = {"train": "train", "validation": "t10k"}
 _CHANNELS = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB"}  # modes of Pillow that are read, and what they become
 Labelled = Iterator[tuple[str, np.ndarray, int]]
 """Where each image comes from, its bytes (C, P, P), and the number of its class."""
@@ -39,8 +38,9 @@ class FashionMnist:
 
     def __init__(self, spec: DataSpec) -> None:
         folder = Path(spec.paths[0]).expanduser() if spec.paths else FASHION_MNIST
+        names: dict[Split, str] = {"train": "train", "validation": "t10k"}
         kinds = ("images-idx3", "labels-idx1")
-        self._files = {split: [folder / f"{name}-{kind}-ubyte.gz" for kind in kinds] for split, name in _FILES.items()}
+        self._files = {split: [folder / f"{name}-{kind}-ubyte.gz" for kind in kinds] for split, name in names.items()}
         if missing := [file for files in self._files.values() for file in files if not file.is_file()]:
             advice = "`apt install dataset-fashion-mnist` has it, or give data.paths=[FOLDER] with the four files"
             raise ValueError(f"data=fashion_mnist: {missing[0]} is not there; {advice}")

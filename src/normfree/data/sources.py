@@ -64,8 +64,8 @@ def limited(
 ) -> Iterator[str]:
     """Yield documents until one would exceed a limit (None: no limit).
 
-    A document that alone has more than `most_bytes` UTF-8 bytes is cut to the bytes that remain. That there was more
-    text is counted in `dropped`, but not how much: it is not read.
+    A document that alone has more than `most_bytes` UTF-8 bytes is cut to the bytes that remain. `dropped` counts that
+    there was more.
     """
     most = remaining = sys.maxsize if most_bytes is None else most_bytes
     for document in islice(documents, most_documents):

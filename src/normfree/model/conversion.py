@@ -56,7 +56,6 @@ _T5_NAMES = {
     r"layer\.[12]\.DenseReluDense\.wi_1": "feed_forward.gate",
     r"layer\.[12]\.DenseReluDense\.wo": "feed_forward.output",
 }
-_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 _OWN_TYPES = tuple(kind.model_type for kind in (NormFreeConfig, NormFreeVisionConfig, NormFreeSeq2SeqConfig))
 
 
@@ -87,7 +86,7 @@ def _normfree(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _same(theirs: Any, *more: str) -> dict[str, Any]:
     """Fields that have our names in every config of transformers, and `more`."""
-    return {name: getattr(theirs, name) for name in (*_SIZES, *more)}
+    return {name: getattr(theirs, name) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", *more)}
 
 
 def _gpt2(gpt2: Any) -> dict[str, Any]:

@@ -282,8 +282,7 @@ class NormFreeForCausalLM(NormFreePreTrainedModel, GenerationMixin):
             positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits_BTV = self.lm_head(outputs.last_hidden_state[:, positions])
             if labels is not None:
-                vocab_size = self.config.vocab_size
-                loss = self.loss_function(logits=logits_BTV, labels=labels, vocab_size=vocab_size, **kwargs)
+                loss = self.loss_function(logits=logits_BTV, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         else:
             items = kwargs.get("num_items_in_batch")
             loss = next_token_loss(outputs.last_hidden_state, self.lm_head.weight, labels, items)

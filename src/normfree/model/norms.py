@@ -118,11 +118,10 @@ class TaperedNorm(nn.Module):
 class FakeLayerNorm(nn.LayerNorm):
     """(x - mean(x)) / sigma * weight + bias: LayerNorm until it is removed, a fixed sigma from then on (FakeLN).
 
-    Up to optimiser step `removal - 1`, sigma is each token's standard deviation, and two averages of it over the tokens
-    of a step, 0.9 old and 0.1 new, are kept: one for the first position, whose tokens differ from all others, and one
-    for the rest. From step `removal` on the averages, no longer moved, stand in for sigma; from step `merge` on that of
-    the rest stands for the first position too, so that a matrix can absorb the norm. Inputs are (..., T, width) from
-    position 0 on. `advance` changes the state; `forward` never does.
+    Before optimiser step `removal` sigma is each token's standard deviation, and two averages of it, 0.9 old and 0.1
+    new, move: of the first position, whose tokens differ from all others, and of the rest. From `removal` on they stand
+    in for sigma; from `merge` on that of the rest also does at the first position, so that a matrix can absorb the
+    norm. Inputs are (..., T, width) from position 0 on. `advance` changes the state; `forward` never does.
     """
 
     def __init__(self, width: int, eps: float, removal: int, merge: int) -> None:
