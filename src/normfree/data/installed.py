@@ -32,9 +32,7 @@ LONGEST_MEAN_LINE = 100
 LEAST_ALPHANUMERIC_SHARE = 0.25
 ALPHANUMERIC = (string.ascii_letters + string.digits).encode()
 ASCII = re.compile(r"[\x00-\x7f]+")
-GENERATED = re.compile(
-    r"auto-?\s?generated|generated (by|from|with)|automatically generated|do not (edit|modify)", re.I
-)
+GENERATED = re.compile(r"auto(-?\s?|matically )generated|generated (by|from|with)|do not (edit|modify)", re.I)
 GENERATED_LINES = 10
 
 TEST_FOLDERS = {"test", "tests", "idle_test", "__tests__"}
@@ -93,11 +91,7 @@ def excluded_text(text: str) -> str | None:
 
 
 class InstalledSource(Source):
-    """Python files of this interpreter's standard library and of the distributions in `installed.json`.
-
-    Validation is read first and completely, so it does not change with `max_bytes`; a training file that repeats a
-    validation file is dropped.
-    """
+    """The files of `installed.json`. Validation is read completely; a training file that repeats it is dropped."""
 
     def __init__(self, spec: DataSpec) -> None:
         self._spec = spec

@@ -1,8 +1,8 @@
 """Activations of the feed-forward part: a table from names of `NormFreeConfig.activation` to builders.
 
-A builder takes the config and returns a module called as `activation(features, shared_slope)`: `features` has any
-shape; `shared_slope` is the model's one shared slope, shape (1,), or None. The model passes it in each call because a
-parameter that several blocks register is lost when an untied model is saved and loaded.
+A builder takes the config and returns a module called as `activation(features, shared_slope)`: features of any shape,
+and the model's one shared slope, (1,), or None. The model passes it in each call, because a parameter that several
+blocks register is lost when an untied model is saved and loaded.
 """
 
 from collections.abc import Callable

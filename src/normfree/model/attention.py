@@ -117,7 +117,7 @@ class Attention(nn.Module):
         self.temperature = TEMPERATURES[config.attention_temperature](config)
         self.sink = SINKS[config.attention_sink](config)
         self.gate = GATES[config.attention_gate](config)
-        self.output = projection(config, "o", config.hidden_size, config.hidden_size, ResidualProjection)
+        self.output = projection(config, ["o"], config.hidden_size, config.hidden_size, ResidualProjection)
         self.dropout = nn.Dropout(config.residual_dropout)
 
     def forward(
