@@ -11,15 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
-from normfree.data import Corpus, ImageCorpus, prepare, prepared
+from normfree.data import Corpus, ImageCorpus, prepared
 from normfree.model import HEADS
 from normfree.pretrained.inputs import read_images
 from normfree.spec.run import DataSpec
+from tests.data.prepare import make
 from tests.images import SIZE, draw_digits, write_digits
 
 
-def prepare_folder(folder: Path, cache: Path, **fields: Any) -> Corpus:
-    return prepare(DataSpec(source="images", paths=(str(folder),), **fields), cache=cache, progress=False)
+def folder_spec(folder: Path) -> DataSpec:
+    return DataSpec(source="images", paths=(str(folder),))
 
 
 def held_out(corpus: Corpus) -> dict[str, torch.Tensor]:
@@ -29,7 +30,7 @@ def held_out(corpus: Corpus) -> dict[str, torch.Tensor]:
 
 
 def test_a_model_reads_what_its_processor_makes_of_files(tmp_path: Path) -> None:
-    corpus = prepare_folder(write_digits(tmp_path / "digits", 60), tmp_path / "cache")
+    corpus = make(folder_spec(write_digits(tmp_path / "digits", 60)), tmp_path / "cache")
     files = read_images(tmp_path / "digits", corpus.processor(), 60, channels=1)["pixel_values"]
     labels = [int(path.parent.name) for path in sorted((tmp_path / "digits").rglob("*.png"))]
     for image, label in zip(*held_out(corpus).values(), strict=True):
@@ -39,11 +40,11 @@ def test_a_model_reads_what_its_processor_makes_of_files(tmp_path: Path) -> None
 
 
 def test_every_twentieth_image_is_held_out_wherever_it_lies(tmp_path: Path) -> None:
-    corpus = prepare_folder(write_digits(tmp_path / "digits", 60), tmp_path / "cache")
+    corpus = make(folder_spec(write_digits(tmp_path / "digits", 60)), tmp_path / "cache")
     assert (len(corpus.train), len(corpus.validation)) == (57, 3)
     shutil.copytree(tmp_path / "digits", tmp_path / "moved")
     shutil.copy(tmp_path / "moved" / "1" / "1.png", tmp_path / "moved" / "1" / "again.png")
-    moved = prepare_folder(tmp_path / "moved", tmp_path / "other")
+    moved = make(folder_spec(tmp_path / "moved"), tmp_path / "other")
     assert moved.fingerprint == corpus.fingerprint
     assert moved.left_out("train") == "1 duplicate"
     assert isinstance(prepared(corpus.facts(), cache=tmp_path / "cache"), ImageCorpus)
@@ -57,7 +58,7 @@ def test_fashion_mnist_is_read_from_its_four_files(tmp_path: Path) -> None:
             header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
             (tmp_path / f"{name}-{kind}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
     spec = DataSpec(source="fashion_mnist", paths=(str(tmp_path),), train_documents=12)
-    corpus = prepare(spec, cache=tmp_path, progress=False)
+    corpus = make(spec, tmp_path)
     batch = held_out(corpus)
     assert len(corpus.train) == 12
     np.testing.assert_allclose((batch["pixel_values"][:, 0].numpy() + 1) * 127.5, splits["t10k"][0], atol=1e-4)
@@ -65,24 +66,24 @@ def test_fashion_mnist_is_read_from_its_four_files(tmp_path: Path) -> None:
     broken = tmp_path / "t10k-labels-idx1-ubyte.gz"
     broken.write_bytes(broken.read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"t10k-labels-idx1-ubyte\.gz cannot be read"):
-        prepare(spec, cache=tmp_path / "other", progress=False)
+        make(spec, tmp_path / "other")
     broken.unlink()
     with pytest.raises(ValueError, match="is not there; `apt install dataset-fashion-mnist` has it"):
-        prepare(spec, cache=tmp_path, progress=False)
+        make(spec, tmp_path)
 
 
 def draw(name: str, mode: str, height: int = SIZE) -> Callable[[Path], None]:
     return lambda folder: Image.new(mode, (SIZE, height)).save(folder / name)
 
 
-def hub_spec(folder: Path, **fields: Any) -> DataSpec:
-    return DataSpec(source="hub_images", dataset=str(folder), validation_split="test", **fields)
+def hub_spec(folder: Path) -> DataSpec:
+    return DataSpec(source="hub_images", dataset=str(folder), validation_split="test")
 
 
 def test_a_data_set_of_images_goes_through_load_dataset(tmp_path: Path) -> None:
     write_digits(tmp_path / "hub" / "train", 40)
     write_digits(tmp_path / "hub" / "test", 8, seed=1)
-    corpus = prepare(hub_spec(tmp_path / "hub"), cache=tmp_path / "cache", progress=False)
+    corpus = make(hub_spec(tmp_path / "hub"), tmp_path / "cache")
     assert (corpus.facts()["classes"], len(corpus.train)) == (["0", "1", "2", "3"], 40)
     images, labels = held_out(corpus).values()
     drawn, digits = draw_digits(8, seed=1)
@@ -93,43 +94,36 @@ def test_a_data_set_of_images_goes_through_load_dataset(tmp_path: Path) -> None:
     assert labels.tolist() == digits[order].tolist()
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (draw("train/0/tall.png", "L", SIZE + 1), "has .* of [89] x 8 pixels, but .*, split train, row 0"),
-        (draw("train/0/glass.png", "RGBA"), r"split train, row \d+ is an image of mode RGBA"),
-        (shutil.rmtree, "cannot be loaded"),
-    ],
-)
-def test_a_data_set_that_makes_no_corpus_is_refused(tmp_path: Path, damage: Any, message: str) -> None:
-    for split in ("train", "test"):
-        write_digits(tmp_path / "hub" / split, 8)
-    damage(tmp_path / "hub")
-    with pytest.raises(ValueError, match=message):
-        prepare(hub_spec(tmp_path / "hub"), cache=tmp_path / "cache", progress=False)
-
-
 def test_a_data_set_of_texts_has_no_images(tmp_path: Path) -> None:
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text('{"content": "a"}\n')
     with pytest.raises(ValueError, match=r"needs a column of type Image and one of type ClassLabel: content \(Value\)"):
-        prepare(hub_spec(tmp_path), cache=tmp_path / "cache", progress=False)
+        make(hub_spec(tmp_path), tmp_path / "cache")
+
+
+SIZES_DIFFER = "has [13] channel.* of [89] x 8 pixels, but .* [13] channel.*: give images of one size and kind"
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("source", "damage", "message"),
     [
-        (draw("0/colour.png", "RGB"), "has [13] channel.* pixels, but .* [13] channel.*: give images of one size and"),
-        (draw("0.png", "L"), "0.png has no class; put it into a subfolder of its class's name"),
-        (draw("0/glass.png", "RGBA"), "glass.png is an image of mode RGBA; allowed: 1, L, P, RGB"),
-        (lambda folder: (folder / "0" / "0.png").write_text("no"), "0.png cannot be read as an image"),
-        (lambda folder: [shutil.rmtree(folder / name) for name in "123"], "has only the class '0'"),
-        (lambda folder: shutil.copy(folder / "0" / "0.png", folder / "1" / "copy.png"), "are one image of two classes"),
-        (shutil.rmtree, "holds no image; give one with a subfolder of images for each class"),
+        ("images", draw("0/colour.png", "RGB"), SIZES_DIFFER),
+        ("images", draw("0.png", "L"), "0.png has no class; put it into a subfolder of its class's name"),
+        ("images", draw("0/glass.png", "RGBA"), "glass.png is an image of mode RGBA; allowed: 1, L, P, RGB"),
+        ("images", lambda folder: (folder / "0" / "0.png").write_text("no"), "0.png cannot be read as an image"),
+        ("images", lambda folder: [shutil.rmtree(folder / name) for name in "123"], "has only the class '0'"),
+        ("images", lambda folder: shutil.copy(folder / "0" / "0.png", folder / "1"), "are one image of two classes"),
+        ("images", shutil.rmtree, "holds no image; give one with a subfolder of images for each class"),
+        ("hub_images", draw("0/tall.png", "L", SIZE + 1), SIZES_DIFFER),
+        ("hub_images", draw("0/glass.png", "RGBA"), r"split train, row \d+ is an image of mode RGBA"),
+        ("hub_images", shutil.rmtree, "cannot be loaded"),
     ],
 )
-def test_images_that_make_no_corpus_are_refused(tmp_path: Path, damage: Any, message: str) -> None:
-    damage(write_digits(tmp_path / "digits", 40))
+def test_images_that_make_no_corpus_are_refused(tmp_path: Path, source: str, damage: Any, message: str) -> None:
+    for split in ("train", "test"):
+        write_digits(tmp_path / "data" / split, 40)
+    damage(tmp_path / "data" / "train")
+    spec = folder_spec(tmp_path / "data" / "train") if source == "images" else hub_spec(tmp_path / "data")
     with pytest.raises(ValueError, match=message) as error:
-        prepare_folder(tmp_path / "digits", tmp_path)
+        make(spec, tmp_path / "cache")
     assert "\n" not in str(error.value)

@@ -7,6 +7,7 @@ blocks register is lost when an untied model is saved and loaded.
 
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +36,7 @@ class LearnableLeakyReLU(nn.Module):
         self.negative_slope = nn.Parameter(torch.empty(1)) if own_slope else None
 
     def forward(self, features: Tensor, shared_slope: Tensor | None) -> Tensor:
-        slope = shared_slope if self.negative_slope is None else self.negative_slope
-        assert slope is not None, "the model has a shared slope if the blocks have none of their own"
+        slope = cast(Tensor, shared_slope if self.negative_slope is None else self.negative_slope)
         return F.prelu(features, slope.to(features.dtype))  # under autocast the features are bf16, the slope fp32
 
 

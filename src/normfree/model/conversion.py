@@ -13,7 +13,6 @@ from transformers import AutoConfig
 from .configuration import NormFreeConfig, NormFreeSeq2SeqConfig, NormFreeVisionConfig
 from .folding import fold_norms
 from .modeling import NormFreeForCausalLM, NormFreePreTrainedModel
-from .norms import FakeLayerNorm
 from .seq2seq import NormFreeForSeq2SeqLM
 from .vision import NormFreeForImageClassification
 
@@ -175,11 +174,8 @@ def convert(theirs: Any) -> NormFreePreTrainedModel:
     fields |= {"norm": "fake", "final_norm": "fake", "fake_start_step": 1, "output_bias": False}
     fields["tie_word_embeddings"] = theirs.config.tie_word_embeddings
     model = _loaded(NormFreeForCausalLM, NormFreeConfig(**fields), weights)
-    for norm in model.modules():
-        if isinstance(norm, FakeLayerNorm):
-            norm.is_fixed.fill_(1.0)
-            norm.sigma_first.fill_(epsilon**0.5)
-            norm.sigma_rest.fill_(epsilon**0.5)
+    for name, buffer in model.named_buffers():  # all of FakeLayerNorms
+        buffer.fill_(1.0 if name.endswith("is_fixed") else epsilon**0.5)
     return fold_norms(model)
 
 
