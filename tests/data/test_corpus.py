@@ -80,14 +80,7 @@ def test_a_prepared_corpus_is_reused_and_described(spec: DataSpec, tmp_path: Pat
     assert prepared(first.facts(), cache=tmp_path) is None
 
 
-def test_changed_text_or_spec_makes_another_corpus(spec: DataSpec, tmp_path: Path, text_folder: Path) -> None:
-    first = make(spec, tmp_path)
-    assert make(replace(spec, context=8), tmp_path).fingerprint != first.fingerprint
-    (text_folder / "file_0.py").write_text("class Other:\n    changed = True\n" * 30)
-    assert make(spec, tmp_path).fingerprint != first.fingerprint
-
-
-def test_moved_and_renamed_text_keeps_its_corpus(spec: DataSpec, tmp_path: Path, text_folder: Path) -> None:
+def test_content_and_spec_decide_and_no_names(spec: DataSpec, tmp_path: Path, text_folder: Path) -> None:
     first = make(spec, tmp_path / "cache")
     moved = text_folder.rename(tmp_path / "moved")
     for number, path in enumerate(sorted(moved.iterdir())):
@@ -97,6 +90,9 @@ def test_moved_and_renamed_text_keeps_its_corpus(spec: DataSpec, tmp_path: Path,
     assert make(spec, tmp_path / "other").fingerprint == first.fingerprint
     held_out = replace(spec, validation_paths=(str(next(moved.iterdir())),))
     assert make(held_out, tmp_path / "cache").folder != first.folder
+    assert make(replace(spec, context=8), tmp_path / "cache").fingerprint != first.fingerprint
+    (moved / "renamed_0.py").write_text("class Other:\n    changed = True\n" * 30)
+    assert make(spec, tmp_path / "cache").fingerprint != first.fingerprint
 
 
 @pytest.mark.parametrize(

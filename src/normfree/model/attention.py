@@ -105,11 +105,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: NormFreeConfig, layer_idx: int, *, is_causal: bool) -> None:
         super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.is_causal = is_causal
-        self.head_dim = config.head_dim
-        self.scaling = config.head_dim**-0.5
+        self.config, self.layer_idx, self.is_causal = config, layer_idx, is_causal
+        self.head_dim, self.scaling = config.head_dim, config.head_dim**-0.5
         qkv_kind = QueryKeyBiasProjection if config.bias == "qk" else Projection
         self.qkv = projection(config, ["q", "k", "v"], config.hidden_size, config.hidden_size, qkv_kind)
         site = NormSite("query_key", layer_idx, config.head_dim)

@@ -224,8 +224,8 @@ class NormFreeConfig(PreTrainedConfig):
         width, heads, share = self.hidden_size, self.num_attention_heads, self.rotary_share
         if width % heads:
             raise ValueError(f"hidden_size={width} must be a multiple of num_attention_heads={heads}")
-        is_even = abs(self.head_dim * share - self.rotary_dim) <= 1e-6 and self.rotary_dim % 2 == 0
-        if self.position == "rotary" and not (0 < share <= 1 and is_even):
+        pairs = self.head_dim * share / 2
+        if self.position == "rotary" and not (0 < share <= 1 and abs(pairs - round(pairs)) < 1e-6):
             dims = f"head_dim={self.head_dim} (hidden_size={width} / num_attention_heads={heads})"
             raise ValueError(f"rotary_share={share} of {dims} must be an even number of dimensions, from 2 to all")
 
@@ -238,9 +238,9 @@ class NormFreeConfig(PreTrainedConfig):
             raise ValueError(f"norm_steepness={self.norm_steepness}; give one number above 0, or three")
         if unknown := set(self.linear_groups or ()) - set(LINEAR_GROUPS):
             raise ValueError(f"linear_groups names {', '.join(sorted(unknown))}; allowed: {', '.join(LINEAR_GROUPS)}")
-        if self.norm == "fake" and (self.fake_start_step < 1 or self.fake_gap_steps < 0):
-            steps = f"fake_start_step={self.fake_start_step}, fake_gap_steps={self.fake_gap_steps}"
-            raise ValueError(f"norm='fake' needs at least 1 and 0, e.g. 100 and 10; got {steps}")
+        start, gap = self.fake_start_step, self.fake_gap_steps
+        if self.norm == "fake" and (start < 1 or gap < 0):
+            raise ValueError(f"norm='fake' needs fake_start_step={start} above 0, fake_gap_steps={gap} not below 0")
         if self.norm == "fake" and self.placement != "pre":
             raise ValueError(f"norm='fake' needs placement='pre', got {self.placement!r}: it folds into what reads it")
         if self.final_norm == "fake" and self.norm != "fake":

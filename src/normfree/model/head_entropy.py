@@ -62,8 +62,9 @@ class _RowEntropies(torch.autograd.Function):
         factors_NT1 = (-ctx.scaling * gradient_NT)[..., None]
         query_gradient_NTD = torch.empty_like(query_NTD)
         key_gradient_NTD = torch.zeros_like(key_NTD, dtype=wide)
-        whole = [(slice(query_NTD.shape[1]), kept[0])] if kept else None
-        blocks = whole or _blocks(query_NTD, key_NTD, ctx.scaling, ctx.causal)
+        blocks = (
+            [(slice(query_NTD.shape[1]), kept[0])] if kept else _blocks(query_NTD, key_NTD, ctx.scaling, ctx.causal)
+        )
         with torch.autocast(query_NTD.device.type, enabled=False):
             for rows, logs_NRC in blocks:
                 keys = slice(logs_NRC.shape[-1])

@@ -67,8 +67,6 @@ class DynamicErf(SquashingNorm):
 class BoundedTanh(nn.Module):
     """BHyT: gain * tanh(bound / 10 * x / rms(x)), the bound learnable. It still takes one mean square a token."""
 
-    KAPPA = 10.0
-
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.initial_values = {"gain": 1.0, "bound": 2.0}
@@ -77,7 +75,7 @@ class BoundedTanh(nn.Module):
         self.bound = nn.Parameter(torch.empty(1))
 
     def forward(self, features: Tensor) -> Tensor:
-        scale = self.bound / self.KAPPA * _inverse_rms(features, self.eps)
+        scale = self.bound / 10 * _inverse_rms(features, self.eps)
         return self.gain * torch.tanh(scale.to(features.dtype) * features)
 
 

@@ -49,8 +49,7 @@ class RotaryPositions(Positions):
 
     def __init__(self, config: NormFreeConfig) -> None:
         super().__init__()
-        self.rotary_dim = config.rotary_dim
-        self.base = config.rotary_base
+        self.rotary_dim, self.base = config.rotary_dim, config.rotary_base
 
     def forward(self, tokens_BTE: Tensor, positions_BT: Tensor) -> tuple[Tensor, Rotation]:
         device = tokens_BTE.device
