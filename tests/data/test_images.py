@@ -101,7 +101,7 @@ def test_a_data_set_of_texts_has_no_images(tmp_path: Path) -> None:
         make(hub_spec(tmp_path), tmp_path / "cache")
 
 
-SIZES_DIFFER = "has [13] channel.* of [89] x 8 pixels, but .* [13] channel.*: give images of one size and kind"
+SIZES_DIFFER = "has [13] channel.* of [89] x 8 pixels, but .* [13] channel.*: give one size and kind"
 
 
 @pytest.mark.parametrize(

@@ -192,8 +192,7 @@ def write_images(spec: DataSpec, source: ImageSource, folder: Path) -> dict[str,
             first = first or (where, pixels_CPP.shape)
             if pixels_CPP.shape != first[1]:
                 given, expected = (f"{c} channel(s) of {h} x {w}" for c, h, w in (pixels_CPP.shape, first[1]))
-                problem = f"{where} has {given} pixels, but {first[0]} {expected}"
-                raise ValueError(f"{problem}: give images of one size and kind")
+                raise ValueError(f"{where} has {given} pixels, but {first[0]} {expected}: give one size and kind")
             pixels.append(pixels_CPP.reshape(-1))
             labels.append(label)
         labels_N = np.array(labels)
