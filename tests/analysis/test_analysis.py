@@ -268,7 +268,7 @@ def test_runs_that_declare_it_are_compared_across_rates(tmp_path: Path) -> None:
 
 def test_seeds_of_one_variant_have_one_rate(tmp_path: Path) -> None:
     runs = [with_own_rate(tmp_path, "SM+G", rate, seed=seed) for seed, rate in ((0, 1.4e-3), (1, 2e-3))]
-    with pytest.raises(ValueError, match=r"seed0 and quick/sm-g-seed1 are .*: 0\.0014} and {.*: 0\.002}: give"):
+    with pytest.raises(ValueError, match=r"seed0 and quick/sm-g-seed1 are .*: 0\.0014} and {.*: 0\.002}: change"):
         group_runs(runs)
     tagged = with_own_rate(tmp_path, "SM+G", 2e-3, seed=1, tag="fast")
     assert [group.name for group in group_runs([runs[0], tagged])] == ["SM+G (fast) (lr 2e-3)", "SM+G (lr 1.4e-3)"]
