@@ -7,6 +7,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from normfree.entropy import EntropyProbe, UnsupportedModel
 from tests.entropy.families import tiny_model
+from tests.entropy.kinds import matrices_of
 from tests.entropy.test_probe import IDS, LEFT_PADDED, MASK, by_eager_matrices, measure
 
 HYBRID = {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "num_hidden_layers": 4}
@@ -72,7 +73,7 @@ def test_rounding_in_sharp_heads_does_not_lower_the_ceiling(family, mask):
     torch.testing.assert_close(sharp.ceiling_nats(), ordinary, atol=1e-9, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["blt", "cpmant", "reformer"])
+@pytest.mark.parametrize("family", ["mamba", "blt", "cpmant", "reformer"])
 @pytest.mark.parametrize("method", ["auto", "eager"])
 def test_what_neither_way_reads_is_refused_with_the_reason(family, method):
     model = tiny_model("bloom")
@@ -192,26 +193,16 @@ def test_an_own_function_that_no_mask_reaches_is_refused(mine, family, masks):
     torch.testing.assert_close(probe.statistics().ceiling_nats(), ceiling, atol=1e-6, rtol=0)
 
 
-def sees_later_tokens(family: str, implementation: str):
-    model = tiny_model(family, attn_implementation=implementation)
-    if family == "bert":
-        model.config.is_decoder = False
-    model.config.is_causal = False
-    for module in model.modules():
-        if hasattr(module, "is_causal"):
-            module.is_causal = False
-    return model
-
-
 @pytest.mark.parametrize("family", ["bert", "llama", "mistral", "gpt2", "qwen3"])
 @pytest.mark.parametrize(("method", "implementation"), [("auto", "eager"), ("auto", "sdpa"), ("eager", "eager")])
 @pytest.mark.parametrize("mask", [MASK, LEFT_PADDED, LEFT_PADDED.flip(1)], ids=["whole", "left", "right"])
 def test_models_that_see_later_tokens_have_their_own_ceiling(family, implementation, method, mask):
-    model = sees_later_tokens(family, implementation)
+    model = tiny_model(family, attn_implementation=implementation, is_decoder=False, is_causal=False)
+    for module in model.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = False
     heads = measure(model, mask=mask, method=method)
-    model.set_attn_implementation("eager")
-    with torch.no_grad():
-        weights = [p.double() for p in model(input_ids=IDS, attention_mask=mask, output_attentions=True).attentions]
+    weights = [*matrices_of(model, {"input_ids": IDS, "attention_mask": mask}).values()]
     mean, ceiling = mean_and_ceiling(weights, mask)
     torch.testing.assert_close(heads.mean_nats(), mean, atol=1e-5, rtol=0)
     torch.testing.assert_close(heads.ceiling_nats(), ceiling, atol=1e-6, rtol=0)

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from normfree.entropy import AttentionEntropy, attention_entropy, functional, fused
+from normfree.entropy import AttentionEntropy, attention_entropy, functional
 from normfree.entropy.layers import HeadLayer
-from normfree.entropy.statistics import HeadSums, sums_of
-from tests.entropy.truths import causal, check, random_heads, truth
+from normfree.entropy.statistics import HeadSums
+from tests.entropy.truths import causal, check, truth
+from tests.entropy.truths import random_heads as heads
 
-heads = random_heads
 Q = heads()[0]
 METHODS = ("auto", "blocked", "reference")
 PADDING = torch.ones(2, 33, dtype=torch.bool)
@@ -242,26 +242,6 @@ def test_gradients_are_those_of_the_definition(options, visible, key_heads, widt
         assert (mine.grad.double() - theirs.grad).abs().max() < tolerance * theirs.grad.abs().max()
 
 
-@pytest.mark.parametrize("rows", [1, 33, 257])
-@pytest.mark.parametrize("width", [20, 33])
-@pytest.mark.parametrize("kind", ["full", "causal", "mask"])
-def test_the_private_kernel_answers_with_its_log_sum_exp(rows, width, kind, device):
-    """The private operator of torch: its place, its arguments, the shapes of its answers."""
-    q, k = heads(queries=rows, width=width)
-    assert fused.has_kernel(q.to(device))
-    visible = causal(rows, rows) if kind == "causal" else torch.ones(rows, rows, dtype=torch.bool)
-    additive = None
-    if kind == "mask":
-        visible = (torch.rand(rows, rows, generator=torch.Generator().manual_seed(2)) < 0.5).fill_diagonal_(True)
-        additive = torch.zeros(1, 1, rows, rows).masked_fill_(~visible, -torch.inf).to(device)
-    options = {"scale": 0.2, "causal": kind == "causal", "additive_mask": additive}
-    output, lse = fused.kernel(q.to(device), k.to(device), **options)
-    k = k.double().repeat_interleave(2, dim=1)
-    scores = (0.2 * q.double() @ k.mT).masked_fill(~visible, -torch.inf)
-    check(lse, scores.logsumexp(-1))
-    check(output, scores.softmax(-1) @ k)
-
-
 LAYOUTS = {
     "tokens first": lambda value: value.transpose(1, 2).contiguous().transpose(1, 2),
     "width first": lambda value: value.mT.contiguous().mT,
@@ -297,11 +277,10 @@ def test_any_layout_in_memory_gives_the_same_entropy(which, layout, device):
         ({"q": Q.half()}, "q is torch.float16 and k is"),
     ],
 )
-def test_wrong_requests_are_refused_in_one_line(change, complaint, entropy_of):
+def test_wrong_requests_are_refused(change, complaint, entropy_of):
     q, k = heads()
-    with pytest.raises(ValueError, match=complaint) as caught:
+    with pytest.raises(ValueError, match=complaint):
         entropy_of(**{"q": q, "k": k, "causal": True} | change)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("broken_from", "rows"), [(8, 8), (0, 0)])
@@ -310,11 +289,11 @@ def test_the_ceiling_is_that_of_the_rows_in_the_mean(broken_from, rows, entropy_
     q, k = torch.zeros(1, 2, 20, 8), torch.zeros(1, 2, 20, 8)
     k[:, :, broken_from] = math.nan
     sums = HeadSums()
-    sums.add([(HeadLayer.of("", 0), sums_of(entropy_of(q, k, causal=True)))])
+    sums.add(HeadLayer.of("", 0), entropy_of(q, k, causal=True))
     statistics = sums.statistics()
     expected = torch.arange(1, rows + 1, dtype=torch.float64).log().mean()
     torch.testing.assert_close(statistics.ceiling_nats(), expected[None], equal_nan=True)
-    sums.add([(HeadLayer.of("", 0), sums_of(entropy_of(q[:, :, :8], q[:, :, :8], causal=True)))])
+    sums.add(HeadLayer.of("", 0), entropy_of(q[:, :, :8], q[:, :, :8], causal=True))
     both = sums.statistics().ceiling_nats()
     torch.testing.assert_close(both, torch.arange(1, 9, dtype=torch.float64).log().mean()[None])
     assert statistics.nonfinite_rows.tolist() == [[20 - broken_from] * 2]

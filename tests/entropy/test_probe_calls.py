@@ -72,23 +72,10 @@ def test_patterns_are_refused_behind_sliding_and_chunked_caches(family):
     assert probe.statistics().rows.unique().tolist() == [24]
 
 
-def test_a_boolean_mask_is_refused_in_eager_attention():
-    """Added to the scores, True is 1: nothing is hidden, and the mask does not say what the model did."""
-    model = tiny_model("gpt2")
-    mask = torch.ones(20, 20, dtype=torch.bool).tril().expand(2, 1, 20, 20)
-    with EntropyProbe(model) as fused, torch.no_grad():
-        model(input_ids=IDS, attention_mask=mask)
-    torch.testing.assert_close(fused.statistics().mean_nats(), measure(model).mean_nats(), atol=1e-6, rtol=0)
-    model.set_attn_implementation("eager")
-    with EntropyProbe(model), torch.no_grad(), pytest.raises(UnsupportedModel, match="a boolean one hides nothing"):
-        model(input_ids=IDS, attention_mask=mask)
-
-
-@pytest.mark.parametrize("key", ["cache", "cu_seq_lens_q"])
-def test_several_texts_in_one_row_are_refused(key):
+def test_several_texts_in_one_row_are_refused():
     model = tiny_model("llama")
-    with EntropyProbe(model), torch.no_grad(), pytest.raises(UnsupportedModel, match=key):
-        model(input_ids=IDS, **{key: torch.tensor([0, 10, 20])})
+    with EntropyProbe(model), torch.no_grad(), pytest.raises(UnsupportedModel, match="several texts in one row"):
+        model(input_ids=IDS, cu_seq_lens_q=torch.tensor([0, 10, 20]))
 
 
 @pytest.fixture
@@ -166,12 +153,3 @@ def test_calls_in_and_out_of_inference_mode_add_up():
             with mode():
                 model(input_ids=IDS)
     assert probe.statistics().rows.unique().tolist() == [160]
-
-
-def test_another_attention_implementation_inside_a_probe_is_not_passed_over():
-    model = tiny_model("gpt2")
-    with pytest.raises(ValueError, match="was changed inside the probe"), EntropyProbe(model):
-        model.set_attn_implementation("eager")
-    with EntropyProbe(model) as probe, torch.no_grad():
-        model(input_ids=IDS)
-    assert probe.statistics().rows.unique().tolist() == [40]

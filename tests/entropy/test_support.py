@@ -4,13 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 import transformers
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from normfree.entropy import EntropyProbe, UnsupportedModel
-from normfree.entropy.support import EAGER_ONLY, NO_SOFTMAX, NOT_MEASURED, ROUTED
+from normfree.entropy.support import EAGER_ONLY, NOT_MEASURED, ROUTED
 from tests.entropy.families import tiny_model
 from tests.entropy.test_probe import LEFT_PADDED, by_eager_matrices, measure
 
@@ -50,7 +48,7 @@ def modeling_source(model_type: str) -> str:
 
 
 def test_the_tables_list_installed_types_once():
-    listed = [name for table in (ROUTED, EAGER_ONLY, NO_SOFTMAX, NOT_MEASURED) for name in table]
+    listed = [name for table in (ROUTED, EAGER_ONLY, NOT_MEASURED) for name in table]
     assert sorted(listed) == sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
@@ -68,26 +66,3 @@ def test_family_agrees_with_its_eager_matrices_under_left_padding(family):
     assert (heads.mean_nats() - by_eager_matrices(model, LEFT_PADDED)).abs().max() < 2e-5
     assert heads.nonfinite_rows.sum() == 0
     assert 0.05 < heads.mean_nats().mean() < heads.ceiling_nats().mean()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["gpt_neox_japanese", "trocr"])
-def test_families_outside_the_registry_are_served_by_matrices(family):
-    model = tiny_model(family)
-    with pytest.raises(UnsupportedModel, match="pass method='eager'"):
-        EntropyProbe(model)
-    model.set_attn_implementation("eager")
-    assert measure(model, method="eager").mean_nats().isfinite().all()
-
-
-@pytest.mark.slow
-def test_sinks_take_part_in_the_softmax():
-    # Granite scales its output by sigmoid(lse - sink), which is the softmax with one more logit; its
-    # reported weights leave that out. A sink of -inf is no sink: then both agree.
-    model = tiny_model("granite_swa")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("sinks"):
-                parameter.fill_(-1e9)
-    heads = measure(model, mask=LEFT_PADDED)
-    assert (heads.mean_nats() - by_eager_matrices(model, LEFT_PADDED)).abs().max() < 2e-5

@@ -1,7 +1,4 @@
-"""Attention entropy of any Hugging Face model, without the T x T matrix.
-
-This package imports nothing else of normfree.
-"""
+"""Attention entropy of any Hugging Face model, without the T x T matrix."""
 
 from normfree.entropy.functional import attention_entropy
 from normfree.entropy.interventions import intervene

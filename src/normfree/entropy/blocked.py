@@ -46,10 +46,6 @@ def _measure_block(
 
     visible_NRC = of_pairs(block.visible)
     counts_NR = visible_NRC.sum(-1, dtype=torch.int32)
-    if block.first == block.last:
-        nothing = torch.full(counts_NR.shape, torch.nan, dtype=request.q.dtype, device=request.q.device)
-        names = ("nats", "distance", "first_mass") if request.patterns else ("nats",)
-        return {"visible": counts_NR} | dict.fromkeys(names, nothing)
     wide = torch.float32 if request.q.device.type == "mps" else torch.float64
     q_NRD = of_pairs(request.q[:, :, block.start : block.stop]).to(wide)
     k_NCD = request.k[pairs[0], pairs[1] // request.groups, block.first : block.last].to(wide)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from normfree.entropy.layers import HeadLayer, attention_layers
 from normfree.entropy.request import AttentionEntropy
-from normfree.entropy.statistics import HeadSums, sums_of
+from normfree.entropy.statistics import HeadSums
 from normfree.entropy.support import UnsupportedModel
 from normfree.entropy.tap import is_recomputation
 from normfree.entropy.visibility import Visibility
@@ -42,7 +42,6 @@ class EagerHooks:
             raise UnsupportedModel("method='eager': load the model with attn_implementation='eager'")
         if config.model_type == "big_bird" and config.attention_type != "original_full":
             raise UnsupportedModel("method='eager': load big_bird with attention_type='original_full'")
-        self.modules: list[Any] = [model]
         self._model, self._sums = model, sums
         self._handles: list[RemovableHandle] = []
         self._routed = bool(attention_layers(model))
@@ -86,7 +85,8 @@ class EagerHooks:
                 for number, p_BHTS in matrices:
                     layer = HeadLayer.of(group if len(groups) > 1 else "", number)
                     measured[layer] = self._measure(layer, p_BHTS, arguments.get(mask))
-            self._sums.add((layer, sums_of(entropies)) for layer, entropies in measured.items())
+            for layer, entropies in measured.items():
+                self._sums.add(layer, entropies)
         if not self._call.returns_attentions:
             for name in groups:
                 setattr(output, name, None)
@@ -118,10 +118,9 @@ class EagerHooks:
 
 
 def _attention_layers(config: Any, attentions: Sequence[Tensor | None]) -> Iterable[tuple[int, Tensor]]:
-    """The matrices with their layers' numbers.
+    """The matrices with their layers' numbers, without the states of linear attention that minimax adds.
 
-    Hybrid models return those of their attention layers alone, or add the states of linear attention (minimax), which
-    are left out.
+    Other hybrid models return those of their attention layers alone.
     """
     config = config.get_text_config()
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
@@ -157,8 +156,8 @@ def entropy_of_probabilities(
     """Entropy of attention matrices (B, H, T, S).
 
     A key counts as visible if any head puts mass on it, or `visible_B1TS` says so: sharp heads round small
-    probabilities to 0. `padding` (B, up to and with the queries) is 0 for padded queries, whose rows are left out.
-    Where it is shorter than T, what the model puts before the tokens (the image of git) is no padding.
+    probabilities to 0. `padding` (B, up to and with the queries) is 0 for padded queries, whose rows are left out; what
+    a model puts before the tokens (the image of git) is no padding.
     """
     p_BHTS = p_BHTS.to(torch.promote_types(p_BHTS.dtype, torch.float32))
     nats_BHT = torch.special.entr(p_BHTS).sum(-1)

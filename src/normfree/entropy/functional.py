@@ -3,7 +3,7 @@
 # B batch, H query heads, G key heads, T query, S key, K keys and the sink, D head width
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -60,10 +60,11 @@ def attention_entropy(
     if differentiable and not (softcap is None and sinks is None and (mask is None or mask.dtype == torch.bool)):
         raise ValueError("differentiable=True with softcap, sinks or an additive mask needs method='reference'")
     with torch.no_grad():
-        result = _measure_uncompiled(request, only_exact=method == "blocked")
+        result = measure(request, only_exact=method == "blocked")
     return replace(result, nats=_with_gradient(result.nats, request)) if differentiable else result
 
 
+@torch.compiler.disable(reason="the choice of paths depends on the numbers")
 def measure(request: Request, *, only_exact: bool = False) -> AttentionEntropy:
     """Take the fused path where scores are a plain dot product of ordinary size, the exact one elsewhere."""
     with torch.autocast(request.q.device.type, enabled=False):
@@ -72,34 +73,21 @@ def measure(request: Request, *, only_exact: bool = False) -> AttentionEntropy:
         narrow = request.q.dtype == torch.float32 and request.q.shape[-1] < NARROWEST
         unfit = only_exact or narrow or not plain or not fused.has_kernel(request.q)
         if unfit or request.visibility.adds_bias():
-            return _exact(request)
-        bound_BH = fused.score_bound(request)
-        # Rounding is no concern in float64. Heads with NaN or infinity take the exact path in every dtype.
-        limit = SCORE_LIMIT if request.q.dtype == torch.float32 else torch.finfo(torch.float64).max
-        beyond = (~(bound_BH <= limit)).nonzero()
-        if len(beyond) == bound_BH.numel():
-            return _exact(request)
+            beyond_BH = torch.ones(request.q.shape[:2], dtype=torch.bool, device=request.q.device)
+        else:
+            # Rounding is no concern in float64. Heads with NaN or infinity take the exact path in every dtype.
+            limit = SCORE_LIMIT if request.q.dtype == torch.float32 else torch.finfo(torch.float64).max
+            beyond_BH = ~(fused.score_bound(request) <= limit)
+        pairs = beyond_BH.nonzero()
+        if len(pairs) == 0:
+            return fused.measure(request)
+        fields = {name: rows for name, rows in vars(blocked.measure(request, pairs)).items() if rows is not None}
+        if len(pairs) == beyond_BH.numel():
+            return AttentionEntropy(**{name: rows.unflatten(0, beyond_BH.shape) for name, rows in fields.items()})
         result = fused.measure(request)
-        if len(beyond) == 0:
-            return result
-        better = _fields(blocked.measure(request, beyond))
-        return replace(
-            result, **{name: getattr(result, name).index_put(beyond.unbind(-1), rows) for name, rows in better.items()}
-        )
-
-
-_measure_uncompiled: Any = torch.compiler.disable(measure)  # the choice of paths depends on the numbers
-
-
-def _exact(request: Request) -> AttentionEntropy:
-    shape = request.q.shape[:2]
-    pairs = torch.ones(shape, dtype=torch.bool, device=request.q.device).nonzero()
-    fields = _fields(blocked.measure(request, pairs))
-    return AttentionEntropy(**{name: value.unflatten(0, shape) for name, value in fields.items()})
-
-
-def _fields(result: AttentionEntropy) -> dict[str, Tensor]:
-    return {name: value for name, value in vars(result).items() if value is not None}
+        for name, rows in fields.items():
+            fields[name] = getattr(result, name).index_put(pairs.unbind(-1), rows)
+        return AttentionEntropy(**fields)
 
 
 def _by_definition(request: Request) -> AttentionEntropy:
@@ -143,12 +131,12 @@ def _with_gradient(nats: Tensor, request: Request) -> Tensor:
         q, k = (torch.where(value.isfinite(), value, 0.0) for value in (request.q, request.k))
         k = k - k.detach().mean(-2, keepdim=True)
         k = k.repeat_interleave(request.groups, dim=1)  # CUDA's float32 kernel has no grouped queries
-        visible = None
-        if not (visibility.is_full or visibility.is_plain_causal):
+        visible, flag = None, visibility.causal_flag
+        if flag is None:
             visible = visibility.whole().visible
             visible = visible | ~visible.any(-1, keepdim=True)  # no kernel divides by an empty sum; not counted anyway
         output = torch.nn.functional.scaled_dot_product_attention(
-            q, k, k.detach(), attn_mask=visible, is_causal=visibility.is_plain_causal, scale=request.scale
+            q, k, k.detach(), attn_mask=visible, is_causal=bool(flag), scale=request.scale
         )
         slope = -request.scale * (q.detach() * output).sum(-1)
     counted = nats.isfinite()

@@ -60,18 +60,15 @@ def measure(request: Request) -> AttentionEntropy:
 
 def _attend(q_BHTE: Tensor, k_BGSE: Tensor, request: Request) -> tuple[Tensor, Tensor]:
     visibility = request.visibility
-    if visibility.is_full or visibility.is_plain_causal:
-        return kernel(q_BHTE, k_BGSE, scale=request.scale, causal=visibility.is_plain_causal)
+    if visibility.causal_flag is not None:
+        return kernel(q_BHTE, k_BGSE, scale=request.scale, causal=visibility.causal_flag)
     outputs, lses = [], []
     for block in visibility.blocks(ROWS):
         q_BHRE = q_BHTE[:, :, block.start : block.stop]
-        if block.first == block.last:
-            output, lse = torch.zeros_like(q_BHRE), q_BHRE.new_zeros(q_BHRE.shape[:3])
-        else:
-            additive = torch.zeros(block.visible.shape, dtype=q_BHTE.dtype, device=q_BHTE.device)
-            additive.masked_fill_(~block.visible, -torch.inf)
-            k_BGCE = k_BGSE[:, :, block.first : block.last]
-            output, lse = kernel(q_BHRE, k_BGCE, scale=request.scale, additive_mask=additive)
+        k_BGCE = k_BGSE[:, :, block.first : block.last]
+        additive = torch.zeros(block.visible.shape, dtype=q_BHTE.dtype, device=q_BHTE.device)
+        additive.masked_fill_(~block.visible, -torch.inf)
+        output, lse = kernel(q_BHRE, k_BGCE, scale=request.scale, additive_mask=additive)
         outputs.append(output)
         lses.append(lse)
     return torch.cat(outputs, dim=2), torch.cat(lses, dim=2)
@@ -82,8 +79,8 @@ def kernel(
 ) -> tuple[Tensor, Tensor]:
     """Attention with V = K and its log-sum-exp, from private operators of torch that only this function calls.
 
-    The CPU kernel returns 0 for a row that sees no key; callers put NaN there. It assumes that the numbers of a row are
-    contiguous, so they are made so.
+    What it returns for a row that sees no key is not defined: callers put NaN there. The CPU kernel assumes that the
+    numbers of a row are contiguous, so they are made so.
     """
     q_BHRE, k_BGCE = (value if value.stride(-1) == 1 else value.contiguous() for value in (q_BHRE, k_BGCE))
     if q_BHRE.device.type == "cpu":

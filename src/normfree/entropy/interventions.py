@@ -2,11 +2,10 @@
 
 # B batch, T query, S key, H query heads, G key heads, D value width; h chosen heads; R rows and C columns of one block
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -30,25 +29,19 @@ def intervene(model: nn.Module, heads: Sequence[tuple[Layer, int]], how: How = "
         windows and padding count; a sink gets nothing, a position bias plays no part, nothing is dropped out);
         'zero' silences the heads; a number multiplies what they write.
 
-    Heads of one query group differ in nothing under 'average'. Gradients flow; with gradient checkpointing call
-    backward inside the `with`. A compiled model has a break in its graph at each changed layer, so torch refuses one
-    with fullgraph=True. Interventions may be nested (the inner one changes what the outer one left)
-    and open beside a probe. A probe and `output_attentions` show of a changed head the attention that it computes and
-    that is discarded; all layers after it compute from what it writes now. On leaving, also after an exception,
-    everything is as before.
+    Gradients flow; with gradient checkpointing call backward inside the `with`. A compiled model has a break in its
+    graph at each changed layer, so torch refuses one with fullgraph=True. Interventions may be nested (the inner one
+    changes what the outer one left) and open beside a probe, which shows of a changed head the attention that it
+    computes and that is discarded. On leaving, also after an exception, everything is as before.
 
-    Raises ValueError for layers that are not there and other values of `how`, and in the first forward pass for heads
-    that are not there; UnsupportedModel (a ValueError) for a model that does not route its attention, and on leaving
-    if passes did not use a changed layer.
+    Raises ValueError for layers and heads that are not there and other values of `how`; UnsupportedModel (a ValueError)
+    for a model that does not route its attention, and on leaving if passes did not use a changed layer.
     """
-    if how not in ("average", "zero") and not _is_number(how):
-        raise ValueError(f"how={how!r}; allowed: 'average', 'zero' or a finite number that scales the heads")
-    if not hasattr(model, "config"):
-        raise UnsupportedModel(f"{type(model).__name__} is no Hugging Face model; give the one that it wraps")
-    try:
-        tap = AttentionTap(model, lambda layer, call: None)
-    except UnsupportedModel as error:
-        raise UnsupportedModel(f"{type(model).__name__} does not route its attention, so no head is changed") from error
+    if how not in ("average", "zero") and not isinstance(how, (int, float)):
+        raise ValueError(f"how={how!r}; allowed: 'average', 'zero' or a number that scales the heads")
+    if not hasattr(model, "config") or not attention_layers(model):
+        raise UnsupportedModel(f"{type(model).__name__} does not route its attention, so no head is changed")
+    tap = AttentionTap(model, lambda layer, call: None)
     edits = [(module, _Edit(layer, chosen, how)) for module, layer, chosen in _chosen_modules(model, heads)]
     passes: set[int] = set()
     with tap, model.register_forward_hook(lambda ran, *_: passes.add(id(ran))):
@@ -56,7 +49,7 @@ def intervene(model: nn.Module, heads: Sequence[tuple[Layer, int]], how: How = "
             setattr(module, EDITS, (*getattr(module, EDITS, ()), edit))
         try:
             yield
-            if id(model) in passes and (unused := [edit.layer for _, edit in edits if not edit.calls]):
+            if id(model) in passes and (unused := [edit.layer for _, edit in edits if not edit.is_used]):
                 raise UnsupportedModel(
                     f"layer {unused[0]} was not changed: its attention does not go through transformers' registry"
                 )
@@ -64,10 +57,6 @@ def intervene(model: nn.Module, heads: Sequence[tuple[Layer, int]], how: How = "
             for module, edit in edits:
                 others = tuple(other for other in getattr(module, EDITS) if other is not edit)
                 setattr(module, EDITS, others) if others else delattr(module, EDITS)
-
-
-def _is_number(how: object) -> bool:
-    return isinstance(how, (int, float)) and not isinstance(how, bool) and math.isfinite(how)
 
 
 def _chosen_modules(
@@ -93,20 +82,20 @@ def _chosen_modules(
         yield modules[layer], layer, sorted(chosen)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Edit:
     """What happens to the heads of one layer."""
 
     layer: Layer
     heads: list[int]
     how: How
-    calls: list[object] = field(default_factory=list)
+    is_used: bool = False
 
     @torch.compiler.disable(reason="normfree.intervene works between graphs: compile without fullgraph=True")
     def __call__(self, call: AttentionCall, value_BGSD: Tensor, result: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
         """The result of an attention function, (B, T, H, D) and weights, with other outputs of the chosen heads."""
         output_BTHD, weights = result
-        self.calls.append(None)
+        self.is_used = True
         count = call.q.shape[1]
         if wrong := [head for head in self.heads if not 0 <= head < count]:
             raise ValueError(f"layer {self.layer} has no head {wrong[0]}; allowed: 0 to {count - 1}")
@@ -126,10 +115,7 @@ class _Edit:
 
 
 def _mean_of_visible(value_BhSD: Tensor, visibility: Visibility, heads_h: Tensor) -> Tensor:
-    """(B, h, T, D): for every row the mean value of the keys that it may see, in float32 at least; 0 if there is none.
-
-    `value_BhSD` has the chosen heads alone, `visibility` all heads.
-    """
+    """(B, h, T, D): for every row the mean value of the keys that it may see, in float32 at least; 0 if none."""
     value_BhSD = value_BhSD.to(torch.promote_types(value_BhSD.dtype, torch.float32))
     rows = []
     with torch.autocast(value_BhSD.device.type, enabled=False):

@@ -1,8 +1,7 @@
 """Which attention modules of a model are measured, and what their layers are called.
 
-A stack is a list of blocks. A model with one has layers 0, 1, 2, ...; with several it has groups of heads, named by the
-part of the module path that tells the stacks apart: encoder and decoder, vision and text. Heads that attend over
-another sequence are a group of their own, cross.
+A stack is a list of blocks. A model with several has groups of heads, named by the part of the module path that tells
+the stacks apart: encoder and decoder, vision and text. Heads that attend over another sequence are the group cross.
 """
 
 from __future__ import annotations
@@ -20,8 +19,9 @@ from normfree.entropy.support import CROSS_ATTENTION_NAMES, EAGER_ONLY
 Layer = int | str
 """What results call a layer: its number, or group and number (`cross 0`) where several groups were measured."""
 
-_GROUPS = {"vision": "visual image", "audio": "speech", "text": "language", "encoder": "", "decoder": ""}
-"""Names of groups in their order, and other words for them in module names."""
+_GROUPS = {"vision": "vision", "visual": "vision", "image": "vision", "audio": "audio", "speech": "audio"}
+_GROUPS |= {"text": "text", "language": "text", "encoder": "encoder", "decoder": "decoder"}
+"""Words in module names and the group that each means, in the order of the groups."""
 _CROSS = "cross"
 
 
@@ -44,8 +44,8 @@ class HeadLayer(NamedTuple):
     @classmethod
     def of(cls, group: str, number: int, stack: str = "") -> HeadLayer:
         """A layer of a group, with the group's rank."""
-        rank = len(_GROUPS) + 1 if group.endswith(_CROSS) else [*_GROUPS, group].index(group)
-        return cls(rank, group, number, stack)
+        order = [*dict.fromkeys(_GROUPS.values()), group]
+        return cls(len(order) if group.endswith(_CROSS) else order.index(group), group, number, stack)
 
 
 def labels(layers: Iterable[HeadLayer]) -> list[Layer]:
@@ -56,20 +56,17 @@ def labels(layers: Iterable[HeadLayer]) -> list[Layer]:
 
 
 def attention_layers(model: nn.Module) -> dict[Any, HeadLayer]:
-    """The layer of every module that looks up its attention function in the registry of transformers.
+    """The layer of every routed module; empty for families that route only a part of their heads.
 
     A layer's number is the module's `layer_idx`, else its block's place in the list of blocks. Where two modules of a
-    group have one number, the group counts its modules in the order of the model. Empty for families that route only a
-    part of their heads.
+    group have one number, the group counts its modules in the order of the model.
     """
     if getattr(getattr(model, "config", None), "model_type", None) in EAGER_ONLY:
         return {}
-    one_of_class = {type(module): module for module in model.modules() if not isinstance(module, PreTrainedModel)}
-    classes = {kind for kind, module in one_of_class.items() if registry_of(module) is not None}
     routed = {
         module: _place(model, name.split("."), module)
         for name, module in model.named_modules()
-        if type(module) in classes
+        if not isinstance(module, PreTrainedModel) and registry_of(type(module)) is not None
     }
     own = stack_names(stack for stack, _, is_cross in routed.values() if not is_cross)
     across = stack_names(stack for stack, _, is_cross in routed.values() if is_cross)
@@ -87,8 +84,7 @@ def attention_layers(model: nn.Module) -> dict[Any, HeadLayer]:
 
 
 def _place(model: nn.Module, path: list[str], module: Any) -> tuple[tuple[str, ...], int, bool]:
-    """The path of the outermost list of blocks, the layer's number, and whether the module attends over another
-    sequence."""
+    """The path of the outermost list of blocks, the layer's number, and whether the module is cross-attention."""
     parts = [model.get_submodule(".".join(path[:depth])) for depth in range(len(path))]
     depth = next((depth for depth, part in enumerate(parts) if isinstance(part, nn.ModuleList)), None)
     place = 0 if depth is None else int(path[depth])
@@ -107,15 +103,11 @@ def stack_names(stacks: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]
     if len(stacks) == 1:
         return {stacks[0]: ""}
     parts = [stack[max(_shared(stack, other) for other in stacks if other != stack)] for stack in stacks]
-    known = [next((group for group in _GROUPS if _means(part, group)), part) for part in parts]
+    known = [next((group for word, group in _GROUPS.items() if word in part.lower()), part) for part in parts]
     return {
         stack: name if known.count(name) == 1 else part if parts.count(part) == 1 else ".".join(stack)
         for stack, part, name in zip(stacks, parts, known, strict=True)
     }
-
-
-def _means(part: str, group: str) -> bool:
-    return any(word in part.lower() for word in (group, *_GROUPS[group].split()))
 
 
 def _shared(path: tuple[str, ...], other: tuple[str, ...]) -> int:

@@ -1,13 +1,8 @@
-"""EntropyProbe: measure the attention heads of any Hugging Face model while it runs.
-
-Inside the context a tap shows every attention call. On leaving, also after an exception, everything is as before.
-Config and training mode are never touched.
-"""
+"""EntropyProbe: measure the attention heads of any Hugging Face model while it runs."""
 
 from __future__ import annotations
 
 import threading
-import weakref
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -20,12 +15,11 @@ from normfree.entropy.functional import measure
 from normfree.entropy.layers import HeadLayer
 from normfree.entropy.request import AttentionEntropy
 from normfree.entropy.routing import AttentionCall
-from normfree.entropy.statistics import HeadEntropy, HeadSums, sums_of
-from normfree.entropy.support import UnsupportedModel, without_rows
+from normfree.entropy.statistics import HeadEntropy, HeadSums
+from normfree.entropy.support import NOT_MEASURED, UnsupportedModel
 from normfree.entropy.tap import AttentionTap
 
 ProbeMethod = Literal["auto", "eager"]
-_measured_now: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class EntropyProbe:
@@ -41,8 +35,9 @@ class EntropyProbe:
     patterns: also measure mean attended distance and the mass on the first token.
 
     The model may be wrapped (DDP, torch.compile), in any dtype or autocast and, but for method='eager', in training
-    mode: dropout does not affect what is measured. Probes of different models may be nested, not two of one model.
-    Raises UnsupportedModel for a model without softmax attention or one that needs method='eager'.
+    mode: dropout does not affect what is measured. Probes may be nested, with method='eager' of different models. On
+    leaving, also after an exception, everything is as before. Raises UnsupportedModel for a model without softmax
+    attention or one that needs method='eager'.
     """
 
     def __init__(self, model: nn.Module, method: ProbeMethod = "auto", *, patterns: bool = False) -> None:
@@ -55,22 +50,19 @@ class EntropyProbe:
             advice = "use one probe for each" if models else "load one with AutoModelForCausalLM or AutoModel"
             raise UnsupportedModel(f"{type(model).__name__} holds {len(models)} Hugging Face models; {advice}")
         [self._model] = models
-        if reason := without_rows(self._model.config.model_type):
-            raise UnsupportedModel(reason)
+        kind = self._model.config.model_type
+        if kind in NOT_MEASURED:
+            raise UnsupportedModel(f"{kind} {NOT_MEASURED[kind]}, so it is not measured; choose another model")
         self._patterns = patterns
         self._sums = HeadSums()
         self._tap = AttentionTap(self._model, self._read) if method == "auto" else EagerHooks(self._model, self._sums)
         self._before = threading.local()
 
     def __enter__(self) -> EntropyProbe:
-        if not _measured_now.isdisjoint(self._tap.modules):
-            raise ValueError("this model is being measured by another EntropyProbe; leave that one first")
         self._tap.__enter__()
-        _measured_now.update(self._tap.modules)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        _measured_now.difference_update(self._tap.modules)
         self._before = threading.local()
         self._tap.__exit__(*error)
 
@@ -84,14 +76,14 @@ class EntropyProbe:
         entropies = measured_rows(layer, call, patterns=self._patterns)
         if layer.is_cross and entropies.distance is not None:  # positions of two sequences have no distance
             entropies = replace(entropies, distance=torch.full_like(entropies.distance, torch.nan))
-        self._sums.add([(layer, sums_of(entropies))])
+        self._sums.add(layer, entropies)
 
     def _repeats(self, call: AttentionCall) -> bool:
         """True if the call before had these very tensors: two calls, for two halves of the values, are one row."""
-        now = [(tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in (call.q, call.k)]
-        before, self._before.places = getattr(self._before, "places", None), now
-        self._before.call = call  # keeps this memory from another use
-        return before == now
+        before, self._before.call = getattr(self._before, "call", None), call  # kept: its memory has no other use
+        return before is not None and all(
+            a.data_ptr() == b.data_ptr() for a, b in zip(before[:2], call[:2], strict=True)
+        )
 
 
 def measured_rows(layer: HeadLayer, call: AttentionCall, *, patterns: bool) -> AttentionEntropy:

@@ -34,16 +34,11 @@ class Request:
 class AttentionEntropy:
     """Entropy of every attention row, in nats, and the path that computed each head."""
 
-    nats: Tensor
-    """(B, H, T) float32, or float64 for float64 inputs. NaN where the row sees no key or is not finite."""
-    visible: Tensor
-    """(B, H, T) int32: how many keys the row may see. Its logarithm is the ceiling of the row."""
-    exact: Tensor
-    """(B, H) bool: True for the exact path, False for the fused one."""
-    distance: Tensor | None = None
-    """(B, H, T) mean distance in tokens from the query to where it attends (with patterns=True)."""
-    first_mass: Tensor | None = None
-    """(B, H, T) probability on the first real token, the attention sink (with patterns=True)."""
+    nats: Tensor  # (B, H, T) float32, or float64 for float64 inputs; NaN where the row sees no key or is not finite
+    visible: Tensor  # (B, H, T) int32: how many keys the row may see; its logarithm is the ceiling of the row
+    exact: Tensor  # (B, H) bool: True for the exact path, False for the fused one
+    distance: Tensor | None = None  # (B, H, T) mean distance in tokens from the query to where it attends
+    first_mass: Tensor | None = None  # (B, H, T) probability on the first real token, the attention sink
 
     @classmethod
     def of_rows(cls, visible: Tensor, *, exact: bool, **values: Tensor) -> AttentionEntropy:

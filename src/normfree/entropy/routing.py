@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -15,7 +16,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from normfree.entropy.request import Request, as_request
 from normfree.entropy.support import UnsupportedModel
-from normfree.entropy.visibility import last_key_is_hidden, shown
+from normfree.entropy.visibility import shown
 
 Result = TypeVar("Result")
 
@@ -65,39 +66,31 @@ class AttentionCall(Arguments):
             raise ValueError(f"layer {layer} appends compressed keys, whose distance is unknown; {advice}")
         if self.q.shape[2] < keys and self.forgets_first:
             raise ValueError(f"the cache of layer {layer} forgets the first token: use none, or {advice}")
-        if self.q.shape[2] < keys and last_key_is_hidden(self.mask):
+        # No row sees a key behind the newest token.
+        if self.q.shape[2] < keys and self.mask is not None and not bool(shown(self.mask[..., -1]).any()):
             raise ValueError(f"distances are unknown in a static cache; use a dynamic one, or {advice}")
 
 
-def registry_of(module: nn.Module) -> AttentionInterface | None:
-    """The registry object in which the class of the module looks up its attention function, if it does."""
-    registry = _global_named(type(module), lambda name: name == "ALL_ATTENTION_FUNCTIONS")
+@functools.cache
+def registry_of(module_class: type[nn.Module]) -> AttentionInterface | None:
+    """The registry object in which a class looks up its attention function, if it does."""
+    registry = global_named(module_class, "ALL_ATTENTION_FUNCTIONS")
     return registry if isinstance(registry, AttentionInterface) else None
 
 
-def eager_function(module_class: type[nn.Module]) -> Callable[..., Any]:
-    """The function that a routed class falls back to under "eager"."""
-    function = _global_named(module_class, lambda name: name.endswith("eager_attention_forward"))
-    if function is None:
-        raise UnsupportedModel(f"{module_class.__name__} has no eager attention; set attn_implementation='sdpa'")
-    return function
-
-
-def _global_named(module_class: type[nn.Module], matches: Callable[[str], bool]) -> Any:
-    """The first global object with a matching name that a method of the class uses."""
+def global_named(module_class: type[nn.Module], ending: str) -> Any:
+    """The first global object whose name ends so that a method of the class uses."""
     for base in module_class.__mro__[: module_class.__mro__.index(nn.Module)]:
         for value in vars(base).values():
             function = inspect.unwrap(value) if callable(value) else value
             if inspect.isfunction(function):
                 for name in function.__code__.co_names:
-                    if matches(name) and name in function.__globals__:
+                    if name.endswith(ending) and name in function.__globals__:
                         return function.__globals__[name]
     return None
 
 
-def read_call(
-    name: str, module: nn.Module, q: Tensor, k: Tensor, mask: Any, arguments: dict[str, Any]
-) -> AttentionCall:
+def read_call(name: str, module: Any, q: Tensor, k: Tensor, mask: Any, arguments: dict[str, Any]) -> AttentionCall:
     """Translate the arguments of a registered function into those of `attention_entropy`.
 
     Follows transformers 5.23: `sdpa` and eager functions take windows from the mask alone, flash ones from
@@ -113,9 +106,14 @@ def read_call(
     is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     is_flash = kind == "flash"
     causal = is_causal and (is_flash or (q.shape[2] > 1 and mask is None and kind == "sdpa"))
-    if causal and mask is None and not is_flash and k.shape[2] > q.shape[2]:
+    if causal and not is_flash and k.shape[2] > q.shape[2]:
         k = k[:, :, : q.shape[2]]  # sdpa's prefill into an empty static cache: the other keys are not there yet
-    window, chunked = arguments.get("sliding_window"), _is_chunked(module)
+    window, own_keys = arguments.get("sliding_window"), k.shape[2]
+    if compresses_keys(module):
+        expected = q.shape[2] + q.shape[2] // module.compressor.compress_rate
+        own_keys = q.shape[2] if own_keys == expected else 0
+    types, layer = getattr(getattr(module, "config", None), "layer_types", None), getattr(module, "layer_idx", None)
+    chunked = bool(types) and isinstance(layer, int) and types[layer] == "chunked_attention"
     return AttentionCall(
         q=q,
         k=k,
@@ -127,7 +125,7 @@ def read_call(
         softcap=arguments.get("softcap"),
         chunked=chunked,
         forgets_first=window is not None or chunked,
-        own_keys=_own_keys(module, q.shape[2], k.shape[2]),
+        own_keys=own_keys,
         positions=arguments.get("position_ids") if is_flash and mask is None and q.shape[2] > 1 else None,
     )
 
@@ -153,30 +151,15 @@ def _check_mask(name: str, kind: str | None, mask: Any, arguments: dict[str, Any
             f"no mask says which keys the attention function {name!r} hides; call AttentionMaskInterface.register("
             f"{name!r}, eager_mask) or sdpa_mask, or give a mask of (batch, heads, queries, keys)"
         )
-    if kind == "eager" and mask is not None and mask.dtype == torch.bool:
-        raise UnsupportedModel("eager attention adds its mask, so a boolean one hides nothing; give 0 and -inf")
-    for key in ("cache", "cu_seq_lens_q"):  # a paged cache; texts packed for flash attention
-        if arguments.get(key) is not None:
-            raise UnsupportedModel(
-                f"{key}= means several texts in one row; give a padded batch, with attn_implementation='sdpa'"
-            )
+    if arguments.get("cu_seq_lens_q") is not None:  # texts packed for flash attention
+        raise UnsupportedModel(
+            "cu_seq_lens_q= means several texts in one row; give a padded batch, with attn_implementation='sdpa'"
+        )
 
 
 def compresses_keys(module: nn.Module) -> bool:
     """True if the layer appends compressed keys to those of the tokens (deepseek_v4)."""
     return getattr(module, "compressor", None) is not None
-
-
-def _own_keys(module: Any, queries: int, keys: int) -> int:
-    if not compresses_keys(module):
-        return keys
-    return queries if keys == queries + queries // module.compressor.compress_rate else 0
-
-
-def _is_chunked(module: Any) -> bool:
-    types = getattr(getattr(module, "config", None), "layer_types", None)
-    layer = getattr(module, "layer_idx", None)
-    return bool(types) and isinstance(layer, int) and types[layer] == "chunked_attention"
 
 
 def _with_bias(mask: Tensor | None, bias: Tensor | None, keys: int) -> Tensor | None:

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pandas as pd
@@ -16,8 +15,6 @@ from torch.nn.utils.rnn import pad_sequence
 from normfree.entropy.layers import HeadLayer, labels
 from normfree.entropy.request import AttentionEntropy
 
-Sums = dict[str, Tensor]
-
 
 @dataclass(frozen=True, eq=False)
 class HeadEntropy:
@@ -25,36 +22,28 @@ class HeadEntropy:
 
     A row is one query of one sequence. It counts if it sees a key and its entropy is finite; the first row, whose
     entropy is always 0, counts too, as in the paper. Non-finite rows are counted apart, never as 0.
-    Where layers differ in heads, H is the largest number and the missing heads have no rows (mean NaN).
+
+    Sums are float64, rows int64, both (L, H); those of the ceiling, ln(visible keys), are over all heads, (L,). Where
+    layers differ in `heads`, H is the largest number and the missing heads have no rows (mean NaN). `layers` are
+    numbers (hybrid models skip some), or `encoder 0`, `cross 0` in a model with several groups of heads.
     """
 
     layers: list[int | str]
-    """The measured layers: their numbers (hybrid models skip some), or `encoder 0`, `cross 0` in a model with several
-    groups of heads."""
     heads: list[int]
-    """Heads of each of these layers."""
     sum_nats: Tensor
-    """(L, H) float64."""
     rows: Tensor
-    """(L, H) int64: counted rows."""
     nonfinite_rows: Tensor
-    """(L, H) int64: NaN or infinite rows."""
     sum_ceiling_nats: Tensor
-    """(L,) float64: sum of ln(visible keys) over the counted rows of all heads."""
     ceiling_rows: Tensor
-    """(L,) int64: counted rows of all heads."""
-    sum_distance: Tensor | None = None
-    """(L, H) float64 tokens, with EntropyProbe(patterns=True)."""
+    sum_distance: Tensor | None = None  # in tokens; with EntropyProbe(patterns=True)
     sum_first_mass: Tensor | None = None
-    """(L, H) float64, with EntropyProbe(patterns=True)."""
 
     def mean_nats(self) -> Tensor:
         """(L, H) float64: mean entropy of each head in nats; NaN for a head with no finite row."""
         return self._mean("sum_nats")
 
     def ceiling_nats(self) -> Tensor:
-        """(L,) float64: mean of ln(visible keys) over the counted rows of all heads, the entropy of uniform attention
-        there; NaN for a layer without a finite row."""
+        """(L,) float64: mean of ln(visible keys), the entropy of uniform attention; NaN without a finite row."""
         return self.sum_ceiling_nats / self.ceiling_rows
 
     def mean_distance(self) -> Tensor:
@@ -81,12 +70,9 @@ class HeadEntropy:
 
     def __add__(self, other: HeadEntropy) -> HeadEntropy:
         """Merge two measurements of the same heads over different rows."""
-        if (self.layers, self.heads) != (other.layers, other.heads):
-            shapes = (f"layers {each.layers} with heads {each.heads}" for each in (self, other))
-            raise ValueError(f"cannot merge {' and '.join(shapes)}: both must come from one architecture")
         names, others = self._tensors(), other._tensors()
-        if names.keys() != others.keys():
-            raise ValueError("cannot merge a measurement with patterns=True and one without")
+        if (self.layers, self.heads, names.keys()) != (other.layers, other.heads, others.keys()):
+            raise ValueError("cannot merge: both must come from one architecture, with the same patterns=")
         return HeadEntropy(self.layers, self.heads, **{name: value + others[name] for name, value in names.items()})
 
     def all_reduce(self, device: torch.device | str | None = "cpu") -> None:
@@ -107,8 +93,7 @@ class HeadEntropy:
 def over_processes(tensor: Tensor, device: torch.device | str | None, operation: str = "SUM") -> Tensor:
     """The sum (or "MAX") of a tensor over the processes of torch.distributed, on the CPU.
 
-    `device` is where their backend adds: under NCCL the process's own GPU. None means that every process has the whole
-    sum already.
+    `device` is where they add, under NCCL the process's own GPU; None: every process has the whole sum already.
     """
     if device is None or not torch.distributed.is_initialized():
         return tensor.cpu()
@@ -121,16 +106,16 @@ class HeadSums:
     """Sums by layer. They stay on the device, so adding never synchronises with it; threads may add at once."""
 
     def __init__(self) -> None:
-        self._sums: dict[HeadLayer, Sums] = {}
+        self._sums: dict[HeadLayer, dict[str, Tensor]] = {}
         self._lock = threading.Lock()
 
-    def add(self, calls: Iterable[tuple[HeadLayer, Sums]]) -> None:
-        """Add `sums_of` attention calls, each with its layer."""
+    def add(self, layer: HeadLayer, entropies: AttentionEntropy) -> None:
+        """Add the rows of an attention call."""
+        new = sums_of(entropies)
         with self._lock:
-            for layer, new in calls:
-                if layer in self._sums:  # not in place: one of the calls may be in inference mode
-                    new = {name: value + new[name].to(value.device) for name, value in self._sums[layer].items()}
-                self._sums[layer] = new
+            if layer in self._sums:  # not in place: one of the calls may be in inference mode
+                new = {name: value + new[name].to(value.device) for name, value in self._sums[layer].items()}
+            self._sums[layer] = new
 
     def statistics(self) -> HeadEntropy:
         """Everything that was added, on the CPU. Raises ValueError if that is nothing."""
@@ -149,7 +134,7 @@ class HeadSums:
         return HeadEntropy(labels(layers), heads, **joined)
 
 
-def sums_of(entropies: AttentionEntropy) -> Sums:
+def sums_of(entropies: AttentionEntropy) -> dict[str, Tensor]:
     """Sums over the rows of one attention call, by the fields of HeadEntropy."""
     wide = torch.float32 if entropies.nats.device.type == "mps" else torch.float64
     seen_BHT, counted_BHT = entropies.visible > 0, entropies.counted

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, library, nn
 
 from normfree.entropy.layers import HeadLayer, attention_layers
-from normfree.entropy.routing import AttentionCall, eager_function, read_call, registry_of
-from normfree.entropy.support import UnsupportedModel, refusal
+from normfree.entropy.routing import AttentionCall, global_named, read_call, registry_of
+from normfree.entropy.support import UnsupportedModel
 from normfree.entropy.visibility import padding_rows
 
 SLOT = "_normfree_slot"  # attribute of an attention module, present only inside its taps
@@ -33,31 +33,32 @@ _ticket = torch.zeros(())
 class AttentionTap:
     """Call `read(layer, call)` at every attention call of a model inside the `with`; the registry is restored after it.
 
-    Layers sort in the model's order, and `labels` makes of them what results call them. Taps may be nested. Calls that
-    gradient checkpointing repeats are not shown again. Raises UnsupportedModel (a ValueError) for a model that does not
-    route its attention through the registry of transformers.
+    Taps may be nested. Calls that gradient checkpointing repeats are not shown again. Raises UnsupportedModel (a
+    ValueError) for a model that does not route its attention through the registry.
     """
 
     def __init__(self, model: Any, read: Callable[[HeadLayer, AttentionCall], None]) -> None:
         layers = attention_layers(model)
         self.modules: list[Any] = list(layers)
         if not layers:
-            raise UnsupportedModel(refusal(model.config.model_type))
+            raise UnsupportedModel(
+                f"{model.config.model_type} does not route all heads through AttentionInterface; pass method='eager' "
+                "(O(T^2) memory)"
+            )
         self._model, self._read = model, read
         self._layers = {id(module): layer for module, layer in layers.items()}
         self._paddings = threading.local()  # by stack, of the newest self-attention: the queries, and which are padding
 
     def __enter__(self) -> Self:
-        self._used = list(map(self._implementation, self.modules))
-        for module, name in zip(self.modules, self._used, strict=True):
+        for module in self.modules:
             setattr(module, SLOT, id(module))
             _taps.setdefault(id(module), []).append(self)
-            _replace_entry(registry_of(module), name)
+            name = getattr(module, "config", self._model.config)._attn_implementation
+            _replace_entry(registry_of(type(module)), name)
         return self
 
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self._paddings = threading.local()
-        changed = self._used != list(map(self._implementation, self.modules))
         for module in self.modules:
             _taps[id(module)].remove(self)
             if not _taps[id(module)]:
@@ -65,11 +66,6 @@ class AttentionTap:
                 delattr(module, SLOT)
         if not _taps:
             _replaced.close()
-        if changed and error is None:
-            raise ValueError("the attention implementation was changed inside the probe; change it before")
-
-    def _implementation(self, module: Any) -> str:
-        return getattr(module, "config", self._model.config)._attn_implementation
 
     def show(self, slot: int, call: AttentionCall) -> None:
         """Pass a call on to the reader, with its padded queries."""
@@ -118,7 +114,7 @@ def _showing(name: str, original: Callable[..., Any] | None) -> Callable[..., An
             with torch.no_grad():
                 call = read_call(name, module, query, key, attention_mask, named)
                 torch.ops.normfree.show_call(_ticket, slot, *call)
-        attend = original if original is not None else eager_function(type(module))
+        attend = original if original is not None else global_named(type(module), "eager_attention_forward")
         result = attend(module, query, key, value, attention_mask, *args, **named)
         if call is not None:
             own_value = named["before_sink"][2] if "before_sink" in named else value  # as in read_call

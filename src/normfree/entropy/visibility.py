@@ -13,7 +13,7 @@ ROWS = 256  # of one block where a mask is written out
 
 @dataclass(frozen=True)
 class Block:
-    """Query rows [start, stop) and the key columns [first, last) that at least one of them may see.
+    """Query rows [start, stop) and the key columns [first, last), one at least, that some of them may see.
 
     `visible` is bool, `bias` is what an additive mask adds to the scores; both broadcast to (B, H, R, C).
     """
@@ -28,12 +28,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Visibility:
-    """The intersection of causality, a sliding window and a mask.
-
-    Query t stands at key position S - T + t, so that the last query may see every key (KV cache).
-    `mask` broadcasts to (B, H, T, S): bool with True for visible, or float and additive, where a value at
-    or below half of the dtype's minimum (or -inf) hides the key.
-    """
+    """The intersection of causality, a sliding window and a mask in 4D, as in `attention_entropy`."""
 
     queries: int
     keys: int
@@ -43,14 +38,11 @@ class Visibility:
     device: torch.device
 
     @property
-    def is_plain_causal(self) -> bool:
-        """True if a kernel's causal flag expresses this visibility."""
-        return self.causal and self.mask is None and self.window is None and self.queries == self.keys
-
-    @property
-    def is_full(self) -> bool:
-        """True if every row sees every key, as a single causal query does."""
-        return self.mask is None and self.window is None and (not self.causal or self.queries == 1)
+    def causal_flag(self) -> bool | None:
+        """A kernel's flag that expresses this visibility; None if it takes a mask."""
+        if self.mask is not None or self.window is not None or (self.causal and 1 < self.queries != self.keys):
+            return None
+        return self.causal and self.queries == self.keys
 
     def adds_bias(self) -> bool:
         """True if the mask adds anything but 0 to a visible score."""
@@ -63,18 +55,18 @@ class Visibility:
         offset = self.keys - self.queries
         for start in range(0, self.queries, rows):
             stop = min(start + rows, self.queries)
-            last = min(self.keys, max(stop + offset, 0)) if self.causal else self.keys
-            first = 0 if self.window is None else min(last, max(0, start + offset - self.window + 1))
-            if self.mask is not None and first < last:
+            last = min(self.keys, max(stop + offset, 1)) if self.causal else self.keys
+            first = 0 if self.window is None else min(last - 1, max(0, start + offset - self.window + 1))
+            if self.mask is not None:
                 # This halves the work under a causal mask, and saves more under a window.
                 shown_C = shown(self._mask_part(self.mask, start, stop, first, last)).flatten(0, -2).any(0)
                 columns = (shown_C.nonzero().flatten() + first).tolist()
-                first, last = (columns[0], columns[-1] + 1) if columns else (first, first)
+                first, last = (columns[0], columns[-1] + 1) if columns else (first, first + 1)
             yield self._block(start, stop, first, last)
 
     def counts(self) -> Tensor:
         """The number of visible keys of every row, int32, shape (B or 1, H or 1, T)."""
-        if self.is_plain_causal:
+        if self.causal_flag:
             return torch.arange(1, self.keys + 1, dtype=torch.int32, device=self.device).view(1, 1, -1)
         return torch.cat([block.visible.sum(-1, dtype=torch.int32) for block in self.blocks(ROWS)], dim=-1)
 
@@ -87,10 +79,9 @@ class Visibility:
         # Causality shows the last row every key, so one row is enough unless the mask has more.
         queries = 1 if self.mask is None or self.mask.shape[-2] == 1 else self.queries
         for block in replace(self, window=None, queries=queries).blocks(ROWS):
-            if block.first < block.last:
-                seen = block.visible.any(-2)
-                index = seen.to(torch.int8).argmax(-1) + block.first
-                first = torch.minimum(first, torch.where(seen.any(-1), index, self.keys))
+            seen = block.visible.any(-2)
+            index = seen.to(torch.int8).argmax(-1) + block.first
+            first = torch.minimum(first, torch.where(seen.any(-1), index, self.keys))
         return first.amin(-1, keepdim=True)
 
     def whole(self) -> Block:
@@ -120,16 +111,10 @@ class Visibility:
         return part.expand(*part.shape[:-1], last - first)
 
 
-def last_key_is_hidden(mask: Tensor | None) -> bool:
-    """True if no row sees the last key, as behind the newest token in a static cache."""
-    return mask is not None and not bool(shown(mask[..., -1]).any())
-
-
 def padding_rows(mask: Tensor | None, queries: int, keys: int) -> Tensor | None:
     """(B or 1, H or 1, T): True for padded queries, recognised by a key of their own that no row sees.
 
-    None where the mask does not tell: there is none, a cache shifts the positions, or rows pick single keys (a top-k
-    index), so that a real token may be one that no row picked.
+    None where the mask does not tell: there is none, a cache shifts the positions, or rows pick single keys (top-k).
     """
     if mask is None or queries != keys or mask.shape[-1] != keys:
         return None
