@@ -1,7 +1,11 @@
-"""Tiny random models of the families of text, encoders, pairs of both, and images."""
+"""Tiny random models of the families of text, encoders, pairs of both, and images, and what enters their modules."""
 
+# N tokens, F features
+
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
@@ -43,3 +47,18 @@ def inputs_of(model: PreTrainedModel, kind: str) -> dict[str, Tensor]:
         size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
         return {"pixel_values": torch.randn(1, config.num_channels, size, size)}
     return {"input_ids": IDS} | ({"decoder_input_ids": IDS[:, :7]} if kind == "pair" else {})
+
+
+def recorded(model: PreTrainedModel, inputs: dict[str, Any], before: Iterable[Any]) -> dict[nn.Module, np.ndarray]:
+    """(N, F) float64 first inputs of modules in a forward pass."""
+    values: dict[nn.Module, np.ndarray] = {}
+
+    def keep(module: nn.Module, positional: tuple[Any, ...]) -> None:
+        values[module] = positional[0].reshape(-1, positional[0].shape[-1]).double().numpy().copy()
+
+    hooks = [module.register_forward_pre_hook(keep) for module in before]
+    with torch.no_grad():
+        model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    return values

@@ -15,13 +15,12 @@ from normfree.measures import open_measures
 from normfree.measures.held_out import blocks_of, measure_batches
 from normfree.measures.measure import values_of
 from normfree.measures.reading import real_tokens
-from normfree.measures.spectrum import Spectrum
 from normfree.measures.token_classes import CLASSES, class_of, token_classes
 from normfree.measures.units import Selectivity, Units
 from tests.entropy.families import tiny_model
 from tests.entropy.kinds import tiny_kind
 from tests.measures.byte_model import TEXT, byte_gpt2, byte_tokenizer
-from tests.measures.recorded import recorded
+from tests.measures.families import recorded
 from tests.small_model import small_model
 
 IDS = torch.randint(0, 61, (16, 12), generator=torch.Generator().manual_seed(0))
@@ -52,8 +51,6 @@ def test_shares_of_units_are_counted(kind: str) -> None:
         assert measured["zero_share"][layer] == pytest.approx((magnitude == 0).mean(), abs=1e-12)
         assert measured["small_share"][layer] == pytest.approx((octave < octave.max(0) - 10).mean(), abs=1e-12)
         assert measured["dead_share"][layer] == pytest.approx((features[linear].max(0) <= 0).mean(), abs=1e-12)
-        assert (magnitude < 2**-11 * magnitude.max(0)).mean() <= measured["small_share"][layer]
-        assert (magnitude < 2**-9 * magnitude.max(0)).mean() >= measured["small_share"][layer]
     assert (measured["unit_tokens"] == IDS.numel()).all()
     assert (measured["zero_share"] > 0.1).all() == (kind == "relu")
 
@@ -84,22 +81,6 @@ def test_spectra_are_those_of_numpy_in_float64(kind: str) -> None:
         divergence = entropy(middle) - (entropy(before) + entropy(after)) / 2
         assert measured["spectral_divergence"][layer] == pytest.approx(divergence, abs=1e-9)
         assert measured["tokens_per_feature"][layer] == IDS.numel() / width
-
-
-def test_even_and_single_directions_are_the_bounds() -> None:
-    """2F tokens plus and minus each unit vector, then all along one direction."""
-    measure = Spectrum(small_model())
-    even = torch.cat([torch.eye(128), -torch.eye(128)])
-    for layer in range(3):
-        measure.read_before(layer, even)
-        measure.read_after(layer, even[:, :1] * torch.ones(128))
-    values = values_of([measure])
-    assert values["spectral_entropy_before"].tolist() == pytest.approx([math.log(128)] * 3)
-    assert values["participation_ratio_before"].tolist() == pytest.approx([128] * 3)
-    assert values["early_enrichment_before"].tolist() == pytest.approx([0] * 3, abs=1e-12)
-    assert values["spectral_entropy_after"].tolist() == pytest.approx([0] * 3, abs=1e-9)
-    assert values["early_enrichment_after"].tolist() == pytest.approx([(128 - 1) / 128] * 3)
-    assert (values["spectral_divergence"] <= math.log(2)).all()
 
 
 def area(inside: np.ndarray, outside: np.ndarray) -> float:
@@ -231,13 +212,14 @@ def wrong_labels(model: Any) -> None:
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda model: Selectivity(model, classes=torch.arange(60)), r"classes has shape \(60,\).*each of the 61 ids"),
-        (lambda model: Selectivity(model, classes=torch.rand(61)), "dtype torch.float32"),
+        (
+            lambda model: Selectivity(model, classes=torch.arange(60)),
+            r"shape \(60,\); give 0, 1, 2, ... for each of the 61",
+        ),
+        (lambda model: Selectivity(model, classes=torch.full((61,), -1)), "give 0, 1, 2"),
         (Selectivity, "give tokenizer=, or selectivity={'classes'"),
         (wrong_labels, "knows the class of 0 tokens, but layer 0 has 4"),
         (lambda model: values_of([Units(model)]), "no forward pass reached Units"),
-        (lambda model: values_of([Spectrum(model)]), "no forward pass reached Spectrum"),
-        (lambda model: Units(tiny_model("mixtral")), "mixture of experts"),
         (lambda model: real_tokens(torch.ones(2, 3, 4), torch.ones(2, 4)), r"mask of shape \(2, 4\) does not fit 6"),
     ],
 )

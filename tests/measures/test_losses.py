@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from transformers import GPT2LMHeadModel, T5Config, T5ForConditionalGeneration, ViTConfig, ViTForImageClassification
 
 from normfree import measure
-from tests.entropy.families import tiny_model
 
 IDS = torch.randint(0, 256, (6, 40), generator=torch.Generator().manual_seed(1))
 NAMES = {"loss_median": 0.5, "loss_99_percent": 0.99, "loss_99_9_percent": 0.999, "loss_worst": 1.0}
@@ -80,8 +79,3 @@ def test_images_have_losses_if_their_classes_are_given() -> None:
     assert np.isnan(measure(model, {**images, "labels": classes}, "accuracy")["accuracy"])
     with pytest.raises(ValueError, match="losses of images need their classes as `labels`"):
         measure(model, images, "accuracy")
-
-
-def test_a_model_that_sees_later_tokens_has_no_losses() -> None:
-    with pytest.raises(ValueError, match="is not causal"):
-        measure(tiny_model("bert", is_decoder=False), IDS[:, :12] % 90, "losses")

@@ -18,18 +18,16 @@ from transformers import (
 
 from normfree import intervene, measure
 from normfree.entropy.support import UnsupportedModel
-from normfree.measures.residual import Residual
-from normfree.measures.units import Units
 from tests.entropy.families import tiny_model
-from tests.entropy.kinds import IDS, PADDED, PADDED_TARGETS, TARGETS, inputs_of, tiny_kind
-from tests.measures.recorded import recorded
+from tests.entropy.kinds import IDS, PADDED, PADDED_TARGETS, TARGETS, inputs_of, matrices_of, tiny_kind
+from tests.measures.families import recorded
 
 TEXT: dict[str, Any] = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
 IMAGE = 90  # the id in place of each patch
 
 
-def llava() -> tuple[Any, dict[str, torch.Tensor]]:
+def test_losses_of_text_beside_an_image_are_the_models_own() -> None:
     vision = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
     vision |= {"num_attention_heads": 4, "image_size": 16, "patch_size": 4, "projection_dim": 32}
     torch.manual_seed(0)
@@ -38,11 +36,7 @@ def llava() -> tuple[Any, dict[str, torch.Tensor]]:
     mask = torch.ones_like(ids)
     mask[1, -1] = 0
     inputs = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 16, 16), "attention_mask": mask}
-    return LlavaForConditionalGeneration(config).eval(), inputs
-
-
-def test_losses_of_text_beside_an_image_are_the_models_own() -> None:
-    model, inputs = llava()
+    model = LlavaForConditionalGeneration(config).eval()
     labels = inputs["input_ids"].masked_fill((inputs["input_ids"] == IMAGE) | (inputs["attention_mask"] == 0), -100)
     with torch.no_grad():
         own = model(**inputs, labels=labels).loss.item()
@@ -68,21 +62,19 @@ def test_patches_of_all_images_in_one_row_are_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"),
+    ("name", "kind", "message"),
     [
-        ("xlnet", "its stream has tokens first"),
-        ("longformer", "it adds padding of its own"),
-        ("mobilevit", "its stream has channels first"),
+        ("residual", "xlnet", "its stream has tokens first"),
+        ("residual", "longformer", "it adds padding of its own"),
+        ("residual", "mobilevit", "its stream has channels first"),
+        ("units", "falcon_h1", "scales its features before the nonlinearity"),
+        ("selectivity", "vit", "ViTModel has no vocabulary"),
     ],
 )
-def test_streams_that_cannot_be_read_are_refused(kind: str, message: str) -> None:
+def test_models_that_cannot_be_read_are_refused(name: str, kind: str, message: str) -> None:
+    own = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8} if kind == "falcon_h1" else {}
     with pytest.raises(ValueError, match=message):
-        Residual(tiny_kind(kind))
-
-
-def test_maps_that_multiply_inside_are_refused() -> None:
-    with pytest.raises(ValueError, match="scales its features before the nonlinearity"):
-        Units(tiny_kind("falcon_h1", mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8))
+        measure(tiny_kind(kind, **own), {}, name, tokenizer=object())
 
 
 @pytest.mark.parametrize("kind", ["bitnet", "youtu"])
@@ -109,11 +101,8 @@ def test_the_norm_of_a_head_is_no_final_norm() -> None:
 def test_values_of_an_additive_mask_count_beside_a_bias() -> None:
     encoder = tiny_kind("t5").encoder
     inputs = {"input_ids": IDS, "attention_mask": 3 * torch.randn(2, 1, 20, 20)}
-    entropy_LH = measure(encoder, inputs)["entropy_nats"]
-    encoder.set_attn_implementation("eager")
-    eager = encoder(**inputs, output_attentions=True).attentions
-    expected = [torch.special.entr(each.detach().double()).sum(-1).mean((0, 2)) for each in eager]
-    np.testing.assert_allclose(entropy_LH, torch.stack(expected), atol=1e-5)
+    expected = [torch.special.entr(p_BHTS).sum(-1).mean((0, 2)) for p_BHTS in matrices_of(encoder, inputs).values()]
+    np.testing.assert_allclose(measure(encoder, inputs)["entropy_nats"], torch.stack(expected), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart"])
@@ -127,12 +116,6 @@ def test_tokens_of_encoder_and_decoder_have_classes_of_their_own(kind: str) -> N
     assert np.isfinite(alone["selectivity_index"]).all()
     if kind == "t5":  # BART numbers its positions from the padding on
         np.testing.assert_allclose(padded["selectivity_index"], alone["selectivity_index"], rtol=1e-4)
-
-
-def test_a_model_of_images_has_no_selectivity() -> None:
-    model = tiny_kind("vit")
-    with pytest.raises(ValueError, match="ViTModel has no vocabulary"):
-        measure(model, inputs_of(model), "selectivity", selectivity={"classes": torch.arange(3)})
 
 
 def test_a_mask_of_frames_is_not_that_of_tokens() -> None:

@@ -119,11 +119,8 @@ def test_labels_name_the_stack_where_there_are_several() -> None:
     ("build", "message"),
     [
         (lambda: nn.Linear(2, 2), "no list of blocks in Linear; looked for lists named h, layers"),
-        (lambda: random_model("mixtral", device="meta"), "block 0 of MixtralForCausalLM is a mixture of experts"),
-        (
-            lambda: random_model("ctrl", device="meta"),
-            r"no feed-forward part in block 0 of CTRLLMHeadModel \(EncoderLayer\)",
-        ),
+        (lambda: random_model("mixtral", device="meta"), r"block 0 of MixtralForCausalLM .* is a mixture of experts"),
+        (lambda: random_model("ctrl", device="meta"), r"CTRLLMHeadModel \(EncoderLayer\) has no feed-forward part"),
     ],
 )
 def test_models_without_a_feed_forward_part_are_refused(build, message: str) -> None:

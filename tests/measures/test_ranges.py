@@ -17,7 +17,7 @@ from normfree.measures import scores
 from normfree.measures.histogram import float_counts, quantiles
 from tests.entropy.families import tiny_model
 from tests.entropy.kinds import inputs_of, tiny_kind
-from tests.measures.recorded import recorded
+from tests.measures.families import recorded
 from tests.small_model import small_model
 
 IDS = torch.arange(96).view(8, 12) % 20

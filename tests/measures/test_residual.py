@@ -1,6 +1,6 @@
-"""Measures of logits and of the residual stream against what the models themselves compute."""
+"""Measures of logits, the residual stream and propagation against what models and numpy's T x T matrices say."""
 
-# N tokens, E hidden size, L layers
+# T tokens, N all tokens, E hidden size, L layers
 
 from typing import Any
 
@@ -86,19 +86,14 @@ def test_a_learned_scale_is_a_part_of_what_is_added() -> None:
     assert not measured["feed_forward_to_stream"].any()
 
 
-def planted_gpt2() -> Any:
+def test_planted_massive_activations_are_counted() -> None:
     """Every third token has a 300 and a 3,000, in two features, before the first block; all else is 1 or -1."""
-    model = random_model("gpt2")
+    model: Any = random_model("gpt2")
     with torch.no_grad():
         model.transformer.wpe.weight.zero_()
         model.transformer.wte.weight.copy_(torch.randn_like(model.transformer.wte.weight).sign())
         model.transformer.wte.weight[::3, 5], model.transformer.wte.weight[::3, 9] = 300.0, -3000.0
-    return model
-
-
-def test_planted_massive_activations_are_counted() -> None:
-    ids = torch.arange(48).view(4, 12)
-    measured = measure(planted_gpt2(), ids, "residual")
+    measured = measure(model, torch.arange(48).view(4, 12), "residual")
     assert measured["activations_over_100_medians"][0] == 2 * 16
     assert measured["activations_over_1000_medians"][0] == 16
     assert measured["largest_activation"][0] == 3000
@@ -134,3 +129,40 @@ def test_branches_of_experts_are_left_out_with_a_warning(caplog: pytest.LogCaptu
     assert "residual_rms" in measured.values
     assert "attention_rms" not in measured.values
     assert "is a mixture of experts" in caplog.text
+
+
+def off_diagonal_mean(matrix: np.ndarray) -> float:
+    return float(matrix[~np.eye(len(matrix), dtype=bool)].mean())
+
+
+@pytest.mark.parametrize("family", ["normfree", "gpt2", "llama"])
+@pytest.mark.parametrize("batch", [4, 3])
+def test_values_are_those_of_the_written_out_matrices(family: str, batch: int) -> None:
+    model = small_model() if family == "normfree" else tiny_model(family)
+    measured = measure(model, IDS, "propagation", batch=batch)
+    with torch.no_grad():
+        hidden = model(IDS, output_hidden_states=True).hidden_states[:-1]
+    for layer, stream_BTE in enumerate(states.double().numpy() for states in hidden):
+        stream_NE = stream_BTE.reshape(-1, stream_BTE.shape[-1])
+        directions_BTE = stream_BTE / np.linalg.norm(stream_BTE, axis=-1, keepdims=True)
+        cosines = [off_diagonal_mean(each_TE @ each_TE.T) for each_TE in directions_BTE]
+        products = [off_diagonal_mean(stream_TE @ stream_TE.T) for stream_TE in stream_BTE]
+        residuals = [np.linalg.norm(each - each.mean(0)) / np.linalg.norm(each) for each in stream_BTE]
+        shares = np.linalg.svd(stream_NE, compute_uv=False)
+        shares /= shares.sum()
+        values = {name: values_L[layer] for name, values_L in measured.values.items()}
+        assert values["token_cosine"] == pytest.approx(np.mean(cosines), abs=1e-6)
+        square = np.square(stream_NE).sum(1).mean()
+        assert values["token_correlation"] == pytest.approx(np.mean(products) / square, abs=1e-6)
+        assert values["rank_collapse_residual"] == pytest.approx(np.mean(residuals), abs=1e-6)
+        assert values["effective_rank"] == pytest.approx(np.exp(-np.sum(shares * np.log(shares))), rel=1e-6)
+
+
+def test_equal_tokens_have_collapsed() -> None:
+    """Without positions and with one token repeated, all rows are one vector."""
+    model = small_model(position="rotary")
+    measured = measure(model, torch.full((2, 12), 7), "propagation")
+    assert measured["token_cosine"] == pytest.approx([1] * 3, abs=1e-6)
+    assert measured["token_correlation"] == pytest.approx([1] * 3, abs=1e-6)
+    assert measured["rank_collapse_residual"] == pytest.approx([0] * 3, abs=1e-6)
+    assert measured["effective_rank"] == pytest.approx([1] * 3, abs=1e-4)  # float32's rounding differs by token

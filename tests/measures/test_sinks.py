@@ -8,8 +8,6 @@ from torch import Tensor
 from normfree import measure
 from normfree.entropy import probe
 from normfree.measures import scores
-from normfree.measures.heads import Sinks
-from normfree.measures.measure import values_of
 from tests.entropy.kinds import inputs_of, matrices_of, real_queries, tiny_kind
 from tests.small_model import small_model
 
@@ -56,10 +54,3 @@ def test_measures_of_one_attention_compute_it_once(module, name, names, monkeypa
     assert len(calls) == 3 * 2  # layers x batches
     for key, value in measure(model, IDS, names[1], batch=2).values.items():
         assert np.array_equal(both[key], value)
-
-
-def test_a_negative_first_row_and_no_pass_are_refused() -> None:
-    with pytest.raises(ValueError, match="first_row=-1 must be at least 0"):
-        Sinks(small_model(), first_row=-1)
-    with pytest.raises(ValueError, match="run one inside"):
-        values_of([Sinks(small_model())])

@@ -9,9 +9,11 @@ from scipy.stats import bootstrap
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedConfig, PreTrainedTokenizerFast
 
-from normfree.measures.perplexity import Evaluation, evaluate_blocks, next_token_nats, sees_later_tokens
-from normfree.measures.text_perplexity import checked_context, perplexity
+from normfree import measure
+from normfree.measures.perplexity import Evaluation, Perplexity, evaluate_blocks, sees_later_tokens
+from normfree.measures.text_perplexity import checked_context, perplexity, token_windows
 from tests.entropy.families import tiny_model
+from tests.measures.byte_model import TEXT
 from tests.small_model import small_model
 
 
@@ -118,14 +120,6 @@ def test_a_tokenizer_without_offsets_gives_a_perplexity_and_no_bytes():
     assert math.isnan(result.bits_per_byte)
 
 
-def test_an_uninformed_model_has_the_perplexity_of_its_vocabulary(model):
-    with torch.no_grad():
-        model.transformer.wte.weight.zero_()
-    result = evaluate_blocks(model, torch.randint(0, 256, (7, 16)), batch_sequences=3)
-    assert result.tokens == 7 * 15
-    assert result.perplexity == pytest.approx(256, rel=1e-6)
-
-
 @pytest.mark.parametrize("vocabulary", [4096, 262_144])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cross_entropy_is_exact_to_eleven_digits_whatever_the_vocabulary(vocabulary, dtype):
@@ -136,7 +130,9 @@ def test_cross_entropy_is_exact_to_eleven_digits_whatever_the_vocabulary(vocabul
     wide = logits.double()[:, :-1]
     nats = torch.log(torch.exp(wide).sum(-1)) - wide.gather(-1, labels[:, 1:, None].clamp(min=0))[..., 0]
     expected = nats[labels[:, 1:] >= 0].sum().item()
-    assert next_token_nats(logits, labels) == (pytest.approx(expected, rel=1e-11), 15)
+    added = Perplexity(torch.nn.Module())
+    added.add(logits, labels)
+    assert added.passes == [(pytest.approx(expected, rel=1e-11), 15)]
 
 
 def test_losses_of_documents_add_up_to_those_of_the_blocks(model):
@@ -151,10 +147,6 @@ def test_losses_of_documents_add_up_to_those_of_the_blocks(model):
     assert result.nats == pytest.approx(sum(part for part, _ in result.parts))
 
 
-def ratio_of_sums(parts, tokens, axis=-1):
-    return parts.sum(axis) / tokens.sum(axis)
-
-
 def test_intervals_over_documents_are_those_of_scipy():
     """Of 40 documents of unlike length, alone and against another model on the same ones."""
     random = np.random.default_rng(1)
@@ -166,7 +158,8 @@ def test_intervals_over_documents_are_those_of_scipy():
     )
     for interval, parts in ((one.interval(), nats), (one.interval(other), nats - others)):
         options = {"paired": True, "vectorized": True, "method": "percentile", "rng": 2}
-        expected = bootstrap((parts, tokens), ratio_of_sums, **options).confidence_interval
+        ratio = bootstrap((parts, tokens), lambda a, b, axis: a.sum(axis) / b.sum(axis), **options)
+        expected = ratio.confidence_interval
         assert interval == pytest.approx(tuple(expected), abs=0.1 * (expected.high - expected.low))
     assert all(map(math.isnan, Evaluation(1.0, 1, parts=((1.0, 1),)).interval()))
 
@@ -245,3 +238,48 @@ def test_nothing_counted_is_not_a_number():
     assert math.isnan(Evaluation(0.0, 0).perplexity)
     assert math.isnan(Evaluation(1.0, 1).bits_per_byte)
     assert Evaluation(1e6, 1).perplexity == math.inf
+
+
+def test_windows_are_spread_over_the_text(model, tokenizer):
+    ids = tokenizer(TEXT)["input_ids"]
+    windows_NT = token_windows(model, tokenizer, TEXT, context=16, sequences=3)
+    whole = len(ids) // 16
+    assert windows_NT[0].tolist() == ids[:16]
+    assert windows_NT[-1].tolist() == ids[16 * (whole - 1) : 16 * whole]
+    assert token_windows(model, tokenizer, TEXT, context=None, sequences=1).shape == (1, 16)
+    assert token_windows(model, tokenizer, "short", context=16, sequences=9).shape == (1, 5)
+
+
+def test_a_window_needs_room_behind_its_leading_tokens(model, tokenizer):
+    ids = tokenizer("d")["input_ids"]
+    leading = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("\u0100", "\u0101")]  # the bytes 0 and 1
+    template = processors.TemplateProcessing("\u0100 \u0101 $A", special_tokens=leading)
+    tokenizer.backend_tokenizer.post_processor = template
+    windows_NT = token_windows(model, tokenizer, TEXT, context=3, sequences=2)
+    assert windows_NT[0].tolist() == [number for _, number in leading] + ids
+    assert windows_NT[1, :2].tolist() == [number for _, number in leading]
+    with pytest.raises(ValueError, match="context=2 leaves no room for text behind 2 leading tokens"):
+        token_windows(model, tokenizer, TEXT, context=2, sequences=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "context", "message"),
+    [
+        ("a", None, r"has 1 token\(s\); at least 2"),
+        (TEXT, 17, "context=17 must be between 2 and the model's 16"),
+        (TEXT, 1, "context=1 must be"),
+    ],
+)
+def test_texts_and_contexts_that_do_not_fit_are_refused(model, tokenizer, text, context, message):
+    with pytest.raises(ValueError, match=message):
+        token_windows(model, tokenizer, text, context=context, sequences=1)
+
+
+def test_the_default_context_fits_roberta_and_xlnet(tokenizer):
+    """RoBERTa's positions begin behind padding, XLNet's never end."""
+    roberta = tiny_model("roberta", vocab_size=256, max_position_embeddings=34, pad_token_id=1)
+    ids_NT = token_windows(roberta, tokenizer, TEXT, context=None, sequences=2)
+    assert ids_NT.shape[1] == 32
+    assert measure(roberta, ids_NT)["rows"].tolist() == [[64] * 4] * 2
+    xlnet = tiny_model("xlnet", vocab_size=256)
+    assert token_windows(xlnet, tokenizer, TEXT, context=40, sequences=1).shape == (1, 40)

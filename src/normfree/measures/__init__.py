@@ -22,33 +22,20 @@ from normfree.store.quantities import QUANTITIES
 logger = logging.getLogger("normfree")
 
 MEASURES: dict[str, type[Measure]] = {
-    "heads": Heads,
-    "slopes": Slopes,
-    "perplexity": Perplexity,
-    "accuracy": Accuracy,
-    "logits": Logits,
-    "residual": Residual,
-    "propagation": Propagation,
-    "losses": Losses,
-    "gradients": Gradients,
-    "sinks": Sinks,
-    "ranges": Ranges,
-    "units": Units,
-    "spectrum": Spectrum,
-    "selectivity": Selectivity,
+    kind.__name__.lower(): kind
+    for kind in (
+        *(Heads, Slopes, Perplexity, Accuracy, Logits, Residual, Propagation),
+        *(Losses, Gradients, Sinks, Ranges, Units, Spectrum, Selectivity),
+    )
 }
 
 
 def periods_of(entries: Sequence[str], default: int) -> dict[str, int]:
-    """`["heads", "logits:2500", "spectrum:x25"]` as steps between measurements, by name.
+    """`["heads", "logits:2500", "spectrum:x25"]` as steps between measurements: `default`, 2500, 25 * `default`.
 
-    An entry without a number has `default`, one with x25 every 25th of those.
-
-    Raises ValueError for an unknown or repeated measure, a number that is no period, and quantities that have no
-    description or come from two measures.
+    Raises ValueError for an unknown or repeated measure, a number that is no period, and undescribed quantities.
     """
     periods: dict[str, int] = {}
-    measure_of: dict[str, str] = {}
     for entry in entries:
         name, colon, steps = entry.partition(":")
         if name not in MEASURES:
@@ -59,11 +46,8 @@ def periods_of(entries: Sequence[str], default: int) -> dict[str, int]:
         if name in periods:
             raise ValueError(f"probe.measures: {name} stands twice; give it once")
         periods[name] = int(number or 1) * (1 if steps.isdigit() else default)
-        for quantity in MEASURES[name].gives:
-            if quantity not in QUANTITIES:
-                raise ValueError(f"the measure {name} gives {quantity!r}, which has no description in QUANTITIES")
-            if (other := measure_of.setdefault(quantity, name)) != name:
-                raise ValueError(f"the measures {other} and {name} both give {quantity!r}; choose one of them")
+        if unknown := [quantity for quantity in MEASURES[name].gives if quantity not in QUANTITIES]:
+            raise ValueError(f"the measure {name} gives {unknown[0]!r}, which has no description in QUANTITIES")
     return periods
 
 
@@ -75,12 +59,10 @@ def open_measures(
     skip_refused: bool = False,
     **options: Mapping[str, Any],
 ) -> list[Measure]:
-    """Build measures for a model. `options` are keyword arguments by the measure's name.
+    """Build measures for a model. `options` are keyword arguments by name; `tokenizer` loads the model's.
 
-    `tokenizer` loads the model's tokenizer, for measures that need one. With `skip_refused`, measures that cannot serve
-    the model are left out with a warning, unless none can.
-
-    Raises ValueError, with the measure's name, for a model that it cannot serve.
+    Raises ValueError, with the measure's name, for a model that it cannot serve. With `skip_refused`, such measures are
+    left out with a warning, unless none can serve it.
     """
     measures: list[Measure] = []
     refused: list[ValueError] = []

@@ -10,8 +10,7 @@ from normfree.measures.places import blocks_of
 class Gradients(Measure):
     """L2 norm of the gradient of each block's parameters in the last optimiser step, averaged over processes.
 
-    The trainer of `normfree train` leaves the norms on the model, in `block_gradient_norms`. Nothing before the first
-    step; NaN for a step that was skipped.
+    The trainer leaves them in `model.block_gradient_norms`: nothing before the first step, NaN for a skipped one.
     """
 
     gives = ("block_gradient_norm", "clipped_block_gradient_norm")
@@ -34,11 +33,9 @@ def block_gradient_norms(model: nn.Module) -> Tensor:
 
 
 class Slopes(Measure):
-    """The current learnable slopes; nothing for a model without them."""
+    """The current learnable slopes; nothing for a model without them, such as one of another library."""
 
     gives = ("negative_slope",)
-
-    # Models of other libraries have no `slope_layers` and `negative_slopes`, and measures may not import our model.
 
     @property
     def layers(self) -> list[int] | None:

@@ -59,18 +59,13 @@ class Sinks(CallMeasure):
     `sink_text_rate` is the metric of Gu et al. (arXiv 2410.10781): the share of texts whose mean over rows is above
     0.3. `sink_row_rate` is what other code of that name computes: the share of single rows above 0.3. A head with mass
     0.5 on half of its rows has rates 0 and 0.5. `first_row` leaves out the first so many real rows of each text; 0 is
-    the k = 1 of Gu et al., and row 0 always has mass 1. Rates depend on the rows of a text, `sink_rows`.
-
-    `heads` shares the measured rows. Raises UnsupportedModel (a ValueError) for a model that does not route its
-    attention through transformers' registry, ValueError for keys whose first token is unknown.
+    the k = 1 of Gu et al., and row 0 always has mass 1. Raises ValueError for keys whose first token is unknown.
     """
 
     gives = ("sink_text_rate", "sink_row_rate", "sink_rows")
 
     def __init__(self, model: torch.nn.Module, first_row: int = 0) -> None:
         super().__init__(model)
-        if first_row < 0:
-            raise ValueError(f"first_row={first_row} must be at least 0")
         self.first_row = first_row
 
     def read_call(self, layer: HeadLayer, call: AttentionCall) -> None:

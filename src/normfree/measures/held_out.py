@@ -7,7 +7,6 @@ import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager
-from functools import partial
 
 import torch
 import torch.distributed
@@ -30,22 +29,23 @@ def measure_batches(
 ) -> None:
     """Pass batches through the model in evaluation mode, without gradients, while the measures read.
 
-    Logits are computed only if a measure needs them, and nothing if all measures read training steps instead.
-    `progress` is the title of a bar, shown on a terminal. Processes that hold parts of one model wait for each other in
-    every pass, so those with fewer batches add unmeasured passes. Raises ValueError if there is no batch, or a measure
-    refuses the model.
+    Logits are computed only if a measure needs them. `progress` is the title of a bar, shown on a terminal. Processes
+    that hold parts of one model wait for each other in every pass, so those with fewer batches add unmeasured passes.
+    Raises ValueError if there is no batch, or a measure refuses the model.
     """
     if measures and all(measure.needs_training for measure in measures):  # they read no forward pass
         return
     device = next(model.parameters()).device
     total = len(batches) if isinstance(batches, Sized) else None
-    reads, words = model, {}
+    reads, words = model, dict[str, int]()
     if not any(measure.needs_logits for measure in measures):
         if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
             words = {"logits_to_keep": 1}
         elif model.main_input_name == "input_ids":  # an image has few logits
             reads = model.base_model
-    call = partial(reads, **words, **_without_cache(reads))
+    known = inspect.signature(reads.forward).parameters.values()
+    if any(word.name == "use_cache" or word.kind is word.VAR_KEYWORD for word in known):  # not in encoders of images
+        words["use_cache"] = False
     batches = iter(batches)
     first = next(batches, None)
     if first is None:
@@ -66,19 +66,12 @@ def measure_batches(
             for measure in measures:
                 measure.inputs = inputs
             arguments = {name: value for name, value in inputs.items() if name != "labels"}
-            call(**arguments)
+            reads(**arguments, **words)
         contexts.close()
         for _ in range(passes_to_add):
-            call(**arguments)
+            reads(**arguments, **words)
     if isinstance(model, FSDPModule):
         model.reshard()  # a forward pass leaves the weights outside the blocks whole
-
-
-def _without_cache(model: nn.Module) -> dict[str, bool]:
-    """`use_cache=False` for a model that has a cache: encoders of images know no such word."""
-    words = inspect.signature(model.forward).parameters.values()
-    is_known = any(word.name == "use_cache" or word.kind is word.VAR_KEYWORD for word in words)
-    return {"use_cache": False} if is_known else {}
 
 
 def blocks_of(
@@ -86,30 +79,25 @@ def blocks_of(
 ) -> list[Batch]:
     """Batches of the blocks of this process, which share all blocks evenly; our models make inputs of their rows.
 
-    If a measure needs logits of tokens, batches are smaller where these would not fit `largest_logits`.
+    If a measure needs logits of tokens, batches are smaller where these would not fit.
     """
     if torch.distributed.is_initialized():
         blocks_NT = blocks_NT[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
     reads_tokens = model.main_input_name == "input_ids"
     if reads_tokens and any(measure.needs_logits for measure in measures):
-        fitting = largest_logits(_free_bytes(next(model.parameters()).device))
+        device = next(model.parameters()).device
+        fitting = _largest_logits_on(device) if device.type == "cuda" else LARGEST_LOGITS
         fitting //= blocks_NT.shape[1] * model.config.get_text_config().vocab_size
         batch_sequences = max(1, min(batch_sequences, fitting))
     batch_of = getattr(model, "batch_of", lambda ids_BT: {"input_ids": ids_BT})
     return [batch_of(ids_BT) for ids_BT in blocks_NT.split(batch_sequences)]
 
 
-def largest_logits(free_bytes: int | None) -> int:
-    """Most elements of a batch's logits. On a GPU they may take a sixteenth of the `free_bytes`, None elsewhere."""
-    if free_bytes is None:
-        return LARGEST_LOGITS
-    return min(max(LARGEST_LOGITS, free_bytes // (16 * 6)), LARGEST_LOGITS_ON_GPU)  # 6 bytes each in bf16
-
-
 @functools.cache
-def _free_bytes(device: torch.device) -> int | None:
-    """A GPU's free memory when first asked: all evaluations of a process have the same batches."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+def _largest_logits_on(gpu: torch.device) -> int:
+    """A sixteenth of the memory that was free when first asked: all evaluations of a process have the same batches."""
+    elements = torch.cuda.mem_get_info(gpu)[0] // (16 * 6)  # 6 bytes each in bf16
+    return min(max(LARGEST_LOGITS, elements), LARGEST_LOGITS_ON_GPU)
 
 
 @contextmanager

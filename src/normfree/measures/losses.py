@@ -16,11 +16,7 @@ _QUANTILES = {"loss_median": 0.5, "loss_99_percent": 0.99, "loss_99_9_percent": 
 
 
 class Losses(NextToken):
-    """Median, 99 %, 99.9 % and largest next-token loss over all tokens, as numpy's quantiles of all losses.
-
-    Losses are computed and kept in float32, 4 bytes a token. Raises ValueError, before the first pass, for a model that
-    sees later tokens.
-    """
+    """Median, 99 %, 99.9 % and largest next-token loss: numpy's quantiles of all losses, kept in float32."""
 
     gives = tuple(_QUANTILES)
 

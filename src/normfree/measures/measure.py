@@ -14,25 +14,19 @@ from torch.nn.utils.rnn import pad_sequence
 from normfree.entropy.statistics import over_processes
 from normfree.measures.places import Label
 
-LARGEST_ON_DEVICE = 2**20
-"""Elements of a layer's sums (8 MiB) that may stay on a GPU; the second moments of wide layers would fill it."""
+LARGEST_ON_DEVICE = 2**20  # elements of sums that may stay on a GPU; second moments of wide layers would fill it
 
 
 class Measure:
     """A context manager that reads the forward passes of a model and gives quantities.
 
-    A subclass names what it gives, attaches itself to the model in `attach` and adds up what it reads. Raises
-    ValueError if the measure cannot serve the model.
+    A subclass attaches itself to the model in `attach` and adds up what it reads, or raises ValueError for the model.
     """
 
-    gives: ClassVar[tuple[str, ...]]
-    """Names in `QUANTITIES`."""
-    needs_logits: ClassVar[bool] = False
-    """True if the model must compute the logits of every token."""
-    needs_tokenizer: ClassVar[bool] = False
-    """True if the measure takes an option `tokenizer`."""
-    needs_training: ClassVar[bool] = False
-    """True if only `normfree train` can measure it."""
+    gives: ClassVar[tuple[str, ...]]  # names in `QUANTITIES`
+    needs_logits: ClassVar[bool] = False  # the logits of every token
+    needs_tokenizer: ClassVar[bool] = False  # as an option `tokenizer`
+    needs_training: ClassVar[bool] = False  # only `normfree train` can measure it
     inputs: Mapping[str, Tensor] = MappingProxyType({})
     """Of the current pass, set by the held-out loop; `labels`, where these are not the tokens, and masks among them."""
 
@@ -57,11 +51,7 @@ class Measure:
         """Raise ValueError if these first inputs cannot be measured, before anything runs."""
 
     def pooled(self, device: torch.device | str | None) -> dict[str, Tensor]:
-        """The quantities, from sums over all passes and processes; what this model does not have is left out.
-
-        `device` is where the backend of the processes adds: under NCCL the process's own GPU. None means that each
-        process measured everything.
-        """
+        """The quantities that this model has, over all passes and processes; `device`: see `over_processes`."""
         return {}
 
     def mask_of(self, label: Label) -> Tensor | None:
@@ -104,10 +94,7 @@ class LayerMeasure(Measure):
             maxima[name] = torch.maximum(maxima[name], value) if name in maxima else value
 
     def values(self, *_: Any, **kept: Any) -> dict[str, Tensor]:
-        """The quantities of a layer, () or (H,) each, from its sums and maxima over all passes and processes.
-
-        A subclass names these as arguments.
-        """
+        """The quantities of a layer, () or (H,) each, from its sums and maxima, which a subclass names as arguments."""
         raise NotImplementedError
 
     def keys(self) -> Iterable[Hashable]:

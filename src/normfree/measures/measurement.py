@@ -44,10 +44,7 @@ class Measurement:
         return self.values[quantity]
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a head and a column a quantity; values of a layer or the whole model repeat in each of its rows.
-
-        One row a layer if no quantity is measured for each head, a single row if none is for each layer.
-        """
+        """A column a quantity and one row a head, or a layer, or only one, if none has more; the others repeat."""
         deepest = max((value.ndim for value in self.values.values()), default=0)
         columns = {}
         for name, value in self.values.items():
@@ -94,11 +91,8 @@ def measure(
     measures, e.g. `heads={"method": "eager"}`. With `skip_refused`, measures that cannot serve the model are left out
     with a warning, unless none can.
 
-    Raises ValueError for an unknown measure, one that the model cannot serve, a batch below 1, or a text or token ids
-    for a model that reads something else.
+    Raises ValueError for an unknown measure, one that cannot serve the model, or a text if the model reads none.
     """
-    if batch < 1:
-        raise ValueError(f"batch={batch} must be at least 1")
     names = list(periods_of([measures] if isinstance(measures, str) else measures, 1))
     if unknown := sorted(options.keys() - set(names)):
         raise ValueError(f"{unknown[0]}= is no chosen measure; give options as heads={{'method': 'eager'}}")
@@ -127,8 +121,7 @@ class MeasureCallback(TrainerCallback):
     Trainer(..., callbacks=[callback]).train()
     callback.to_frame()     # one row a head and step
     ```
-    Measures before the first step, every `every` steps and after the last one. Training is not disturbed: random
-    numbers, modes and hooks are as before.
+    Measures before the first step, every `every` steps and after the last one, and disturbs no training.
     """
 
     def __init__(self, measures: str | Sequence[str], *, inputs: Inputs, every: int = 100, batch: int = 8) -> None:
@@ -170,9 +163,7 @@ def _batches(model: PreTrainedModel, inputs: Inputs, batch: int, tokenizer: Any)
     if isinstance(inputs, Mapping):
         return [inputs]
     if isinstance(inputs, Sequence) and not all(isinstance(each, Mapping) for each in inputs):
-        raise ValueError(
-            "inputs: give a text, token ids (N, T) as a tensor or array, or dicts of the model's arguments"
-        )
+        raise ValueError("inputs: give a text, token ids (N, T) as a tensor or array, or dicts of model arguments")
     return cast(Sequence[Batch], inputs)
 
 

@@ -39,7 +39,6 @@ class Evaluation:
 
     @property
     def unit(self) -> str:
-        """What is predicted."""
         return "token" if self.accuracy is None else "image"
 
     @property
@@ -58,10 +57,9 @@ class Evaluation:
         return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
 
     def minus(self, other: Evaluation) -> tuple[float, float]:
-        """Difference of the mean losses on the same parts, and its standard error, in nats per token.
+        """Difference of the mean losses on the same parts, and its standard error over parts, in nats per token.
 
-        The error is that of a ratio of sums over parts (NaN for one part), so it holds for tokens that are alike
-        within a part. Raises ValueError for evaluations of other tokens.
+        The error is that of a ratio of sums, NaN for one part. Raises ValueError for evaluations of other tokens.
         """
         difference, count = self.loss_nats - other.loss_nats, len(self.parts)
         nats_P, tokens_P = self._above(other)
@@ -110,24 +108,12 @@ def cross_entropies(logits_TV: Tensor, targets_T: Tensor, reduction: str) -> lis
     ]
 
 
-def next_token_nats(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[float, int]:
-    """Sum of next-token cross-entropies in nats and their number; labels of -100 do not count."""
-    total = torch.zeros((), dtype=torch.float64, device=logits_BTV.device)
-    for logits_TV, targets_T in zip(logits_BTV[:, :-1], labels_BT[:, 1:], strict=True):
-        for nats in cross_entropies(logits_TV, targets_T, "sum"):
-            total += nats
-    return total.item(), int((labels_BT[:, 1:] != IGNORED).sum())
-
-
 @torch.no_grad()
 def sees_later_tokens(model: PreTrainedModel, ids_BT: Tensor) -> bool:
-    """True if changing later tokens moves the logits of earlier ones by more than rounding; NaN moves nothing.
-
-    Without a language-model head it is the last hidden states that are compared.
+    """True if changing later tokens moves the logits, or last hidden states, of earlier ones by more than rounding.
 
     The tokens change from an odd place on, where no block of 2, 4, 8, ... tokens ends. Experts regroup their tokens, so
-    their rounding is allowed for (1e-5 of the logits' spread in fp32). Our own models are causal by construction, and
-    not run.
+    their rounding is allowed for (1e-5 of the spread in fp32). Our own models are causal by construction, and not run.
     """
     if model.config.model_type == "normfree":
         return False
@@ -147,9 +133,8 @@ def sees_later_tokens(model: PreTrainedModel, ids_BT: Tensor) -> bool:
 class NextToken(Measure):
     """Base of measures of next-token predictions, each from the tokens before it in its row, or of classes of images.
 
-    Of an encoder-decoder the tokens are those of the target, given as `labels` beside `decoder_input_ids`.
-
-    Raises ValueError, before the first pass, for a model that sees later tokens.
+    Of an encoder-decoder the tokens are those of the target, given as `labels` beside `decoder_input_ids`. Raises
+    ValueError, before the first pass, for a model that sees later tokens.
     """
 
     needs_logits = True
@@ -167,9 +152,7 @@ class NextToken(Measure):
         if has_head and is_seq2seq and "labels" in inputs:
             return
         if not has_head or is_seq2seq or "input_ids" not in inputs:
-            raise ValueError(
-                "losses of next tokens need input_ids alone and a causal language-model head: leave this measure out"
-            )
+            raise ValueError("losses of next tokens need input_ids alone and a causal head: leave this measure out")
         if sees_later_tokens(model, inputs["input_ids"]):
             raise ValueError(
                 f"{type(model).__name__} is not causal: later tokens change its predictions of earlier ones, so "
@@ -195,10 +178,7 @@ class NextToken(Measure):
 
 
 class Perplexity(NextToken):
-    """Loss and perplexity of all tokens, each predicted from those before it in its row.
-
-    Raises ValueError, before the first pass, for a model that sees later tokens.
-    """
+    """Loss and perplexity of all tokens, each predicted from those before it in its row."""
 
     gives = ("loss", "perplexity")
 
@@ -208,7 +188,11 @@ class Perplexity(NextToken):
         self.passes: list[tuple[float, int]] = []  # nats and tokens of each
 
     def add(self, logits_BTV: Tensor, labels_BT: Tensor) -> None:
-        nats, tokens = next_token_nats(logits_BTV, labels_BT)
+        total = torch.zeros((), dtype=torch.float64, device=logits_BTV.device)
+        for logits_TV, targets_T in zip(logits_BTV[:, :-1], labels_BT[:, 1:], strict=True):
+            for nats in cross_entropies(logits_TV, targets_T, "sum"):
+                total += nats
+        nats, tokens = total.item(), int((labels_BT[:, 1:] != IGNORED).sum())
         self.nats, self.tokens = self.nats + nats, self.tokens + tokens
         self.passes.append((nats, tokens))
 
@@ -217,10 +201,7 @@ class Perplexity(NextToken):
         return {"loss": loss, "perplexity": torch.tensor(exponential(loss.item()), dtype=torch.float64)}
 
     def evaluation(self, *, predicted_bytes: int, device: torch.device | str | None = None) -> Evaluation:
-        """Sums over processes that share the text on `device`, and the passes of this one.
-
-        `predicted_bytes` is that of the whole text.
-        """
+        """Sums over processes that share the text on `device`, the bytes of all of it, and the passes of this one."""
         nats, tokens = over_processes(self.nats, device), over_processes(self.tokens, device)
         return Evaluation(nats.item(), int(tokens), predicted_bytes, tuple(self.passes))
 

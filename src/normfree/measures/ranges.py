@@ -32,11 +32,8 @@ class Ranges(FeatureMeasure):
     them); the activation the first feed-forward map's output. A norm is named for the linear maps that read its output,
     attention's or the feed-forward part's, and has their layer; the final norm, in a model with one stack of blocks, is
     the only one outside of them that none of their maps reads. Norms of branch outputs, queries and keys are left out,
-    and layers without a site are NaN there. Quantiles come from histograms and are within 2^-8 (0.4 %). Padding counts
-    nowhere.
-
-    Raises UnsupportedModel (a ValueError) for a model that does not route its attention through transformers' registry,
-    ValueError for one whose feed-forward parts are not found.
+    and layers without a site are NaN there. Quantiles come from histograms and are within 2^-8 (0.4 %). Raises
+    UnsupportedModel (a ValueError) for a model that does not route its attention.
     """
 
     gives = tuple(f"{site}_{value}" for site in SITES for value in ("min", "max", *QUANTILES))
@@ -48,8 +45,7 @@ class Ranges(FeatureMeasure):
         self._norms, self._of_encoder = [*norms], {norm for norm, name in norms.items() if "encoder" in name.split(".")}
         inside = {module for place in self.places for module in place.block.modules()}
         one_stack = all(isinstance(place.label, int) for place in self.places)
-        base: nn.Module = getattr(model, "base_model", model)
-        outside = {module for module in base.modules() if one_stack and module not in inside}
+        outside = {*getattr(model, "base_model", model).modules()} - inside if one_stack else ()
         # Candidates for the final norm: not of a head, and a norm that a map of a block reads leaves them.
         self._outside = [norm for norm in self._norms if norm in outside]
         self._beside = {norm: maps for place in self.places for norm, maps in _norms_of_maps(place.block).items()}

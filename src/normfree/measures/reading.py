@@ -17,10 +17,7 @@ from normfree.measures.places import Label, blocks_of, places_of, stream_of
 
 
 class StreamMeasure(LayerMeasure):
-    """Base of measures of the residual stream before each block, a layer a block of `blocks_of(model)`.
-
-    A subclass overrides `read_stream`. Raises ValueError for a model without a list of blocks.
-    """
+    """Base of measures of the residual stream before each block of `blocks_of(model)`, whose errors it raises."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -44,11 +41,7 @@ class StreamMeasure(LayerMeasure):
 
 
 class FeatureMeasure(LayerMeasure):
-    """Base of measures of feed-forward features, a layer a place in `places_of(model)`.
-
-    A subclass overrides `read_before` or `read_after`. Raises ValueError for a model whose feed-forward parts are not
-    found.
-    """
+    """Base of measures of feed-forward features at each place of `places_of(model)`, whose errors it raises."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -78,11 +71,7 @@ class FeatureMeasure(LayerMeasure):
 
 
 class CallMeasure(LayerMeasure):
-    """Base of measures of attention calls, a layer a module that calls attention through transformers' registry.
-
-    A subclass overrides `read_call` and keeps values of (H,) heads. Raises UnsupportedModel (a ValueError) for a model
-    that does not route its attention through the registry.
-    """
+    """Base of measures of attention calls; a subclass keeps values of (H,) heads. Raises as `AttentionTap` does."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -105,8 +94,6 @@ class CallMeasure(LayerMeasure):
 def real_tokens(features: Tensor, mask_BT: Tensor | None) -> Tensor:
     """(N, F) features of all tokens but padding, from (..., F)."""
     features_NF = features.reshape(-1, features.shape[-1])
-    if mask_BT is None:
-        return features_NF
-    if mask_BT.numel() != len(features_NF):
+    if mask_BT is not None and mask_BT.numel() != len(features_NF):
         raise ValueError(f"a mask of shape {tuple(mask_BT.shape)} does not fit {len(features_NF)} tokens of a layer")
-    return features_NF[mask_BT.flatten() != 0]
+    return features_NF if mask_BT is None else features_NF[mask_BT.flatten() != 0]

@@ -26,8 +26,8 @@ class Residual(StreamMeasure):
 
     Sums are in float64. The median of |x| and the counts above it come from one histogram of all passes, whose bins are
     0.4 % wide (`float_counts`); those of a token are exact, the middle of two as numpy's, of tokens that are not 0.
-    Branches are left out, with a warning, in models whose branches are not found. Raises ValueError for a model without
-    a list of blocks, or whose stream cannot be read as sequences of tokens (`unreadable` in places.yaml).
+    Branches that are not found are left out with a warning. Raises ValueError for a model whose blocks are not found or
+    whose stream cannot be read as sequences of tokens (`unreadable` in places.yaml).
     """
 
     gives = (
@@ -106,10 +106,9 @@ def _sort(values_NE: Tensor) -> Tensor:
 class Propagation(StreamMeasure):
     """Likeness of the tokens of a sequence, rank collapse and effective rank of the stream before each block.
 
-    No T x T matrix is made: the sum of all x_i x_j is |sum of x|^2. A token that is 0 has no cosine. Everything is in
-    float64. The effective rank is exp(-sum p ln p), p the singular values of all tokens of a measurement together, over
-    their sum. They are roots of the eigenvalues of the second moment, which takes 8 E^2 bytes a layer; below 1e-8 of
-    the largest they are rounding. Raises ValueError as `Residual` does.
+    In float64 and without a T x T matrix: the sum of all x_i x_j is |sum of x|^2. A token that is 0 has no cosine. The
+    effective rank is exp(-sum p ln p), p the singular values of all tokens together, over their sum. They are roots of
+    the eigenvalues of the second moment (8 E^2 bytes a layer), rounding below 1e-8 of the largest.
     """
 
     gives = ("token_cosine", "token_correlation", "rank_collapse_residual", "effective_rank")

@@ -19,8 +19,6 @@ class Spectrum(FeatureMeasure):
     entropy -sum p ln p, participation ratio 1 / sum p^2, early enrichment sum_k (cum_k - k/F) / (F/2), and the
     Jensen-Shannon divergence of the two spectra (NerVE, arXiv 2603.06922). Second moments are added up in float64,
     which takes 16 F^2 bytes a layer. Fewer tokens than features cap the ratio: `tokens_per_feature` has their number.
-
-    Raises ValueError for a model whose feed-forward parts are not found.
     """
 
     gives = (

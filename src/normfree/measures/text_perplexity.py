@@ -35,9 +35,8 @@ def perplexity(
     from the tokens before it in its window. Without a BOS token the first token of the text, and of each window if
     windows do not overlap, is not predicted. A smaller stride gives each token more context and costs context / stride
     times as much. `bos`: see `leading_ids`; the BOS token is one of the `context` tokens and is not counted.
-    `sequences`: at most so many windows, spread evenly over the text.
-    bits_per_byte counts the UTF-8 bytes of predicted tokens only: a character that a window begins inside counts whole
-    or not at all, and no byte counts with a tokenizer that gives no offsets (written in Python).
+    `sequences`: at most so many windows, spread evenly over the text. bits_per_byte counts the UTF-8 bytes of predicted
+    tokens only, and none with a tokenizer that gives no offsets (written in Python).
 
     Raises ValueError if the text has fewer than two tokens, context, stride or bos do not fit model and tokenizer, or
     the model sees later tokens.
@@ -98,8 +97,7 @@ def _vocabulary(model: PreTrainedModel) -> int:
 def leading_ids(model: PreTrainedModel, tokenizer: Any, bos: bool | None) -> list[int]:
     """What begins every window: the BOS token or nothing; with `bos=None` what the tokenizer puts before texts.
 
-    Models such as Llama, Gemma and Mistral were trained with it and predict badly without. Ours never see one, whatever
-    tokenizer they have. Raises ValueError for bos=True if the tokenizer has no BOS token.
+    Llama, Gemma and Mistral predict badly without one; ours never see one. Raises ValueError for bos=True without one.
     """
     if bos is None and model.config.model_type != "normfree":
         text, plain = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
@@ -143,8 +141,7 @@ def token_windows(
     """(N, T) token ids: at most `sequences` windows of `context` tokens, spread evenly over the text.
 
     `context` defaults to the model's limit, at most 1024. A text shorter than that is one window. A BOS token (`bos`:
-    see `leading_ids`) begins each window and is one of the `context`. Raises ValueError for fewer than two tokens, a
-    context that the model does not allow, ids outside its vocabulary, and a BOS token that does not exist.
+    see `leading_ids`) begins each window and is one of the `context`. Raises ValueError as `perplexity` does.
     """
     context = min(checked_context(model, None), DEFAULT_CONTEXT) if context is None else checked_context(model, context)
     encoded, leading, room = encode(model, tokenizer, text, context, bos)

@@ -7,15 +7,13 @@ import torch
 from torch import Tensor
 
 CLASSES = ("keyword", "name", "number", "string", "operator", "comment", "whitespace", "other")
-"""Classes of tokens, by their numbers in `token_classes`."""
 
 
 def token_classes(tokenizer: Any, size: int | None = None) -> Tensor:
     """(size,) int64: the place in `CLASSES` of each vocabulary id; `size` defaults to the tokenizer's.
 
-    A token has the class of its own text, wherever it occurs: a quote makes it string, a leading # comment, and the
-    words inside a string or comment are keywords and names. Special tokens, parts of characters and mixtures such as
-    `x.` are other, and so are ids that the tokenizer does not have.
+    A token has the class of its own text: words inside a string or comment are keywords and names. Special tokens,
+    parts of characters, mixtures such as `x.` and ids that the tokenizer does not have are other.
     """
     known = len(tokenizer)
     texts = tokenizer.batch_decode([[number] for number in range(known)], clean_up_tokenization_spaces=False)

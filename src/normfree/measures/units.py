@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from normfree.measures.histogram import counts_of
+from normfree.measures.histogram import counts_of_columns
 from normfree.measures.reading import FeatureMeasure, real_tokens
 from normfree.measures.token_classes import token_classes
 
@@ -23,17 +23,15 @@ class Units(FeatureMeasure):
     """Shares of zero, small and dead among the activated features, over all tokens of a measurement.
 
     A unit's largest magnitude is known only at the end, so each unit keeps a histogram of its exponents, exact for
-    magnitudes rounded down to powers of two. Raises ValueError for a model whose feed-forward parts are not found.
+    magnitudes rounded down to powers of two.
     """
 
     gives = ("zero_share", "small_share", "dead_share", "unit_tokens")
 
     def read_after(self, layer: int, features_NF: Tensor) -> None:
         features_NF = features_NF.float().contiguous()
-        width = features_NF.shape[1]
         codes_NF = features_NF.view(torch.int32).bitwise_right_shift(23).bitwise_and_(EXPONENTS - 1)
-        codes_NF += torch.arange(0, width * EXPONENTS, EXPONENTS, dtype=torch.int32, device=codes_NF.device)
-        exponents_FE = counts_of(codes_NF, width * EXPONENTS).view(width, EXPONENTS)
+        exponents_FE = counts_of_columns(codes_NF, EXPONENTS)
         self.add(layer, exponents=exponents_FE, zeros=(features_NF == 0).sum(0), positive=(features_NF > 0).sum(0))
 
     def values(self, exponents: Tensor, zeros: Tensor, positive: Tensor) -> dict[str, Tensor]:
@@ -55,8 +53,8 @@ class Selectivity(FeatureMeasure):
     all other tokens. Areas come from histograms of `BINS` bins: they are off by at most half of the share of pairs that
     share a bin. The control has the same labels, shuffled among the tokens of a pass.
 
-    classes: (V,) the class of each vocabulary id; default: `token_classes` of the tokenizer. Raises ValueError without
-    either, for a table of another size, and for a model whose feed-forward parts are not found.
+    classes: (V,) the class of each vocabulary id, a number from 0 on; default: `token_classes` of the tokenizer. Raises
+    ValueError without either, and for a table of another size.
     """
 
     gives = ("selectivity_index", "selectivity_index_shuffled", "selectivity_area", "selectivity_area_shuffled")
@@ -66,19 +64,14 @@ class Selectivity(FeatureMeasure):
         super().__init__(model)
         weight = getattr(cast(Any, model).get_input_embeddings(), "weight", None)
         if not isinstance(weight, Tensor) or weight.dim() != 2:
-            raise ValueError(
-                f"{type(model).__name__} has no vocabulary, so no classes of tokens: leave this measure out"
-            )
+            raise ValueError(f"{type(model).__name__} has no vocabulary, so no classes: leave this measure out")
         rows = len(weight)
         if classes is None:
             if tokenizer is None:
                 raise ValueError("give tokenizer=, or selectivity={'classes': a tensor with the class of each id}")
             classes = token_classes(tokenizer, rows)
-        if classes.shape != (rows,) or classes.is_floating_point() or classes.min() < 0:
-            raise ValueError(
-                f"classes has shape {tuple(classes.shape)} and dtype {classes.dtype}; give a number from 0 on for each "
-                f"of the {rows} ids of the vocabulary"
-            )
+        if classes.shape != (rows,) or classes.min() < 0:
+            raise ValueError(f"classes has shape {tuple(classes.shape)}; give 0, 1, 2, ... for each of the {rows} ids")
         self._classes_V, self._number = classes.long(), int(classes.max()) + 1
         self._shuffling = torch.Generator().manual_seed(0)
         # Of the current pass, by the argument that has the ids: real and shuffled, each (N,).
@@ -112,13 +105,11 @@ class Selectivity(FeatureMeasure):
             sums["magnitudes"] = torch.zeros(2, self._number, width, dtype=torch.float64)
             sums["counts"] = torch.zeros(2, self._number, width, BINS, dtype=torch.int64)
         codes_NF = (magnitude_NF.contiguous().view(torch.int32) >> 20).sub_(LOWEST).clamp_(0, BINS - 1)
-        codes_NF += torch.arange(0, width * BINS, BINS, dtype=torch.int32, device=codes_NF.device)
         for labelling, labels_N in enumerate(labels_2N):
             for label in labels_N.unique().tolist():
                 rows = (labels_N == label).nonzero().flatten().to(codes_NF.device)
                 sums["magnitudes"][labelling, label] += magnitude_NF[rows].sum(0, dtype=torch.float64).cpu()
-                counts_FB = counts_of(codes_NF[rows], width * BINS).view(width, BINS)
-                sums["counts"][labelling, label] += counts_FB.cpu()
+                sums["counts"][labelling, label] += counts_of_columns(codes_NF[rows], BINS).cpu()
 
     def values(self, magnitudes: Tensor, counts: Tensor) -> dict[str, Tensor]:
         values_22 = torch.stack([_selectivity(*of_labels) for of_labels in zip(magnitudes, counts, strict=True)])
