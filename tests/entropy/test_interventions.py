@@ -224,7 +224,8 @@ def test_half_precision_averages_in_float32():
         ([(2, 0)], "average", "layer 2 has no attention here; allowed: 0, 1$"),
         ([(1, 4)], "average", "layer 1 has no head 4; allowed: 0 to 3$"),
         ([(1, -1)], "zero", "layer 1 has no head -1"),
-        ([(0, 0)], "mean", "how='mean'; allowed: 'average', 'zero' or a number"),
+        ([(0, 0)], "mean", "how='mean'; allowed: 'average', 'zero' or a finite number"),
+        ([(0, 0)], float("nan"), "how=nan; allowed"),
     ],
 )
 def test_wrong_heads_layers_and_ways_are_named(heads, how, message):

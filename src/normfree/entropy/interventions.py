@@ -2,6 +2,7 @@
 
 # B batch, T query, S key, H query heads, G key heads, D value width; h chosen heads; R rows and C columns of one block
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,8 +38,8 @@ def intervene(model: nn.Module, heads: Sequence[tuple[Layer, int]], how: How = "
     Raises ValueError for layers and heads that are not there and other values of `how`; UnsupportedModel (a ValueError)
     for a model that does not route its attention, and on leaving if passes did not use a changed layer.
     """
-    if how not in ("average", "zero") and not isinstance(how, (int, float)):
-        raise ValueError(f"how={how!r}; allowed: 'average', 'zero' or a number that scales the heads")
+    if how not in ("average", "zero") and not (isinstance(how, (int, float)) and math.isfinite(how)):
+        raise ValueError(f"how={how!r}; allowed: 'average', 'zero' or a finite number that scales the heads")
     if not hasattr(model, "config") or not attention_layers(model):
         raise UnsupportedModel(f"{type(model).__name__} does not route its attention, so no head is changed")
     tap = AttentionTap(model, lambda layer, call: None)

@@ -152,7 +152,7 @@ class NextToken(Measure):
         if has_head and is_seq2seq and "labels" in inputs:
             return
         if not has_head or is_seq2seq or "input_ids" not in inputs:
-            raise ValueError("losses of next tokens need input_ids alone and a causal head: leave this measure out")
+            raise ValueError("losses need input_ids alone and a causal language-model head: leave this measure out")
         if sees_later_tokens(model, inputs["input_ids"]):
             raise ValueError(
                 f"{type(model).__name__} is not causal: later tokens change its predictions of earlier ones, so "
