@@ -72,6 +72,15 @@ def test_patterns_are_refused_behind_sliding_and_chunked_caches(family):
     assert probe.statistics().rows.unique().tolist() == [24]
 
 
+def test_a_boolean_mask_is_refused_in_eager_attention():
+    """Added to the scores, True is 1: nothing is hidden, and the mask does not say what the model did."""
+    model = tiny_model("gpt2")
+    model.set_attn_implementation("eager")
+    mask = torch.ones(20, 20, dtype=torch.bool).tril().expand(2, 1, 20, 20)
+    with EntropyProbe(model), torch.no_grad(), pytest.raises(UnsupportedModel, match="a boolean one hides nothing"):
+        model(input_ids=IDS, attention_mask=mask)
+
+
 def test_several_texts_in_one_row_are_refused():
     model = tiny_model("llama")
     with EntropyProbe(model), torch.no_grad(), pytest.raises(UnsupportedModel, match="several texts in one row"):

@@ -151,6 +151,8 @@ def _check_mask(name: str, kind: str | None, mask: Any, arguments: dict[str, Any
             f"no mask says which keys the attention function {name!r} hides; call AttentionMaskInterface.register("
             f"{name!r}, eager_mask) or sdpa_mask, or give a mask of (batch, heads, queries, keys)"
         )
+    if kind == "eager" and mask is not None and mask.dtype == torch.bool:
+        raise UnsupportedModel("eager attention adds its mask, so a boolean one hides nothing; give 0 and -inf")
     if arguments.get("cu_seq_lens_q") is not None:  # texts packed for flash attention
         raise UnsupportedModel(
             "cu_seq_lens_q= means several texts in one row; give a padded batch, with attn_implementation='sdpa'"

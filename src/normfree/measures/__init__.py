@@ -22,11 +22,20 @@ from normfree.store.quantities import QUANTITIES
 logger = logging.getLogger("normfree")
 
 MEASURES: dict[str, type[Measure]] = {
-    kind.__name__.lower(): kind
-    for kind in (
-        *(Heads, Slopes, Perplexity, Accuracy, Logits, Residual, Propagation),
-        *(Losses, Gradients, Sinks, Ranges, Units, Spectrum, Selectivity),
-    )
+    "heads": Heads,
+    "slopes": Slopes,
+    "perplexity": Perplexity,
+    "accuracy": Accuracy,
+    "logits": Logits,
+    "residual": Residual,
+    "propagation": Propagation,
+    "losses": Losses,
+    "gradients": Gradients,
+    "sinks": Sinks,
+    "ranges": Ranges,
+    "units": Units,
+    "spectrum": Spectrum,
+    "selectivity": Selectivity,
 }
 
 

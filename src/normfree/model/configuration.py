@@ -235,9 +235,8 @@ class NormFreeConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={value!r} needs residual='sequential', got 'parallel'")
         steepness = self.norm_steepness if isinstance(self.norm_steepness, list) else [self.norm_steepness] * 3
         if len(steepness) != 3 or not all(0 < value < math.inf for value in steepness):
-            raise ValueError(
-                f"norm_steepness={self.norm_steepness}; give a number above 0, or three (attention, feed-forward, final norm)"
-            )
+            three = "three (attention, feed-forward, final norm)"
+            raise ValueError(f"norm_steepness={self.norm_steepness}; give one number above 0, or {three}")
         if unknown := set(self.linear_groups or ()) - set(LINEAR_GROUPS):
             raise ValueError(f"linear_groups names {', '.join(sorted(unknown))}; allowed: {', '.join(LINEAR_GROUPS)}")
         start, gap = self.fake_start_step, self.fake_gap_steps
