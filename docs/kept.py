@@ -1,4 +1,4 @@
-"""Bytes that one training step of a run keeps for its backward pass, from a pass on this machine's CPU."""
+"""Bytes that a training step keeps for its backward pass, from a pass on this machine's CPU."""
 
 # B sequences of a pass, T tokens
 
@@ -13,11 +13,14 @@ from normfree.store.runs import Run
 
 
 def kept_bytes(run: Run) -> int:
-    """Bytes that autograd saves in the model's forward pass, without weights: each storage counted once.
-
-    The head and the loss are left out: they are the same in all decoders of a width and vocabulary.
-    """
+    """Bytes that a pass of a run keeps in its decoder, without weights, the head and the loss."""
     config = NormFreeConfig(**{name: value for name, value in config_of_run(run).items() if name != "model_type"})
+    sequences, tokens = run.spec["train"]["micro_batch_sequences"], run.spec["data"]["context"]
+    return saved_bytes(config, sequences, tokens, autocast=run.spec["train"]["precision"] != "fp32")
+
+
+def saved_bytes(config: NormFreeConfig, sequences: int, tokens: int, *, autocast: bool) -> int:
+    """Bytes that autograd saves in a forward pass in fp32, or under autocast to bf16, which saves cast weights too."""
     model = NormFreeForCausalLM._from_config(config, attn_implementation="sdpa").train()
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, tuple[int, Any]] = {}
@@ -28,8 +31,8 @@ def kept_bytes(run: Run) -> int:
             saved[storage.data_ptr()] = storage.nbytes(), storage  # held: a freed address would be given out again
         return tensor
 
-    ids_BT = torch.zeros(run.spec["train"]["micro_batch_sequences"], run.spec["data"]["context"], dtype=torch.long)
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=run.spec["train"]["precision"] != "fp32")
-    with autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    ids_BT = torch.zeros(sequences, tokens, dtype=torch.long)
+    casts = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+    with casts, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.model(ids_BT)
     return sum(size for size, _ in saved.values())

@@ -14,6 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from docs.kept import saved_bytes
 from normfree.cost import estimate
 from normfree.cost.estimate import GIB, NORMS, check_memory, find_gpu, peak_memory, sizes_of
 from normfree.cost.training import describe_training_cost, training_flops
@@ -30,7 +31,7 @@ TAPER = ["model.taper_end_step=5"]
 SCHEDULES = {"taper": TAPER, "fake": ["model.fake_start_step=2"]}
 OTHER_FAMILIES = ("fashion-vit", "denoise")
 VARIANTS = "sm-r sm-ln-rg sm-rms-g sm-lns-g sm-dyt-g sm-derf-g sm-bhyt-g sm-ln-peri-g leaky-per-layer leaky-shared"
-WIDTH, TOKENS, BATCH = 64, 521, 2  # a prime number of tokens: no weight has a multiple of so many elements
+WIDTH, TOKENS, BATCH = 64, 521, 2
 
 
 def model_of(spec: RunSpec, **fields: Any) -> NormFreeForCausalLM:
@@ -66,29 +67,6 @@ def test_parameters_are_those_of_the_model(words: list[str]) -> None:
     assert sizes_of(spec).parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
-def kept_of_a_layer(spec: RunSpec) -> float:
-    """Bytes that autograd keeps per token, layer and channel: a model of three layers against one of two."""
-    totals = []
-    for layers in (2, 3):
-        model = model_of(spec, num_hidden_layers=layers, activation=spec.model["activation"]).train()
-        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        kept: dict[int, int] = {}
-
-        def keep(tensor: torch.Tensor, own: set[int] = own, kept: dict[int, int] = kept) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own and tensor.numel() % spec.data.context == 0:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        ids_BT = torch.randint(0, 300, (BATCH, spec.data.context))
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=spec.train.precision == "bf16")
-        with autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            output = model.model(ids_BT)  # alive: freed storages would be counted under another's address
-            totals.append(sum(kept.values()))
-        del output
-    return (totals[1] - totals[0]) / (BATCH * spec.data.context * WIDTH)
-
-
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
@@ -108,7 +86,11 @@ def test_kept_bytes_are_those_that_autograd_saves(words: list[str], precision: s
     sizes = [f"model.hidden_size={WIDTH}", "model.num_attention_heads=2", "data.vocab_size=300"]
     base = ["variant=custom", "tag=x", "model.activation=relu", f"data.context={TOKENS}", *sizes]
     spec = compose_run([*base, f"train.precision={precision}", *words]).spec
-    assert sizes_of(spec, "cpu").layer_keeps == pytest.approx(kept_of_a_layer(spec), rel=0.02)
+    size, casts = sizes_of(spec, "cpu"), precision == "bf16"
+    models = (model_of(spec, num_hidden_layers=layers, activation=spec.model["activation"]) for layers in (2, 3))
+    two, three = (saved_bytes(model.config, BATCH, spec.data.context, autocast=casts) for model in models)
+    of_layer = three - two - 2 * size.projections * casts
+    assert size.layer_keeps == pytest.approx(of_layer / (BATCH * spec.data.context * WIDTH), rel=0.02)
 
 
 def peak_of_allocator(work: Callable[[], Any]) -> int:
