@@ -201,7 +201,8 @@ class NormFreeConfig(PreTrainedConfig):
 
         activations, layers = self.layer_activations, self.num_hidden_layers
         if len(activations) != layers:
-            raise ValueError(f"activation lists {len(activations)} names, but num_hidden_layers is {layers}")
+            counts = f"{len(activations)} names, but num_hidden_layers is {layers}"
+            raise ValueError(f"activation lists {counts}: give one name for all layers, or one for each")
         chosen = [(field, getattr(self, field), table) for field, table in TABLES.items()]
         chosen += [("activation", name, ACTIVATIONS) for name in activations]
         for field, name, table in chosen:
