@@ -19,7 +19,7 @@ LAYERS = 2
 MARGIN = 10.0
 """In points: below it, overload counts as a decoder's."""
 LOWEST_ACCURACY, LARGEST_SHARE_OF_UNIGRAM = 88.0, 0.5
-"""What SM+LN+G has to reach on average: accuracy in percent, or perplexity as a share of the unigram's."""
+"""Bars for SM+LN+G's mean: accuracy in percent, or perplexity as a share of the unigram's."""
 
 
 def judge(groups: Sequence[Group]) -> list[tuple[Comparison, str]]:

@@ -26,7 +26,7 @@ Rule = Callable[[Heads], tuple[bool | None, str]]  # whether it holds (None: NaN
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether something holds at the end of a run, and since when."""
+    """Answer to a yes-or-no question about the end of a run, and the step since which it holds."""
 
     holds: bool | None
     evidence: str

@@ -25,7 +25,7 @@ from normfree.spec.run import DataSpec
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 _CHANNELS = {"1": "L", "L": "L", "P": "RGB", "RGB": "RGB"}  # modes of Pillow that are read, and what they become
 Labelled = Iterator[tuple[str, np.ndarray, int]]
-"""Where each image comes from, its bytes (C, P, P), and the number of its class."""
+"""The place that an image comes from, its bytes (C, P, P), and the number of its class."""
 
 
 class FashionMnist:

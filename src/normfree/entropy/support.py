@@ -17,7 +17,7 @@ NOT_MEASURED = dict.fromkeys(("falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm"
     "cpmant": "cuts the columns of its prompt off its matrices",
     "reformer": "attends within hashed buckets",
 }
-"""What neither method reads, and why."""
+"""Types of models that neither method reads, and the reason."""
 
 ROUTED = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - EAGER_ONLY - NOT_MEASURED.keys()
 """Attention uses the registry: method='auto'."""

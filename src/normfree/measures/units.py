@@ -83,10 +83,10 @@ class Selectivity(FeatureMeasure):
         yield base.register_forward_pre_hook(self._read_ids, with_kwargs=True)
 
     def _read_ids(self, _model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        given = {"input_ids": inputs[0]} | named if inputs else named
+        arguments = {"input_ids": inputs[0]} | named if inputs else named
         self._labels = {}
         for name, stack in (("input_ids", "encoder"), ("decoder_input_ids", "decoder")):
-            if isinstance(ids := given.get(name), Tensor):
+            if isinstance(ids := arguments.get(name), Tensor):
                 labels_N = self._classes_V[real_tokens(ids[..., None], self.mask_of(f"{stack} 0")).flatten().cpu()]
                 self._labels[name] = [labels_N, labels_N[torch.randperm(len(labels_N), generator=self._shuffling)]]
 

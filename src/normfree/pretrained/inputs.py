@@ -16,7 +16,7 @@ _READS = {"text": "a text", "images": "images", "target": "the target of an enco
 
 
 def kinds_read(model: PreTrainedModel) -> set[str]:
-    """What a forward pass reads: text, images, target (the decoder's text). Raises ValueError for more, e.g. sound."""
+    """Kinds of inputs of a forward pass: text, images, target (the decoder's text). Raises ValueError for others."""
     if model.config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not model.config.is_encoder_decoder:
         return {"text"}
     arguments = inspect.signature(model.forward).parameters
@@ -42,7 +42,7 @@ def check_kinds(model: PreTrainedModel, given: set[str]) -> None:
 
 
 def read_images(folder: Path, processor: Any, count: int, channels: int = 3) -> dict[str, Tensor]:
-    """What a processor makes of the first images below a folder, grey for 1 channel. Raises ValueError for no image."""
+    """Read the first images below a folder through a processor, grey for 1 channel. Raises ValueError for no image."""
     from PIL.Image import open as decode_image
     from PIL.Image import registered_extensions
 

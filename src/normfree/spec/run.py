@@ -216,8 +216,8 @@ class TrainSpec:
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
-            given = f"got steps={self.steps} and epochs={self.epochs}; train.steps=null or train.epochs=null frees one"
-            raise ValueError(f"give exactly one of train.steps and train.epochs, {given}")
+            values = f"got steps={self.steps} and epochs={self.epochs}; train.steps=null or train.epochs=null frees one"
+            raise ValueError(f"give exactly one of train.steps and train.epochs, {values}")
         batch, micro = self.batch_sequences, self.micro_batch_sequences
         if batch % micro:
             raise ValueError(f"train.batch_sequences={batch} must be a multiple of train.micro_batch_sequences={micro}")

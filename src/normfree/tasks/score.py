@@ -4,7 +4,6 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from os.path import commonprefix
 from typing import Any
 
 import numpy as np
@@ -54,10 +53,15 @@ def untrained_copy(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     return fresh.to(model.device).eval()
 
 
+def _shared_length(row: Sequence[int], other: Sequence[int]) -> int:
+    """Count the tokens with which both rows begin."""
+    return next((n for n, (a, b) in enumerate(zip(row, other, strict=False)) if a != b), min(len(row), len(other)))
+
+
 def shared_window(good: list[int], bad: list[int], room: int) -> tuple[list[int], list[int]] | None:
     """Both rows, cut to `room` at their common end, then beginning, a quarter of it left of each; None if too long."""
-    first = len(commonprefix([good, bad]))  # noqa: RUF071 - of tokens
-    last = len(commonprefix([good[first:][::-1], bad[first:][::-1]]))  # noqa: RUF071
+    first = _shared_length(good, bad)
+    last = _shared_length(good[first:][::-1], bad[first:][::-1])
     over, kept = max(0, max(len(good), len(bad)) - room), max(1, room // 4)
     end = min(over, max(0, last - kept))
     start = min(over - end, max(0, first - kept))
